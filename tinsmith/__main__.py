@@ -1,0 +1,5 @@
+"""`python -m tinsmith`."""
+
+from tinsmith.cli import main
+
+main()

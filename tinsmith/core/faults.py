@@ -1,0 +1,34 @@
+"""Counted events at which a test may kill the process: `TINSMITH_KILL_AT=17` means SIGKILL at the 17th.
+
+A kill at a counted event is the same on a fast and on a slow machine, which a kill after some seconds is not.
+`TINSMITH_COUNT_EVENTS=FILE` writes how many events a run passed, so that a test can choose among them.
+"""
+
+import atexit
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+
+def _make() -> Callable[[str], None]:
+    limit = int(os.environ.get("TINSMITH_KILL_AT", "0"))
+    report = os.environ.get("TINSMITH_COUNT_EVENTS")
+    if not limit and not report:
+        return lambda name: None
+    counter = itertools.count(1)
+    names: list[str] = []
+
+    def passed(name: str) -> None:
+        names.append(name)
+        if next(counter) == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if report:
+        atexit.register(lambda: Path(report).write_text("\n".join(names), encoding="utf-8"))
+    return passed
+
+
+event = _make()
+"""Call with a name where a sudden death would be interesting; free of cost outside of tests."""

@@ -1,0 +1,192 @@
+"""The border between text and typed configuration.
+
+Config classes are plain frozen dataclasses that inherit from `Config`; pydantic and PyYAML are imported only here,
+inside functions, so that importing a model never pays for them.
+"""
+
+import difflib
+import re
+import types
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tinsmith.core.errors import UserError
+
+T = TypeVar("T")
+
+
+class Config:
+    """Base of every config dataclass: unknown keys are refused."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+class Kind:
+    """Marks a union of configs whose members are told apart by their `kind`: `Annotated[A | B, Kind()]`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic import Field
+
+        if len(get_args(source)) < 2:
+            return handler(source)
+        return handler.generate_schema(Annotated[source, Field(discriminator="kind")])
+
+
+class _CountReader:
+    """Lets an int field accept what people write for large numbers: `1e6`, `20k`, `1_000_000`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(read_count, handler(source))
+
+
+def read_count(value: Any) -> Any:
+    """`20k` -> 20000, `1e6` -> 1000000; anything else is returned as it is, for the validator to judge."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgG]?)", value.strip())
+    if not match:
+        return value
+    number = float(match[1].replace("_", "")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()]
+    return int(number) if number.is_integer() else value
+
+
+Count = Annotated[int, _CountReader()]
+
+
+def parse(kind: Any, data: Any, where: str = "") -> Any:
+    """Validate plain data as `kind` (any type that pydantic understands).
+
+    Raises UserError with one line: where, the key, what is wrong, and the nearest known name for an unknown one.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        problem = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")[0]
+        raise UserError(_explain(kind, problem, where)) from None
+
+
+def json_schema(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a config type, for editors."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).json_schema()
+
+
+def plain(config: Any) -> Any:
+    """A config as dicts, lists and scalars; the inverse of `parse`."""
+    if is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple | list):
+        return [plain(item) for item in config]
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    return config
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; UserError names file and line where it cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def write_yaml(data: Any) -> str:
+    """Plain data as YAML text, keys in their own order."""
+    import yaml
+
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """`. Did you mean 'x'?` for the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+def _nearest_file(path: Path) -> str:
+    parent = path.parent
+    return nearest(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
+
+
+def _explain(kind: Any, problem: Any, where: str) -> str:
+    keys, owner = _walk(kind, problem["loc"])
+    place = ": ".join(part for part in (where, ".".join(str(key) for key in keys)) if part)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in fields(owner)] if owner else []
+        return f"{place}: unknown key{nearest(str(keys[-1]), known) or _list(known)}"
+    if problem["type"] == "missing":
+        return f"{place}: required and not given"
+    if problem["type"] == "union_tag_invalid":
+        expected = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        tag = problem["ctx"]["tag"]
+        return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{nearest(tag, expected)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{place}: needs a `kind`"
+    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    got = problem["input"]
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    return f"{place}: {message}{'' if problem['type'] == 'value_error' else shown}"
+
+
+def _list(names: list[str]) -> str:
+    return f" (known: {', '.join(names)})" if names else ""
+
+
+def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """The keys a user wrote (without pydantic's union tags) and the dataclass that owns the last of them."""
+    keys: list[Any] = []
+    owner = None
+    for step in location:
+        kind = _bare(kind)
+        if get_origin(kind) in (Union, types.UnionType):
+            members = [m for m in (_bare(a) for a in get_args(kind)) if m is not type(None)]
+            tagged = [m for m in members if is_dataclass(m) and _tag(m) == step]
+            named = [m for m in members if getattr(m, "__name__", None) == step or str(m) == step]
+            if tagged or named:
+                kind = (tagged or named)[0]
+                continue
+            kind = next((m for m in members if is_dataclass(m) and step in {f.name for f in fields(m)}), members[0])
+            kind = _bare(kind)
+        if is_dataclass(kind):
+            owner = kind
+            keys.append(step)
+            kind = get_type_hints(kind, include_extras=True).get(str(step), Any)
+        elif get_args(kind):
+            if isinstance(step, int) or get_origin(kind) is dict:
+                keys.append(step)
+                arguments = [a for a in get_args(kind) if a is not Ellipsis]
+                kind = arguments[-1]
+        else:
+            keys.append(step)
+    return keys, owner
+
+
+def _bare(kind: Any) -> Any:
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return kind
+
+
+def _tag(kind: Any) -> Any:
+    for field in fields(kind):
+        if field.name == "kind":
+            return field.default
+    return None

@@ -1,0 +1,1 @@
+"""Models measured: bits per byte, multiple choice."""

@@ -1,0 +1,1 @@
+"""Models at work: sampling, the engine over ragged rows, stop conditions."""

@@ -1,0 +1,1 @@
+"""Pieces that several mixers share: attention itself, caches, rotary tables, norms, initialisation."""
