@@ -1,0 +1,101 @@
+"""The `data:` section of a recipe: one of these, or a list of them, each with its `weight`."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tinsmith.core.parse import Config, Count, Kind
+
+Shape = Literal["documents", "chats"]
+"""What an objective reads: pretraining wants documents, fine-tuning wants chats."""
+
+OnBadLine = Literal["reject", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(Config):
+    """What every kind of data has in common."""
+
+    weight: float = 1.0
+    """The share of training rows, relative to the other sources of the list."""
+    validation: float | str = 0.05
+    """The fraction of documents held back for validation."""
+    limit: Count | None = None
+    """Take at most this many documents or chats."""
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight={self.weight} must be above 0")
+        if not isinstance(self.validation, str) and not 0 <= self.validation <= 0.5:
+            raise ValueError(f"validation={self.validation} must be a fraction from 0 to 0.5")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stdlib(DataSection):
+    """Python's own standard library: modules as documents, or (instruction, function) pairs as chats."""
+
+    kind: Literal["stdlib"] = "stdlib"
+    validation: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks(DataSection):
+    """Generated tasks with an answer that can be checked; `digits` and `length` set how hard they are."""
+
+    kind: Literal["tasks"] = "tasks"
+    validation: float = 0.05
+    tasks: tuple[Literal["arithmetic", "sort", "copy"], ...] = ("arithmetic", "sort", "copy")
+    count: Count = 20_000
+    seed: int = 0
+    digits: int = 3
+    """Digits of a number, at most."""
+    length: int = 8
+    """Numbers to sort or letters to copy, at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise ValueError("tasks must name at least one of arithmetic, sort, copy")
+        for name, value, highest in (("count", self.count, 10**9), ("digits", self.digits, 9), ("length", self.length, 99)):
+            if not 1 <= value <= highest:
+                raise ValueError(f"{name}={value} must be from 1 to {highest}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(DataSection):
+    """Your own text: .txt, .jsonl, .jsonl.gz or .parquet, or a folder of them."""
+
+    kind: Literal["text"] = "text"
+    path: str
+    field: str = "text"
+    """Which field of a row is the text."""
+    on_bad_line: OnBadLine = "reject"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chats(DataSection):
+    """Your own chats: .jsonl, .jsonl.gz or .parquet, or a folder of them."""
+
+    kind: Literal["chats"] = "chats"
+    path: str
+    on_bad_line: OnBadLine = "reject"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(DataSection):
+    """A data set of the Hugging Face Hub, by name; or a local folder that `datasets` can read."""
+
+    kind: Literal["hub"] = "hub"
+    validation: float = 0.05
+    name: str
+    config: str | None = None
+    split: str = "train"
+    field: str | None = "text"
+    """Which field of a row is a document; null renders the row's chat instead. Fine-tuning always reads chats."""
+    revision: str | None = None
+    on_bad_line: OnBadLine = "reject"
+
+
+DataConfig = Annotated[Stdlib | Tasks | Text | Chats | Hub, Kind()]

@@ -1,0 +1,117 @@
+"""What a model is made of: `ModelConfig`, read from the `model:` part of a recipe."""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import Config, nearest, parse, plain, read_yaml
+from tinsmith.nn.feedforwards import AnyFeedForward
+from tinsmith.nn.mixers import AnyMixer
+from tinsmith.nn.parts.rope import Rope
+from tinsmith.nn.residuals import AnyResidual
+from tinsmith.nn.residuals.plain import Plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Config):
+    """One block: a mixer, then a feed-forward."""
+
+    mixer: AnyMixer
+    feed_forward: AnyFeedForward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(Config):
+    """Probabilities, in training only: after the embedding, on attention weights, on what a sub-layer adds."""
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("embedding", "attention", "residual"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """A language model: `first` layers, then `pattern` tiled, then `last`, `depth` in all."""
+
+    vocab_size: int
+    dim: int
+    depth: int
+    pattern: tuple[Layer, ...]
+    first: tuple[Layer, ...] = ()
+    last: tuple[Layer, ...] = ()
+    max_context: int = 2048
+    tie_embeddings: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    rope: Rope = Rope()
+    residual: AnyResidual = Plain()
+    dropout: Dropout = Dropout()
+    attention: Literal["sdpa", "naive"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "depth", "max_context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        ends = len(self.first) + len(self.last)
+        if ends > self.depth:
+            raise ValueError(f"depth={self.depth} is less than the {ends} layers of first and last")
+        if ends < self.depth and not self.pattern:
+            raise ValueError("pattern must hold at least one layer")
+        if self.positions == "sinusoidal" and self.dim % 2:
+            raise ValueError(f"dim={self.dim} must be even for sinusoidal positions")
+        self.residual.check(self.dim)
+        shapes = set()
+        for layer in self.layers:
+            layer.mixer.check(self.dim)
+            layer.feed_forward.check(self.dim)
+            shapes.add(layer.mixer.value_shape(self.dim))
+        if len(shapes - {None}) > 1:
+            raise ValueError(f"value_residual needs equal (kv_heads, head_dim) in its layers, not {shapes - {None}}")
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All `depth` layers, in order."""
+        middle = self.depth - len(self.first) - len(self.last)
+        tiled = tuple(self.pattern[i % len(self.pattern)] for i in range(middle))
+        return self.first + tiled + self.last
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "model") -> "ModelConfig":
+        """The `model:` part of a recipe, `preset: NAME` included; UserError names a key that does not fit."""
+        return parse(cls, with_preset(data, where), where)
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """A model of the package by name, see `presets()`."""
+        return cls.from_dict({"preset": name})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return plain(self)
+
+
+def presets() -> list[str]:
+    """The names that `preset:` knows."""
+    folder = resources.files("tinsmith.nn") / "presets"
+    return sorted(Path(str(entry)).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def with_preset(data: Any, where: str = "model") -> Any:
+    """`{preset: NAME, key: value}` as one plain section: the preset's keys, overridden by the others."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: needs keys and values (got {data!r})")
+    if "preset" not in data:
+        return data
+    name, known = str(data["preset"]), presets()
+    if name not in known:
+        raise UserError(f"{where}.preset: '{name}' is not one of {', '.join(known)}{nearest(name, known)}")
+    base = read_yaml(Path(str(resources.files("tinsmith.nn") / "presets" / f"{name}.yaml")))
+    return base | {key: value for key, value in data.items() if key != "preset"}

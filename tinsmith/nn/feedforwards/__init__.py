@@ -1,0 +1,8 @@
+"""The feed-forwards. This union is the list of them: a new one is a file here and one more name below."""
+
+from typing import Annotated
+
+from tinsmith.core.parse import Kind
+from tinsmith.nn.feedforwards.dense import ReLU2, SwiGLU
+
+AnyFeedForward = Annotated[SwiGLU | ReLU2, Kind()]

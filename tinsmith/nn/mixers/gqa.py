@@ -1,0 +1,129 @@
+"""Grouped-query attention (Ainslie et al., 2305.13245): H query heads share G key and value heads.
+
+    y = O softmax(q k^T / sqrt(d)) v      q, k optionally normalised per head (Qwen3), then rotated; v optionally mixed
+
+Options: `window` (each token sees the last `window` tokens, itself included: Mistral), `sinks` (a learned logit per
+head in the softmax's denominator: gpt-oss), `value_residual` (v = l1 v_first + l2 v: Zhou et al., 2410.17897), biases
+(Qwen2 has them on q, k and v).
+
+Legend: B rows, T tokens, H query heads, G key and value heads, D head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerConfig, Out, Site
+from tinsmith.nn.parts.attend import attend, reach
+from tinsmith.nn.parts.cache import Append, Ring
+from tinsmith.nn.parts.init import Output
+from tinsmith.nn.parts.norm import RMSNorm
+from tinsmith.nn.parts.rope import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQA(MixerConfig):
+    """Grouped-query attention; `window` makes it sliding."""
+
+    kind: Literal["gqa"] = "gqa"
+    heads: int = 8
+    kv_heads: int | None = None  # = heads
+    head_dim: int | None = None  # = dim // heads
+    qk_norm: bool = False
+    window: int | None = None
+    sinks: bool = False
+    value_residual: bool = False
+    bias: Literal["none", "qkv", "all"] = "none"
+    rope: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.heads % self.groups:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+
+    @property
+    def groups(self) -> int:
+        """Key and value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    def width(self, dim: int) -> int:
+        """Numbers per head at model width `dim`."""
+        return self.head_dim or dim // self.heads
+
+    def check(self, dim: int) -> None:
+        """Head widths must be whole, and even where they are rotated."""
+        if self.head_dim is None and dim % self.heads:
+            raise ValueError(f"dim={dim} must be a multiple of heads={self.heads}, or head_dim be given")
+        if self.rope and self.width(dim) % 2:
+            raise ValueError(f"head_dim={self.width(dim)} must be even to be rotated (or rope: false)")
+
+    def value_shape(self, dim: int) -> tuple[int, int] | None:
+        """(kv_heads, head_dim) where values are shared between layers."""
+        return (self.groups, self.width(dim)) if self.value_residual else None
+
+    def build(self, site: Site) -> "GQAMixer":
+        """The module."""
+        return GQAMixer(self, site)
+
+
+class GQAMixer(Mixer):
+    """The module of `GQA`."""
+
+    def __init__(self, config: GQA, site: Site):
+        super().__init__()
+        self.heads, self.groups, self.width = config.heads, config.groups, config.width(site.dim)
+        self.window = config.window
+        self.attention, self.dropout = site.attention, site.attention_dropout
+        self.rotary_dim = self.width if config.rope and site.rotary else None
+        self.dim = site.dim
+        qkv_bias, out_bias = config.bias != "none", config.bias == "all"
+        self.q_proj = nn.Linear(site.dim, self.heads * self.width, bias=qkv_bias)
+        self.k_proj = nn.Linear(site.dim, self.groups * self.width, bias=qkv_bias)
+        self.v_proj = nn.Linear(site.dim, self.groups * self.width, bias=qkv_bias)
+        self.o_proj = Output(self.heads * self.width, site.dim, bias=out_bias)
+        self.q_norm = RMSNorm(self.width, site.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.width, site.norm_eps) if config.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
+        self.offers = config.value_residual
+        mixes = config.value_residual and not site.first_value
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
+
+    def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
+        """x (B, T, D) -> Out.y (B, T, D)."""
+        rows, count, _ = x.shape
+        q_BTHD = self.q_norm(self.q_proj(x).view(rows, count, self.heads, self.width))
+        k_BTGD = self.k_norm(self.k_proj(x).view(rows, count, self.groups, self.width))
+        v_BTGD = self.v_proj(x).view(rows, count, self.groups, self.width)
+        if self.rotary_dim:
+            rotary = ctx.rotary[self.rotary_dim]
+            q_BTHD, k_BTGD = rotate(q_BTHD, rotary), rotate(k_BTGD, rotary)
+        offered = v_BTGD if self.offers else None
+        if self.value_mix is not None and ctx.value is not None:
+            v_BTGD = (self.value_mix[0] * ctx.value + self.value_mix[1] * v_BTGD).to(v_BTGD.dtype)
+        if cache is None:
+            seen = reach(ctx.segments, count, self.window, x.device)
+        else:
+            (k_BTGD, v_BTGD), seen = cache.append(ctx.segments, k_BTGD, v_BTGD)
+        dropout = self.dropout if self.training else 0.0
+        y_BTHD = attend(q_BTHD, k_BTGD, v_BTGD, seen, kind=self.attention, dropout=dropout, sinks_H=self.sinks)
+        return Out(self.o_proj(y_BTHD.reshape(rows, count, -1)), value=offered)
+
+    def new_cache(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Keys (already rotated) and values (already mixed): 2 kv_heads head_dim numbers per token held."""
+        shapes: list[tuple[int, ...]] = [(self.groups, self.width)] * 2
+        if self.window is not None and self.window < capacity:
+            return Ring(rows, capacity, self.window, shapes, dtype, device)
+        return Append(rows, capacity, shapes, dtype, device)
+
+    def flops(self, context: int) -> int:
+        """Projections, and scores and sums over the keys that are seen on average."""
+        inner = self.heads * self.width
+        projections = 2 * self.dim * (2 * inner + 2 * self.groups * self.width)
+        window = min(self.window or context, context)
+        seen = window - window * (window - 1) / (2 * context)
+        return int(projections + 4 * inner * seen)

@@ -1,0 +1,136 @@
+"""Attention itself: which keys a query may see, and the weighted sum over them.
+
+    y_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s      over the keys s within reach of t
+
+A document is a run of one segment id, so the keys within reach of a query are one interval of places in its row:
+from the first token of its document, or `window` tokens back, up to itself. `Reach` is that interval; causality,
+windows, packed documents, padding and caches are all nothing but intervals, and no query is ever without a key.
+
+Legend: B rows, T queries, S keys, H query heads, G key heads, D head width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.nn.parts.norm import wide
+
+FAR = 2**30
+
+
+class Reach(NamedTuple):
+    """Query t of row b sees the keys whose place is in [low, high]. All None: the T queries are the last T keys."""
+
+    low_BT: Tensor | None = None
+    high_BT: Tensor | None = None
+    places_BS: Tensor | None = None
+    """Where each key stands in its row (below 0: nowhere); None: keys stand in order, from place 0."""
+
+    @property
+    def plain(self) -> bool:
+        """Causality and nothing else."""
+        return self.high_BT is None and self.places_BS is None
+
+    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(B or 1, T, S) bool."""
+        if self.places_BS is None:
+            places = torch.arange(keys, device=device)[None, None]
+        else:
+            places = self.places_BS[:, None]
+        if self.high_BT is None:
+            return places <= torch.arange(keys - queries, keys, device=device)[None, :, None]
+        seen = places <= self.high_BT[..., None]
+        return seen if self.low_BT is None else seen & (places >= self.low_BT[..., None])
+
+
+def document_starts(segments_BT: Tensor) -> Tensor:
+    """(B, T): the index at which the run of equal segment ids that holds t begins."""
+    index = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand_as(segments_BT)
+    border = torch.ones_like(segments_BT, dtype=torch.bool)
+    border[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return torch.where(border, index, 0).cummax(1).values
+
+
+def reach(segments_BT: Tensor | None, length: int, window: int | None, device: torch.device) -> Reach:
+    """What each of `length` tokens sees of the same tokens (no cache)."""
+    narrow = window is not None and window < length
+    if segments_BT is None and not narrow:
+        return Reach()
+    index = torch.arange(length, device=device)[None]
+    low = torch.zeros_like(index) if segments_BT is None else document_starts(segments_BT)
+    if narrow and window is not None:
+        low = torch.maximum(low, index - window + 1)
+    return Reach(low, index.expand_as(low))
+
+
+def attend(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    seen: Reach,
+    *,
+    kind: str = "sdpa",
+    dropout: float = 0.0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Attention with H query heads over G key heads (G divides H); (B, T, H, D).
+
+    `kind`: "naive" writes the formula out and is the oracle of "sdpa". `sinks_H` adds exp(z_h) to the softmax's
+    denominator (gpt-oss). `dropout` acts on the weights.
+    """
+    if kind == "naive":
+        return _naive(q_BTHD, k_BSGD, v_BSGD, seen, dropout, sinks_H)
+    if sinks_H is not None:
+        return _with_sinks(q_BTHD, k_BSGD, v_BSGD, seen, dropout, sinks_H)
+    queries, keys = q_BTHD.shape[1], k_BSGD.shape[1]
+    causal = seen.plain and queries == keys and queries > 1
+    mask = None
+    if not causal and not (seen.plain and queries == 1):
+        mask = seen.visible(queries, keys, q_BTHD.device)[:, None]
+    return _sdpa(q_BTHD, k_BSGD, v_BSGD, mask, causal, dropout, 1 / math.sqrt(q_BTHD.shape[-1]))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+    y_BHTD = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y_BHTD.transpose(1, 2)
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, sinks_H: Tensor) -> Tensor:
+    """A sink is one more key, with value 0, whose logit is z: it fits in one more channel of q and k.
+
+    q' = [q, z sqrt(d)], k' = [k, 0] for real keys and [0, 1] for the sink, so q'.k' / sqrt(d) is the old logit or z.
+    """
+    rows, queries, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    extra = (sinks_H * math.sqrt(width)).to(q.dtype).expand(rows, queries, heads)[..., None]
+    sink = F.pad(k.new_zeros(rows, 1, groups, width), (0, 1), value=1.0)
+    k = torch.cat((sink, F.pad(k, (0, 1))), 1)
+    v = F.pad(v, (0, 1, 0, 0, 1, 0))
+    mask = F.pad(seen.visible(queries, keys, q.device), (1, 0), value=True)[:, None]
+    return _sdpa(torch.cat((q, extra), -1), k, v, mask, False, dropout, 1 / math.sqrt(width))[..., :width]
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, sinks_H: Tensor | None) -> Tensor:
+    share = q.shape[2] // k.shape[2]
+    kind = wide(q.dtype)
+    k, v = k.repeat_interleave(share, 2).to(kind), v.repeat_interleave(share, 2).to(kind)
+    scores_BHTS = torch.einsum("bthd,bshd->bhts", q.to(kind), k) / math.sqrt(q.shape[-1])
+    visible = seen.visible(q.shape[1], k.shape[1], q.device)[:, None]
+    scores_BHTS = scores_BHTS.masked_fill(~visible, -math.inf)
+    if sinks_H is not None:
+        column = sinks_H.to(kind)[None, :, None, None].expand(*scores_BHTS.shape[:3], 1)
+        scores_BHTS = torch.cat((scores_BHTS, column), -1)
+    weights = scores_BHTS.softmax(-1)[..., : k.shape[1]]
+    return torch.einsum("bhts,bshd->bthd", F.dropout(weights, dropout), v).to(q.dtype)

@@ -1,0 +1,249 @@
+"""The bricks that mixers' caches are made of: `Append` remembers every token, `Ring` the last `window` of them.
+
+Both hold any number of tensors per token (keys and values; a latent and its rotary key; ...) in rows that may differ
+in length. The bookkeeping of rows is shared (`Rows`): where a row's next token goes and where its current document
+began. A document is a run of one segment id; only the current one can still be attended to, so two numbers per row
+are all that packed documents cost.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinsmith.nn.contract import CacheFull, CannotRewind
+from tinsmith.nn.parts.attend import FAR, Reach
+
+
+class Places(NamedTuple):
+    """Where the tokens of one call stand in their rows."""
+
+    place_BT: Tensor
+    start_BT: Tensor
+    """Place of the first token of the same document."""
+    real_BT: Tensor | None
+    """False for padding; None: every token is real."""
+
+
+class Rows:
+    """Lengths and documents of a batch of rows."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.starts = torch.zeros_like(self.lengths)
+        self.documents = torch.zeros_like(self.lengths)
+        self.longest = 0
+        """The largest length, known without asking the device."""
+        self.even = True
+        """All rows have the same length and hold one document: no mask is needed beyond causality."""
+
+    def place(self, count: int, segments_BT: Tensor | None, capacity: int) -> Places:
+        """Take in `count` tokens a row; -1 in `segments_BT` is padding and takes no place.
+
+        Raises CacheFull, and changes nothing, where a row would hold more than `capacity` tokens.
+        """
+        if segments_BT is None:
+            self._make_room(self.longest + count, self.lengths + count, capacity)
+            place = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+            self.lengths, self.longest = self.lengths + count, self.longest + count
+            return Places(place, self.starts[:, None].expand_as(place), None)
+        real = segments_BT >= 0
+        added = real.sum(1)
+        self._make_room(self.longest + count, self.lengths + added, capacity)
+        places = Places(self.lengths[:, None] + real.cumsum(1) - 1, self._starts(segments_BT, real), real)
+        newest = latest(real)[:, -1:]
+        some = newest[:, 0] >= 0
+        self.documents = segments_BT.gather(1, newest.clamp(min=0))[:, 0].where(some, self.documents)
+        self.starts = places.start_BT.gather(1, newest.clamp(min=0))[:, 0].where(some, self.starts)
+        self.lengths = self.lengths + added
+        self.refresh()
+        return places
+
+    def _make_room(self, bound: int, lengths: Tensor, capacity: int) -> None:
+        if bound > capacity and len(lengths) and int(lengths.max()) > capacity:
+            raise CacheFull(f"a row of {int(lengths.max())} tokens does not fit a cache with room for {capacity}")
+
+    def _starts(self, segments_BT: Tensor, real_BT: Tensor) -> Tensor:
+        """(B, T): where the document of each token began; a document goes on from call to call."""
+        before = torch.cat((torch.full_like(segments_BT[:, :1], -1), latest(real_BT)[:, :-1]), 1)
+        known = segments_BT.gather(1, before.clamp(min=0)).where(before >= 0, self.documents[:, None])
+        fresh = real_BT & ((segments_BT != known) | ((before < 0) & (self.lengths[:, None] == 0)))
+        place = self.lengths[:, None] + real_BT.cumsum(1) - 1
+        return place.where(fresh, self.starts[:, None]).cummax(1).values
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Row b keeps its first `lengths[b]` tokens, which must not end before its current document."""
+        if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
+            raise ValueError(f"cannot truncate rows of {self.lengths.tolist()} tokens to {lengths.tolist()}")
+        if bool(((lengths < self.starts) & (lengths < self.lengths)).any()):
+            raise CannotRewind("a row would lose its whole current document, and earlier ones are forgotten")
+        self.lengths = lengths.to(self.lengths.device, torch.long).clone()
+        self.refresh()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat rows."""
+        self.lengths, self.starts, self.documents = self.lengths[rows], self.starts[rows], self.documents[rows]
+        self.refresh()
+
+    def join(self, other: "Rows") -> None:
+        """Append the rows of `other`."""
+        self.lengths = torch.cat((self.lengths, other.lengths))
+        self.starts = torch.cat((self.starts, other.starts))
+        self.documents = torch.cat((self.documents, other.documents))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Recompute what is known without asking the device."""
+        lengths = self.lengths.tolist()
+        self.longest = max(lengths, default=0)
+        self.even = len(set(lengths)) <= 1 and not bool(self.starts.any())
+
+
+class Stored:
+    """Tensors of (rows, slots, *shape) with the bookkeeping of their rows; base of `Append` and `Ring`."""
+
+    def __init__(self, rows: int, slots: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device):
+        self.slots = slots
+        self.tensors = [torch.zeros(rows, slots, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.rows = Rows(rows, device)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens absorbed per row."""
+        return self.rows.lengths
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat rows."""
+        self.tensors = [tensor[rows] for tensor in self.tensors]
+        self.rows.select(rows)
+
+    def nbytes(self) -> int:
+        """rows * slots * numbers per token * bytes per number."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def write(self, slot_BT: Tensor, keep_BT: Tensor | None, new: tuple[Tensor, ...]) -> None:
+        """Store new (B, T, *shape) tensors at (row, slot) where `keep_BT` (None: everywhere)."""
+        if keep_BT is None:
+            row = torch.arange(len(slot_BT), device=slot_BT.device)[:, None]
+            for tensor, fresh in zip(self.tensors, new, strict=True):
+                tensor[row, slot_BT] = fresh.to(tensor.dtype)
+            return
+        row, column = keep_BT.nonzero(as_tuple=True)
+        for tensor, fresh in zip(self.tensors, new, strict=True):
+            tensor[row, slot_BT[row, column]] = fresh[row, column].to(tensor.dtype)
+
+    def _write_even(self, begin: int, new: tuple[Tensor, ...]) -> int:
+        end = begin + new[0].shape[1]
+        for tensor, fresh in zip(self.tensors, new, strict=True):
+            tensor[:, begin:end] = fresh
+        return end
+
+
+class Append(Stored):
+    """Remembers every token, up to `capacity` of them."""
+
+    def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Reach]:
+        """Take in (B, T, *shape) tensors; return all tokens held, (B, S, *shape) each, and what the new ones see."""
+        before, count = self.rows.longest, new[0].shape[1]
+        if segments_BT is None and self.rows.even:
+            self.rows.place(count, None, self.slots)
+            end = self._write_even(before, new)
+            return [tensor[:, :end] for tensor in self.tensors], Reach()
+        places = self.rows.place(count, segments_BT, self.slots)
+        self.write(places.place_BT, places.real_BT, new)
+        used = max(self.rows.longest, 1)
+        return [tensor[:, :used] for tensor in self.tensors], interval(places, None)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the newest tokens."""
+        self.rows.truncate(lengths)
+
+    def join(self, other: "Append") -> None:
+        """Append the rows of `other`; the larger capacity is kept."""
+        slots = max(self.slots, other.slots)
+        mine, theirs = (_widened(cache.tensors, slots) for cache in (self, other))
+        self.tensors = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
+        self.slots = slots
+        self.rows.join(other.rows)
+
+
+class Ring(Stored):
+    """Remembers the last `window` tokens; the token at place p is in slot p mod window."""
+
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        window: int,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__(rows, window, shapes, dtype, device)
+        self.capacity = capacity
+
+    def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Reach]:
+        """Take in (B, T, *shape) tensors; return what they may see, (B, S, *shape) each, and how far."""
+        before, count = self.rows.longest, new[0].shape[1]
+        if segments_BT is None and self.rows.even and before + count <= self.slots:
+            self.rows.place(count, None, self.capacity)
+            end = self._write_even(before, new)
+            return [tensor[:, :end] for tensor in self.tensors], Reach()
+        held, held_places = self.tensors, self._places(self.rows.lengths)
+        places = self.rows.place(count, segments_BT, self.capacity)
+        keep = places.place_BT >= self.rows.lengths[:, None] - self.slots
+        if places.real_BT is not None:
+            keep = keep & places.real_BT
+        if count == 1:
+            self.write(places.place_BT % self.slots, keep if places.real_BT is not None else None, new)
+            return self.tensors, interval(places, self.slots, self._places(self.rows.lengths))
+        new_places = places.place_BT if places.real_BT is None else places.place_BT.where(places.real_BT, -1)
+        seen = [torch.cat((old, fresh.to(old.dtype)), 1) for old, fresh in zip(held, new, strict=True)]
+        self.write(places.place_BT % self.slots, keep, new)
+        return seen, interval(places, self.slots, torch.cat((held_places, new_places), 1))
+
+    def _places(self, lengths: Tensor) -> Tensor:
+        """(B, slots): the place of the token in each slot, below 0 where there is none."""
+        slot = torch.arange(self.slots, device=lengths.device)
+        newest = lengths[:, None] - 1
+        place = newest - (newest - slot) % self.slots
+        return place.where(place >= 0, -1)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the newest tokens; possible while nothing older has been overwritten."""
+        lengths = lengths.to(self.lengths.device)
+        if bool(((lengths < self.lengths) & (self.lengths > self.slots)).any()):
+            raise CannotRewind(f"a window of {self.slots} tokens has already dropped what came before")
+        self.rows.truncate(lengths)
+
+    def join(self, other: "Ring") -> None:
+        """Append the rows of `other`, which has the same window."""
+        if self.slots != other.slots:
+            raise ValueError(f"cannot join windows of {self.slots} and {other.slots} tokens")
+        self.tensors = [torch.cat(pair) for pair in zip(self.tensors, other.tensors, strict=True)]
+        self.capacity = max(self.capacity, other.capacity)
+        self.rows.join(other.rows)
+
+
+def latest(real_BT: Tensor) -> Tensor:
+    """(B, T): index of the newest real token at or before t, -1 where there is none."""
+    index = torch.arange(real_BT.shape[1], device=real_BT.device)
+    return index.where(real_BT, -1).cummax(1).values
+
+
+def interval(places: Places, window: int | None, key_places_BS: Tensor | None = None) -> Reach:
+    """From the start of the document, or `window` tokens back, up to the token itself; padding sees anything."""
+    low, high = places.start_BT, places.place_BT
+    if window is not None:
+        low = torch.maximum(low, high - window + 1)
+    if places.real_BT is not None:
+        low, high = low.where(places.real_BT, -FAR), high.where(places.real_BT, FAR)
+    return Reach(low, high, key_places_BS)
+
+
+def _widened(tensors: list[Tensor], slots: int) -> list[Tensor]:
+    widened = []
+    for tensor in tensors:
+        room = tensor.new_zeros(len(tensor), slots - tensor.shape[1], *tensor.shape[2:])
+        widened.append(torch.cat((tensor, room), 1))
+    return widened

@@ -1,0 +1,40 @@
+"""All initialisation in one place.
+
+| module | weight |
+|---|---|
+| Embedding (also the tied head), untied head | normal, std min(0.02, 0.5 / sqrt(width)): first logits are small, first loss is ln V |
+| Linear | normal, std 0.5 / sqrt(fan in) |
+| Output (writes into the residual stream) | the same / sqrt(2 depth): the stream does not grow with depth (GPT-2) |
+| biases | 0; norms 1 (set where they are made) |
+"""
+
+import math
+
+from torch import nn
+
+
+class Output(nn.Linear):
+    """A projection that writes into the residual stream."""
+
+
+class Head(nn.Linear):
+    """Hidden states to logits; logits are at least float32."""
+
+    def forward(self, input):  # noqa: A002, D102 (torch's own name and meaning)
+        from tinsmith.nn.parts.norm import wide
+
+        logits = super().forward(input)
+        return logits.to(wide(logits.dtype))
+
+
+def initialise(model: nn.Module, depth: int) -> None:
+    """Give every weight of `model` its first value, from torch's global generator."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | Head):
+            width = module.weight.shape[1]
+            nn.init.normal_(module.weight, std=min(0.02, 0.5 / math.sqrt(width)))
+        elif isinstance(module, nn.Linear):
+            shrink = math.sqrt(2 * depth) if isinstance(module, Output) else 1.0
+            nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.in_features) / shrink)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,113 @@
+"""Rotary position embedding, half-split: dimension i turns with i + d/2 (Su et al., 2104.09864), and its stretchings.
+
+YaRN is that of the paper (Peng et al., 2309.00071) and of transformers; `linear` and `llama3` are what published
+Llama folders ask for. Tables are made from positions when they are used, never buffers that `.to(dtype)` could round.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.parse import Config, Kind
+from tinsmith.nn.contract import Rotary
+from tinsmith.nn.parts.norm import wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn(Config):
+    """Low frequencies are divided by `factor`, high ones kept, with a ramp between; logits get a temperature."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor={self.factor} must be at least 1")
+
+    def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
+        """Frequencies (d/2,) -> stretched frequencies and the factor of cos and sin (0.1 ln s + 1 unless given)."""
+        half = len(frequencies)
+
+        def turning(rotations: float) -> float:
+            return 2 * half * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(turning(self.beta_fast)), 0)
+        high = min(math.ceil(turning(self.beta_slow)), 2 * half - 1)
+        index = torch.arange(half, dtype=frequencies.dtype, device=frequencies.device)
+        ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+        factor = self.attention_factor
+        if factor is None:
+            factor = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return frequencies * (1 - ramp + ramp / self.factor), factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Config):
+    """Every frequency divided by `factor` (position interpolation, Chen et al., 2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float
+
+    def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
+        """Frequencies (d/2,) -> stretched frequencies, and 1."""
+        return frequencies / self.factor, 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3(Config):
+    """Llama 3.1's stretching: long wavelengths divided by `factor`, short ones kept, a smooth step between."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float
+    original_context: int
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+
+    def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
+        """Frequencies (d/2,) -> stretched frequencies, and 1."""
+        turns = self.original_context * frequencies / (2 * math.pi)
+        smooth = ((turns - self.low_factor) / (self.high_factor - self.low_factor)).clamp(0, 1)
+        return frequencies * ((1 - smooth) / self.factor + smooth), 1.0
+
+
+Scaling = Annotated[Yarn | Linear | Llama3, Kind()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Config):
+    """Base wavelength and an optional stretching for longer contexts."""
+
+    theta: float = 10000.0
+    scaling: Scaling | None = None
+
+
+def frequencies(rope: Rope, dim: int, dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, float]:
+    """(dim/2,) angular frequencies theta^(-2i/dim) after scaling, and the factor of cos and sin."""
+    exponents = torch.arange(0, dim, 2, dtype=dtype, device=device) / dim
+    plain = 1.0 / torch.tensor(rope.theta, dtype=dtype, device=device) ** exponents
+    return rope.scaling.apply(plain, rope.theta) if rope.scaling else (plain, 1.0)
+
+
+def tables(rope: Rope, dim: int, positions_BT: Tensor, dtype: torch.dtype) -> Rotary:
+    """cos and signed sin for `rotate`, each (B, T, dim) in at least float32."""
+    kind = wide(dtype)
+    turn, factor = frequencies(rope, dim, kind, positions_BT.device)
+    angles = positions_BT.to(kind)[..., None] * turn
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
+    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same dtype out."""
+    cos, sin = rotary
+    x = x_BTHD.to(cos.dtype)
+    first, second = x.chunk(2, -1)
+    turned = torch.addcmul(x * cos[:, :, None], torch.cat((second, first), -1), sin[:, :, None])
+    return turned.to(x_BTHD.dtype)

@@ -1,0 +1,8 @@
+"""The residual streams. This union is the list of them: a new one is a file here and one more name below."""
+
+from typing import Annotated
+
+from tinsmith.core.parse import Kind
+from tinsmith.nn.residuals.plain import Plain
+
+AnyResidual = Annotated[Plain, Kind()]

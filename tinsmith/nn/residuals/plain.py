@@ -1,0 +1,39 @@
+"""The plain residual: one stream, h + y (He et al., 1512.03385)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tinsmith.nn.contract import Residual, ResidualConfig, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(ResidualConfig):
+    """One stream that every sub-layer adds to."""
+
+    kind: Literal["plain"] = "plain"
+
+    def build(self, site: Site) -> "PlainResidual":
+        """The module."""
+        return PlainResidual()
+
+    def expand(self, x: Tensor) -> Tensor:
+        """The stream is x."""
+        return x
+
+    def collapse(self, h: Tensor) -> Tensor:
+        """The stream is what comes out."""
+        return h
+
+
+class PlainResidual(Residual):
+    """The module of `Plain`."""
+
+    def read(self, h: Tensor) -> tuple[Tensor, Any]:
+        """(B, T, D) -> itself."""
+        return h, None
+
+    def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
+        """h + y."""
+        return h + y

@@ -1,0 +1,50 @@
+"""Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) with `tokenizers`.
+
+A text is first cut into words, numbers digit by digit, signs and blanks; merges never cross a cut. Every digit stays a
+token of its own, because arithmetic is much easier to learn that way for a small model.
+"""
+
+from collections.abc import Iterable
+
+from tinsmith.core.errors import UserError
+from tinsmith.text.tokenizer import SPECIALS, TAGS, Tokenizer
+
+SMALLEST = 256 + len(SPECIALS)
+
+_CUTS = (
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with the blank or sign before it
+    r"|\p{N}"  # one digit
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # signs, with the line's end after them
+    r"|\s*[\r\n]+"  # ends of lines
+    r"|\s+(?!\S)"  # blanks, but for the last one, which belongs to the next word
+    r"|\s+"
+)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn `vocab_size` ids from texts: the special tokens from id 0 on, all 256 bytes, then merges.
+
+    Deterministic: equal texts give an equal `tokenizer.json`. Fewer ids come out only where the texts have no pair
+    left to merge. UserError where `vocab_size` has no room for specials and bytes.
+    """
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST:
+        raise UserError(f"tokenizer.train.vocab_size: {vocab_size} is too small; the bytes and specials take {SMALLEST}")
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_CUTS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(name, special=name not in TAGS, normalized=False) for name in SPECIALS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    return Tokenizer(learner.to_str())

@@ -1,0 +1,121 @@
+"""Find a tokenizer: a file, a folder, an old GPT-2 folder, or a name on the Hugging Face Hub."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import say
+from tinsmith.text.tokenizer import END_OF_TEXT, END_OF_TURN, TEMPLATE
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json")
+_GPT2_CLASSES = ("", "GPT2Tokenizer", "GPT2TokenizerFast")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class Found(NamedTuple):
+    """What a folder says about its tokenizer: where, the `tokenizer.json` text, how documents end, its template."""
+
+    place: Path
+    settings: str
+    end_of_text: str
+    chat_template: str | None
+
+
+def find(path_or_name: str | Path) -> Found:
+    """Read the tokenizer at a path or, where there is no such path, of that name on the Hub."""
+    path = Path(path_or_name).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        return _from_folder(path)
+    name = str(path_or_name)
+    if not _HUB_NAME.fullmatch(name) or ("/" in name and path.parent.exists()):
+        raise UserError(f"{name}: no such file or folder; a tokenizer is a tokenizer.json or a folder that holds one")
+    return _from_folder(_fetch(name))
+
+
+def _from_folder(folder: Path) -> Found:
+    for inner in (folder, folder / "final"):
+        if (inner / "tokenizer.json").is_file():
+            return _from_file(inner / "tokenizer.json")
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return Found(folder, _from_vocabulary(folder), *_roles(folder))
+    raise UserError(f"{folder}: has no tokenizer.json (nor vocab.json with merges.txt)")
+
+
+def _from_file(path: Path) -> Found:
+    return Found(path, _read(path), *_roles(path.parent))
+
+
+def _roles(folder: Path) -> tuple[str, str | None]:
+    """The token that ends a document, and the chat template where it is not Tinsmith's."""
+    config = _read_object(folder / "tokenizer_config.json")
+    end = config.get("eos_token") or END_OF_TEXT
+    end = end["content"] if isinstance(end, dict) else end
+    templates = config.get("chat_template")
+    if isinstance(templates, list):
+        templates = {item["name"]: item["template"] for item in templates}.get("default")
+    beside = folder / "chat_template.jinja"
+    template = _read(beside) if beside.is_file() else templates
+    ours = template is None or template == TEMPLATE.read_text(encoding="utf-8")
+    return (END_OF_TEXT if end == END_OF_TURN else end), (None if ours else template)
+
+
+def _from_vocabulary(folder: Path) -> str:
+    """`tokenizer.json` text for GPT-2's older pair of files."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = _read_object(folder / "tokenizer_config.json").get("tokenizer_class", "")
+    if kind not in _GPT2_CLASSES:
+        raise UserError(f"{folder}: a {kind} without tokenizer.json; save it again with transformers to get one")
+    vocabulary, added = _read_object(folder / "vocab.json"), _read_object(folder / "added_tokens.json")
+    pairs = [line.split(" ") for line in _read(folder / "merges.txt").splitlines() if line and line[:9] != "#version:"]
+    try:
+        made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in pairs]))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from None
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    names = [END_OF_TEXT] if END_OF_TEXT in vocabulary else []
+    names += sorted((name for name in added if name not in names), key=lambda name: added[name])
+    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    moved = [name for name in added if made.token_to_id(name) != added[name]]
+    if moved:
+        raise UserError(f"{folder / 'added_tokens.json'}: the id of '{moved[0]}' does not follow the vocabulary")
+    return made.to_str()
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    say(f"fetching the tokenizer of {name} from the Hugging Face Hub", err=True)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: no such path here, and the Hugging Face Hub did not give it: {reason}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
