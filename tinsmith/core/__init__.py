@@ -1,1 +1,3 @@
-"""Ground that everything stands on: errors, files, random states, logs, signals. No neural networks."""
+"""Ground that everything stands on: errors, files, random states, logs, signals. No neural
+networks.
+"""

@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """Bad input. Its text is one line that says what, where and what to do; the process exits with 2."""
+    """Bad input. Its text is one line that says what, where and what to do; the process exits
+    with 2.
+    """
 
 
 class Stopped(Exception):

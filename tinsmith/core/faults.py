@@ -1,7 +1,9 @@
-"""Counted events at which a test may kill the process: `TINSMITH_KILL_AT=17` means SIGKILL at the 17th.
+"""Counted events at which a test may kill the process: `TINSMITH_KILL_AT=17` means SIGKILL at the
+17th.
 
-A kill at a counted event is the same on a fast and on a slow machine, which a kill after some seconds is not.
-`TINSMITH_COUNT_EVENTS=FILE` writes how many events a run passed, so that a test can choose among them.
+A kill at a counted event is the same on a fast and on a slow machine, which a kill after some
+seconds is not. `TINSMITH_COUNT_EVENTS=FILE` writes how many events a run passed, so that a test can
+choose among them.
 """
 
 import atexit

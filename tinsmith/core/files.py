@@ -12,7 +12,9 @@ from tinsmith.core.faults import event
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a
+    part.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     raw = data.encode("utf-8") if isinstance(data, str) else data
     try:
@@ -32,7 +34,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 def atomic_dir(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` on success and vanishes on failure.
 
-    An existing `target` is replaced. Files written inside should be fsynced by `fsync_tree`, which this calls.
+    An existing `target` is replaced. Files written inside should be fsynced by `fsync_tree`, which
+    this calls.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -113,7 +116,9 @@ def sha256(path: Path) -> str:
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root / name`, refused where the name leaves `root` (absolute, `..`, NUL or a link that leads out)."""
+    """`root / name`, refused where the name leaves `root` (absolute, `..`, NUL or a link that
+    leads out).
+    """
     if "\0" in name or not name or Path(name).is_absolute():
         raise UserError(f"{name!r} is not a file name inside {root}")
     path = root / name

@@ -1,4 +1,6 @@
-"""Where a run speaks: aligned lines on the terminal, the same in `log.txt`, numbers in `metrics.jsonl`."""
+"""Where a run speaks: aligned lines on the terminal, the same in `log.txt`, numbers in
+`metrics.jsonl`.
+"""
 
 import json
 import math
@@ -40,7 +42,9 @@ class RunLog:
                 file.write(text + "\n")
 
     def metrics(self, values: Metrics) -> None:
-        """Append one object to `metrics.jsonl` (numbers that are not finite become null) and tell the trackers."""
+        """Append one object to `metrics.jsonl` (numbers that are not finite become null) and
+        tell the trackers.
+        """
         if self.quiet or not self.folder:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """The border between text and typed configuration.
 
-Config classes are plain frozen dataclasses that inherit from `Config`; pydantic and PyYAML are imported only here,
-inside functions, so that importing a model never pays for them.
+Config classes are plain frozen dataclasses that inherit from `Config`; pydantic and PyYAML are
+imported only here, inside functions, so that importing a model never pays for them.
 """
 
 import difflib
@@ -23,7 +23,9 @@ class Config:
 
 
 class Kind:
-    """Marks a union of configs whose members are told apart by their `kind`: `Annotated[A | B, Kind()]`."""
+    """Marks a union of configs whose members are told apart by their `kind`: `Annotated[A | B,
+    Kind()]`.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic import Field
@@ -43,15 +45,22 @@ class _CountReader:
 
 
 def read_count(value: Any) -> Any:
-    """`20k` -> 20000, `1e6` -> 1000000; anything else is returned as it is, for the validator to judge."""
+    """`20k` -> 20000, `1e6` -> 1000000; anything else is returned as it is, for the validator to
+    judge.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgG]?)", value.strip())
+    match = re.fullmatch(
+        r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgG]?)", value.strip()
+    )
     if not match:
         return value
-    number = float(match[1].replace("_", "")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()]
+    number = (
+        float(match[1].replace("_", ""))
+        * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()]
+    )
     return int(number) if number.is_integer() else value
 
 
@@ -61,14 +70,17 @@ Count = Annotated[int, _CountReader()]
 def parse(kind: Any, data: Any, where: str = "") -> Any:
     """Validate plain data as `kind` (any type that pydantic understands).
 
-    Raises UserError with one line: where, the key, what is wrong, and the nearest known name for an unknown one.
+    Raises UserError with one line: where, the key, what is wrong, and the nearest known name for an
+    unknown one.
     """
     from pydantic import TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        problem = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")[0]
+        problem = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")[
+            0
+        ]
         raise UserError(_explain(kind, problem, where)) from None
 
 
@@ -105,14 +117,18 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
 
 
 def write_yaml(data: Any) -> str:
     """Plain data as YAML text, keys in their own order."""
     import yaml
 
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    return yaml.safe_dump(
+        data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
+    )
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -151,7 +167,9 @@ def _list(names: list[str]) -> str:
 
 
 def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """The keys a user wrote (without pydantic's union tags) and the dataclass that owns the last of them."""
+    """The keys a user wrote (without pydantic's union tags) and the dataclass that owns the last
+    of them.
+    """
     keys: list[Any] = []
     owner = None
     for step in location:
@@ -163,7 +181,10 @@ def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any]:
             if tagged or named:
                 kind = (tagged or named)[0]
                 continue
-            kind = next((m for m in members if is_dataclass(m) and step in {f.name for f in fields(m)}), members[0])
+            kind = next(
+                (m for m in members if is_dataclass(m) and step in {f.name for f in fields(m)}),
+                members[0],
+            )
             kind = _bare(kind)
         if is_dataclass(kind):
             owner = kind

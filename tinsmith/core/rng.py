@@ -1,4 +1,6 @@
-"""Random numbers: generators that are a pure function of a seed and some keys, and whole states for checkpoints."""
+"""Random numbers: generators that are a pure function of a seed and some keys, and whole states
+for checkpoints.
+"""
 
 import hashlib
 import random
@@ -29,7 +31,9 @@ def seed_all(seed: int) -> None:
 
 
 def capture() -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The global random states: tensors (torch, one per CUDA device) and JSON-ready values (python, numpy)."""
+    """The global random states: tensors (torch, one per CUDA device) and JSON-ready values
+    (python, numpy).
+    """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -46,7 +50,9 @@ def restore(tensors: dict[str, Tensor], values: dict[str, object]) -> None:
     """Put back what `capture` took. CUDA states are restored where the devices exist."""
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
-        for i in range(min(torch.cuda.device_count(), sum(name.startswith("cuda.") for name in tensors))):
+        for i in range(
+            min(torch.cuda.device_count(), sum(name.startswith("cuda.") for name in tensors))
+        ):
             torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
     version, numbers, gauss = values["python"]  # type: ignore[misc]
     random.setstate((version, tuple(numbers), gauss))

@@ -16,6 +16,7 @@ OnBadLine = Literal["reject", "fail"]
 class DataSection(Config):
     """What every kind of data has in common."""
 
+    kind: str
     weight: float = 1.0
     """The share of training rows, relative to the other sources of the list."""
     validation: float | str = 0.05

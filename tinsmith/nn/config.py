@@ -24,7 +24,9 @@ class Layer(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout(Config):
-    """Probabilities, in training only: after the embedding, on attention weights, on what a sub-layer adds."""
+    """Probabilities, in training only: after the embedding, on attention weights, on what a
+    sub-layer adds.
+    """
 
     embedding: float = 0.0
     attention: float = 0.0
@@ -60,6 +62,8 @@ class ModelConfig(Config):
         for name in ("vocab_size", "dim", "depth", "max_context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps={self.norm_eps} must be above 0")
         ends = len(self.first) + len(self.last)
         if ends > self.depth:
             raise ValueError(f"depth={self.depth} is less than the {ends} layers of first and last")
@@ -74,7 +78,9 @@ class ModelConfig(Config):
             layer.feed_forward.check(self.dim)
             shapes.add(layer.mixer.value_shape(self.dim))
         if len(shapes - {None}) > 1:
-            raise ValueError(f"value_residual needs equal (kv_heads, head_dim) in its layers, not {shapes - {None}}")
+            raise ValueError(
+                f"value_residual needs one (kv_heads, head_dim), not {shapes - {None}}"
+            )
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -85,7 +91,9 @@ class ModelConfig(Config):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "model") -> "ModelConfig":
-        """The `model:` part of a recipe, `preset: NAME` included; UserError names a key that does not fit."""
+        """The `model:` part of a recipe, `preset: NAME` included; UserError names a key that
+        does not fit.
+        """
         return parse(cls, with_preset(data, where), where)
 
     @classmethod
@@ -101,17 +109,23 @@ class ModelConfig(Config):
 def presets() -> list[str]:
     """The names that `preset:` knows."""
     folder = resources.files("tinsmith.nn") / "presets"
-    return sorted(Path(str(entry)).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        Path(str(entry)).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def with_preset(data: Any, where: str = "model") -> Any:
-    """`{preset: NAME, key: value}` as one plain section: the preset's keys, overridden by the others."""
+    """`{preset: NAME, key: value}` as one plain section: the preset's keys, overridden by the
+    others.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{where}: needs keys and values (got {data!r})")
     if "preset" not in data:
         return data
     name, known = str(data["preset"]), presets()
     if name not in known:
-        raise UserError(f"{where}.preset: '{name}' is not one of {', '.join(known)}{nearest(name, known)}")
+        raise UserError(
+            f"{where}.preset: '{name}' is not one of {', '.join(known)}{nearest(name, known)}"
+        )
     base = read_yaml(Path(str(resources.files("tinsmith.nn") / "presets" / f"{name}.yaml")))
     return base | {key: value for key, value in data.items() if key != "preset"}

@@ -1,9 +1,10 @@
 """The contract between the model and its parts. Read this first.
 
-A block is `Residual(Mixer)` then `Residual(FeedForward)`. Every variant of a slot is one file with one frozen config
-dataclass and one module; the union type in the slot folder's `__init__` is the list of variants.
-What a layer has to say travels in its return value (`Out`), what it may read in its arguments (`x`, `Ctx`, cache):
-nothing is stored on modules, nothing in `Ctx` is mutated, so activation checkpointing and compilation change nothing.
+A block is `Residual(Mixer)` then `Residual(FeedForward)`. Every variant of a slot is one file with
+one frozen config dataclass and one module; the union type in the slot folder's `__init__` is the
+list of variants. What a layer has to say travels in its return value (`Out`), what it may read in
+its arguments (`x`, `Ctx`, cache): nothing is stored on modules, nothing in `Ctx` is mutated, so
+activation checkpointing and compilation change nothing.
 
 Shape suffixes: B rows, T tokens of this call, S keys, D width, V vocabulary, E experts.
 """
@@ -22,7 +23,9 @@ class Out(NamedTuple):
     y: Tensor
     """(B, T, D); the residual state, from a Block."""
     losses: dict[str, Tensor] = {}
-    """Differentiable means over this batch, times the layer's own coefficient. The default is shared: merge with `|`."""
+    """Differentiable means over this batch, times the layer's own coefficient. The default is
+    shared: merge with `|`.
+    """
     stats: dict[str, Tensor] = {}
     """Detached observations, as sums that may be added over micro-batches and ranks."""
     probes: dict[str, Tensor] = {}
@@ -41,12 +44,14 @@ class Ctx(NamedTuple):
     positions: Tensor
     """(B, T) absolute positions; they restart at document borders when packed."""
     segments: Tensor | None = None
-    """(B, T) document ids >= 0. Attention never crosses them; -1 marks padding, which nothing attends to, routes or
-    counts. None: every row is one document (with a cache: it goes on)."""
+    """(B, T) document ids >= 0. Attention never crosses them; -1 marks padding, which nothing
+    attends to, routes or counts. None: every row is one document (with a cache: it goes on)."""
     value: Tensor | None = None
     """The value first offered by a layer below."""
     rotary: dict[int, Rotary] = {}
-    """Rotary tables of these positions by rotary width; made once by the model for every width its mixers name."""
+    """Rotary tables of these positions by rotary width; made once by the model for every width
+    its mixers name.
+    """
 
 
 class Site(NamedTuple):
@@ -74,15 +79,19 @@ class CannotRewind(Exception):
 class LayerCache(Protocol):
     """One mixer's memory for a batch of rows. Engine and model never look inside it."""
 
-    lengths: Tensor
-    """(B,) tokens absorbed per row."""
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens absorbed per row."""
+        ...
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows: batching, best-of-n, beams. `rows` (N,) int64."""
         ...
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens so that row b holds `lengths[b]`; raises CannotRewind if it cannot."""
+        """Forget the newest tokens so that row b holds `lengths[b]`; raises CannotRewind if it
+        cannot.
+        """
         ...
 
     def join(self, other: Any) -> None:
@@ -122,7 +131,9 @@ class FeedForwardConfig(PartConfig):
 
 
 class ResidualConfig(PartConfig):
-    """Base of every residual's config; `expand` and `collapse` stand before layer 0 and before the final norm."""
+    """Base of every residual's config; `expand` and `collapse` stand before layer 0 and before
+    the final norm.
+    """
 
     def build(self, site: Site) -> "Residual":
         """The module, one per sub-layer."""
@@ -146,12 +157,16 @@ class Mixer(nn.Module):
         """x (B, T, D) normalised input -> Out.y (B, T, D)."""
         raise NotImplementedError
 
-    def new_cache(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+    def new_cache(
+        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
         """An empty memory for `rows` rows of up to `capacity` tokens."""
         raise NotImplementedError
 
     def flops(self, context: int) -> int:
-        """Floating-point operations per token of a forward pass over `context` tokens (a multiply-add is two)."""
+        """Floating-point operations per token of a forward pass over `context` tokens (a
+        multiply-add is two).
+        """
         raise NotImplementedError
 
 
@@ -187,11 +202,17 @@ class Reset(NamedTuple):
 
 
 class Routed:
-    """Mixin of any mixer or feed-forward with a router; LM walks its modules and forwards the calls."""
+    """Mixin of any mixer or feed-forward with a router; LM walks its modules and forwards the
+    calls.
+    """
 
     def after_backward(self, probes: dict[str, Tensor]) -> None:
-        """Routers that learn from gradients add theirs, from the `.grad` of the probes of their own layer."""
+        """Routers that learn from gradients add theirs, from the `.grad` of the probes of their
+        own layer.
+        """
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
-        """Loss-free bias, re-birth of experts: the only place besides the optimizer where model state changes."""
+        """Loss-free bias, re-birth of experts: the only place besides the optimizer where model
+        state changes.
+        """
         return []

@@ -5,7 +5,8 @@
 Legend: B rows, T tokens, D width, V vocabulary.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,23 +60,31 @@ class Block(nn.Module):
         x, kept = self.feed_residual.read(h)
         fed = self.feed(self.feed_norm(x), ctx)
         h = self.feed_residual.write(h, self._drop(fed.y), kept)
-        said = (_prefixed("mixer", a) | _prefixed("feed", b) for a, b in zip(mixed[1:4], fed[1:4], strict=True))
-        return Out(h, *said, mixed.value)
+        said = (
+            _prefixed("mixer", a) | _prefixed("feed", b)
+            for a, b in zip(mixed[1:4], fed[1:4], strict=True)
+        )
+        losses, stats, probes = said
+        return Out(h, losses, stats, probes, mixed.value)
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 class LM(nn.Module):
-    """A causal language model of any parts. Stateless: what it remembers is in the caches it is given."""
+    """A causal language model of any parts. Stateless: what it remembers is in the caches it is
+    given.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.places = nn.Embedding(config.max_context, config.dim) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList()
+        self.places = (
+            nn.Embedding(config.max_context, config.dim) if config.positions == "learned" else None
+        )
+        blocks: list[Block] = []
         offered = False
         for index, layer in enumerate(config.layers):
             offers = layer.mixer.value_shape(config.dim) is not None
@@ -89,8 +98,9 @@ class LM(nn.Module):
                 rotary=config.positions == "rope",
                 first_value=offers and not offered,
             )
-            self.blocks.append(Block(config, layer, site))
+            blocks.append(Block(config, layer, site))
             offered = offered or offers
+        self.blocks = cast(Sequence[Block], nn.ModuleList(blocks))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -107,16 +117,17 @@ class LM(nn.Module):
     ) -> ModelOut:
         """Ids (B, T), or probabilities (B, T, V), to logits.
 
-        `positions` (B, T): by default counted from 0 inside each run of one segment; with caches, from that row's
-        `cache.lengths`; padding is not counted. `segments` (B, T): document ids >= 0, -1 is padding on either side,
-        whose logits are finite and meaningless. `caches`: one per layer, updated in place; more tokens in a row than
-        their capacity raise CacheFull. `logits`: True, False or "last".
+        `positions` (B, T): by default counted from 0 inside each run of one segment; with caches,
+        from that row's `cache.lengths`; padding is not counted. `segments` (B, T): document ids >=
+        0, -1 is padding on either side, whose logits are finite and meaningless. `caches`: one per
+        layer, updated in place; more tokens in a row than their capacity raise CacheFull. `logits`:
+        True, False or "last".
         """
         shared = positions is None and segments is None and caches is None
         if positions is None:
             positions = _positions(ids, segments, None if caches is None else caches[0].lengths)
         h = self._embed(ids, positions)
-        dims = {block.mixer.rotary_dim for block in self.blocks} - {None}
+        dims = {dim for block in self.blocks if (dim := block.mixer.rotary_dim) is not None}
         told = positions[:1] if shared else positions
         rotary = {dim: tables(self.config.rope, dim, told, h.dtype) for dim in dims}
         ctx = Ctx(positions, segments, None, rotary)
@@ -139,7 +150,11 @@ class LM(nn.Module):
         return block(h, ctx, cache)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.embed(ids) if ids.dim() == 2 else ids.to(self.embed.weight.dtype) @ self.embed.weight
+        x = (
+            self.embed(ids)
+            if ids.dim() == 2
+            else ids.to(self.embed.weight.dtype) @ self.embed.weight
+        )
         if self.places is not None:
             x = x + self.places(positions)
         elif self.config.positions == "sinusoidal":
@@ -151,16 +166,21 @@ class LM(nn.Module):
             return self.head(hidden[:, -1:])
         return self.head(hidden) if wanted else None
 
-    def new_caches(self, rows: int, capacity: int, dtype: torch.dtype | None = None) -> list[LayerCache]:
+    def new_caches(
+        self, rows: int, capacity: int, dtype: torch.dtype | None = None
+    ) -> list[LayerCache]:
         """One empty cache per layer, for `rows` rows of up to `capacity` tokens."""
         if self.config.positions == "learned" and capacity > self.config.max_context:
-            raise UserError(f"capacity={capacity} is beyond max_context={self.config.max_context} of learned positions")
+            limit = self.config.max_context
+            raise UserError(f"capacity={capacity} is beyond max_context={limit}, learned positions")
         weight = self.embed.weight
         kind = dtype or weight.dtype
         return [block.mixer.new_cache(rows, capacity, kind, weight.device) for block in self.blocks]
 
     def flops(self, context: int) -> int:
-        """Floating-point operations per token of a forward pass over `context` tokens, head included."""
+        """Floating-point operations per token of a forward pass over `context` tokens, head
+        included.
+        """
         body = sum(block.mixer.flops(context) + block.feed.flops() for block in self.blocks)
         return body + 2 * self.config.dim * self.config.vocab_size
 
@@ -174,8 +194,14 @@ class LM(nn.Module):
             part.after_backward(_stripped(name, probes))
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
-        """After the optimizer's step, with the statistics of the global batch; what the optimizer is to forget."""
-        return [reset for name, part in self._routed() for reset in part.post_step(_stripped(name, stats))]
+        """After the optimizer's step, with the statistics of the global batch; what the
+        optimizer is to forget.
+        """
+        return [
+            reset
+            for name, part in self._routed()
+            for reset in part.post_step(_stripped(name, stats))
+        ]
 
     def _routed(self) -> list[tuple[str, Routed]]:
         parts = [
@@ -199,7 +225,9 @@ def _positions(ids: Tensor, segments: Tensor | None, lengths: Tensor | None) -> 
 
 
 def _sinusoids(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """(B, T, D): sin in the first half, cos in the second, wavelengths 2 pi to 20000 pi (Vaswani et al., 1706.03762)."""
+    """(B, T, D): sin in the first half, cos in the second, wavelengths 2 pi to 20000 pi (Vaswani
+    et al., 1706.03762).
+    """
     kind = wide(dtype)
     rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=kind, device=positions.device) / dim)
     angles = positions.to(kind)[..., None] * rates
@@ -211,4 +239,8 @@ def _prefixed(prefix: str | int, values: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _stripped(prefix: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }

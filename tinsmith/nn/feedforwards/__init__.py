@@ -1,4 +1,6 @@
-"""The feed-forwards. This union is the list of them: a new one is a file here and one more name below."""
+"""The feed-forwards. This union is the list of them: a new one is a file here and one more name
+below.
+"""
 
 from typing import Annotated
 

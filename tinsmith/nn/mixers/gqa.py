@@ -1,10 +1,10 @@
 """Grouped-query attention (Ainslie et al., 2305.13245): H query heads share G key and value heads.
 
-    y = O softmax(q k^T / sqrt(d)) v      q, k optionally normalised per head (Qwen3), then rotated; v optionally mixed
+    y = O softmax(q k^T / sqrt(d)) v      q, k normalised per head (Qwen3) if asked, then rotated
 
-Options: `window` (each token sees the last `window` tokens, itself included: Mistral), `sinks` (a learned logit per
-head in the softmax's denominator: gpt-oss), `value_residual` (v = l1 v_first + l2 v: Zhou et al., 2410.17897), biases
-(Qwen2 has them on q, k and v).
+Options: `window` (each token sees the last `window` tokens, itself included: Mistral), `sinks` (a
+learned logit per head in the softmax's denominator: gpt-oss), `value_residual` (v = l1 v_first + l2
+v: Zhou et al., 2410.17897), biases (Qwen2 has them on q, k and v).
 
 Legend: B rows, T tokens, H query heads, G key and value heads, D head width.
 """
@@ -58,9 +58,13 @@ class GQA(MixerConfig):
     def check(self, dim: int) -> None:
         """Head widths must be whole, and even where they are rotated."""
         if self.head_dim is None and dim % self.heads:
-            raise ValueError(f"dim={dim} must be a multiple of heads={self.heads}, or head_dim be given")
+            raise ValueError(
+                f"dim={dim} must be a multiple of heads={self.heads}, or head_dim be given"
+            )
         if self.rope and self.width(dim) % 2:
-            raise ValueError(f"head_dim={self.width(dim)} must be even to be rotated (or rope: false)")
+            raise ValueError(
+                f"head_dim={self.width(dim)} must be even to be rotated (or rope: false)"
+            )
 
     def value_shape(self, dim: int) -> tuple[int, int] | None:
         """(kv_heads, head_dim) where values are shared between layers."""
@@ -110,13 +114,19 @@ class GQAMixer(Mixer):
         else:
             (k_BTGD, v_BTGD), seen = cache.append(ctx.segments, k_BTGD, v_BTGD)
         dropout = self.dropout if self.training else 0.0
-        y_BTHD = attend(q_BTHD, k_BTGD, v_BTGD, seen, kind=self.attention, dropout=dropout, sinks_H=self.sinks)
-        return Out(self.o_proj(y_BTHD.reshape(rows, count, -1)), value=offered)
+        y_BTHD = attend(
+            q_BTHD, k_BTGD, v_BTGD, seen, kind=self.attention, dropout=dropout, sinks_H=self.sinks
+        )
+        return Out(self.o_proj(y_BTHD.flatten(2)), value=offered)
 
-    def new_cache(self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Keys (already rotated) and values (already mixed): 2 kv_heads head_dim numbers per token held."""
+    def new_cache(
+        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """Keys (already rotated) and values (already mixed): 2 kv_heads head_dim numbers per
+        token held.
+        """
         shapes: list[tuple[int, ...]] = [(self.groups, self.width)] * 2
-        if self.window is not None and self.window < capacity:
+        if self.window is not None:
             return Ring(rows, capacity, self.window, shapes, dtype, device)
         return Append(rows, capacity, shapes, dtype, device)
 

@@ -1,1 +1,3 @@
-"""Pieces that several mixers share: attention itself, caches, rotary tables, norms, initialisation."""
+"""Pieces that several mixers share: attention itself, caches, rotary tables, norms,
+initialisation.
+"""

@@ -2,9 +2,10 @@
 
     y_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s      over the keys s within reach of t
 
-A document is a run of one segment id, so the keys within reach of a query are one interval of places in its row:
-from the first token of its document, or `window` tokens back, up to itself. `Reach` is that interval; causality,
-windows, packed documents, padding and caches are all nothing but intervals, and no query is ever without a key.
+A document is a run of one segment id, so the keys within reach of a query are one interval of
+places in its row: from the first token of its document, or `window` tokens back, up to itself.
+`Reach` is that interval; causality, windows, packed documents, padding and caches are all nothing
+but intervals, and no query is ever without a key.
 
 Legend: B rows, T queries, S keys, H query heads, G key heads, D head width.
 """
@@ -22,12 +23,16 @@ FAR = 2**30
 
 
 class Reach(NamedTuple):
-    """Query t of row b sees the keys whose place is in [low, high]. All None: the T queries are the last T keys."""
+    """Query t of row b sees the keys whose place is in [low, high]. All None: the T queries are
+    the last T keys.
+    """
 
     low_BT: Tensor | None = None
     high_BT: Tensor | None = None
     places_BS: Tensor | None = None
-    """Where each key stands in its row (below 0: nowhere); None: keys stand in order, from place 0."""
+    """Where each key stands in its row (below 0: nowhere); None: keys stand in order, from place
+    0.
+    """
 
     @property
     def plain(self) -> bool:
@@ -54,7 +59,9 @@ def document_starts(segments_BT: Tensor) -> Tensor:
     return torch.where(border, index, 0).cummax(1).values
 
 
-def reach(segments_BT: Tensor | None, length: int, window: int | None, device: torch.device) -> Reach:
+def reach(
+    segments_BT: Tensor | None, length: int, window: int | None, device: torch.device
+) -> Reach:
     """What each of `length` tokens sees of the same tokens (no cache)."""
     narrow = window is not None and window < length
     if segments_BT is None and not narrow:
@@ -78,9 +85,11 @@ def attend(
 ) -> Tensor:
     """Attention with H query heads over G key heads (G divides H); (B, T, H, D).
 
-    `kind`: "naive" writes the formula out and is the oracle of "sdpa". `sinks_H` adds exp(z_h) to the softmax's
-    denominator (gpt-oss). `dropout` acts on the weights.
+    `kind`: "naive" writes the formula out and is the oracle of "sdpa". `sinks_H` adds exp(z_h) to
+    the softmax's denominator (gpt-oss). `dropout` acts on the weights. Keys and values that a cache
+    holds in another dtype become the queries'.
     """
+    k_BSGD, v_BSGD = k_BSGD.to(q_BTHD.dtype), v_BSGD.to(q_BTHD.dtype)
     if kind == "naive":
         return _naive(q_BTHD, k_BSGD, v_BSGD, seen, dropout, sinks_H)
     if sinks_H is not None:
@@ -93,7 +102,9 @@ def attend(
     return _sdpa(q_BTHD, k_BSGD, v_BSGD, mask, causal, dropout, 1 / math.sqrt(q_BTHD.shape[-1]))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float
+) -> Tensor:
     y_BHTD = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -107,10 +118,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dr
     return y_BHTD.transpose(1, 2)
 
 
-def _with_sinks(q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, sinks_H: Tensor) -> Tensor:
-    """A sink is one more key, with value 0, whose logit is z: it fits in one more channel of q and k.
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, sinks_H: Tensor
+) -> Tensor:
+    """A sink is one more key, with value 0, whose logit is z: it fits in one more channel of q and
+    k.
 
-    q' = [q, z sqrt(d)], k' = [k, 0] for real keys and [0, 1] for the sink, so q'.k' / sqrt(d) is the old logit or z.
+    q' = [q, z sqrt(d)], k' = [k, 0] for real keys and [0, 1] for the sink, so q'.k' / sqrt(d) is
+    the old logit or z.
     """
     rows, queries, heads, width = q.shape
     keys, groups = k.shape[1:3]
@@ -119,10 +134,14 @@ def _with_sinks(q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, si
     k = torch.cat((sink, F.pad(k, (0, 1))), 1)
     v = F.pad(v, (0, 1, 0, 0, 1, 0))
     mask = F.pad(seen.visible(queries, keys, q.device), (1, 0), value=True)[:, None]
-    return _sdpa(torch.cat((q, extra), -1), k, v, mask, False, dropout, 1 / math.sqrt(width))[..., :width]
+    return _sdpa(torch.cat((q, extra), -1), k, v, mask, False, dropout, 1 / math.sqrt(width))[
+        ..., :width
+    ]
 
 
-def _naive(q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, sinks_H: Tensor | None) -> Tensor:
+def _naive(
+    q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float, sinks_H: Tensor | None
+) -> Tensor:
     share = q.shape[2] // k.shape[2]
     kind = wide(q.dtype)
     k, v = k.repeat_interleave(share, 2).to(kind), v.repeat_interleave(share, 2).to(kind)

@@ -1,9 +1,10 @@
-"""The bricks that mixers' caches are made of: `Append` remembers every token, `Ring` the last `window` of them.
+"""The bricks that mixers' caches are made of: `Append` remembers every token, `Ring` the last
+`window` of them.
 
-Both hold any number of tensors per token (keys and values; a latent and its rotary key; ...) in rows that may differ
-in length. The bookkeeping of rows is shared (`Rows`): where a row's next token goes and where its current document
-began. A document is a run of one segment id; only the current one can still be attended to, so two numbers per row
-are all that packed documents cost.
+Both hold any number of tensors per token (keys and values; a latent and its rotary key; ...) in
+rows that may differ in length. The bookkeeping of rows is shared (`Rows`): where a row's next token
+goes and where its current document began. A document is a run of one segment id; only the current
+one can still be attended to, so two numbers per row are all that packed documents cost.
 """
 
 from typing import NamedTuple
@@ -35,7 +36,9 @@ class Rows:
         self.longest = 0
         """The largest length, known without asking the device."""
         self.even = True
-        """All rows have the same length and hold one document: no mask is needed beyond causality."""
+        """All rows have the same length and hold one document: no mask is needed beyond
+        causality.
+        """
 
     def place(self, count: int, segments_BT: Tensor | None, capacity: int) -> Places:
         """Take in `count` tokens a row; -1 in `segments_BT` is padding and takes no place.
@@ -50,10 +53,14 @@ class Rows:
         real = segments_BT >= 0
         added = real.sum(1)
         self._make_room(self.longest + count, self.lengths + added, capacity)
-        places = Places(self.lengths[:, None] + real.cumsum(1) - 1, self._starts(segments_BT, real), real)
+        places = Places(
+            self.lengths[:, None] + real.cumsum(1) - 1, self._starts(segments_BT, real), real
+        )
         newest = latest(real)[:, -1:]
         some = newest[:, 0] >= 0
-        self.documents = segments_BT.gather(1, newest.clamp(min=0))[:, 0].where(some, self.documents)
+        self.documents = segments_BT.gather(1, newest.clamp(min=0))[:, 0].where(
+            some, self.documents
+        )
         self.starts = places.start_BT.gather(1, newest.clamp(min=0))[:, 0].where(some, self.starts)
         self.lengths = self.lengths + added
         self.refresh()
@@ -61,28 +68,40 @@ class Rows:
 
     def _make_room(self, bound: int, lengths: Tensor, capacity: int) -> None:
         if bound > capacity and len(lengths) and int(lengths.max()) > capacity:
-            raise CacheFull(f"a row of {int(lengths.max())} tokens does not fit a cache with room for {capacity}")
+            raise CacheFull(f"a row of {int(lengths.max())} tokens in a cache for {capacity}")
 
     def _starts(self, segments_BT: Tensor, real_BT: Tensor) -> Tensor:
         """(B, T): where the document of each token began; a document goes on from call to call."""
         before = torch.cat((torch.full_like(segments_BT[:, :1], -1), latest(real_BT)[:, :-1]), 1)
-        known = segments_BT.gather(1, before.clamp(min=0)).where(before >= 0, self.documents[:, None])
+        known = segments_BT.gather(1, before.clamp(min=0)).where(
+            before >= 0, self.documents[:, None]
+        )
         fresh = real_BT & ((segments_BT != known) | ((before < 0) & (self.lengths[:, None] == 0)))
         place = self.lengths[:, None] + real_BT.cumsum(1) - 1
         return place.where(fresh, self.starts[:, None]).cummax(1).values
 
     def truncate(self, lengths: Tensor) -> None:
-        """Row b keeps its first `lengths[b]` tokens, which must not end before its current document."""
+        """Row b keeps its first `lengths[b]` tokens, some of its current document among them."""
+        lengths = lengths.to(self.lengths.device, torch.long)
         if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
-            raise ValueError(f"cannot truncate rows of {self.lengths.tolist()} tokens to {lengths.tolist()}")
-        if bool(((lengths < self.starts) & (lengths < self.lengths)).any()):
-            raise CannotRewind("a row would lose its whole current document, and earlier ones are forgotten")
-        self.lengths = lengths.to(self.lengths.device, torch.long).clone()
+            raise ValueError(
+                f"cannot truncate rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"
+            )
+        lost = (lengths <= self.starts) & (self.starts > 0) & (lengths < self.lengths)
+        if bool(lost.any()):
+            raise CannotRewind(
+                "a row would lose its whole current document, and earlier ones are forgotten"
+            )
+        self.lengths = lengths.clone()
         self.refresh()
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows."""
-        self.lengths, self.starts, self.documents = self.lengths[rows], self.starts[rows], self.documents[rows]
+        self.lengths, self.starts, self.documents = (
+            self.lengths[rows],
+            self.starts[rows],
+            self.documents[rows],
+        )
         self.refresh()
 
     def join(self, other: "Rows") -> None:
@@ -100,11 +119,22 @@ class Rows:
 
 
 class Stored:
-    """Tensors of (rows, slots, *shape) with the bookkeeping of their rows; base of `Append` and `Ring`."""
+    """Tensors of (rows, slots, *shape) with the bookkeeping of their rows; base of `Append` and
+    `Ring`.
+    """
 
-    def __init__(self, rows: int, slots: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.slots = slots
-        self.tensors = [torch.zeros(rows, slots, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.tensors = [
+            torch.zeros(rows, slots, *shape, dtype=dtype, device=device) for shape in shapes
+        ]
         self.rows = Rows(rows, device)
 
     @property
@@ -143,7 +173,9 @@ class Append(Stored):
     """Remembers every token, up to `capacity` of them."""
 
     def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Reach]:
-        """Take in (B, T, *shape) tensors; return all tokens held, (B, S, *shape) each, and what the new ones see."""
+        """Take in (B, T, *shape) tensors; return all tokens held, (B, S, *shape) each, and what
+        the new ones see.
+        """
         before, count = self.rows.longest, new[0].shape[1]
         if segments_BT is None and self.rows.even:
             self.rows.place(count, None, self.slots)
@@ -167,8 +199,11 @@ class Append(Stored):
         self.rows.join(other.rows)
 
 
-class Ring(Stored):
-    """Remembers the last `window` tokens; the token at place p is in slot p mod window."""
+class Ring(Append):
+    """Remembers the last `window` tokens; the token at place p is in slot p mod window.
+
+    With room for less than `window` tokens it never drops any. Until it does, it is an `Append`.
+    """
 
     def __init__(
         self,
@@ -179,26 +214,32 @@ class Ring(Stored):
         dtype: torch.dtype,
         device: torch.device,
     ):
-        super().__init__(rows, window, shapes, dtype, device)
+        super().__init__(rows, min(window, capacity), shapes, dtype, device)
         self.capacity = capacity
 
     def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Reach]:
-        """Take in (B, T, *shape) tensors; return what they may see, (B, S, *shape) each, and how far."""
-        before, count = self.rows.longest, new[0].shape[1]
-        if segments_BT is None and self.rows.even and before + count <= self.slots:
-            self.rows.place(count, None, self.capacity)
-            end = self._write_even(before, new)
-            return [tensor[:, :end] for tensor in self.tensors], Reach()
+        """Take in (B, T, *shape) tensors; return what they may see, (B, S, *shape) each, and how
+        far.
+        """
+        count = new[0].shape[1]
+        if self.rows.longest + count <= self.slots:
+            return super().append(segments_BT, *new)
         held, held_places = self.tensors, self._places(self.rows.lengths)
         places = self.rows.place(count, segments_BT, self.capacity)
         keep = places.place_BT >= self.rows.lengths[:, None] - self.slots
         if places.real_BT is not None:
             keep = keep & places.real_BT
         if count == 1:
-            self.write(places.place_BT % self.slots, keep if places.real_BT is not None else None, new)
+            self.write(
+                places.place_BT % self.slots, keep if places.real_BT is not None else None, new
+            )
             return self.tensors, interval(places, self.slots, self._places(self.rows.lengths))
-        new_places = places.place_BT if places.real_BT is None else places.place_BT.where(places.real_BT, -1)
-        seen = [torch.cat((old, fresh.to(old.dtype)), 1) for old, fresh in zip(held, new, strict=True)]
+        new_places = (
+            places.place_BT if places.real_BT is None else places.place_BT.where(places.real_BT, -1)
+        )
+        seen = [
+            torch.cat((old, fresh.to(old.dtype)), 1) for old, fresh in zip(held, new, strict=True)
+        ]
         self.write(places.place_BT % self.slots, keep, new)
         return seen, interval(places, self.slots, torch.cat((held_places, new_places), 1))
 
@@ -213,16 +254,19 @@ class Ring(Stored):
         """Forget the newest tokens; possible while nothing older has been overwritten."""
         lengths = lengths.to(self.lengths.device)
         if bool(((lengths < self.lengths) & (self.lengths > self.slots)).any()):
-            raise CannotRewind(f"a window of {self.slots} tokens has already dropped what came before")
-        self.rows.truncate(lengths)
+            raise CannotRewind(
+                f"a window of {self.slots} tokens has already dropped what came before"
+            )
+        super().truncate(lengths)
 
     def join(self, other: "Ring") -> None:
-        """Append the rows of `other`, which has the same window."""
-        if self.slots != other.slots:
-            raise ValueError(f"cannot join windows of {self.slots} and {other.slots} tokens")
-        self.tensors = [torch.cat(pair) for pair in zip(self.tensors, other.tensors, strict=True)]
+        """Append the rows of `other`, which has the same window; the larger capacity is kept.
+
+        Slots only differ where one has not room for a window: its tokens then stand in order, and
+        still do in more slots.
+        """
+        super().join(other)
         self.capacity = max(self.capacity, other.capacity)
-        self.rows.join(other.rows)
 
 
 def latest(real_BT: Tensor) -> Tensor:
@@ -232,7 +276,9 @@ def latest(real_BT: Tensor) -> Tensor:
 
 
 def interval(places: Places, window: int | None, key_places_BS: Tensor | None = None) -> Reach:
-    """From the start of the document, or `window` tokens back, up to the token itself; padding sees anything."""
+    """From the start of the document, or `window` tokens back, up to the token itself; padding
+    sees anything.
+    """
     low, high = places.start_BT, places.place_BT
     if window is not None:
         low = torch.maximum(low, high - window + 1)

@@ -2,15 +2,17 @@
 
 | module | weight |
 |---|---|
-| Embedding (also the tied head), untied head | normal, std min(0.02, 0.5 / sqrt(width)): first logits are small, first loss is ln V |
+| Embedding (tied head too), head | normal, std min(0.02, 0.5 / sqrt(width)): first loss is ln V |
 | Linear | normal, std 0.5 / sqrt(fan in) |
-| Output (writes into the residual stream) | the same / sqrt(2 depth): the stream does not grow with depth (GPT-2) |
+| Output (writes into the stream) | the same / sqrt(2 depth): the stream does not grow (GPT-2) |
 | biases | 0; norms 1 (set where they are made) |
 """
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
+
+from tinsmith.nn.parts.norm import wide
 
 
 class Output(nn.Linear):
@@ -20,9 +22,8 @@ class Output(nn.Linear):
 class Head(nn.Linear):
     """Hidden states to logits; logits are at least float32."""
 
-    def forward(self, input):  # noqa: A002, D102 (torch's own name and meaning)
-        from tinsmith.nn.parts.norm import wide
-
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
         logits = super().forward(input)
         return logits.to(wide(logits.dtype))
 

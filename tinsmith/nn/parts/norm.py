@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """y = weight * (x - mean) / sqrt(variance + eps) + bias over the last axis (Ba et al., 1607.06450)."""
+    """y = weight * (x - mean) / sqrt(variance + eps) + bias over the last axis (Ba et al.,
+    1607.06450).
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()

@@ -1,7 +1,9 @@
-"""Rotary position embedding, half-split: dimension i turns with i + d/2 (Su et al., 2104.09864), and its stretchings.
+"""Rotary position embedding, half-split: dimension i turns with i + d/2 (Su et al., 2104.09864),
+and its stretchings.
 
-YaRN is that of the paper (Peng et al., 2309.00071) and of transformers; `linear` and `llama3` are what published
-Llama folders ask for. Tables are made from positions when they are used, never buffers that `.to(dtype)` could round.
+YaRN is that of the paper (Peng et al., 2309.00071) and of transformers; `linear` and `llama3` are
+what published Llama folders ask for. Tables are made from positions when they are used, never
+buffers that `.to(dtype)` could round.
 """
 
 import math
@@ -18,7 +20,9 @@ from tinsmith.nn.parts.norm import wide
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn(Config):
-    """Low frequencies are divided by `factor`, high ones kept, with a ramp between; logits get a temperature."""
+    """Low frequencies are divided by `factor`, high ones kept, with a ramp between; logits get a
+    temperature.
+    """
 
     kind: Literal["yarn"] = "yarn"
     factor: float
@@ -28,15 +32,21 @@ class Yarn(Config):
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"factor={self.factor} must be at least 1")
+        _stretches(self.factor, self.original_context)
 
     def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
-        """Frequencies (d/2,) -> stretched frequencies and the factor of cos and sin (0.1 ln s + 1 unless given)."""
+        """Frequencies (d/2,) -> stretched frequencies and the factor of cos and sin (0.1 ln s +
+        1 unless given).
+        """
         half = len(frequencies)
 
         def turning(rotations: float) -> float:
-            return 2 * half * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+            return (
+                2
+                * half
+                * math.log(self.original_context / (rotations * 2 * math.pi))
+                / (2 * math.log(theta))
+            )
 
         low = max(math.floor(turning(self.beta_fast)), 0)
         high = min(math.ceil(turning(self.beta_slow)), 2 * half - 1)
@@ -55,6 +65,9 @@ class Linear(Config):
     kind: Literal["linear"] = "linear"
     factor: float
 
+    def __post_init__(self) -> None:
+        _stretches(self.factor)
+
     def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
         """Frequencies (d/2,) -> stretched frequencies, and 1."""
         return frequencies / self.factor, 1.0
@@ -62,7 +75,9 @@ class Linear(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3(Config):
-    """Llama 3.1's stretching: long wavelengths divided by `factor`, short ones kept, a smooth step between."""
+    """Llama 3.1's stretching: long wavelengths divided by `factor`, short ones kept, a smooth
+    step between.
+    """
 
     kind: Literal["llama3"] = "llama3"
     factor: float
@@ -70,11 +85,25 @@ class Llama3(Config):
     low_factor: float = 1.0
     high_factor: float = 4.0
 
+    def __post_init__(self) -> None:
+        _stretches(self.factor, self.original_context)
+        if self.high_factor <= self.low_factor:
+            raise ValueError(
+                f"high_factor={self.high_factor} must be above low_factor={self.low_factor}"
+            )
+
     def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
         """Frequencies (d/2,) -> stretched frequencies, and 1."""
         turns = self.original_context * frequencies / (2 * math.pi)
         smooth = ((turns - self.low_factor) / (self.high_factor - self.low_factor)).clamp(0, 1)
         return frequencies * ((1 - smooth) / self.factor + smooth), 1.0
+
+
+def _stretches(factor: float, original_context: int = 1) -> None:
+    if factor < 1:
+        raise ValueError(f"factor={factor} must be at least 1")
+    if original_context < 1:
+        raise ValueError(f"original_context={original_context} must be at least 1")
 
 
 Scaling = Annotated[Yarn | Linear | Llama3, Kind()]
@@ -87,8 +116,14 @@ class Rope(Config):
     theta: float = 10000.0
     scaling: Scaling | None = None
 
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise ValueError(f"theta={self.theta} must be above 1")
 
-def frequencies(rope: Rope, dim: int, dtype: torch.dtype, device: torch.device | None) -> tuple[Tensor, float]:
+
+def frequencies(
+    rope: Rope, dim: int, dtype: torch.dtype, device: torch.device | None
+) -> tuple[Tensor, float]:
     """(dim/2,) angular frequencies theta^(-2i/dim) after scaling, and the factor of cos and sin."""
     exponents = torch.arange(0, dim, 2, dtype=dtype, device=device) / dim
     plain = 1.0 / torch.tensor(rope.theta, dtype=dtype, device=device) ** exponents
@@ -105,7 +140,9 @@ def tables(rope: Rope, dim: int, positions_BT: Tensor, dtype: torch.dtype) -> Ro
 
 
 def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same dtype out."""
+    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same
+    dtype out.
+    """
     cos, sin = rotary
     x = x_BTHD.to(cos.dtype)
     first, second = x.chunk(2, -1)

@@ -1,0 +1,136 @@
+"""Generated tasks whose answer can be checked: arithmetic, sorting, copying.
+
+A task is a pure function of (name, seed, index, digits, length): the same everywhere, and there is no end of them.
+The reasoning is a worked solution that a small model can learn to follow, one short step per line.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Task(NamedTuple):
+    """A question, a worked solution, and the answer that `check` looks for."""
+
+    name: str
+    question: str
+    reasoning: str
+    answer: str
+
+    def text(self) -> str:
+        """The task as a document."""
+        return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
+
+    def chat(self) -> dict[str, Any]:
+        """The task as a chat record: the reasoning becomes the assistant's thoughts."""
+        return {
+            "messages": [
+                {"role": "user", "content": self.question},
+                {"role": "assistant", "reasoning_content": self.reasoning, "content": self.answer},
+            ]
+        }
+
+
+def generate(name: str, seed: int, index: int, *, digits: int = 3, length: int = 8) -> Task:
+    """Task number `index` of kind `name` (`arithmetic`, `sort` or `copy`).
+
+    `digits`: of a number, at most; `length`: numbers to sort or letters to copy, at most.
+    """
+    numbers = random.Random(f"{name}/{seed}/{index}/{digits}/{length}")
+    return _MAKERS[name](numbers, digits, length)
+
+
+def check(task: Task, text: str) -> bool:
+    """Whether a reply answers the task.
+
+    What counts is what follows `</think>`, and there the last `<answer>` span where there is one. Blanks do not
+    matter; of a sum the last number counts, so that "The answer is 42." is right.
+    """
+    said = text.rpartition("</think>")[2]
+    spans = re.findall(r"<answer>(.*?)</answer>", said, flags=re.DOTALL)
+    said = spans[-1] if spans else said
+    said = said.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
+    if task.name == "arithmetic":
+        found = re.findall(r"-?\d+", said)
+        return bool(found) and found[-1] == task.answer
+    return said.split() == task.answer.split()
+
+
+def _arithmetic(numbers: random.Random, digits: int, length: int) -> Task:
+    sign = numbers.choice("+-*")
+    left, right = _number(numbers, digits), _number(numbers, digits if sign != "*" else 1)
+    asked = numbers.choice(["What is {} {} {}?", "Calculate {} {} {}.", "{} {} {} = ?", "Work out {} {} {}."])
+    steps, answer = {"+": _add, "-": _subtract, "*": _multiply}[sign](left, right)
+    return Task("arithmetic", asked.format(left, sign, right), steps, str(answer))
+
+
+def _add(left: int, right: int) -> tuple[str, int]:
+    """Column by column from the right, with the carry."""
+    steps, carry = [], 0
+    for place in range(max(len(str(left)), len(str(right)))):
+        a, b = left // 10**place % 10, right // 10**place % 10
+        total = a + b + carry
+        steps.append(f"{a} + {b} + {carry} = {total}, write {total % 10} carry {total // 10}")
+        carry = total // 10
+    return "\n".join(steps), left + right
+
+
+def _subtract(left: int, right: int) -> tuple[str, int]:
+    """The smaller from the larger, column by column with the borrow, then the sign."""
+    large, small = max(left, right), min(left, right)
+    steps, borrow = [f"{large} - {small}"], 0
+    for place in range(len(str(large))):
+        a, b = large // 10**place % 10, small // 10**place % 10
+        rest = a - b - borrow
+        steps.append(f"{a} - {b} - {borrow} = {rest}, write {rest % 10} borrow {int(rest < 0)}")
+        borrow = int(rest < 0)
+    if left < right:
+        steps.append(f"{left} < {right}, so the sign is -")
+    return "\n".join(steps), left - right
+
+
+def _multiply(left: int, right: int) -> tuple[str, int]:
+    """Each digit of the left number times the right one, summed up."""
+    steps, total = [], 0
+    for place, digit in enumerate(reversed(str(left))):
+        part = int(digit) * 10**place
+        steps.append(f"{part} * {right} = {part * right}, {total} + {part * right} = {total + part * right}")
+        total += part * right
+    return "\n".join(steps), total
+
+
+def _sort(numbers: random.Random, digits: int, length: int) -> Task:
+    items = [_number(numbers, min(digits, 2)) for _ in range(numbers.randint(min(2, length), length))]
+    downwards = numbers.random() < 0.25
+    order = "from large to small" if downwards else "from small to large"
+    asked = numbers.choice(["Sort these numbers {}: {}", "Put these numbers in order, {}: {}", "Sort {}: {}"])
+    left, steps = list(items), []
+    while left:
+        chosen = max(left) if downwards else min(left)
+        steps.append(f"{_list(left)}: take {chosen}")
+        left.remove(chosen)
+    return Task("sort", asked.format(order, _list(items)), "\n".join(steps), _list(sorted(items, reverse=downwards)))
+
+
+def _copy(numbers: random.Random, digits: int, length: int) -> Task:
+    letters = [numbers.choice(LETTERS) for _ in range(numbers.randint(1, length))]
+    backwards = numbers.random() < 0.25
+    asked = "Write these letters backwards: {}" if backwards else numbers.choice(["Copy these letters: {}", "Repeat: {}"])
+    answer = letters[::-1] if backwards else letters
+    steps = f"{len(letters)} letters, {'last' if backwards else 'first'} {answer[0]}"
+    return Task("copy", asked.format(" ".join(letters)), steps, " ".join(answer))
+
+
+def _number(numbers: random.Random, digits: int) -> int:
+    """A number of 1 to `digits` digits, every count of digits equally often."""
+    return numbers.randrange(10 ** numbers.randint(1, digits))
+
+
+def _list(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+_MAKERS: dict[str, Callable[[random.Random, int, int], Task]] = {"arithmetic": _arithmetic, "sort": _sort, "copy": _copy}

@@ -1,0 +1,107 @@
+"""Token log-probabilities without ever holding (tokens x vocabulary).
+
+Softmax and its gradient are formed chunk by chunk in at least float32; products with the head run
+in the precision of the surrounding autocast. The backward pass of a cross-entropy needs nothing
+that its forward pass has not just had in hand, so both are done there (as in Liger, 2410.10989),
+and the head's product is never computed twice.
+
+Legend: N tokens, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ELEMENTS = 2**23
+"""Logits held at once."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def summed_nll(
+    hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor, head: nn.Linear
+) -> Tensor:
+    """sum over tokens of weight * -log softmax(head(hidden))[target], a scalar in at least float32,
+    in nats.
+
+    Tokens of weight 0 are left out before the head and get exactly zero gradient; none at all give
+    0. `head` has no bias.
+    """
+    chosen = weights_BT != 0
+    return _SummedNLL.apply(hidden_BTD[chosen], head.weight, targets_BT[chosen], weights_BT[chosen])  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
+    """-log softmax(head(hidden))[target] of every token, (N,) in at least float32, in nats; no
+    gradient.
+    """
+    parts = [
+        nn.functional.cross_entropy(head(hidden_ND[part]), targets_N[part], reduction="none")
+        for part in _chunks(len(targets_N), head.weight.shape[0])
+    ]
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=wide(hidden_ND.dtype))
+
+
+class _SummedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor
+    ) -> Tensor:
+        kind = hidden_ND.device.type
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+        wanted = any(ctx.needs_input_grad[:2])
+        with torch.autocast(kind, enabled=False):
+            total, grads = _forward(hidden_ND, weight_VD, targets_N, weights_N, low, wanted)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scale = upstream[0]
+        return (
+            hidden_grad * scale.to(hidden_grad.dtype),
+            weight_grad * scale.to(weight_grad.dtype),
+            None,
+            None,
+        )
+
+
+def _forward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    low: torch.dtype,
+    wanted: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    high = wide(hidden_ND.dtype)
+    hidden, weight = hidden_ND.detach().to(low), weight_VD.detach().to(low)
+    total = torch.zeros((), dtype=high, device=hidden.device)
+    hidden_grad = torch.empty_like(hidden_ND) if wanted else None
+    weight_grad = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted else None
+    for part in _chunks(len(targets_N), len(weight)):
+        logits = (hidden[part] @ weight.T).to(high)
+        target, scale = targets_N[part, None], weights_N[part, None].to(high)
+        top = logits.logsumexp(1, keepdim=True)
+        total += ((top - logits.gather(1, target)) * scale).sum()
+        if hidden_grad is None or weight_grad is None:
+            continue
+        slope = logits.sub_(top).exp_()
+        slope.scatter_add_(1, target, torch.full_like(top, -1.0))
+        slope = slope.mul_(scale).to(low)
+        hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
+        weight_grad += slope.T @ hidden[part]
+    if hidden_grad is None or weight_grad is None:
+        return total, ()
+    return total, (hidden_grad, weight_grad.to(weight_VD.dtype))
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -1,0 +1,80 @@
+"""Which optimizer a parameter belongs to: every trainable parameter has exactly one role.
+
+| role      | what                                                                                 | optimizer           |
+|-----------|--------------------------------------------------------------------------------------|---------------------|
+| matrix    | weights of linear layers, stacks (E, rows, columns) of them                          | `matrices` (Muon)   |
+| embedding | token and position tables; a tied head is the embedding; other bare 2-D parameters   | `others` (AdamW)    |
+| head      | the output layer of its own: a linear layer named `head`                             | `others` (AdamW)    |
+| router    | what scores experts or branches: its rows have a meaning each                        | `others` (AdamW)    |
+| vector    | norms, biases, sinks, scalars, and matrices with a side of 1; weight decay never     | `others` (AdamW)    |
+
+Orthogonalised updates are made for matrices that map vectors to vectors. A mixing matrix, a table or a router is
+another thing even where it is 2-D, so the module tells the role, never a pattern of names.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
+
+from torch import nn
+
+Role = Literal["matrix", "embedding", "head", "router", "vector"]
+ROLES: tuple[Role, ...] = get_args(Role)
+Partition = dict[Role, list[tuple[str, nn.Parameter]]]
+
+
+@runtime_checkable
+class Declares(Protocol):
+    """A module class with `ROLE = "router"` (or another role) gives it to all its parameters, and to those of modules
+    inside that declare none. What has fewer than two dimensions stays a vector.
+    """
+
+    ROLE: ClassVar[Role]
+
+
+def partition(module: nn.Module) -> Partition:
+    """Role -> [(name, parameter)] of everything in `module` that requires a gradient, a shared parameter once.
+
+    Names and order are those of `named_parameters()`. Raises ValueError where two owners of a shared parameter
+    disagree about its role (embedding and head agree: embedding).
+    """
+    claims: dict[nn.Parameter, set[Role]] = {}
+    for parameter, role in _claims(module, "", None):
+        claims.setdefault(parameter, set()).add(role)
+    groups: Partition = {role: [] for role in ROLES}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[_agreed(name, claims[parameter])].append((name, parameter))
+    trainable = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    grouped = [id(parameter) for group in groups.values() for _, parameter in group]
+    assert len(grouped) == len(trainable) and set(grouped) == trainable
+    return groups
+
+
+def _claims(
+    module: nn.Module, name: str, inherited: Role | None
+) -> Iterator[tuple[nn.Parameter, Role]]:
+    declared = module.ROLE if isinstance(module, Declares) else inherited
+    for parameter in module.parameters(recurse=False):
+        yield parameter, _role(module, name, parameter, declared)
+    for child, inner in module.named_children():
+        yield from _claims(inner, child, declared)
+
+
+def _role(owner: nn.Module, name: str, parameter: nn.Parameter, declared: Role | None) -> Role:
+    if parameter.dim() < 2 or min(parameter.shape[-2:]) == 1:
+        return "vector"
+    if declared is not None:
+        return declared
+    if isinstance(owner, nn.Linear):
+        return "head" if name == "head" else "matrix"
+    return "matrix" if parameter.dim() == 3 and not isinstance(owner, nn.Embedding) else "embedding"
+
+
+def _agreed(name: str, claims: set[Role]) -> Role:
+    if claims == {"embedding", "head"}:
+        return "embedding"
+    if len(claims) > 1:
+        raise ValueError(
+            f"{name} is shared by modules that give it different roles: {', '.join(sorted(claims))}"
+        )
+    return next(iter(claims))

@@ -1,0 +1,177 @@
+"""Muon: momentum whose matrices are orthogonalised before they move the weights.
+
+    m <- mu m + (1 - mu) g
+    u  = mu m + (1 - mu) g  with Nesterov, else m
+    W <- (1 - lr decay) W - lr scale NS(u)
+
+NS is five steps of a Newton-Schulz iteration that brings every singular value near 1, so that all directions of a
+matrix move about equally far. Keller Jordan, "Muon: an optimizer for hidden layers" (2024),
+https://kellerjordan.github.io/posts/muon/; the scale `match_rms_adamw` is from Moonlight (2502.16982). It differs from
+`torch.optim.Muon` in taking stacks (E, rows, columns) of matrices too, each a matrix of its own, in parameters spread by
+FSDP2, and in putting matrices of one shape, lying or standing, through one batched iteration.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinsmith.optim.sharding import holds_slices, local, part, whole
+
+Scale = Literal["original", "match_rms_adamw"]
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic a s + b s^3 + c s^5 on singular values; steep at 0, hence not quite 1 at the end (0.68 to 1.13)."""
+
+BATCH_ELEMENTS = 2**25
+"""About how many numbers one batched iteration holds; bounds the memory that a step needs beyond the momentum."""
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """The nearly orthogonal factor of each matrix.
+
+    `matrices` (..., rows, columns) -> the same shape in `dtype`, which is the precision of the products; norms are taken
+    in at least float32. For a matrix U S V' the result is about U V'; a zero matrix stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    norms = torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
+    x = (wide / norms).to(dtype).reshape(-1, *matrices.shape[-2:])
+    standing = x.shape[-2] > x.shape[-1]
+    if standing:
+        x = x.mT
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        square = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, square, x, beta=a)
+    return (x.mT if standing else x).reshape(matrices.shape)
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision of the products: bfloat16 where the device multiplies it faster than float32.
+
+    Told by the device, not by timing, so that a resumed run computes what the first one would have. On CPUs that is
+    AMX alone: without it, bfloat16 products were measured to be slower. float64 stays float64.
+    """
+    if tensor.dtype == torch.float64:
+        return torch.float64
+    if tensor.device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = tensor.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over matrices (rows, columns) and stacks of them (E, rows, columns), plain or spread by FSDP2.
+
+    `products` fixes the precision of the Newton-Schulz products; by default `product_dtype` chooses. State: `momentum`
+    of the parameter's shape, at least float32. Gradients are read, never changed; a parameter without one is skipped.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        scale: Scale = "original",
+        products: torch.dtype | None = None,
+    ):
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(
+            parameters, options | {"steps": steps, "scale": scale, "products": products}
+        )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() not in (2, 3):
+                    raise ValueError(
+                        f"Muon takes matrices and stacks of matrices, not {tuple(parameter.shape)}"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update. Every rank must have gradients for the same parameters."""
+        for group in self.param_groups:
+            for batch in _batches([p for p in group["params"] if p.grad is not None]):
+                self._step(batch, group)
+
+    def _step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        stacks = [_lying(self._direction(parameter, group)) for parameter in parameters]
+        products = group["products"] or product_dtype(parameters[0])
+        updates = newton_schulz(torch.cat(stacks), group["steps"], products).split(
+            [len(s) for s in stacks]
+        )
+        for parameter, update in zip(parameters, updates, strict=True):
+            rows, columns = parameter.shape[-2:]
+            update = update.mT if rows > columns else update
+            weight = local(parameter)
+            update = (
+                update
+                if holds_slices(parameter)
+                else part(update.reshape(parameter.shape), parameter)
+            )
+            if group["weight_decay"]:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(update, alpha=-group["lr"] * _scale(group["scale"], rows, columns))
+
+    def _direction(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """What is to be orthogonalised: (rows, columns) or (slices, rows, columns), every matrix in full."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = blank_momentum(parameter)
+        momentum: Tensor = state["momentum"]
+        gradient = parameter.grad.to(momentum.dtype)
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        return local(direction) if holds_slices(parameter) else whole(direction)
+
+
+def blank_momentum(parameter: nn.Parameter) -> Tensor:
+    """The momentum of a parameter that never moved: zeros, at least float32."""
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _lying(direction: Tensor) -> Tensor:
+    """(slices, short side, long side)."""
+    rows, columns = direction.shape[-2:]
+    stack = direction.reshape(-1, rows, columns)
+    return stack.mT if rows > columns else stack
+
+
+def _batches(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters whose matrices have the same sides, in a fixed order, not too many at once."""
+
+    def kind(parameter: nn.Parameter) -> tuple[str, str, int, int]:
+        short, long = sorted(parameter.shape[-2:])
+        return str(parameter.device), str(parameter.dtype), short, long
+
+    for _, alike in groupby(sorted(parameters, key=kind), key=kind):
+        batch: list[nn.Parameter] = []
+        room = BATCH_ELEMENTS
+        for parameter in alike:
+            if batch and parameter.numel() > room:
+                yield batch
+                batch, room = [], BATCH_ELEMENTS
+            batch.append(parameter)
+            room -= parameter.numel()
+        yield batch
+
+
+def _scale(scale: Scale, rows: int, columns: int) -> float:
+    return (
+        math.sqrt(max(1, rows / columns))
+        if scale == "original"
+        else 0.2 * math.sqrt(max(rows, columns))
+    )

@@ -1,0 +1,212 @@
+"""Chat records as people write them, made into one form, with a reason where that cannot be done."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tinsmith.core.errors import UserError
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+class BadRecord(UserError):
+    """A chat record that cannot be used; its text is a short reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a tool: its name and its arguments by name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """What one role says. Only an assistant has `reasoning` and `calls`."""
+
+    role: Role
+    content: str
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Messages in order, and the tools that the assistant may call, each as the JSON object that describes it."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def prompt(self) -> "Conversation":
+        """The same without what the assistant says last: what an answer is to be generated for."""
+        last = self.messages[-1:]
+        kept = self.messages[:-1] if last and last[0].role == "assistant" else self.messages
+        return Conversation(messages=kept, tools=self.tools)
+
+
+def normalise(record: Any, *, answered: bool = True) -> Conversation:
+    """Read `messages` (OpenAI), `conversations` (ShareGPT, MiniMind) or `instruction`, `input`, `output` (Alpaca).
+
+    Tools come from the record's `tools` or from those of its system message, as a list or as JSON text. A blank system
+    message is left out.
+    With `answered` at least one assistant turn is required; without, the record is a prompt and may have none.
+    BadRecord says what is wrong: a missing field, a wrong type, roles out of order, nothing said.
+    """
+    if not isinstance(record, dict):
+        raise BadRecord("not a JSON object")
+    items = _items(record, answered)
+    tools = _tools(record, items)
+    messages = [_message(item, f"message {place + 1}") for place, item in enumerate(items)]
+    system = record.get("system")
+    if system and (not messages or messages[0].role != "system"):
+        messages.insert(0, Message(role="system", content=_text(system, "`system`")))
+    if messages and messages[0].role == "system" and not messages[0].content.strip():
+        messages.pop(0)
+    _check_order(messages)
+    for place, message in enumerate(messages):
+        if not message.content.strip() and message.role != "tool" and not message.calls:
+            raise BadRecord(f"message {place + 1}: empty content")
+    if answered and all(message.role != "assistant" for message in messages):
+        raise BadRecord("no assistant turn")
+    return Conversation(messages=tuple(messages), tools=tuple(tools))
+
+
+def _items(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
+    """The record's messages as role/content objects, not yet judged."""
+    for key in ("messages", "conversations"):
+        if key in record:
+            items = record[key]
+            if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+                raise BadRecord(f"`{key}` is not a list of objects")
+            return [_from_sharegpt(item) if "from" in item else item for item in items]
+    if "instruction" not in record:
+        raise BadRecord("has none of `messages`, `conversations`, `instruction`")
+    return _from_alpaca(record, answered)
+
+
+def _from_sharegpt(item: dict[str, Any]) -> dict[str, Any]:
+    renamed = {key: value for key, value in item.items() if key not in ("from", "value")}
+    renamed["role"] = item["from"]
+    if item["from"] == "function_call":
+        return renamed | {"content": "", "tool_calls": item.get("value")}
+    return renamed | ({"content": item["value"]} if "value" in item else {})
+
+
+def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise BadRecord("`history` is not a list of pairs")
+    said: list[Any] = [text for pair in history for text in pair]
+    parts = [_text(record[key], f"`{key}`") for key in ("instruction", "input") if record.get(key)]
+    said.append("\n\n".join(parts))
+    if "output" in record:
+        said.append(record["output"])
+    elif answered:
+        raise BadRecord("`output` is missing")
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+
+
+def _message(item: dict[str, Any], where: str) -> Message:
+    role = item.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise BadRecord(f"{where}: `role` is missing" if role is None else f"{where}: unknown role {role!r}")
+    calls = _calls(item.get("tool_calls"), where) if _ROLES[role] == "assistant" else ()
+    content = item.get("content")
+    if content is None and not calls:
+        raise BadRecord(f"{where}: `content` is missing")
+    reasoning = item.get("reasoning_content") if _ROLES[role] == "assistant" else None
+    return Message(
+        role=_ROLES[role],
+        content=_text("" if content is None else content, f"{where}: `content`"),
+        reasoning=_text(reasoning or "", f"{where}: `reasoning_content`"),
+        calls=calls,
+    )
+
+
+def _text(value: Any, where: str) -> str:
+    """A string, or a list of text parts as the OpenAI interface has them."""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(_text(part.get("text"), where) for part in value)
+    if not isinstance(value, str):
+        raise BadRecord(f"{where} is not text")
+    _refuse_surrogates(value, where)
+    return value
+
+
+def _refuse_surrogates(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRecord(f"{where} has half a character (a lone surrogate)") from None
+
+
+def _calls(value: Any, where: str) -> tuple[Call, ...]:
+    parsed = _json(value, f"{where}: `tool_calls`")
+    return tuple(_call(item, f"{where}: a tool call") for item in _listed(parsed))
+
+
+def _call(item: Any, where: str) -> Call:
+    inner = item.get("function", item) if isinstance(item, dict) else item
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise BadRecord(f"{where} has no name")
+    arguments = _json(inner.get("arguments", {}), f"{where}'s arguments")
+    if not isinstance(arguments, dict):
+        raise BadRecord(f"{where}'s arguments are not a JSON object")
+    _refuse_surrogates(json.dumps([inner["name"], arguments], ensure_ascii=False), where)
+    return Call(name=inner["name"], arguments=arguments)
+
+
+def _tools(record: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    given = record.get("tools")
+    if not given and items and items[0].get("role") == "system":
+        given = items[0].get("tools")
+    tools = list(_listed(_json(given, "`tools`")))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BadRecord("`tools` is not a list of objects")
+    _refuse_surrogates(json.dumps(tools, ensure_ascii=False), "`tools`")
+    return tools
+
+
+def _json(value: Any, where: str) -> Any:
+    """A value that may have been written as JSON text; nothing at all for empty text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise BadRecord(f"{where}: not valid JSON") from None
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _check_order(messages: list[Message]) -> None:
+    """System first only; then user and assistant in turn; results of tools after an assistant that called some."""
+    allowed: tuple[str, ...] = ("system", "user")
+    for place, message in enumerate(messages):
+        if message.role not in allowed:
+            raise BadRecord(f"message {place + 1}: {message.role} where {' or '.join(allowed)} should speak")
+        if message.role == "assistant":
+            allowed = ("tool",) if message.calls else ("user",)
+        else:
+            allowed = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[message.role]
+    if not messages or messages[-1].role == "system":
+        raise BadRecord("nobody says anything")

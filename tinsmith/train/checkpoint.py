@@ -1,0 +1,140 @@
+"""Checkpoints: folders of safetensors and JSON that are whole or not there.
+
+    checkpoints/step-00001000/
+      model.safetensors  optim.safetensors  objective.safetensors  state.json  rng-00000.safetensors (one per rank)
+      config.yaml  tokenizer.json  manifest.json (written last)
+    checkpoints/LATEST
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.faults import event
+from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
+from tinsmith.core.manifest import newest_valid, verify, write_manifest
+from tinsmith.core.units import size
+from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train.config import Keep
+
+
+class Snapshot(NamedTuple):
+    """Everything a run needs to go on."""
+
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    objective: dict[str, Tensor]
+    state: dict[str, Any]
+    rng: list[bytes]
+    """A safetensors file per rank."""
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes it takes on disk."""
+        groups = (self.model, self.optim, self.objective)
+        return sum(t.numel() * t.element_size() for group in groups for t in group.values()) + 2**16
+
+
+class DiskFull(Exception):
+    """A checkpoint could not be written for want of space; the ones before are as they were."""
+
+
+def save(root: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> Path:
+    """Write `root/step-XXXXXXXX` in one rename; raises DiskFull, with numbers, and leaves nothing half-written."""
+    step = snapshot.state["step"]
+    target = root / f"step-{step:08d}"
+    root.mkdir(parents=True, exist_ok=True)
+    free = free_space(root)
+    if free < snapshot.nbytes:
+        raise DiskFull(f"{size(snapshot.nbytes)} needed, {size(free)} free at {root}")
+    try:
+        with atomic_dir(target) as folder:
+            _write(folder, snapshot, config, tokenizer)
+            write_manifest(folder, {"step": step})
+            event("manifest")
+        atomic_write(root / "LATEST", target.name + "\n")
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
+            raise DiskFull(f"{size(snapshot.nbytes)} needed, {size(free_space(root))} free at {root}") from None
+        raise
+    return target
+
+
+def _write(folder: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> None:
+    meta = {"format": "pt", "step": str(snapshot.state["step"])}
+    for name, tensors in (("model", snapshot.model), ("optim", snapshot.optim), ("objective", snapshot.objective)):
+        if tensors:
+            save_file(tensors, folder / f"{name}.safetensors", metadata=meta)
+            event(f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
+    event("state.json")
+    for rank, data in enumerate(snapshot.rng):
+        (folder / f"rng-{rank:05d}.safetensors").write_bytes(data)
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    event("config.yaml")
+    tokenizer.save(folder)
+    event("tokenizer")
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or "os error 28" in str(error)
+
+
+def load(folder: Path) -> Snapshot:
+    """Read a checkpoint; UserError says in one line what is wrong with it."""
+    problem = verify(folder)
+    if problem:
+        raise UserError(f"{folder}: {problem}")
+    try:
+        groups = [_tensors(folder / f"{name}.safetensors") for name in ("model", "optim", "objective")]
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        rng = [path.read_bytes() for path in sorted(folder.glob("rng-*.safetensors"))]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read ({error}); resume from an older checkpoint") from None
+    return Snapshot(groups[0], groups[1], groups[2], state, rng)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.exists() else {}
+
+
+def latest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint under `root`, and why newer ones were passed over."""
+    return newest_valid(root) if root.is_dir() else (None, [])
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed save left behind."""
+    sweep(root)
+
+
+def prune(root: Path, keep: Keep, best: int | None) -> None:
+    """Delete what `keep` does not name; the newest always stays. `best`: the step of the best on validation."""
+    folders = sorted(path for path in root.glob("step-*") if path.is_dir())
+    if not folders:
+        return
+    wanted = folders if keep.below is None else [f for f in folders if _validation_loss(f) < keep.below]
+    kept = set(wanted[-keep.last :]) | {folders[-1]}
+    if keep.best:
+        kept |= {folder for folder in wanted if folder.name == f"step-{best or 0:08d}"}
+    for folder in folders:
+        if folder not in kept:
+            doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+            folder.rename(doomed)
+            event("prune")
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _validation_loss(folder: Path) -> float:
+    evaluation = json.loads((folder / "state.json").read_text(encoding="utf-8"))["evaluation"]
+    return evaluation["loss"] if evaluation else float("inf")

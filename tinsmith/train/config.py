@@ -1,0 +1,87 @@
+"""The sections of a recipe that the trainer reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tinsmith.core.parse import Config, Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(Config):
+    """Which checkpoints stay."""
+
+    last: int = 3
+    """The newest so many."""
+    best: bool = True
+    """The best on validation, which is saved as soon as it is found."""
+    below: float | None = None
+    """Where given, only those whose validation loss (nats per token) is below it; the newest always stays."""
+
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise ValueError(f"last={self.last} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How long, how much at a time, how often what."""
+
+    steps: Count = 1000
+    context: Count = 256
+    """Positions of a row."""
+    rows: Count = 16
+    """Rows of one micro-batch over all ranks."""
+    accumulate: Count = 1
+    """Micro-batches of a step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    save_every: Count = 200
+    eval_every: Count = 200
+    sample_every: Count = 200
+    keep: Keep = Keep()
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    bad_steps: Count = 10
+    """Steps in a row with NaN or infinity after which training stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "context", "rows", "accumulate", "save_every", "eval_every", "sample_every", "bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def positions(self) -> int:
+        """Positions of a step over all ranks."""
+        return self.rows * self.accumulate * self.context
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Config):
+    """Evaluation while training."""
+
+    rows: Count = 64
+    """Rows of validation data, at most, spread evenly over it."""
+    tasks: tuple[str, ...] = ("bpb",)
+    """`bpb`, or paths of multiple-choice .jsonl files."""
+    prompts: tuple[str, ...] | None = None
+    """What samples begin with; by default something that suits the data."""
+    new_tokens: Count = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Config):
+    """`replicate` copies the model to every rank of torchrun, `fsdp` spreads it over them."""
+
+    kind: Literal["none", "replicate", "fsdp"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Config):
+    """What is said, and to whom."""
+
+    every: Count = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    samples: int = 2
+    """Samples shown on the terminal each time; samples.md has them all."""

@@ -1,0 +1,55 @@
+"""Sums and counts, made into global means once."""
+
+import torch
+from torch import Tensor
+
+from tinsmith.objectives.base import Metric
+from tinsmith.train.parallel import Ranks
+
+
+class Meters:
+    """Totals and counts by name, in float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Metric]) -> None:
+        """Add one micro-batch's totals and counts."""
+        for name, metric in metrics.items():
+            pair = torch.stack([_exact(metric.total), _exact(metric.count)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def merge(self, other: "Meters") -> None:
+        """Add what another has gathered."""
+        for name, pair in other.sums.items():
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def reduce(self, ranks: Ranks) -> "Meters":
+        """The same over all ranks, in place, with one message."""
+        if self.sums and ranks.world > 1:
+            names = sorted(self.sums)
+            summed = ranks.all_sum(torch.stack([self.sums[name] for name in names]))
+            self.sums = dict(zip(names, summed, strict=True))
+        return self
+
+    def means(self) -> dict[str, float]:
+        """Total over count; names without a count are left out."""
+        pairs = {name: pair.tolist() for name, pair in self.sums.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
+
+    def finite(self) -> bool:
+        """No total is NaN or infinite."""
+        return all(bool(torch.isfinite(pair).all()) for pair in self.sums.values())
+
+    def state(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps."""
+        return {name: pair.tolist() for name, pair in sorted(self.sums.items())}
+
+    def restore(self, saved: dict[str, list[float]], device: torch.device) -> None:
+        """Put back what `state` gave."""
+        self.sums = {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in saved.items()}
+
+
+def _exact(value: Tensor) -> Tensor:
+    value = value.detach()
+    return (value.cpu() if value.device.type == "mps" else value).double()

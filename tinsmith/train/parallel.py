@@ -1,0 +1,150 @@
+"""One process among several, and the same module spread over them.
+
+`replicate` keeps a whole copy on every rank and averages gradients; `fsdp` shards parameters, gradients and optimizer
+state with FSDP2's `fully_shard`, block by block. No wrapper objects: objectives see the same module either way.
+Nothing outside of `train` knows about ranks.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tinsmith.core.errors import UserError
+from tinsmith.nn.model import LM
+
+
+class Ranks:
+    """This process and its peers; with one process every call is free."""
+
+    def __init__(self, rank: int, world: int, device: torch.device, kind: str):
+        self.rank, self.world, self.device, self.kind = rank, world, device, kind
+
+    @property
+    def first(self) -> bool:
+        """Rank 0 speaks and writes."""
+        return self.rank == 0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self.world == 1:
+            return flag
+        return bool(self.all_sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, on every rank."""
+        if self.world == 1:
+            return [data]
+        sizes = torch.zeros(self.world, dtype=torch.long, device=self.device)
+        sizes[self.rank] = len(data)
+        longest = int(self.all_sum(sizes).max())
+        mine = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        parts = [torch.zeros_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine)
+        return [bytes(p[:size].cpu().numpy()) for p, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def leave(self) -> None:
+        """End the process group, if there is one."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(kind: str, device: str) -> Ranks:
+    """Read what torchrun says of this process and meet the others.
+
+    Raises UserError for a device that is not there, and where several processes were started with `parallel: none`.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1 and kind == "none":
+        raise UserError("parallel.kind: none, but torchrun started several processes; use replicate or fsdp")
+    chosen = pick_device(device)
+    if world > 1:
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Ranks(rank, world, chosen, kind if world > 1 else "none")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"train.device: '{name}' cannot be used here ({reason}); try auto or cpu") from None
+    return device
+
+
+def apply(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
+    """Make all ranks start from rank 0's weights, and shard them where asked."""
+    if ranks.world == 1:
+        return
+    for tensor in (*policy.parameters(), *policy.buffers(), *objective.parameters(), *objective.buffers()):
+        dist.broadcast(tensor.detach(), 0)
+    if ranks.kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for block in policy.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Mean over ranks of the gradients of parameters that are whole on every rank (sharded ones already are)."""
+    if ranks.world == 1:
+        return
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks.world
+
+
+def full_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and buffers by name, whole and on the CPU; every rank must call it."""
+    named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+        for name, value in named.items()
+    }
+
+
+@torch.no_grad()
+def load_full_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy whole tensors into the module's parameters and buffers; UserError where names or shapes differ."""
+    named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name in sorted(named.keys() ^ tensors.keys()):
+        what = "is missing" if name in named else "is not part of this model"
+        raise UserError(f"{where}: tensor '{name}' {what}; the checkpoint is of another architecture")
+    for name, target in named.items():
+        saved = tensors[name]
+        if tuple(saved.shape) != tuple(target.shape):
+            shapes = f"{tuple(saved.shape)}, the model wants {tuple(target.shape)}"
+            raise UserError(f"{where}: tensor '{name}' has shape {shapes}; the checkpoint is of another architecture")
+        if isinstance(target, DTensor):
+            saved = distribute_tensor(saved.to(target.device), target.device_mesh, target.placements)
+        target.copy_(saved)
