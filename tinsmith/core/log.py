@@ -4,7 +4,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ class RunLog:
         self.folder = folder
         self.quiet = quiet
         self.listeners: list[Callable[[Metrics], None]] = []
-        self._live = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.closers: list[Callable[[], None]] = []
 
     def line(self, text: str) -> None:
         """Print a line and keep it in `log.txt`."""
@@ -51,6 +50,11 @@ class RunLog:
             file.write(json.dumps(finite(values)) + "\n")
         for listener in self.listeners:
             listener(values)
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        for closer in self.closers:
+            closer()
 
     def cut(self, step: int) -> None:
         """Forget metrics after `step`: a resumed run writes them again."""

@@ -59,7 +59,11 @@ class Tasks(DataSection):
         super().__post_init__()
         if not self.tasks:
             raise ValueError("tasks must name at least one of arithmetic, sort, copy")
-        for name, value, highest in (("count", self.count, 10**9), ("digits", self.digits, 9), ("length", self.length, 99)):
+        for name, value, highest in (
+            ("count", self.count, 10**9),
+            ("digits", self.digits, 9),
+            ("length", self.length, 99),
+        ):
             if not 1 <= value <= highest:
                 raise ValueError(f"{name}={value} must be from 1 to {highest}")
 

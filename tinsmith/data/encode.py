@@ -36,19 +36,25 @@ class Encoder:
         self._byte_lengths = tokenizer.byte_lengths()
         self.rejects: list[Reject] = []
 
-    def write(self, documents: Iterable[tuple[bool, Document]], progress: Progress) -> dict[str, dict[str, int]]:
+    def write(
+        self, documents: Iterable[tuple[bool, Document]], progress: Progress
+    ) -> dict[str, dict[str, int]]:
         """Encode and write all of `documents` (whether for validation, document); what went to each side."""
         chats = self._shape == "chats"
         with ExitStack() as stack:
             train, validation = (
-                stack.enter_context(ShardWriter(self._folder / part, self._tokenizer.vocab_size, masked=chats))
+                stack.enter_context(
+                    ShardWriter(self._folder / part, self._tokenizer.vocab_size, masked=chats)
+                )
                 for part in ("train", "validation")
             )
             for batch in _batches(documents):
                 encoded = self._encode([document for _, document in batch])
                 for (held_back, document), one in zip(batch, encoded, strict=True):
                     if one.mask is not None and not any(one.mask[1:]):
-                        self.rejects.append(Reject(document.file, document.line, "nothing in it is to be learned"))
+                        self.rejects.append(
+                            Reject(document.file, document.line, "nothing in it is to be learned")
+                        )
                         continue
                     (validation if held_back else train).add(
                         one.ids, one.mask, text_bytes=one.text_bytes, last=one.last
@@ -60,7 +66,9 @@ class Encoder:
         """Texts of a batch at once, conversations one by one."""
         if any(isinstance(document.content, Conversation) for document in documents):
             return [self._chat(document) for document in documents]
-        whole = iter(self._tokenizer.encode_many(document.text for document in documents if document.first))
+        whole = iter(
+            self._tokenizer.encode_many(document.text for document in documents if document.first)
+        )
         end = [self._tokenizer.end_of_text]
         encoded = []
         for document in documents:

@@ -61,7 +61,11 @@ def find(path: str, key: str = "data.path") -> list[Path]:
     """
     start = Path(path).expanduser()
     if start.is_dir():
-        found = sorted(p for p in start.rglob("*") if _known(p) and not _hidden(p.relative_to(start)) and p.is_file())
+        found = sorted(
+            p
+            for p in start.rglob("*")
+            if _known(p) and not _hidden(p.relative_to(start)) and p.is_file()
+        )
         if not found:
             raise UserError(f"{key}: no {', '.join(SUFFIXES)} file in the folder {start}")
         return found
@@ -70,7 +74,9 @@ def find(path: str, key: str = "data.path") -> list[Path]:
         near = nearest(start.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
         raise UserError(f"{key}: {start} does not exist{near}")
     if not _known(start):
-        raise UserError(f"{key}: {start} is not of a known kind; use one of {', '.join(SUFFIXES)}, or a folder of them")
+        raise UserError(
+            f"{key}: {start} is not of a known kind; use one of {', '.join(SUFFIXES)}, or a folder of them"
+        )
     return [start]
 
 
@@ -171,7 +177,9 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row | Reject]:
             names = file.schema_arrow.names
             missing = [name for name in columns or [] if name not in names]
             if missing:
-                raise UserError(f"{path}: no column '{missing[0]}' (it has {', '.join(names)}); set data.field")
+                raise UserError(
+                    f"{path}: no column '{missing[0]}' (it has {', '.join(names)}); set data.field"
+                )
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
@@ -179,7 +187,9 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row | Reject]:
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
@@ -197,7 +207,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(PIECE)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            yield number + 1, Reject(str(path), number + 1, "the compressed file is damaged or cut off from here on")
+            yield (
+                number + 1,
+                Reject(
+                    str(path), number + 1, "the compressed file is damaged or cut off from here on"
+                ),
+            )
 
 
 def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
@@ -241,5 +256,12 @@ def _hidden(path: Path) -> bool:
 
 
 def _kind_of(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number"}
+    names = {
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

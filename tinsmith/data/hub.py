@@ -17,12 +17,17 @@ from tinsmith.data.config import Hub
 from tinsmith.data.progress import Progress
 
 
-def fetch(config: Hub, path: Path, say: Callable[[str], None], stop: Callable[[], bool] | None) -> None:
+def fetch(
+    config: Hub, path: Path, say: Callable[[str], None], stop: Callable[[], bool] | None
+) -> None:
     """Write the rows of a data set (the first `limit` of them) to `path` as JSON lines.
 
     UserError where `datasets` is missing, or cannot find or read the data set.
     """
-    say(f" prepare   fetching {label(config)} through `datasets`" + (f", {count(config.limit)} rows" if config.limit else ""))
+    say(
+        f" prepare   fetching {label(config)} through `datasets`"
+        + (f", {count(config.limit)} rows" if config.limit else "")
+    )
     progress = Progress(f"fetching {config.name}", None, say, stop)
     with path.open("w", encoding="utf-8") as file:
         for row in itertools.islice(_stream(config), config.limit):
@@ -46,7 +51,9 @@ def _stream(config: Hub) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise UserError('data.kind: hub needs the `datasets` package: pip install "tinsmith[hub]"') from None
+        raise UserError(
+            'data.kind: hub needs the `datasets` package: pip install "tinsmith[hub]"'
+        ) from None
     try:
         stream = datasets.load_dataset(
             config.name, config.config, split=config.split, revision=config.revision, streaming=True

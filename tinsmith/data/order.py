@@ -20,7 +20,9 @@ def permute(index: int, size: int, seed: int, *keys: int | str) -> int:
     return int(permute_many(np.array([index]), size, seed, *keys)[0])
 
 
-def permute_many(indices: NDArray[np.int64], size: int, seed: int, *keys: int | str) -> NDArray[np.int64]:
+def permute_many(
+    indices: NDArray[np.int64], size: int, seed: int, *keys: int | str
+) -> NDArray[np.int64]:
     """`permute` for many indices (n,) at once; memory grows with n alone, never with `size`."""
     if len(indices) and not (0 <= indices.min() and indices.max() < size):
         raise IndexError(f"index outside of [0, {size})")
@@ -40,7 +42,9 @@ def order(seed: int, index: int, size: int, *keys: int | str) -> tuple[int, int]
     return epoch, permute(step, size, seed, *keys, epoch)
 
 
-def order_many(seed: int, indices: NDArray[np.int64], size: int, *keys: int | str) -> NDArray[np.int64]:
+def order_many(
+    seed: int, indices: NDArray[np.int64], size: int, *keys: int | str
+) -> NDArray[np.int64]:
     """The places of `order` for many indices (n,), which may lie in several epochs."""
     epochs, steps = np.divmod(indices, size)
     places = np.empty_like(steps)
@@ -50,7 +54,9 @@ def order_many(seed: int, indices: NDArray[np.int64], size: int, *keys: int | st
     return places
 
 
-def _encrypt(places: NDArray[np.uint64], half: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _encrypt(
+    places: NDArray[np.uint64], half: int, round_keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     shift, mask = np.uint64(half), (_ONE << np.uint64(half)) - _ONE
     left, right = places >> shift, places & mask
     for key in round_keys:

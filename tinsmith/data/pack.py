@@ -83,7 +83,9 @@ class ChatRows:
         segments = np.repeat(np.arange(len(chosen)), self._lengths[chosen])
         return _padded(self._context, ids, targets, mask, segments)
 
-    def _example(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    def _example(
+        self, number: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         start = int(self._shards.documents[number])
         stop = start + int(self._lengths[number])
         ids = self._shards.tokens(start, stop)

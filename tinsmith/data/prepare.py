@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
-from tinsmith.core.units import count, size
+from tinsmith.core.units import size
 from tinsmith.data import hub
 from tinsmith.data.config import DataConfig, Hub, Shape
 from tinsmith.data.encode import Encoder
 from tinsmith.data.files import Reject
+from tinsmith.data.prepared import Prepared, Say, find_prepared, open_prepared, summarise
 from tinsmith.data.progress import Progress
-from tinsmith.data.shards import Shards
 from tinsmith.data.split import NO_SPLIT, Scan, Split, digest, plan, sampled
 from tinsmith.data.streams import Document, Origin, Stream, open_origin, unique_names
 from tinsmith.text.bpe import train_bpe
@@ -37,16 +37,7 @@ from tinsmith.text.tokenizer import Tokenizer
 FORMAT = 1
 """Part of the hash: raised whenever the same data would be written differently."""
 
-Say = Callable[[str], None]
 Stop = Callable[[], bool]
-
-
-class Prepared(NamedTuple):
-    """Data ready for training: the folder with the shards, its tokenizer, and the counts of `report.json`."""
-
-    folder: Path
-    tokenizer: Tokenizer
-    report: dict[str, Any]
 
 
 class _Plan(NamedTuple):
@@ -94,13 +85,21 @@ def prepare(
         return path
 
     keys = ["data"] if len(sections) == 1 else [f"data.{number}" for number in range(len(sections))]
-    origins = [open_origin(section, shape, key, fetched) for section, key in zip(sections, keys, strict=True)]
+    origins = [
+        open_origin(section, shape, key, fetched)
+        for section, key in zip(sections, keys, strict=True)
+    ]
     given = _given(tokenizer)
-    folder = root / _hash(FORMAT, shape, _tokenizer_identity(tokenizer, given), [origin.identity for origin in origins])
+    folder = root / _hash(
+        FORMAT,
+        shape,
+        _tokenizer_identity(tokenizer, given),
+        [origin.identity for origin in origins],
+    )
     try:
         with _disk_trouble(root):
             sweep(root)
-            found = _found(folder, say)
+            found = find_prepared(folder, say)
             if found:
                 return found
             with atomic_dir(folder) as temporary:
@@ -108,26 +107,8 @@ def prepare(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     prepared = open_prepared(folder)
-    _summarise(prepared, say)
+    summarise(prepared, say)
     return prepared
-
-
-def open_prepared(folder: Path, *, verify: bool = False) -> Prepared:
-    """Open a prepared folder, checking the sizes of its shards (with `verify`, their hashes)."""
-    report = read_report(folder)
-    for number in range(len(report["sources"])):
-        for part in ("train", "validation"):
-            Shards.open(folder / str(number) / part, verify=verify)
-    return Prepared(folder, Tokenizer.load(folder), report)
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The counts of a prepared folder."""
-    path = folder / "report.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {folder} and run `tinsmith prepare` again") from None
 
 
 class _Work:
@@ -138,7 +119,9 @@ class _Work:
         self._rejects = (folder / "rejects.jsonl").open("w", encoding="utf-8")
         self._rejected = 0
 
-    def run(self, origins: list[Origin], tokenizer: TokenizerConfig | Tokenizer, given: Tokenizer | None) -> None:
+    def run(
+        self, origins: list[Origin], tokenizer: TokenizerConfig | Tokenizer, given: Tokenizer | None
+    ) -> None:
         with self._rejects:
             plans, rejected = [], []
             for origin in origins:
@@ -155,10 +138,20 @@ class _Work:
                 facts = self._encode(number, planned, made)
                 rejects = rejected[number] + self._rejected - before
                 config = planned.origin.config
-                sources.append({"name": name, "kind": config.kind, "weight": config.weight, "rejected": rejects} | facts)
+                sources.append(
+                    {
+                        "name": name,
+                        "kind": config.kind,
+                        "weight": config.weight,
+                        "rejected": rejects,
+                    }
+                    | facts
+                )
         report = {"format": FORMAT, "shape": self._shape, "vocab_size": made.vocab_size}
         report |= {"tokenizer": made.fingerprint(), "sources": sources}
-        atomic_write(self._folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(
+            self._folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        )
 
     def _plan(self, origin: Origin) -> _Plan:
         validation = self._scan(origin, origin.validation) if origin.validation else None
@@ -188,7 +181,11 @@ class _Work:
             total += item.bytes
             progress.advance(item.bytes)
         if not documents:
-            why = f"; the first bad line is {_place(first_reject)}" if first_reject else ", it is empty"
+            why = (
+                f"; the first bad line is {_place(first_reject)}"
+                if first_reject
+                else ", it is empty"
+            )
             raise UserError(f"data: nothing in '{_described(origin)}' can be used{why}")
         return Scan(documents, characters, total, lowest, highest)
 
@@ -197,10 +194,14 @@ class _Work:
         assert isinstance(tokenizer, TokenizerConfig)
         settings = tokenizer.train or TrainTokenizerConfig()
         total = sum(plan.bytes for plan in plans)
-        self._say(f" prepare   training a tokenizer of {settings.vocab_size} on {size(min(total, settings.max_bytes))}")
+        self._say(
+            f" prepare   training a tokenizer of {settings.vocab_size} on {size(min(total, settings.max_bytes))}"
+        )
         made = train_bpe(self._sample(plans, settings.max_bytes), settings.vocab_size)
         if made.vocab_size < settings.vocab_size:
-            self._say(f" prepare   the text has only {made.vocab_size} different pieces: the vocabulary is that small")
+            self._say(
+                f" prepare   the text has only {made.vocab_size} different pieces: the vocabulary is that small"
+            )
         return made
 
     def _sample(self, plans: list[_Plan], most: int) -> Iterator[str]:
@@ -225,7 +226,9 @@ class _Work:
         for reject in encoder.rejects:
             self._reject(origin, reject)
         if not facts["train"]["documents"]:
-            raise UserError(f"data: nothing is left of '{_described(origin)}' to train on; lower data.validation")
+            raise UserError(
+                f"data: nothing is left of '{_described(origin)}' to train on; lower data.validation"
+            )
         return facts
 
     def _reject(self, origin: Origin, reject: Reject) -> None:
@@ -239,7 +242,9 @@ class _Work:
         token_bytes = (2 if tokenizer.vocab_size <= 2**16 else 4) + (self._shape == "chats")
         need, free = text_bytes * token_bytes // 2, free_space(self._folder)
         if free < need:
-            raise UserError(f"{self._folder.parent}: no space: shards need about {size(need)}, {size(free)} are free")
+            raise UserError(
+                f"{self._folder.parent}: no space: shards need about {size(need)}, {size(free)} are free"
+            )
 
 
 def _given(tokenizer: TokenizerConfig | Tokenizer) -> Tokenizer | None:
@@ -257,39 +262,18 @@ def _tokenizer_identity(tokenizer: TokenizerConfig | Tokenizer, given: Tokenizer
     return [settings.vocab_size, settings.max_bytes]
 
 
-def _found(folder: Path, say: Say) -> Prepared | None:
-    if not folder.exists():
-        return None
-    try:
-        prepared = open_prepared(folder)
-    except UserError as error:
-        say(f" prepare   {folder} is damaged, so it is made again ({error})")
-        return None
-    say(f" prepare   found {folder}")
-    return prepared
-
-
-def _summarise(prepared: Prepared, say: Say) -> None:
-    for source in prepared.report["sources"]:
-        parts = [source["train"], source["validation"]]
-        documents, tokens, text_bytes = (sum(part[key] for part in parts) for key in ("documents", "tokens", "bytes"))
-        rejected = source["rejected"]
-        bad = f", {rejected} lines rejected ({prepared.folder / 'rejects.jsonl'})" if rejected else ""
-        say(
-            f" prepare   {source['name']}: {count(documents)} {prepared.report['shape']}, {count(tokens)} tokens, "
-            f"{text_bytes / tokens:.2f} B/token{bad}"
-        )
-        if not source["validation"]["documents"]:
-            say(f" prepare   {source['name']}: nothing is held back for validation")
-
-
 def _usable(stream: Stream) -> Iterator[Document]:
     return (item for item in stream() if isinstance(item, Document))
 
 
 def _said(document: Document) -> list[str]:
     assert not isinstance(document.content, str)
-    return [text for message in document.content.messages for text in (message.reasoning, message.content) if text]
+    return [
+        text
+        for message in document.content.messages
+        for text in (message.reasoning, message.content)
+        if text
+    ]
 
 
 def _place(reject: Reject) -> str:
@@ -313,7 +297,9 @@ def _disk_trouble(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = size(free_space(root))
-            raise UserError(f"{root}: the disk is full ({free} free); free some space, nothing was changed") from None
+            raise UserError(
+                f"{root}: the disk is full ({free} free); free some space, nothing was changed"
+            ) from None
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise UserError(f"{error.filename or root}: {error.strerror}") from None
         raise

@@ -26,16 +26,30 @@ _AGAIN = "delete {} and run `tinsmith prepare` again"
 class ShardWriter:
     """Writes documents into shards of about `shard_tokens` tokens; use as a context manager."""
 
-    def __init__(self, folder: Path, vocab_size: int, *, masked: bool = False, shard_tokens: int = 2**26):
+    def __init__(
+        self, folder: Path, vocab_size: int, *, masked: bool = False, shard_tokens: int = 2**26
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.vocab_size, self.masked, self.shard_tokens = folder, vocab_size, masked, shard_tokens
+        self.folder, self.vocab_size, self.masked, self.shard_tokens = (
+            folder,
+            vocab_size,
+            masked,
+            shard_tokens,
+        )
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.tokens = self.documents = self.bytes = 0
         self._shards: list[dict[str, Any]] = []
         self._open: _OpenShard | None = None
         self._starting = True
 
-    def add(self, ids: ArrayLike, mask: ArrayLike | None = None, *, text_bytes: int = 0, last: bool = True) -> None:
+    def add(
+        self,
+        ids: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        text_bytes: int = 0,
+        last: bool = True,
+    ) -> None:
         """Append the ids (n,) of a document, or of a part of one unless it is the `last`; `mask` (n,) for chats."""
         raw = np.asarray(ids, dtype=np.int64)
         assert len(raw), "a document has at least one token"
@@ -46,7 +60,9 @@ class ShardWriter:
         if self._starting:
             shard.starts.append(shard.tokens)
             self.documents += 1
-        shard.write(raw.astype(self.dtype), None if mask is None else np.asarray(mask, dtype=np.uint8))
+        shard.write(
+            raw.astype(self.dtype), None if mask is None else np.asarray(mask, dtype=np.uint8)
+        )
         self.tokens += len(raw)
         self.bytes += text_bytes
         self._starting = last
@@ -77,7 +93,12 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         if kind is None:
             self.close()
         elif self._open:
@@ -143,9 +164,15 @@ class Shards:
         self._edges = np.cumsum([0, *counts])
         names = [f"{number:05d}" for number in range(len(counts))]
         self._tokens = [_map(folder / f"{name}.tokens", dtype) for name in names]
-        self._mask = [_map(folder / f"{name}.mask", np.dtype(np.uint8)) for name in names] if self.masked else []
+        self._mask = (
+            [_map(folder / f"{name}.mask", np.dtype(np.uint8)) for name in names]
+            if self.masked
+            else []
+        )
         starts = [np.fromfile(folder / f"{name}.index", dtype="<u8") for name in names]
-        moved = [own.astype(np.int64) + edge for own, edge in zip(starts, self._edges, strict=False)]
+        moved = [
+            own.astype(np.int64) + edge for own, edge in zip(starts, self._edges, strict=False)
+        ]
         self.documents: NDArray[np.int64] = np.concatenate([*moved, np.zeros(0, dtype=np.int64)])
         """Where in the stream each document starts, ascending, (documents,)."""
 
@@ -212,4 +239,6 @@ def _check(path: Path, facts: dict[str, Any], verify: bool) -> None:
     if size != facts["bytes"]:
         raise UserError(f"{path}: {size} bytes where {facts['bytes']} were written; {again}")
     if verify and sha256(path) != facts["sha256"]:
-        raise UserError(f"{path}: its content has changed since it was written (SHA-256 differs); {again}")
+        raise UserError(
+            f"{path}: its content has changed since it was written (SHA-256 differs); {again}"
+        )

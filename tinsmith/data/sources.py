@@ -4,7 +4,6 @@ Sample i of the global order is a pure function of (folder, context, seed, i). R
 resumed run asks from the i where it stopped, and nothing has to be replayed.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +17,7 @@ from tinsmith.data.config import Shape
 from tinsmith.data.mixture import Mixture
 from tinsmith.data.order import order_many
 from tinsmith.data.pack import ChatRows, DocumentRows, Packed
+from tinsmith.data.prepared import read_report
 from tinsmith.data.shards import Shards
 
 Part = Literal["train", "validation"]
@@ -97,12 +97,17 @@ class Source:
         """Any global samples, by number (n,)."""
         assert len(indices), "a batch has at least one row"
         members, places = self._locate(indices)
-        rows = [self._members[m].rows.row(p) for m, p in zip(members.tolist(), places.tolist(), strict=True)]
+        rows = [
+            self._members[m].rows.row(p)
+            for m, p in zip(members.tolist(), places.tolist(), strict=True)
+        ]
         return collate(rows, [self._members[m].number for m in members.tolist()])
 
     def part(self, name: str) -> "Source":
         """The member of that name alone."""
-        return Source([m for m in self._members if m.name == name], self.context, self._seed, self.part_name)
+        return Source(
+            [m for m in self._members if m.name == name], self.context, self._seed, self.part_name
+        )
 
     def spread(self, count: int) -> NDArray[np.int64]:
         """`count` row numbers (all, if there are fewer) at even distances over one pass: a fair small sample."""
@@ -124,16 +129,20 @@ class Source:
         places = np.empty_like(numbers)
         for m in np.unique(members):
             here, member = members == m, self._members[m]
-            places[here] = order_many(self._seed, numbers[here], member.rows.size, "source", member.number)
+            places[here] = order_many(
+                self._seed, numbers[here], member.rows.size, "source", member.number
+            )
         return members, places
 
 
-def open_source(folder: Path, shape: Shape, part: Part, context: int, seed: int, *, verify: bool = False) -> Source:
+def open_source(
+    folder: Path, shape: Shape, part: Part, context: int, seed: int, *, verify: bool = False
+) -> Source:
     """Open what `prepare` wrote to `folder`, as rows of `context` positions.
 
     Raises UserError where shards are missing or damaged (found by hash with `verify`), and where no row can be made.
     """
-    report = _read_report(folder)
+    report = read_report(folder)
     assert report["shape"] == shape, f"{folder} holds {report['shape']}"
     members = []
     for number, facts in enumerate(report["sources"]):
@@ -148,13 +157,7 @@ def open_source(folder: Path, shape: Shape, part: Part, context: int, seed: int,
             tokens, text_bytes = shards.tokens_total, shards.bytes_total
             members.append(Member(facts["name"], number, facts["weight"], rows, tokens, text_bytes))
     if not members:
-        raise UserError(f"data: there is no {part} data; raise data.validation or give more documents")
+        raise UserError(
+            f"data: there is no {part} data; raise data.validation or give more documents"
+        )
     return Source(members, context, seed, part)
-
-
-def _read_report(folder: Path) -> dict:
-    path = folder / "report.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {folder} and run `tinsmith prepare` again") from None

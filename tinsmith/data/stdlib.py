@@ -85,7 +85,9 @@ def chats(module: Module) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _functions(node: ast.AST, owner: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+def _functions(
+    node: ast.AST, owner: str
+) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
     """Functions of a module and methods of its classes, with the name of the class; nothing nested in functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -122,7 +124,11 @@ def _first_sentence(docstring: str) -> str:
     """The first sentence, on one line and with its full stop; nothing where it is too long or not a sentence."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0]
-    if not re.match(r"[A-Z][a-z]+\b", sentence) or " " not in sentence or len(sentence) > LONGEST_SENTENCE:
+    if (
+        not re.match(r"[A-Z][a-z]+\b", sentence)
+        or " " not in sentence
+        or len(sentence) > LONGEST_SENTENCE
+    ):
         return ""
     return sentence if sentence[-1] in ".!?" else f"{sentence.rstrip(':,;')}."
 
@@ -133,7 +139,9 @@ def _code(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
     if not body or body[0].lineno <= (docstring.end_lineno or 0):
         return ""
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    kept = lines[first - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : function.end_lineno]
+    kept = (
+        lines[first - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : function.end_lineno]
+    )
     if len(kept) > LONGEST_ANSWER:
         return ""
     return textwrap.dedent("".join(kept)).strip("\n")
@@ -142,7 +150,10 @@ def _code(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
 def _wanted(path: Path) -> bool:
     folders = path.parts[:-1]
     return not (
-        any(folder in _EXCLUDED_FOLDERS or _EXCLUDED_PLATFORM.fullmatch(folder) for folder in folders)
+        any(
+            folder in _EXCLUDED_FOLDERS or _EXCLUDED_PLATFORM.fullmatch(folder)
+            for folder in folders
+        )
         or _EXCLUDED_FILE.fullmatch(path.name)
     )
 
@@ -150,5 +161,7 @@ def _wanted(path: Path) -> bool:
 def _root() -> Path:
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "os.py").is_file():
-        raise UserError(f"data: the source of Python's standard library is not in {root}; use another kind of data")
+        raise UserError(
+            f"data: the source of Python's standard library is not in {root}; use another kind of data"
+        )
     return root

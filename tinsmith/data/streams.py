@@ -37,7 +37,9 @@ class Document(NamedTuple):
         """Bytes of its text."""
         if isinstance(self.content, str):
             return len(self.content.encode())
-        return sum(len(said.encode()) for m in self.content.messages for said in (m.content, m.reasoning))
+        return sum(
+            len(said.encode()) for m in self.content.messages for said in (m.content, m.reasoning)
+        )
 
 
 Stream = Callable[[], Iterator[Document | Reject]]
@@ -75,7 +77,9 @@ def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) ->
     if isinstance(config, Hub):
         return _hub(config, shape, fetched)
     if isinstance(config, Text) and shape == "chats":
-        raise UserError(f"{key}.kind: 'text' has no chats to fine-tune on; use chats, tasks, stdlib or hub")
+        raise UserError(
+            f"{key}.kind: 'text' has no chats to fine-tune on; use chats, tasks, stdlib or hub"
+        )
     return _files(config, key)
 
 
@@ -85,7 +89,12 @@ def _stdlib(config: Stdlib, shape: Shape) -> Origin:
         documents = [Document(m.text, m.name.encode(), m.name, 1) for m in found]
     else:
         documents = list(_stdlib_chats(found))
-    identity = [plain(config), platform.python_version(), len(found), sum(len(module.text) for module in found)]
+    identity = [
+        plain(config),
+        platform.python_version(),
+        len(found),
+        sum(len(module.text) for module in found),
+    ]
     return Origin("stdlib", config, identity, _limited(lambda: iter(documents), config.limit))
 
 
@@ -119,11 +128,19 @@ def _files(config: Text | Chats, key: str) -> Origin:
     if isinstance(config, Chats):
         for path in found + held_back:
             if path.name.endswith(".txt"):
-                raise UserError(f"{path}: chats are read from .jsonl, .jsonl.gz or .parquet, not from .txt")
+                raise UserError(
+                    f"{path}: chats are read from .jsonl, .jsonl.gz or .parquet, not from .txt"
+                )
     stream = _limited(lambda: _read(found, config), config.limit)
     validation = _limited(lambda: _read(held_back, config), config.limit) if held_back else None
     identity = [plain(config), *map(_stamp, found), "validation", *map(_stamp, held_back)]
-    return Origin(found[0].stem if len(found) == 1 else Path(config.path).name, config, identity, stream, validation)
+    return Origin(
+        found[0].stem if len(found) == 1 else Path(config.path).name,
+        config,
+        identity,
+        stream,
+        validation,
+    )
 
 
 def _named_parts(found: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -136,7 +153,9 @@ def _named_parts(found: list[Path]) -> tuple[list[Path], list[Path]]:
 def _read(paths: list[Path], config: Text | Chats) -> Iterator[Document | Reject]:
     for path in paths:
         if path.name.endswith(".txt"):
-            yield from (item if isinstance(item, Reject) else _text(item) for item in files.texts(path))
+            yield from (
+                item if isinstance(item, Reject) else _text(item) for item in files.texts(path)
+            )
         elif isinstance(config, Chats):
             yield from _chats(files.rows(path))
         else:
@@ -151,7 +170,11 @@ def _hub(config: Hub, shape: Shape, fetched: Fetched) -> Origin:
         return _chats(rows)
 
     local = Path(config.name).expanduser()
-    stamps = [_stamp(path) for path in sorted(local.rglob("*")) if path.is_file()] if local.is_dir() else []
+    stamps = (
+        [_stamp(path) for path in sorted(local.rglob("*")) if path.is_file()]
+        if local.is_dir()
+        else []
+    )
     return Origin(local.name, config, [plain(config), *stamps], read)
 
 

@@ -62,7 +62,9 @@ def check(task: Task, text: str) -> bool:
 def _arithmetic(numbers: random.Random, digits: int, length: int) -> Task:
     sign = numbers.choice("+-*")
     left, right = _number(numbers, digits), _number(numbers, digits if sign != "*" else 1)
-    asked = numbers.choice(["What is {} {} {}?", "Calculate {} {} {}.", "{} {} {} = ?", "Work out {} {} {}."])
+    asked = numbers.choice(
+        ["What is {} {} {}?", "Calculate {} {} {}.", "{} {} {} = ?", "Work out {} {} {}."]
+    )
     steps, answer = {"+": _add, "-": _subtract, "*": _multiply}[sign](left, right)
     return Task("arithmetic", asked.format(left, sign, right), steps, str(answer))
 
@@ -97,28 +99,43 @@ def _multiply(left: int, right: int) -> tuple[str, int]:
     steps, total = [], 0
     for place, digit in enumerate(reversed(str(left))):
         part = int(digit) * 10**place
-        steps.append(f"{part} * {right} = {part * right}, {total} + {part * right} = {total + part * right}")
+        steps.append(
+            f"{part} * {right} = {part * right}, {total} + {part * right} = {total + part * right}"
+        )
         total += part * right
     return "\n".join(steps), total
 
 
 def _sort(numbers: random.Random, digits: int, length: int) -> Task:
-    items = [_number(numbers, min(digits, 2)) for _ in range(numbers.randint(min(2, length), length))]
+    items = [
+        _number(numbers, min(digits, 2)) for _ in range(numbers.randint(min(2, length), length))
+    ]
     downwards = numbers.random() < 0.25
     order = "from large to small" if downwards else "from small to large"
-    asked = numbers.choice(["Sort these numbers {}: {}", "Put these numbers in order, {}: {}", "Sort {}: {}"])
+    asked = numbers.choice(
+        ["Sort these numbers {}: {}", "Put these numbers in order, {}: {}", "Sort {}: {}"]
+    )
     left, steps = list(items), []
     while left:
         chosen = max(left) if downwards else min(left)
         steps.append(f"{_list(left)}: take {chosen}")
         left.remove(chosen)
-    return Task("sort", asked.format(order, _list(items)), "\n".join(steps), _list(sorted(items, reverse=downwards)))
+    return Task(
+        "sort",
+        asked.format(order, _list(items)),
+        "\n".join(steps),
+        _list(sorted(items, reverse=downwards)),
+    )
 
 
 def _copy(numbers: random.Random, digits: int, length: int) -> Task:
     letters = [numbers.choice(LETTERS) for _ in range(numbers.randint(1, length))]
     backwards = numbers.random() < 0.25
-    asked = "Write these letters backwards: {}" if backwards else numbers.choice(["Copy these letters: {}", "Repeat: {}"])
+    asked = (
+        "Write these letters backwards: {}"
+        if backwards
+        else numbers.choice(["Copy these letters: {}", "Repeat: {}"])
+    )
     answer = letters[::-1] if backwards else letters
     steps = f"{len(letters)} letters, {'last' if backwards else 'first'} {answer[0]}"
     return Task("copy", asked.format(" ".join(letters)), steps, " ".join(answer))
@@ -133,4 +150,8 @@ def _list(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-_MAKERS: dict[str, Callable[[random.Random, int, int], Task]] = {"arithmetic": _arithmetic, "sort": _sort, "copy": _copy}
+_MAKERS: dict[str, Callable[[random.Random, int, int], Task]] = {
+    "arithmetic": _arithmetic,
+    "sort": _sort,
+    "copy": _copy,
+}

@@ -127,9 +127,9 @@ class LM(nn.Module):
         if positions is None:
             positions = _positions(ids, segments, None if caches is None else caches[0].lengths)
         h = self._embed(ids, positions)
-        dims = {dim for block in self.blocks if (dim := block.mixer.rotary_dim) is not None}
+        dims = {block.mixer.rotary_dim for block in self.blocks}
         told = positions[:1] if shared else positions
-        rotary = {dim: tables(self.config.rope, dim, told, h.dtype) for dim in dims}
+        rotary = {d: tables(self.config.rope, d, told, h.dtype) for d in dims if d is not None}
         ctx = Ctx(positions, segments, None, rotary)
         losses, stats, probes = {}, {}, {}
         h = self.config.residual.expand(h)

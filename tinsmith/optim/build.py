@@ -1,4 +1,4 @@
-"""One object over all optimizers of a run: Muon (or AdamW) for the block matrices, AdamW for the rest."""
+"""One object over all optimizers of a run: Muon or AdamW for matrices, AdamW for the rest."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
-    """Every trainable parameter in exactly one group, one group per role; frozen ones in none, so without moments."""
+    """Every trainable parameter in one group, one group per role; frozen ones have no moments."""
 
     def __init__(self, groups: Partition, config: OptimConfig):
         """`groups`: role -> [(name, parameter)]; names are those of the saved state."""
@@ -36,9 +36,10 @@ class Optimizers:
 
     @classmethod
     def build(cls, module: nn.Module, extra: nn.Module | None, config: OptimConfig) -> "Optimizers":
-        """Over all trainable parameters of the policy `module` and of `extra`, an objective's own (`objective.NAME`).
+        """Over all trainable parameters of the policy `module` and of `extra`, the objective's own,
+        which are named `objective.NAME`.
 
-        Call it after the parameters have their final device, dtype and spread over ranks.
+        Call it when the parameters have their final device, dtype and spread over ranks.
         """
         groups = partition(module)
         if extra is not None:
@@ -75,7 +76,7 @@ class Optimizers:
 
     @torch.no_grad()
     def forget(self, resets: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-        """Zero what is remembered of these rows (indices of the first dimension) of these parameters."""
+        """Zero what is remembered of (parameter, rows): indices (N,) of its first dimension."""
         for parameter, rows in resets:
             for state in self._state(parameter).values():
                 if state.dim():
@@ -83,11 +84,12 @@ class Optimizers:
                     local(state).masked_fill_(part(mask, state), 0)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`PARAMETER|momentum` or `PARAMETER|exp_avg`, `|exp_avg_sq`, `|step` -> the full tensor, on the CPU.
+        """`NAME|momentum`, or `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|step` -> the full tensor, on
+        the CPU.
 
-        Nothing before the first step; after it, zeros for a parameter that never had a gradient. Gathers where
-        parameters are spread, so every rank must call it. A tensor that is whole and on the CPU already is the live
-        one: write or copy it before the next step.
+        Nothing before the first step; after it, zeros for a parameter that never had a gradient.
+        Gathers where parameters are spread, so every rank must call it. A tensor that is whole and
+        on the CPU already is the live one: write or copy it before the next step.
         """
         if not any(optimizer.state for optimizer in self.optimizers):
             return {}
@@ -103,8 +105,8 @@ class Optimizers:
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state_tensors`; every rank gives the same full tensors.
 
-        Rates, betas and decays are the configuration's. Raises UserError, and changes nothing, where a tensor is
-        missing, unexpected, or of another shape.
+        Rates, betas and decays are the configuration's. Raises UserError, and changes nothing,
+        where a tensor is missing, unexpected, or of another shape.
         """
         if tensors:
             self._check(tensors)
@@ -125,18 +127,16 @@ class Optimizers:
             for parameter, name in self.names.items()
             for key in (MUON_STATE if isinstance(self.owners[parameter], Muon) else ADAMW_STATE)
         }
-        for name, shape in expected.items():
+        for name in [*expected, *tensors]:
             if name not in tensors:
-                raise UserError(f"optimizer state: '{name}' is missing; {cause}")
-            if tuple(tensors[name].shape) != shape:
-                raise UserError(
-                    f"optimizer state: '{name}' is {tuple(tensors[name].shape)}, not {shape}; {cause}"
-                )
-        for name in tensors:
-            if name not in expected:
-                raise UserError(
-                    f"optimizer state: '{name}' belongs to no trained parameter; {cause}"
-                )
+                problem = "is missing"
+            elif name not in expected:
+                problem = "belongs to no trained parameter"
+            elif (shape := tuple(tensors[name].shape)) != expected[name]:
+                problem = f"has the shape {shape}, not {expected[name]}"
+            else:
+                continue
+            raise UserError(f"optimizer state: '{name}' {problem}; {cause}")
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return self.owners[parameter].state.get(parameter, {}) if parameter in self.owners else {}
@@ -183,7 +183,7 @@ def _decays(role: Role, config: MuonConfig | AdamWConfig) -> bool:
 
 
 def _fusible(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch's fused AdamW runs there: one pass over memory, three times as fast on a CPU, as reproducible."""
+    """Whether torch's fused AdamW runs there: one pass over memory, equal from run to run."""
     return all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
 
 

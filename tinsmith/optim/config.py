@@ -6,8 +6,8 @@
       schedule: {kind: wsd, warmup: 100, decay: 0.3}          # or cosine, constant
       clip: 1.0
 
-`matrices` is the optimizer of the weight matrices inside the blocks, `others` of everything else (see
-`groups.partition`); both follow `schedule`.
+`matrices` is the optimizer of the weight matrices inside the blocks, `others` of everything else
+(see `groups.partition`); both follow `schedule`.
 """
 
 import math
@@ -21,8 +21,9 @@ from tinsmith.core.parse import Config, Count, Kind
 class MuonConfig(Config):
     """Muon (Jordan 2024): momentum, orthogonalised by `ns_steps` of Newton-Schulz.
 
-    `scale` multiplies the orthogonal update of a (rows, columns) matrix: `original` by sqrt(max(1, rows / columns)),
-    `match_rms_adamw` by 0.2 sqrt(max(rows, columns)), which makes AdamW's rate and decay fit (Moonlight, 2502.16982).
+    `scale` multiplies the orthogonal update of a (rows, columns) matrix: `original` by
+    sqrt(max(1, rows / columns)), `match_rms_adamw` by 0.2 sqrt(max(rows, columns)), which makes
+    AdamW's rate and decay fit (Moonlight, 2502.16982).
     """
 
     kind: Literal["muon"] = "muon"
@@ -45,8 +46,9 @@ class MuonConfig(Config):
 class AdamWConfig(Config):
     """AdamW (Loshchilov and Hutter, 1711.05101).
 
-    `weight_decay` reaches what `decay` names: the block `matrices` (so it does nothing where Muon, with a decay of its
-    own, has those), or `all` but vectors: embedding, head and routers too. Norms, biases and other vectors never decay.
+    `weight_decay` reaches what `decay` names: the block `matrices` (so it does nothing where Muon,
+    with a decay of its own, has those), or `all` but vectors: embedding, head and routers too.
+    Norms, biases and other vectors never decay.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -59,7 +61,7 @@ class AdamWConfig(Config):
     def __post_init__(self) -> None:
         _at_least_zero("lr", self.lr)
         _at_least_zero("weight_decay", self.weight_decay)
-        if not (0 < self.eps and math.isfinite(self.eps)):
+        if not (self.eps > 0 and math.isfinite(self.eps)):
             raise ValueError(f"eps={self.eps} must be above 0")
         for index, beta in enumerate(self.betas):
             _below_one(f"betas[{index}]", beta)
@@ -67,8 +69,8 @@ class AdamWConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WSD(Config):
-    """Warm-up, stable, decay: linear up over `warmup` steps, flat, then linear down to `final` over the last `decay`
-    of all steps (2405.18392).
+    """Warm-up, stable, decay: linear up over `warmup` steps, flat, then linear down to `final` over
+    the last `decay` of all steps (2405.18392).
     """
 
     kind: Literal["wsd"] = "wsd"
@@ -111,11 +113,13 @@ ScheduleConfig = Annotated[WSD | Cosine | Constant, Kind()]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Config):
-    """The `optim:` section. `clip` is the largest allowed norm of the whole gradient; null leaves it alone."""
+    """The `optim:` section. `clip` is the largest allowed norm of the whole gradient; null leaves
+    it alone.
+    """
 
-    matrices: OptimizerConfig = MuonConfig()  # noqa: RUF009 - frozen
-    others: AdamWConfig = AdamWConfig()  # noqa: RUF009 - frozen
-    schedule: ScheduleConfig = WSD()  # noqa: RUF009 - frozen
+    matrices: OptimizerConfig = MuonConfig()
+    others: AdamWConfig = AdamWConfig()
+    schedule: ScheduleConfig = WSD()
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:

@@ -1,15 +1,15 @@
 """Which optimizer a parameter belongs to: every trainable parameter has exactly one role.
 
-| role      | what                                                                                 | optimizer           |
-|-----------|--------------------------------------------------------------------------------------|---------------------|
-| matrix    | weights of linear layers, stacks (E, rows, columns) of them                          | `matrices` (Muon)   |
-| embedding | token and position tables; a tied head is the embedding; other bare 2-D parameters   | `others` (AdamW)    |
-| head      | the output layer of its own: a linear layer named `head`                             | `others` (AdamW)    |
-| router    | what scores experts or branches: its rows have a meaning each                        | `others` (AdamW)    |
-| vector    | norms, biases, sinks, scalars, and matrices with a side of 1; weight decay never     | `others` (AdamW)    |
+- `matrix`: weights of linear layers, and stacks (E, rows, columns) of them; trained by `matrices`
+  (Muon, if asked). All other roles are trained by `others` (AdamW).
+- `embedding`: token and position tables; a tied head is the embedding; bare 2-D parameters that no
+  linear layer owns, such as mixing matrices.
+- `head`: an output layer of its own, which is a linear layer named `head`.
+- `router`: what scores experts or branches; each of its rows has a meaning.
+- `vector`: norms, biases, sinks, scalars, and matrices with a side of 1. Never decays.
 
-Orthogonalised updates are made for matrices that map vectors to vectors. A mixing matrix, a table or a router is
-another thing even where it is 2-D, so the module tells the role, never a pattern of names.
+Orthogonalised updates are for matrices that map vectors to vectors; a table, a mixing matrix or a
+router is another thing even where it is 2-D. So the module tells the role, no pattern of names.
 """
 
 from collections.abc import Iterator
@@ -24,18 +24,18 @@ Partition = dict[Role, list[tuple[str, nn.Parameter]]]
 
 @runtime_checkable
 class Declares(Protocol):
-    """A module class with `ROLE = "router"` (or another role) gives it to all its parameters, and to those of modules
-    inside that declare none. What has fewer than two dimensions stays a vector.
+    """A module class with `ROLE = "router"` (or another role) gives it to all its parameters, and
+    to those of modules inside that declare none. What has fewer than two dimensions stays a vector.
     """
 
     ROLE: ClassVar[Role]
 
 
 def partition(module: nn.Module) -> Partition:
-    """Role -> [(name, parameter)] of everything in `module` that requires a gradient, a shared parameter once.
+    """Role -> [(name, parameter)] of all in `module` that requires a gradient, shared ones once.
 
-    Names and order are those of `named_parameters()`. Raises ValueError where two owners of a shared parameter
-    disagree about its role (embedding and head agree: embedding).
+    Names and order are those of `named_parameters()`. Raises ValueError where two owners of a
+    shared parameter disagree about its role (embedding and head agree: embedding).
     """
     claims: dict[nn.Parameter, set[Role]] = {}
     for parameter, role in _claims(module, "", None):
@@ -44,20 +44,24 @@ def partition(module: nn.Module) -> Partition:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             groups[_agreed(name, claims[parameter])].append((name, parameter))
-    trainable = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
-    grouped = [id(parameter) for group in groups.values() for _, parameter in group]
-    assert len(grouped) == len(trainable) and set(grouped) == trainable
+    trainable = {parameter for parameter in module.parameters() if parameter.requires_grad}
+    grouped = [parameter for group in groups.values() for _, parameter in group]
+    assert sorted(map(id, grouped)) == sorted(map(id, trainable)), "not a partition"
     return groups
 
 
 def _claims(
     module: nn.Module, name: str, inherited: Role | None
 ) -> Iterator[tuple[nn.Parameter, Role]]:
-    declared = module.ROLE if isinstance(module, Declares) else inherited
+    declared = _declared(module) or inherited
     for parameter in module.parameters(recurse=False):
         yield parameter, _role(module, name, parameter, declared)
     for child, inner in module.named_children():
         yield from _claims(inner, child, declared)
+
+
+def _declared(module: nn.Module) -> Role | None:
+    return module.ROLE if isinstance(module, Declares) else None
 
 
 def _role(owner: nn.Module, name: str, parameter: nn.Parameter, declared: Role | None) -> Role:

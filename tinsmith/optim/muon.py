@@ -4,11 +4,13 @@
     u  = mu m + (1 - mu) g  with Nesterov, else m
     W <- (1 - lr decay) W - lr scale NS(u)
 
-NS is five steps of a Newton-Schulz iteration that brings every singular value near 1, so that all directions of a
-matrix move about equally far. Keller Jordan, "Muon: an optimizer for hidden layers" (2024),
-https://kellerjordan.github.io/posts/muon/; the scale `match_rms_adamw` is from Moonlight (2502.16982). It differs from
-`torch.optim.Muon` in taking stacks (E, rows, columns) of matrices too, each a matrix of its own, in parameters spread by
-FSDP2, and in putting matrices of one shape, lying or standing, through one batched iteration.
+NS is five steps of a Newton-Schulz iteration that brings every singular value near 1, so that all
+directions of a matrix move about equally far. Keller Jordan, "Muon: an optimizer for hidden layers"
+(2024), https://kellerjordan.github.io/posts/muon/; the scale `match_rms_adamw` is from Moonlight
+(2502.16982). It differs from `torch.optim.Muon` in taking stacks (E, rows, columns) too, each slice
+a matrix of its own, and parameters spread by FSDP2, and in putting matrices with the same sides,
+lying or standing, through one batched iteration. Of a spread matrix every rank gathers the momentum
+and computes the whole update; stacks spread by slices are updated where they are.
 """
 
 import math
@@ -24,17 +26,18 @@ from tinsmith.optim.sharding import holds_slices, local, part, whole
 Scale = Literal["original", "match_rms_adamw"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic a s + b s^3 + c s^5 on singular values; steep at 0, hence not quite 1 at the end (0.68 to 1.13)."""
+"""Of a s + b s^3 + c s^5 on singular values; steep at 0, hence they end near 1 (0.68 to 1.13)."""
 
 BATCH_ELEMENTS = 2**25
-"""About how many numbers one batched iteration holds; bounds the memory that a step needs beyond the momentum."""
+"""How many numbers one batched iteration takes in; bounds what a step needs beyond the momentum."""
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """The nearly orthogonal factor of each matrix.
 
-    `matrices` (..., rows, columns) -> the same shape in `dtype`, which is the precision of the products; norms are taken
-    in at least float32. For a matrix U S V' the result is about U V'; a zero matrix stays zero.
+    `matrices` (..., rows, columns) -> the same shape in `dtype`, which is the precision of the
+    products; norms are taken in at least float32. For a matrix U S V' the result is about U V'; a
+    zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
@@ -53,8 +56,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The precision of the products: bfloat16 where the device multiplies it faster than float32.
 
-    Told by the device, not by timing, so that a resumed run computes what the first one would have. On CPUs that is
-    AMX alone: without it, bfloat16 products were measured to be slower. float64 stays float64.
+    Told by the device, not by timing, so that a resumed run computes what the first one would have.
+    On CPUs that is AMX alone: without it bfloat16 products are slower. float64 stays float64.
     """
     if tensor.dtype == torch.float64:
         return torch.float64
@@ -66,10 +69,11 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over matrices (rows, columns) and stacks of them (E, rows, columns), plain or spread by FSDP2.
+    """Muon over matrices (rows, columns) and stacks of them (E, rows, columns).
 
-    `products` fixes the precision of the Newton-Schulz products; by default `product_dtype` chooses. State: `momentum`
-    of the parameter's shape, at least float32. Gradients are read, never changed; a parameter without one is skipped.
+    `products` fixes the precision of the Newton-Schulz products; by default `product_dtype`
+    chooses. State: `momentum` of the parameter's shape, at least float32. Gradients are read, never
+    changed; a parameter without one is skipped.
     """
 
     def __init__(
@@ -83,21 +87,14 @@ class Muon(torch.optim.Optimizer):
         scale: Scale = "original",
         products: torch.dtype | None = None,
     ):
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(
-            parameters, options | {"steps": steps, "scale": scale, "products": products}
-        )
+        options = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+        options |= {"weight_decay": weight_decay, "steps": steps, "scale": scale}
+        super().__init__(parameters, options | {"products": products})
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
-                    raise ValueError(
-                        f"Muon takes matrices and stacks of matrices, not {tuple(parameter.shape)}"
-                    )
+                    shape = tuple(parameter.shape)
+                    raise ValueError(f"Muon takes matrices and stacks of matrices, not {shape}")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -109,24 +106,14 @@ class Muon(torch.optim.Optimizer):
     def _step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         stacks = [_lying(self._direction(parameter, group)) for parameter in parameters]
         products = group["products"] or product_dtype(parameters[0])
-        updates = newton_schulz(torch.cat(stacks), group["steps"], products).split(
-            [len(s) for s in stacks]
-        )
-        for parameter, update in zip(parameters, updates, strict=True):
-            rows, columns = parameter.shape[-2:]
-            update = update.mT if rows > columns else update
-            weight = local(parameter)
-            update = (
-                update
-                if holds_slices(parameter)
-                else part(update.reshape(parameter.shape), parameter)
-            )
-            if group["weight_decay"]:
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(update, alpha=-group["lr"] * _scale(group["scale"], rows, columns))
+        updates = newton_schulz(torch.cat(stacks), group["steps"], products)
+        for parameter, update in zip(
+            parameters, updates.split(list(map(len, stacks))), strict=True
+        ):
+            _move(parameter, update, group)
 
     def _direction(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """What is to be orthogonalised: (rows, columns) or (slices, rows, columns), every matrix in full."""
+        """What is to be orthogonalised: (rows, columns) or (slices, rows, columns), unspread."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -141,6 +128,18 @@ class Muon(torch.optim.Optimizer):
 def blank_momentum(parameter: nn.Parameter) -> Tensor:
     """The momentum of a parameter that never moved: zeros, at least float32."""
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _move(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
+    """One weight's step by its `update` (slices, short side, long side)."""
+    rows, columns = parameter.shape[-2:]
+    update = update.mT if rows > columns else update
+    if not holds_slices(parameter):
+        update = part(update.reshape(parameter.shape), parameter)
+    weight, lr = local(parameter), group["lr"]
+    if group["weight_decay"]:
+        weight.mul_(1 - lr * group["weight_decay"])
+    weight.add_(update, alpha=-lr * _scale(group["scale"], rows, columns))
 
 
 def _lying(direction: Tensor) -> Tensor:

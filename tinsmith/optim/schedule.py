@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, the same multiplier for every parameter group."""
+"""Learning-rate schedules: pure functions of the step, the same for every parameter group."""
 
 import math
 
@@ -8,9 +8,9 @@ from tinsmith.optim.config import WSD, Constant, Cosine
 def multiplier(schedule: WSD | Cosine | Constant, step: int, steps: int) -> float:
     """What every base learning rate is multiplied with in step `step` (counted from 0) of `steps`.
 
-    Warm-up climbs from 1/warmup in step 0 to 1 in step warmup - 1. `final` is where the curve arrives at
-    `step == steps`, just after the last step, so that no step is spent at a rate of 0. A run shorter than its warm-up,
-    or whose warm-up meets its decay, follows the lower of the two.
+    Warm-up climbs from 1/warmup in step 0 to 1 in step warmup - 1. `final` is where the curve
+    arrives at `step == steps`, just after the last step, so that no step is spent at a rate of 0.
+    A run shorter than its warm-up, or whose warm-up meets its decay, follows the lower of the two.
     """
     step = min(step, steps)
     warm = (step + 1) / schedule.warmup if step < schedule.warmup else 1.0

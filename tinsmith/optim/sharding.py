@@ -1,6 +1,6 @@
 """Tensors that may be spread over ranks (DTensors, as FSDP2 makes them), seen as plain ones.
 
-`whole` and `part` are all that the optimizer and its checkpoints need; on plain tensors both do nothing.
+`whole` gathers, `part` takes this rank's share again; on plain tensors both do nothing.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -31,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor that every rank has, spread as `like` is. No communication."""
+    """This rank's part of a full tensor that every rank has, spread as `like` is; no messages."""
     if not is_spread(like):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -40,7 +40,7 @@ def part(full: Tensor, like: Tensor) -> Tensor:
 
 
 def holds_slices(tensor: Tensor) -> bool:
-    """Whether a stack (E, rows, columns) is spread by whole slices, so that no slice is missing a part."""
+    """Whether a stack (E, rows, columns) is spread by whole slices, so that none is in parts."""
     return (
         is_spread(tensor)
         and tensor.dim() == 3

@@ -31,7 +31,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
-        raise UserError(f"tokenizer.train.vocab_size: {vocab_size} is too small; the bytes and specials take {SMALLEST}")
+        raise UserError(
+            f"tokenizer.train.vocab_size: {vocab_size} is too small; the bytes and specials take {SMALLEST}"
+        )
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -42,7 +44,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     learner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(name, special=name not in TAGS, normalized=False) for name in SPECIALS],
+        special_tokens=[
+            AddedToken(name, special=name not in TAGS, normalized=False) for name in SPECIALS
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

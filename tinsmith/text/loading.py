@@ -7,19 +7,27 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import say
-from tinsmith.text.tokenizer import END_OF_TEXT, END_OF_TURN, TEMPLATE
+from tinsmith.text.tokenizer import END_OF_TEXT, TEMPLATE
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 _GPT2_CLASSES = ("", "GPT2Tokenizer", "GPT2TokenizerFast")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Found(NamedTuple):
-    """What a folder says about its tokenizer: where, the `tokenizer.json` text, how documents end, its template."""
+    """What a folder says about its tokenizer: where it is, its `tokenizer.json`, two roles, its own template."""
 
     place: Path
     settings: str
-    end_of_text: str
+    bos: str | None
+    eos: str
     chat_template: str | None
 
 
@@ -32,7 +40,9 @@ def find(path_or_name: str | Path) -> Found:
         return _from_folder(path)
     name = str(path_or_name)
     if not _HUB_NAME.fullmatch(name) or ("/" in name and path.parent.exists()):
-        raise UserError(f"{name}: no such file or folder; a tokenizer is a tokenizer.json or a folder that holds one")
+        raise UserError(
+            f"{name}: no such file or folder; a tokenizer is a tokenizer.json or a folder that holds one"
+        )
     return _from_folder(_fetch(name))
 
 
@@ -49,18 +59,22 @@ def _from_file(path: Path) -> Found:
     return Found(path, _read(path), *_roles(path.parent))
 
 
-def _roles(folder: Path) -> tuple[str, str | None]:
-    """The token that ends a document, and the chat template where it is not Tinsmith's."""
+def _roles(folder: Path) -> tuple[str | None, str, str | None]:
+    """The tokens that begin and end a text, and the chat template where it is not Tinsmith's."""
     config = _read_object(folder / "tokenizer_config.json")
-    end = config.get("eos_token") or END_OF_TEXT
-    end = end["content"] if isinstance(end, dict) else end
-    templates = config.get("chat_template")
-    if isinstance(templates, list):
-        templates = {item["name"]: item["template"] for item in templates}.get("default")
+    bos, eos = (_name(config.get(role)) for role in ("bos_token", "eos_token"))
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {item["name"]: item["template"] for item in template}.get("default")
     beside = folder / "chat_template.jinja"
-    template = _read(beside) if beside.is_file() else templates
+    template = _read(beside) if beside.is_file() else template
     ours = template is None or template == TEMPLATE.read_text(encoding="utf-8")
-    return (END_OF_TEXT if end == END_OF_TURN else end), (None if ours else template)
+    return bos, eos or END_OF_TEXT, None if ours else template
+
+
+def _name(token: Any) -> str | None:
+    """A token's name, which may come with its flags."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _from_vocabulary(folder: Path) -> str:
@@ -69,13 +83,26 @@ def _from_vocabulary(folder: Path) -> str:
 
     kind = _read_object(folder / "tokenizer_config.json").get("tokenizer_class", "")
     if kind not in _GPT2_CLASSES:
-        raise UserError(f"{folder}: a {kind} without tokenizer.json; save it again with transformers to get one")
-    vocabulary, added = _read_object(folder / "vocab.json"), _read_object(folder / "added_tokens.json")
-    pairs = [line.split(" ") for line in _read(folder / "merges.txt").splitlines() if line and line[:9] != "#version:"]
+        raise UserError(
+            f"{folder}: a {kind} without tokenizer.json; save it again with transformers to get one"
+        )
+    vocabulary, added = (
+        _read_object(folder / "vocab.json"),
+        _read_object(folder / "added_tokens.json"),
+    )
+    pairs = [
+        line.split(" ")
+        for line in _read(folder / "merges.txt").splitlines()
+        if line and line[:9] != "#version:"
+    ]
     try:
-        made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in pairs]))
+        made = Tokenizer(
+            models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in pairs])
+        )
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from None
+        raise UserError(
+            f"{folder}: vocab.json and merges.txt do not fit together: {error}"
+        ) from None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     names = [END_OF_TEXT] if END_OF_TEXT in vocabulary else []
@@ -83,7 +110,9 @@ def _from_vocabulary(folder: Path) -> str:
     made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     moved = [name for name in added if made.token_to_id(name) != added[name]]
     if moved:
-        raise UserError(f"{folder / 'added_tokens.json'}: the id of '{moved[0]}' does not follow the vocabulary")
+        raise UserError(
+            f"{folder / 'added_tokens.json'}: the id of '{moved[0]}' does not follow the vocabulary"
+        )
     return made.to_str()
 
 
@@ -96,7 +125,9 @@ def _fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such path here, and the Hugging Face Hub did not give it: {reason}") from None
+        raise UserError(
+            f"{name}: no such path here, and the Hugging Face Hub did not give it: {reason}"
+        ) from None
 
 
 def _read(path: Path) -> str:

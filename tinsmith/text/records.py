@@ -109,7 +109,9 @@ def _from_sharegpt(item: dict[str, Any]) -> dict[str, Any]:
 
 def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
     history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
         raise BadRecord("`history` is not a list of pairs")
     said: list[Any] = [text for pair in history for text in pair]
     parts = [_text(record[key], f"`{key}`") for key in ("instruction", "input") if record.get(key)]
@@ -118,13 +120,18 @@ def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]
         said.append(record["output"])
     elif answered:
         raise BadRecord("`output` is missing")
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+    return [
+        {"role": ("user", "assistant")[place % 2], "content": text}
+        for place, text in enumerate(said)
+    ]
 
 
 def _message(item: dict[str, Any], where: str) -> Message:
     role = item.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise BadRecord(f"{where}: `role` is missing" if role is None else f"{where}: unknown role {role!r}")
+        raise BadRecord(
+            f"{where}: `role` is missing" if role is None else f"{where}: unknown role {role!r}"
+        )
     calls = _calls(item.get("tool_calls"), where) if _ROLES[role] == "assistant" else ()
     content = item.get("content")
     if content is None and not calls:
@@ -140,7 +147,9 @@ def _message(item: dict[str, Any], where: str) -> Message:
 
 def _text(value: Any, where: str) -> str:
     """A string, or a list of text parts as the OpenAI interface has them."""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in value
+    ):
         value = "".join(_text(part.get("text"), where) for part in value)
     if not isinstance(value, str):
         raise BadRecord(f"{where} is not text")
@@ -203,10 +212,14 @@ def _check_order(messages: list[Message]) -> None:
     allowed: tuple[str, ...] = ("system", "user")
     for place, message in enumerate(messages):
         if message.role not in allowed:
-            raise BadRecord(f"message {place + 1}: {message.role} where {' or '.join(allowed)} should speak")
+            raise BadRecord(
+                f"message {place + 1}: {message.role} where {' or '.join(allowed)} should speak"
+            )
         if message.role == "assistant":
             allowed = ("tool",) if message.calls else ("user",)
         else:
-            allowed = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[message.role]
+            allowed = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[
+                message.role
+            ]
     if not messages or messages[-1].role == "system":
         raise BadRecord("nobody says anything")

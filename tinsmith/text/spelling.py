@@ -38,7 +38,9 @@ def _alphabet() -> dict[int, str]:
     """Byte -> character: printable Latin-1 stands for itself, the rest follows from U+0100 on (GPT-2, 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + place) for place, byte in enumerate(others)
+    }
 
 
 _CHARACTERS = _alphabet()
@@ -47,11 +49,15 @@ _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 def spelling_of(settings: dict[str, Any]) -> Spelling:
     """Find the spelling of a parsed `tokenizer.json`."""
-    normalizers, splitters = _parts(settings.get("normalizer")), _parts(settings.get("pre_tokenizer"))
+    normalizers, splitters = (
+        _parts(settings.get("normalizer")),
+        _parts(settings.get("pre_tokenizer")),
+    )
     if any(part["type"] == "ByteLevel" for part in normalizers + splitters):
         return Spelling("bytes")
     leading = any(part["type"] == "Prepend" for part in normalizers) or any(
-        part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never" for part in splitters
+        part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never"
+        for part in splitters
     )
     return Spelling("fallback" if settings["model"].get("byte_fallback") else "words", leading)
 
@@ -87,4 +93,8 @@ def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if step["type"] != "Sequence":
         return [step]
-    return [part for inner in step.get("normalizers", step.get("pretokenizers", [])) for part in _parts(inner)]
+    return [
+        part
+        for inner in step.get("normalizers", step.get("pretokenizers", []))
+        for part in _parts(inner)
+    ]

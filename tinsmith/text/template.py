@@ -12,10 +12,11 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, Undefined, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from tinsmith.core.errors import UserError
@@ -28,7 +29,20 @@ SECONDS = 10.0
 """One rendering; a real template needs a thousandth of it."""
 
 _FILTERS = (
-    *("capitalize", "count", "default", "dictsort", "first", "int", "items", "last", "length", "list", "lower", "map"),
+    *(
+        "capitalize",
+        "count",
+        "default",
+        "dictsort",
+        "first",
+        "int",
+        "items",
+        "last",
+        "length",
+        "list",
+        "lower",
+        "map",
+    ),
     *("reject", "rejectattr", "reverse", "select", "selectattr", "title", "trim", "upper"),
 )
 _METHODS: tuple[tuple[type, tuple[str, ...]], ...] = (
@@ -37,8 +51,28 @@ _METHODS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (
         str,
         (
-            *("capitalize", "count", "endswith", "find", "isdigit", "isspace", "lower", "lstrip", "removeprefix"),
-            *("removesuffix", "replace", "rfind", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip"),
+            *(
+                "capitalize",
+                "count",
+                "endswith",
+                "find",
+                "isdigit",
+                "isspace",
+                "lower",
+                "lstrip",
+                "removeprefix",
+            ),
+            *(
+                "removesuffix",
+                "replace",
+                "rfind",
+                "rsplit",
+                "rstrip",
+                "split",
+                "splitlines",
+                "startswith",
+                "strip",
+            ),
             *("title", "upper"),
         ),
     ),
@@ -55,11 +89,17 @@ class ChatTemplate:
 
     def __init__(self, source: str):
         if len(source) > LONGEST:
-            raise UserError(f"the chat template has {len(source)} characters; at most {LONGEST} are allowed")
+            raise UserError(
+                f"the chat template has {len(source)} characters; at most {LONGEST} are allowed"
+            )
         self._environment = _Environment()
         try:
-            self._template = self._environment.from_string(_bounded(self._environment.parse(source)))
-        except Exception as error:  # a template may break the parser, the compiler and Python's limits
+            self._template = self._environment.from_string(
+                _bounded(self._environment.parse(source))
+            )
+        except (
+            Exception
+        ) as error:  # a template may break the parser, the compiler and Python's limits
             raise UserError(f"the chat template cannot be used: {_first_line(error)}") from None
 
     def render(self, variables: dict[str, Any], room: int) -> str:
@@ -72,7 +112,9 @@ class ChatTemplate:
             return self._template.render(variables)
         except Refused:
             raise
-        except Exception as error:  # a template is a program, and fails like one in every possible way
+        except (
+            Exception
+        ) as error:  # a template is a program, and fails like one in every possible way
             raise UserError(f"the chat template failed: {_first_line(error)}") from None
 
 
@@ -88,9 +130,16 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
         self.filters = {name: self.filters[name] for name in _FILTERS}
-        self.filters |= {"tojson": self._tojson, "join": self._join, "replace": self._replace, "string": self._text}
+        self.filters |= {
+            "tojson": self._tojson,
+            "join": self._join,
+            "replace": self._replace,
+            "string": self._text,
+        }
         self.filters |= {"counted": self._counted, "made": self._made, "emitted": self._emitted}
         self.globals = {"range": self._range, "namespace": Namespace, "raise_exception": _refuse}
         self.start(0)
@@ -115,12 +164,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         for kind, names in _METHODS:
             if isinstance(obj, kind):
                 return attr in names
-        return isinstance(obj, LoopContext | Namespace) and super().is_safe_attribute(obj, attr, value)
+        return isinstance(obj, LoopContext | Namespace) and super().is_safe_attribute(
+            obj, attr, value
+        )
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No `str.format`: it pads to any width. As an attribute that is not safe it is then refused."""
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Call something on the template's behalf, at the price of a step."""
         self._step()
-        if type(obj) is type("".replace) and isinstance(obj.__self__, str) and obj.__name__ == "replace":
+        if (
+            type(obj) is type("".replace)
+            and isinstance(obj.__self__, str)
+            and obj.__name__ == "replace"
+        ):
             return self._replace(obj.__self__, *args, **kwargs)
         return super().call(context, obj, *args, **kwargs)
 
@@ -130,7 +188,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "**" or (operator == "%" and not numbers):
             raise SecurityError(f"the operator {operator} is not allowed here")
         if isinstance(left, int) and isinstance(right, int):
-            self._fits(left.bit_length() + right.bit_length() - 128)
+            if left.bit_length() + right.bit_length() > 256:
+                raise SecurityError("its numbers grow too large")
         elif not numbers:
             self._step(_size(left, right, operator) // 1000 + 1)
             self._fits(_size(left, right, operator))
@@ -167,8 +226,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._fits((indent or 0) * 1000)
         return json.dumps(self._made(value), ensure_ascii=False, indent=indent)
 
-    def _join(self, values: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
-        parts = [self._text(value if attribute is None else self.getitem(value, attribute)) for value in values]
+    def _join(
+        self, values: Iterable[Any], separator: str = "", attribute: str | None = None
+    ) -> str:
+        parts = [
+            self._text(value if attribute is None else self.getitem(value, attribute))
+            for value in values
+        ]
         self._fits(sum(map(len, parts)) + len(separator) * len(parts))
         return separator.join(parts)
 
@@ -203,7 +267,10 @@ def _bounded(tree: nodes.Template) -> nodes.Template:
                 raise ValueError("recursive loops are not allowed")
             node.iter = _filtered(node.iter, "counted")
         elif isinstance(node, nodes.Output):
-            node.nodes = [n if isinstance(n, nodes.TemplateData) else _filtered(n, "emitted") for n in node.nodes]
+            node.nodes = [
+                n if isinstance(n, nodes.TemplateData) else _filtered(n, "emitted")
+                for n in node.nodes
+            ]
         for field, value in node.iter_fields():
             if isinstance(value, list):
                 value[:] = [_measured(item) for item in value]
@@ -215,7 +282,9 @@ def _bounded(tree: nodes.Template) -> nodes.Template:
 def _measured(node: Any) -> Any:
     if isinstance(node, nodes.Concat):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
-    literal = isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
+    literal = isinstance(node, nodes.List | nodes.Dict) or (
+        isinstance(node, nodes.Tuple) and node.ctx == "load"
+    )
     return _filtered(node, "made") if literal else node
 
 
@@ -225,7 +294,9 @@ def _filtered(node: nodes.Node, name: str) -> Any:
 
 def _size(left: Any, right: Any, operator: str) -> int:
     """How long the sum or product of texts or lists will be."""
-    lengths = [len(value) if isinstance(value, str | list | tuple) else None for value in (left, right)]
+    lengths = [
+        len(value) if isinstance(value, str | list | tuple) else None for value in (left, right)
+    ]
     times = [value if isinstance(value, int) else 1 for value in (left, right)]
     if operator == "*":
         return (lengths[0] or 0) * times[1] + (lengths[1] or 0) * times[0]

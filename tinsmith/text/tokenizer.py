@@ -45,18 +45,28 @@ _BROKEN_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE}]")
 class Tokenizer:
     """A vocabulary: `encode` and `bytes_of` are inverse on all bytes, `encode` and `decode` on all text.
 
-    `settings` is the text of a `tokenizer.json`, `end_of_text` the name of the token that ends a document,
-    `chat_template` a Jinja template of the tokenizer's own (None: Tinsmith's ChatML).
+    `settings` is the text of a `tokenizer.json`; `bos` and `eos` name the tokens that a `tokenizer_config.json` gives
+    these roles; `chat_template` is a Jinja template of the tokenizer's own (None: Tinsmith's ChatML).
+    `end_of_text` ends documents and `end_of_turn` what one role says: the `eos` of a foreign tokenizer keeps its part.
     """
 
-    def __init__(self, settings: str, *, end_of_text: str = END_OF_TEXT, chat_template: str | None = None):
+    def __init__(
+        self,
+        settings: str,
+        *,
+        bos: str | None = END_OF_TEXT,
+        eos: str = END_OF_TEXT,
+        chat_template: str | None = None,
+    ):
         parsed, self._whole = _open(settings)
-        self.chat_template = chat_template
-        _add_chat_tokens(self._whole)
-        self._end_of_text_name = end_of_text
+        self.bos, self.eos, self.chat_template = bos, eos, chat_template
+        _add_missing(self._whole, [name for name in (*CHAT_TOKENS, bos, eos) if name])
         self._spelling = spelling_of(parsed)
         self._text = tokenizers.Tokenizer.from_str(json.dumps(text_only(parsed, self._spelling)))
-        self._added = {token.content: number for number, token in self._whole.get_added_tokens_decoder().items()}
+        self._added = {
+            token.content: number
+            for number, token in self._whole.get_added_tokens_decoder().items()
+        }
         pieces = self._whole.get_vocab(with_added_tokens=False)
         ordinary = {piece: number for piece, number in pieces.items() if piece not in self._added}
         self._bytes = {number: self._spelling.piece(piece) for piece, number in ordinary.items()}
@@ -67,11 +77,12 @@ class Tokenizer:
         self._every_byte = self._spelling.kind != "words" and min(self._byte_ids) >= 0
         self._exact = self._every_byte and self._survives(_PROBE)
         self.vocab_size = max(self._bytes) + 1
-        self.end_of_text = self.special(end_of_text)
-        self.end_of_turn = self.special(self._end_of_turn_name())
+        self.end_of_text = self.special(END_OF_TEXT if eos == END_OF_TURN else eos)
+        own_turns = chat_template is not None and END_OF_TURN not in chat_template
+        self.end_of_turn = self.special(eos if own_turns else END_OF_TURN)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.to_json(), self._end_of_text_name, self.chat_template)
+        return _rebuild, (self.to_json(), self.bos, self.eos, self.chat_template)
 
     @staticmethod
     def load(path_or_name: str | Path) -> "Tokenizer":
@@ -83,7 +94,9 @@ class Tokenizer:
 
         found = find(path_or_name)
         try:
-            return Tokenizer(found.settings, end_of_text=found.end_of_text, chat_template=found.chat_template)
+            return Tokenizer(
+                found.settings, bos=found.bos, eos=found.eos, chat_template=found.chat_template
+            )
         except UserError as error:
             raise UserError(f"{found.place}: {error}") from None
 
@@ -101,7 +114,11 @@ class Tokenizer:
     def encode_many(self, texts: Iterable[str | bytes]) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
         given = list(texts)
-        ready = {place: text for place, item in enumerate(given) if (text := self._as_text(item, first=True))}
+        ready = {
+            place: text
+            for place, item in enumerate(given)
+            if (text := self._as_text(item, first=True))
+        }
         encodings = self._text.encode_batch_fast(list(ready.values()), add_special_tokens=False)
         done = {place: encoding.ids for place, encoding in zip(ready, encodings, strict=True)}
         return [
@@ -112,8 +129,15 @@ class Tokenizer:
     def special(self, name: str) -> int:
         """The id of an added token; UserError where there is none of that name."""
         if name not in self._added:
-            raise UserError(f"the tokenizer has no special token '{name}'{nearest(name, list(self._added))}")
+            raise UserError(
+                f"the tokenizer has no special token '{name}'{nearest(name, list(self._added))}"
+            )
         return self._added[name]
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Name -> id of every added token."""
+        return dict(self._added)
 
     def piece(self, number: int, *, first: bool = False) -> bytes:
         """The bytes of one id, nothing for an unknown id; `first`: without the space put before a text."""
@@ -124,7 +148,9 @@ class Tokenizer:
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of ids; an added token gives its name, an unknown id nothing."""
         numbers = list(ids)
-        return b"".join([self.piece(number, first=True) for number in numbers[:1]] + self._raw(numbers[1:]))
+        return b"".join(
+            [self.piece(number, first=True) for number in numbers[:1]] + self._raw(numbers[1:])
+        )
 
     def _raw(self, ids: list[int]) -> list[bytes]:
         return [self._bytes.get(number, b"") for number in ids]
@@ -147,17 +173,23 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of all that decides which ids a text or a chat becomes."""
-        parts = [json.loads(self.to_json()), self._end_of_text_name, self.chat_template]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        parts = [json.loads(self.to_json()), self.bos, self.eos, self.chat_template]
+        return hashlib.sha256(
+            json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, as `AutoTokenizer` reads them."""
         folder.mkdir(parents=True, exist_ok=True)
-        template = TEMPLATE.read_text(encoding="utf-8") if self.chat_template is None else self.chat_template
+        template = (
+            TEMPLATE.read_text(encoding="utf-8")
+            if self.chat_template is None
+            else self.chat_template
+        )
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self._end_of_text_name,
-            "eos_token": self._end_of_text_name,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
             "pad_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 10**30,
@@ -166,13 +198,13 @@ class Tokenizer:
         atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
         atomic_write(folder / "chat_template.jinja", template)
 
-    def _end_of_turn_name(self) -> str:
-        own = self.chat_template is not None and END_OF_TURN not in self.chat_template
-        return self._end_of_text_name if own else END_OF_TURN
-
     def _encode(self, text: str | bytes, *, first: bool) -> list[int]:
         ready = self._as_text(text, first=first)
-        ids = self._text.encode(ready, add_special_tokens=False).ids if ready else self._piecewise(text, first=first)
+        ids = (
+            self._text.encode(ready, add_special_tokens=False).ids
+            if ready
+            else self._piecewise(text, first=first)
+        )
         return self._checked(ids, text, first=first)
 
     def _as_text(self, text: str | bytes, *, first: bool) -> str:
@@ -208,7 +240,9 @@ class Tokenizer:
             raw = text.encode() if isinstance(text, str) else text
             written = self.bytes_of(ids) if first else b"".join(self._raw(ids))
             if written != raw or not self._forbidden.isdisjoint(ids):
-                raise UserError(f"the tokenizer's vocabulary cannot write {raw[:40]!r}; train one, or take another")
+                raise UserError(
+                    f"the tokenizer's vocabulary cannot write {raw[:40]!r}; train one, or take another"
+                )
         return ids
 
     def _respelled(self, number: int) -> list[int]:
@@ -226,8 +260,8 @@ _PROBE = " a  B\t\r\n\n don't 1234 e\u0301 \u00e9 \ufb01 \u4e2d\u6587\u3000 \U00
 """Text that a tokenizer with any lossy step changes: accents both ways, a ligature, runs of blanks, control marks."""
 
 
-def _rebuild(settings: str, end_of_text: str, chat_template: str | None) -> Tokenizer:
-    return Tokenizer(settings, end_of_text=end_of_text, chat_template=chat_template)
+def _rebuild(settings: str, bos: str | None, eos: str, chat_template: str | None) -> Tokenizer:
+    return Tokenizer(settings, bos=bos, eos=eos, chat_template=chat_template)
 
 
 def _open(settings: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
@@ -243,11 +277,15 @@ def _refuse_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"character {error.start} of a text is a lone surrogate, which is no character") from None
+        raise UserError(
+            f"character {error.start} of a text is a lone surrogate, which is no character"
+        ) from None
 
 
-def _add_chat_tokens(whole: tokenizers.Tokenizer) -> None:
-    """Add what is missing of the chat tokens; names that exist keep their ids."""
+def _add_missing(whole: tokenizers.Tokenizer, names: list[str]) -> None:
+    """Add the tokens that are not there yet, behind the last id; names that exist keep their ids."""
     known = {token.content for token in whole.get_added_tokens_decoder().values()}
-    missing = [name for name in CHAT_TOKENS if name not in known]
-    whole.add_tokens([AddedToken(name, special=name not in TAGS, normalized=False) for name in missing])
+    missing = [name for name in dict.fromkeys(names) if name not in known]
+    whole.add_tokens(
+        [AddedToken(name, special=name not in TAGS, normalized=False) for name in missing]
+    )

@@ -1,0 +1,190 @@
+"""The contract suite runs over every member of every union, in float64: to list a kind is to test it.
+
+A new kind needs configs in SAMPLES that switch its options on, and a mixer the size of its cache
+in HELD. Everything else in this folder is about all kinds alike.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+import torch
+
+from tinsmith.nn.feedforwards import AnyFeedForward
+from tinsmith.nn.mixers import AnyMixer
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.residuals import AnyResidual
+
+DIM, VOCAB = 32, 48
+
+SAMPLES: dict[str, list[dict[str, Any]]] = {
+    "gqa": [
+        {"heads": 4},
+        {"heads": 4, "kv_heads": 2},
+        {"heads": 4, "qk_norm": True},
+        {"heads": 4, "window": 5},
+        {"heads": 4, "sinks": True},
+        {"heads": 4, "kv_heads": 2, "window": 5, "sinks": True},
+        {"heads": 4, "kv_heads": 2, "value_residual": True},
+        {"heads": 4, "bias": "all"},
+        {"heads": 4, "rope": False},
+        {"heads": 4, "kv_heads": 1, "head_dim": 12},
+    ],
+    "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
+    "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
+    "plain": [{}],
+}
+
+HELD: dict[str, Callable[[Any, int], int]] = {
+    "gqa": lambda mixer, capacity: (
+        2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
+    ),
+}
+"""Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
+
+SLOTS = {"mixer": AnyMixer, "feed_forward": AnyFeedForward, "residual": AnyResidual}
+DEFAULTS = {
+    "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
+    "feed_forward": {"kind": "swiglu", "hidden": 48},
+    "residual": {"kind": "plain"},
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for a slot runs over all samples of all its kinds; with several, over all
+    pairs.
+    """
+    for slot, union in SLOTS.items():
+        if slot in metafunc.fixturenames:
+            cases = [case for kind in _kinds(union) for case in _cases(kind)]
+            metafunc.parametrize(slot, cases, indirect=True)
+
+
+def _kinds(union: Any) -> list[str]:
+    while get_origin(union) is Annotated:
+        union = get_args(union)[0]
+    return [member.kind for member in get_args(union) or (union,)]
+
+
+def _cases(kind: str) -> list[Any]:
+    samples = SAMPLES.get(kind)
+    if not samples:
+        return [pytest.param(kind, id=f"{kind}-without-samples")]
+    return [pytest.param({"kind": kind} | sample, id=_name(kind, sample)) for sample in samples]
+
+
+def _name(kind: str, sample: dict[str, Any]) -> str:
+    told = {key: value for key, value in sample.items() if key not in ("heads", "hidden")}
+    return "-".join([kind, *(key if told[key] is True else f"{key}={told[key]}" for key in told)])
+
+
+def _sample(request: pytest.FixtureRequest) -> dict[str, Any]:
+    if isinstance(request.param, str):
+        pytest.fail(f"no samples for kind {request.param!r}: add some to {__file__}")
+    return request.param
+
+
+@pytest.fixture
+def mixer(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _sample(request)
+
+
+@pytest.fixture
+def feed_forward(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _sample(request)
+
+
+@pytest.fixture
+def residual(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _sample(request)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote is NaN: what reads it, even times zero, shows."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() and not tensor.is_meta:
+                with torch.no_grad():
+                    tensor.fill_(torch.nan)
+            return tensor
+
+        return made
+
+    with torch.device("cpu"):
+        torch.empty(0)  # torch.device lists the factories on first use: that must be the real ones
+    factories = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+    for owner, name in factories:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+Make = Callable[..., LM]
+
+
+@pytest.fixture
+def make() -> Make:
+    """(sections of the model config, seed, stirred, dtype) -> a small LM in eval mode.
+
+    `stirred` moves every parameter off its first value, so that norms of 1, sinks of 0 and equal
+    mixing weights cannot hide a mistake.
+    """
+
+    def made(
+        *,
+        mixer: dict[str, Any] = DEFAULTS["mixer"],
+        feed_forward: dict[str, Any] = DEFAULTS["feed_forward"],
+        residual: dict[str, Any] = DEFAULTS["residual"],
+        seed: int = 0,
+        stirred: bool = True,
+        dtype: torch.dtype = torch.float64,
+        **model: Any,
+    ) -> LM:
+        torch.manual_seed(seed)
+        section = {
+            "vocab_size": VOCAB,
+            "dim": DIM,
+            "depth": 3,
+            "max_context": 128,
+            "residual": residual,
+            "pattern": [{"mixer": mixer, "feed_forward": feed_forward}],
+        }
+        lm = LM(ModelConfig.from_dict(section | model)).to(dtype).eval()
+        if stirred:
+            with torch.no_grad():
+                for parameter in lm.parameters():
+                    parameter += 0.2 * torch.randn_like(parameter)
+        return lm
+
+    return made
+
+
+@pytest.fixture
+def lm(make: Make, mixer: dict[str, Any], residual: dict[str, Any]) -> LM:
+    """A stirred float64 model of this mixer and residual."""
+    return make(mixer=mixer, residual=residual)
+
+
+@pytest.fixture
+def held() -> Callable[[Any, int], int]:
+    """Numbers that a layer's cache holds for one row: (config of a mixer, capacity) -> count."""
+
+    def count(mixer: Any, capacity: int) -> int:
+        if mixer.kind not in HELD:
+            pytest.fail(f"no cache size for kind {mixer.kind!r}: add it to HELD in {__file__}")
+        return HELD[mixer.kind](mixer, capacity)
+
+    return count
+
+
+@pytest.fixture
+def draw() -> Callable[..., torch.Tensor]:
+    """(rows, length, seed) -> ids, the same for the same arguments."""
+
+    def ids(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+        return torch.randint(
+            0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed)
+        )
+
+    return ids

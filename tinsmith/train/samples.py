@@ -1,0 +1,78 @@
+"""Fixed prompts, and what the model says to them while it learns."""
+
+import torch
+
+from tinsmith.core.rng import derive
+from tinsmith.data.batch import Batch
+from tinsmith.infer.engine import Engine
+from tinsmith.infer.sample import Sampling
+from tinsmith.text.chat import encode_prompt, normalise
+from tinsmith.train.precision import autocast
+from tinsmith.train.run import Run
+
+PROMPTS = 3
+PROMPT_TOKENS = 12
+
+
+def prompts(run: Run) -> list[list[int]]:
+    """The recipe's prompts; otherwise the beginnings of the first validation (or training) documents or chats."""
+    given = run.config.eval.prompts
+    if given is not None:
+        return [_encoded(run, text) for text in given]
+    source = run.validation or run.source
+    found: list[list[int]] = []
+    for index in range(min(source.size, 4 * PROMPTS)):
+        batch = source.rows(index, 1)
+        found += _beginnings(batch, run.config.objective.shape == "chats")
+        if len(found) >= PROMPTS:
+            break
+    return found[:PROMPTS]
+
+
+def _encoded(run: Run, text: str) -> list[int]:
+    if run.config.objective.shape == "chats":
+        return encode_prompt(run.tokenizer, normalise({"messages": [{"role": "user", "content": text}]}, answered=False))
+    return run.tokenizer.encode(text)
+
+
+def _beginnings(batch: Batch, chats: bool) -> list[list[int]]:
+    """A few first tokens of the documents that begin in a row; of a chat, all before its first answer."""
+    ids, mask, segments = batch.ids[0], batch.mask[0], batch.segments[0]
+    found = []
+    for segment in range(int(segments.max()) + 1):
+        here = (segments == segment).nonzero()[:, 0]
+        if chats:
+            first = int(mask[here].int().argmax())
+            found.append(ids[here][: first + 1].tolist())
+        elif len(here) > 2 * PROMPT_TOKENS:
+            found.append(ids[here][:PROMPT_TOKENS].tolist())
+    return found
+
+
+@torch.no_grad()
+def draw(run: Run) -> list[dict[str, str]]:
+    """Continue every prompt, the first greedily, from seeds that depend on the step alone."""
+    was_training = run.policy.training
+    run.policy.eval()
+    given = prompts(run)
+    ends = (run.tokenizer.end_of_text, run.tokenizer.end_of_turn)
+    said: dict[int, list[int]] = {}
+    try:
+        with autocast(run.config.train.precision, run.ranks.device):
+            longest = max((len(ids) for ids in given), default=0) + run.config.eval.new_tokens
+            engine = Engine(run.policy, rows=max(1, len(given)), capacity=longest, eos=ends)
+            for index, ids in enumerate(given):
+                seed = derive(run.config.train.seed, "sample", run.state.step, index)
+                sampling = Sampling(temperature=0.8 if index else 0.0, seed=seed)
+                said[engine.add(ids, sampling, run.config.eval.new_tokens)] = []
+            while engine.active or engine.waiting:
+                run.poll()
+                for event in engine.step():
+                    said[event.number].append(event.token)
+    finally:
+        run.policy.train(was_training)
+    tokenizer = run.tokenizer
+    return [
+        {"prompt": tokenizer.decode(ids), "text": tokenizer.decode([token for token in answer if token not in ends])}
+        for ids, answer in zip(given, said.values(), strict=True)
+    ]

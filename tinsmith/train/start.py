@@ -1,0 +1,142 @@
+"""From a recipe to a run that can take its first step, or its next one."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from tinsmith.config import RunConfig
+from tinsmith.core import rng
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import RunLog
+from tinsmith.core.parse import plain
+from tinsmith.core.signals import StopFlag
+from tinsmith.core.units import count
+from tinsmith.data.prepare import prepare
+from tinsmith.data.prepared import Prepared
+from tinsmith.data.sources import Source, open_source
+from tinsmith.hub.load import load
+from tinsmith.nn.model import LM
+from tinsmith.text.config import TokenizerConfig
+from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train import checkpoint, folder, parallel, track
+from tinsmith.train.clock import Clock
+from tinsmith.train.parallel import Ranks
+from tinsmith.train.run import Run, check_vocabulary, grown
+
+
+def start(config: RunConfig, name: str, *, resume: bool, resume_from: Path | None) -> Run | None:
+    """Everything put together; None where the run is finished already."""
+    ranks = parallel.join(config.parallel.kind, config.train.device)
+    if config.train.rows % ranks.world:
+        raise UserError(f"train.rows: {config.train.rows} must be a multiple of the world size {ranks.world}")
+    flag = StopFlag().install()
+    place = folder.run_folder(name)
+    taken = folder.claim(place, resume or resume_from is not None) if ranks.first else True
+    ranks.barrier()
+    log = RunLog(place, quiet=not ranks.first)
+    if taken:
+        folder.check_same(place, config)
+    checkpoint.clean(place / "checkpoints") if ranks.first else None
+    found = resume_from or _newest(place, log)
+    if resume and found is None:
+        log.line(f" resume    {place} has no checkpoint yet: starting from the beginning")
+    if found and _finished(place, found, config):
+        log.line(f" finished  {place} is already at step {config.train.steps}; nothing to do")
+        return None
+    if ranks.first:
+        folder.describe(place, config, ranks)
+    run = _assemble(config, place, ranks, log, flag)
+    if found:
+        run.restore(found)
+        run.log.cut(run.state.step)
+        run.log.line(f" resume    from {found} at step {run.state.step}")
+    elif ranks.first:
+        run.log.cut(0)
+    trackers = config.log.trackers if ranks.first else ()
+    log.closers.append(track.attach(trackers, place, plain(config), name, log))
+    return run
+
+
+def _newest(place: Path, log: RunLog) -> Path | None:
+    found, passed_over = checkpoint.latest(place / "checkpoints")
+    for reason in passed_over:
+        log.line(f" warning {reason}; passed over")
+    return found
+
+
+def _finished(place: Path, found: Path, config: RunConfig) -> bool:
+    return found.name == f"step-{config.train.steps:08d}" and (place / "final" / "config.json").exists()
+
+
+def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: StopFlag) -> Run:
+    lm, tokenizer = _given(config, ranks)
+    prepared = prepared_for(config, tokenizer, place.parent / ".data", ranks, log, flag)
+    tokenizer = prepared.tokenizer
+    rng.seed_all(config.train.seed)
+    if lm is None:
+        assert config.model is not None
+        check_vocabulary(config.model.vocab_size, tokenizer)
+        lm = LM(config.model).to(ranks.device)
+    else:
+        lm = grown(lm, tokenizer, log)
+    shape, context, seed = config.objective.shape, config.train.context, config.train.seed
+    source = open_source(prepared.folder, shape, "train", context, seed)
+    validation = _validation(prepared, config)
+    run = Run(config, place, ranks, log, flag, lm.train(), tokenizer, source, validation)
+    introduce(run, prepared)
+    run.clock = Clock(0)
+    return run
+
+
+def _given(config: RunConfig, ranks: Ranks) -> tuple[LM | None, Tokenizer | None]:
+    """Model and tokenizer of `init_from`; what the recipe repeats must agree."""
+    if config.init_from is None:
+        return None, None
+    lm, tokenizer = load(config.init_from, device=str(ranks.device), dtype=torch.float32)
+    if config.model is not None and config.model != lm.config:
+        raise UserError(f"model: differs from that of init_from: {config.init_from}; leave it out, or make them agree")
+    return lm, tokenizer
+
+
+def prepared_for(
+    config: RunConfig, tokenizer: Tokenizer | None, root: Path, ranks: Ranks, log: RunLog, flag: StopFlag
+) -> Prepared:
+    """The run's shards, made by the first rank where they are missing."""
+    wanted: Tokenizer | TokenizerConfig | None = tokenizer or config.tokenizer
+    if wanted is None:
+        raise UserError(f"tokenizer: {config.init_from} has none; name one")
+    shape = config.objective.shape
+    if ranks.first:
+        prepare(config.data, wanted, shape, root, log.line, lambda: flag.stop)
+    ranks.barrier()
+    return prepare(config.data, wanted, shape, root, lambda line: None, lambda: flag.stop)
+
+
+def _validation(prepared: Prepared, config: RunConfig) -> Source | None:
+    if not any(source["validation"]["documents"] for source in prepared.report["sources"]):
+        return None
+    train = config.train
+    return open_source(prepared.folder, config.objective.shape, "validation", train.context, train.seed)
+
+
+def introduce(run: Run, prepared: Prepared) -> None:
+    """The header: model, data, objective, where the run is."""
+    config, train = run.config, run.config.train
+    kinds = " + ".join(dict.fromkeys(layer.mixer.kind for layer in run.policy.config.layers))
+    feeds = " + ".join(dict.fromkeys(layer.feed_forward.kind for layer in run.policy.config.layers))
+    size = count(run.policy.parameter_count())
+    log = run.log
+    log.line(f"  model      {size} params   {kinds} | {feeds} | {run.policy.config.residual.kind}")
+    per_token = run.source.bytes / max(1, run.source.tokens)
+    names = " + ".join(run.source.names)
+    log.line(f"  data       {names}: {count(run.source.tokens)} tokens, {per_token:.2f} B/token")
+    total = train.steps * train.positions
+    matrices, others = config.optim.matrices, config.optim.others
+    shape = f"{train.steps:,} steps x {train.positions:,} tokens = {count(total)} tokens"
+    epochs = train.steps * train.rows * train.accumulate / run.source.size
+    rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}, {config.optim.schedule.kind}"
+    log.line(f"  objective  {config.objective.kind} | {shape} ({epochs:.2g} epochs) | {rates}")
+    cores = f"{os.cpu_count()} cores" if run.ranks.device.type == "cpu" else torch.cuda.get_device_name()
+    log.line(f"  machine    {run.ranks.device} ({cores}), {train.precision}, {run.ranks.world} process(es)")
+    log.line(f"  run        {run.folder}   continue it with: --name {run.folder.name} --resume")
