@@ -1,4 +1,4 @@
-"""The contract suite runs over every member of every union, in float64: to list a kind is to test it.
+"""The contract suite runs over every member of every union, in float64: what is listed is tested.
 
 A new kind needs configs in SAMPLES that switch its options on, and a mixer the size of its cache
 in HELD. Everything else in this folder is about all kinds alike.

@@ -1,10 +1,14 @@
-"""The two kinds of failure: what a user can mend, and everything else."""
+"""The ways in which a verb ends early; anything else is a bug and shows its traceback."""
 
 
 class UserError(Exception):
     """Bad input. Its text is one line that says what, where and what to do; the process exits
     with 2.
     """
+
+
+class Failure(Exception):
+    """The run cannot go on, through nobody's bad input; one line, and the process exits with 1."""
 
 
 class Stopped(Exception):

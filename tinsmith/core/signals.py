@@ -5,11 +5,13 @@ and no end.
 import os
 import signal
 import sys
+import threading
 from types import FrameType
+from typing import Any
 
 
 class StopFlag:
-    """Installed once by a long-running verb; polled wherever time is spent.
+    """In force inside `with StopFlag() as flag:`; polled wherever time is spent.
 
     The first SIGINT or SIGTERM sets `stop`; a second SIGINT ends the process at once. SIGUSR1 sets
     `save`.
@@ -18,13 +20,24 @@ class StopFlag:
     def __init__(self) -> None:
         self.stop = False
         self.save = False
+        self._before: dict[signal.Signals, Any] = {}
+        self._handlers = {
+            signal.SIGINT: self._on_stop,
+            signal.SIGTERM: self._on_stop,
+            signal.SIGUSR1: self._on_save,
+        }
 
-    def install(self) -> "StopFlag":
-        """Take over the three signals; returns itself."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_stop)
-        signal.signal(signal.SIGUSR1, self._on_save)
+    def __enter__(self) -> "StopFlag":
+        """Take over the signals. Outside the main thread, where Python does not allow it, only watch the flag."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                self._before[number] = signal.signal(number, handler)
         return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number == signal.SIGINT:

@@ -72,8 +72,13 @@ class Source:
         return sum(member.rows.positions for member in self._members) / (self.size * self.context)
 
     @property
+    def cut(self) -> int:
+        """Chats that are longer than a row, and go on in another."""
+        return sum(member.rows.cut for member in self._members)
+
+    @property
     def skipped(self) -> int:
-        """Chats left out because nothing to train on was left after cutting them to `context`."""
+        """Pieces of such chats that are left out because nothing in them is to be learned."""
         return sum(member.rows.skipped for member in self._members)
 
     def epoch_of(self, index: int) -> float:
@@ -140,7 +145,7 @@ def open_source(
 ) -> Source:
     """Open what `prepare` wrote to `folder`, as rows of `context` positions.
 
-    Raises UserError where shards are missing or damaged (found by hash with `verify`), and where no row can be made.
+    Raises UserError where shards are missing or damaged (found by hash with `verify`), and where nothing is held back for validation.
     """
     report = read_report(folder)
     assert report["shape"] == shape, f"{folder} holds {report['shape']}"
@@ -148,11 +153,6 @@ def open_source(
     for number, facts in enumerate(report["sources"]):
         shards = Shards.open(folder / str(number) / part, verify=verify)
         rows = DocumentRows(shards, context) if shape == "documents" else ChatRows(shards, context)
-        if part == "train" and not rows.size:
-            raise UserError(
-                f"data: nothing to train on is left of '{facts['name']}' when its chats are cut to "
-                f"{context} tokens; raise train.context"
-            )
         if rows.size:
             tokens, text_bytes = shards.tokens_total, shards.bytes_total
             members.append(Member(facts["name"], number, facts["weight"], rows, tokens, text_bytes))

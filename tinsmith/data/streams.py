@@ -134,13 +134,13 @@ def _files(config: Text | Chats, key: str) -> Origin:
     stream = _limited(lambda: _read(found, config), config.limit)
     validation = _limited(lambda: _read(held_back, config), config.limit) if held_back else None
     identity = [plain(config), *map(_stamp, found), "validation", *map(_stamp, held_back)]
-    return Origin(
-        found[0].stem if len(found) == 1 else Path(config.path).name,
-        config,
-        identity,
-        stream,
-        validation,
-    )
+    return Origin(_name(Path(config.path)), config, identity, stream, validation)
+
+
+def _name(path: Path) -> str:
+    """A folder's name, or a file's without what follows the dot; of `stories/train.txt` it is `stories`."""
+    name = path.resolve().name.split(".")[0]
+    return path.resolve().parent.name if name in ("train", "data") and path.is_file() else name
 
 
 def _named_parts(found: list[Path]) -> tuple[list[Path], list[Path]]:

@@ -15,7 +15,7 @@ and computes the whole update; stacks spread by slices are updated where they ar
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Literal
 
 import torch
@@ -40,16 +40,20 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
-    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    norms = torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
-    x = (wide / norms).to(dtype).reshape(-1, *matrices.shape[-2:])
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide)
+    x = matrices.to(dtype) / norms.clamp(min=1e-7).to(dtype)
+    x = x.reshape(-1, *matrices.shape[-2:])
     standing = x.shape[-2] > x.shape[-1]
     if standing:
         x = x.mT
+    gram = x.new_empty(len(x), x.shape[-2], x.shape[-2])
+    polynomial, spare = torch.empty_like(gram), torch.empty_like(x)
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        square = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, square, x, beta=a)
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        torch.baddbmm(x, polynomial, x, beta=a, out=spare)
+        x, spare = spare, x
     return (x.mT if standing else x).reshape(matrices.shape)
 
 
@@ -106,7 +110,7 @@ class Muon(torch.optim.Optimizer):
     def _step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         stacks = [_lying(self._direction(parameter, group)) for parameter in parameters]
         products = group["products"] or product_dtype(parameters[0])
-        updates = newton_schulz(torch.cat(stacks), group["steps"], products)
+        updates = newton_schulz(_joined(stacks), group["steps"], products)
         for parameter, update in zip(
             parameters, updates.split(list(map(len, stacks))), strict=True
         ):
@@ -147,6 +151,14 @@ def _lying(direction: Tensor) -> Tensor:
     rows, columns = direction.shape[-2:]
     stack = direction.reshape(-1, rows, columns)
     return stack.mT if rows > columns else stack
+
+
+def _joined(stacks: list[Tensor]) -> Tensor:
+    """All slices in one stack; like `torch.cat`, which is three times slower on transposed slices."""
+    joined = stacks[0].new_empty(sum(map(len, stacks)), *stacks[0].shape[1:])
+    for place, matrix in zip(joined, chain.from_iterable(stacks), strict=True):
+        place.copy_(matrix)
+    return joined
 
 
 def _batches(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -1,15 +1,17 @@
-"""Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) with `tokenizers`.
+"""Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes, as GPT-2 does).
 
-A text is first cut into words, numbers digit by digit, signs and blanks; merges never cross a cut. Every digit stays a
-token of its own, because arithmetic is much easier to learn that way for a small model.
+A text is first cut into words, digits, signs and blanks; merges never cross a cut. Every digit stays
+a token of its own, because arithmetic is so much easier to learn for a small model.
 """
 
 from collections.abc import Iterable
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.tokenizer import SPECIALS, TAGS, Tokenizer
+from tinsmith.text.specials import SPECIALS, as_added
+from tinsmith.text.tokenizer import Tokenizer
 
 SMALLEST = 256 + len(SPECIALS)
+"""Ids of a vocabulary that has merged nothing."""
 
 _CUTS = (
     r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with the blank or sign before it
@@ -22,17 +24,18 @@ _CUTS = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn `vocab_size` ids from texts: the special tokens from id 0 on, all 256 bytes, then merges.
+    """Learn `vocab_size` ids from texts: specials from id 0 on, all 256 bytes, then merges.
 
-    Deterministic: equal texts give an equal `tokenizer.json`. Fewer ids come out only where the texts have no pair
-    left to merge. UserError where `vocab_size` has no room for specials and bytes.
+    Deterministic: equal texts give an equal `tokenizer.json`. Fewer ids come out only where no pair
+    is left to merge. UserError where `vocab_size` has no room for specials and bytes.
     """
     import tokenizers
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
         raise UserError(
-            f"tokenizer.train.vocab_size: {vocab_size} is too small; the bytes and specials take {SMALLEST}"
+            f"tokenizer.train.vocab_size: {vocab_size} is too small; "
+            f"bytes and special tokens alone take {SMALLEST}"
         )
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -44,9 +47,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     learner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[
-            AddedToken(name, special=name not in TAGS, normalized=False) for name in SPECIALS
-        ],
+        special_tokens=as_added(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

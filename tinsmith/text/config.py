@@ -15,7 +15,7 @@ class TrainTokenizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Config):
-    """Either `train` one, or take the one at `path` (a file, a folder, or a name on the Hugging Face Hub)."""
+    """Either `train` one, or take the one at `path`: a file, a folder, or a name on the Hub."""
 
     train: TrainTokenizerConfig | None = None
     path: str | None = None

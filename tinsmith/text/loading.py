@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import say
-from tinsmith.text.tokenizer import END_OF_TEXT, TEMPLATE
+from tinsmith.text.specials import END_OF_TEXT, as_added, our_template
 
 _FILES = (
     "tokenizer.json",
@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Found(NamedTuple):
-    """What a folder says about its tokenizer: where it is, its `tokenizer.json`, two roles, its own template."""
+    """What was found: the place, the text of a `tokenizer.json`, two roles, a template of its own."""
 
     place: Path
     settings: str
@@ -40,9 +40,7 @@ def find(path_or_name: str | Path) -> Found:
         return _from_folder(path)
     name = str(path_or_name)
     if not _HUB_NAME.fullmatch(name) or ("/" in name and path.parent.exists()):
-        raise UserError(
-            f"{name}: no such file or folder; a tokenizer is a tokenizer.json or a folder that holds one"
-        )
+        raise UserError(f"{name}: no such file or folder; name a tokenizer.json or its folder")
     return _from_folder(_fetch(name))
 
 
@@ -61,58 +59,51 @@ def _from_file(path: Path) -> Found:
 
 def _roles(folder: Path) -> tuple[str | None, str, str | None]:
     """The tokens that begin and end a text, and the chat template where it is not Tinsmith's."""
-    config = _read_object(folder / "tokenizer_config.json")
-    bos, eos = (_name(config.get(role)) for role in ("bos_token", "eos_token"))
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {item["name"]: item["template"] for item in template}.get("default")
-    beside = folder / "chat_template.jinja"
-    template = _read(beside) if beside.is_file() else template
-    ours = template is None or template == TEMPLATE.read_text(encoding="utf-8")
-    return bos, eos or END_OF_TEXT, None if ours else template
+    path, beside = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = _read_object(path)
+    templates = config.get("chat_template")
+    try:
+        bos, eos = (_name(config.get(role)) for role in ("bos_token", "eos_token"))
+        if isinstance(templates, list):
+            templates = {item["name"]: item["template"] for item in templates}.get("default")
+        template = _read(beside) if beside.is_file() else _name(templates)
+    except (TypeError, KeyError):
+        raise UserError(f"{path}: a token or a template in it is not text") from None
+    return bos, eos or END_OF_TEXT, None if template == our_template() else template
 
 
-def _name(token: Any) -> str | None:
+def _name(value: Any) -> str | None:
     """A token's name, which may come with its flags."""
-    return token["content"] if isinstance(token, dict) else token
+    value = value["content"] if isinstance(value, dict) else value
+    if not isinstance(value, str | None):
+        raise TypeError(value)
+    return value
 
 
 def _from_vocabulary(folder: Path) -> str:
     """`tokenizer.json` text for GPT-2's older pair of files."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     kind = _read_object(folder / "tokenizer_config.json").get("tokenizer_class", "")
     if kind not in _GPT2_CLASSES:
-        raise UserError(
-            f"{folder}: a {kind} without tokenizer.json; save it again with transformers to get one"
-        )
-    vocabulary, added = (
-        _read_object(folder / "vocab.json"),
-        _read_object(folder / "added_tokens.json"),
-    )
-    pairs = [
-        line.split(" ")
-        for line in _read(folder / "merges.txt").splitlines()
-        if line and line[:9] != "#version:"
-    ]
+        raise UserError(f"{folder}: a {kind} without tokenizer.json; transformers can write one")
+    vocabulary = _read_object(folder / "vocab.json")
+    added = _read_object(folder / "added_tokens.json")
+    lines = _read(folder / "merges.txt").replace("\r\n", "\n").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version:")]
     try:
-        made = Tokenizer(
-            models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in pairs])
-        )
+        made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(a, b) for a, b in merges]))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(
-            f"{folder}: vocab.json and merges.txt do not fit together: {error}"
-        ) from None
+        raise UserError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     names = [END_OF_TEXT] if END_OF_TEXT in vocabulary else []
     names += sorted((name for name in added if name not in names), key=lambda name: added[name])
-    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    made.add_tokens(as_added(names))
     moved = [name for name in added if made.token_to_id(name) != added[name]]
     if moved:
-        raise UserError(
-            f"{folder / 'added_tokens.json'}: the id of '{moved[0]}' does not follow the vocabulary"
-        )
+        path = folder / "added_tokens.json"
+        raise UserError(f"{path}: the id of '{moved[0]}' does not follow those of vocab.json")
     return made.to_str()
 
 
@@ -125,9 +116,7 @@ def _fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name}: no such path here, and the Hugging Face Hub did not give it: {reason}"
-        ) from None
+        raise UserError(f"{name}: no such path, and not to be had from the Hub: {reason}") from None
 
 
 def _read(path: Path) -> str:

@@ -1,8 +1,9 @@
-"""How a vocabulary writes bytes: what a piece of `tokenizer.json` stands for, and the tokenizer that only sees text.
+"""How a vocabulary writes bytes: what its pieces stand for, and a tokenizer that only sees text.
 
-Three spellings exist. *bytes*: every byte is one printable character (GPT-2's byte-level alphabet). *fallback*: pieces
-are text with `▁` for a space, and `<0xE2>` for a byte that no piece covers (SentencePiece with byte fallback).
-*words*: pieces are just text (a vocabulary of symbols); what they cannot write is refused.
+Three spellings exist. *bytes*: every byte is one printable character (GPT-2's byte-level alphabet).
+*fallback*: pieces are text with `▁` for a space, and `<0xE2>` for a byte that no piece covers
+(SentencePiece with byte fallback). *words*: pieces are just text, a vocabulary of symbols; what they
+cannot write is refused.
 """
 
 import re
@@ -34,25 +35,15 @@ class Spelling:
         return _CHARACTERS[value] if self.kind == "bytes" else f"<0x{value:02X}>"
 
 
-def _alphabet() -> dict[int, str]:
-    """Byte -> character: printable Latin-1 stands for itself, the rest follows from U+0100 on (GPT-2, 2019)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + place) for place, byte in enumerate(others)
-    }
-
-
-_CHARACTERS = _alphabet()
-_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+def is_blank(name: str) -> bool:
+    """Whether a token is but a run of blanks, which is text even where a vocabulary has it added."""
+    return not name.strip(f" \t\r\n{SPACE}")
 
 
 def spelling_of(settings: dict[str, Any]) -> Spelling:
     """Find the spelling of a parsed `tokenizer.json`."""
-    normalizers, splitters = (
-        _parts(settings.get("normalizer")),
-        _parts(settings.get("pre_tokenizer")),
-    )
+    normalizers = _parts(settings.get("normalizer"))
+    splitters = _parts(settings.get("pre_tokenizer"))
     if any(part["type"] == "ByteLevel" for part in normalizers + splitters):
         return Spelling("bytes")
     leading = any(part["type"] == "Prepend" for part in normalizers) or any(
@@ -63,19 +54,18 @@ def spelling_of(settings: dict[str, Any]) -> Spelling:
 
 
 def text_only(settings: dict[str, Any], spelling: Spelling) -> dict[str, Any]:
-    """The same tokenizer without added tokens, and without the steps that change text before it is cut into pieces.
+    """The same tokenizer without added tokens, and without steps that change a text.
 
-    A normaliser such as NFC would make encoding lossy, so of normalisers only those that *spell* are kept. A space
-    that the tokenizer puts before a text is left to the caller, who alone knows where a text begins.
+    A normaliser such as NFC would make encoding lossy, so only those that *spell* are kept. A space
+    put before a text is left to the caller, who alone knows where a text begins.
     """
+    bare = settings | {"added_tokens": [], "post_processor": None}
     if spelling.kind == "words":
-        return settings | {"added_tokens": [], "post_processor": None}
+        return bare
     spelled = "ByteLevel" if spelling.kind == "bytes" else "Replace"
     kept = [part for part in _parts(settings.get("normalizer")) if part["type"] == spelled]
     splitters = [_without_prefix(part) for part in _parts(settings.get("pre_tokenizer"))]
-    return settings | {
-        "added_tokens": [],
-        "post_processor": None,
+    return bare | {
         "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters} if splitters else None,
     }
@@ -93,8 +83,17 @@ def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if step["type"] != "Sequence":
         return [step]
-    return [
-        part
-        for inner in step.get("normalizers", step.get("pretokenizers", []))
-        for part in _parts(inner)
-    ]
+    inner = step.get("normalizers", step.get("pretokenizers", []))
+    return [part for one in inner for part in _parts(one)]
+
+
+def _alphabet() -> dict[int, str]:
+    """Byte -> character: printable Latin-1 is itself, the rest follows from U+0100 on (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable}
+    return alphabet | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+_CHARACTERS = _alphabet()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinsmith.core.errors import UserError
+from tinsmith.core.errors import Failure, UserError
 from tinsmith.core.faults import event
 from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
 from tinsmith.core.manifest import newest_valid, verify, write_manifest
@@ -43,7 +43,7 @@ class Snapshot(NamedTuple):
         return sum(t.numel() * t.element_size() for group in groups for t in group.values()) + 2**16
 
 
-class DiskFull(Exception):
+class DiskFull(Failure):
     """A checkpoint could not be written for want of space; the ones before are as they were."""
 
 

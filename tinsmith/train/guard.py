@@ -1,7 +1,9 @@
 """What happens when a step's numbers are not numbers: it never reaches the weights."""
 
+from tinsmith.core.errors import Failure
 
-class TooManyBadSteps(Exception):
+
+class TooManyBadSteps(Failure):
     """Training cannot go on; the message names the last good checkpoint."""
 
 

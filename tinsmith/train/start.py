@@ -25,12 +25,13 @@ from tinsmith.train.parallel import Ranks
 from tinsmith.train.run import Run, check_vocabulary, grown
 
 
-def start(config: RunConfig, name: str, *, resume: bool, resume_from: Path | None) -> Run | None:
+def start(
+    config: RunConfig, name: str, flag: StopFlag, *, resume: bool, resume_from: Path | None
+) -> Run | None:
     """Everything put together; None where the run is finished already."""
     ranks = parallel.join(config.parallel.kind, config.train.device)
     if config.train.rows % ranks.world:
         raise UserError(f"train.rows: {config.train.rows} must be a multiple of the world size {ranks.world}")
-    flag = StopFlag().install()
     place = folder.run_folder(name)
     taken = folder.claim(place, resume or resume_from is not None) if ranks.first else True
     ranks.barrier()
@@ -103,14 +104,22 @@ def prepared_for(
     config: RunConfig, tokenizer: Tokenizer | None, root: Path, ranks: Ranks, log: RunLog, flag: StopFlag
 ) -> Prepared:
     """The run's shards, made by the first rank where they are missing."""
-    wanted: Tokenizer | TokenizerConfig | None = tokenizer or config.tokenizer
-    if wanted is None:
-        raise UserError(f"tokenizer: {config.init_from} has none; name one")
+    wanted = tokenizer or tokenizer_for(config)
     shape = config.objective.shape
     if ranks.first:
         prepare(config.data, wanted, shape, root, log.line, lambda: flag.stop)
     ranks.barrier()
     return prepare(config.data, wanted, shape, root, lambda line: None, lambda: flag.stop)
+
+
+def tokenizer_for(config: RunConfig) -> Tokenizer | TokenizerConfig:
+    """What the recipe's text is read with: its own tokenizer section, or that of `init_from`."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    tokenizer = load_tokenizer(config.init_from) if config.init_from else None
+    if tokenizer is None:
+        raise UserError(f"tokenizer: {config.init_from} has none; name one")
+    return tokenizer
 
 
 def _validation(prepared: Prepared, config: RunConfig) -> Source | None:

@@ -17,6 +17,7 @@ from tinsmith.config import RunConfig
 from tinsmith.core import rng
 from tinsmith.core.errors import Stopped
 from tinsmith.core.faults import event
+from tinsmith.core.signals import StopFlag
 from tinsmith.data.batch import Batch
 from tinsmith.objectives.base import Loss, Metric
 from tinsmith.optim.schedule import multiplier
@@ -49,17 +50,18 @@ def train(
     TooManyBadSteps where the numbers are beyond repair, DiskFull where two saves in a row failed.
     """
     name = name or default_name(recipe)
-    run = start(config, name, resume=resume, resume_from=resume_from)
-    if run is None:
-        return run_folder(name)
-    try:
-        loop(run)
-        finish(run)
-    except Interrupted:
-        raise stopped(run) from None
-    finally:
-        run.log.close()
-        run.ranks.leave()
+    with StopFlag() as flag:
+        run = start(config, name, flag, resume=resume, resume_from=resume_from)
+        if run is None:
+            return run_folder(name)
+        try:
+            loop(run)
+            finish(run)
+        except Interrupted:
+            raise stopped(run) from None
+        finally:
+            run.log.close()
+            run.ranks.leave()
     return run.folder
 
 

@@ -1,0 +1,377 @@
+"""What every mixer's cache must hold, with every residual: decoding equals the full forward."""
+
+import random
+
+import pytest
+import torch
+
+from tinsmith.nn.contract import CacheFull, CannotRewind
+
+SIZES = [1, 4, 5, 6, 33, 97]
+LENGTHS = [1, 5, 9, 12]
+LATER = [2, 0, 7, 4]
+"""How many tokens each of four rows goes on with, unevenly."""
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def rows_of(pieces, width, side):
+    """Rows of ids of different length as (B, width) ids and segments, padded at one side."""
+    ids = torch.full((len(pieces), width), 3)
+    segments = torch.full((len(pieces), width), -1)
+    for row, piece in enumerate(pieces):
+        place = slice(width - len(piece), width) if side == "left" else slice(0, len(piece))
+        ids[row, place], segments[row, place] = piece, 0
+    return ids, segments
+
+
+def lengths_of(caches):
+    lengths = [cache.lengths.tolist() for cache in caches]
+    assert all(other == lengths[0] for other in lengths)
+    return lengths[0]
+
+
+def splits_of(size):
+    """Ways to cut `size` tokens into calls."""
+    return [
+        [1] * size,
+        [size],
+        [7] * (size // 7) + [1] * (size % 7),
+        [3, 1, 6, 1, 1, 5] * (size // 17) + [size % 17],
+        [size - 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prefill_equals_chunks_equals_one_by_one(lm, draw, size):
+    ids = draw(2, size)
+    expected = lm(ids).logits
+    for splits in splits_of(size):
+        caches = lm.new_caches(rows=2, capacity=size)
+        begin, found = 0, []
+        for length in splits:
+            found.append(lm(ids[:, begin : begin + length], caches=caches).logits)
+            begin += length
+            assert lengths_of(caches) == [begin] * 2
+        close(torch.cat(found, 1), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_different_length(lm, draw, side):
+    """Padded prefill, a padded and uneven chunk, then one by one while some rows wait."""
+    ids = draw(4, 24)
+    wholes = lm(ids).logits
+    caches = lm.new_caches(rows=4, capacity=24)
+    done = [0] * 4
+    rounds = [LENGTHS, LATER, [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1], [3, 2, 0, 3]]
+    for added in rounds:
+        pieces = [ids[row, done[row] : done[row] + count] for row, count in enumerate(added)]
+        spread, segments = rows_of(pieces, max(*added, 1) + (side == "left"), side)
+        found = lm(spread, segments=segments, caches=caches).logits
+        assert found.isfinite().all()
+        for row, count in enumerate(added):
+            close(found[row][segments[row] >= 0], wholes[row, done[row] : done[row] + count])
+            done[row] += count
+        assert lengths_of(caches) == done
+
+
+def test_rows_of_different_length_go_on_without_segments(lm, draw):
+    ids = draw(4, 12)
+    spread, segments = rows_of(
+        [ids[row, :length] for row, length in enumerate(LENGTHS)], 12, "left"
+    )
+    caches = lm.new_caches(rows=4, capacity=20)
+    lm(spread, segments=segments, caches=caches)
+    more = draw(4, 6, seed=4)
+    found = torch.cat(
+        [lm(more[:, begin:end], caches=caches).logits for begin, end in ((0, 1), (1, 4), (4, 6))], 1
+    )
+    for row, length in enumerate(LENGTHS):
+        whole = torch.cat((ids[row, :length], more[row]))[None]
+        close(found[row], lm(whole).logits[0, length:])
+
+
+def test_documents_go_on_from_call_to_call(lm, draw):
+    """Packed rows through a cache, in chunks that cut documents, with their own positions."""
+    segments = torch.tensor([[7] * 4 + [3] + [7] * 8 + [0] * 5, [5] * 9 + [2] * 2 + [4] * 7])
+    positions = torch.tensor(
+        [[*range(4), 0, *range(8), *range(5)], [*range(9), *range(2), *range(7)]]
+    )
+    ids = draw(2, 18)
+    expected = lm(ids, segments=segments).logits
+    for splits in ([18], [1] * 18, [3, 1, 1, 7, 6], [10, 8]):
+        caches = lm.new_caches(rows=2, capacity=18)
+        begin, found = 0, []
+        for length in splits:
+            part = slice(begin, begin + length)
+            found.append(
+                lm(ids[:, part], positions[:, part], segments[:, part], caches=caches).logits
+            )
+            begin += length
+        close(torch.cat(found, 1), expected)
+
+
+def test_rows_are_selected_reordered_and_repeated(lm, draw):
+    ids, more = draw(4, 12), draw(4, 12, seed=7)
+    histories = [ids[row, :length] for row, length in enumerate(LENGTHS)]
+    spread, segments = rows_of(histories, 12, "left")
+    caches = lm.new_caches(rows=4, capacity=20)
+    lm(spread, segments=segments, caches=caches)
+    for step, order in enumerate(([3, 0, 0, 2], [1, 3], [1], [0, 0, 0])):
+        for cache in caches:
+            cache.select(torch.tensor(order))
+        fresh = more[: len(order), step : step + 2]
+        histories = [torch.cat((histories[i], new)) for i, new in zip(order, fresh, strict=True)]
+        assert lengths_of(caches) == [len(history) - 2 for history in histories]
+        found = lm(fresh, caches=caches).logits
+        for row, history in enumerate(histories):
+            close(found[row], lm(history[None]).logits[0, -2:])
+
+
+def test_selecting_no_row_leaves_room_for_new_ones(lm, draw):
+    ids = draw(2, 9)
+    caches, fresh = lm.new_caches(2, 16), lm.new_caches(2, 16)
+    lm(draw(2, 7, seed=3), caches=caches)
+    lm(ids[:, :8], caches=fresh)
+    for cache, other in zip(caches, fresh, strict=True):
+        cache.select(torch.tensor([], dtype=torch.long))
+        assert cache.lengths.tolist() == []
+        cache.join(other)
+    close(lm(ids[:, 8:], caches=caches).logits, lm(ids).logits[:, 8:])
+
+
+@pytest.mark.parametrize("kept", [[4, 4], [1, 3], [0, 0], [0, 4]])
+def test_truncated_caches_go_on_as_if_nothing_had_been(lm, draw, kept):
+    """Only while no more than a window (5) was absorbed; a memory that cannot rewind says so."""
+    ids, other = draw(2, 4), draw(2, 9, seed=3)
+    caches = lm.new_caches(rows=2, capacity=20)
+    lm(ids, caches=caches)
+    for cache in caches:
+        cache.truncate(torch.tensor(kept))
+    assert lengths_of(caches) == kept
+    found = lm(other, caches=caches).logits
+    for row, length in enumerate(kept):
+        whole = torch.cat((ids[row, :length], other[row]))[None]
+        close(found[row], lm(whole).logits[0, length:])
+
+
+def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
+    ids, other = draw(2, 20), draw(2, 4, seed=3)
+    caches = lm.new_caches(rows=2, capacity=40)
+    lm(ids, caches=caches)
+    refused = []
+    for cache in caches:
+        try:
+            cache.truncate(torch.tensor([11, 20]))
+        except CannotRewind:
+            refused.append(cache)
+    assert refused in ([], caches)
+    kept = 20 if refused else 11
+    assert lengths_of(caches) == [kept, 20]
+    found = lm(other, caches=caches).logits
+    close(found[:1], lm(torch.cat((ids[:1, :kept], other[:1]), 1)).logits[:, kept:])
+    close(found[1:], lm(torch.cat((ids[1:], other[1:]), 1)).logits[:, 20:])
+
+
+def test_truncating_to_more_than_there_is_is_an_error(lm, draw):
+    caches = lm.new_caches(rows=2, capacity=8)
+    lm(draw(2, 3), caches=caches)
+    for lengths in ([4, 3], [3, -1]):
+        with pytest.raises(ValueError, match="cannot truncate"):
+            caches[0].truncate(torch.tensor(lengths))
+    assert lengths_of(caches) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        ((12, 30), (9, 30)),
+        ((12, 30), (3, 4)),
+        ((3, 4), (12, 30)),
+        ((4, 4), (2, 3)),
+        ((2, 3), (1, 4)),
+        ((0, 30), (9, 9)),
+    ],
+)
+def test_caches_of_different_capacity_join(lm, draw, mine, theirs):
+    """(tokens, capacity) of two requests, below a window (5) and above; the larger stays."""
+    ids = draw(2, 13)
+    both = []
+    for row, (length, capacity) in enumerate((mine, theirs)):
+        caches = lm.new_caches(rows=1, capacity=capacity)
+        if length:
+            lm(ids[row : row + 1, :length], caches=caches)
+        both.append(caches)
+    for cache, other in zip(*both, strict=True):
+        cache.join(other)
+    assert lengths_of(both[0]) == [mine[0], theirs[0]]
+    room = max(mine[1], theirs[1]) - max(mine[0], theirs[0])
+    more = draw(2, min(room, 10), seed=4)
+    for t in range(more.shape[1]):
+        found = lm(more[:, t : t + 1], caches=both[0]).logits[:, 0]
+        for row, length in enumerate((mine[0], theirs[0])):
+            whole = torch.cat((ids[row, :length], more[row, : t + 1]))[None]
+            close(found[row], lm(whole).logits[0, -1])
+    if room <= 10:
+        with pytest.raises(CacheFull):
+            lm(draw(2, 1), caches=both[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_full_cache_says_so_and_changes_nothing(lm, draw, padded):
+    ids = draw(2, 12)
+    caches = lm.new_caches(rows=2, capacity=12)
+    if padded:
+        lm(*_padded_start(ids), caches=caches)
+        first = [4, 7]
+    else:
+        lm(ids[:, :7], caches=caches)
+        first = [7, 7]
+    with pytest.raises(CacheFull):
+        lm(draw(2, 6, seed=3), caches=caches)
+    segments = torch.tensor([[-1] * 6, [0] * 6])
+    with pytest.raises(CacheFull):
+        lm(draw(2, 6, seed=3), segments=segments, caches=caches)
+    assert lengths_of(caches) == first
+    more = draw(2, 5, seed=4)
+    found = lm(more, caches=caches).logits
+    for row, length in enumerate(first):
+        whole = torch.cat((ids[row, :length], more[row]))[None]
+        close(found[row], lm(whole).logits[0, length:])
+
+
+def _padded_start(ids):
+    spread, segments = rows_of([ids[0, :4], ids[1, :7]], 9, "left")
+    return spread, None, segments
+
+
+def test_no_tokens_and_no_rows_are_fine(lm, draw):
+    ids = draw(2, 5)
+    caches = lm.new_caches(2, 8)
+    assert lm(ids[:, :0], caches=caches).logits.shape == (2, 0, 48)
+    assert lm(ids[:0], caches=lm.new_caches(0, 8)).logits.shape == (0, 5, 48)
+    close(lm(ids, caches=caches).logits, lm(ids).logits)
+
+
+def test_padding_takes_no_room(lm, draw):
+    """Rows of 12 positions with at most 5 tokens fit where 5 tokens fit."""
+    ids = draw(2, 5)
+    spread, segments = rows_of([ids[0], ids[1, :2]], 12, "right")
+    caches = lm.new_caches(rows=2, capacity=5)
+    found = lm(spread, segments=segments, caches=caches).logits
+    close(found[0, :5], lm(ids[:1]).logits[0])
+    assert lengths_of(caches) == [5, 2]
+
+
+def test_requests_do_not_disturb_each_other(lm, draw):
+    """Two sets of caches on one model, in turns."""
+    ids = draw(2, 12)
+    expected = lm(ids).logits
+    caches = [lm.new_caches(rows=1, capacity=12) for _ in range(2)]
+    for begin, end in ((0, 4), (4, 5), (5, 6), (6, 12)):
+        for row in range(2):
+            found = lm(ids[row : row + 1, begin:end], caches=caches[row]).logits
+            close(found, expected[row : row + 1, begin:end])
+
+
+@pytest.mark.parametrize("capacity", [3, 5, 64])
+def test_bytes_held_are_what_the_formula_says(lm, held, draw, capacity):
+    for rows, dtype, size in ((1, None, 8), (4, torch.float32, 4), (4, torch.bfloat16, 2)):
+        caches = lm.new_caches(rows, capacity, dtype)
+        for cache, layer in zip(caches, lm.config.layers, strict=True):
+            assert cache.nbytes() == rows * held(layer.mixer, capacity) * size
+        lm(draw(rows, 3), caches=caches)
+        for cache, layer in zip(caches, lm.config.layers, strict=True):
+            assert cache.nbytes() == rows * held(layer.mixer, capacity) * size
+            cache.select(torch.zeros(3, dtype=torch.long))
+            assert cache.nbytes() == 3 * held(layer.mixer, capacity) * size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_caches_of_another_dtype_decode(lm, draw, dtype):
+    """A cache may be asked for in less precision than the model's."""
+    ids = draw(2, 12)
+    caches = lm.new_caches(2, 12, dtype)
+    spread, segments = rows_of([ids[0, :7], ids[1, :7]], 9, "left")
+    lm(spread, segments=segments, caches=caches)
+    found = torch.cat(
+        [lm(ids[:, begin:end], caches=caches).logits for begin, end in ((7, 8), (8, 12))], 1
+    )
+    expected = lm(ids).logits[:, 7:]
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert found.dtype == torch.float64
+    assert error < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_history_of_a_batch_equals_the_full_forward(lm, draw, seed):
+    """Chunks padded anywhere outside, documents, rewinds, reorderings and arrivals in random order;
+    each token's logits against one forward of all that its row has been through.
+    """
+    turn = random.Random(seed)
+    capacity = 40
+    caches = lm.new_caches(rows=2, capacity=capacity)
+    rows: list[list[tuple[int, int]]] = [[], []]  # (id, document) of every token of every row
+    for _ in range(14):
+        move = turn.choice(["take", "take", "take", "take", "rewind", "select", "join"])
+        if move == "take":
+            rows = _take(lm, caches, rows, turn, capacity)
+        elif move == "rewind":
+            rows = _rewind(caches, rows, turn)
+        elif move == "select":
+            order = [turn.randrange(len(rows)) for _ in range(turn.randint(1, 3))]
+            for cache in caches:
+                cache.select(torch.tensor(order))
+            rows = [list(rows[i]) for i in order]
+        else:
+            arrivals = lm.new_caches(rows=1, capacity=turn.choice([6, 30]))
+            rows += _take(lm, arrivals, [[]], turn, 6)
+            for cache, arrival in zip(caches, arrivals, strict=True):
+                cache.join(arrival)
+        assert lengths_of(caches) == [len(row) for row in rows]
+
+
+def _take(lm, caches, rows, turn, capacity):
+    width = turn.choice([1, 1, 2, 6, 11])
+    ids = torch.full((len(rows), width), 3)
+    segments = torch.full((len(rows), width), -1)
+    longer = []
+    for b, row in enumerate(rows):
+        count = turn.randint(0, min(width, capacity - len(row)))
+        begin = turn.choice([0, width - count])
+        fresh = []
+        document = row[-1][1] if row else 0
+        for t in range(begin, begin + count):
+            if turn.random() < 0.15:
+                document = turn.choice([name for name in range(4) if name != document])
+            fresh.append((turn.randrange(48), document))
+            ids[b, t], segments[b, t] = fresh[-1]
+        longer.append(row + fresh)
+    found = lm(ids, segments=segments, caches=caches).logits
+    assert found.isfinite().all()
+    for b, row in enumerate(longer):
+        if row:
+            history, documents = torch.tensor(row).T[:, None]
+            positions = torch.arange(len(row))[None]
+            whole = lm(history, positions, documents).logits[0]
+            close(found[b][segments[b] >= 0], whole[len(rows[b]) :])
+    return longer
+
+
+def _rewind(caches, rows, turn):
+    kept = [turn.randint(max(len(row) - 4, 0), len(row)) for row in rows]
+    try:
+        for cache in caches:
+            cache.truncate(torch.tensor(kept))
+    except CannotRewind:
+        assert lengths_of(caches) == [len(row) for row in rows]
+        return rows
+    return [row[:length] for row, length in zip(rows, kept, strict=True)]

@@ -1,0 +1,122 @@
+"""What makes a folder of files a checkpoint: `manifest.json`, written last.
+
+    {"schema": 1, "version": "0.1.0", "files": {NAME: {"bytes": N, "sha256": HEX}}, ...}
+
+A folder whose manifest is missing, unreadable or at odds with its files is never loaded.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinsmith import __version__
+from tinsmith.core.errors import UserError
+from tinsmith.core.files import atomic_write, inside, sha256
+from tinsmith.core.jsonfile import read_object
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """The name of the folder that holds the checkpoint of a step: `step-00000400`."""
+    return f"step-{step:08d}"
+
+
+def write_manifest(folder: Path, extra: dict[str, Any] | None = None) -> None:
+    """List every file below `folder`, with size and SHA-256, in its `manifest.json`.
+
+    `extra` joins the manifest's top level; its keys must not be the manifest's own.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in paths
+    }
+    own = {"schema": SCHEMA, "version": __version__, "files": files}
+    assert not own.keys() & (extra or {}).keys()
+    atomic_write(folder / MANIFEST, json.dumps(own | (extra or {}), indent=2) + "\n")
+
+
+def verify(folder: Path, hashes: bool = False, needs: Sequence[str] = ()) -> str | None:
+    """None where `folder` is what its manifest says, else the reason, in one line.
+
+    Sizes are always compared, contents only with `hashes`. `needs` are names that the manifest must
+    list.
+    """
+    try:
+        files = _listed(folder)
+        for name in needs:
+            if name not in files:
+                raise UserError(f"{MANIFEST} does not list {name}")
+        for name, entry in files.items():
+            _compare(folder, name, entry, hashes)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def newest_valid(
+    checkpoints: Path, hashes: bool = True, needs: Sequence[str] = ()
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step that passes `verify`, and why newer ones were passed over.
+
+    Folders are known by their name (`step_name`); everything else in `checkpoints` is ignored.
+    """
+    skipped: list[str] = []
+    for folder in steps(checkpoints):
+        reason = verify(folder, hashes, needs)
+        if reason is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {reason}")
+    return None, skipped
+
+
+def steps(checkpoints: Path) -> list[Path]:
+    """The folders in `checkpoints` that are named after a step, newest first, valid or not."""
+    if not checkpoints.is_dir():
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if (match := _STEP.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{MANIFEST} is missing (its saving never finished)")
+    try:
+        manifest = read_object(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), MANIFEST)) from None
+    if manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema")
+        raise UserError(f"{MANIFEST} has schema {schema!r}, and this version reads {SCHEMA}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{MANIFEST} lists no files")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not (
+            type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        ):
+            raise UserError(f"{MANIFEST} does not say bytes and sha256 of {name}")
+    return files
+
+
+def _compare(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> None:
+    path = inside(folder, name)
+    if not path.is_file():
+        raise UserError(f"{name} is missing")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise UserError(f"{name} has {size} bytes instead of {entry['bytes']}")
+    if hashes and sha256(path) != entry["sha256"]:
+        raise UserError(f"{name} is not what was saved (its SHA-256 differs)")

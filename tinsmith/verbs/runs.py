@@ -1,0 +1,39 @@
+"""`tinsmith runs` and `tinsmith plot`."""
+
+import json
+from pathlib import Path
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import say
+from tinsmith.core.units import duration, size
+from tinsmith.train.folder import runs_root
+from tinsmith.train.report import plot_run, plot_runs, runs_table
+
+
+def table(as_json: bool) -> None:
+    """All runs under the runs folder."""
+    rows = runs_table(runs_root())
+    if as_json:
+        say(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        say(f"no runs under {runs_root()}")
+        return
+    say(f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}")
+    for row in rows:
+        step = f"{row['step']}/{row['steps']}"
+        best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
+        age, bulk = duration(row["age_seconds"]), size(row["bytes"])
+        done = "" if row["finished"] else "  unfinished"
+        say(f"{row['name']:<32} {row['objective']:<10} {step:>13} {best:>9} {age:>8} {bulk:>8}{done}")
+
+
+def plot(runs: list[Path], out: Path | None) -> None:
+    """Curves of one run into its folder, or of several into one picture."""
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise UserError(f"{run}: no metrics.jsonl there; is it a run's folder?")
+    if len(runs) == 1 and out is None:
+        say(str(plot_run(runs[0])))
+    else:
+        say(str(plot_runs(runs, out or Path("runs.png"))))
