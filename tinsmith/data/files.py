@@ -123,7 +123,7 @@ def _jsonl(path: Path) -> Iterator[Row | Reject]:
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object of one line. Raises ValueError that says what is wrong with it."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:

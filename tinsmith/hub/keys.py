@@ -5,9 +5,15 @@ from typing import Any, NoReturn
 
 from tinsmith.core.errors import UserError
 
-LARGEST = {"vocab_size": 2**28, "max_position_embeddings": 2**40}
 LARGEST_SIZE = 2**20
-"""Sizes are bounded, so that products of them are numbers that can be reasoned about."""
+LARGEST = {
+    "vocab_size": 2**28,
+    "max_position_embeddings": 2**40,
+    "original_max_position_embeddings": 2**40,
+    "num_hidden_layers": 4096,
+    "depth": 4096,
+}
+"""Sizes are bounded, so that a hostile file cannot ask for more than the machine has."""
 
 
 class Keys:

@@ -75,8 +75,8 @@ def read_scaling(data: dict[str, Any], context: int, where: str) -> Scaling | No
     if "kind" in data:
         return parse(Scaling, data, where)
     keys = Keys(data, where)
-    kind = data.get("rope_type", data.get("type", "default"))
-    if kind not in _KEYS:
+    kind = data.get("rope_type") or data.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _KEYS:
         keys.fail("rope_type", f"{kind!r:.60} is not one of {', '.join(_KEYS)}")
     known = (*_KEYS[kind], *_ALWAYS)
     for key, value in data.items():
@@ -93,11 +93,12 @@ def _scaling(kind: str, keys: Keys, context: int) -> Scaling:
         return Linear(factor=keys.number("factor"))
     original = keys.size("original_max_position_embeddings", context)
     if kind == "llama3":
+        low = keys.number("low_freq_factor")
         return Llama3(
             factor=keys.number("factor"),
             original_context=original,
-            low_factor=keys.number("low_freq_factor"),
-            high_factor=keys.number("high_freq_factor"),
+            low_factor=low,
+            high_factor=keys.number("high_freq_factor", above=low),
         )
     keys.only("truncate", (True,))
     factor = keys.number("factor", context / original)

@@ -17,6 +17,23 @@ from typing import Annotated, Literal
 from tinsmith.core.parse import Config, Count, Kind
 
 
+def _at_least_zero(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value} must be a number of at least 0")
+
+
+def _below_one(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} must be at least 0 and below 1")
+
+
+def _check_schedule(warmup: int, final: float) -> None:
+    if warmup < 0:
+        raise ValueError(f"warmup={warmup} is a number of steps, at least 0")
+    if not 0 <= final <= 1:
+        raise ValueError(f"final={final} is a share of the full rate, from 0 to 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(Config):
     """Muon (Jordan 2024): momentum, orthogonalised by `ns_steps` of Newton-Schulz.
@@ -125,20 +142,3 @@ class OptimConfig(Config):
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip} must be above 0, or null for no clipping")
-
-
-def _at_least_zero(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}={value} must be a number of at least 0")
-
-
-def _below_one(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value} must be at least 0 and below 1")
-
-
-def _check_schedule(warmup: int, final: float) -> None:
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup} is a number of steps, at least 0")
-    if not 0 <= final <= 1:
-        raise ValueError(f"final={final} is a share of the full rate, from 0 to 1")

@@ -1,9 +1,9 @@
 """Jinja whose programs end soon and stay small.
 
-Jinja's sandbox keeps a template from Python's insides. What it does not bound is work: nested loops,
-macros that call themselves, text that doubles. So a template's tree is rewritten before it is compiled:
-every turn of a loop, every call and every list that it makes costs a step, and whatever can lengthen a
-text is measured before it is done.
+Jinja's sandbox keeps a template from Python's insides. What it does not bound is work: nested
+loops, macros that call themselves, text that doubles. So a template's tree is rewritten before it
+is compiled: every turn of a loop, every call and every list that it makes costs a step, and
+whatever can lengthen a text is measured before it is done.
 """
 
 import json
@@ -24,13 +24,19 @@ STEPS = 200_000
 SECONDS = 10.0
 """One rendering; a real template needs a thousandth of it."""
 
-_FILTERS = """capitalize count default dictsort first int items last length list lower map reject
-    rejectattr reverse select selectattr title trim upper""".split()
+_FILTERS = (
+    *("capitalize", "count", "default", "dictsort", "first", "int", "items", "last", "length"),
+    *("list", "lower", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "title"),
+    *("trim", "upper"),
+)
 _METHODS = {
-    dict: "get items keys values".split(),
-    list: "count index".split(),
-    str: """capitalize count endswith find isdigit isspace lower lstrip removeprefix removesuffix
-        replace rfind rsplit rstrip split splitlines startswith strip title upper""".split(),
+    dict: ("get", "items", "keys", "values"),
+    list: ("count", "index"),
+    str: (
+        *("capitalize", "count", "endswith", "find", "isdigit", "isspace", "lower", "lstrip"),
+        *("removeprefix", "removesuffix", "replace", "rfind", "rsplit", "rstrip", "split"),
+        *("splitlines", "startswith", "strip", "title", "upper"),
+    ),
 }
 _FORBIDDEN = (nodes.Block, nodes.Extends, nodes.FromImport, nodes.Import, nodes.Include)
 _PLAIN = str | int | float | list | tuple | dict | Undefined | None
@@ -41,7 +47,7 @@ class Refused(TemplateError):
 
 
 class Bounded(ImmutableSandboxedEnvironment):
-    """Jinja with only what chat templates use. `start` opens the account that a rendering draws on."""
+    """Jinja with only what chat templates use; `start` opens the account a rendering draws on."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -88,9 +94,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         if not numbers:
             self._fits(_length(left, right, operator))
             self._step(_length(left, right, operator) // 1000 + 1)
-        elif isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() + right.bit_length() > 256:
-                raise SecurityError("its numbers grow too large")
+        elif _bits(left) + _bits(right) > 256:
+            raise SecurityError("its numbers grow too large")
         return super().call_binop(context, operator, left, right)
 
     def _step(self, steps: int = 1) -> None:
@@ -151,7 +156,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which some templates mark what the assistant says: its body, no more."""
+    """`{% generation %}`, by which templates mark what the assistant says: its body, no more."""
 
     tags = {"generation"}
 
@@ -202,11 +207,17 @@ def _filtered(node: nodes.Node, name: str) -> Any:
 
 def _length(left: Any, right: Any, operator: str) -> int:
     """How long the sum or the product of texts or lists would be."""
-    lengths = [len(value) if isinstance(value, str | list | tuple) else 0 for value in (left, right)]
+    lengths = [
+        len(value) if isinstance(value, str | list | tuple) else 0 for value in (left, right)
+    ]
     if operator == "+":
         return sum(lengths)
     times = [value if isinstance(value, int) else 1 for value in (left, right)]
     return max(lengths[0] * times[1], lengths[1] * times[0])
+
+
+def _bits(number: float) -> int:
+    return number.bit_length() if isinstance(number, int) else 0
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,13 +1,14 @@
 """Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes, as GPT-2 does).
 
-A text is first cut into words, digits, signs and blanks; merges never cross a cut. Every digit stays
-a token of its own, because arithmetic is so much easier to learn for a small model.
+A text is first cut into words, digits, signs and blanks; merges never cross a cut. Every digit
+stays a token of its own, because arithmetic is so much easier to learn for a small model.
 """
 
+import json
 from collections.abc import Iterable
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.specials import SPECIALS, as_added
+from tinsmith.text.specials import SPECIALS, TAGS, as_added
 from tinsmith.text.tokenizer import Tokenizer
 
 SMALLEST = 256 + len(SPECIALS)
@@ -26,8 +27,8 @@ _CUTS = (
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` ids from texts: specials from id 0 on, all 256 bytes, then merges.
 
-    Deterministic: equal texts give an equal `tokenizer.json`. Fewer ids come out only where no pair
-    is left to merge. UserError where `vocab_size` has no room for specials and bytes.
+    Deterministic: equal texts give an equal `tokenizer.json`. Fewer ids come out only where no
+    pair is left to merge. UserError where `vocab_size` has no room for specials and bytes.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -52,4 +53,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    return Tokenizer(learner.to_str())
+    settings = json.loads(learner.to_str())
+    for token in settings["added_tokens"]:
+        token["special"] = token["content"] not in TAGS  # the trainer makes all of them special
+    return Tokenizer(json.dumps(settings))

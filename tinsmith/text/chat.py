@@ -1,24 +1,28 @@
 """Conversations as text and as ids, with the mask of what the assistant says.
 
-What a message says is text, whatever it says: a name such as `<|im_end|>` inside it is spelled out in ordinary tokens.
-One exception: an assistant's own words may hold marks such as `<think>` or `<answer>`, and there these are single ids,
-because whoever wrote the record wrote what the model is to say. In every other role nothing is.
+What a message says is text, whatever it says: a name such as `<|im_end|>` in it is spelled out in
+ordinary tokens. One exception: an assistant's own words may hold tags such as `<think>` or
+`<answer>`, and there these are single ids, because who wrote the record wrote what the model is to
+say. In every other role nothing is.
 
-How it is done: every character that could begin a special token's name is followed, inside messages, by a guard, a
-character that occurs nowhere in the conversation. The template is rendered, names without a guard become ids, and the
-guards are taken out of the rest. This works for any template, those of downloaded tokenizers included.
+How it is done: inside messages, every character that could begin a special token's name is
+followed by a guard, a character that occurs nowhere in the conversation. The template is rendered,
+names without a guard become ids, and the guards are taken out of the rest. This holds for any
+template, those of downloaded tokenizers included.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
+from tinsmith.text.bounds import Refused
 from tinsmith.text.records import BadRecord, Call, Conversation, Message, normalise
-from tinsmith.text.template import Refused, compiled
-from tinsmith.text.tokenizer import END_OF_TEXT, TAGS, TEMPLATE, Tokenizer
+from tinsmith.text.specials import END_OF_TEXT, TAGS, our_template
+from tinsmith.text.template import ChatTemplate, compiled
+from tinsmith.text.tokenizer import Tokenizer
 
 __all__ = [
     "BadRecord",
@@ -32,11 +36,10 @@ __all__ = [
     "render",
 ]
 
-Change = Callable[[str, str], str]
-"""(role, text) -> text."""
-
 _OPENING = re.compile(r"<think>\n(?:\n</think>\n\n)?")
+"""What a prompt may already hold of an answer: reasoning that is open, or closed at once."""
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+_Change = Callable[[str, str], str]
 
 
 class Encoded(NamedTuple):
@@ -47,44 +50,43 @@ class Encoded(NamedTuple):
 
 
 def render(conversation: Conversation, generate: bool = False, thinking: bool | None = None) -> str:
-    """A conversation in Tinsmith's ChatML; `generate` opens the assistant's turn, `thinking` its `<think>` too."""
-    messages, tools = _plain(conversation, lambda role, text: text)
-    return _rendered(None, messages, tools, generate, thinking)
+    """A conversation in Tinsmith's ChatML.
+
+    `generate` opens the assistant's next turn, `thinking` its `<think>` too.
+    """
+    return _script(None, conversation, lambda role, text: text).text(generate, thinking)
 
 
 def encode_chat(tokenizer: Tokenizer, conversation: Conversation) -> Encoded:
-    """Ids of a whole conversation with the loss mask, by the tokenizer's own template or else Tinsmith's.
+    """A conversation with its loss mask, by the tokenizer's own template or else Tinsmith's.
 
-    The mask covers reasoning, content, calls and the end-of-turn token of every assistant turn, not the header before
-    and not the line end after it. UserError where a template does not show where turns begin and end; BadRecord where
-    it refuses the conversation.
+    The mask covers reasoning, content, calls and the end-of-turn token of every assistant turn,
+    not the header before and not the line end after it. UserError where a template does not show
+    where turns begin and end; BadRecord where it refuses the conversation.
     """
-    return _encoded(tokenizer, conversation, False, None)
+    return _encoded(tokenizer, conversation, generate=False, thinking=None)
 
 
 def encode_prompt(
     tokenizer: Tokenizer, conversation: Conversation, thinking: bool | None = None
 ) -> list[int]:
-    """Ids up to and with the header of the answer: a prefix of `encode_chat` of the conversation with the answer."""
+    """Ids up to the header of the answer: a prefix of `encode_chat` once the answer is there."""
     if conversation.messages and conversation.messages[-1].role == "assistant":
         raise UserError("a prompt ends with what a user or a tool says, not with the assistant")
-    return _encoded(tokenizer, conversation, True, thinking).ids
+    return _encoded(tokenizer, conversation, generate=True, thinking=thinking).ids
 
 
 def _encoded(
-    tokenizer: Tokenizer, conversation: Conversation, generate: bool, thinking: bool | None
+    tokenizer: Tokenizer, conversation: Conversation, *, generate: bool, thinking: bool | None
 ) -> Encoded:
     """Encode stretch by stretch, cut where turns of the assistant begin and end."""
     guards = _Guards(tokenizer, conversation)
-    messages, tools = _plain(conversation, guards.protect)
-    text = _rendered(tokenizer, messages, tools, generate, thinking)
+    script = _script(tokenizer, conversation, guards.protect)
+    text = script.text(generate, thinking)
     ids: list[int] = []
     mask: list[bool] = []
     place = 0
-    for start, opened, end in [
-        *_turns(tokenizer, text, messages, tools, guards.mark),
-        (len(text),) * 3,
-    ]:
+    for start, opened, end in [*_turns(tokenizer, script, text, guards.mark), (len(text),) * 3]:
         for stop, said in ((start, False), (opened, True), (end, True)):
             new = guards.encode(text[place:stop])
             ids += new
@@ -94,106 +96,141 @@ def _encoded(
 
 
 def _turns(
-    tokenizer: Tokenizer, text: str, messages: list[dict[str, Any]], tools: list[Any], mark: str
+    tokenizer: Tokenizer, script: "_Script", text: str, mark: str
 ) -> Iterator[tuple[int, int, int]]:
-    """Where the assistant's turns lie in a rendered text: start, end of what opens its reasoning, end.
+    """Where the assistant's turns lie in a rendered text: start, end of what opens it, end.
 
-    A turn starts where the prompt for it ends, and ends with the first end-of-turn token from there.
+    A turn starts where the prompt for it ends, and ends with the first end-of-turn token from
+    there.
     """
     closing = tokenizer.decode([tokenizer.end_of_turn])
-    for place, message in enumerate(messages):
+    for place, message in enumerate(script.messages):
         if message["role"] != "assistant":
             continue
-        header = _rendered(tokenizer, messages[:place], tools, True, None)
+        header = script.text(True, None, until=place)
         if not text.startswith(header):
-            raise UserError(
-                "the chat template writes a prompt differently once it is answered; it gives no loss mask"
-            )
+            raise UserError("the chat template changes a prompt once it is answered: no loss mask")
         start = len(header)
         found = text.find(closing, start)
         if found < 0 or mark in text[start:found]:
-            raise UserError(
-                f"the chat template does not end the assistant's turn with {closing}; it gives no loss mask"
-            )
+            raise UserError(f"the chat template ends a turn without {closing}: no loss mask")
         opening = _OPENING.match(text, start)
         yield start, opening.end() if opening else start, found + len(closing)
 
 
 class _Guards:
-    """Two characters that a conversation does not have: one keeps names in messages from being tokens, one marks
-    where somebody else than the assistant begins to speak.
+    """Two characters that a conversation does not have.
+
+    The guard keeps names inside messages from being tokens; the mark stands where somebody else
+    than the assistant begins to speak.
     """
 
     def __init__(self, tokenizer: Tokenizer, conversation: Conversation):
         self._tokenizer = tokenizer
-        self._names, self._first, self._first_or_tag = _patterns(tuple(tokenizer.added_tokens))
+        self._patterns = _patterns(tuple(tokenizer.added_tokens))
         said: list[str] = []
-        _plain(conversation, lambda role, text: said.append(text) or text)
-        whole = "".join(said)
-        free = [character for character in _NONCHARACTERS if character not in whole]
+        _script(tokenizer, conversation, lambda role, text: said.append(text) or text)
+        free = [c for c in _NONCHARACTERS if not any(c in text for text in said)]
         if len(free) < 2:
             raise BadRecord("uses nearly all of Unicode's noncharacters")
         self._guard, self.mark = free[:2]
 
     def protect(self, role: str, text: str) -> str:
-        """Put a guard behind each character that could begin a token's name, but for an assistant's tags."""
-        pattern = self._first_or_tag if role == "assistant" else self._first
-        guarded = pattern.sub(
-            lambda match: match[0] + self._guard if len(match[0]) == 1 else match[0], text
-        )
+        """Put a guard behind whatever could begin a name, but for an assistant's tags."""
+        begins = self._patterns.begins_or_tag if role == "assistant" else self._patterns.begins
+        guarded = begins.sub(self._guarded, text)
         return self.mark + guarded if role in ("user", "tool") else guarded
 
     def encode(self, text: str) -> list[int]:
         """Names without a guard as their ids, all else as text."""
         ids: list[int] = []
-        for place, piece in enumerate(self._names.split(text)):
+        for place, piece in enumerate(self._patterns.names.split(text)):
             if place % 2:
                 ids.append(self._tokenizer.special(piece))
             elif piece:
-                ids += self._tokenizer.encode_inside(
-                    piece.replace(self._guard, "").replace(self.mark, "")
-                )
+                bare = piece.replace(self._guard, "").replace(self.mark, "")
+                ids += self._tokenizer.encode_inside(bare)
         return ids
+
+    def _guarded(self, match: re.Match[str]) -> str:
+        return match[0] + self._guard if len(match[0]) == 1 else match[0]
+
+
+class _Patterns(NamedTuple):
+    """For a vocabulary's added tokens: a name, what begins one, and that or a whole tag."""
+
+    names: re.Pattern[str]
+    begins: re.Pattern[str]
+    begins_or_tag: re.Pattern[str]
 
 
 @lru_cache(maxsize=16)
-def _patterns(names: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """For a vocabulary's added tokens: any name; any character that begins one; such a character, or a whole tag.
-
-    Some vocabularies have runs of blanks, or single characters, as added tokens: these are text to us.
-    """
-    real = sorted((name for name in names if len(name.strip(" \n\t▁")) > 1), key=len, reverse=True)
-    first = "[" + re.escape("".join(sorted({name[0] for name in real}))) + "]"
-    tags = "|".join(re.escape(name) for name in TAGS)
-    return (
+def _patterns(names: tuple[str, ...]) -> _Patterns:
+    """Names of a single character are left out, as a guard could not break them: they stay text."""
+    real = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
+    begins = "[" + re.escape("".join(sorted({name[0] for name in real}))) + "]"
+    tags = "|".join(map(re.escape, TAGS))
+    return _Patterns(
         re.compile("(" + "|".join(map(re.escape, real)) + ")"),
-        re.compile(first),
-        re.compile(f"{tags}|{first}"),
+        re.compile(begins),
+        re.compile(f"{tags}|{begins}"),
     )
 
 
-def _plain(conversation: Conversation, change: Change) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages and tools as chat templates want them, every text in them changed."""
-    messages = []
-    for message in conversation.messages:
-        plain: dict[str, Any] = {
-            "role": message.role,
-            "content": change(message.role, message.content),
+@dataclass(frozen=True)
+class _Script:
+    """A conversation as chat templates want it, and the template."""
+
+    template: ChatTemplate
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    bos: str
+    eos: str
+    room: int
+
+    def text(self, generate: bool, thinking: bool | None, until: int | None = None) -> str:
+        """Render the messages, or those before `until`."""
+        variables: dict[str, Any] = {
+            "messages": self.messages[:until],
+            "tools": self.tools or None,
+            "add_generation_prompt": generate,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
         }
-        if message.reasoning:
-            plain["reasoning_content"] = change(message.role, message.reasoning)
-        if message.calls:
-            plain["tool_calls"] = [_plain_call(call, change) for call in message.calls]
-        messages.append(plain)
-    return messages, _changed(list(conversation.tools), "tools", change)
+        if thinking is not None:
+            variables["enable_thinking"] = thinking
+        try:
+            return self.template.render(variables, self.room)
+        except Refused as error:
+            raise BadRecord(f"the chat template refuses it: {error}") from None
 
 
-def _plain_call(call: Call, change: Change) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"type": "function", "function": _changed(function, "assistant", change)}
+def _script(tokenizer: Tokenizer | None, conversation: Conversation, change: _Change) -> _Script:
+    """The conversation with every text in it changed; what describes tools has the role `tools`."""
+    own = tokenizer.chat_template if tokenizer else None
+    return _Script(
+        template=compiled(our_template() if own is None else own),
+        messages=[_plain(message, change) for message in conversation.messages],
+        tools=[_changed(tool, "tools", change) for tool in conversation.tools],
+        bos=(tokenizer.bos or "") if tokenizer else END_OF_TEXT,
+        eos=tokenizer.eos if tokenizer else END_OF_TEXT,
+        room=1_000_000 + 16 * len(repr(conversation)),
+    )
 
 
-def _changed(value: Any, role: str, change: Change) -> Any:
+def _plain(message: Message, change: _Change) -> dict[str, Any]:
+    role = message.role
+    plain: dict[str, Any] = {"role": role, "content": change(role, message.content)}
+    if message.reasoning:
+        plain["reasoning_content"] = change(role, message.reasoning)
+    if message.calls:
+        functions = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
+        calls = [{"type": "function", "function": function} for function in functions]
+        plain["tool_calls"] = _changed(calls, role, change)
+    return plain
+
+
+def _changed(value: Any, role: str, change: _Change) -> Any:
     if isinstance(value, str):
         return change(role, value)
     if isinstance(value, list):
@@ -201,33 +238,3 @@ def _changed(value: Any, role: str, change: Change) -> Any:
     if isinstance(value, dict):
         return {change(role, key): _changed(item, role, change) for key, item in value.items()}
     return value
-
-
-def _rendered(
-    tokenizer: Tokenizer | None,
-    messages: list[Any],
-    tools: list[Any],
-    generate: bool,
-    thinking: bool | None,
-) -> str:
-    """The text of messages, by the tokenizer's own template where it has one."""
-    own = tokenizer.chat_template if tokenizer else None
-    variables: dict[str, Any] = {
-        "messages": messages,
-        "tools": tools or None,
-        "add_generation_prompt": generate,
-        "bos_token": (tokenizer.bos or "") if tokenizer else END_OF_TEXT,
-        "eos_token": tokenizer.eos if tokenizer else END_OF_TEXT,
-    }
-    if thinking is not None:
-        variables["enable_thinking"] = thinking
-    room = 1_000_000 + 8 * len(json.dumps([messages, tools], ensure_ascii=False))
-    try:
-        return compiled(_our_template() if own is None else own).render(variables, room)
-    except Refused as error:
-        raise BadRecord(f"the chat template refuses it: {error}") from None
-
-
-@lru_cache(maxsize=1)
-def _our_template() -> str:
-    return TEMPLATE.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Found(NamedTuple):
-    """What was found: the place, the text of a `tokenizer.json`, two roles, a template of its own."""
+    """Where it is, the text of its `tokenizer.json`, two roles, and a template of its own."""
 
     place: Path
     settings: str

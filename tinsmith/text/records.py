@@ -1,7 +1,6 @@
-"""Chat records as people write them, made into one form, with a reason where that cannot be done."""
+"""Chat records as people write them, made into one form, or refused with a reason."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,10 @@ _ROLES: dict[str, Role] = {
     "function": "tool",
     "observation": "tool",
 }
+
+
+DEEPEST = 64
+"""Levels of nesting in tools and in arguments."""
 
 
 class BadRecord(UserError):
@@ -47,7 +50,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages in order, and the tools that the assistant may call, each as the JSON object that describes it."""
+    """Messages in order, and the tools that may be called, each as the object that describes it."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -60,12 +63,12 @@ class Conversation:
 
 
 def normalise(record: Any, *, answered: bool = True) -> Conversation:
-    """Read `messages` (OpenAI), `conversations` (ShareGPT, MiniMind) or `instruction`, `input`, `output` (Alpaca).
+    """Read `messages` (OpenAI), `conversations` (ShareGPT, MiniMind) or `instruction` (Alpaca).
 
-    Tools come from the record's `tools` or from those of its system message, as a list or as JSON text. A blank system
-    message is left out.
-    With `answered` at least one assistant turn is required; without, the record is a prompt and may have none.
-    BadRecord says what is wrong: a missing field, a wrong type, roles out of order, nothing said.
+    Tools come from the record's `tools` or those of its system message, as a list or as JSON text.
+    A blank system message is left out. With `answered` the assistant must speak; without, the
+    record is a prompt and need not be answered. BadRecord says what is wrong: a missing field, a
+    wrong type, roles out of order, nothing said.
     """
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
@@ -93,7 +96,9 @@ def _items(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
             items = record[key]
             if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
                 raise BadRecord(f"`{key}` is not a list of objects")
-            return [_from_sharegpt(item) if "from" in item else item for item in items]
+            return [
+                _from_sharegpt(item) if item.get("from") is not None else item for item in items
+            ]
     if "instruction" not in record:
         raise BadRecord("has none of `messages`, `conversations`, `instruction`")
     return _from_alpaca(record, answered)
@@ -147,79 +152,92 @@ def _message(item: dict[str, Any], where: str) -> Message:
 
 def _text(value: Any, where: str) -> str:
     """A string, or a list of text parts as the OpenAI interface has them."""
-    if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in value
-    ):
+    if isinstance(value, list) and all(_is_text_part(part) for part in value):
         value = "".join(_text(part.get("text"), where) for part in value)
     if not isinstance(value, str):
         raise BadRecord(f"{where} is not text")
-    _refuse_surrogates(value, where)
-    return value
+    return _json(value, where)
 
 
-def _refuse_surrogates(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"{where} has half a character (a lone surrogate)") from None
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text"
 
 
 def _calls(value: Any, where: str) -> tuple[Call, ...]:
-    parsed = _json(value, f"{where}: `tool_calls`")
-    return tuple(_call(item, f"{where}: a tool call") for item in _listed(parsed))
+    calls = _listed(_parsed(value, f"{where}: `tool_calls`"))
+    return tuple(_call(item, f"{where}: a tool call") for item in calls)
 
 
 def _call(item: Any, where: str) -> Call:
-    inner = item.get("function", item) if isinstance(item, dict) else item
+    inner = (item.get("function") or item) if isinstance(item, dict) else item
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise BadRecord(f"{where} has no name")
-    arguments = _json(inner.get("arguments", {}), f"{where}'s arguments")
-    if not isinstance(arguments, dict):
+    arguments = _parsed(inner.get("arguments"), f"{where}'s arguments")
+    if not isinstance(arguments, dict | None):
         raise BadRecord(f"{where}'s arguments are not a JSON object")
-    _refuse_surrogates(json.dumps([inner["name"], arguments], ensure_ascii=False), where)
-    return Call(name=inner["name"], arguments=arguments)
+    return Call(name=_json(inner["name"], where), arguments=arguments or {})
 
 
 def _tools(record: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     given = record.get("tools")
-    if not given and items and items[0].get("role") == "system":
+    if not given and items and items[0].get("role") in ("system", "developer"):
         given = items[0].get("tools")
-    tools = list(_listed(_json(given, "`tools`")))
+    tools = _listed(_parsed(given, "`tools`"))
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRecord("`tools` is not a list of objects")
-    _refuse_surrogates(json.dumps(tools, ensure_ascii=False), "`tools`")
     return tools
 
 
-def _json(value: Any, where: str) -> Any:
-    """A value that may have been written as JSON text; nothing at all for empty text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError):
-        raise BadRecord(f"{where}: not valid JSON") from None
+def _parsed(value: Any, where: str) -> Any:
+    """A value that may have been written as JSON text; None for empty text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise BadRecord(f"{where}: not valid JSON") from None
+    return _json(value, where)
 
 
-def _listed(value: Any) -> Iterable[Any]:
+def _json(value: Any, where: str, depth: int = 0) -> Any:
+    """The value itself, once it is seen to be JSON of sane depth whose texts can be written."""
+    if depth > DEEPEST:
+        raise BadRecord(f"{where}: nested more than {DEEPEST} levels deep")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRecord(f"{where} has half a character (a lone surrogate)") from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _json(item, where, depth + 1)
+            if not isinstance(key, str):
+                raise BadRecord(f"{where}: a key is not text")
+            _json(key, where)
+    elif isinstance(value, list):
+        for item in value:
+            _json(item, where, depth + 1)
+    elif not isinstance(value, int | float | None):
+        raise BadRecord(f"{where}: a {type(value).__name__} is not JSON")
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def _check_order(messages: list[Message]) -> None:
-    """System first only; then user and assistant in turn; results of tools after an assistant that called some."""
+    """System first only; user and assistant in turn; results of tools after calls of tools."""
     allowed: tuple[str, ...] = ("system", "user")
     for place, message in enumerate(messages):
         if message.role not in allowed:
-            raise BadRecord(
-                f"message {place + 1}: {message.role} where {' or '.join(allowed)} should speak"
-            )
+            expected = " or ".join(allowed)
+            raise BadRecord(f"message {place + 1}: {message.role} where {expected} should speak")
         if message.role == "assistant":
             allowed = ("tool",) if message.calls else ("user",)
         else:
-            allowed = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}[
-                message.role
-            ]
+            after = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}
+            allowed = after[message.role]
     if not messages or messages[-1].role == "system":
         raise BadRecord("nobody says anything")

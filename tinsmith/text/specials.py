@@ -1,4 +1,4 @@
-"""The special tokens that every tokenizer here has, and the chat template that is written in them."""
+"""The special tokens of every tokenizer here, and the chat template that is written in them."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,9 +1,9 @@
 """How a vocabulary writes bytes: what its pieces stand for, and a tokenizer that only sees text.
 
-Three spellings exist. *bytes*: every byte is one printable character (GPT-2's byte-level alphabet).
-*fallback*: pieces are text with `▁` for a space, and `<0xE2>` for a byte that no piece covers
-(SentencePiece with byte fallback). *words*: pieces are just text, a vocabulary of symbols; what they
-cannot write is refused.
+Three spellings exist. *bytes*: every byte is one printable character (GPT-2's byte-level
+alphabet). *fallback*: pieces are text with `▁` for a space, and `<0xE2>` for a byte that no piece
+covers (SentencePiece with byte fallback). *words*: pieces are just text, a vocabulary of symbols;
+what they cannot write is refused.
 """
 
 import re
@@ -36,7 +36,7 @@ class Spelling:
 
 
 def is_blank(name: str) -> bool:
-    """Whether a token is but a run of blanks, which is text even where a vocabulary has it added."""
+    """Whether a token is but a run of blanks, which is text even where a vocabulary adds it."""
     return not name.strip(f" \t\r\n{SPACE}")
 
 
@@ -56,10 +56,11 @@ def spelling_of(settings: dict[str, Any]) -> Spelling:
 def text_only(settings: dict[str, Any], spelling: Spelling) -> dict[str, Any]:
     """The same tokenizer without added tokens, and without steps that change a text.
 
-    A normaliser such as NFC would make encoding lossy, so only those that *spell* are kept. A space
-    put before a text is left to the caller, who alone knows where a text begins.
+    A normaliser such as NFC would make encoding lossy, so only those that *spell* are kept. A
+    space put before a text is left to the caller, who alone knows where a text begins.
     """
-    bare = settings | {"added_tokens": [], "post_processor": None}
+    model = settings["model"] | ({"dropout": None} if "dropout" in settings["model"] else {})
+    bare = settings | {"added_tokens": [], "post_processor": None, "model": model}
     if spelling.kind == "words":
         return bare
     spelled = "ByteLevel" if spelling.kind == "bytes" else "Replace"

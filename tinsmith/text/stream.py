@@ -8,8 +8,8 @@ from tinsmith.text.tokenizer import Tokenizer
 class TextStream:
     """Turns ids into increments of text that never split a character.
 
-    All increments together are `tokenizer.decode` of all ids: bytes that turn out not to be UTF-8 become U+FFFD, but
-    only once it is clear that no character comes of them.
+    All increments together are `tokenizer.decode` of all ids: bytes that are not UTF-8 become
+    U+FFFD, but only once it is clear that no character comes of them.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja programs, perhaps from a download, that can neither reach out nor run away."""
+"""Chat templates: Jinja programs, perhaps downloaded, that can neither reach out nor run away."""
 
 from functools import lru_cache
 from threading import Lock
@@ -12,7 +12,7 @@ LONGEST = 128 * 1024
 
 
 class ChatTemplate:
-    """A compiled template; UserError where it is too long, is not Jinja, or uses what is forbidden."""
+    """A compiled template; UserError where it is too long, not Jinja, or does what is forbidden."""
 
     def __init__(self, source: str):
         if len(source) > LONGEST:
@@ -26,10 +26,10 @@ class ChatTemplate:
             raise UserError(f"the chat template cannot be used: {_first_line(error)}") from None
 
     def render(self, variables: dict[str, Any], room: int) -> str:
-        """The text for these variables; all that is emitted on the way is at most `room` characters.
+        """The text for these variables; all that is emitted on the way fits in `room` characters.
 
-        Refused, with the template's own words, where it calls `raise_exception`; UserError where it
-        fails in any other way, a bound that it meets included.
+        Refused, with the template's own words, where it calls `raise_exception`; UserError where
+        it fails in any other way, a bound that it meets included.
         """
         with self._lock:
             self._environment.start(room)

@@ -1,8 +1,8 @@
 """Text to token ids and back, losslessly, over Hugging Face's `tokenizer.json`.
 
-Two tokenizers stand behind one `Tokenizer`: the whole one, which is what gets saved, and one without
-added tokens, which does the encoding. So no text, whatever it says, ever becomes a special id: those
-come from `special` alone.
+Two tokenizers stand behind one `Tokenizer`: the whole one, which is what gets saved, and one
+without added tokens, which does the encoding. So no text, whatever it says, ever becomes a special
+id: those come from `special` alone.
 """
 
 import hashlib
@@ -30,22 +30,26 @@ from tinsmith.text.spelling import SPACE, is_blank, spelling_of, text_only
 
 __all__ = ["SPECIALS", "Tokenizer"]
 
+LONGEST = 2_000_000
+"""Characters encoded in one go: a run of 10 million blanks is more than the splitters bear."""
+
 _BROKEN = re.compile("[\udc80-\udcff]")
 _BROKEN_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE}]")
 _PROBE = (
     " a  B\t\r\n\n don't 1234 e\u0301 \u00e9 \ufb01 \u4e2d\u6587\u3000"
     " \U0001f469\u200d\U0001f4bb \x00\x7f\u2028<|x|>  "
 )
-"""Text that any lossy step changes: accents both ways, a ligature, runs of blanks, control marks."""
+"""Text that a lossy step changes: accents both ways, a ligature, runs of blanks, control marks."""
 
 
 class Tokenizer:
-    """A vocabulary: `encode` and `bytes_of` are inverse on all bytes, `encode` and `decode` on all text.
+    """A vocabulary: `bytes_of` undoes `encode` on all bytes, and `decode` on all text.
 
     `settings` is the text of a `tokenizer.json`; `bos` and `eos` name the tokens to which a
-    `tokenizer_config.json` gives these roles; `chat_template` is a Jinja template of the tokenizer's
-    own (None: Tinsmith's ChatML). The id `end_of_text` ends documents, `end_of_turn` what one role
-    says: in a foreign tokenizer its own `eos` does, where it has no chat token for that.
+    `tokenizer_config.json` gives these roles; `chat_template` is a Jinja template of the
+    tokenizer's own (None: Tinsmith's ChatML). The id `end_of_text` ends documents, `end_of_turn`
+    what one role says: in a foreign tokenizer its own `eos` does, where it has no chat token for
+    that.
     """
 
     def __init__(
@@ -86,9 +90,10 @@ class Tokenizer:
 
     @staticmethod
     def load(path_or_name: str | Path) -> "Tokenizer":
-        """Open a `tokenizer.json`, a folder with one (or `vocab.json` and `merges.txt`), a Hub name.
+        """Open a `tokenizer.json`, a folder with one (or with GPT-2's two files), or a Hub name.
 
-        Chat tokens that it lacks are added behind its last id. UserError where there is no tokenizer.
+        Chat tokens that it lacks are added behind its last id. UserError where there is no
+        tokenizer.
         """
         from tinsmith.text.loading import find
 
@@ -103,7 +108,8 @@ class Tokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text, never an added token's; bytes that are not UTF-8 become byte tokens.
 
-        UserError on a lone surrogate, and on text that a vocabulary without all bytes cannot write.
+        UserError on a lone surrogate, and on text that a vocabulary without all bytes cannot
+        write.
         """
         return self._encode(text, first=True)
 
@@ -207,12 +213,13 @@ class Tokenizer:
                 return ""
         else:
             _refuse_surrogates(text)
-        if not text or (self._spelling.kind == "fallback" and SPACE in text):
+        spaced = self._spelling.kind == "fallback" and SPACE in text
+        if not text or spaced or len(text) > LONGEST:
             return ""
         return " " + text if first and self._spelling.leading_space else text
 
     def _piecewise(self, text: str | bytes, *, first: bool) -> list[int]:
-        """Bytes that are not UTF-8, and a `▁` that means itself, as byte tokens; the rest as text."""
+        """Bytes that are not UTF-8, and `▁` that means itself, as byte tokens; the rest as text."""
         raw = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
         raw = " " + raw if raw and first and self._spelling.leading_space else raw
         pattern = _BROKEN_OR_MARK if self._spelling.kind == "fallback" else _BROKEN
@@ -225,10 +232,16 @@ class Tokenizer:
         return ids + self._ids(raw[start:])
 
     def _ids(self, text: str) -> list[int]:
-        return self._text.encode(text, add_special_tokens=False).ids
+        """Ids of a text, which is cut at a line's end where it is too long for regular expressions."""
+        ids: list[int] = []
+        while len(text) > LONGEST:
+            cut = text.rfind("\n", 0, LONGEST) + 1 or LONGEST
+            ids += self._text.encode(text[:cut], add_special_tokens=False).ids
+            text = text[cut:]
+        return ids + self._text.encode(text, add_special_tokens=False).ids
 
     def _checked(self, ids: list[int], text: str | bytes, *, first: bool) -> list[int]:
-        """Spell out added tokens that text happened to reach; see that what can go wrong did not."""
+        """Spell out added tokens that text happened to reach, and see that nothing was lost."""
         if self._every_byte and not self._reachable.isdisjoint(ids):
             ids = [spelled for number in ids for spelled in self._spelled_out(number)]
         if not self._exact:

@@ -104,7 +104,7 @@ def prepared_for(
     config: RunConfig, tokenizer: Tokenizer | None, root: Path, ranks: Ranks, log: RunLog, flag: StopFlag
 ) -> Prepared:
     """The run's shards, made by the first rank where they are missing."""
-    wanted = tokenizer or tokenizer_for(config)
+    wanted = tokenizer_for(config, tokenizer)
     shape = config.objective.shape
     if ranks.first:
         prepare(config.data, wanted, shape, root, log.line, lambda: flag.stop)
@@ -112,14 +112,16 @@ def prepared_for(
     return prepare(config.data, wanted, shape, root, lambda line: None, lambda: flag.stop)
 
 
-def tokenizer_for(config: RunConfig) -> Tokenizer | TokenizerConfig:
-    """What the recipe's text is read with: its own tokenizer section, or that of `init_from`."""
-    if config.tokenizer is not None:
-        return config.tokenizer
-    tokenizer = load_tokenizer(config.init_from) if config.init_from else None
-    if tokenizer is None:
-        raise UserError(f"tokenizer: {config.init_from} has none; name one")
-    return tokenizer
+def tokenizer_for(config: RunConfig, given: Tokenizer | None) -> Tokenizer | TokenizerConfig:
+    """What the recipe's text is read with: the tokenizer of `init_from` (`given`), or the recipe's own section."""
+    wanted = config.tokenizer
+    if given is None:
+        if wanted is None:
+            raise UserError(f"tokenizer: {config.init_from} has none; name one")
+        return wanted
+    if wanted and (wanted.path is None or Tokenizer.load(wanted.path).fingerprint() != given.fingerprint()):
+        raise UserError(f"tokenizer: differs from that of init_from: {config.init_from}; leave it out")
+    return given
 
 
 def _validation(prepared: Prepared, config: RunConfig) -> Source | None:

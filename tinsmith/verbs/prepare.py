@@ -6,6 +6,7 @@ from tinsmith.config import load
 from tinsmith.core.log import say
 from tinsmith.core.signals import StopFlag
 from tinsmith.data.prepare import prepare as make
+from tinsmith.hub.load import load as load_model
 from tinsmith.train.folder import runs_root
 from tinsmith.train.start import tokenizer_for
 
@@ -15,5 +16,6 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
     config = load(recipe, overrides, more)
     with StopFlag() as flag:
         root = runs_root() / ".data"
-        made = make(config.data, tokenizer_for(config), config.objective.shape, root, say, lambda: flag.stop)
+        given = load_model(config.init_from)[1] if config.init_from else None
+        made = make(config.data, tokenizer_for(config, given), config.objective.shape, root, say, lambda: flag.stop)
     say(f" prepared  {made.folder}")

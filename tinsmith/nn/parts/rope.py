@@ -8,10 +8,11 @@ buffers that `.to(dtype)` could round.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinsmith.core.parse import Config, Kind
 from tinsmith.nn.contract import Rotary
@@ -140,11 +141,26 @@ def tables(rope: Rope, dim: int, positions_BT: Tensor, dtype: torch.dtype) -> Ro
 
 
 def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same
-    dtype out.
-    """
-    cos, sin = rotary
-    x = x_BTHD.to(cos.dtype)
-    first, second = x.chunk(2, -1)
-    turned = torch.addcmul(x * cos[:, :, None], torch.cat((second, first), -1), sin[:, :, None])
-    return turned.to(x_BTHD.dtype)
+    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same dtype out."""
+    return _Rotate.apply(x_BTHD, *rotary)  # type: ignore[no-any-return]
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    return torch.addcmul(x * cos[:, :, None], swapped, sin[:, :, None]).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a turn is the turn back, so nothing of x has to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(upstream[0], cos, -sin), None, None

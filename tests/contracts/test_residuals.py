@@ -1,0 +1,79 @@
+"""What every residual must hold, beside what test_mixers asks of each mixer with each residual."""
+
+import pytest
+import torch
+
+from tinsmith.nn.config import ModelConfig
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def lm(make, residual):
+    return make(residual=residual)
+
+
+def noise(*shape, seed=1):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_expanding_and_collapsing_is_the_identity(lm):
+    config, x = lm.config.residual, noise(2, 5, 32)
+    torch.testing.assert_close(config.collapse(config.expand(x)), x)
+
+
+def test_reading_gives_one_stream_and_writing_keeps_the_state(lm):
+    h = lm.config.residual.expand(noise(2, 5, 32))
+    for block in lm.blocks:
+        for part in (block.mix_residual, block.feed_residual):
+            x, kept = part.read(h)
+            assert x.shape == (2, 5, 32)
+            written = part.write(h, noise(2, 5, 32, seed=2), kept)
+            assert written.shape == h.shape
+            assert written.dtype == h.dtype
+
+
+def test_tokens_and_rows_do_not_meet_in_the_streams(lm):
+    """What happens to one token is seen at that token and nowhere else, to the bit."""
+    part, expand = lm.blocks[1].mix_residual, lm.config.residual.expand
+    x, y = noise(2, 5, 32), noise(2, 5, 32, seed=2)
+
+    def through(x, y):
+        h = expand(x) * (1 + noise(*expand(x).shape, seed=3))
+        read, kept = part.read(h)
+        return read, part.write(h, y, kept)
+
+    other_x, other_y = x.clone(), y.clone()
+    other_x[1, 3], other_y[1, 3] = 2.0, -1.0
+    elsewhere = torch.ones(2, 5, dtype=torch.bool)
+    elsewhere[1, 3] = False
+    for before, after in zip(through(x, y), through(other_x, other_y), strict=True):
+        assert torch.equal(before[elsewhere], after[elsewhere])
+        assert not torch.isclose(before[~elsewhere], after[~elsewhere]).all()
+
+
+def test_what_a_sub_layer_says_reaches_the_stream(lm):
+    part = lm.blocks[1].mix_residual
+    h = lm.config.residual.expand(noise(2, 5, 32))
+    _, kept = part.read(h)
+    silent = part.write(h, torch.zeros(2, 5, 32, dtype=torch.float64), kept)
+    spoken = part.write(h, noise(2, 5, 32, seed=2), kept)
+    collapse = lm.config.residual.collapse
+    assert ((collapse(spoken) - collapse(silent)).abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_stream_keeps_its_dtype(make, residual, dtype):
+    lm = make(residual=residual, dtype=dtype)
+    h = lm.config.residual.expand(noise(2, 5, 32).to(dtype))
+    x, kept = lm.blocks[0].mix_residual.read(h)
+    assert x.dtype == dtype
+    assert lm.blocks[0].mix_residual.write(h, x, kept).dtype == dtype
+
+
+def test_the_config_goes_round(lm):
+    assert ModelConfig.from_dict(lm.config.to_dict()) == lm.config

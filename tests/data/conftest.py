@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinsmith.data.prepare import prepare
+from tinsmith.data.shards import Shards, ShardWriter
+from tinsmith.text.bpe import train_bpe
+
+STORIES = [
+    f"Once there was a {a} {b} who lived in the {c}. It was {a} and liked to eat {d}.\n"
+    for a in ("small", "green", "sleepy", "brave")
+    for b in ("fox", "hen", "goat")
+    for c in ("wood", "town", "hills")
+    for d in ("nuts", "pie")
+]
+
+
+@pytest.fixture(scope="session")
+def stories():
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_bpe(STORIES, 320)
+
+
+@pytest.fixture
+def write_lines(tmp_path):
+    """Writes objects (as JSON) or bytes (as they are), one per line, and gives the path."""
+
+    def write(name, lines, start=b""):
+        raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        path = tmp_path / name
+        path.write_bytes(start + b"".join(line + b"\n" for line in raw))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer):
+    """`prepare` into a folder of the test's own, silently."""
+
+    def run(data, shape="documents", tokenizer=tokenizer, **more):
+        return prepare(data, tokenizer, shape, tmp_path / "data", say=lambda line: None, **more)
+
+    return run
+
+
+@pytest.fixture
+def texts_of():
+    """The texts of all documents of a side of a prepared source, decoded from its shards."""
+
+    def read(found, side, number=0):
+        shards = Shards.open(found.folder / str(number) / side, verify=True)
+        edges = [*shards.documents.tolist(), shards.tokens_total]
+        ids = [shards.tokens(a, b).tolist() for a, b in zip(edges, edges[1:], strict=False)]
+        return [found.tokenizer.decode(one).removesuffix("<|endoftext|>") for one in ids]
+
+    return read
+
+
+@pytest.fixture
+def rejects_of():
+    """(file name, line, reason) of everything in rejects.jsonl."""
+
+    def read(found):
+        lines = (found.folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [(Path(row["file"]).name, row["line"], row["reason"]) for row in rows]
+
+    return read
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    """Shards of given documents; with masks, of chats."""
+
+    def make(documents, masks=None, vocab_size=1000, shard_tokens=64, name="shards"):
+        with ShardWriter(
+            tmp_path / name, vocab_size, masked=masks is not None, shard_tokens=shard_tokens
+        ) as writer:
+            for place, ids in enumerate(documents):
+                writer.add(ids, None if masks is None else masks[place], text_bytes=len(ids))
+        return Shards.open(tmp_path / name, verify=True)
+
+    return make
+
+
+@pytest.fixture
+def random_documents():
+    def make(seed, count, longest):
+        numbers = np.random.default_rng(seed)
+        return [numbers.integers(3, 1000, numbers.integers(1, longest + 1)) for _ in range(count)]
+
+    return make

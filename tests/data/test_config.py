@@ -1,0 +1,56 @@
+from dataclasses import dataclass
+
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import Config, parse, plain
+from tinsmith.data.config import Chats, DataConfig, Hub, Stdlib, Tasks, Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    data: DataConfig | tuple[DataConfig, ...]
+
+
+def read(data):
+    return parse(Recipe, {"data": data}, "r.yaml").data
+
+
+def test_a_recipe_names_one_kind_or_a_list_of_them():
+    assert read({"kind": "stdlib"}) == Stdlib()
+    assert read([{"kind": "tasks", "count": "20k"}, {"kind": "text", "path": "x", "weight": 2}]) == (
+        Tasks(count=20_000),
+        Text(path="x", weight=2.0),
+    )
+    assert read({"kind": "hub", "name": "a/b", "field": None}) == Hub(name="a/b", field=None)
+    assert read({"kind": "chats", "path": "x", "validation": "y.jsonl"}).validation == "y.jsonl"
+
+
+def test_what_is_written_out_reads_back():
+    for config in (Stdlib(), Tasks(tasks=("sort",)), Text(path="x"), Chats(path="x"), Hub(name="n", limit=5)):
+        assert next(iter(plain(config))) == "kind"
+        assert read(plain(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"kind": "stdlb"}, "Did you mean 'stdlib'"),
+        ({"kind": "text"}, "data.path: required"),
+        ({"kind": "text", "path": "x", "feld": "y"}, "data.feld: unknown key. Did you mean 'field'"),
+        ({"kind": "stdlib", "weight": 0}, "weight=0.0 must be above 0"),
+        ({"kind": "stdlib", "weight": float("inf")}, "weight=inf must be above 0"),
+        ({"kind": "stdlib", "validation": 0.9}, "validation=0.9 must be a fraction from 0 to 0.5"),
+        ({"kind": "stdlib", "validation": "x"}, "data.validation"),
+        ({"kind": "stdlib", "limit": 0}, "limit=0 must be at least 1"),
+        ({"kind": "tasks", "tasks": []}, "tasks must name at least one of"),
+        ({"kind": "tasks", "tasks": ["sorting"]}, "'arithmetic', 'sort' or 'copy'"),
+        ({"kind": "tasks", "digits": 20}, "digits=20 must be from 1 to 9"),
+        ({"kind": "text", "path": "x", "on_bad_line": "skip"}, "'reject' or 'fail'"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(data, message):
+    with pytest.raises(UserError) as caught:
+        read(data)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

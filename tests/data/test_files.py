@@ -1,0 +1,205 @@
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.data import files
+from tinsmith.data.files import Reject, find, rows, text_of, texts
+
+
+def read_rows(path):
+    """(line, record or reason) of every row."""
+    return [(r.line, r.reason if isinstance(r, Reject) else r.record) for r in rows(path)]
+
+
+def read_texts(path):
+    return [(t.line, t.reason if isinstance(t, Reject) else t.text) for t in texts(path)]
+
+
+GOOD = {"text": "fine"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"text": "\xff\xfe"}', "not UTF-8 (byte 11 of the line)"),
+        (b'{"text": "x"', "not JSON: Expecting ',' delimiter (column 13)"),
+        (b'{"text": "\x00"}', "not JSON: Invalid control character at (column 11)"),
+        (b'["text"]', "not an object but a list"),
+        (b'"text"', "not an object but text"),
+        (b"null", "not an object but null"),
+        (b"17", "not an object but a number"),
+        (b"[" * 100_000, "not usable JSON: nested too deeply"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "not usable JSON: a number of too many digits"),
+    ],
+)
+def test_T9_a_bad_json_line_is_named_with_its_reason(write_lines, bad, reason):
+    assert read_rows(write_lines("x.jsonl", [GOOD, bad, GOOD])) == [(1, GOOD), (2, reason), (3, GOOD)]
+
+
+def test_T9_a_line_above_the_limit_is_rejected_and_the_next_one_read(write_lines):
+    long = {"text": "x" * files.LONGEST_LINE}
+    found = read_rows(write_lines("x.jsonl", [GOOD, long, GOOD]))
+    assert found == [(1, GOOD), (2, "longer than 10 MB"), (3, GOOD)]
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 2])
+def test_T9_the_longest_line_allowed_is_exactly_the_limit(tmp_path, monkeypatch, extra):
+    monkeypatch.setattr(files, "LONGEST_LINE", 40)
+    raw = json.dumps({"text": "x" * (40 - 12 + extra)}).encode()
+    assert len(raw) == 40 + extra
+    for end in (b"\n", b"\r\n", b""):
+        path = tmp_path / "x.jsonl"
+        path.write_bytes(raw + end)
+        assert isinstance(read_rows(path)[0][1], dict) == (extra <= 0)
+
+
+def test_T9_a_byte_order_mark_at_the_start_is_accepted(write_lines):
+    assert read_rows(write_lines("x.jsonl", [GOOD], start=b"\xef\xbb\xbf")) == [(1, GOOD)]
+    assert read_texts(write_lines("x.txt", [b"fine"], start=b"\xef\xbb\xbf")) == [(1, "fine\n")]
+
+
+def test_T9_crlf_line_ends_are_accepted(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\r\n\r\n{"text": "fine"}\r\n')
+    (tmp_path / "x.txt").write_bytes(b"a\r\nb\r\n<|endoftext|>\r\nc\r\n")
+    assert read_rows(tmp_path / "x.jsonl") == [(1, GOOD), (3, GOOD)]
+    assert read_texts(tmp_path / "x.txt") == [(1, "a\nb\n"), (4, "c\n")]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"texts": "x", "n": 1}, "no field 'text' (it has texts, n)"),
+        ({}, "no field 'text' (it has none)"),
+        ({"text": ["x"]}, "field 'text' is a list, not text"),
+        ({"text": None}, "field 'text' is null, not text"),
+        ({"text": ""}, "field 'text' is empty"),
+        ({"text": " \n\t"}, "field 'text' is empty"),
+        ({"text": "a\0b"}, "holds a NUL character"),
+        ({"text": "\ud800"}, "holds a lone surrogate, which is no character"),
+    ],
+)
+def test_T9_a_row_without_usable_text_says_why(record, reason):
+    with pytest.raises(ValueError, match=".") as caught:
+        text_of(record, "text")
+    assert str(caught.value) == reason
+
+
+def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
+    found = read_texts(write_lines("x.txt", [b"one", b"\xff\xfe", b"t\x00wo", b"three"]))
+    assert found == [(2, "not UTF-8"), (3, "holds a NUL character"), (1, "one\nthree\n")]
+
+
+def test_T9_a_damaged_gzip_file_gives_what_is_before_the_damage(tmp_path):
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(50_000))
+    raw = gzip.compress(lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(raw[: len(raw) // 2])
+    found = list(rows(tmp_path / "x.jsonl.gz"))
+    assert len(found) > 100
+    assert found[-1].reason == "the compressed file is damaged or cut off from here on"
+    assert found[-1].line == len(found)
+    (tmp_path / "y.jsonl.gz").write_bytes(b"not gzip at all")
+    assert [r.line for r in rows(tmp_path / "y.jsonl.gz")] == [1]
+
+
+def test_T9_lines_of_a_gzip_file_are_counted_like_those_of_a_plain_one(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n\n{\n'))
+    assert read_rows(tmp_path / "x.jsonl.gz")[-1][0] == 3
+
+
+@given(st.binary(max_size=200))
+@settings(derandomize=True, max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_T9_any_bytes_whatever_are_read_or_rejected(tmp_path, raw):
+    for name in ("x.jsonl", "x.txt", "x.jsonl.gz"):
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(raw))
+    lines = raw.count(b"\n") + 1
+    for name in ("x.jsonl", "x.jsonl.gz", "y.jsonl.gz"):
+        assert all(1 <= item.line <= lines for item in rows(tmp_path / name))
+    for item in texts(tmp_path / "x.txt"):
+        assert 1 <= item.line <= lines
+        assert isinstance(item, Reject) or "\0" not in item.text
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=300), st.integers(1, 20))
+@settings(derandomize=True, max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_text_file_comes_back_whole_however_it_is_cut_in_pieces(tmp_path, text, piece):
+    text = text.removeprefix("\ufeff")
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE", piece)
+        found = list(texts(tmp_path / "x.txt"))
+    if text.strip():
+        assert "".join(item.text for item in found) == text
+        assert [item.first for item in found] == [True] + [False] * (len(found) - 1)
+        assert [item.last for item in found] == [False] * (len(found) - 1) + [True]
+    else:
+        assert "".join(item.text for item in found).strip() == ""
+
+
+def test_a_text_file_is_split_at_end_of_text_lines(write_lines):
+    lines = [b"one", b"<|endoftext|>", b"<|endoftext|>", b"", b"<|endoftext|>", b"two", b"2", b" <|endoftext|> "]
+    assert read_texts(write_lines("x.txt", lines)) == [(1, "one\n"), (6, "two\n2\n")]
+
+
+def write_parquet(path, records):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def test_rows_of_a_parquet_file_are_counted_from_one(tmp_path):
+    records = [{"text": str(i), "other": i} for i in range(600)]
+    path = write_parquet(tmp_path / "x.parquet", records)
+    found = list(rows(path, ["text"]))
+    assert [row.line for row in found] == list(range(1, 601))
+    assert [row.record for row in found] == [{"text": str(i)} for i in range(600)]
+
+
+def test_T9_a_parquet_file_that_is_none_or_lacks_the_column_is_one_line(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match=r"x\.parquet: not a readable parquet file"):
+        list(rows(tmp_path / "x.parquet"))
+    path = write_parquet(tmp_path / "y.parquet", [{"body": "x"}])
+    with pytest.raises(UserError, match=r"no column 'text' \(it has body\); set data\.field"):
+        list(rows(path, ["text"]))
+
+
+def test_a_folder_gives_every_known_file_below_it_in_order(tmp_path):
+    for name in ("b/2.txt", "b/1.jsonl", "a.parquet", "c.jsonl.gz", "NOTICE", "d.md", ".hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in find(str(tmp_path))] == [
+        *("a.parquet", "b/1.jsonl", "b/2.txt", "c.jsonl.gz")
+    ]
+
+
+def test_a_path_that_cannot_be_used_is_one_line_that_says_what_to_do(tmp_path):
+    (tmp_path / "stories.txt").touch()
+    (tmp_path / "table.csv").touch()
+    (tmp_path / "empty").mkdir()
+    for name, message in [
+        ("storys.txt", r"data\.path: .*storys\.txt does not exist\. Did you mean 'stories\.txt'\?"),
+        ("table.csv", r"not of a known kind; use one of \.txt, \.jsonl, \.jsonl\.gz, \.parquet"),
+        ("empty", r"no \.txt, \.jsonl, \.jsonl\.gz, \.parquet file in the folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet"])
+def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch, name):
+    def refuse(*arguments, **more):
+        raise PermissionError(13, "Permission denied", name)
+
+    path = tmp_path / name
+    path.touch()
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("gzip.open", refuse)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
+    with pytest.raises(UserError, match=rf"{name}: Permission denied"):
+        list(texts(path) if name.endswith("txt") else rows(path))

@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tinsmith.data.pack import ChatRows, DocumentRows
+from tinsmith.data.shards import Shards, ShardWriter
+
+contexts = st.integers(1, 40)
+lengths_strategy = st.lists(st.integers(1, 60), min_size=1, max_size=20)
+quick = settings(
+    derandomize=True, max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def distinct_documents(lengths):
+    """Every token occurs once in the whole stream, so that its place is known."""
+    edges = np.cumsum([0, *lengths])
+    return [np.arange(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def write(folder, documents, masks=None):
+    with ShardWriter(folder, 2000, masked=masks is not None, shard_tokens=17) as writer:
+        for place, ids in enumerate(documents):
+            writer.add(ids, None if masks is None else masks[place])
+    return Shards.open(folder)
+
+
+def naive_layout(row):
+    """Positions and segments as the definition says, one position after the other."""
+    positions, previous = [], None
+    for segment in row.segments.tolist():
+        positions.append(0 if segment == -1 or segment != previous else positions[-1] + 1)
+        previous = segment
+    return positions
+
+
+@given(lengths_strategy, contexts)
+@quick
+def test_no_token_is_lost_or_repeated_in_an_epoch_of_documents(tmp_path_factory, lengths, context):
+    documents = distinct_documents(lengths)
+    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
+    epoch = [rows.row(place) for place in range(rows.size)]
+    ids = np.concatenate([row.ids[row.segments >= 0] for row in epoch])
+    assert np.array_equal(ids, np.concatenate(documents))
+    assert rows.positions == len(ids)
+
+
+@given(lengths_strategy, contexts)
+@quick
+def test_targets_are_the_next_token_of_the_same_document(tmp_path_factory, lengths, context):
+    documents = distinct_documents(lengths)
+    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
+    last_tokens = {int(ids[-1]) for ids in documents}
+    counted = 0
+    for place in range(rows.size):
+        row = rows.row(place)
+        for token, target, trained, segment in zip(row.ids, row.targets, row.mask, row.segments, strict=True):
+            assert trained == (segment >= 0 and int(token) not in last_tokens)
+            assert target == (token + 1 if trained else 0)
+            counted += trained
+    assert counted == sum(lengths) - len(lengths)  # all but the first token of each document
+
+
+@given(lengths_strategy, contexts)
+@quick
+def test_segments_and_positions_of_documents(tmp_path_factory, lengths, context):
+    documents = distinct_documents(lengths)
+    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    for place in range(rows.size):
+        row = rows.row(place)
+        used = row.segments >= 0
+        assert row.positions.tolist() == naive_layout(row)
+        owners = owner[row.ids[used]]
+        assert np.array_equal(row.segments[used], owners - owners[0])
+        assert used.all() or place == rows.size - 1
+        assert not row.mask[~used].any()
+
+
+def chats(lengths, seed):
+    """Chats of which every second or so token is trained, at least one target each."""
+    numbers = np.random.default_rng(seed)
+    masks = [numbers.random(n) < 0.5 for n in lengths]
+    for mask in masks:
+        mask[-1] = True
+    return distinct_documents(lengths), masks
+
+
+chat_lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
+
+
+@given(chat_lengths, contexts, st.integers(0, 99))
+@quick
+def test_every_trained_token_of_every_chat_is_a_target_exactly_once(tmp_path_factory, lengths, context, seed):
+    documents, masks = chats(lengths, seed)
+    rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
+    epoch = [rows.row(place) for place in range(rows.size)]
+    targets = np.concatenate([row.targets[row.mask] for row in epoch])
+    expected = np.concatenate([ids[1:][mask[1:]] for ids, mask in zip(documents, masks, strict=True)])
+    assert np.array_equal(np.sort(targets), expected)
+    ids = np.concatenate([row.ids[row.segments >= 0] for row in epoch])
+    assert len(np.unique(ids)) == len(ids) == rows.positions
+    if not rows.skipped:
+        assert np.array_equal(np.sort(ids), np.concatenate(documents))
+
+
+@given(chat_lengths, contexts, st.integers(0, 99))
+@quick
+def test_segments_and_positions_of_chats(tmp_path_factory, lengths, context, seed):
+    documents, masks = chats(lengths, seed)
+    trained = {int(i) for ids, mask in zip(documents, masks, strict=True) for i in ids[1:][mask[1:]]}
+    rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
+    for place in range(rows.size):
+        row = rows.row(place)
+        assert len(row.ids) == context
+        assert row.positions.tolist() == naive_layout(row)
+        for segment in range(row.segments.max() + 1):
+            ids = row.ids[row.segments == segment]
+            assert (np.diff(ids) == 1).all()  # one chat, in order
+        for token, target, learned, segment in zip(row.ids, row.targets, row.mask, row.segments, strict=True):
+            assert target == (token + 1 if learned else 0)
+            assert not learned or (segment >= 0 and int(target) in trained)
+
+
+def test_a_long_chat_goes_on_in_another_row_and_what_teaches_nothing_is_skipped(make_shards):
+    ids = np.arange(25)
+    mask = ids >= 21  # a long question, a short answer
+    rows = ChatRows(make_shards([ids], [mask]), 10)
+    assert (rows.cut, rows.skipped, rows.size, rows.positions) == (1, 2, 1, 5)
+    row = rows.row(0)
+    assert row.ids.tolist() == [20, 21, 22, 23, 24] + [0] * 5
+    assert row.segments.tolist() == [0] * 5 + [-1] * 5
+    assert row.targets[row.mask].tolist() == [21, 22, 23, 24]
+
+
+def test_a_chat_that_fits_starts_its_row_at_position_zero(make_shards):
+    rows = ChatRows(make_shards([np.arange(6), np.arange(6, 10)], [np.ones(6), np.ones(4)]), 10)
+    row = rows.row(0)
+    assert row.ids.tolist() == list(range(10))
+    assert row.segments.tolist() == [0] * 6 + [1] * 4
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    assert row.mask.tolist() == [True] * 5 + [False] + [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("context", [256, 1024])
+def test_packed_documents_use_99_percent_of_positions(make_shards, random_documents, context):
+    rows = DocumentRows(make_shards(random_documents(1, 500, 600), shard_tokens=10_000), context)
+    assert rows.positions / (rows.size * context) >= 0.99
+
+
+def test_no_documents_make_no_rows(make_shards):
+    assert DocumentRows(make_shards([]), 8).size == 0
+    assert ChatRows(make_shards([], [], name="chats"), 8).size == 0

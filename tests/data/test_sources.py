@@ -1,0 +1,190 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.data.batch import Batch
+from tinsmith.data.mixture import BLOCK, Mixture, quotas
+from tinsmith.data.shards import ShardWriter
+from tinsmith.data.sources import open_source
+
+CONTEXT = 16
+SIZES = {"first": 700, "second": 300, "third": 45}
+WEIGHTS = {"first": 2.0, "second": 1.0, "third": 0.3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three sources whose tokens tell which source and place they come from."""
+    root = tmp_path_factory.mktemp("prepared")
+    offset = 3
+    for number, tokens in enumerate(SIZES.values()):
+        for part, count in (("train", tokens), ("validation", tokens // 10)):
+            with ShardWriter(root / str(number) / part, 3000, shard_tokens=50) as writer:
+                for start in range(0, count, 7):
+                    writer.add(np.arange(start, min(start + 7, count)) + offset)
+                offset += count
+    sources = [{"name": name, "weight": WEIGHTS[name]} for name in SIZES]
+    report = {"shape": "documents", "sources": sources}
+    (root / "report.json").write_text(json.dumps(report))
+    return root
+
+
+@pytest.fixture
+def source(folder):
+    return open_source(folder, "documents", "train", CONTEXT, 5)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def joined(batches):
+    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def test_a_batch_has_the_shapes_and_types_it_says(source):
+    batch = source.rows(0, 6)
+    for part in batch[:5]:
+        assert part.shape == (6, CONTEXT)
+    assert batch.source.shape == (6,)
+    assert [part.dtype for part in batch] == [
+        *(torch.int64, torch.int64, torch.bool, torch.int64, torch.int64, torch.int64)
+    ]
+    assert same(joined(batch.split(4)), batch)
+
+
+@pytest.mark.parametrize("index", [0, 1, 999, 1000, 123_456, 10**12])
+def test_a_run_resumed_at_any_index_gets_the_rows_it_would_have_got(folder, index):
+    before = open_source(folder, "documents", "train", CONTEXT, 5).rows(index, 40)
+    resumed = open_source(folder, "documents", "train", CONTEXT, 5)
+    assert same(joined([resumed.rows(index + 23, 17)]), before.rows(23, 40))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_shares_out_the_same_global_order(source, world):
+    step = 32
+    whole = source.rows(0, 3 * step)
+    shares = []
+    for start in range(0, 3 * step, step):
+        shares += [source.rows(start + r * step // world, step // world) for r in range(world)]
+    assert same(joined(shares), whole)
+
+
+def test_the_order_depends_on_the_seed(folder):
+    first, second = (open_source(folder, "documents", "train", CONTEXT, seed).rows(0, 64) for seed in (5, 6))
+    assert not torch.equal(first.ids, second.ids)
+
+
+def test_an_epoch_of_a_single_source_is_every_row_once_and_the_next_one_is_shuffled_anew(source):
+    single = source.part("first")
+    assert single.size == -(-SIZES["first"] // CONTEXT)
+    epochs = [single.rows(e * single.size, single.size) for e in range(2)]
+    for batch in epochs:
+        ids = batch.ids[batch.segments >= 0]
+        assert sorted(ids.tolist()) == list(range(3, 3 + SIZES["first"]))
+    assert not torch.equal(epochs[0].ids, epochs[1].ids)
+    assert single.epoch_of(single.size * 3 // 2) == pytest.approx(1.5, abs=0.02)
+
+
+def test_each_source_of_a_mixture_goes_through_its_own_epochs(source):
+    batch = source.rows(0, 3000)
+    for number, name in enumerate(SIZES):
+        own = batch.ids[batch.source == number]
+        alone = open_like(source, name).rows(0, len(own))
+        assert torch.equal(own, alone.ids)
+
+
+def open_like(source, name):
+    return source.part(name)
+
+
+def test_cursors_count_what_each_source_has_given(source):
+    batch = source.rows(0, 2500)
+    for index in (0, 1, 17, 999, 1000, 1001, 2345):
+        given_so_far = torch.bincount(batch.source[:index], minlength=3).tolist()
+        assert list(source.cursors(index).values()) == given_so_far
+        assert list(source.cursors(index)) == source.names == list(SIZES)
+
+
+def test_weights_are_shares_of_rows_exactly_in_every_block(source):
+    counts = torch.bincount(source.rows(BLOCK, BLOCK).source, minlength=3).tolist()
+    assert counts == quotas(list(WEIGHTS.values())).tolist() == [606, 303, 91]
+
+
+def test_a_mixture_is_mixed_finely(source):
+    sources = source.rows(0, BLOCK).source
+    halves = [torch.bincount(half, minlength=3) for half in sources.split(BLOCK // 2)]
+    assert (halves[0] - halves[1]).abs().max() < 80
+
+
+@given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20))
+@settings(derandomize=True, max_examples=200)
+def test_quotas_sum_up_and_leave_nobody_out(weights):
+    made = quotas(weights)
+    assert made.sum() == BLOCK
+    assert (made >= 1).all()
+    exact = np.array(weights) / sum(weights) * BLOCK
+    assert (np.abs(made - exact) < 1 + len(weights)).all()
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 50_000), st.integers(0, 9))
+@settings(derandomize=True, max_examples=50, deadline=None)
+def test_a_mixture_numbers_each_sources_samples_without_a_gap(weights, start, seed):
+    mixture = Mixture(weights, seed)
+    sources, numbers = mixture.locate(np.arange(start, start + 1500))
+    cursors = mixture.cursors(start)
+    for source, first in enumerate(cursors):
+        own = numbers[sources == source]
+        assert np.array_equal(own, first + np.arange(len(own)))
+
+
+def test_validation_goes_through_every_row_once_in_order(folder):
+    held_back = open_source(folder, "documents", "validation", CONTEXT, 5)
+    batches = list(held_back.pass_through(3))
+    assert sum(len(batch.ids) for batch in batches) == held_back.size
+    ids = torch.cat([batch.ids[batch.segments >= 0] for batch in batches])
+    assert (ids.diff() > 0).all()
+    assert len(ids) == held_back.tokens == sum(tokens // 10 for tokens in SIZES.values())
+    assert same(held_back.rows(0, 10**6), joined(batches))
+
+
+def test_validation_is_the_same_for_every_seed(folder):
+    first, second = (open_source(folder, "documents", "validation", CONTEXT, seed) for seed in (1, 2))
+    assert same(first.rows(0, 99), second.rows(0, 99))
+
+
+def test_validation_of_one_source_can_be_had_alone(folder):
+    held_back = open_source(folder, "documents", "validation", CONTEXT, 5)
+    for number, name in enumerate(SIZES):
+        alone = held_back.part(name)
+        assert alone.names == [name]
+        assert set(alone.rows(0, alone.size).source.tolist()) == {number}
+
+
+def test_a_limited_pass_is_spread_over_the_whole(folder):
+    first = open_source(folder, "documents", "validation", CONTEXT, 5).part("first")
+    assert first.spread(2).tolist() == [0, first.size // 2]
+    assert first.spread(100).tolist() == list(range(first.size))
+    assert sum(len(batch.ids) for batch in first.pass_through(2, limit=3)) == 3
+
+
+def test_a_part_without_rows_is_refused_in_one_line(folder, tmp_path):
+    for part in ("train", "validation"):
+        with ShardWriter(tmp_path / "0" / part, 10) as writer:
+            if part == "train":
+                writer.add([1, 2, 3])
+    report = {"shape": "documents", "sources": [{"name": "x", "weight": 1.0}]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert open_source(tmp_path, "documents", "train", 2, 0).size == 2
+    with pytest.raises(UserError, match="validation"):
+        open_source(tmp_path, "documents", "validation", 2, 0)
+
+
+def test_T9_a_folder_without_a_report_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"report\.json: .*tinsmith prepare"):
+        open_source(tmp_path, "documents", "train", 8, 0)

@@ -1,0 +1,94 @@
+import re
+
+import pytest
+
+from tinsmith.data.tasks import check, generate
+
+NAMES = ("arithmetic", "sort", "copy")
+
+
+def solve(question):
+    """The answer, worked out from the question alone."""
+    numbers = [int(n) for n in re.findall(r"\d+", question)]
+    if sign := re.search(r"\d ([-+*]) \d", question):
+        return str({"+": sum(numbers), "-": numbers[0] - numbers[1], "*": numbers[0] * numbers[1]}[sign[1]])
+    if "from small to large" in question or "from large to small" in question:
+        return " ".join(map(str, sorted(numbers, reverse="from large" in question)))
+    letters = question.rpartition(": ")[2].split()
+    return " ".join(letters[::-1] if "backwards" in question else letters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answer_of_every_task_is_right(name):
+    for index in range(2000):
+        task = generate(name, 1, index, digits=1 + index % 6, length=1 + index % 12)
+        assert task.answer == solve(task.question), task
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_task_is_a_pure_function_of_its_arguments(name):
+    first = [generate(name, 3, index) for index in range(200)]
+    assert [generate(name, 3, index) for index in reversed(range(200))][::-1] == first
+    assert [generate(name, 4, index) for index in range(200)] != first
+    assert len(set(first)) > 150
+
+
+def test_a_known_task_never_changes():
+    assert generate("arithmetic", 0, 3).question == "43 + 7 = ?"
+    assert generate("sort", 0, 2).answer == "9 42 52"
+    assert generate("copy", 0, 0).answer == "y v w"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_worked_reply_is_accepted_and_a_wrong_one_is_not(name):
+    for index in range(200):
+        task, other = generate(name, 0, index), generate(name, 9, index)
+        assert check(task, f"<think>\n{task.reasoning}\n</think>\n\n{task.answer}<|im_end|>")
+        assert check(task, f"<think>7 7 7</think><answer> {task.answer}\n</answer> done")
+        assert check(task, task.answer)
+        if other.answer != task.answer:
+            assert not check(task, f"<think>\n{task.answer}\n</think>\n\n{other.answer}")
+            assert not check(task, f"<answer>{other.answer}</answer>")
+        assert not check(task, "")
+
+
+def test_a_sentence_around_a_number_does_not_matter():
+    task = generate("arithmetic", 0, 3)
+    assert check(task, "43 + 7 is 50.")
+    assert check(task, "The answer is 50")
+    assert not check(task, "The answer is 507")
+    assert not check(task, "-50")
+
+
+def test_the_order_of_a_sorted_list_matters():
+    task = generate("sort", 0, 2)
+    assert check(task, "9  42\n52")
+    assert not check(task, "42 9 52")
+
+
+def column(step):
+    left, _, right = step.partition("=")
+    return sum(map(int, re.findall(r"-?\d+", left.replace("- ", "-")))), int(right.split(",")[0])
+
+
+def test_the_steps_of_sums_and_differences_are_right():
+    for index in range(500):
+        task = generate("arithmetic", 2, index)
+        for step in task.reasoning.splitlines():
+            if "write" in step:
+                expected, written = column(step)
+                assert written == expected, task
+
+
+def test_every_kind_of_sum_occurs_with_every_count_of_digits():
+    questions = [generate("arithmetic", 0, index, digits=2).question for index in range(400)]
+    signs = {re.search(r"(\d+) ([-+*]) (\d+)", question).groups() for question in questions}
+    assert {(len(a), sign) for a, sign, b in signs} == {(n, sign) for n in (1, 2) for sign in "+-*"}
+
+
+def test_chats_show_the_steps_as_reasoning():
+    task = generate("sort", 0, 0)
+    user, assistant = task.chat()["messages"]
+    assert (user["content"], assistant["content"]) == (task.question, task.answer)
+    assert assistant["reasoning_content"] == task.reasoning
+    assert task.text().startswith(f"{task.question}\n{task.reasoning}\n")

@@ -1,0 +1,269 @@
+"""Multiple choice: scores against a plain loop, planted preferences, odd rows."""
+
+import gzip
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.evals.bpb import evaluating
+from tinsmith.evals.choice import encode_question, evaluate_choice, log_likelihoods
+from tinsmith.evals.questions import parse_question
+
+ROWS = [
+    {"context": "the cat", "choices": ["sat on the mat", "off", "ran off."], "answer": 0},
+    {"question": "where?", "choices": ["on the mat", "and"], "answer": "B"},
+    {"context": "the dog.", "question": "what?", "choices": ["ran", "sat"], "answer": "ran"},
+    {"choices": ["the cat sat", "the dog"], "continuation": " on the mat", "answer": 1},
+    {"good": "the dog ran off.", "bad": "ran the dog off."},
+    {"context": "<|endoftext|>", "choices": ["<|im_end|>", "<think>"], "answer": 1},
+]
+
+
+def by_hand(lm, before, after):
+    """ln p(after | before), one token at a time, from the logits of a row on its own."""
+    total = 0.0
+    for count in range(len(after)):
+        logits = lm(torch.tensor([before + after[:count]])).logits[0, -1]
+        total += float(logits.log_softmax(-1)[after[count]])
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_rows", [1, 4, 16])
+def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
+    lm = make_lm().eval()
+    encoded = [encode_question(parse_question(row), tokenizer, 64) for row in ROWS]
+    lines = [line for one in encoded for line in one.lines]
+    found = log_likelihoods(lm, lines, batch_rows, lambda: None)
+    wanted = [by_hand(lm, ids[:-scored], ids[-scored:]) for ids, scored in lines]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_lines_are_context_and_choice_to_the_byte(tokenizer):
+    contexts = {0: b"the cat", 1: b"Question: where?\nAnswer:", 4: b"<|endoftext|>"}
+    contexts[2] = b"the dog.\nQuestion: what?\nAnswer:"
+    for number, context in contexts.items():
+        question = parse_question(ROWS[number])
+        for line, ending in zip(
+            encode_question(question, tokenizer, 64).lines, question.endings, strict=True
+        ):
+            assert tokenizer.bytes_of(line.ids[: -line.scored]) == context
+            assert tokenizer.bytes_of(line.ids[-line.scored :]) == ending.encode()
+
+
+def test_only_the_missing_context_is_a_special_token(tokenizer):
+    for row in ROWS:
+        for line in encode_question(parse_question(row), tokenizer, 64).lines:
+            specials = set(tokenizer.added_tokens.values()).intersection(line.ids)
+            assert specials == ({0} if "good" in row else set())
+
+
+def test_a_model_with_planted_preferences_answers_everything(bigrams, tokenizer, write_rows):
+    rows = [row | ({} if "good" in row else {"task": "others"}) for row in ROWS[:5]]
+    encoded = [encode_question(parse_question(row), tokenizer, 512) for row in rows]
+    right = [one.lines[one.question.gold].ids for one in encoded]
+    result = evaluate_choice(bigrams(right), tokenizer, write_rows(rows))
+    assert result.total[:2] == (1.0, 1.0)
+    assert result.total.n == 5
+    assert result.total.chance == pytest.approx((1 / 3 + 4 / 2) / 5)
+    assert {name: score.n for name, score in result.groups.items()} == {"others": 4}
+    swapped = [{"good": ROWS[4]["bad"], "bad": ROWS[4]["good"]}]
+    assert evaluate_choice(bigrams(right), tokenizer, write_rows(swapped)).total.acc == 0.0
+
+
+def test_length_does_not_decide_the_normalised_score(bigrams, tokenizer, write_rows):
+    """Every token costs the same: the sum prefers the short choice, the mean per byte the one
+    whose tokens are long.
+    """
+    lm = bigrams([])
+    rows = [{"context": "a", "choices": ["the the", "x"], "answer": 0}]
+    short, long = (len(tokenizer.encode_inside(text)) for text in (" x", " the the"))
+    assert short < long
+    assert short / 1 > long / 7
+    total = evaluate_choice(lm, tokenizer, write_rows(rows)).total
+    assert (total.acc, total.acc_norm) == (0.0, 1.0)
+
+
+def test_a_model_that_says_nothing_is_at_chance(bigrams, tokenizer, write_rows):
+    rows = [{"context": "the", "choices": ["cat", "dog"], "answer": 0}] * 3
+    rows += [{"context": "the", "choices": ["a", "b", "c"], "answer": 0}]
+    lm = bigrams([])
+    assert len({len(tokenizer.encode(f" {word}")) for word in ("a", "b", "c")}) == 1
+    rows[0] = {"context": "the", "choices": ["b", "c"], "answer": 0}
+    total = evaluate_choice(lm, tokenizer, write_rows([rows[0], rows[3]])).total
+    assert total.acc == total.acc_norm == pytest.approx(total.chance) == pytest.approx(5 / 12)
+
+
+def test_numbers_that_are_none_are_no_answers(bigrams, tokenizer, write_rows):
+    lm = bigrams([])
+    with torch.no_grad():
+        lm.embed.weight.fill_(math.nan)
+    assert evaluate_choice(lm, tokenizer, write_rows(ROWS)).total.acc == 0.0
+
+
+def test_a_long_context_loses_its_beginning_and_is_counted(make_lm, tokenizer, write_rows):
+    lm = make_lm(max_context=16)
+    long = {"context": "the dog " * 40, "choices": ["ran", "sat on the mat"], "answer": 0}
+    result = evaluate_choice(lm, tokenizer, write_rows([long, ROWS[4]]))
+    assert (result.truncated, result.total.n) == (1, 2)
+    whole = encode_question(parse_question(long), tokenizer, 10_000)
+    cut = encode_question(parse_question(long), tokenizer, 16)
+    assert max(len(line.ids) for line in cut.lines) == 17
+    assert len({len(line.ids) - line.scored for line in cut.lines}) == 1
+    for a, b in zip(whole.lines, cut.lines, strict=True):
+        assert a.ids[-len(b.ids) :] == b.ids
+        assert a.scored == b.scored
+
+
+def test_bad_rows_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_rows):
+    told = []
+    choices = ["a", "b"]
+    bad = [
+        "{broken",
+        '"text"',
+        {"context": "a"},
+        {"context": "a", "choices": ["b"], "answer": 0},
+        {"context": "a", "choices": ["b", ""], "answer": 0},
+        {"context": "a", "choices": ["b", 3], "answer": 0},
+        {"context": "a", "choices": choices},
+        {"context": "a", "choices": choices, "answer": 2},
+        {"context": "a", "choices": choices, "answer": -1},
+        {"context": "a", "choices": choices, "answer": True},
+        {"context": "a", "choices": choices, "answer": "C"},
+        {"context": "a", "choices": choices, "answer": "other"},
+        {"context": 3, "choices": choices, "answer": 0},
+        {"context": "a", "choices": ["b", "the cat sat " * 30], "answer": 0},
+        {"good": "a", "bad": ""},
+        '{"good": "\\ud800", "bad": "a"}',
+    ]
+    path = write_rows([ROWS[0], *bad])
+    result = evaluate_choice(make_lm(), tokenizer, path, say=told.append)
+    assert (result.total.n, result.rejected) == (1, len(bad))
+    assert len(told) == 1
+    assert f"{path}:2: not JSON" in told[0]
+    assert f"{len(bad)} lines" in told[0]
+
+
+def test_a_file_without_a_question_is_refused_in_one_line(make_lm, tokenizer, write_rows, tmp_path):
+    lm = make_lm()
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: needs a list 'choices'") as error:
+        evaluate_choice(lm, tokenizer, write_rows([{"text": "a"}]))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="empty"):
+        evaluate_choice(lm, tokenizer, write_rows([]))
+    with pytest.raises(UserError, match="does not exist"):
+        evaluate_choice(lm, tokenizer, tmp_path / "missing.jsonl")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"a\.txt: questions are read from"):
+        evaluate_choice(lm, tokenizer, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "gold"),
+    [
+        (1, ["a", "b"], 1),
+        ("b", ["a", "b"], 1),
+        ("B", ["x", "y"], 1),
+        ("b", ["x", "y"], 1),
+        ("A", ["C", "B", "A"], 2),
+        ("1", ["2", "1", "0"], 1),
+        (1, ["2", "3", "1"], 1),
+    ],
+)
+def test_answers_are_numbers_then_texts_then_letters(answer, choices, gold):
+    assert parse_question({"choices": choices, "gold": answer}).gold == gold
+
+
+@pytest.mark.parametrize(
+    ("context", "choice", "ending"),
+    [
+        ("is", "a", " a"),
+        ("is ", "a", "a"),
+        ("is\n", "a", "a"),
+        ("is", " a", " a"),
+        ("", "a", "a"),
+    ],
+)
+def test_one_blank_stands_between_context_and_choice(context, choice, ending):
+    record = {"context": context, "choices": [choice, "b"], "answer": 0}
+    assert parse_question(record).endings[0] == ending
+    assert parse_question(record | {"separator": ""}).endings[0] == choice
+
+
+def test_a_limit_is_spread_over_the_file(bigrams, tokenizer, write_rows):
+    rows = [ROWS[0] | {"task": str(number)} for number in range(10)]
+    result = evaluate_choice(bigrams([]), tokenizer, write_rows(rows), limit=3)
+    assert list(result.groups) == ["0", "3", "6"]
+    assert evaluate_choice(bigrams([]), tokenizer, write_rows(rows), limit=99).total.n == 10
+
+
+def test_the_model_is_left_as_it_was_and_the_poll_can_end_it(make_lm, tokenizer, write_rows):
+    lm = make_lm()
+    lm.blocks[0].eval()
+    before = [module.training for module in lm.modules()]
+    state = torch.get_rng_state()
+
+    class Enough(Exception):
+        pass
+
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        evaluate_choice(lm, tokenizer, write_rows(ROWS), batch_rows=4, poll=poll)
+    assert [module.training for module in lm.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_mode_is_on_inside_only(make_lm):
+    lm = make_lm()
+    with evaluating(lm):
+        assert not any(module.training for module in lm.modules())
+    assert all(module.training for module in lm.modules())
+
+
+def test_a_compressed_file_and_a_plain_one_say_the_same(make_lm, tokenizer, write_rows, tmp_path):
+    lm = make_lm()
+    plain = evaluate_choice(lm, tokenizer, write_rows(ROWS))
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    assert evaluate_choice(lm, tokenizer, tmp_path / "rows.jsonl.gz") == plain
+    assert json.loads(json.dumps(plain.to_dict()))["n"] == len(ROWS)
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=2, max_size=5), st.data())
+@settings(derandomize=True, max_examples=30, deadline=None)
+def test_the_order_of_choices_changes_no_score(tokenizer, choices, data):
+    """The right answer is found by its text wherever it stands, unless it stands there twice."""
+    answer = data.draw(st.sampled_from(choices))
+    shuffled = data.draw(st.permutations(choices))
+    records = [{"choices": some, "answer": answer} for some in (choices, shuffled)]
+    if choices.count(answer) == 1:
+        assert all(r["choices"][parse_question(r).gold] == answer for r in records)
+
+
+def test_the_real_files_can_be_read(real_data, bigrams, tokenizer):
+    rows = {
+        "mc_eval/eval_open.jsonl.gz": (5156, 9),
+        "mc_eval/mc_train.jsonl.gz": (8309, 3),
+        "blimp/eval_open.jsonl.gz": (6700, 67),
+        "mmlu_small/val_open.jsonl": (1224, 57),
+    }
+    for name, (count, groups) in rows.items():
+        opener = gzip.open if name.endswith(".gz") else open
+        with opener(real_data / name, "rt", encoding="utf-8") as file:
+            questions = [parse_question(json.loads(line)) for line in file]
+        assert len(questions) == count
+        assert len({question.group for question in questions}) == groups
+    found = evaluate_choice(bigrams([]), tokenizer, real_data / "blimp/eval_open.jsonl.gz", limit=9)
+    assert (found.total.n, found.total.chance, found.rejected) == (9, 0.5, 0)

@@ -1,0 +1,162 @@
+"""The bricks of caches: where a token goes, what it sees, what can be forgotten."""
+
+import pytest
+import torch
+
+from tinsmith.nn.contract import CacheFull, CannotRewind
+from tinsmith.nn.parts.cache import Append, Ring
+
+CPU = torch.device("cpu")
+
+
+def append(rows=2, capacity=8):
+    return Append(rows, capacity, [(1,)], torch.float64, CPU)
+
+
+def ring(rows=2, capacity=20, window=3):
+    return Ring(rows, capacity, window, [(1,)], torch.float64, CPU)
+
+
+def feed(cache, tokens, segments=None):
+    """Take in rows of numbers; return for every query the list of numbers that it sees, sorted."""
+    new = torch.tensor(tokens, dtype=torch.float64)[..., None]
+    if segments is not None:
+        segments = torch.tensor(segments)
+    (held,), seen = cache.append(segments, new)
+    visible = seen.visible(new.shape[1], held.shape[1], CPU).expand(len(new), -1, -1)
+    return [
+        [sorted(held[b, visible[b, t], 0].tolist()) for t in range(new.shape[1])]
+        for b in range(len(new))
+    ]
+
+
+@pytest.mark.parametrize("make", [append, ring])
+def test_tokens_are_seen_in_order(make):
+    cache = make()
+    assert feed(cache, [[1, 2], [5, 6]]) == [[[1], [1, 2]], [[5], [5, 6]]]
+    assert feed(cache, [[3], [7]]) == [[[1, 2, 3]], [[5, 6, 7]]]
+    assert cache.lengths.tolist() == [3, 3]
+
+
+def test_a_ring_sees_the_last_of_its_window():
+    cache = ring(window=3)
+    assert feed(cache, [[1, 2, 3, 4, 5]] * 2)[0] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [2, 3, 4],
+        [3, 4, 5],
+    ]
+    assert feed(cache, [[6]] * 2)[0] == [[4, 5, 6]]
+    assert feed(cache, [[7, 8]] * 2)[0] == [[5, 6, 7], [6, 7, 8]]
+    assert feed(cache, [[9]] * 2, [[-1], [0]])[1] == [[7, 8, 9]]
+    assert cache.lengths.tolist() == [8, 9]
+    assert feed(cache, [[9], [10]]) == [[[7, 8, 9]], [[8, 9, 10]]]
+
+
+@pytest.mark.parametrize("make", [append, ring])
+def test_padding_is_neither_stored_nor_seen(make):
+    cache = make()
+    seen = feed(cache, [[0, 0, 1], [7, 8, 0]], [[-1, -1, 0], [0, 0, -1]])
+    assert (seen[0][2], seen[1][:2]) == ([1], [[7], [7, 8]])
+    assert cache.lengths.tolist() == [1, 2]
+    assert feed(cache, [[2], [9]]) == [[[1, 2]], [[7, 8, 9]]]
+
+
+@pytest.mark.parametrize("make", [append, ring])
+def test_a_document_ends_where_the_id_changes_and_goes_on_otherwise(make):
+    cache = make(rows=1)
+    assert feed(cache, [[1, 2]], [[7, 3]]) == [[[1], [2]]]
+    assert feed(cache, [[3]], [[3]]) == [[[2, 3]]]
+    assert feed(cache, [[4]]) == [[[2, 3, 4]]]
+    assert feed(cache, [[5]], [[7]]) == [[[5]]]
+
+
+@pytest.mark.parametrize("make", [append, ring])
+def test_more_than_the_capacity_is_refused_and_nothing_changes(make):
+    cache = make(capacity=6)
+    feed(cache, [[1, 2, 3, 4]] * 2)
+    for segments in (None, [[-1] * 3, [0] * 3]):
+        with pytest.raises(CacheFull, match="7 tokens in a cache for 6"):
+            feed(cache, [[5, 6, 7]] * 2, segments)
+        assert cache.lengths.tolist() == [4, 4]
+    assert feed(cache, [[5, 6]] * 2)[0][-1] in ([1, 2, 3, 4, 5, 6], [4, 5, 6])
+
+
+def test_append_forgets_as_far_back_as_asked():
+    cache = append()
+    feed(cache, [[1, 2, 3, 4], [5, 6, 7, 8]])
+    cache.truncate(torch.tensor([1, 3]))
+    assert feed(cache, [[2], [9]]) == [[[1, 2]], [[5, 6, 7, 9]]]
+    cache.truncate(torch.tensor([0, 0]))
+    assert feed(cache, [[1], [2]]) == [[[1]], [[2]]]
+
+
+def test_a_ring_forgets_until_it_has_dropped_something():
+    cache = ring(window=3)
+    feed(cache, [[1, 2, 3], [5, 6, 7]])
+    cache.truncate(torch.tensor([1, 3]))
+    feed(cache, [[2], [8]])
+    assert cache.lengths.tolist() == [2, 4]
+    cache.truncate(torch.tensor([1, 4]))
+    with pytest.raises(CannotRewind, match="window of 3"):
+        cache.truncate(torch.tensor([1, 3]))
+    assert cache.lengths.tolist() == [1, 4]
+    assert feed(cache, [[2], [9]]) == [[[1, 2]], [[7, 8, 9]]]
+
+
+@pytest.mark.parametrize("make", [append, lambda: ring(window=6)])
+def test_a_document_that_is_over_does_not_come_back(make):
+    """Where it began is forgotten, so losing all of the current document is refused; also exactly
+    at the border.
+    """
+    cache = make()
+    feed(cache, [[1, 2, 3, 4]] * 2, [[0, 0, 1, 1]] * 2)
+    for lengths in ([1, 4], [4, 2]):
+        with pytest.raises(CannotRewind, match="current document"):
+            cache.truncate(torch.tensor(lengths))
+    cache.truncate(torch.tensor([3, 4]))
+    assert feed(cache, [[9, 9]] * 2) == [[[3, 9], [3, 9, 9]], [[3, 4, 9], [3, 4, 9, 9]]]
+
+
+def test_truncating_to_what_there_is_is_always_fine():
+    cache = ring(window=3)
+    feed(cache, [[1, 2, 3, 4, 5]] * 2, [[0, 0, 1, 1, 1]] * 2)
+    cache.truncate(torch.tensor([5, 5]))
+    assert feed(cache, [[6]] * 2)[0] == [[4, 5, 6]]
+
+
+@pytest.mark.parametrize("make", [append, ring])
+def test_selected_rows_are_their_own(make):
+    cache = make()
+    feed(cache, [[1, 2], [5, 6]])
+    cache.select(torch.tensor([1, 1, 0]))
+    assert feed(cache, [[7], [8], [3]]) == [[[5, 6, 7]], [[5, 6, 8]], [[1, 2, 3]]]
+    cache.select(torch.tensor([1]))
+    assert feed(cache, [[9]])[0][0][-2:] == [8, 9]
+
+
+@pytest.mark.parametrize("capacities", [(2, 20), (20, 2), (3, 20), (2, 2), (1, 2)])
+@pytest.mark.parametrize("make", [append, ring])
+def test_joined_rows_keep_what_they_hold(make, capacities):
+    mine, theirs = (make(rows=1, capacity=capacity) for capacity in capacities)
+    long, short = ([1, 2, 3, 4], [1]) if capacities == (20, 2) else ([1], [1, 2])
+    feed(mine, [long])
+    feed(theirs, [short])
+    mine.join(theirs)
+    assert mine.lengths.tolist() == [len(long), len(short)]
+    room = max(capacities) - max(len(long), len(short))
+    for number in range(room):
+        seen = feed(mine, [[50 + number]] * 2)
+        for row, start in enumerate((long, short)):
+            history = [*start, *range(50, 51 + number)]
+            assert seen[row][0] == (history if make is append else history[-3:])
+    with pytest.raises(CacheFull):
+        feed(mine, [[99]] * 2)
+
+
+def test_bytes_are_counted():
+    shapes = [(2, 8), (2, 8)]
+    assert Append(3, 10, shapes, torch.bfloat16, CPU).nbytes() == 3 * 10 * 32 * 2
+    assert Ring(3, 10, 4, shapes, torch.float32, CPU).nbytes() == 3 * 4 * 32 * 4
+    assert Ring(3, 10, 64, shapes, torch.float32, CPU).nbytes() == 3 * 10 * 32 * 4

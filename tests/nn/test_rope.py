@@ -1,0 +1,189 @@
+"""Rotary tables and their stretchings, against transformers and against rotation itself."""
+
+import math
+
+import pytest
+import torch
+
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.parts.rope import Linear, Llama3, Rope, Yarn, frequencies, rotate, tables
+
+
+def drawn(*shape, seed=1, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(found, expected, tolerance=1e-12):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("width", [2, 8, 64])
+def test_A2_rotation_equals_that_of_transformers(width):
+    """Half-split: dimension i turns with i + d/2."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
+
+    x = drawn(2, 9, 3, width)
+    positions = torch.stack((torch.arange(9), torch.arange(100, 109)))
+    rotary = tables(Rope(theta=1e4), width, positions, x.dtype)
+    angles = positions[..., None] * 1e4 ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
+    cos, sin = (torch.cat((part, part), -1) for part in (angles.cos(), angles.sin()))
+    theirs, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    close(rotate(x, rotary), theirs)
+    close(
+        rotate_half(x[..., [*range(width)]]), torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1)
+    )
+
+
+def test_A2_interleaved_pairs_are_a_permutation_of_halves():
+    """Complex multiplication of (2i, 2i + 1) is half-split rotation of [0, 2, 4, ..., 1, 3, 5, ...]."""
+    x = drawn(2, 9, 3, 8)
+    positions = torch.arange(9)[None]
+    turn, _ = frequencies(Rope(theta=1e4), 8, torch.float64, None)
+    spin = torch.polar(torch.ones(9, 4, dtype=torch.float64), positions[0][:, None] * turn)
+    pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
+    interleaved = torch.view_as_real(pairs * spin[:, None]).flatten(-2)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    rotary = tables(Rope(theta=1e4), 8, positions, x.dtype)
+    close(rotate(x[..., order], rotary), interleaved[..., order])
+    assert not torch.isclose(rotate(x, rotary), interleaved).all()
+
+
+def test_rotation_keeps_lengths_and_tells_distances_only():
+    q, k = drawn(1, 1, 1, 16), drawn(1, 1, 1, 16, seed=2)
+
+    def product(t, s):
+        turned = [
+            rotate(x, tables(Rope(), 16, torch.tensor([[place]]), x.dtype))
+            for x, place in ((q, t), (k, s))
+        ]
+        close(turned[0].norm(), q.norm())
+        return (turned[0] * turned[1]).sum()
+
+    close(product(7, 3), product(1007, 1003), 1e-10)
+    assert not torch.isclose(product(7, 3), product(3, 7))
+    close(product(0, 0), (q * k).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tables_are_wide_and_vectors_keep_their_dtype(dtype):
+    """Angles of far positions do not survive bf16: tables are at least float32."""
+    positions = torch.tensor([[30_001]])
+    cos, sin = tables(Rope(theta=1e6), 8, positions, dtype)
+    assert cos.dtype == sin.dtype == torch.promote_types(dtype, torch.float32)
+    exact, _ = tables(Rope(theta=1e6), 8, positions, torch.float64)
+    close(cos.double(), exact, 5e-3)
+    assert rotate(drawn(1, 1, 2, 8, dtype=dtype), (cos, sin)).dtype == dtype
+
+
+def theirs(kind, head_dim, theta, context=4096, **scaling):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(
+        hidden_size=head_dim * 2,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        rope_parameters={"rope_type": kind, "rope_theta": theta} | scaling,
+    )
+    return ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+
+
+def equal_to_theirs(rope, head_dim, expected):
+    turn, factor = frequencies(rope, head_dim, torch.float32, None)
+    torch.testing.assert_close(turn, expected[0], rtol=2e-6, atol=0.0)
+    assert factor == pytest.approx(expected[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize(
+    ("factor", "original", "fast", "slow", "attention"),
+    [
+        (16.0, 2048, 32.0, 1.0, None),
+        (16.0, 2048, 32.0, 1.0, 1.0),
+        (4.0, 32768, 32.0, 1.0, None),
+        (2.5, 512, 4.0, 0.5, 1.3),
+        (1.0, 2048, 32.0, 1.0, None),
+        (8.0, 65536, 32.0, 1.0, None),
+    ],
+)
+def test_A3_yarn_equals_that_of_transformers(
+    head_dim, theta, factor, original, fast, slow, attention
+):
+    scaling = Yarn(
+        factor=factor,
+        original_context=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=attention,
+    )
+    expected = theirs(
+        "yarn",
+        head_dim,
+        theta,
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        **({} if attention is None else {"attention_factor": attention}),
+    )
+    equal_to_theirs(Rope(theta=theta, scaling=scaling), head_dim, expected)
+
+
+def test_A3_yarn_scales_what_attention_sees():
+    """cos and sin carry the factor, so that q.k grows by its square."""
+    scaling = Yarn(factor=16.0, original_context=64)
+    cos, sin = tables(Rope(scaling=scaling), 16, torch.tensor([[0, 9]]), torch.float64)
+    expected = torch.full((1, 2, 16), (0.1 * math.log(16) + 1) ** 2, dtype=torch.float64)
+    close(cos.square() + sin.square(), expected)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_linear_scaling_equals_that_of_transformers(head_dim):
+    rope = Rope(theta=1e4, scaling=Linear(factor=2.5))
+    equal_to_theirs(rope, head_dim, theirs("linear", head_dim, 1e4, factor=2.5))
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (0.5, 8.0)])
+def test_llama3_scaling_equals_that_of_transformers(head_dim, low, high):
+    scaling = Llama3(factor=8.0, original_context=8192, low_factor=low, high_factor=high)
+    expected = theirs(
+        "llama3",
+        head_dim,
+        5e5,
+        context=131072,
+        factor=8.0,
+        original_max_position_embeddings=8192,
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+    equal_to_theirs(Rope(theta=5e5, scaling=scaling), head_dim, expected)
+
+
+def test_scaling_reaches_the_model():
+    section = {
+        "vocab_size": 48,
+        "dim": 32,
+        "depth": 1,
+        "pattern": [
+            {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+        ],
+    }
+    yarn = {"kind": "yarn", "factor": 4, "original_context": 16}
+    plain, stretched = (
+        LM(ModelConfig.from_dict(section | {"rope": {"theta": 1e4, "scaling": scaling}}))
+        for scaling in (None, yarn)
+    )
+    stretched.load_state_dict(plain.state_dict())
+    ids = torch.arange(12)[None]
+    assert not torch.isclose(plain(ids).logits, stretched(ids).logits).all()
+    close(plain(ids[:, :1]).logits, stretched(ids[:, :1]).logits, 1e-6)
+
+
+def test_A22_nothing_rotary_is_stored_to_be_rounded_or_left_behind():
+    """Tables are made where they are used: no buffer that a cast rounds or a device move forgets."""
+    lm = LM(ModelConfig.preset("minimind2-26m"))
+    assert list(lm.buffers()) == []
+    assert not any("rope" in name or "freq" in name for name in lm.state_dict())

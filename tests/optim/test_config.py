@@ -1,0 +1,68 @@
+"""The `optim:` section: what it accepts, and one line for what it does not."""
+
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse, plain
+from tinsmith.optim.config import (
+    WSD,
+    AdamWConfig,
+    Constant,
+    Cosine,
+    MuonConfig,
+    OptimConfig,
+)
+
+RECIPE = {
+    "matrices": {"kind": "muon", "lr": 0.02, "momentum": 0.95},
+    "others": {"kind": "adamw", "lr": "3.0e-3", "betas": [0.9, 0.95], "weight_decay": 0.1},
+    "schedule": {"kind": "wsd", "warmup": 100, "decay": 0.3},
+    "clip": 1.0,
+}
+
+
+def test_the_recipe_of_the_documentation_is_the_default():
+    assert parse(OptimConfig, RECIPE) == parse(OptimConfig, {}) == OptimConfig()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimConfig(),
+        OptimConfig(matrices=AdamWConfig(lr=1e-3, decay="all"), schedule=Constant(warmup=3)),
+        OptimConfig(matrices=MuonConfig(scale="match_rms_adamw"), schedule=Cosine(), clip=None),
+    ],
+)
+def test_configs_survive_writing_and_reading(config):
+    assert parse(OptimConfig, plain(config)) == config
+
+
+def test_counts_may_be_written_as_people_do():
+    assert parse(OptimConfig, {"schedule": {"kind": "wsd", "warmup": "2k"}}).schedule == WSD(
+        warmup=2000
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"matrices": {"kind": "muon", "lr": -1}}, "r.yaml: matrices: lr=-1.0 must be"),
+        ({"matrices": {"kind": "muon", "lr": "nan"}}, "r.yaml: matrices: lr=nan must be"),
+        ({"matrices": {"kind": "muon", "momentum": 1}}, "r.yaml: matrices: momentum=1.0 must be"),
+        ({"matrices": {"kind": "muon", "ns_steps": 0}}, "r.yaml: matrices: ns_steps=0 must be"),
+        ({"matrices": {"kind": "moun"}}, "r.yaml: matrices.kind: 'moun' is not one of muon, adamw"),
+        ({"matrices": {"kind": "muon", "lrr": 1}}, "r.yaml: matrices.lrr: unknown key. Did you"),
+        ({"others": {"betas": [0.9, 1.5]}}, "r.yaml: others: betas[1]=1.5 must be"),
+        ({"others": {"eps": 0}}, "r.yaml: others: eps=0.0 must be above 0"),
+        ({"others": {"weight_decay": -0.1}}, "r.yaml: others: weight_decay=-0.1 must be"),
+        ({"schedule": {"kind": "wsd", "decay": 1.5}}, "r.yaml: schedule: decay=1.5 is a share"),
+        ({"schedule": {"kind": "wsd", "warmup": -1}}, "r.yaml: schedule: warmup=-1 is a number"),
+        ({"schedule": {"kind": "cosine", "final": 2}}, "r.yaml: schedule: final=2.0 is a share"),
+        ({"clip": 0}, "r.yaml: clip=0.0 must be above 0"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(data, said):
+    with pytest.raises(UserError) as error:
+        parse(OptimConfig, data, "r.yaml")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,213 @@
+"""Multiple choice by log-likelihood: which of several endings does the model find most likely?
+
+    score(choice) = sum of ln p(token | all before it) over the tokens of the choice
+
+`acc` chooses by the score, `acc_norm` by the score per byte of the choice, which does not favour
+short ones. A tie counts for its share, so that a model that says nothing is at the chance level.
+Context and choice are encoded apart: the border between them is one between tokens. Where there is
+no context, the tokenizer's mark of a beginning (or else of an end) stands in its place.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.errors import UserError
+from tinsmith.data import files
+from tinsmith.data.files import Reject
+from tinsmith.evals.bpb import evaluating, report_rejects
+from tinsmith.evals.questions import Question, parse_question
+from tinsmith.evals.windows import opening
+from tinsmith.nn.model import LM
+from tinsmith.objectives.logprobs import token_nll
+from tinsmith.text.tokenizer import Tokenizer
+
+
+class Score(NamedTuple):
+    """Shares of `n` questions, from 0 to 1."""
+
+    acc: float
+    acc_norm: float
+    chance: float
+    """What guessing would give."""
+    n: int
+
+
+class ChoiceResult(NamedTuple):
+    """What `evaluate_choice` found."""
+
+    total: Score
+    groups: dict[str, Score]
+    """By task, where rows name one."""
+    truncated: int
+    """Questions whose context lost its beginning."""
+    rejected: int
+    """Rows left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        groups = {name: score._asdict() for name, score in self.groups.items()}
+        counts = {"truncated": self.truncated, "rejected": self.rejected}
+        return self.total._asdict() | counts | {"groups": groups}
+
+
+class Line(NamedTuple):
+    """At least two ids, of which the last `scored` are a choice; the first is never scored."""
+
+    ids: list[int]
+    scored: int
+
+
+class Encoded(NamedTuple):
+    """A question and a line for each of its choices."""
+
+    question: Question
+    lines: list[Line]
+    truncated: bool
+
+
+@torch.no_grad()
+def evaluate_choice(
+    lm: LM,
+    tokenizer: Tokenizer,
+    path: Path | str,
+    *,
+    limit: int | None = None,
+    batch_rows: int = 16,
+    poll: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ChoiceResult:
+    """Accuracy on the questions of a .jsonl, .jsonl.gz or .parquet file, or of a folder of them;
+    `evals/questions.py` says what rows look like.
+
+    `limit`: so many questions, spread evenly over the file. Contexts too long for the model lose
+    their beginning, and are counted; rows that cannot be used are left out, counted and told to
+    `say`. `poll` is called before every batch and may raise to end it.
+
+    Raises UserError where no row can be used.
+    """
+    encoded, rejects = _read(lm, tokenizer, path)
+    report_rejects(f"{path}", "question", len(encoded), rejects, say)
+    if limit is not None and limit < len(encoded):
+        encoded = [encoded[i * len(encoded) // limit] for i in range(max(1, limit))]
+    with evaluating(lm):
+        sums = log_likelihoods(
+            lm, [line for one in encoded for line in one.lines], batch_rows, poll
+        )
+    questions = [one.question for one in encoded]
+    marks = list(_marks(questions, sums.tolist()))
+    groups: dict[str, list[_Mark]] = {}
+    for question, mark in zip(questions, marks, strict=True):
+        if question.group is not None:
+            groups.setdefault(question.group, []).append(mark)
+    truncated = sum(one.truncated for one in encoded)
+    by_group = {name: _mean(some) for name, some in groups.items()}
+    return ChoiceResult(_mean(marks), by_group, truncated, len(rejects))
+
+
+def _read(lm: LM, tokenizer: Tokenizer, path: Path | str) -> tuple[list[Encoded], list[Reject]]:
+    encoded: list[Encoded] = []
+    rejects: list[Reject] = []
+    for file in files.find(str(path), "tasks"):
+        if file.name.endswith(".txt"):
+            raise UserError(f"{file}: questions are read from .jsonl, .jsonl.gz or .parquet files")
+        for row in files.rows(file):
+            if isinstance(row, Reject):
+                rejects.append(row)
+                continue
+            try:
+                question = parse_question(row.record)
+                encoded.append(encode_question(question, tokenizer, lm.config.max_context))
+            except (ValueError, UserError) as error:
+                rejects.append(Reject(row.file, row.line, str(error)))
+    return encoded, rejects
+
+
+def encode_question(question: Question, tokenizer: Tokenizer, most: int) -> Encoded:
+    """Ids of contexts and endings; every context is cut on the left to what the longest ending
+    leaves of `most` positions. Raises ValueError where it leaves none.
+    """
+    before, after = [], []
+    for context, ending in zip(question.contexts, question.endings, strict=True):
+        if context:
+            before.append(opening(tokenizer) + tokenizer.encode(context))
+            after.append(tokenizer.encode_inside(ending))
+        else:
+            before.append(opening(tokenizer) or [tokenizer.end_of_text])
+            after.append(tokenizer.encode(ending))
+    longest = max(map(len, after))
+    room = most + 1 - longest
+    if room < 1:
+        raise ValueError(f"a choice of {longest} tokens does not fit the model's context of {most}")
+    lines = [Line(b[-room:] + a, len(a)) for b, a in zip(before, after, strict=True)]
+    return Encoded(question, lines, max(map(len, before)) > room)
+
+
+def log_likelihoods(lm: LM, lines: list[Line], batch_rows: int, poll: Callable[[], None]) -> Tensor:
+    """(number of lines,) float64: ln p(choice | what stands before it) of each line, in nats.
+
+    Longest lines first, `batch_rows` at a time, padded on the right. The caller sees to evaluation
+    mode and no_grad.
+    """
+    sums = torch.zeros(len(lines), dtype=torch.float64)
+    order = sorted(range(len(lines)), key=lambda i: -len(lines[i].ids))
+    device = lm.embed.weight.device
+    for start in range(0, len(order), batch_rows):
+        poll()
+        chosen = order[start : start + batch_rows]
+        ids, mask, segments = _padded([lines[i] for i in chosen])
+        hidden = lm(ids[:, :-1].to(device), segments=segments.to(device), logits=False).hidden
+        targets = ids[:, 1:][mask].to(device)
+        nll = token_nll(hidden[mask.to(device)], targets, lm.head).cpu().double()
+        row = torch.arange(len(chosen))[:, None].expand_as(mask)[mask]
+        sums[chosen] = -torch.bincount(row, nll, len(chosen))
+    return sums
+
+
+def _padded(lines: list[Line]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (B, T + 1), which of the targets ids[:, 1:] are scored (B, T), segments (B, T)."""
+    width = max(len(line.ids) for line in lines)
+    ids = torch.zeros(len(lines), width, dtype=torch.long)
+    mask = torch.zeros(len(lines), width - 1, dtype=torch.bool)
+    segments = torch.full((len(lines), width - 1), -1)
+    for row, line in enumerate(lines):
+        inputs = len(line.ids) - 1
+        ids[row, : inputs + 1] = torch.tensor(line.ids)
+        mask[row, inputs - line.scored : inputs] = True
+        segments[row, :inputs] = 0
+    return ids, mask, segments
+
+
+class _Mark(NamedTuple):
+    """How far right a question was answered: by score, by score per byte, by guessing."""
+
+    acc: float
+    acc_norm: float
+    chance: float
+
+
+def _marks(questions: list[Question], sums: list[float]) -> Iterator[_Mark]:
+    start = 0
+    for question in questions:
+        count = len(question.endings)
+        scores = sums[start : start + count]
+        per_byte = [score / size for score, size in zip(scores, question.sizes, strict=True)]
+        yield _Mark(_credit(scores, question.gold), _credit(per_byte, question.gold), 1 / count)
+        start += count
+
+
+def _credit(scores: list[float], gold: int) -> float:
+    """1 where `gold` alone is best, its share where others are as good; 0 where one is NaN."""
+    best = max(scores)
+    if any(map(math.isnan, scores)) or scores[gold] < best:
+        return 0.0
+    return 1 / scores.count(best)
+
+
+def _mean(marks: list[_Mark]) -> Score:
+    acc, norm, chance = (math.fsum(column) / len(marks) for column in zip(*marks, strict=True))
+    return Score(acc, norm, chance, len(marks))

@@ -1,0 +1,86 @@
+"""Importing this module teaches transformers' Auto classes folders of `model_type: tinsmith`.
+
+    import tinsmith.hub.auto
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+Logits and loss are those of the model; `generate` works without a cache, so it is for trying things
+out. Tinsmith's own engine is the fast way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from tinsmith.hub.configs import OWN, config_from_hf
+from tinsmith.nn.model import LM
+
+
+class TinsmithConfig(PretrainedConfig):
+    """`config.json` with Tinsmith's own description of the model under `tinsmith`."""
+
+    model_type = OWN
+
+
+class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any Tinsmith model behind transformers' interface."""
+
+    config_class = TinsmithConfig
+    base_model_prefix = "lm"
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"lm.head.weight": "lm.embed.weight"}
+
+    def __init__(self, config: TinsmithConfig):
+        super().__init__(config)
+        self.lm = LM(config_from_hf(config.to_dict()))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Ids (B, T) to logits (B, T, V); `attention_mask` is 0 where there is padding.
+
+        transformers passes more than is of use here (`use_cache`, `return_dict`, ...); it is
+        ignored.
+        """
+        segments = None if attention_mask is None else attention_mask.long() - 1
+        logits = self.lm(input_ids, positions=position_ids, segments=segments).logits
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.lm.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """The whole sequence every time: there is no cache."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.lm.embed
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm.head
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `LM` has given its weights their first values."""
+
+
+AutoConfig.register(OWN, TinsmithConfig)
+AutoModelForCausalLM.register(TinsmithConfig, TinsmithForCausalLM)

@@ -1,0 +1,233 @@
+"""The model card: a README.md made from facts, and from nothing else. A section without facts is
+left out.
+"""
+
+import re
+from typing import NotRequired, Required, TypedDict
+
+from tinsmith.core.parse import write_yaml
+from tinsmith.core.units import count
+
+
+class Data(TypedDict):
+    """A source of training data."""
+
+    name: Required[str]
+    documents: NotRequired[int]
+    tokens: NotRequired[int]
+    rejected: NotRequired[int]
+    license: NotRequired[str]
+
+
+class Score(TypedDict):
+    """One result of an evaluation."""
+
+    task: Required[str]
+    metric: Required[str]
+    value: Required[float]
+    items: NotRequired[int]
+    """How many tokens, questions, ... the value is a mean over."""
+
+
+class Sample(TypedDict):
+    """A prompt and what the model made of it; `note` says what is good or bad about it."""
+
+    prompt: Required[str]
+    text: Required[str]
+    note: NotRequired[str]
+
+
+class Facts(TypedDict, total=False):
+    """What a card may say. Only `name` and `parameters` are required."""
+
+    name: Required[str]
+    parameters: Required[int]
+    active_parameters: int
+    """Parameters that act on one token, where these are fewer."""
+    family: str
+    """`model_type` of config.json."""
+    reason: str | None
+    """Why no stock class fits, where `family` is "tinsmith"."""
+    dtype: str
+    context: int
+    """Tokens the model was made for."""
+    architecture: str
+    """One line, such as "8 x (gqa, swiglu)"."""
+    base: str
+    """What training started from."""
+    objective: str
+    license: str
+    tokens_seen: int
+    steps: int
+    data: list[Data]
+    recipe: str
+    """The resolved config as YAML."""
+    command: str
+    commit: str
+    versions: dict[str, str]
+    loss_plot: str
+    """Name of a picture beside the card."""
+    scores: list[Score]
+    samples: list[Sample]
+    bad_sample: Sample
+    limits: list[str]
+    tokenizer: bool
+    """Whether the folder holds one (default True)."""
+    chat: bool
+    """Whether it was trained on conversations."""
+    hashes: dict[str, str]
+    """SHA-256 by file of weights."""
+
+
+def model_card(facts: Facts) -> str:
+    """README.md of a model's folder."""
+    sections = [
+        ("", _introduction(facts)),
+        ("How to load it", _loading(facts)),
+        ("Data", _data(facts)),
+        ("Training", _training(facts)),
+        ("Evaluation", _evaluation(facts)),
+        ("Samples", _samples(facts)),
+        ("Limits", "\n".join(f"- {limit}" for limit in facts.get("limits", []))),
+        ("Recipe", _fenced(facts["recipe"], "yaml") if "recipe" in facts else ""),
+        ("Weights", _weights(facts)),
+    ]
+    told = [f"## {title}\n\n{body}" if title else body for title, body in sections if body]
+    return "\n\n".join([_front(facts), *told]) + "\n"
+
+
+def _front(facts: Facts) -> str:
+    stock = facts.get("family", "tinsmith") != "tinsmith"
+    data = {
+        "library_name": "transformers" if stock else "tinsmith",
+        "pipeline_tag": "text-generation",
+        "tags": ["tinsmith"],
+    }
+    if "license" in facts:
+        data["license"] = facts["license"]
+    return f"---\n{write_yaml(data).strip()}\n---\n\n# {_line(facts['name'])}"
+
+
+def _introduction(facts: Facts) -> str:
+    parameters = f"{facts['parameters']:,} parameters"
+    if "active_parameters" in facts:
+        parameters += f", {facts['active_parameters']:,} of which act on a token"
+    rows = [
+        ("Parameters", parameters),
+        ("Architecture", facts.get("architecture")),
+        ("Weights", facts.get("dtype")),
+        ("Context", f"{facts['context']:,} tokens" if "context" in facts else None),
+        ("Objective", facts.get("objective")),
+        ("Started from", facts.get("base")),
+        ("Class", _class(facts)),
+    ]
+    table = _table(["", ""], [[name, value] for name, value in rows if value])
+    return f"A language model of {count(facts['parameters'])} parameters, made with Tinsmith.\n\n{table}"
+
+
+def _class(facts: Facts) -> str | None:
+    if "family" not in facts:
+        return None
+    if facts["family"] != "tinsmith":
+        return f"`{facts['family']}`, a stock class of transformers"
+    reason = facts.get("reason")
+    return "`tinsmith`, Tinsmith's own" + (f", because {reason}" if reason else "")
+
+
+def _loading(facts: Facts) -> str:
+    stock = facts.get("family", "tinsmith") != "tinsmith"
+    tokenizer, chat = facts.get("tokenizer", True), facts.get("chat", False)
+    first = [] if stock else ["import tinsmith.hub.auto  # registers the class"]
+    names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
+    theirs = [
+        *first,
+        f"from transformers import {names}",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if tokenizer else []),
+    ]
+    ours = ["import tinsmith", "", 'lm, tokenizer = tinsmith.load("FOLDER")']
+    shell = "tinsmith chat FOLDER" if chat else 'tinsmith generate FOLDER -p "Once"'
+    snippets = [_fenced("\n".join(lines), "python") for lines in (theirs, ours)]
+    return "\n\n".join([*snippets, *([_fenced(shell, "sh")] if tokenizer else [])])
+
+
+def _data(facts: Facts) -> str:
+    rows = [
+        [
+            source["name"],
+            _number(source.get("documents")),
+            _number(source.get("tokens")),
+            _number(source.get("rejected")),
+            source.get("license", "not stated"),
+        ]
+        for source in facts.get("data", [])
+    ]
+    return _table(["source", "documents", "tokens", "rejected", "license"], rows) if rows else ""
+
+
+def _training(facts: Facts) -> str:
+    parts: list[str] = []
+    if "steps" in facts and "tokens_seen" in facts:
+        parts.append(f"{facts['steps']:,} steps, {facts['tokens_seen']:,} tokens seen.")
+    if "loss_plot" in facts:
+        parts.append(f"![loss]({facts['loss_plot']})")
+    if "command" in facts:
+        parts.append(_fenced(facts["command"], "sh"))
+    made = dict(facts.get("versions", {}))
+    if "commit" in facts:
+        made = {"commit": facts["commit"]} | made
+    if made:
+        parts.append(_table(["with", "version"], [[name, made[name]] for name in made]))
+    return "\n\n".join(parts)
+
+
+def _evaluation(facts: Facts) -> str:
+    rows = [
+        [score["task"], score["metric"], f"{score['value']:.4g}", _number(score.get("items"))]
+        for score in facts.get("scores", [])
+    ]
+    return _table(["task", "metric", "value", "over"], rows) if rows else ""
+
+
+def _samples(facts: Facts) -> str:
+    shown = [("", sample) for sample in facts.get("samples", [])]
+    if "bad_sample" in facts:
+        shown.append(("A bad one. ", facts["bad_sample"]))
+    parts: list[str] = []
+    for lead, sample in shown:
+        note = lead + _line(sample.get("note", ""))
+        parts += [note.strip()] if note.strip() else []
+        parts += [_fenced(sample["prompt"], "text"), _fenced(sample["text"], "text")]
+    return "\n\n".join(parts)
+
+
+def _weights(facts: Facts) -> str:
+    hashes = facts.get("hashes", {})
+    return _table(["file", "SHA-256"], [[name, f"`{hashes[name]}`"] for name in sorted(hashes)])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,0 +1,71 @@
+"""A model from stored tensors: built without memory of its own, then given exactly those."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.errors import UserError
+from tinsmith.hub.names import Names
+from tinsmith.hub.tensors import Stored, read_tensors
+from tinsmith.nn.model import LM, ModelConfig
+
+_REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Buffers of older transformers, which follow from the config."""
+
+_EMBED, _HEAD = "embed.weight", "head.weight"
+
+
+def fill(
+    config: ModelConfig,
+    found: dict[str, Stored],
+    names: Names,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    where: str,
+) -> LM:
+    """A model in eval mode whose tensors are those of a folder, by `names`.
+
+    UserError, naming the first tensor, where one is missing, of another shape, or not wanted.
+    `dtype` None keeps what the files have.
+    """
+    with torch.device("meta"):
+        lm = LM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
+    if config.tie_embeddings:
+        del shapes[_HEAD]
+    wanted = {name: names.theirs(name) for name in shapes}
+    head = names.theirs(_HEAD) if config.tie_embeddings else None
+    _compare({wanted[name]: shape for name, shape in shapes.items()}, found, head, where)
+    stored = {name: found[name] for name in [*wanted.values(), head] if name in found}
+    state = read_tensors(stored, dtype, device)
+    if head in state:
+        _same(state.pop(head), state[wanted[_EMBED]], head, where)
+    ours = {name: state[theirs] for name, theirs in wanted.items()}
+    if config.tie_embeddings:
+        ours[_HEAD] = ours[_EMBED]
+    lm.load_state_dict(ours, assign=True)
+    if config.tie_embeddings:
+        lm.head.weight = lm.embed.weight
+    return lm.eval()
+
+
+def _compare(
+    wanted: dict[str, tuple[int, ...]], found: dict[str, Stored], head: str | None, where: str
+) -> None:
+    for name, shape in wanted.items():
+        if name not in found:
+            raise UserError(f"{where}: tensor {name} is missing")
+        if found[name].shape != shape:
+            file, has = found[name].file, list(found[name].shape)
+            raise UserError(f"{file}: tensor {name} is {has}; the config asks for {list(shape)}")
+    for name in sorted(found):
+        if name not in wanted and name != head and not _REDUNDANT.fullmatch(name):
+            raise UserError(f"{found[name].file}: tensor {name} is not part of this model")
+
+
+def _same(head: Tensor, embed: Tensor, name: str, where: str) -> None:
+    if not torch.equal(head, embed):
+        raise UserError(
+            f"{where}: tensor {name} differs from the embedding, though config.json ties the two"
+        )

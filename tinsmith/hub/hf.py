@@ -1,0 +1,154 @@
+"""Hugging Face folders: written so that others open them, read so that nothing is guessed."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.files import atomic_dir, atomic_write, sha256
+from tinsmith.core.jsonfile import read_object
+from tinsmith.hub.card import Facts, model_card
+from tinsmith.hub.configs import OWN, config_from_hf, config_to_hf
+from tinsmith.hub.fill import fill
+from tinsmith.hub.names import NAMES
+from tinsmith.hub.rope import stretched
+from tinsmith.hub.tensors import find_tensors, save_sharded
+from tinsmith.hub.vocabulary import ids_of, save_tokenizer
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Exported",
+    "config_from_hf",
+    "config_to_hf",
+    "export_folder",
+    "import_folder",
+    "write_folder",
+]
+
+SHARD_BYTES = 5 * 10**9
+
+
+class Exported(NamedTuple):
+    """What a folder turned out to be; a model card is made from it."""
+
+    family: str
+    reason: str | None
+    """Why no stock family fits, where `family` is "tinsmith"."""
+    parameters: int
+    dtype: str
+    hashes: dict[str, str]
+    """SHA-256 of every file of weights."""
+
+
+Card = str | Callable[[Exported], str]
+"""The text of a folder's README.md, or what makes it once the weights are written."""
+
+
+def export_folder(
+    lm: LM,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    *,
+    card: Card | None = None,
+    attach: Sequence[Path] = (),
+    overwrite: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Write a model as a Hugging Face folder, weights in their own dtype, whole or not at all.
+
+    The class is a stock one (Llama, Mistral, Qwen2, Qwen3) wherever it computes the same, else
+    `model_type: tinsmith`. `attach` are files to lie beside, such as the picture a card shows.
+    UserError where `folder` is there already (unless `overwrite`).
+    """
+    return write_folder(
+        lm.config,
+        lm.state_dict(),
+        tokenizer,
+        folder,
+        card=card,
+        attach=attach,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_folder(
+    config: ModelConfig,
+    state: dict[str, Tensor],
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    *,
+    card: Card | None = None,
+    attach: Sequence[Path] = (),
+    overwrite: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """`export_folder` for full tensors by Tinsmith's names, wherever they came from."""
+    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists; give the name of a new folder, or remove it first")
+    translation = config_to_hf(config)
+    names = NAMES[translation.family]
+    tied = {"head.weight"} if config.tie_embeddings else set()
+    theirs = {names.theirs(name): tensor for name, tensor in state.items() if name not in tied}
+    dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
+    ids = ids_of(tokenizer, config.vocab_size)
+    data = translation.data | {"dtype": dtype, "torch_dtype": dtype} | ids.for_config()
+    with atomic_dir(folder) as inside:
+        written = save_sharded(inside, theirs, max_shard_bytes)
+        _write_json(inside / "config.json", data)
+        _write_json(inside / "generation_config.json", ids.for_generation())
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, inside, config.vocab_size)
+        for path in attach:
+            shutil.copyfile(path, inside / path.name)
+        done = Exported(
+            family=translation.family,
+            reason=translation.reason,
+            parameters=sum(tensor.numel() for tensor in theirs.values()),
+            dtype=dtype,
+            hashes={path.name: sha256(path) for path in written},
+        )
+        atomic_write(inside / "README.md", _card(card, done, folder.name, tokenizer is not None))
+    return done
+
+
+def _card(card: Card | None, done: Exported, name: str, has_tokenizer: bool) -> str:
+    if card is None:
+        return model_card(Facts(name=name, tokenizer=has_tokenizer, **done._asdict()))
+    return card if isinstance(card, str) else card(done)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(data, indent=2) + "\n")
+
+
+def import_folder(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+) -> tuple[LM, Tokenizer | None]:
+    """Open a Llama, Mistral, Qwen2, Qwen3 or Tinsmith folder; the model is in eval mode.
+
+    Strict: every tensor that the model has must be there in its shape, and no other. UserError
+    names the first key, file or tensor that is wrong.
+    """
+    where = path / "config.json"
+    data = read_object(where)
+    config = stretched(config_from_hf(data, str(where)), rope_scaling)
+    family = str(data["model_type"])
+    lm = fill(config, find_tensors(path), NAMES[family], dtype, device, str(path))
+    return lm, open_tokenizer(path)
+
+
+def open_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, None where it has none."""
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return Tokenizer.load(folder) if pair or (folder / "tokenizer.json").is_file() else None

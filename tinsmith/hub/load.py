@@ -1,0 +1,148 @@
+"""`tinsmith.load`: a run, a checkpoint, a Hugging Face folder, or a name on the Hub."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import say, warn
+from tinsmith.core.manifest import MANIFEST, newest_valid, verify
+from tinsmith.core.parse import read_yaml
+from tinsmith.hub.fill import fill
+from tinsmith.hub.hf import import_folder, open_tokenizer
+from tinsmith.hub.names import SAME
+from tinsmith.hub.rope import stretched
+from tinsmith.hub.tensors import find_tensors
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.text.tokenizer import Tokenizer
+
+NEEDS = ("model.safetensors", "config.yaml")
+"""Files without which a checkpoint cannot be opened."""
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+) -> tuple[LM, Tokenizer | None]:
+    """Open a model: (lm in eval mode, tokenizer or None where the folder has none).
+
+    `path` is a run (its `final/`, else its newest valid checkpoint), a checkpoint, a Hugging Face
+    folder, or, where no such path exists, a name on the Hugging Face Hub. Weights keep the file's
+    dtype unless `dtype` is given (a torch dtype, or its name). `rope_scaling` stretches the context:
+    `{kind: yarn, factor, original_context}`, or in Hugging Face's words. UserError where there is
+    nothing to open, or where what is there is broken or not a model that Tinsmith can build.
+    """
+    kind = _dtype(dtype)
+    place = _device(device)
+    folder = locate(path)
+    if _is_checkpoint(folder):
+        return _open_checkpoint(folder, kind, place, rope_scaling)
+    return import_folder(folder, kind, place, rope_scaling)
+
+
+def locate(path: str | Path) -> Path:
+    """The folder that holds the weights `path` stands for: a checkpoint or a Hugging Face folder.
+
+    Fetches from the Hub where `path` is a name and not a path.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return _inside(folder)
+    if folder.exists():
+        raise UserError(f"{path}: is a file; give the folder that holds the model")
+    name = str(path)
+    if not _HUB_NAME.fullmatch(name) or ("/" in name and folder.parent.exists()):
+        raise UserError(f"{path}: no such folder")
+    run = Path(os.environ.get("TINSMITH_RUNS", "runs")) / name
+    if run.is_dir():
+        raise UserError(f"{path}: no such folder; did you mean {run}?")
+    return _fetch(name)
+
+
+def _inside(folder: Path) -> Path:
+    if _is_checkpoint(folder) or (folder / "config.json").is_file():
+        return folder
+    if (folder / "final" / "config.json").is_file():
+        return folder / "final"
+    found, skipped = newest_valid(folder / "checkpoints", needs=NEEDS)
+    for line in skipped if found else []:
+        warn(f"passed over {folder / 'checkpoints'}/{line}")
+    if found:
+        return found
+    if skipped:
+        raise UserError(f"{folder}: no valid checkpoint; {skipped[0]}")
+    raise UserError(
+        f"{folder}: not a model; looked for final/ and checkpoints/ (a run), {MANIFEST} (a "
+        "checkpoint) and config.json (a Hugging Face folder)"
+    )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or all((folder / name).is_file() for name in NEEDS)
+
+
+def _open_checkpoint(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    rope_scaling: dict[str, Any] | None,
+) -> tuple[LM, Tokenizer | None]:
+    reason = verify(folder, hashes=True, needs=NEEDS)
+    if reason is not None:
+        raise UserError(f"{folder}: not a valid checkpoint: {reason}")
+    where = folder / "config.yaml"
+    recipe = read_yaml(where)
+    if not isinstance(recipe, dict) or "model" not in recipe:
+        raise UserError(f"{where}: has no model section")
+    config = stretched(ModelConfig.from_dict(recipe["model"], f"{where}: model"), rope_scaling)
+    lm = fill(config, find_tensors(folder), SAME, dtype, device, str(folder))
+    return lm, open_tokenizer(folder)
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    say(f"fetching {name} from the Hugging Face Hub: config, weights, tokenizer", err=True)
+    try:
+        folder = snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name}: no such folder here, and the Hugging Face Hub did not give it: {reason}"
+        ) from None
+    say(f"{name} is at revision {Path(folder).name}", err=True)
+    return Path(folder)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = _DTYPES | {str(kind).removeprefix("torch."): kind for kind in _DTYPES.values()}
+    if dtype not in known:
+        raise UserError(f"dtype: '{dtype}' is not one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise UserError(f"device: {str(error).splitlines()[0]}") from None

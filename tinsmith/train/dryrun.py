@@ -1,0 +1,138 @@
+"""`--dry-run`: everything that can go wrong, before anything costs time. Writes nothing.
+
+The resolved recipe with the type of every value, a parameter table, cost, memory and disk estimates, a look at the
+data, and one real step of the real model on a few random tokens.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+from tinsmith.config import RunConfig
+from tinsmith.core.errors import UserError
+from tinsmith.core.files import free_space
+from tinsmith.core.log import say, warn
+from tinsmith.core.parse import plain
+from tinsmith.core.rng import seed_all
+from tinsmith.core.units import count, size
+from tinsmith.data.batch import Batch
+from tinsmith.data.check import check_data
+from tinsmith.hub.load import load
+from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.model import LM
+from tinsmith.optim.build import Optimizers
+from tinsmith.optim.groups import partition
+from tinsmith.optim.schedule import multiplier
+from tinsmith.train.folder import run_folder, runs_root
+from tinsmith.train.parallel import pick_device
+
+LARGEST = 1_000_000_000
+"""Parameters of a model whose step is still tried."""
+TOKENS = 16
+
+
+def dry_run(config: RunConfig, name: str) -> None:
+    """Print all of it; UserError for the first thing that would stop the run."""
+    _recipe(config)
+    model = _model_config(config)
+    pick_device(config.train.device)
+    with torch.device("meta"):
+        shape = LM(model)
+    _parameters(shape, config)
+    _cost(shape, model, config)
+    for line in check_data(config.data, config.objective.shape):
+        say(f" data      {line}")
+    _disk(shape, config, name)
+    if shape.parameter_count() <= LARGEST:
+        _one_step(model, config)
+    else:
+        warn(f"no step was tried: {count(shape.parameter_count())} parameters are too many for a dry run")
+    say(" dry run   ok; nothing was written")
+
+
+def _model_config(config: RunConfig) -> ModelConfig:
+    if config.init_from is None:
+        assert config.model is not None
+        return config.model
+    lm, _ = load(config.init_from)
+    if config.model is not None and config.model != lm.config:
+        raise UserError(f"model: differs from that of init_from: {config.init_from}; leave it out, or make them agree")
+    return lm.config
+
+
+def _recipe(config: RunConfig) -> None:
+    def show(value: Any, path: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                show(inner, f"{path}.{key}" if path else key)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, inner in enumerate(value):
+                show(inner, f"{path}.{index}")
+        else:
+            say(f" recipe    {path:<44} {value!r}  ({type(value).__name__})")
+
+    show(plain(config), "")
+
+
+def _parameters(shape: LM, config: RunConfig) -> None:
+    say(f" model     {shape.parameter_count():,} parameters")
+    for role, members in partition(shape).items():
+        if members:
+            say(f" model     {role:<10} {sum(p.numel() for _, p in members):>14,} in {len(members)} tensors")
+
+
+def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
+    train = config.train
+    forward = shape.flops(train.context)
+    total = 3 * forward * train.steps * train.positions
+    say(f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run")
+    say(f" memory    about {size(memory(shape, model, config))} (weights, gradients, moments, activations, logits)")
+
+
+def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
+    """Bytes, roughly: 16 per parameter, and per token and layer what a block keeps for its backward pass."""
+    train = config.train
+    tokens = train.rows * train.context
+    wide = 2 if train.precision != "fp32" else 4
+    kept = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
+    if train.checkpointing:
+        kept = 2 * model.dim * len(shape.blocks) + kept / len(shape.blocks)
+    return 16.0 * shape.parameter_count() + tokens * kept * wide + 12.0 * 2**23
+
+
+def _disk(shape: LM, config: RunConfig, name: str) -> None:
+    each = 12 * shape.parameter_count()
+    kept = config.train.keep.last + config.train.keep.best + 1
+    place = run_folder(name)
+    free = free_space(runs_root().resolve())
+    say(f" output    {place} (shards in {runs_root() / '.data'})")
+    say(f" disk      {kept} checkpoints of {size(each)} at most: {size(kept * each)}; {size(free)} free")
+    if kept * each > free:
+        raise UserError(f"{place}: the run wants {size(kept * each)} and {size(free)} are free; lower train.keep.last")
+    if place.exists():
+        say(f" output    {place} exists already: choose another --name, or --resume")
+
+
+def _one_step(model: ModelConfig, config: RunConfig) -> None:
+    began = time.monotonic()
+    seed_all(config.train.seed)
+    lm, objective = LM(model), config.objective.build()
+    lm.checkpointing = config.train.checkpointing
+    optimizers = Optimizers.build(lm, objective, config.optim)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (1, TOKENS + 1), generator=generator)
+    positions = torch.arange(TOKENS)[None]
+    everything = torch.ones(1, TOKENS, dtype=torch.bool)
+    nowhere, source = torch.zeros(1, TOKENS, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    batch = Batch(ids[:, :-1], ids[:, 1:], everything, positions, nowhere, source)
+    loss = objective.loss(lm, batch)
+    (loss.total / TOKENS).backward()
+    optimizers.set_multiplier(multiplier(config.optim.schedule, 0, config.train.steps))
+    optimizers.step()
+    mean = float(loss.total.detach()) / TOKENS
+    expected = torch.tensor(float(model.vocab_size)).log().item()
+    said = f"loss {mean:.3f} (ln of {model.vocab_size} ids is {expected:.3f})"
+    say(f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} s, {said}")
+
+
