@@ -1,4 +1,4 @@
-"""What every test may count on: one thread, fixed seeds, no network, and real data where it is present."""
+"""What every test may count on: one thread, fixed seeds, no network, real data where present."""
 
 import os
 from pathlib import Path

@@ -15,30 +15,50 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(no_args_is_help=True, help="Look at recipes: show, check, schema, diff.", rich_markup_mode=None)
+config_app = typer.Typer(
+    no_args_is_help=True, help="Look at recipes: show, check, schema, diff.", rich_markup_mode=None
+)
 app.add_typer(config_app, name="config")
 
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or Hub id.")]
+ModelPath = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or Hub id."),
+]
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys: train.steps=100.")]
-More = Annotated[list[Path] | None, typer.Option("-c", "--config", help="Another YAML file on top of the recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys: train.steps=100."),
+]
+More = Annotated[
+    list[Path] | None,
+    typer.Option("-c", "--config", help="Another YAML file on top of the recipe."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-Scaling = Annotated[str | None, typer.Option("--rope-scaling", help="YAML, e.g. '{kind: yarn, factor: 4, ...}'.")]
+Scaling = Annotated[
+    str | None, typer.Option("--rope-scaling", help="YAML, e.g. '{kind: yarn, factor: 4, ...}'.")
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
-MinP = Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest one.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Leave out tokens below this share of the likeliest one.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens to make, at most.")]
 
 
 @app.command()
 def quickstart(
-    tiny: Annotated[bool, typer.Option("--tiny", help="The same story in under two minutes.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="The same story in under two minutes.")
+    ] = False,
     name: Annotated[str, typer.Option(help="The run's name.")] = "quickstart",
 ) -> None:
-    """The whole story on this machine in minutes: tokenizer, pretraining, fine-tuning, three answers.
+    """The whole story on this machine in minutes: tokenizer, pretraining, fine-tuning, three
+    answers.
 
     \b
     tinsmith quickstart
@@ -67,9 +87,13 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="The run's name: a folder under runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --name.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --name.")
+    ] = False,
     resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, take one tiny step, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, take one tiny step, write nothing.")
+    ] = False,
     more: More = None,
 ) -> None:
     """Train what a recipe says; the recipe's objective says what for.
@@ -86,9 +110,15 @@ def train(
 @app.command("eval")
 def evaluate(
     model: ModelPath,
-    tasks: Annotated[str, typer.Option(help="Comma-separated: bpb, or multiple-choice .jsonl files.")] = "bpb",
-    data: Annotated[Path | None, typer.Option(help="Text to measure bits per byte on (default: the run's own).")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows or questions per task.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated: bpb, or multiple-choice .jsonl files.")
+    ] = "bpb",
+    data: Annotated[
+        Path | None, typer.Option(help="Text to measure bits per byte on (default: the run's own).")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many rows or questions per task.")
+    ] = None,
     device: Device = "auto",
     rope_scaling: Scaling = None,
     as_json: Json = False,
@@ -107,16 +137,23 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelPath,
-    prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="What to continue; else standard input.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--prompt", help="What to continue; else standard input."),
+    ] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="Continuations per prompt.")] = 1,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")
+    ] = False,
     max_new: MaxNew = 200,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = 0.95,
     min_p: MinP = None,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be given several times.")
+    ] = None,
     rope_scaling: Scaling = None,
     as_json: Json = False,
 ) -> None:
@@ -129,7 +166,9 @@ def generate(
     from tinsmith.verbs.generate import Request
     from tinsmith.verbs.generate import generate as run
 
-    request = Request(count, chat, max_new, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    request = Request(
+        count, chat, max_new, temperature, top_k, top_p, min_p, seed, tuple(stop or ())
+    )
     run(model, prompt or [], request, rope_scaling, as_json)
 
 
@@ -142,10 +181,13 @@ def chat(
     top_k: TopK = None,
     max_new: MaxNew = 400,
     seed: Seed = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Let every answer begin with <think>.")] = False,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="Let every answer begin with <think>.")
+    ] = False,
     rope_scaling: Scaling = None,
 ) -> None:
-    """Talk to a model. /help lists what can be said beside text; Ctrl-C stops an answer, twice quits.
+    """Talk to a model. /help lists what can be said beside text; Ctrl-C stops an answer, twice
+    quits.
 
     \b
     tinsmith chat runs/quickstart
@@ -154,7 +196,14 @@ def chat(
     from tinsmith.verbs.chat import Settings
     from tinsmith.verbs.chat import chat as run
 
-    settings = Settings(temperature=temperature, top_p=top_p, top_k=top_k, max_new=max_new, seed=seed, thinking=thinking)
+    settings = Settings(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new=max_new,
+        seed=seed,
+        thinking=thinking,
+    )
     run(model, system, settings, rope_scaling)
 
 
@@ -177,11 +226,14 @@ def export(
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A Hugging Face folder or Hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A Hugging Face folder or Hub id.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     rope_scaling: Scaling = None,
 ) -> None:
-    """Check a Hugging Face model tensor by tensor and write it as a folder of this project's own making.
+    """Check a Hugging Face model tensor by tensor and write it as a folder of this project's own
+    making.
 
     \b
     tinsmith import ~/models/my-llama runs/llama
@@ -247,7 +299,9 @@ def diff(left: Recipe, right: Recipe) -> None:
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The picture to write (default: in the run).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The picture to write (default: in the run).")
+    ] = None,
 ) -> None:
     """Draw the curves of a run, or of several in one picture.
 
@@ -287,7 +341,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def version(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     """A workshop for small language models."""
     if show_version:
         from tinsmith import __version__
@@ -297,7 +353,9 @@ def version(show_version: Annotated[bool, typer.Option("--version", help="Print 
 
 
 def main() -> None:
-    """Run a verb. Exit codes: 0 done, 1 failure, 2 something to mend in the input, 75 stopped, resume me."""
+    """Run a verb. Exit codes: 0 done, 1 failure, 2 something to mend in the input, 75 stopped,
+    resume me.
+    """
     from tinsmith.core.errors import Failure, Stopped, UserError
 
     try:

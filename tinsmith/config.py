@@ -47,12 +47,16 @@ class RunConfig(Config):
             raise ValueError("tokenizer is required where there is no init_from")
 
 
-def load(path: Path, overrides: list[str] | None = None, more: list[Path] | None = None) -> RunConfig:
+def load(
+    path: Path, overrides: list[str] | None = None, more: list[Path] | None = None
+) -> RunConfig:
     """The recipe at `path`, validated; UserError is one line with file, key and remedy."""
     return from_dict(tree(path, overrides, more), str(path))
 
 
-def tree(path: Path, overrides: list[str] | None = None, more: list[Path] | None = None) -> dict[str, Any]:
+def tree(
+    path: Path, overrides: list[str] | None = None, more: list[Path] | None = None
+) -> dict[str, Any]:
     """The recipe as plain data, with overrides and presets applied, before validation."""
     data = _mapping(read_yaml(path), path)
     for extra in more or []:
@@ -73,7 +77,9 @@ def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
     try:
         return parse(RunConfig, data, where)
     except UserError as error:
-        raise UserError(str(error).replace("data.0.", "data.", 1) if single else str(error)) from None
+        raise UserError(
+            str(error).replace("data.0.", "data.", 1) if single else str(error)
+        ) from None
 
 
 def dump(config: RunConfig) -> str:
@@ -91,7 +97,10 @@ def migrate(data: dict[str, Any], where: str = "") -> dict[str, Any]:
     version = data.get("schema", SCHEMA)
     if not isinstance(version, int) or version > SCHEMA or version < 1:
         place = f"{where}: " if where else ""
-        raise UserError(f"{place}schema: {version!r} is unknown here (this Tinsmith reads up to {SCHEMA}); upgrade it")
+        raise UserError(
+            f"{place}schema: {version!r} is unknown here (this Tinsmith reads up to {SCHEMA}); "
+            "upgrade it"
+        )
     return data | {"schema": SCHEMA}
 
 
@@ -143,7 +152,10 @@ def _index(here: list[Any], key: str, override: str) -> int:
 
 def _mapping(data: Any, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe holds keys and values; this file is {'empty' if data is None else 'not'}")
+        raise UserError(
+            f"{path}: a recipe holds keys and values; this file is "
+            f"{'empty' if data is None else 'not'}"
+        )
     known = list(RunConfig.__dataclass_fields__)
     for key in data:
         if key not in known:

@@ -1,5 +1,6 @@
 """Small models and tokenizers for measuring."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def bigrams(tokenizer: Tokenizer) -> Callable[[list[list[int]]], LM]:
             lm.embed.weight.copy_(torch.eye(size))
             lm.head.weight.zero_()
             for line in lines:
-                for before, after in zip(line[:-1], line[1:], strict=True):
+                for before, after in itertools.pairwise(line):
                     lm.head.weight[after, before] = 10 / size**0.5
         return lm
 

@@ -65,39 +65,36 @@ def test_only_the_missing_context_is_a_special_token(tokenizer):
 
 
 def test_a_model_with_planted_preferences_answers_everything(bigrams, tokenizer, write_rows):
-    rows = [row | ({} if "good" in row else {"task": "others"}) for row in ROWS[:5]]
+    rows = [
+        {"context": "the cat", "choices": ["off", "sat", "mat"], "answer": 1, "task": "one"},
+        {"question": "where?", "choices": ["mat", "and"], "answer": "B", "task": "two"},
+        {"choices": ["the cat", "the dog"], "continuation": " ran", "answer": 1, "task": "two"},
+        {"good": "the dog", "bad": "dog the"},
+    ]
     encoded = [encode_question(parse_question(row), tokenizer, 512) for row in rows]
-    right = [one.lines[one.question.gold].ids for one in encoded]
-    result = evaluate_choice(bigrams(right), tokenizer, write_rows(rows))
-    assert result.total[:2] == (1.0, 1.0)
-    assert result.total.n == 5
-    assert result.total.chance == pytest.approx((1 / 3 + 4 / 2) / 5)
-    assert {name: score.n for name, score in result.groups.items()} == {"others": 4}
-    swapped = [{"good": ROWS[4]["bad"], "bad": ROWS[4]["good"]}]
-    assert evaluate_choice(bigrams(right), tokenizer, write_rows(swapped)).total.acc == 0.0
+    lm = bigrams([one.lines[one.question.gold].ids for one in encoded])
+    result = evaluate_choice(lm, tokenizer, write_rows(rows))
+    assert result.total == (1.0, 1.0, pytest.approx((1 / 3 + 3 / 2) / 4), 4)
+    assert {name: score.n for name, score in result.groups.items()} == {"one": 1, "two": 2}
+    swapped = [{"good": "dog the", "bad": "the dog"}, rows[2] | {"answer": 0}]
+    assert evaluate_choice(lm, tokenizer, write_rows(swapped)).total[:2] == (0.0, 0.0)
 
 
 def test_length_does_not_decide_the_normalised_score(bigrams, tokenizer, write_rows):
-    """Every token costs the same: the sum prefers the short choice, the mean per byte the one
-    whose tokens are long.
+    """Every token costs the same: the sum prefers the choice of few tokens, the share of a byte
+    the one whose tokens are long.
     """
-    lm = bigrams([])
-    rows = [{"context": "a", "choices": ["the the", "x"], "answer": 0}]
-    short, long = (len(tokenizer.encode_inside(text)) for text in (" x", " the the"))
-    assert short < long
-    assert short / 1 > long / 7
-    total = evaluate_choice(lm, tokenizer, write_rows(rows)).total
+    rows = [{"context": "a", "choices": ["the the the", "x"], "answer": 0}]
+    long, short = (len(tokenizer.encode_inside(text)) for text in (" the the the", " x"))
+    assert short < long < 11 * short
+    total = evaluate_choice(bigrams([]), tokenizer, write_rows(rows)).total
     assert (total.acc, total.acc_norm) == (0.0, 1.0)
 
 
 def test_a_model_that_says_nothing_is_at_chance(bigrams, tokenizer, write_rows):
-    rows = [{"context": "the", "choices": ["cat", "dog"], "answer": 0}] * 3
-    rows += [{"context": "the", "choices": ["a", "b", "c"], "answer": 0}]
-    lm = bigrams([])
-    assert len({len(tokenizer.encode(f" {word}")) for word in ("a", "b", "c")}) == 1
-    rows[0] = {"context": "the", "choices": ["b", "c"], "answer": 0}
-    total = evaluate_choice(lm, tokenizer, write_rows([rows[0], rows[3]])).total
-    assert total.acc == total.acc_norm == pytest.approx(total.chance) == pytest.approx(5 / 12)
+    rows = [{"choices": choices, "answer": 0} for choices in (["b", "c"], ["b", "c", "d"])]
+    total = evaluate_choice(bigrams([]), tokenizer, write_rows(rows)).total
+    assert total.acc == total.acc_norm == total.chance == pytest.approx(5 / 12)
 
 
 def test_numbers_that_are_none_are_no_answers(bigrams, tokenizer, write_rows):
@@ -243,8 +240,7 @@ def test_a_compressed_file_and_a_plain_one_say_the_same(make_lm, tokenizer, writ
 
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=5), st.data())
 @settings(derandomize=True, max_examples=30, deadline=None)
-def test_the_order_of_choices_changes_no_score(tokenizer, choices, data):
-    """The right answer is found by its text wherever it stands, unless it stands there twice."""
+def test_an_answer_in_words_is_found_wherever_it_stands(choices, data):
     answer = data.draw(st.sampled_from(choices))
     shuffled = data.draw(st.permutations(choices))
     records = [{"choices": some, "answer": answer} for some in (choices, shuffled)]

@@ -28,7 +28,9 @@ class StopFlag:
         }
 
     def __enter__(self) -> "StopFlag":
-        """Take over the signals. Outside the main thread, where Python does not allow it, only watch the flag."""
+        """Take over the signals. Outside the main thread, where Python does not allow it, only
+        watch the flag.
+        """
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
                 self._before[number] = signal.signal(number, handler)

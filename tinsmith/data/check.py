@@ -1,4 +1,6 @@
-"""A first look at data, before anything is prepared: is it there, and does its first record read?"""
+"""A first look at data, before anything is prepared: is it there, and does its first record
+read?
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and JSON that are whole or not there.
 
-    checkpoints/step-00001000/
-      model.safetensors  optim.safetensors  objective.safetensors  state.json  rng-00000.safetensors (one per rank)
-      config.yaml  tokenizer.json  manifest.json (written last)
-    checkpoints/LATEST
+checkpoints/step-00001000/
+  model.safetensors  optim.safetensors  objective.safetensors  state.json
+  rng-00000.safetensors (one per rank)  config.yaml  tokenizer.json  manifest.json (last)
+checkpoints/LATEST
 """
 
 import errno
@@ -24,6 +24,8 @@ from tinsmith.core.manifest import newest_valid, verify, write_manifest
 from tinsmith.core.units import size
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.config import Keep
+
+NEEDS = ("model.safetensors", "optim.safetensors", "state.json", "config.yaml")
 
 
 class Snapshot(NamedTuple):
@@ -48,7 +50,9 @@ class DiskFull(Failure):
 
 
 def save(root: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> Path:
-    """Write `root/step-XXXXXXXX` in one rename; raises DiskFull, with numbers, and leaves nothing half-written."""
+    """Write `root/step-XXXXXXXX` in one rename; raises DiskFull, with numbers, and leaves
+    nothing half-written.
+    """
     step = snapshot.state["step"]
     target = root / f"step-{step:08d}"
     root.mkdir(parents=True, exist_ok=True)
@@ -63,14 +67,20 @@ def save(root: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> P
         atomic_write(root / "LATEST", target.name + "\n")
     except (OSError, SafetensorError) as error:
         if _is_full(error):
-            raise DiskFull(f"{size(snapshot.nbytes)} needed, {size(free_space(root))} free at {root}") from None
+            raise DiskFull(
+                f"{size(snapshot.nbytes)} needed, {size(free_space(root))} free at {root}"
+            ) from None
         raise
     return target
 
 
 def _write(folder: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> None:
     meta = {"format": "pt", "step": str(snapshot.state["step"])}
-    for name, tensors in (("model", snapshot.model), ("optim", snapshot.optim), ("objective", snapshot.objective)):
+    for name, tensors in (
+        ("model", snapshot.model),
+        ("optim", snapshot.optim),
+        ("objective", snapshot.objective),
+    ):
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors", metadata=meta)
             event(f"{name}.safetensors")
@@ -92,15 +102,19 @@ def _is_full(error: Exception) -> bool:
 
 def load(folder: Path) -> Snapshot:
     """Read a checkpoint; UserError says in one line what is wrong with it."""
-    problem = verify(folder)
+    problem = verify(folder, needs=NEEDS)
     if problem:
         raise UserError(f"{folder}: {problem}")
     try:
-        groups = [_tensors(folder / f"{name}.safetensors") for name in ("model", "optim", "objective")]
+        groups = [
+            _tensors(folder / f"{name}.safetensors") for name in ("model", "optim", "objective")
+        ]
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         rng = [path.read_bytes() for path in sorted(folder.glob("rng-*.safetensors"))]
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be read ({error}); resume from an older checkpoint") from None
+        raise UserError(
+            f"{folder}: cannot be read ({error}); resume from an older checkpoint"
+        ) from None
     return Snapshot(groups[0], groups[1], groups[2], state, rng)
 
 
@@ -110,7 +124,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def latest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint under `root`, and why newer ones were passed over."""
-    return newest_valid(root) if root.is_dir() else (None, [])
+    return newest_valid(root, needs=NEEDS)
 
 
 def clean(root: Path) -> None:
@@ -119,11 +133,15 @@ def clean(root: Path) -> None:
 
 
 def prune(root: Path, keep: Keep, best: int | None) -> None:
-    """Delete what `keep` does not name; the newest always stays. `best`: the step of the best on validation."""
+    """Delete what `keep` does not name; the newest always stays. `best`: the step of the best on
+    validation.
+    """
     folders = sorted(path for path in root.glob("step-*") if path.is_dir())
     if not folders:
         return
-    wanted = folders if keep.below is None else [f for f in folders if _validation_loss(f) < keep.below]
+    wanted = (
+        folders if keep.below is None else [f for f in folders if _validation_loss(f) < keep.below]
+    )
     kept = set(wanted[-keep.last :]) | {folders[-1]}
     if keep.best:
         kept |= {folder for folder in wanted if folder.name == f"step-{best or 0:08d}"}

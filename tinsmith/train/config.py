@@ -15,7 +15,9 @@ class Keep(Config):
     best: bool = True
     """The best on validation, which is saved as soon as it is found."""
     below: float | None = None
-    """Where given, only those whose validation loss (nats per token) is below it; the newest always stays."""
+    """Where given, only those whose validation loss (nats per token) is below it; the newest
+    always stays.
+    """
 
     def __post_init__(self) -> None:
         if self.last < 1:
@@ -47,7 +49,16 @@ class TrainConfig(Config):
     """Steps in a row with NaN or infinity after which training stops."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "context", "rows", "accumulate", "save_every", "eval_every", "sample_every", "bad_steps"):
+        for name in (
+            "steps",
+            "context",
+            "rows",
+            "accumulate",
+            "save_every",
+            "eval_every",
+            "sample_every",
+            "bad_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 

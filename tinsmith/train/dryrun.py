@@ -1,7 +1,7 @@
 """`--dry-run`: everything that can go wrong, before anything costs time. Writes nothing.
 
-The resolved recipe with the type of every value, a parameter table, cost, memory and disk estimates, a look at the
-data, and one real step of the real model on a few random tokens.
+The resolved recipe with the type of every value, a parameter table, cost, memory and disk
+estimates, a look at the data, and one real step of the real model on a few random tokens.
 """
 
 import time
@@ -47,7 +47,10 @@ def dry_run(config: RunConfig, name: str) -> None:
     if shape.parameter_count() <= LARGEST:
         _one_step(model, config)
     else:
-        warn(f"no step was tried: {count(shape.parameter_count())} parameters are too many for a dry run")
+        warn(
+            f"no step was tried: {count(shape.parameter_count())} parameters are too many for a "
+            "dry run"
+        )
     say(" dry run   ok; nothing was written")
 
 
@@ -57,7 +60,10 @@ def _model_config(config: RunConfig) -> ModelConfig:
         return config.model
     lm, _ = load(config.init_from)
     if config.model is not None and config.model != lm.config:
-        raise UserError(f"model: differs from that of init_from: {config.init_from}; leave it out, or make them agree")
+        raise UserError(
+            f"model: differs from that of init_from: {config.init_from}; leave it out, or make "
+            "them agree"
+        )
     return lm.config
 
 
@@ -79,7 +85,10 @@ def _parameters(shape: LM, config: RunConfig) -> None:
     say(f" model     {shape.parameter_count():,} parameters")
     for role, members in partition(shape).items():
         if members:
-            say(f" model     {role:<10} {sum(p.numel() for _, p in members):>14,} in {len(members)} tensors")
+            say(
+                f" model     {role:<10} {sum(p.numel() for _, p in members):>14,} in "
+                f"{len(members)} tensors"
+            )
 
 
 def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
@@ -87,11 +96,16 @@ def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
     forward = shape.flops(train.context)
     total = 3 * forward * train.steps * train.positions
     say(f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run")
-    say(f" memory    about {size(memory(shape, model, config))} (weights, gradients, moments, activations, logits)")
+    say(
+        f" memory    about {size(memory(shape, model, config))} (weights, gradients, moments, "
+        "activations, logits)"
+    )
 
 
 def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
-    """Bytes, roughly: 16 per parameter, and per token and layer what a block keeps for its backward pass."""
+    """Bytes, roughly: 16 per parameter, and per token and layer what a block keeps for its
+    backward pass.
+    """
     train = config.train
     tokens = train.rows * train.context
     wide = 2 if train.precision != "fp32" else 4
@@ -107,9 +121,15 @@ def _disk(shape: LM, config: RunConfig, name: str) -> None:
     place = run_folder(name)
     free = free_space(runs_root().resolve())
     say(f" output    {place} (shards in {runs_root() / '.data'})")
-    say(f" disk      {kept} checkpoints of {size(each)} at most: {size(kept * each)}; {size(free)} free")
+    say(
+        f" disk      {kept} checkpoints of {size(each)} at most: {size(kept * each)}; "
+        f"{size(free)} free"
+    )
     if kept * each > free:
-        raise UserError(f"{place}: the run wants {size(kept * each)} and {size(free)} are free; lower train.keep.last")
+        raise UserError(
+            f"{place}: the run wants {size(kept * each)} and {size(free)} are free; lower "
+            "train.keep.last"
+        )
     if place.exists():
         say(f" output    {place} exists already: choose another --name, or --resume")
 
@@ -133,6 +153,7 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     mean = float(loss.total.detach()) / TOKENS
     expected = torch.tensor(float(model.vocab_size)).log().item()
     said = f"loss {mean:.3f} (ln of {model.vocab_size} ids is {expected:.3f})"
-    say(f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} s, {said}")
-
-
+    say(
+        f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
+        f"s, {said}"
+    )

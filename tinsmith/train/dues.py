@@ -1,13 +1,17 @@
-"""What happens between steps: log, evaluate, sample, save, in this order, each at its own interval."""
+"""What happens between steps: log, evaluate, sample, save, in this order, each at its own
+interval.
+"""
 
 import math
 import time
+from pathlib import Path
 
 import torch
 
 from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
 from tinsmith.evals.bpb import evaluate_bpb
+from tinsmith.evals.choice import evaluate_choice
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Interrupted, Run
@@ -77,6 +81,7 @@ def evaluate(run: Run) -> None:
     values: Metrics = {"step": run.state.step, "kind": "eval", "loss": whole.loss, "bpb": whole.bpb}
     if len(found) > 2:
         values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
+    values |= _choices(run)
     run.log.metrics(values)
     run.state.evaluation = {"step": run.state.step, "loss": whole.loss, "bpb": whole.bpb}
     better = run.state.best is None or whole.loss < run.state.best["loss"]
@@ -86,6 +91,19 @@ def evaluate(run: Run) -> None:
     mark = " (best)" if better else ""
     run.log.line(f" eval   step {run.state.step}  loss {whole.loss:.3f}  bpb {whole.bpb:.3f}{mark}")
     run.clock.pause(time.monotonic() - began)
+
+
+def _choices(run: Run) -> Metrics:
+    """Accuracy on every multiple-choice file of `eval.tasks`."""
+    found: Metrics = {}
+    for path in run.config.eval.tasks:
+        if path != "bpb":
+            with autocast(run.config.train.precision, run.ranks.device):
+                result = evaluate_choice(
+                    run.policy, run.tokenizer, path, limit=run.config.eval.rows, poll=run.poll
+                )
+            found[f"accuracy.{Path(path).name.split('.')[0]}"] = result.to_dict()["acc"]
+    return found
 
 
 def sample(run: Run) -> None:
@@ -116,7 +134,9 @@ def save(run: Run) -> None:
 def bad_step(run: Run, begin: int) -> None:
     """Say which samples made a step that was skipped."""
     stop = run.feed.cursor
-    run.log.metrics({"step": run.state.step, "kind": "bad_step", "first_sample": begin, "end_sample": stop})
+    run.log.metrics(
+        {"step": run.state.step, "kind": "bad_step", "first_sample": begin, "end_sample": stop}
+    )
     skipped = f"skipped (samples {begin} to {stop - 1}; {run.guard.total} so far)"
     run.log.line(f" warning step {run.state.step}: loss or gradient is not finite, {skipped}")
 

@@ -19,7 +19,16 @@ from tinsmith.core.parse import plain, read_yaml
 from tinsmith.train.parallel import Ranks
 
 FREE_TO_CHANGE = {"log", "eval", "parallel", "init_from", "schema"}
-FREE_IN_TRAIN = {"steps", "device", "save_every", "eval_every", "sample_every", "keep", "compile", "bad_steps"}
+FREE_IN_TRAIN = {
+    "steps",
+    "device",
+    "save_every",
+    "eval_every",
+    "sample_every",
+    "keep",
+    "compile",
+    "bad_steps",
+}
 
 
 def runs_root() -> Path:
@@ -37,21 +46,31 @@ def default_name(recipe: str) -> str:
 def run_folder(name: str) -> Path:
     """The folder of the run called `name`; UserError for a name that is no name."""
     if name.startswith(".") or "/" in name or "\\" in name:
-        raise UserError(f"--name '{name}': a run's name is one word, without / and not beginning with a dot")
+        raise UserError(
+            f"--name '{name}': a run's name is one word, without / and not beginning with a dot"
+        )
     return inside(runs_root(), name)
 
 
 def claim(folder: Path, resume: bool) -> bool:
-    """Make the folder; True where there is a run in it to resume. A non-empty one needs `resume`."""
+    """Make the folder; True where there is a run in it to resume. A non-empty one needs
+    `resume`.
+    """
     taken = folder.exists() and any(folder.iterdir())
     if taken and not resume:
         name = folder.name
-        raise UserError(f"{folder} exists already; continue it with --resume, or choose another name than --name {name}")
+        raise UserError(
+            f"{folder} exists already; continue it with --resume, or choose another name than "
+            f"--name {name}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); set TINSMITH_RUNS to a folder you may write") from None
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); set TINSMITH_RUNS to a folder you may "
+            "write"
+        ) from None
     return taken
 
 
@@ -66,7 +85,11 @@ def environment(ranks: Ranks) -> dict[str, Any]:
     return {
         "argv": sys.argv,
         "git": _git(),
-        "versions": {"tinsmith": tinsmith.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "tinsmith": tinsmith.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "device": str(ranks.device),
         "threads": torch.get_num_threads(),
         "world": ranks.world,
@@ -75,7 +98,9 @@ def environment(ranks: Ranks) -> dict[str, Any]:
 
 def _git() -> dict[str, Any] | None:
     def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         return {"sha": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
@@ -101,4 +126,8 @@ def _differs(folder: Path, key: str, old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         name = next(name for name in old if old[name] != new.get(name))
         return _differs(folder, f"{key}.{name}", old[name], new[name])
-    return f"{folder} was begun with {key}: {old}, not {new}; resume with the same recipe, or begin a new run"
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        at = next(index for index, each in enumerate(old) if each != new[index])
+        return _differs(folder, f"{key}.{at}", old[at], new[at])
+    said = f"{folder} was begun with {key}: {old}, not {new}"
+    return f"{said}; resume with the same recipe, or begin a new run"

@@ -47,7 +47,10 @@ class Meters:
 
     def restore(self, saved: dict[str, list[float]], device: torch.device) -> None:
         """Put back what `state` gave."""
-        self.sums = {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in saved.items()}
+        self.sums = {
+            name: torch.tensor(pair, dtype=torch.float64, device=device)
+            for name, pair in saved.items()
+        }
 
 
 def _exact(value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """One process among several, and the same module spread over them.
 
-`replicate` keeps a whole copy on every rank and averages gradients; `fsdp` shards parameters, gradients and optimizer
-state with FSDP2's `fully_shard`, block by block. No wrapper objects: objectives see the same module either way.
-Nothing outside of `train` knows about ranks.
+`replicate` keeps a whole copy on every rank and averages gradients; `fsdp` shards parameters,
+gradients and optimizer state with FSDP2's `fully_shard`, block by block. No wrapper objects:
+objectives see the same module either way. Nothing outside of `train` knows about ranks.
 """
 
 import os
@@ -57,7 +57,9 @@ class Ranks:
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
         parts = [torch.zeros_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine)
-        return [bytes(p[:size].cpu().numpy()) for p, size in zip(parts, sizes.tolist(), strict=True)]
+        return [
+            bytes(p[:size].cpu().numpy()) for p, size in zip(parts, sizes.tolist(), strict=True)
+        ]
 
     def leave(self) -> None:
         """End the process group, if there is one."""
@@ -68,11 +70,14 @@ class Ranks:
 def join(kind: str, device: str) -> Ranks:
     """Read what torchrun says of this process and meet the others.
 
-    Raises UserError for a device that is not there, and where several processes were started with `parallel: none`.
+    Raises UserError for a device that is not there, and where several processes were started with
+    `parallel: none`.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and kind == "none":
-        raise UserError("parallel.kind: none, but torchrun started several processes; use replicate or fsdp")
+        raise UserError(
+            "parallel.kind: none, but torchrun started several processes; use replicate or fsdp"
+        )
     chosen = pick_device(device)
     if world > 1:
         if chosen.type == "cuda":
@@ -94,7 +99,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"train.device: '{name}' cannot be used here ({reason}); try auto or cpu") from None
+        raise UserError(
+            f"train.device: '{name}' cannot be used here ({reason}); try auto or cpu"
+        ) from None
     return device
 
 
@@ -102,7 +109,12 @@ def apply(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
     """Make all ranks start from rank 0's weights, and shard them where asked."""
     if ranks.world == 1:
         return
-    for tensor in (*policy.parameters(), *policy.buffers(), *objective.parameters(), *objective.buffers()):
+    for tensor in (
+        *policy.parameters(),
+        *policy.buffers(),
+        *objective.parameters(),
+        *objective.buffers(),
+    ):
         dist.broadcast(tensor.detach(), 0)
     if ranks.kind == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
@@ -115,7 +127,9 @@ def apply(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Mean over ranks of the gradients of parameters that are whole on every rank (sharded ones already are)."""
+    """Mean over ranks of the gradients of parameters that are whole on every rank (sharded ones
+    already are).
+    """
     if ranks.world == 1:
         return
     for parameter in parameters:
@@ -125,26 +139,40 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
 
 
 def full_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and buffers by name, whole and on the CPU; every rank must call it."""
+    """Parameters (tied ones once) and buffers by name, whole and on the CPU; every rank must
+    call it.
+    """
     named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value)
+        .detach()
+        .cpu()
+        .contiguous()
         for name, value in named.items()
     }
 
 
 @torch.no_grad()
 def load_full_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy whole tensors into the module's parameters and buffers; UserError where names or shapes differ."""
+    """Copy whole tensors into the module's parameters and buffers; UserError where names or
+    shapes differ.
+    """
     named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
     for name in sorted(named.keys() ^ tensors.keys()):
         what = "is missing" if name in named else "is not part of this model"
-        raise UserError(f"{where}: tensor '{name}' {what}; the checkpoint is of another architecture")
+        raise UserError(
+            f"{where}: tensor '{name}' {what}; the checkpoint is of another architecture"
+        )
     for name, target in named.items():
         saved = tensors[name]
         if tuple(saved.shape) != tuple(target.shape):
             shapes = f"{tuple(saved.shape)}, the model wants {tuple(target.shape)}"
-            raise UserError(f"{where}: tensor '{name}' has shape {shapes}; the checkpoint is of another architecture")
+            raise UserError(
+                f"{where}: tensor '{name}' has shape {shapes}; the checkpoint is of another "
+                "architecture"
+            )
         if isinstance(target, DTensor):
-            saved = distribute_tensor(saved.to(target.device), target.device_mesh, target.placements)
+            saved = distribute_tensor(
+                saved.to(target.device), target.device_mesh, target.placements
+            )
         target.copy_(saved)

@@ -1,8 +1,9 @@
 """Number formats of the forward pass, and loss scaling for the one that needs it.
 
-Weights, gradients, moments and every sum stay in float32; `bf16` and `fp16` are autocast. fp16 cannot hold small
-gradients, so the loss is multiplied by a scale that halves at an overflow and doubles after a long quiet time
-(Micikevicius et al., 1710.03740). An overflow is part of the method: that step is skipped and is not a bad step.
+Weights, gradients, moments and every sum stay in float32; `bf16` and `fp16` are autocast. fp16
+cannot hold small gradients, so the loss is multiplied by a scale that halves at an overflow and
+doubles after a long quiet time (Micikevicius et al., 1710.03740). An overflow is part of the
+method: that step is skipped and is not a bad step.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,8 @@ class LossScale:
         """Divide the gradients by the scale, in place."""
         if self.active:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / self.value)
+            for gradient in gradients:
+                gradient.mul_(1.0 / self.value)
 
     def update(self, overflow: bool) -> None:
         """After a step: halve at an overflow, double after `growth_interval` steps without one."""

@@ -34,7 +34,9 @@ from tinsmith.train.state import State
 
 
 class Interrupted(Exception):
-    """A stop was asked for in the middle of something; the run is rewound to the last whole step."""
+    """A stop was asked for in the middle of something; the run is rewound to the last whole
+    step.
+    """
 
 
 class Run:
@@ -68,6 +70,7 @@ class Run:
         self.guard = Guard(config.train.bad_steps)
         self.scale = LossScale(config.train.precision)
         self.clock = Clock(0)
+        self.report: dict[str, Any] = {"sources": []}
         self.failed_saves = 0
         self.save_now = False
         rng.seed_all(rng.derive(config.train.seed, "rank", ranks.rank))
@@ -82,7 +85,9 @@ class Run:
         return list(self.optimizers.parameters())
 
     def poll(self) -> None:
-        """Called wherever time is spent; a stop that any rank was asked for interrupts all of them."""
+        """Called wherever time is spent; a stop that any rank was asked for interrupts all of
+        them.
+        """
         if self.ranks.any(self.flag.stop):
             raise Interrupted
 
@@ -111,10 +116,16 @@ class Run:
         problem = ""
         if self.ranks.first:
             try:
-                folder = checkpoint.save(self.checkpoints, snapshot, dump(self.config), self.tokenizer)
+                folder = checkpoint.save(
+                    self.checkpoints, snapshot, dump(self.config), self.tokenizer
+                )
                 best = self.state.best
-                checkpoint.prune(self.checkpoints, self.config.train.keep, int(best["step"]) if best else None)
-                self.log.line(f" saved  {folder.relative_to(self.folder)} ({size(snapshot.nbytes)})")
+                checkpoint.prune(
+                    self.checkpoints, self.config.train.keep, int(best["step"]) if best else None
+                )
+                self.log.line(
+                    f" saved  {folder.relative_to(self.folder)} ({size(snapshot.nbytes)})"
+                )
             except checkpoint.DiskFull as error:
                 problem = str(error)
         if self.ranks.any(bool(problem)):
@@ -142,7 +153,9 @@ class Run:
         if len(saved.rng) == self.ranks.world:
             restore_rng(saved.rng[self.ranks.rank])
         else:
-            rng.seed_all(rng.derive(self.config.train.seed, "rank", self.ranks.rank, self.state.step))
+            rng.seed_all(
+                rng.derive(self.config.train.seed, "rank", self.ranks.rank, self.state.step)
+            )
 
     @property
     def meter_device(self) -> torch.device:
@@ -158,19 +171,26 @@ def restore_rng(data: bytes) -> None:
 
 
 def grown(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
-    """The model with room for every id of the tokenizer: new rows are the mean of the old, a multiple of 64 in all."""
+    """The model with room for every id of the tokenizer: new rows are the mean of the old, a
+    multiple of 64 in all.
+    """
     old = lm.config.vocab_size
     if tokenizer.vocab_size <= old:
         return lm
     new = math.ceil(tokenizer.vocab_size / 64) * 64
-    larger = LM(replace(lm.config, vocab_size=new)).to(lm.embed.weight.device, lm.embed.weight.dtype)
+    larger = LM(replace(lm.config, vocab_size=new)).to(
+        lm.embed.weight.device, lm.embed.weight.dtype
+    )
     tensors = lm.state_dict()
     for name in ("embed.weight", "head.weight"):
         rows = tensors[name]
         mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
         tensors[name] = torch.cat((rows, mean.expand(new - old, -1)))
     larger.load_state_dict(tensors)
-    log.line(f"  vocabulary grown from {old} to {new} ids (tokenizer has {tokenizer.vocab_size}); new rows are the mean")
+    log.line(
+        f"  vocabulary grown from {old} to {new} ids (tokenizer has {tokenizer.vocab_size}); new "
+        "rows are the mean"
+    )
     return larger
 
 
@@ -178,5 +198,6 @@ def check_vocabulary(config_vocab: int, tokenizer: Tokenizer) -> None:
     """Every id must have a row."""
     if tokenizer.vocab_size > config_vocab:
         raise UserError(
-            f"model.vocab_size: {config_vocab} is smaller than the tokenizer's {tokenizer.vocab_size} ids; raise it"
+            f"model.vocab_size: {config_vocab} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids; raise it"
         )

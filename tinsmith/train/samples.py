@@ -15,7 +15,9 @@ PROMPT_TOKENS = 12
 
 
 def prompts(run: Run) -> list[list[int]]:
-    """The recipe's prompts; otherwise the beginnings of the first validation (or training) documents or chats."""
+    """The recipe's prompts; otherwise the beginnings of the first validation (or training)
+    documents or chats.
+    """
     given = run.config.eval.prompts
     if given is not None:
         return [_encoded(run, text) for text in given]
@@ -31,12 +33,17 @@ def prompts(run: Run) -> list[list[int]]:
 
 def _encoded(run: Run, text: str) -> list[int]:
     if run.config.objective.shape == "chats":
-        return encode_prompt(run.tokenizer, normalise({"messages": [{"role": "user", "content": text}]}, answered=False))
+        return encode_prompt(
+            run.tokenizer,
+            normalise({"messages": [{"role": "user", "content": text}]}, answered=False),
+        )
     return run.tokenizer.encode(text)
 
 
 def _beginnings(batch: Batch, chats: bool) -> list[list[int]]:
-    """A few first tokens of the documents that begin in a row; of a chat, all before its first answer."""
+    """A few first tokens of the documents that begin in a row; of a chat, all before its first
+    answer.
+    """
     ids, mask, segments = batch.ids[0], batch.mask[0], batch.segments[0]
     found = []
     for segment in range(int(segments.max()) + 1):
@@ -73,6 +80,9 @@ def draw(run: Run) -> list[dict[str, str]]:
         run.policy.train(was_training)
     tokenizer = run.tokenizer
     return [
-        {"prompt": tokenizer.decode(ids), "text": tokenizer.decode([token for token in answer if token not in ends])}
+        {
+            "prompt": tokenizer.decode(ids),
+            "text": tokenizer.decode([token for token in answer if token not in ends]),
+        }
         for ids, answer in zip(given, said.values(), strict=True)
     ]

@@ -20,7 +20,6 @@ from tinsmith.nn.model import LM
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, folder, parallel, track
-from tinsmith.train.clock import Clock
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.run import Run, check_vocabulary, grown
 
@@ -31,7 +30,9 @@ def start(
     """Everything put together; None where the run is finished already."""
     ranks = parallel.join(config.parallel.kind, config.train.device)
     if config.train.rows % ranks.world:
-        raise UserError(f"train.rows: {config.train.rows} must be a multiple of the world size {ranks.world}")
+        raise UserError(
+            f"train.rows: {config.train.rows} must be a multiple of the world size {ranks.world}"
+        )
     place = folder.run_folder(name)
     taken = folder.claim(place, resume or resume_from is not None) if ranks.first else True
     ranks.barrier()
@@ -67,7 +68,10 @@ def _newest(place: Path, log: RunLog) -> Path | None:
 
 
 def _finished(place: Path, found: Path, config: RunConfig) -> bool:
-    return found.name == f"step-{config.train.steps:08d}" and (place / "final" / "config.json").exists()
+    return (
+        found.name == f"step-{config.train.steps:08d}"
+        and (place / "final" / "config.json").exists()
+    )
 
 
 def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: StopFlag) -> Run:
@@ -85,8 +89,8 @@ def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: S
     source = open_source(prepared.folder, shape, "train", context, seed)
     validation = _validation(prepared, config)
     run = Run(config, place, ranks, log, flag, lm.train(), tokenizer, source, validation)
-    introduce(run, prepared)
-    run.clock = Clock(0)
+    run.report = prepared.report
+    introduce(run)
     return run
 
 
@@ -96,12 +100,20 @@ def _given(config: RunConfig, ranks: Ranks) -> tuple[LM | None, Tokenizer | None
         return None, None
     lm, tokenizer = load(config.init_from, device=str(ranks.device), dtype=torch.float32)
     if config.model is not None and config.model != lm.config:
-        raise UserError(f"model: differs from that of init_from: {config.init_from}; leave it out, or make them agree")
+        raise UserError(
+            f"model: differs from that of init_from: {config.init_from}; leave it out, or make "
+            "them agree"
+        )
     return lm, tokenizer
 
 
 def prepared_for(
-    config: RunConfig, tokenizer: Tokenizer | None, root: Path, ranks: Ranks, log: RunLog, flag: StopFlag
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    root: Path,
+    ranks: Ranks,
+    log: RunLog,
+    flag: StopFlag,
 ) -> Prepared:
     """The run's shards, made by the first rank where they are missing."""
     wanted = tokenizer_for(config, tokenizer)
@@ -113,14 +125,20 @@ def prepared_for(
 
 
 def tokenizer_for(config: RunConfig, given: Tokenizer | None) -> Tokenizer | TokenizerConfig:
-    """What the recipe's text is read with: the tokenizer of `init_from` (`given`), or the recipe's own section."""
+    """What the recipe's text is read with: the tokenizer of `init_from` (`given`), or the
+    recipe's own section.
+    """
     wanted = config.tokenizer
     if given is None:
         if wanted is None:
             raise UserError(f"tokenizer: {config.init_from} has none; name one")
         return wanted
-    if wanted and (wanted.path is None or Tokenizer.load(wanted.path).fingerprint() != given.fingerprint()):
-        raise UserError(f"tokenizer: differs from that of init_from: {config.init_from}; leave it out")
+    if wanted and (
+        wanted.path is None or Tokenizer.load(wanted.path).fingerprint() != given.fingerprint()
+    ):
+        raise UserError(
+            f"tokenizer: differs from that of init_from: {config.init_from}; leave it out"
+        )
     return given
 
 
@@ -128,10 +146,12 @@ def _validation(prepared: Prepared, config: RunConfig) -> Source | None:
     if not any(source["validation"]["documents"] for source in prepared.report["sources"]):
         return None
     train = config.train
-    return open_source(prepared.folder, config.objective.shape, "validation", train.context, train.seed)
+    return open_source(
+        prepared.folder, config.objective.shape, "validation", train.context, train.seed
+    )
 
 
-def introduce(run: Run, prepared: Prepared) -> None:
+def introduce(run: Run) -> None:
     """The header: model, data, objective, where the run is."""
     config, train = run.config, run.config.train
     kinds = " + ".join(dict.fromkeys(layer.mixer.kind for layer in run.policy.config.layers))
@@ -146,8 +166,16 @@ def introduce(run: Run, prepared: Prepared) -> None:
     matrices, others = config.optim.matrices, config.optim.others
     shape = f"{train.steps:,} steps x {train.positions:,} tokens = {count(total)} tokens"
     epochs = train.steps * train.rows * train.accumulate / run.source.size
-    rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}, {config.optim.schedule.kind}"
+    rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}"
+    rates = f"{rates}, {config.optim.schedule.kind}"
     log.line(f"  objective  {config.objective.kind} | {shape} ({epochs:.2g} epochs) | {rates}")
-    cores = f"{os.cpu_count()} cores" if run.ranks.device.type == "cpu" else torch.cuda.get_device_name()
-    log.line(f"  machine    {run.ranks.device} ({cores}), {train.precision}, {run.ranks.world} process(es)")
+    cores = (
+        f"{os.cpu_count()} cores"
+        if run.ranks.device.type == "cpu"
+        else torch.cuda.get_device_name()
+    )
+    log.line(
+        f"  machine    {run.ranks.device} ({cores}), {train.precision}, {run.ranks.world} "
+        "process(es)"
+    )
     log.line(f"  run        {run.folder}   continue it with: --name {run.folder.name} --resume")

@@ -2,8 +2,9 @@
 
     loss of a step = sum of the losses of all micro-batches of all ranks / their units
 
-so the result does not depend on how the batch was split. Objectives say what a batch means (`objectives/`), dues what
-happens between steps (`dues.py`), `start.py` puts a run together and `finish.py` leaves what a finished run leaves.
+so the result does not depend on how the batch was split. Objectives say what a batch means
+(`objectives/`), dues what happens between steps (`dues.py`), `start.py` puts a run together and
+`finish.py` leaves what a finished run leaves.
 """
 
 import math
@@ -43,11 +44,13 @@ def train(
 ) -> Path:
     """Run a recipe from start, or from where it stopped, to its end; returns the run's folder.
 
-    `name`: the folder's name under `$TINSMITH_RUNS` or `runs` (default: `recipe` and the date). `resume`: go on from
-    the newest valid checkpoint, or start if there is none; `resume_from` names one.
+    `name`: the folder's name under `$TINSMITH_RUNS` or `runs` (default: `recipe` and the date).
+    `resume`: go on from the newest valid checkpoint, or start if there is none; `resume_from` names
+    one.
 
-    Raises UserError for anything the caller can mend, Stopped after a requested stop and its checkpoint,
-    TooManyBadSteps where the numbers are beyond repair, DiskFull where two saves in a row failed.
+    Raises UserError for anything the caller can mend, Stopped after a requested stop and its
+    checkpoint, TooManyBadSteps where the numbers are beyond repair, DiskFull where two saves in a
+    row failed.
     """
     name = name or default_name(recipe)
     with StopFlag() as flag:
@@ -82,7 +85,9 @@ def loop(run: Run) -> None:
         event("step")
         attend(run, list(DUES))
         if run.failed_saves > 1:
-            raise checkpoint.DiskFull("two checkpoints in a row could not be saved; free some space, then --resume")
+            raise checkpoint.DiskFull(
+                "two checkpoints in a row could not be saved; free some space, then --resume"
+            )
 
 
 def step(run: Run) -> None:
@@ -92,7 +97,12 @@ def step(run: Run) -> None:
     for _ in range(run.config.train.accumulate):
         run.poll()
         micro.append(next(run.batches).to(run.ranks.device))
-    units = torch.stack([run.objective.weight(batch) for batch in micro]).sum().double().to(run.meter_device)
+    units = (
+        torch.stack([run.objective.weight(batch) for batch in micro])
+        .sum()
+        .double()
+        .to(run.meter_device)
+    )
     units = run.ranks.all_sum(units).clamp(min=1)
     gathered = Meters()
     stats: dict[str, Tensor] = {}
@@ -116,7 +126,9 @@ def step(run: Run) -> None:
 
 
 def backward(run: Run, batch: Batch, units: Tensor) -> Loss:
-    """Forward and backward of one micro-batch; gradients are those of the mean over the global batch."""
+    """Forward and backward of one micro-batch; gradients are those of the mean over the global
+    batch.
+    """
     with autocast(run.config.train.precision, run.ranks.device):
         loss = run.objective.loss(run.policy, batch)
     share = (run.ranks.world / units).to(loss.total) * run.scale.value
@@ -126,14 +138,18 @@ def backward(run: Run, batch: Batch, units: Tensor) -> Loss:
 
 
 def update(run: Run, gathered: Meters, stats: dict[str, Tensor]) -> bool:
-    """Clip, check, step. False where a number was not a number: then nothing has changed but the loss scale."""
+    """Clip, check, step. False where a number was not a number: then nothing has changed but the
+    loss scale.
+    """
     parameters = [p for p in run.parameters() if p.grad is not None]
     average_gradients(parameters, run.ranks)
     run.scale.unscale(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = gathered.finite()
-    overflow = run.scale.active and finite and not math.isfinite(float(norm)) and not run.scale.exhausted
+    overflow = (
+        run.scale.active and finite and not math.isfinite(float(norm)) and not run.scale.exhausted
+    )
     run.scale.update(overflow)
     healthy = finite and math.isfinite(float(norm))
     run.guard.saw(healthy or overflow)
@@ -143,7 +159,9 @@ def update(run: Run, gathered: Meters, stats: dict[str, Tensor]) -> bool:
         return True
     if run.config.optim.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optim.clip, norm)
-    run.optimizers.set_multiplier(multiplier(run.config.optim.schedule, run.state.step, run.config.train.steps))
+    run.optimizers.set_multiplier(
+        multiplier(run.config.optim.schedule, run.state.step, run.config.train.steps)
+    )
     run.optimizers.step()
     summed = {key: run.ranks.all_sum(value) for key, value in stats.items()}
     run.optimizers.forget(run.policy.post_step(summed))
@@ -156,6 +174,10 @@ def update(run: Run, gathered: Meters, stats: dict[str, Tensor]) -> bool:
 def stopped(run: Run) -> Stopped:
     """Save what there is and say how to go on."""
     if not run.save():
-        raise checkpoint.DiskFull("the stop was asked for, but its checkpoint could not be saved; free some space")
-    run.log.line(f" stopped at step {run.state.step}; resume with --name {run.folder.name} --resume")
+        raise checkpoint.DiskFull(
+            "the stop was asked for, but its checkpoint could not be saved; free some space"
+        )
+    run.log.line(
+        f" stopped at step {run.state.step}; resume with --name {run.folder.name} --resume"
+    )
     return Stopped(f"stopped at step {run.state.step}")

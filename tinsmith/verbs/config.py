@@ -42,7 +42,13 @@ def diff(left: Path, right: Path) -> None:
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
     """A tree as `a.b.0.c` -> leaf."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else None
+    items = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else None
+    )
     if items is None or not data:
         return {prefix: data}
     leaves: dict[str, Any] = {}
@@ -57,7 +63,10 @@ def _origins(recipe: Path, overrides: list[str], more: list[Path]) -> dict[str, 
         data = read_yaml(path)
         model = data.get("model")
         if isinstance(model, dict) and "preset" in model:
-            found |= {f"model.{key}": f"preset {model['preset']}" for key in flat(with_preset({"preset": model["preset"]}))}
+            found |= {
+                f"model.{key}": f"preset {model['preset']}"
+                for key in flat(with_preset({"preset": model["preset"]}))
+            }
         if isinstance(data.get("data"), dict):
             data = data | {"data": [data["data"]]}
         found |= {key: str(path) for key in flat(data)}
@@ -66,5 +75,3 @@ def _origins(recipe: Path, overrides: list[str], more: list[Path]) -> dict[str, 
         key = override.partition("=")[0]
         found[key.replace("data.", "data.0.", 1) if single else key] = "command line"
     return found
-
-

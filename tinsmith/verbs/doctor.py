@@ -69,7 +69,9 @@ def advise(facts: dict[str, Any]) -> list[str]:
     if not facts["writable"]:
         hints.append(f"{facts['runs']} is not writable: set TINSMITH_RUNS")
     for name in facts["optional missing"]:
-        hints.append(f'{name} is not installed: pip install "tinsmith[{OPTIONAL[name]}]" if you want it')
+        hints.append(
+            f'{name} is not installed: pip install "tinsmith[{OPTIONAL[name]}]" if you want it'
+        )
     return hints
 
 

@@ -41,5 +41,8 @@ def scaling(text: str | None) -> dict[str, object] | None:
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"--rope-scaling '{text}': write it like '{{kind: yarn, factor: 4, original_context: 2048}}'")
+        raise UserError(
+            f"--rope-scaling '{text}': write it like '{{kind: yarn, factor: 4, original_context: "
+            f"2048}}'"
+        )
     return value

@@ -17,5 +17,12 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
     with StopFlag() as flag:
         root = runs_root() / ".data"
         given = load_model(config.init_from)[1] if config.init_from else None
-        made = make(config.data, tokenizer_for(config, given), config.objective.shape, root, say, lambda: flag.stop)
+        made = make(
+            config.data,
+            tokenizer_for(config, given),
+            config.objective.shape,
+            root,
+            say,
+            lambda: flag.stop,
+        )
     say(f" prepared  {made.folder}")

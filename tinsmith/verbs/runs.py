@@ -25,7 +25,10 @@ def table(as_json: bool) -> None:
         best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
         age, bulk = duration(row["age_seconds"]), size(row["bytes"])
         done = "" if row["finished"] else "  unfinished"
-        say(f"{row['name']:<32} {row['objective']:<10} {step:>13} {best:>9} {age:>8} {bulk:>8}{done}")
+        say(
+            f"{row['name']:<32} {row['objective']:<10} {step:>13} {best:>9} {age:>8} "
+            f"{bulk:>8}{done}"
+        )
 
 
 def plot(runs: list[Path], out: Path | None) -> None:

@@ -25,5 +25,8 @@ def train(
     if (resume or resume_from) and name is None:
         raise UserError("--resume: say which run to resume with --name")
     if resume_from is not None and not (resume_from / "manifest.json").exists():
-        raise UserError(f"--resume-from {resume_from}: no checkpoint there (a folder step-... with a manifest.json)")
+        raise UserError(
+            f"--resume-from {resume_from}: no checkpoint there (a folder step-... with a "
+            "manifest.json)"
+        )
     run_recipe(config, name, resume=resume, resume_from=resume_from, recipe=recipe.stem)

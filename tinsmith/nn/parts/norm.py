@@ -32,7 +32,8 @@ class RMSNorm(nn.Module):
 class _Normalise(torch.autograd.Function):
     """RMSNorm in few passes over memory: torch has no fused kernel for it on a CPU.
 
-    dx = r (u - x r^2 mean(u x)) with u = weight * dy and r = 1 / sqrt(mean(x^2) + eps); dweight = sum of dy x r.
+    dx = r (u - x r^2 mean(u x)) with u = weight * dy and r = 1 / sqrt(mean(x^2) + eps); dweight =
+    sum of dy x r.
     """
 
     @staticmethod

@@ -141,7 +141,9 @@ def tables(rope: Rope, dim: int, positions_BT: Tensor, dtype: torch.dtype) -> Ro
 
 
 def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same dtype out."""
+    """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same
+    dtype out.
+    """
     return _Rotate.apply(x_BTHD, *rotary)  # type: ignore[no-any-return]
 
 

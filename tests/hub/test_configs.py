@@ -1,0 +1,267 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.hub.configs import config_from_hf, config_to_hf
+from tinsmith.nn.config import ModelConfig
+
+BASE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def layer(window=None, hidden=48, **mixer):
+    return {
+        "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "window": window} | mixer,
+        "feed_forward": {"kind": "swiglu", "hidden": hidden},
+    }
+
+
+def config(*layers, **changes):
+    data = {"vocab_size": 96, "dim": 32, "depth": 4, "pattern": list(layers) or [layer()]}
+    return ModelConfig.from_dict(data | changes)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    heads=st.sampled_from([1, 2, 4, 6]),
+    kv_heads=st.sampled_from([None, 1, 2]),
+    head_dim=st.sampled_from([None, 6, 16]),
+    qk_norm=st.booleans(),
+    bias=st.sampled_from(["none", "qkv", "all"]),
+    windows=st.lists(st.sampled_from([None, 5, 5, 9]), min_size=1, max_size=4),
+    feed_bias=st.booleans(),
+    tie=st.booleans(),
+    depth=st.integers(1, 7),
+    scaling=st.sampled_from([None, {"kind": "yarn", "factor": 4, "original_context": 32}]),
+)
+def test_every_model_reads_back_as_the_same_layers(
+    heads, kv_heads, head_dim, qk_norm, bias, windows, feed_bias, tie, depth, scaling
+):
+    if (kv_heads or heads) > heads or heads % (kv_heads or heads) or (not head_dim and 48 % heads):
+        return
+    pattern = [
+        {
+            "mixer": {
+                "kind": "gqa",
+                "heads": heads,
+                "kv_heads": kv_heads,
+                "head_dim": head_dim,
+                "qk_norm": qk_norm,
+                "bias": bias,
+                "window": window,
+            },
+            "feed_forward": {"kind": "swiglu", "hidden": 40, "bias": feed_bias},
+        }
+        for window in windows
+    ]
+    data = {"vocab_size": 96, "dim": 48, "depth": depth, "pattern": pattern}
+    data |= {"tie_embeddings": tie, "rope": {"theta": 5e5, "scaling": scaling}, "norm_eps": 2e-6}
+    before = ModelConfig.from_dict(data)
+    translation = config_to_hf(before)
+    after = config_from_hf(json.loads(json.dumps(translation.data)))
+    assert (translation.family == "tinsmith") == (translation.reason is not None)
+    assert written_out(after) == written_out(before)
+
+
+def written_out(config):
+    """All that decides what is computed, in one form."""
+    layers = [
+        (
+            one.mixer.heads,
+            one.mixer.groups,
+            one.mixer.width(config.dim),
+            one.mixer.qk_norm,
+            one.mixer.bias,
+            one.mixer.window,
+            one.feed_forward,
+        )
+        for one in config.layers
+    ]
+    sizes = (config.vocab_size, config.dim, config.depth, config.max_context)
+    return layers, sizes, config.tie_embeddings, config.rope, config.norm_eps, config.norm
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "family"),
+    [
+        ([layer()], {}, "llama"),
+        ([layer(bias="all")], {}, "llama"),
+        ([layer(head_dim=16)], {}, "llama"),
+        ([layer(window=5)], {}, "mistral"),
+        ([layer(heads=6, kv_heads=3, head_dim=8)], {}, "mistral"),
+        ([layer(bias="qkv")], {}, "qwen2"),
+        ([layer(bias="qkv"), layer(bias="qkv", window=5)], {}, "qwen2"),
+        ([layer(qk_norm=True)], {}, "qwen3"),
+        ([layer(qk_norm=True, bias="all", window=5), layer(qk_norm=True, bias="all")], {}, "qwen3"),
+        ([layer(kv_heads=None), layer(kv_heads=4, head_dim=8)], {}, "llama"),
+        ([layer()], {"dropout": {"embedding": 0.1, "residual": 0.2}}, "llama"),
+        ([layer()], {"attention": "naive"}, "llama"),
+        ([layer()], {"first": [layer()], "last": [layer()]}, "llama"),
+    ],
+)
+def test_a_stock_family_is_chosen_wherever_every_layer_allows_it(layers, changes, family):
+    translation = config_to_hf(config(*layers, **changes))
+    assert (translation.family, translation.reason) == (family, None)
+
+
+def relu2(one):
+    return one | {"feed_forward": {"kind": "relu2", "hidden": 48}}
+
+
+def biased(one):
+    return one | {"feed_forward": one["feed_forward"] | {"bias": True}}
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "reason"),
+    [
+        ([layer(), relu2(layer())], {}, "layer 1 has feed_forward relu2"),
+        ([layer(sinks=True)], {}, "layer 0 has sinks"),
+        ([layer(value_residual=True)], {}, "layer 0 has value_residual"),
+        ([layer(), layer(rope=False)], {}, "layer 1 has rope: false"),
+        ([layer(), layer(), layer(heads=2)], {}, "layer 2 is of another shape than layer 0"),
+        ([layer(), layer(hidden=64)], {}, "layer 1 is of another shape than layer 0"),
+        ([layer(window=5), layer(window=6)], {}, "windows of 2 widths"),
+        ([layer(window=5), layer()], {}, "windows on some layers only, without q/k norms or q/k/v"),
+        ([layer(window=5, bias="all")], {}, "windows beside biases"),
+        ([layer(qk_norm=True, bias="qkv")], {}, "q/k norms beside q/k/v biases"),
+        ([biased(layer(bias="qkv"))], {}, "feed_forward.bias beside"),
+        ([biased(layer(window=4))], {}, "windows beside biases"),
+        ([layer(heads=6, head_dim=8, bias="all")], {}, "dim=32 is no multiple of heads=6"),
+        ([layer()], {"norm": "layer"}, "norm is layer"),
+        ([layer()], {"positions": "learned"}, "positions is learned"),
+    ],
+)
+def test_otherwise_the_folder_is_tinsmiths_own_and_says_why(layers, changes, reason):
+    before = config(*layers, **changes)
+    translation = config_to_hf(before)
+    assert translation.family == "tinsmith"
+    assert reason in (translation.reason or "")
+    assert config_from_hf(json.loads(json.dumps(translation.data))) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "given_keys", "windows"),
+    [
+        ("llama", {}, [None] * 4),
+        ("llama", {"sliding_window": 9}, [None] * 4),
+        ("mistral", {}, [4096] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("mistral", {"sliding_window": 7}, [7] * 4),
+        ("qwen2", {"sliding_window": 7}, [None] * 4),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 4096]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None}, [None] * 4),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            [7, None, 7, None],
+        ),
+    ],
+)
+def test_windows_are_those_that_transformers_would_use(kind, given_keys, windows):
+    read = config_from_hf(BASE | {"model_type": kind, "head_dim": 8} | given_keys)
+    assert [one.mixer.window for one in read.layers] == windows
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_silence_means_what_it_means_to_transformers(kind):
+    from transformers import AutoConfig
+
+    sizes = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+    sizes |= {"hidden_size": 256, "num_attention_heads": 32}
+    theirs = AutoConfig.for_model(kind, **sizes)
+    ours = config_from_hf(sizes | {"model_type": kind})
+    mixer = ours.layers[0].mixer
+    width = theirs.to_dict().get("head_dim") or 8
+    assert (mixer.groups, mixer.width(256)) == (theirs.num_key_value_heads, width)
+    assert ours.max_context == theirs.max_position_embeddings
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert mixer.window == (4096 if kind == "mistral" else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("gpt2", {}, "model_type: 'gpt2' is not one of llama, mistral, qwen2, qwen3, tinsmith"),
+        ("qwen4", {}, "Did you mean 'qwen"),
+        (None, {}, "model_type: None is not one of"),
+        (["llama"], {}, "model_type: ['llama'] is not one of"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported (only 'silu'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved: True is not supported"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 is not"),
+        ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling: rope_type: 'longrope'"),
+        ("llama", {"vocab_size": None}, "vocab_size: required and not given"),
+        ("llama", {"hidden_size": "32"}, "hidden_size: must be a whole number"),
+        ("llama", {"hidden_size": True}, "hidden_size: must be a whole number"),
+        ("llama", {"hidden_size": 32.5}, "hidden_size: must be a whole number"),
+        ("llama", {"hidden_size": 10**30}, "hidden_size: must be a whole number from 1 to 1048576"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: must be a whole number from 1"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: must be a whole number from"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_att"),
+        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5}, "heads=5"),
+        ("llama", {"attention_bias": "yes"}, "attention_bias: must be true or false"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings: must be true or false"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps: must be a number above 0"),
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: must be a number above 0"),
+        ("llama", {"attention_dropout": 1.5}, "attention=1.5 must be at least 0 and below 1"),
+        ("llama", {"layer_types": ["sliding_attention"] * 4}, "layer_types: a llama model cannot"),
+        ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types: a mistral model cannot"),
+        ("mistral", {"sliding_window": 0}, "sliding_window: must be a whole number from 1"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: must be a list of 4 names"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 4}, "layer_types: 'linear_attention' is"),
+        ("qwen2", {"layer_types": [[]] * 4}, "layer_types: [] is not one of"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "but no sliding_window is in use"),
+        ("qwen2", {"max_window_layers": "x"}, "max_window_layers: must be a whole number"),
+        ("tinsmith", {}, "tinsmith.schema: None, and this version reads 1"),
+        ("tinsmith", {"tinsmith": {"schema": 2}}, "tinsmith.schema: 2, and this version reads 1"),
+        ("tinsmith", {"tinsmith": {"schema": 1}}, "tinsmith.model: must be an object"),
+        (
+            "tinsmith",
+            {"tinsmith": {"schema": 1, "model": {"vocab_size": 9, "dim": 8, "depth": 10**9}}},
+            "tinsmith.model: depth: must be a whole number",
+        ),
+        (
+            "tinsmith",
+            {"tinsmith": {"schema": 1, "model": {"vocab_size": 9, "dim": 8, "depth": 1, "x": 1}}},
+            "tinsmith.model: x: unknown key",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_with_the_key(kind, changes, said):
+    with pytest.raises(UserError) as caught:
+        config_from_hf(BASE | {"model_type": kind} | changes, "folder/config.json")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("folder/config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_neutral_and_unknown_keys_are_read_over():
+    changes = {"hidden_act": "swish", "quantization_config": None, "unsloth_version": "1"}
+    changes |= {"pretraining_tp": 1, "rope_interleaved": False, "partial_rotary_factor": 1.0}
+    plain = config_from_hf(BASE | {"model_type": "llama"})
+    assert config_from_hf(BASE | {"model_type": "llama"} | changes) == plain
+
+
+def test_layers_are_told_by_the_shortest_pattern():
+    types = ["sliding_attention", "full_attention", "full_attention"] * 2
+    changes = {"use_sliding_window": True, "layer_types": types, "num_hidden_layers": 6}
+    read = config_from_hf(BASE | {"model_type": "qwen2"} | changes)
+    assert len(read.pattern) == 3
+    assert len(config_from_hf(BASE | {"model_type": "qwen2"}).pattern) == 1

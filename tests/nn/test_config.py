@@ -1,0 +1,174 @@
+"""`model:` sections: what is read, what is refused, and in which words."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.nn.config import presets
+from tinsmith.nn.model import ModelConfig
+
+
+def test_a_section_goes_round(section):
+    config = ModelConfig.from_dict(
+        section(
+            {"window": 5, "sinks": True, "bias": "qkv"},
+            rope={"theta": 1e6, "scaling": {"kind": "yarn", "factor": 4, "original_context": 64}},
+            dropout={"attention": 0.1},
+            last=[{"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}],
+        )
+    )
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert hash(config) == hash(ModelConfig.from_dict(config.to_dict()))
+
+
+def test_presets_are_there_and_may_be_overridden():
+    assert presets() == ["minimind2-104m", "minimind2-26m", "minimind3-64m"]
+    config = ModelConfig.from_dict({"preset": "minimind3-64m", "depth": 2, "max_context": 64})
+    base = ModelConfig.preset("minimind3-64m")
+    assert (config.depth, config.max_context, config.dim) == (2, 64, 768)
+    assert config.pattern == base.pattern
+    assert base.pattern[0].mixer.qk_norm
+
+
+def test_the_defaults_are_the_documented_ones(section):
+    config = ModelConfig.from_dict(
+        {
+            "vocab_size": 48,
+            "dim": 64,
+            "depth": 1,
+            "pattern": [
+                {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "swiglu", "hidden": 8}}
+            ],
+        }
+    )
+    plain = config.to_dict()
+    assert plain["pattern"][0]["mixer"] == {
+        "kind": "gqa",
+        "heads": 8,
+        "kv_heads": None,
+        "head_dim": None,
+        "qk_norm": False,
+        "window": None,
+        "sinks": False,
+        "value_residual": False,
+        "bias": "none",
+        "rope": True,
+    }
+    assert plain["pattern"][0]["feed_forward"]["bias"] is False
+    assert (plain["positions"], plain["norm"], plain["attention"]) == ("rope", "rms", "sdpa")
+    assert plain["dropout"] == {"embedding": 0, "attention": 0, "residual": 0}
+    assert (plain["first"], plain["last"], plain["residual"]) == ([], [], {"kind": "plain"})
+
+
+LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+WRONG = [
+    ({"mixer": {"heads": 5, "kv_heads": None}}, r"dim=32 must be a multiple of heads=5"),
+    ({"mixer": {"kv_heads": 3}}, r"pattern\.0\.mixer: heads=4 must be a multiple of kv_heads=3"),
+    ({"mixer": {"head_dim": 7}}, r"head_dim=7 must be even"),
+    ({"mixer": {"window": 0}}, r"pattern\.0\.mixer: window=0 must be at least 1"),
+    ({"mixer": {"heads": -4}}, r"pattern\.0\.mixer: heads=-4 must be at least 1"),
+    ({"mixer": {"heads": "many"}}, r"pattern\.0\.mixer\.heads: .*integer.* \(got 'many'\)"),
+    ({"mixer": {"bias": "most"}}, r"pattern\.0\.mixer\.bias: .*'none', 'qkv' or 'all'"),
+    ({"mixer": {"headz": 4}}, r"pattern\.0\.mixer\.headz: unknown key\. Did you mean 'heads'\?"),
+    ({"mixer": {"kind": "gqaa"}}, r"pattern\.0\.mixer\.kind: .*'gqa'"),
+    ({"dim": 0}, r"dim=0 must be at least 1"),
+    ({"dim": "wide"}, r"model: dim: "),
+    ({"depth": 0}, r"depth=0 must be at least 1"),
+    ({"vocab_size": None}, r"model: vocab_size: "),
+    ({"pattern": []}, r"pattern must hold at least one layer"),
+    ({"first": [LAYER], "last": [LAYER] * 3}, r"depth=3 is less than the 4 layers"),
+    ({"last": [LAYER | {"mixer": {"kind": "gqa", "heads": 3}}]}, r"multiple of heads=3"),
+    ({"last": [LAYER | {"feed_forward": {"hidden": 8}}]}, r"last\.0\.feed_forward: needs a `kind`"),
+    (
+        {"last": [LAYER | {"feed_forward": {"kind": "moe"}}]},
+        r"feed_forward\.kind: 'moe' is not one of swiglu, relu2",
+    ),
+    ({"last": [LAYER | {"feed_forward": {"kind": "relu2"}}]}, r"feed_forward\.hidden: required"),
+    (
+        {"last": [LAYER | {"feed_forward": {"kind": "relu2", "hidden": 0}}]},
+        r"feed_forward: hidden=0 must be at least 1",
+    ),
+    ({"dropout": {"attention": 1.0}}, r"dropout: attention=1\.0 must be .* below 1"),
+    ({"dropout": {"residual": -0.1}}, r"dropout: residual=-0\.1 must be at least 0"),
+    ({"positions": "rotary"}, r"positions: .*'rope', 'learned', 'sinusoidal' or 'none'"),
+    ({"positions": "sinusoidal", "dim": 36, "vocab_size": 0}, r"vocab_size=0 must be"),
+    ({"norm": "batch"}, r"norm: .*'rms' or 'layer'"),
+    ({"norm_eps": 0}, r"norm_eps=0\.0 must be above 0"),
+    ({"attention": "flash"}, r"attention: .*'sdpa' or 'naive'"),
+    ({"rope": {"theta": 0}}, r"rope: theta=0\.0 must be above 1"),
+    ({"rope": {"scaling": {"kind": "yarn", "factor": 2}}}, r"original_context: required"),
+    (
+        {"rope": {"scaling": {"kind": "yarn", "factor": 0.5, "original_context": 9}}},
+        r"rope\.scaling: factor=0\.5 must be at least 1",
+    ),
+    (
+        {"rope": {"scaling": {"kind": "llama3", "factor": 2, "original_context": 0}}},
+        r"rope\.scaling: original_context=0 must be at least 1",
+    ),
+    ({"rope": {"scaling": {"kind": "linear", "factor": 0}}}, r"factor=0\.0 must be at least 1"),
+    (
+        {
+            "mixer": {"value_residual": True},
+            "last": [LAYER | {"mixer": {"kind": "gqa", "heads": 8, "value_residual": True}}],
+        },
+        r"value_residual needs one \(kv_heads, head_dim\)",
+    ),
+    ({"tie_embeddings": "perhaps"}, r"tie_embeddings: "),
+    ({"max_contxt": 9}, r"max_contxt: unknown key\. Did you mean 'max_context'\?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), WRONG, ids=lambda x: str(x) if type(x) is str else ""
+)
+def test_a_section_that_cannot_be_is_refused_in_one_line(section, change, expected):
+    change = dict(change)
+    data = section(change.pop("mixer", None), **change)
+    with pytest.raises(UserError) as error:
+        ModelConfig.from_dict(data)
+    line = str(error.value)
+    assert line.startswith("model: ")
+    assert re.search(expected, line), line
+    assert "\n" not in line
+
+
+def test_sections_that_are_no_sections():
+    for data in (None, [], "minimind2-26m", 7):
+        with pytest.raises(UserError, match="model: "):
+            ModelConfig.from_dict(data)
+    with pytest.raises(
+        UserError, match=r"'minimind2-25m' is not one of .* Did you mean 'minimind2-26m'"
+    ):
+        ModelConfig.preset("minimind2-25m")
+
+
+def test_importing_the_model_loads_torch_and_core_only():
+    code = (
+        "import sys, tinsmith.nn.model\n"
+        "heavy = {'pydantic', 'yaml', 'transformers', 'tokenizers', 'datasets', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "print(sorted({'.'.join(m.split('.')[:3]) for m in sys.modules if m.startswith('tinsmith.')"
+        " and not m.startswith('tinsmith.nn')}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, own = map(eval, done.stdout.splitlines())
+    assert heavy == []
+    assert set(own) <= {"tinsmith.core", "tinsmith.core.errors", "tinsmith.core.parse"}
+
+
+def test_a_model_can_be_built_without_the_border():
+    code = (
+        "import sys\n"
+        "from tinsmith.nn.config import Layer, ModelConfig\n"
+        "from tinsmith.nn.feedforwards import ReLU2\n"
+        "from tinsmith.nn.mixers.gqa import GQA\n"
+        "from tinsmith.nn.model import LM\n"
+        "layer = Layer(mixer=GQA(heads=2), feed_forward=ReLU2(hidden=8))\n"
+        "LM(ModelConfig(vocab_size=9, dim=8, depth=1, pattern=(layer,)))\n"
+        "print('pydantic' in sys.modules, 'yaml' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,122 @@
+"""What a finished run leaves: plot, samples, and `final/`, a folder that others open, with its
+card.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from tinsmith.config import dump
+from tinsmith.core.log import read_metrics
+from tinsmith.hub.card import Data, Facts, Sample, Score, model_card
+from tinsmith.hub.hf import Exported, write_folder
+from tinsmith.train import parallel
+from tinsmith.train.folder import environment
+from tinsmith.train.report import plot_run, write_samples
+from tinsmith.train.run import Run
+
+
+def finish(run: Run) -> None:
+    """Write all of it; every rank must call it. Doing it twice changes nothing."""
+    state = parallel.full_tensors(run.policy)
+    if not run.ranks.first:
+        return
+    plot = plot_run(run.folder)
+    write_samples(run.folder)
+    final = run.folder / "final"
+    done = write_folder(
+        run.policy.config,
+        state,
+        run.tokenizer,
+        final,
+        card=lambda exported: model_card(facts(run, exported)),
+        attach=[plot],
+        overwrite=True,
+    )
+    best = run.state.best
+    said = f"bpb {best['bpb']:.3f} (best, step {int(best['step'])})  " if best else ""
+    opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
+    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), loss.png, samples.md")
+
+
+def facts(run: Run, exported: Exported) -> Facts:
+    """Everything the card may say, from the run alone."""
+    config, model, env = run.config, run.policy.config, environment(run.ranks)
+    layers = dict.fromkeys((layer.mixer.kind, layer.feed_forward.kind) for layer in model.layers)
+    found = Facts(
+        name=run.folder.name,
+        parameters=exported.parameters,
+        family=exported.family,
+        reason=exported.reason,
+        dtype=exported.dtype,
+        hashes=exported.hashes,
+        context=model.max_context,
+        architecture=f"{model.depth} layers of {model.dim}: "
+        + ", ".join(" + ".join(pair) for pair in layers),
+        objective=config.objective.kind,
+        tokens_seen=run.state.tokens,
+        steps=run.state.step,
+        data=[_data(source) for source in run.report["sources"]],
+        recipe=dump(config),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions=env["versions"],
+        loss_plot="loss.png",
+        scores=_scores(run),
+        tokenizer=True,
+        chat=config.objective.shape == "chats",
+    )
+    if env["git"]:
+        found["commit"] = env["git"]["sha"] + (" with changes" if env["git"]["dirty"] else "")
+    if config.init_from:
+        found["base"] = config.init_from
+    return found | _samples(run.folder)
+
+
+def _data(source: dict) -> Data:
+    parts = [source["train"], source["validation"]]
+    documents, tokens = (sum(part[key] for part in parts) for key in ("documents", "tokens"))
+    return Data(
+        name=source["name"], documents=documents, tokens=tokens, rejected=source["rejected"]
+    )
+
+
+def _scores(run: Run) -> list[Score]:
+    last = run.state.evaluation
+    if last is None:
+        return []
+    rows = min(run.config.eval.rows, run.validation.size if run.validation else 0)
+    return [
+        Score(
+            task="validation",
+            metric="bits per byte",
+            value=last["bpb"],
+            items=rows * run.config.train.context,
+        ),
+        Score(
+            task="validation",
+            metric="nats per token",
+            value=last["loss"],
+            items=rows * run.config.train.context,
+        ),
+    ]
+
+
+def _samples(folder: Path) -> Facts:
+    drawn = [
+        line["samples"]
+        for line in read_metrics(folder / "metrics.jsonl")
+        if line["kind"] == "samples"
+    ]
+    if not drawn or not drawn[-1]:
+        return Facts()  # type: ignore[typeddict-item]
+    newest = [Sample(prompt=each["prompt"], text=each["text"]) for each in drawn[-1]]
+    worst = min(newest, key=lambda each: variety(each["text"]))
+    note = "the one that repeats itself most"
+    return Facts(samples=newest, bad_sample=Sample(**worst, note=note))  # type: ignore[typeddict-item]
+
+
+def variety(text: str) -> float:
+    """The share of different three-word sequences; 0 for text without three words."""
+    words = text.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(triples)) / len(triples) if triples else 0.0

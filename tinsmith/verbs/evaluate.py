@@ -1,0 +1,94 @@
+"""`tinsmith eval`: a model measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinsmith.config import RunConfig, from_dict
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import finite, say
+from tinsmith.core.parse import read_yaml
+from tinsmith.data.prepare import prepare
+from tinsmith.data.sources import open_source
+from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
+from tinsmith.evals.choice import evaluate_choice
+from tinsmith.hub.load import load
+from tinsmith.nn.model import LM
+from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train.folder import runs_root
+from tinsmith.train.parallel import pick_device
+from tinsmith.verbs.exchange import scaling
+
+BATCH_ROWS = 16
+
+
+def evaluate(
+    model: str,
+    tasks: str,
+    data: Path | None,
+    limit: int | None,
+    device: str,
+    rope_scaling: str | None,
+    as_json: bool,
+) -> None:
+    """Run every task and print what was found."""
+    lm, tokenizer = load(model, device=pick_device(device), rope_scaling=scaling(rope_scaling))
+    if tokenizer is None:
+        raise UserError(f"{model}: has no tokenizer, so no text can be measured")
+    results: dict[str, Any] = {}
+    for task in (name.strip() for name in tasks.split(",")):
+        if task == "bpb":
+            results |= _bits_per_byte(model, lm, tokenizer, data, limit)
+        elif Path(task).exists():
+            found = evaluate_choice(
+                lm, tokenizer, task, limit=limit, batch_rows=BATCH_ROWS, say=_aside
+            )
+            results[task] = found.to_dict()
+        else:
+            raise UserError(f"--tasks {task}: neither bpb nor a file of questions")
+    if as_json:
+        say(json.dumps(finite(results), indent=1))
+    else:
+        for name, found in results.items():
+            say(f" {name:<32} " + _numbers(found))
+
+
+def _bits_per_byte(
+    model: str, lm: LM, tokenizer: Tokenizer, data: Path | None, limit: int | None
+) -> dict[str, Any]:
+    if data is not None:
+        found = evaluate_text(lm, tokenizer, data, limit=limit, batch_rows=BATCH_ROWS, say=_aside)
+        return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
+    config = _recipe(model)
+    shape, train = config.objective.shape, config.train
+    prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
+    validation = open_source(prepared.folder, shape, "validation", train.context, train.seed)
+    parts = evaluate_bpb(
+        lm,
+        validation,
+        torch.from_numpy(tokenizer.byte_lengths()),
+        rows=limit or validation.size,
+        batch_rows=BATCH_ROWS,
+        device=lm.embed.weight.device,
+        poll=lambda: None,
+    )
+    return {f"bpb {name}": each.to_dict() for name, each in parts.items()}
+
+
+def _recipe(model: str) -> RunConfig:
+    """The recipe of the run that `model` is, or is part of."""
+    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+        if (folder / "config.yaml").exists():
+            return from_dict(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    raise UserError(f"{model}: is not part of a run; say with --data what text to measure it on")
+
+
+def _numbers(found: dict[str, Any]) -> str:
+    numbers = [(key, value) for key, value in found.items() if isinstance(value, int | float)]
+    return "  ".join(f"{key} {value:.4g}" for key, value in numbers)
+
+
+def _aside(line: str) -> None:
+    say(line, err=True)
