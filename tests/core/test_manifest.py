@@ -118,9 +118,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-def test_T5_every_damage_gives_one_clear_line_and_the_checkpoint_before_is_chosen(
-    tmp_path, mutate
-):
+def test_T5_every_damage_gives_one_clear_line_and_the_checkpoint_before_is_chosen(tmp_path, mutate):
     older = save(tmp_path / step_name(5))
     newer = save(tmp_path / step_name(10))
     assert newest_valid(tmp_path) == (newer, [])
@@ -140,7 +138,10 @@ def test_T5_sizes_are_compared_even_without_hashes_and_contents_only_with_them(s
 
 
 def test_T5_a_file_that_is_needed_must_be_listed(saved):
-    assert verify(saved, needs=["optim.safetensors"]) == "manifest.json does not list optim.safetensors"
+    assert (
+        verify(saved, needs=["optim.safetensors"])
+        == "manifest.json does not list optim.safetensors"
+    )
 
 
 def test_T5_half_written_and_foreign_folders_are_not_checkpoints(tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def texts_of():
     def read(found, side, number=0):
         shards = Shards.open(found.folder / str(number) / side, verify=True)
         edges = [*shards.documents.tolist(), shards.tokens_total]
-        ids = [shards.tokens(a, b).tolist() for a, b in zip(edges, edges[1:], strict=False)]
+        ids = [shards.tokens(a, b).tolist() for a, b in itertools.pairwise(edges)]
         return [found.tokenizer.decode(one).removesuffix("<|endoftext|>") for one in ids]
 
     return read

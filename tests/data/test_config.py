@@ -18,7 +18,9 @@ def read(data):
 
 def test_a_recipe_names_one_kind_or_a_list_of_them():
     assert read({"kind": "stdlib"}) == Stdlib()
-    assert read([{"kind": "tasks", "count": "20k"}, {"kind": "text", "path": "x", "weight": 2}]) == (
+    assert read(
+        [{"kind": "tasks", "count": "20k"}, {"kind": "text", "path": "x", "weight": 2}]
+    ) == (
         Tasks(count=20_000),
         Text(path="x", weight=2.0),
     )
@@ -27,7 +29,13 @@ def test_a_recipe_names_one_kind_or_a_list_of_them():
 
 
 def test_what_is_written_out_reads_back():
-    for config in (Stdlib(), Tasks(tasks=("sort",)), Text(path="x"), Chats(path="x"), Hub(name="n", limit=5)):
+    for config in (
+        Stdlib(),
+        Tasks(tasks=("sort",)),
+        Text(path="x"),
+        Chats(path="x"),
+        Hub(name="n", limit=5),
+    ):
         assert next(iter(plain(config))) == "kind"
         assert read(plain(config)) == config
 
@@ -37,7 +45,10 @@ def test_what_is_written_out_reads_back():
     [
         ({"kind": "stdlb"}, "Did you mean 'stdlib'"),
         ({"kind": "text"}, "data.path: required"),
-        ({"kind": "text", "path": "x", "feld": "y"}, "data.feld: unknown key. Did you mean 'field'"),
+        (
+            {"kind": "text", "path": "x", "feld": "y"},
+            "data.feld: unknown key. Did you mean 'field'",
+        ),
         ({"kind": "stdlib", "weight": 0}, "weight=0.0 must be above 0"),
         ({"kind": "stdlib", "weight": float("inf")}, "weight=inf must be above 0"),
         ({"kind": "stdlib", "validation": 0.9}, "validation=0.9 must be a fraction from 0 to 0.5"),

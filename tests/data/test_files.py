@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -39,7 +40,11 @@ GOOD = {"text": "fine"}
     ],
 )
 def test_T9_a_bad_json_line_is_named_with_its_reason(write_lines, bad, reason):
-    assert read_rows(write_lines("x.jsonl", [GOOD, bad, GOOD])) == [(1, GOOD), (2, reason), (3, GOOD)]
+    assert read_rows(write_lines("x.jsonl", [GOOD, bad, GOOD])) == [
+        (1, GOOD),
+        (2, reason),
+        (3, GOOD),
+    ]
 
 
 def test_T9_a_line_above_the_limit_is_rejected_and_the_next_one_read(write_lines):
@@ -85,9 +90,8 @@ def test_T9_crlf_line_ends_are_accepted(tmp_path):
     ],
 )
 def test_T9_a_row_without_usable_text_says_why(record, reason):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
         text_of(record, "text")
-    assert str(caught.value) == reason
 
 
 def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
@@ -113,7 +117,12 @@ def test_T9_lines_of_a_gzip_file_are_counted_like_those_of_a_plain_one(tmp_path)
 
 
 @given(st.binary(max_size=200))
-@settings(derandomize=True, max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True,
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_T9_any_bytes_whatever_are_read_or_rejected(tmp_path, raw):
     for name in ("x.jsonl", "x.txt", "x.jsonl.gz"):
         (tmp_path / name).write_bytes(raw)
@@ -126,8 +135,16 @@ def test_T9_any_bytes_whatever_are_read_or_rejected(tmp_path, raw):
         assert isinstance(item, Reject) or "\0" not in item.text
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=300), st.integers(1, 20))
-@settings(derandomize=True, max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=300),
+    st.integers(1, 20),
+)
+@settings(
+    derandomize=True,
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_a_text_file_comes_back_whole_however_it_is_cut_in_pieces(tmp_path, text, piece):
     text = text.removeprefix("\ufeff")
     (tmp_path / "x.txt").write_bytes(text.encode())
@@ -143,7 +160,16 @@ def test_a_text_file_comes_back_whole_however_it_is_cut_in_pieces(tmp_path, text
 
 
 def test_a_text_file_is_split_at_end_of_text_lines(write_lines):
-    lines = [b"one", b"<|endoftext|>", b"<|endoftext|>", b"", b"<|endoftext|>", b"two", b"2", b" <|endoftext|> "]
+    lines = [
+        b"one",
+        b"<|endoftext|>",
+        b"<|endoftext|>",
+        b"",
+        b"<|endoftext|>",
+        b"two",
+        b"2",
+        b" <|endoftext|> ",
+    ]
     assert read_texts(write_lines("x.txt", lines)) == [(1, "one\n"), (6, "two\n2\n")]
 
 
@@ -170,7 +196,15 @@ def test_T9_a_parquet_file_that_is_none_or_lacks_the_column_is_one_line(tmp_path
 
 
 def test_a_folder_gives_every_known_file_below_it_in_order(tmp_path):
-    for name in ("b/2.txt", "b/1.jsonl", "a.parquet", "c.jsonl.gz", "NOTICE", "d.md", ".hidden/e.txt"):
+    for name in (
+        "b/2.txt",
+        "b/1.jsonl",
+        "a.parquet",
+        "c.jsonl.gz",
+        "NOTICE",
+        "d.md",
+        ".hidden/e.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [p.relative_to(tmp_path).as_posix() for p in find(str(tmp_path))] == [
@@ -184,7 +218,7 @@ def test_a_path_that_cannot_be_used_is_one_line_that_says_what_to_do(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, message in [
         ("storys.txt", r"data\.path: .*storys\.txt does not exist\. Did you mean 'stories\.txt'\?"),
-        ("table.csv", r"not of a known kind; use one of \.txt, \.jsonl, \.jsonl\.gz, \.parquet"),
+        ("table.csv", r"not of a known kind; use \.txt, \.jsonl, \.jsonl\.gz, \.parquet"),
         ("empty", r"no \.txt, \.jsonl, \.jsonl\.gz, \.parquet file in the folder"),
     ]:
         with pytest.raises(UserError, match=message):

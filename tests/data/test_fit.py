@@ -58,7 +58,9 @@ def test_a_cut_takes_the_end_of_the_longest_piece():
 
 def test_exact_fits_are_found():
     fitted = fit(np.array([0, 100, 200, 300]), np.array([70, 20, 10, 25]), 100)
-    rows = [fitted.lengths[a:b].tolist() for a, b in zip(fitted.edges, fitted.edges[1:], strict=False)]
+    rows = [
+        fitted.lengths[a:b].tolist() for a, b in zip(fitted.edges, fitted.edges[1:], strict=False)
+    ]
     assert rows == [[70, 20, 10], [25]]
 
 

@@ -62,7 +62,9 @@ def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, mo
 
     monkeypatch.setattr(datasets, "load_dataset", watch)
     for _ in range(2):
-        prepare(Hub(name=str(local), limit=10), tokenizer, "documents", tmp_path / "data", said.append)
+        prepare(
+            Hub(name=str(local), limit=10), tokenizer, "documents", tmp_path / "data", said.append
+        )
     assert loads == [((str(local), None), {"split": "train", "revision": None, "streaming": True})]
     assert said[0] == f" prepare   fetching {local}:train through `datasets`, 10 rows"
 

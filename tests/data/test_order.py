@@ -19,7 +19,9 @@ def slow_permute(index, size, seed, *keys):
     """The same Feistel network in plain integers."""
     half = max(2, ((size - 1).bit_length() + 1) // 2)
     mask = 2**half - 1
-    round_keys = [slow_mix((derive(seed, *keys) + number) & WORD) for number in range(1, ROUNDS + 1)]
+    round_keys = [
+        slow_mix((derive(seed, *keys) + number) & WORD) for number in range(1, ROUNDS + 1)
+    ]
     while True:
         left, right = index >> half, index & mask
         for key in round_keys:

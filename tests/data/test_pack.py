@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,14 +11,17 @@ from tinsmith.data.shards import Shards, ShardWriter
 contexts = st.integers(1, 40)
 lengths_strategy = st.lists(st.integers(1, 60), min_size=1, max_size=20)
 quick = settings(
-    derandomize=True, max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True,
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
 def distinct_documents(lengths):
     """Every token occurs once in the whole stream, so that its place is known."""
     edges = np.cumsum([0, *lengths])
-    return [np.arange(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [np.arange(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def write(folder, documents, masks=None):
@@ -55,7 +60,9 @@ def test_targets_are_the_next_token_of_the_same_document(tmp_path_factory, lengt
     counted = 0
     for place in range(rows.size):
         row = rows.row(place)
-        for token, target, trained, segment in zip(row.ids, row.targets, row.mask, row.segments, strict=True):
+        for token, target, trained, segment in zip(
+            row.ids, row.targets, row.mask, row.segments, strict=True
+        ):
             assert trained == (segment >= 0 and int(token) not in last_tokens)
             assert target == (token + 1 if trained else 0)
             counted += trained
@@ -92,12 +99,16 @@ chat_lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
 
 @given(chat_lengths, contexts, st.integers(0, 99))
 @quick
-def test_every_trained_token_of_every_chat_is_a_target_exactly_once(tmp_path_factory, lengths, context, seed):
+def test_every_trained_token_of_every_chat_is_a_target_exactly_once(
+    tmp_path_factory, lengths, context, seed
+):
     documents, masks = chats(lengths, seed)
     rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
     epoch = [rows.row(place) for place in range(rows.size)]
     targets = np.concatenate([row.targets[row.mask] for row in epoch])
-    expected = np.concatenate([ids[1:][mask[1:]] for ids, mask in zip(documents, masks, strict=True)])
+    expected = np.concatenate(
+        [ids[1:][mask[1:]] for ids, mask in zip(documents, masks, strict=True)]
+    )
     assert np.array_equal(np.sort(targets), expected)
     ids = np.concatenate([row.ids[row.segments >= 0] for row in epoch])
     assert len(np.unique(ids)) == len(ids) == rows.positions
@@ -109,7 +120,9 @@ def test_every_trained_token_of_every_chat_is_a_target_exactly_once(tmp_path_fac
 @quick
 def test_segments_and_positions_of_chats(tmp_path_factory, lengths, context, seed):
     documents, masks = chats(lengths, seed)
-    trained = {int(i) for ids, mask in zip(documents, masks, strict=True) for i in ids[1:][mask[1:]]}
+    trained = {
+        int(i) for ids, mask in zip(documents, masks, strict=True) for i in ids[1:][mask[1:]]
+    }
     rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
     for place in range(rows.size):
         row = rows.row(place)
@@ -118,7 +131,9 @@ def test_segments_and_positions_of_chats(tmp_path_factory, lengths, context, see
         for segment in range(row.segments.max() + 1):
             ids = row.ids[row.segments == segment]
             assert (np.diff(ids) == 1).all()  # one chat, in order
-        for token, target, learned, segment in zip(row.ids, row.targets, row.mask, row.segments, strict=True):
+        for token, target, learned, segment in zip(
+            row.ids, row.targets, row.mask, row.segments, strict=True
+        ):
             assert target == (token + 1 if learned else 0)
             assert not learned or (segment >= 0 and int(target) in trained)
 

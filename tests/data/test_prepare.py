@@ -24,7 +24,10 @@ def objects(texts):
 
 def chat(question, answer):
     return {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     }
 
 
@@ -103,7 +106,9 @@ def test_validation_may_be_a_file_of_its_own(prepared, write_lines, texts_of, st
     assert texts_of(found, "validation") == stories[:7]
 
 
-def test_a_folder_with_train_and_valid_files_is_split_by_them(prepared, tmp_path, texts_of, stories):
+def test_a_folder_with_train_and_valid_files_is_split_by_them(
+    prepared, tmp_path, texts_of, stories
+):
     folder = tmp_path / "own"
     folder.mkdir()
     for name, texts in (("train", stories[9:]), ("valid", stories[3:9]), ("test", stories[:3])):
@@ -204,8 +209,8 @@ def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, 
 def test_a_missing_file_and_the_wrong_kind_of_file_are_one_line(prepared, tmp_path, write_lines):
     with pytest.raises(UserError, match=r"data\.path: .*nothing\.jsonl does not exist"):
         prepared(Text(path=str(tmp_path / "nothing.jsonl")))
+    there = str(write_lines("s.jsonl", []))
     with pytest.raises(UserError, match=r"data\.1\.validation: .* does not exist"):
-        there = str(write_lines("s.jsonl", []))
         prepared((Stdlib(), Text(path=there, validation="nothing.jsonl")))
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(UserError, match=r"x\.txt: chats are read from \.jsonl"):
@@ -291,7 +296,7 @@ def test_a_tokenizer_sees_at_most_max_bytes_spread_over_everything(
     def tokenizer_of(texts):
         return tokenizer_factory(texts, 300)
 
-    monkeypatch.setattr("tinsmith.data.prepare.train_bpe", watch)
+    monkeypatch.setattr("tinsmith.data.vocabulary.train_bpe", watch)
     texts = [f"{number} {story}" for number in range(30) for story in stories]
     path = write_lines("s.jsonl", objects(texts))
     settings = TrainTokenizerConfig(vocab_size=300, max_bytes=20_000)
@@ -328,14 +333,17 @@ def test_generated_data_serves_both_shapes_with_parts_that_share_nothing(prepare
 def test_the_same_sum_in_other_words_stays_on_one_side(prepared, texts_of):
     found = prepared(Tasks(tasks=("arithmetic",), count=3000, digits=1, validation=0.3))
     sides = [
-        {text.split("\n", 1)[1] for text in texts_of(found, part)} for part in ("train", "validation")
+        {text.split("\n", 1)[1] for text in texts_of(found, part)}
+        for part in ("train", "validation")
     ]
     assert len(sides[1]) > 20
     assert not sides[0] & sides[1]
 
 
 def test_several_sources_keep_their_own_shards_and_names(prepared, story_file):
-    found = prepared((Text(path=str(story_file), weight=3), Text(path=str(story_file)), Tasks(count=50)))
+    found = prepared(
+        (Text(path=str(story_file), weight=3), Text(path=str(story_file)), Tasks(count=50))
+    )
     names = ["stories", "stories-2", "tasks"]
     assert [source["name"] for source in found.report["sources"]] == names
     source = open_source(found.folder, "documents", "train", 32, 0)
@@ -361,7 +369,9 @@ def test_real_stories_come_back_exactly(real_data, prepared, texts_of):
     assert Counter(both) == Counter(stories)
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(prepared, story_file, monkeypatch, tmp_path):
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    prepared, story_file, monkeypatch, tmp_path
+):
     monkeypatch.setattr("tinsmith.data.prepare.free_space", lambda path: 1000)
     with pytest.raises(UserError, match=r"no space: shards need about .* 1 kB are free"):
         prepared(Text(path=str(story_file)))
@@ -421,7 +431,9 @@ prepare(Text(path=sys.argv[1]), tokenizer, "documents", Path(sys.argv[2]))
 """
 
 
-def test_a_preparation_killed_at_any_moment_leaves_nothing_behind_after_the_next(story_file, tmp_path):
+def test_a_preparation_killed_at_any_moment_leaves_nothing_behind_after_the_next(
+    story_file, tmp_path
+):
     def run(root, **environment):
         command = [sys.executable, "-c", SCRIPT, str(story_file), str(root)]
         return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
@@ -441,7 +453,9 @@ def test_a_preparation_killed_at_any_moment_leaves_nothing_behind_after_the_next
         assert [path.name for path in root.iterdir()] == [expected.name]
         for path in expected.rglob("*.*"):
             if path.is_file():
-                assert (root / expected.name / path.relative_to(expected)).read_bytes() == path.read_bytes()
+                assert (
+                    root / expected.name / path.relative_to(expected)
+                ).read_bytes() == path.read_bytes()
 
 
 def test_preparing_does_not_import_torch():

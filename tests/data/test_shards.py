@@ -14,7 +14,12 @@ documents_strategy = st.lists(
 
 
 @given(documents_strategy, st.integers(1, 50), st.data())
-@settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True,
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_any_stretch_of_the_stream_reads_back(tmp_path_factory, documents, shard_tokens, data):
     folder = tmp_path_factory.mktemp("shards")
     with ShardWriter(folder, 70_001, masked=True, shard_tokens=shard_tokens) as writer:
@@ -25,7 +30,11 @@ def test_any_stretch_of_the_stream_reads_back(tmp_path_factory, documents, shard
             writer.add(ids[half:], [i % 2 for i in ids[half:]], text_bytes=3)
     shards = Shards.open(folder, verify=True)
     stream = [token for ids in documents for token in ids]
-    mask = [m for ids in documents for m in [True] * (len(ids) // 2) + [bool(i % 2) for i in ids[len(ids) // 2 :]]]
+    mask = [
+        m
+        for ids in documents
+        for m in [True] * (len(ids) // 2) + [bool(i % 2) for i in ids[len(ids) // 2 :]]
+    ]
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream)))
     assert shards.tokens(start, stop).tolist() == stream[start:stop]
@@ -61,9 +70,8 @@ def test_no_documents_make_an_empty_stream(make_shards):
 
 
 def test_a_failed_write_leaves_no_manifest(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, 10) as writer:
-        writer.add([1])
-        raise RuntimeError
+    with pytest.raises(AssertionError), ShardWriter(tmp_path, 10) as writer:
+        writer.add([])
     assert not (tmp_path / "shards.json").exists()
 
 

@@ -76,7 +76,9 @@ def test_any_number_of_ranks_shares_out_the_same_global_order(source, world):
 
 
 def test_the_order_depends_on_the_seed(folder):
-    first, second = (open_source(folder, "documents", "train", CONTEXT, seed).rows(0, 64) for seed in (5, 6))
+    first, second = (
+        open_source(folder, "documents", "train", CONTEXT, seed).rows(0, 64) for seed in (5, 6)
+    )
     assert not torch.equal(first.ids, second.ids)
 
 
@@ -132,7 +134,9 @@ def test_quotas_sum_up_and_leave_nobody_out(weights):
     assert (np.abs(made - exact) < 1 + len(weights)).all()
 
 
-@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 50_000), st.integers(0, 9))
+@given(
+    st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 50_000), st.integers(0, 9)
+)
 @settings(derandomize=True, max_examples=50, deadline=None)
 def test_a_mixture_numbers_each_sources_samples_without_a_gap(weights, start, seed):
     mixture = Mixture(weights, seed)
@@ -154,7 +158,9 @@ def test_validation_goes_through_every_row_once_in_order(folder):
 
 
 def test_validation_is_the_same_for_every_seed(folder):
-    first, second = (open_source(folder, "documents", "validation", CONTEXT, seed) for seed in (1, 2))
+    first, second = (
+        open_source(folder, "documents", "validation", CONTEXT, seed) for seed in (1, 2)
+    )
     assert same(first.rows(0, 99), second.rows(0, 99))
 
 

@@ -18,13 +18,23 @@ def test_the_corpus_is_megabytes_of_modules_in_a_fixed_order(modules):
     assert 4e6 < sum(len(module.text) for module in modules) < 40e6
 
 
-@pytest.mark.parametrize("part", ["test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"])
+@pytest.mark.parametrize(
+    "part", ["test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"]
+)
 def test_tests_and_installed_packages_are_left_out(modules, part):
     assert not [module.name for module in modules if part in module.name.split("/")]
 
 
 @pytest.mark.parametrize(
-    "name", ["pydoc_data/topics.py", "encodings/cp1252.py", "keyword.py", "token.py", "stringprep.py", "html/entities.py"]
+    "name",
+    [
+        "pydoc_data/topics.py",
+        "encodings/cp1252.py",
+        "keyword.py",
+        "token.py",
+        "stringprep.py",
+        "html/entities.py",
+    ],
 )
 def test_generated_files_are_left_out(modules, name):
     assert name not in {module.name for module in modules}
@@ -52,7 +62,8 @@ def test_chats_are_thousands_of_functions_that_parse(modules):
         assert code.count("\n") < stdlib.LONGEST_ANSWER
 
 
-SOURCE = '''
+SOURCE = (
+    '''
 import os
 
 def add(a, b=1, *rest, key: int = 2):
@@ -77,9 +88,12 @@ class Box:
 
 def long(x):
     """Do it again and again."""
-''' + "    x += 1\n" * 61 + '''
-def one_line(): "Say nothing much."; return 3
 '''
+    + "    x += 1\n" * 61
+    + """
+def one_line(): "Say nothing much."; return 3
+"""
+)
 
 
 def test_instruction_and_answer_come_from_name_signature_and_docstring():
@@ -89,14 +103,19 @@ def test_instruction_and_answer_come_from_name_signature_and_docstring():
     assert len(records) == 2
     assert "Return the sum of a and b." in asked[0]
     assert "add" in asked[0]
-    assert answers[0] == "```python\ndef add(a, b=1, *rest, key: int = 2):\n    # why\n    return a + b\n```"
+    assert (
+        answers[0]
+        == "```python\ndef add(a, b=1, *rest, key: int = 2):\n    # why\n    return a + b\n```"
+    )
     assert "Size of the box, in bytes." in asked[1]
     assert "Box.size" in asked[1]
     assert answers[1] == "```python\n@property\ndef size(self):\n    return 1\n```"
 
 
 def test_phrases_vary_and_stay_the_same():
-    source = "".join(f'def f{n}(x):\n    """Return the number {n}."""\n    return {n}\n' for n in range(40))
+    source = "".join(
+        f'def f{n}(x):\n    """Return the number {n}."""\n    return {n}\n' for n in range(40)
+    )
     module = stdlib.Module("m.py", source)
     openings = {record["messages"][0]["content"].split()[0] for record in stdlib.chats(module)}
     assert len(openings) >= 5

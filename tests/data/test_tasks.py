@@ -11,7 +11,9 @@ def solve(question):
     """The answer, worked out from the question alone."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
     if sign := re.search(r"\d ([-+*]) \d", question):
-        return str({"+": sum(numbers), "-": numbers[0] - numbers[1], "*": numbers[0] * numbers[1]}[sign[1]])
+        return str(
+            {"+": sum(numbers), "-": numbers[0] - numbers[1], "*": numbers[0] * numbers[1]}[sign[1]]
+        )
     if "from small to large" in question or "from large to small" in question:
         return " ".join(map(str, sorted(numbers, reverse="from large" in question)))
     letters = question.rpartition(": ")[2].split()

@@ -177,8 +177,11 @@ def test_the_poll_comes_before_every_batch_and_may_end_it(make_lm, source, lengt
         if len(calls) == 3:
             raise Enough
 
+    ran = []
+    lm.register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(Enough):
         measure(lm, source, lengths, batch_rows=2, poll=poll)
+    assert len(ran) == 2
     assert lm.training
     calls = []
     measure(lm, source, lengths, batch_rows=2, poll=lambda: calls.append(1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
 from tinsmith.evals.bpb import evaluating
-from tinsmith.evals.choice import encode_question, evaluate_choice, log_likelihoods
+from tinsmith.evals.choice import Line, encode_question, evaluate_choice, log_likelihoods
 from tinsmith.evals.questions import parse_question
 
 ROWS = [
@@ -43,6 +43,14 @@ def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
     wanted = [by_hand(lm, ids[:-scored], ids[-scored:]) for ids, scored in lines]
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_padding_is_marked_for_layers_that_count_tokens(make_lm, tokenizer):
+    lm, seen = make_lm().eval(), []
+    lm.register_forward_pre_hook(lambda *said: seen.append(said[2]["segments"]), with_kwargs=True)
+    lines = [Line([1, 2, 3, 4], 1), Line([1, 2], 1)]
+    log_likelihoods(lm, lines, 2, lambda: None)
+    assert seen[0].tolist() == [[0, 0, 0], [0, -1, -1]]
 
 
 def test_lines_are_context_and_choice_to_the_byte(tokenizer):

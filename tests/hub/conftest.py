@@ -26,7 +26,7 @@ def _randomised(model: torch.nn.Module) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
     return model
 
 

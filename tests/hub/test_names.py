@@ -17,7 +17,9 @@ def test_the_names_are_those_of_hugging_face():
     names = NAMES["qwen3"]
     assert names.theirs("embed.weight") == "model.embed_tokens.weight"
     assert names.theirs("head.weight") == "lm_head.weight"
-    assert names.theirs("blocks.11.mixer.q_norm.weight") == "model.layers.11.self_attn.q_norm.weight"
+    assert (
+        names.theirs("blocks.11.mixer.q_norm.weight") == "model.layers.11.self_attn.q_norm.weight"
+    )
     assert names.ours("model.layers.3.mlp.down_proj.weight") == "blocks.3.feed.down_proj.weight"
 
 

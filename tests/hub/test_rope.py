@@ -120,17 +120,26 @@ def test_the_original_context_may_stand_beside_or_be_the_context_itself():
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type: 'dyn"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling: rope_type: 'dyn",
+        ),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling: rope_type: ['yarn'] is not one"),
         ({"rope_scaling": {"type": "mrope"}}, "rope_scaling: rope_type: 'mrope' is not one of"),
         ({"rope_scaling": [1]}, "rope_scaling: must be an object"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor: required"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor: unknown for rope_type 'default'"),
+        (
+            {"rope_scaling": {"factor": 2.0}},
+            "rope_scaling: factor: unknown for rope_type 'default'",
+        ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fats": 3}},
             "rope_scaling: beta_fats: unknown for rope_type 'yarn'. Did you mean 'beta_fast'?",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling: factor=0.5 must be"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},
+            "rope_scaling: factor=0.5 must be",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope_scaling: factor: must be"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": float("nan")}}, "factor: must be"),
         (
@@ -157,7 +166,10 @@ def test_the_original_context_may_stand_beside_or_be_the_context_itself():
         ),
         ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta: given twice"),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 1e4}},
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_theta": 1e4},
+            },
             "rope_scaling: contradicts rope_parameters",
         ),
         (

@@ -220,7 +220,7 @@ def test_checkpointing_recomputes_in_training_and_nowhere_else(small, ids):
     lm = small()
     lm.checkpointing = True
     calls = []
-    lm.blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    lm.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     lm.train()(ids).logits.sum().backward()
     assert len(calls) == 2
     lm.eval()(ids).logits.sum().backward()

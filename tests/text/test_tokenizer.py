@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.tokenizer import SPECIALS, Tokenizer
+from tinsmith.text.spelling import cut
+from tinsmith.text.tokenizer import LONGEST, SPECIALS, Tokenizer
 
 FAMILIES = ["own", "gpt2", "llama", "metaspace", "qwen"]
 
@@ -203,8 +204,28 @@ def test_text_needs_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_ten_megabytes_of_one_kind_take_no_time(tokenizer):
-    texts = (" " * 12_000_000, "a" * 10_000_000, " \n" * 5_000_000, b"\xff" * 300_000)
-    for text in texts:
+@pytest.mark.parametrize("family", ["own", "gpt2", "llama", "metaspace"])
+def test_a_long_text_has_the_ids_it_has_in_one_go(families, corpus, family):
+    tokenizer = families[family]
+    reference = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    text = "".join(corpus) * (250_000 // len("".join(corpus)) + 1)
+    assert len(text) > 2 * LONGEST
+    ids = reference.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.encode_many([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+@settings(derandomize=True, deadline=None)
+@given(text=st.text("ab\n ", max_size=60), longest=st.integers(1, 20))
+def test_parts_of_a_long_text_are_short_and_make_it_whole(text, longest):
+    parts = cut(text, longest)
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= longest
+    assert all(parts) or not text
+
+
+def test_a_million_of_one_kind_take_no_time(tokenizer):
+    """Longer runs make the splitters of `tokenizers` panic; they are cut first."""
+    for text in (" " * 1_000_000, "a" * 1_000_000, " \n" * 500_000, b"\xff" * 100_000):
         raw = text.encode() if isinstance(text, str) else text
         assert tokenizer.bytes_of(tokenizer.encode(text)) == raw

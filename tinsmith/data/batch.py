@@ -20,7 +20,8 @@ class Row(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows side by side. Everything is (B, T) int64 but `mask`, which is bool, and `source`, which is (B,)."""
+    """Rows side by side. Everything is (B, T) int64 but `mask`, which is bool, and `source`, which
+    is (B,)."""
 
     ids: Tensor
     targets: Tensor
@@ -36,11 +37,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, without waiting for the copy."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        return Batch._make(part.to(device, non_blocking=True) for part in self)
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows [start, stop)."""
-        return Batch(*(part[start:stop] for part in self))
+        return Batch._make(part[start:stop] for part in self)
 
     def split(self, size: int) -> list["Batch"]:
         """Batches of `size` rows, the last perhaps smaller."""
@@ -50,4 +51,4 @@ class Batch(NamedTuple):
 def collate(rows: Sequence[Row], source: Sequence[int] | NDArray[Any]) -> Batch:
     """Rows of equal length and the number of the source of each, as one batch."""
     parts = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True)]
-    return Batch(*parts, torch.as_tensor(np.asarray(source, dtype=np.int64)))
+    return Batch._make([*parts, torch.from_numpy(np.array(source, dtype=np.int64))])

@@ -35,7 +35,8 @@ class DataSection(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Stdlib(DataSection):
-    """Python's own standard library: modules as documents, or (instruction, function) pairs as chats."""
+    """Python's own standard library: modules as documents, or (instruction, function) pairs as
+    chats."""
 
     kind: Literal["stdlib"] = "stdlib"
     validation: float = 0.05
@@ -43,7 +44,8 @@ class Stdlib(DataSection):
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks(DataSection):
-    """Generated tasks with an answer that can be checked; `digits` and `length` set how hard they are."""
+    """Generated tasks with an answer that can be checked; `digits` and `length` set how hard they
+    are."""
 
     kind: Literal["tasks"] = "tasks"
     validation: float = 0.05
@@ -98,7 +100,8 @@ class Hub(DataSection):
     config: str | None = None
     split: str = "train"
     field: str | None = "text"
-    """Which field of a row is a document; null renders the row's chat instead. Fine-tuning always reads chats."""
+    """Which field of a row is a document; null renders the row's chat instead. Fine-tuning always
+    reads chats."""
     revision: str | None = None
     on_bad_line: OnBadLine = "reject"
 

@@ -20,7 +20,7 @@ BATCH = 4_000_000
 
 
 class Encoded(NamedTuple):
-    """The ids (n,) of a document, for chats which of them are trained (n,), and its bytes of text."""
+    """Ids (n,) of a document, for chats which of them are trained (n,), and bytes of its text."""
 
     ids: list[int]
     mask: list[bool] | None
@@ -29,7 +29,8 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Writes the documents of one source, each to its side, below `folder`/train and `folder`/validation."""
+    """Writes the documents of one source, each to its side, below `folder`/train and
+    `folder`/validation."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shape: Shape):
         self._folder, self._tokenizer, self._shape = folder, tokenizer, shape
@@ -39,7 +40,8 @@ class Encoder:
     def write(
         self, documents: Iterable[tuple[bool, Document]], progress: Progress
     ) -> dict[str, dict[str, int]]:
-        """Encode and write all of `documents` (whether for validation, document); what went to each side."""
+        """Encode and write all of `documents` (whether for validation, document); what went to each
+        side."""
         chats = self._shape == "chats"
         with ExitStack() as stack:
             train, validation = (

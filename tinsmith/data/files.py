@@ -1,7 +1,8 @@
 """Readers for what people bring: .txt, .jsonl, .jsonl.gz, .parquet, and folders of them.
 
-Readers stream and never stop at a bad line: they yield a Reject with file, physical line and reason in its place. What
-cannot be read at all (a missing file, no permission, not a parquet file) raises UserError.
+Readers stream and never stop at a bad line: they yield a Reject with file, physical line and reason
+in its place. What cannot be read at all (a missing file, no permission, not a parquet file) raises
+UserError.
 """
 
 import codecs
@@ -75,13 +76,14 @@ def find(path: str, key: str = "data.path") -> list[Path]:
         raise UserError(f"{key}: {start} does not exist{near}")
     if not _known(start):
         raise UserError(
-            f"{key}: {start} is not of a known kind; use one of {', '.join(SUFFIXES)}, or a folder of them"
+            f"{key}: {start} is not of a known kind; use {', '.join(SUFFIXES)} or a folder of them"
         )
     return [start]
 
 
 def texts(path: Path) -> Iterator[Text | Reject]:
-    """Documents of a .txt file: between lines `<|endoftext|>`, or the whole file. CRLF becomes LF, a BOM goes.
+    """Documents of a .txt file: between lines `<|endoftext|>`, or the whole file. CRLF becomes LF,
+    a BOM goes.
 
     A line that is not UTF-8 or holds a NUL is left out and reported. A line may be of any length.
     """
@@ -105,7 +107,8 @@ def texts(path: Path) -> Iterator[Text | Reject]:
 
 
 def rows(path: Path, columns: list[str] | None = None) -> Iterator[Row | Reject]:
-    """Objects of a .jsonl, .jsonl.gz or .parquet file; `columns` spares a parquet file from reading others."""
+    """Objects of a .jsonl, .jsonl.gz or .parquet file; `columns` spares a parquet file from reading
+    others."""
     return _parquet(path, columns) if path.name.endswith(".parquet") else _jsonl(path)
 
 
@@ -138,7 +141,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], field: str) -> str:
-    """The text in `field` of a row. Raises ValueError where it is missing, not text, empty or unusable."""
+    """The text in `field` of a row. Raises ValueError where it is missing, not text, empty or
+    unusable."""
     if field not in record:
         raise ValueError(f"no field '{field}' (it has {', '.join(map(str, record)) or 'none'})")
     text = record[field]
@@ -151,7 +155,8 @@ def text_of(record: dict[str, Any], field: str) -> str:
 
 
 def refuse_odd_text(value: Any) -> None:
-    """Raises ValueError where a text, or any text inside a list or object, holds a NUL or a lone surrogate."""
+    """Raises ValueError where a text, or any text inside a list or object, holds a NUL or a lone
+    surrogate."""
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("holds a NUL character")
@@ -216,7 +221,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
 
 
 def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
-    """(number, line with its end as LF); a very long line comes in several parts of the same number."""
+    """(number, line with its end as LF); a very long line comes in several parts of the same
+    number."""
     number = 1
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _opened(path) as file:

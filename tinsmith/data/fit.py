@@ -1,9 +1,9 @@
 """Pieces of text laid into rows of one length, so that next to nothing of a row stays empty.
 
-Rows are filled one after the other, each beginning with the longest piece that is left. Room that is left is filled
-exactly by one piece or by two where that is possible, else by the longest that fits.
-Where nothing fits and more than 0.5 % of all positions so far would be lost, the end of the longest piece is cut off to
-fill the row. The result depends on nothing but the arguments.
+Rows are filled one after the other, each beginning with the longest piece that is left. Room that
+is left is filled exactly by one piece or by two where that is possible, else by the longest that
+fits. Where nothing fits and more than 0.5 % of all positions so far would be lost, the end of the
+longest piece is cut off to fill the row. The result depends on nothing but the arguments.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,8 @@ ALLOWED_WASTE = 0.005
 
 
 class Fitted(NamedTuple):
-    """Row r holds the pieces edges[r] to edges[r + 1]; a piece is `lengths` tokens from `starts` on. All int64.
+    """Row r holds the pieces edges[r] to edges[r + 1]; a piece is `lengths` tokens from `starts`
+    on. All int64.
 
     `starts` and `lengths` are (pieces,), `edges` is (rows + 1,).
     """
@@ -51,7 +52,8 @@ def fit(starts: NDArray[np.int64], lengths: NDArray[np.int64], room: int) -> Fit
 
 
 class _Pool:
-    """Pieces by length. Bit n of `present` is set where there is a piece of n tokens, bit room - n of `mirrored`."""
+    """Pieces by length. Bit n of `present` is set where there is a piece of n tokens, bit room - n
+    of `mirrored`."""
 
     def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], room: int):
         self.room = room
@@ -73,7 +75,7 @@ class _Pool:
         return start
 
     def choose(self, left: int) -> tuple[int, ...]:
-        """Lengths that fill `left` exactly (one, or two), else the longest that fits, else nothing."""
+        """One or two lengths that fill `left` exactly, else the longest that fits, else nothing."""
         if left < self.room:
             if self.present >> left & 1:
                 return (left,)

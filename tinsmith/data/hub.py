@@ -1,7 +1,8 @@
-"""Data sets of the Hugging Face Hub, through `datasets`: fetched once as a stream of rows, then read like a file.
+"""Data sets of the Hugging Face Hub, through `datasets`: fetched once as a stream of rows, then
+read like a file.
 
-Nothing touches the network unless a recipe names a data set, and `HF_HUB_OFFLINE` is honoured. A local folder that
-`datasets` can read goes the same way.
+Nothing touches the network unless a recipe names a data set, and `HF_HUB_OFFLINE` is honoured. A
+local folder that `datasets` can read goes the same way.
 """
 
 import itertools
@@ -50,6 +51,7 @@ def label(config: Hub) -> str:
 def _stream(config: Hub) -> Iterator[dict[str, Any]]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise UserError(
             'data.kind: hub needs the `datasets` package: pip install "tinsmith[hub]"'
@@ -59,6 +61,6 @@ def _stream(config: Hub) -> Iterator[dict[str, Any]]:
             config.name, config.config, split=config.split, revision=config.revision, streaming=True
         )
         yield from stream
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"data.name: cannot read the data set '{config.name}': {reason}") from None

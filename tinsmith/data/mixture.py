@@ -1,8 +1,9 @@
 """Which source each global sample comes from, when several are mixed by weight.
 
-The endless order is cut in blocks of 1000 samples. Every block holds each source's exact quota (its share by weight,
-rounded by the largest remainder, at least one), in an order shuffled by a keyed permutation. So the number of samples
-that any source has given before sample i follows from i alone: full blocks times quota, plus a count inside one block.
+The endless order is cut in blocks of 1000 samples. Every block holds each source's exact quota (its
+share by weight, rounded by the largest remainder, at least one), in an order shuffled by a keyed
+permutation. So the number of samples that any source has given before sample i follows from i
+alone: full blocks times quota, plus a count inside one block.
 """
 
 import numpy as np
@@ -22,7 +23,8 @@ class Mixture:
         self._ends = np.cumsum(self.quotas)
 
     def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For global samples (n,): which source each is from (n,), and its number within that source (n,)."""
+        """For global samples (n,): which source each is from (n,), and its number within that
+        source (n,)."""
         sources, numbers = np.empty_like(indices), np.empty_like(indices)
         blocks, places = np.divmod(indices, BLOCK)
         for block in np.unique(blocks):
@@ -40,7 +42,8 @@ class Mixture:
         return block * self.quotas + np.bincount(order[:place], minlength=len(self.quotas))
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each of a block's samples, and how many of that source come before it in the block."""
+        """The source of each of a block's samples, and how many of that source come before it in
+        the block."""
         slots = permute_many(np.arange(BLOCK), BLOCK, self._seed, "mixture", block)
         order = np.searchsorted(self._ends, slots, side="right")
         earlier = np.empty_like(order)
@@ -51,7 +54,8 @@ class Mixture:
 
 
 def quotas(weights: list[float]) -> NDArray[np.int64]:
-    """Samples per block of each source (sources,), summing to BLOCK. At most BLOCK sources, weights above zero."""
+    """Samples per block of each source (sources,), summing to BLOCK. At most BLOCK sources, weights
+    above zero."""
     assert 0 < len(weights) <= BLOCK
     exact = np.array(weights, dtype=np.float64) / sum(weights) * BLOCK
     whole = np.floor(exact).astype(np.int64)

@@ -1,9 +1,10 @@
 """The order of samples: a keyed bijection on [0, size) that needs no memory and can start anywhere.
 
-A Feistel network over the smallest even number of bits that holds `size` is a bijection whatever its round function;
-places beyond `size` are walked through the network again until they fall inside (Black and Rogaway, "Ciphers with
-arbitrary finite domains", 2002, section 4). So the shuffled order of an epoch is a pure function of (seed, index),
-and the whole state of a data source is one integer.
+A Feistel network over the smallest even number of bits that holds `size` is a bijection whatever
+its round function; places beyond `size` are walked through the network again until they fall inside
+(Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 4). So the shuffled order
+of an epoch is a pure function of (seed, index), and the whole state of a data source is one
+integer.
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ def permute_many(
     indices: NDArray[np.int64], size: int, seed: int, *keys: int | str
 ) -> NDArray[np.int64]:
     """`permute` for many indices (n,) at once; memory grows with n alone, never with `size`."""
-    if len(indices) and not (0 <= indices.min() and indices.max() < size):
+    if len(indices) and (indices.min() < 0 or indices.max() >= size):
         raise IndexError(f"index outside of [0, {size})")
     half = max(2, ((size - 1).bit_length() + 1) // 2)
     round_keys = _mix(np.uint64(derive(seed, *keys)) + np.arange(1, ROUNDS + 1, dtype=np.uint64))
@@ -37,7 +38,8 @@ def permute_many(
 
 
 def order(seed: int, index: int, size: int, *keys: int | str) -> tuple[int, int]:
-    """(epoch, place) of the `index`-th sample of an endless pass over [0, size), shuffled anew in every epoch."""
+    """(epoch, place) of the `index`-th sample of an endless pass over [0, size), shuffled anew in
+    every epoch."""
     epoch, step = divmod(index, size)
     return epoch, permute(step, size, seed, *keys, epoch)
 
@@ -65,7 +67,8 @@ def _encrypt(
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every output bit depends on every input bit."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every output bit depends on every
+    input bit."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

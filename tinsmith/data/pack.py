@@ -2,12 +2,12 @@
 
 Documents are one stream of tokens, cut every `context` tokens: row i holds ids x[iC:(i+1)C] and the
 targets one further, so that neighbouring rows share one boundary token and an epoch's rows, side by
-side, are the stream: nothing is lost and nothing repeated. Attention never crosses documents, so the
-last token of a document has no target.
+side, are the stream: nothing is lost and nothing repeated. Attention never crosses documents, so
+the last token of a document has no target.
 
-Chats share rows too, but each begins at the start of a piece of its own: a chat that is longer than a
-row goes on in another one, everything else is kept whole (but see `fit`). Here as well every token
-occurs once, and every token that is to be learned is a target once.
+Chats share rows too, but each begins at the start of a piece of its own: a chat that is longer than
+a row goes on in another one, everything else is kept whole (but see `fit`). Here as well every
+token occurs once, and every token that is to be learned is a target once.
 """
 
 from typing import Protocol

@@ -14,7 +14,8 @@ Say = Callable[[str], None]
 
 
 class Prepared(NamedTuple):
-    """Data ready for training: the folder with the shards, its tokenizer, and the counts of `report.json`."""
+    """Data ready for training: the folder with the shards, its tokenizer, and the counts of
+    `report.json`."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -56,18 +57,17 @@ def find_prepared(folder: Path, say: Say) -> Prepared | None:
 
 def summarise(prepared: Prepared, say: Say) -> None:
     """One line per source: how much there is, and how much could not be used."""
+    shape, rejects = prepared.report["shape"], prepared.folder / "rejects.jsonl"
     for source in prepared.report["sources"]:
-        parts = [source["train"], source["validation"]]
-        documents, tokens, text_bytes = (
-            sum(part[key] for part in parts) for key in ("documents", "tokens", "bytes")
-        )
-        rejected = source["rejected"]
-        bad = (
-            f", {rejected} lines rejected ({prepared.folder / 'rejects.jsonl'})" if rejected else ""
-        )
-        say(
-            f" prepare   {source['name']}: {count(documents)} {prepared.report['shape']}, {count(tokens)} tokens, "
-            f"{text_bytes / tokens:.2f} B/token{bad}"
-        )
-        if not source["validation"]["documents"]:
-            say(f" prepare   {source['name']}: nothing is held back for validation")
+        name, rejected, held_back = source["name"], source["rejected"], source["validation"]
+        total = {key: source["train"][key] + held_back[key] for key in held_back}
+        parts = [
+            f"{count(total['documents'])} {shape}",
+            f"{count(total['tokens'])} tokens",
+            f"{total['bytes'] / total['tokens']:.2f} B/token",
+        ]
+        if rejected:
+            parts.append(f"{rejected} lines rejected ({rejects})")
+        if not held_back["documents"]:
+            parts.append("nothing held back for validation")
+        say(f" prepare   {name}: {', '.join(parts)}")

@@ -1,8 +1,9 @@
 """Token shards: what is read during training, mapped into memory and checked by size and SHA-256.
 
-A folder holds `00000.tokens` (uint16, or uint32 for vocabularies above 65536; little endian), `00000.index` (uint64:
-where in this shard documents start), for chats `00000.mask` (uint8: which tokens are trained), and so on for
-00001, ...; `shards.json` says what must be there. A document may continue from one shard into the next.
+A folder holds `00000.tokens` (uint16, or uint32 for vocabularies above 65536; little endian),
+`00000.index` (uint64: where in this shard documents start), for chats `00000.mask` (uint8: which
+tokens are trained), and so on for 00001, ...; `shards.json` says what must be there. A document may
+continue from one shard into the next.
 """
 
 import hashlib
@@ -50,10 +51,11 @@ class ShardWriter:
         text_bytes: int = 0,
         last: bool = True,
     ) -> None:
-        """Append the ids (n,) of a document, or of a part of one unless it is the `last`; `mask` (n,) for chats."""
+        """Append the ids (n,) of a document, or of a part of one unless it is the `last`; `mask`
+        (n,) for chats."""
         raw = np.asarray(ids, dtype=np.int64)
         assert len(raw), "a document has at least one token"
-        assert raw.min() >= 0 and raw.max() < self.vocab_size, "an id outside of the vocabulary"
+        assert 0 <= raw.min() <= raw.max() < self.vocab_size, "an id outside of the vocabulary"
         assert (mask is not None) == self.masked, "a mask belongs to chats, and only to them"
         shard = self._open or _OpenShard(self.folder, len(self._shards), self.masked)
         self._open = shard

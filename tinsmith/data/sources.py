@@ -1,7 +1,8 @@
-"""What a trainer draws batches from: an endless, seeded, seekable order of rows over one or several prepared sources.
+"""What a trainer draws batches from: an endless, seeded, seekable order of rows over one or several
+prepared sources.
 
-Sample i of the global order is a pure function of (folder, context, seed, i). Ranks ask for their own ranges of i, a
-resumed run asks from the i where it stopped, and nothing has to be replayed.
+Sample i of the global order is a pure function of (folder, context, seed, i). Ranks ask for their
+own ranges of i, a resumed run asks from the i where it stopped, and nothing has to be replayed.
 """
 
 from collections.abc import Iterator
@@ -37,12 +38,13 @@ class Member(NamedTuple):
 class Source:
     """Rows by global number.
 
-    `train` rows come shuffled, every epoch of every member anew, members mixed by weight, without end. `validation`
-    rows come once, in order, member after member: there are `size` of them.
+    `train` rows come shuffled, every epoch of every member anew, members mixed by weight, without
+    end. `validation` rows come once, in order, member after member: there are `size` of them.
     """
 
     def __init__(self, members: list[Member], context: int, seed: int, part: Part):
-        self._members, self._seed, self.part_name, self.context = members, seed, part, context
+        self._members, self._seed, self.context = members, seed, context
+        self.part_name: Part = part
         self._mixture = Mixture([member.weight for member in members], seed)
         self._edges = np.cumsum([0, *(member.rows.size for member in members)])
 
@@ -115,12 +117,14 @@ class Source:
         )
 
     def spread(self, count: int) -> NDArray[np.int64]:
-        """`count` row numbers (all, if there are fewer) at even distances over one pass: a fair small sample."""
+        """`count` row numbers (all, if there are fewer) at even distances over one pass: a fair
+        small sample."""
         count = min(count, self.size)
         return np.arange(count) * self.size // max(1, count)
 
     def pass_through(self, rows: int, limit: int | None = None) -> Iterator[Batch]:
-        """One pass in batches of at most `rows` rows; with `limit`, over that many rows spread evenly."""
+        """One pass in batches of at most `rows` rows; with `limit`, over that many rows spread
+        evenly."""
         chosen = self.spread(self.size if limit is None else limit)
         for start in range(0, len(chosen), rows):
             yield self.take(chosen[start : start + rows])
@@ -145,7 +149,8 @@ def open_source(
 ) -> Source:
     """Open what `prepare` wrote to `folder`, as rows of `context` positions.
 
-    Raises UserError where shards are missing or damaged (found by hash with `verify`), and where nothing is held back for validation.
+    Raises UserError where shards are missing or damaged (found by hash with `verify`), and where
+    nothing is held back for validation.
     """
     report = read_report(folder)
     assert report["shape"] == shape, f"{folder} holds {report['shape']}"

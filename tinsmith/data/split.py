@@ -1,4 +1,5 @@
-"""Which documents are held back for validation: a rule on their content, so that equal documents stay together."""
+"""Which documents are held back for validation: a rule on their content, so that equal documents
+stay together."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -25,13 +26,15 @@ class Scan(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Documents whose digest is below `threshold` are held back; `cut` instead holds back the end of a lone one."""
+    """Documents whose digest is below `threshold` are held back; `cut` instead holds back the end
+    of a lone one."""
 
     threshold: int
     cut: int | None = None
 
     def sides(self, documents: Iterable[Document]) -> Iterator[tuple[bool, Document]]:
-        """(whether it is for validation, document) for each; the pieces of a document stay together."""
+        """(whether it is for validation, document) for each; the pieces of a document stay
+        together."""
         if self.cut is not None:
             yield from _cut(documents, self.cut)
             return
@@ -46,9 +49,11 @@ NO_SPLIT = Split(0)
 
 
 def plan(scan: Scan, fraction: float, *, may_cut: bool) -> Split:
-    """The split of a source: about `fraction` held back, and never nothing where there are two different documents.
+    """The split of a source: about `fraction` held back, and never nothing where there are two
+    different documents.
 
-    A lone text (`may_cut`) is cut in two, so that the usual single file of text has a validation part as well.
+    A lone text (`may_cut`) is cut in two, so that the usual single file of text has a validation
+    part as well.
     """
     if not fraction:
         return NO_SPLIT
@@ -73,7 +78,8 @@ def _digest(key: bytes) -> bytes:
 
 
 def _cut(documents: Iterable[Document], cut: int) -> Iterator[tuple[bool, Document]]:
-    """Cut every copy of a lone text after about `cut` characters, at the end of a line (or else of a word)."""
+    """Cut every copy of a lone text after about `cut` characters, at the end of a line (or else of
+    a word)."""
     seen = 0
     for document in documents:
         text = document.text
@@ -88,6 +94,7 @@ def _cut(documents: Iterable[Document], cut: int) -> Iterator[tuple[bool, Docume
 
 
 def _line_end(text: str, before: int) -> int:
-    """Where to cut: after the last line's end, else the last blank, at or before `before`; 0 where there is none."""
+    """Where to cut: after the last line's end, else the last blank, at or before `before`; 0 where
+    there is none."""
     before = min(before, len(text) - 1)
     return (text.rfind("\n", 0, before) + 1) or (text.rfind(" ", 0, before) + 1)

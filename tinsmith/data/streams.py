@@ -1,4 +1,5 @@
-"""Every kind of data as one thing: a stream of documents (texts or conversations) that can be read again and again."""
+"""Every kind of data as one thing: a stream of documents (texts or conversations) that can be read
+again and again."""
 
 import itertools
 import platform
@@ -59,13 +60,20 @@ class Origin(NamedTuple):
     validation: Stream | None = None
 
     @property
+    def described(self) -> str:
+        """What the recipe names: the path, or else the name."""
+        config = self.config
+        return config.path if isinstance(config, Text | Chats) else self.name
+
+    @property
     def fails(self) -> bool:
         """Whether a bad line ends everything instead of being left out."""
         return isinstance(self.config, Text | Chats | Hub) and self.config.on_bad_line == "fail"
 
 
 def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) -> Origin:
-    """Find what a section of a recipe names, without reading it yet. `key` names the section in messages.
+    """Find what a section of a recipe names, without reading it yet. `key` names the section in
+    messages.
 
     UserError where it is not there, or cannot give what `shape` asks for.
     """
@@ -85,17 +93,25 @@ def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) ->
 
 def _stdlib(config: Stdlib, shape: Shape) -> Origin:
     found = list(stdlib.read(stdlib.modules()))
-    if shape == "documents":
-        documents = [Document(m.text, m.name.encode(), m.name, 1) for m in found]
-    else:
-        documents = list(_stdlib_chats(found))
+    kept: list[Document] = []
+
+    def read() -> Iterator[Document]:
+        if not kept:
+            kept.extend(_stdlib_texts(found) if shape == "documents" else _stdlib_chats(found))
+        return iter(kept)
+
     identity = [
         plain(config),
         platform.python_version(),
         len(found),
         sum(len(module.text) for module in found),
     ]
-    return Origin("stdlib", config, identity, _limited(lambda: iter(documents), config.limit))
+    return Origin("stdlib", config, identity, _limited(read, config.limit))
+
+
+def _stdlib_texts(found: list[stdlib.Module]) -> Iterator[Document]:
+    for module in found:
+        yield Document(module.text, module.name.encode(), module.name, 1)
 
 
 def _stdlib_chats(found: list[stdlib.Module]) -> Iterator[Document]:
@@ -114,7 +130,8 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
         name = config.tasks[index % len(config.tasks)]
         task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
         content = task.text() if shape == "documents" else normalise(task.chat())
-        solution = f"{task.name}\n{task.reasoning}\n{task.answer}"  # the same whatever words the question is put in
+        # the split goes by what is asked, in whatever words
+        solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
         yield Document(content, solution.encode(), "tasks", index)
 
 
@@ -138,13 +155,15 @@ def _files(config: Text | Chats, key: str) -> Origin:
 
 
 def _name(path: Path) -> str:
-    """A folder's name, or a file's without what follows the dot; of `stories/train.txt` it is `stories`."""
+    """A folder's name, or a file's without what follows the dot; of `stories/train.txt` it is
+    `stories`."""
     name = path.resolve().name.split(".")[0]
     return path.resolve().parent.name if name in ("train", "data") and path.is_file() else name
 
 
 def _named_parts(found: list[Path]) -> tuple[list[Path], list[Path]]:
-    """A folder with train.* and valid.* (or val.*, validation.*) files says itself what is held back."""
+    """A folder with train.* and valid.* (or val.*, validation.*) files says itself what is held
+    back."""
     train = [path for path in found if path.name.split(".")[0] == "train"]
     held_back = [path for path in found if path.name.split(".")[0] in VALIDATION_NAMES]
     return (train, held_back) if train and held_back else (found, [])

@@ -1,7 +1,8 @@
 """Generated tasks whose answer can be checked: arithmetic, sorting, copying.
 
-A task is a pure function of (name, seed, index, digits, length): the same everywhere, and there is no end of them.
-The reasoning is a worked solution that a small model can learn to follow, one short step per line.
+A task is a pure function of (name, seed, index, digits, length): the same everywhere, and there is
+no end of them. The reasoning is a worked solution that a small model can learn to follow, one short
+step per line.
 """
 
 import random
@@ -46,8 +47,8 @@ def generate(name: str, seed: int, index: int, *, digits: int = 3, length: int =
 def check(task: Task, text: str) -> bool:
     """Whether a reply answers the task.
 
-    What counts is what follows `</think>`, and there the last `<answer>` span where there is one. Blanks do not
-    matter; of a sum the last number counts, so that "The answer is 42." is right.
+    What counts is what follows `</think>`, and there the last `<answer>` span where there is one.
+    Blanks do not matter; of a sum the last number counts, so that "The answer is 42." is right.
     """
     said = text.rpartition("</think>")[2]
     spans = re.findall(r"<answer>(.*?)</answer>", said, flags=re.DOTALL)

@@ -90,7 +90,7 @@ def evaluate_bpb(
     raise to end it. No global random state is touched and the model's modes are as before.
     """
     lengths = byte_lengths.cpu()
-    names = dict(enumerate(source.names))
+    names = {int(source.part(name).rows(0, 1).source[0]): name for name in source.names}
     tally = _Tally(1 + max(names))
     with evaluating(lm):
         for batch in source.pass_through(batch_rows, limit=rows):

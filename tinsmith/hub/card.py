@@ -122,7 +122,8 @@ def _introduction(facts: Facts) -> str:
         ("Class", _class(facts)),
     ]
     table = _table(["", ""], [[name, value] for name, value in rows if value])
-    return f"A language model of {count(facts['parameters'])} parameters, made with Tinsmith.\n\n{table}"
+    size = count(facts["parameters"])
+    return f"A language model of {size} parameters, made with Tinsmith.\n\n{table}"
 
 
 def _class(facts: Facts) -> str | None:

@@ -151,8 +151,8 @@ def _windows(kind: str, keys: Keys, depth: int) -> list[int | None]:
 
 
 def _told(types: Any, default: list[bool], keys: Keys, free: bool) -> list[bool]:
-    """`layer_types` as one bool a layer. transformers' Llama and Mistral do not read it, so there it
-    must not say anything new.
+    """`layer_types` as one bool a layer. transformers' Llama and Mistral do not read it, so there
+    it must not say anything new.
     """
     if not isinstance(types, list) or len(types) != len(default):
         keys.fail("layer_types", f"must be a list of {len(default)} names, one a layer")

@@ -1,7 +1,6 @@
 """Hugging Face folders: written so that others open them, read so that nothing is guessed."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_dir, atomic_write, sha256
 from tinsmith.core.jsonfile import read_object
 from tinsmith.hub.card import Facts, model_card
-from tinsmith.hub.configs import OWN, config_from_hf, config_to_hf
+from tinsmith.hub.configs import config_from_hf, config_to_hf
 from tinsmith.hub.fill import fill
 from tinsmith.hub.names import NAMES
 from tinsmith.hub.rope import stretched

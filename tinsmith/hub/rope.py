@@ -52,7 +52,9 @@ def read_rope(data: dict[str, Any], context: int, where: str) -> Rope:
             raise UserError(f"{place}: must be an object (got {inner!r:.60})")
         thetas.add(_theta(inner, place))
         outer = {"original_max_position_embeddings"} & data.keys()
-        stretchings.append(read_scaling(inner | {name: data[name] for name in outer}, context, place))
+        stretchings.append(
+            read_scaling(inner | {name: data[name] for name in outer}, context, place)
+        )
     given = sorted(theta for theta in thetas if theta is not None)
     if len(given) > 1:
         raise UserError(f"{where}: rope_theta: given twice and differently ({given})")

@@ -61,8 +61,8 @@ def _nothing(folder: Path) -> str:
     if not pickled:
         return f"{folder}: has neither {WEIGHTS} nor {INDEX}"
     return (
-        f"{folder}: has only pickled weights ({pickled[0]}), which can run code when they are opened "
-        "and are never read here; save them as safetensors with transformers' save_pretrained"
+        f"{folder}: has only pickled weights ({pickled[0]}), which can run code when opened and are "
+        "never read here; save them as safetensors with transformers' save_pretrained"
     )
 
 
@@ -70,16 +70,17 @@ def _shard(folder: Path, name: str) -> Path:
     """A shard that the index names. It must not lead out of the folder, nor, where the folder is a
     snapshot in the Hub's cache (whose files are links), out of its repository's part of the cache.
     """
+    index, place = folder / INDEX, folder.resolve()
     if not name.endswith(".safetensors"):
-        raise UserError(f"{folder / INDEX}: {name!r:.80} is not a safetensors file")
-    place = folder.resolve()
+        raise UserError(f"{index}: {name!r:.80} is not a safetensors file")
     cached = place.parent.name == "snapshots" and (place.parent.parent / "blobs").is_dir()
     root = place.parent.parent if cached else place
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise UserError(f"{folder / INDEX}: {name!r:.80} leads out of the folder")
-    path = inside(root, str(place.relative_to(root) / name))
+    try:
+        path = inside(root, str(place.relative_to(root) / name))
+    except UserError:
+        raise UserError(f"{index}: {name!r:.80} leads out of the folder") from None
     if not path.is_file():
-        raise UserError(f"{folder / INDEX}: names {name}, which is missing")
+        raise UserError(f"{index}: names {name}, which is missing")
     return path
 
 

@@ -72,6 +72,24 @@ def text_only(settings: dict[str, Any], spelling: Spelling) -> dict[str, Any]:
     }
 
 
+def cut(text: str, longest: int) -> list[str]:
+    """Cut a text in parts of at most `longest` characters, where that changes no ids if possible.
+
+    That is after a single line end between two lines that neither end nor begin with a blank.
+    """
+    parts = []
+    start = 0
+    while len(text) - start > longest:
+        place = end = start + longest
+        while (place := text.rfind("\n", start + 1, place)) > 0:
+            if not text[place - 1].isspace() and not text[place + 1].isspace():
+                end = place + 1
+                break
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
 def _without_prefix(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "Metaspace":
         return part | {"prepend_scheme": "never", "add_prefix_space": False}

@@ -26,12 +26,12 @@ from tinsmith.text.specials import (
     as_added,
     our_template,
 )
-from tinsmith.text.spelling import SPACE, is_blank, spelling_of, text_only
+from tinsmith.text.spelling import SPACE, cut, is_blank, spelling_of, text_only
 
 __all__ = ["SPECIALS", "Tokenizer"]
 
-LONGEST = 2_000_000
-"""Characters encoded in one go: a run of 10 million blanks is more than the splitters bear."""
+LONGEST = 100_000
+"""Characters encoded in one go: longer is slower, and the splitters panic at 10 million blanks."""
 
 _BROKEN = re.compile("[\udc80-\udcff]")
 _BROKEN_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE}]")
@@ -232,13 +232,10 @@ class Tokenizer:
         return ids + self._ids(raw[start:])
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of a text, which is cut at a line's end where it is too long for regular expressions."""
-        ids: list[int] = []
-        while len(text) > LONGEST:
-            cut = text.rfind("\n", 0, LONGEST) + 1 or LONGEST
-            ids += self._text.encode(text[:cut], add_special_tokens=False).ids
-            text = text[cut:]
-        return ids + self._text.encode(text, add_special_tokens=False).ids
+        if len(text) <= LONGEST:
+            return self._text.encode(text, add_special_tokens=False).ids
+        encodings = self._text.encode_batch_fast(cut(text, LONGEST), add_special_tokens=False)
+        return [number for encoding in encodings for number in encoding.ids]
 
     def _checked(self, ids: list[int], text: str | bytes, *, first: bool) -> list[int]:
         """Spell out added tokens that text happened to reach, and see that nothing was lost."""

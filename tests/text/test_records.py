@@ -1,0 +1,208 @@
+"""Chat records of every shape become one form, or are refused with a reason."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.text.chat import BadRecord, Call, Conversation, Message, normalise
+
+ASK = {"role": "user", "content": "1+1?"}
+ANSWER = {"role": "assistant", "content": "2"}
+TOOL = {"type": "function", "function": {"name": "add"}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+RESULT = {"role": "tool", "content": "2"}
+
+
+def said(record, **options):
+    return [(m.role, m.content) for m in normalise(record, **options).messages]
+
+
+def test_messages():
+    record = {"messages": [{"role": "system", "content": "S"}, ASK, ANSWER]}
+    assert said(record) == [("system", "S"), ("user", "1+1?"), ("assistant", "2")]
+
+
+def test_developer_is_system_and_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    record = {"messages": [{"role": "developer", "content": parts}, ASK, ANSWER]}
+    assert said(record)[0] == ("system", "ab")
+
+
+def test_sharegpt():
+    record = {
+        "system": "S",
+        "tools": json.dumps([TOOL]),
+        "conversations": [
+            {"from": "human", "value": "1+1?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "It is 2."},
+        ],
+    }
+    conversation = normalise(record)
+    assert conversation.messages == (
+        Message(role="system", content="S"),
+        Message(role="user", content="1+1?"),
+        Message(role="assistant", content="", calls=(Call(name="add", arguments={"x": 1}),)),
+        Message(role="tool", content="2"),
+        Message(role="assistant", content="It is 2."),
+    )
+    assert conversation.tools == (TOOL,)
+
+
+def test_minimind():
+    """Tools on the system message and calls as JSON text; a system message that only brings tools."""
+    record = {
+        "conversations": [
+            {"role": "system", "content": "", "tools": json.dumps([TOOL])},
+            ASK,
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": "use it",
+                "tool_calls": '[{"name": "add", "arguments": "{\\"x\\": 1}"}]',
+            },
+            RESULT,
+            ANSWER,
+        ]
+    }
+    conversation = normalise(record)
+    assert conversation.tools == (TOOL,)
+    assert [message.role for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    assert conversation.messages[1].calls == (Call(name="add", arguments={"x": 1}),)
+    assert conversation.messages[1].reasoning == "use it"
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"instruction": "I", "input": "", "output": "O"}, [("user", "I"), ("assistant", "O")]),
+        ({"instruction": "I", "output": "O"}, [("user", "I"), ("assistant", "O")]),
+        ({"instruction": "I", "input": "X", "output": "O"}, [("user", "I\n\nX"), ("assistant", "O")]),
+        (
+            {"instruction": "I", "output": "O", "system": "S", "history": [["a", "b"]]},
+            [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "I"), ("assistant", "O")],
+        ),
+    ],
+)
+def test_alpaca(record, expected):
+    assert said(record) == expected
+
+
+def test_rows_of_parquet_with_empty_columns_are_read():
+    empty = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
+    record = {"messages": [ASK | empty, ANSWER | empty], "tools": None, "system": None}
+    assert said(record) == [("user", "1+1?"), ("assistant", "2")]
+
+
+def test_a_blank_system_message_is_left_out():
+    assert said({"messages": [{"role": "system", "content": " "}, ASK, ANSWER]}) == [
+        ("user", "1+1?"),
+        ("assistant", "2"),
+    ]
+
+
+def test_a_prompt_need_not_be_answered():
+    assert said({"messages": [ASK]}, answered=False) == [("user", "1+1?")]
+    assert said({"instruction": "I"}, answered=False) == [("user", "I")]
+    whole = normalise({"messages": [ASK, ANSWER]})
+    assert whole.prompt() == normalise({"messages": [ASK]}, answered=False)
+    assert whole.prompt().prompt() == whole.prompt()
+
+
+def messages(*items):
+    return {"messages": list(items)}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([], "not a JSON object"),
+        ({}, "none of `messages`"),
+        ({"text": "x"}, "none of `messages`"),
+        ({"messages": "x"}, "`messages` is not a list of objects"),
+        ({"conversations": ["x"]}, "`conversations` is not a list of objects"),
+        (messages(), "nobody says anything"),
+        (messages({"role": "system", "content": "S"}), "nobody says anything"),
+        (messages(ASK), "no assistant turn"),
+        (messages({"content": "x"}), "message 1: `role` is missing"),
+        (messages({"role": "robot", "content": "x"}), "message 1: unknown role 'robot'"),
+        (messages({"role": 3, "content": "x"}), "message 1: unknown role 3"),
+        (messages({"role": "user"}), "message 1: `content` is missing"),
+        (messages({"role": "user", "content": 3}), "message 1: `content` is not text"),
+        (messages({"role": "user", "content": [{"type": "image"}]}), "`content` is not text"),
+        (messages(ASK, ASK, ANSWER), "message 2: user where assistant should speak"),
+        (messages(ANSWER, ASK), "message 1: assistant where system or user should speak"),
+        (messages(ASK, ANSWER, ANSWER), "message 3: assistant where user should speak"),
+        (messages(ASK, ANSWER, RESULT), "message 3: tool where user should speak"),
+        (messages(ASK, CALL, ASK, ANSWER), "message 3: user where tool should speak"),
+        (messages(ASK, {"role": "system", "content": "S"}, ANSWER), "message 2: system where"),
+        (messages(ASK, {"role": "assistant", "content": " \n"}), "message 2: empty content"),
+        (messages({"role": "user", "content": ""}, ANSWER), "message 1: empty content"),
+        (messages(ASK, {"role": "assistant", "content": "\ud800"}), "half a character"),
+        (messages(ASK, ANSWER | {"reasoning_content": 5}), "`reasoning_content` is not text"),
+        (messages(ASK, ANSWER | {"tool_calls": "[{"}), "`tool_calls`: not valid JSON"),
+        (messages(ASK, ANSWER | {"tool_calls": [{}]}), "a tool call has no name"),
+        (messages(ASK, ANSWER | {"tool_calls": [3]}), "a tool call has no name"),
+        (
+            messages(ASK, ANSWER | {"tool_calls": [{"name": "f", "arguments": "x"}]}),
+            "arguments: not valid JSON",
+        ),
+        (
+            messages(ASK, ANSWER | {"tool_calls": [{"name": "f", "arguments": [1]}]}),
+            "arguments are not a JSON object",
+        ),
+        (messages(ASK, ANSWER) | {"tools": "{"}, "`tools`: not valid JSON"),
+        (messages(ASK, ANSWER) | {"tools": [1]}, "`tools` is not a list of objects"),
+        (messages(ASK, ANSWER) | {"tools": [{"x": b"raw"}]}, "a bytes is not JSON"),
+        (messages(ASK, ANSWER) | {"tools": "[" * 5000}, "`tools`"),
+        (messages(ASK, ANSWER) | {"tools": "[" * 80 + "]" * 80}, "nested more than 64"),
+        (messages(ASK, ANSWER) | {"system": 4}, "`system` is not text"),
+        ({"instruction": "I"}, "`output` is missing"),
+        ({"instruction": 3, "output": "O"}, "`instruction` is not text"),
+        ({"instruction": "", "output": "O"}, "message 1: empty content"),
+        ({"instruction": "I", "output": None}, "message 2: `content` is missing"),
+        ({"instruction": "I", "output": "O", "history": [["a"]]}, "`history`"),
+    ],
+)
+def test_T9_a_defect_has_a_short_reason(record, reason):
+    with pytest.raises(BadRecord) as caught:
+        normalise(record)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, UserError)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    [*("messages", "conversations", "instruction", "input", "output", "system", "history", "tools")]
+)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call"])
+ITEM = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": ROLES | JSON,
+        "from": ROLES | JSON,
+        "content": st.just("x") | JSON,
+        "value": st.just("x") | JSON,
+        "tool_calls": JSON,
+        "reasoning_content": JSON,
+        "tools": JSON,
+    },
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(st.dictionaries(KEYS, st.lists(ITEM, max_size=4) | JSON, max_size=4) | JSON, st.booleans())
+def test_T9_any_json_is_a_conversation_or_a_reason(record, answered):
+    try:
+        assert isinstance(normalise(record, answered=answered), Conversation)
+    except BadRecord as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,62 @@
+"""The tokenizer of prepared data: given, loaded, or trained on the part that is trained on."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tinsmith.data.progress import Progress
+from tinsmith.data.split import sampled
+from tinsmith.data.streams import Document
+from tinsmith.text.bpe import train_bpe
+from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
+from tinsmith.text.tokenizer import Tokenizer
+
+
+def ready(tokenizer: TokenizerConfig | Tokenizer) -> Tokenizer | TrainTokenizerConfig:
+    """The tokenizer itself, loaded where a path names it, or how it is to be trained."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer.path:
+        return Tokenizer.load(tokenizer.path)
+    return tokenizer.train or TrainTokenizerConfig()
+
+
+def identity(tokenizer: Tokenizer | TrainTokenizerConfig) -> Any:
+    """Plain data that decides what text becomes."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.fingerprint()
+    return [tokenizer.vocab_size, tokenizer.max_bytes]
+
+
+def train(
+    settings: TrainTokenizerConfig,
+    documents: Iterable[tuple[bool, Document]],
+    total: int,
+    progress: Progress,
+) -> Tokenizer:
+    """Train a BPE on a sample of what is not held back: (whether for validation, document).
+
+    `total` bytes of text in all; the sample is spread evenly over them, at most `max_bytes`.
+    """
+    sample = _sample(documents, settings.max_bytes, settings.max_bytes / total, progress)
+    return train_bpe(sample, settings.vocab_size)
+
+
+def _sample(
+    documents: Iterable[tuple[bool, Document]], most: int, share: float, progress: Progress
+) -> Iterator[str]:
+    taken = 0
+    for held_back, document in documents:
+        progress.advance(document.bytes)
+        if held_back or (share < 1 and not sampled(document, share)):
+            continue
+        if taken and taken + document.bytes > most:
+            return
+        taken += document.bytes
+        yield from _texts(document)
+
+
+def _texts(document: Document) -> list[str]:
+    if isinstance(document.content, str):
+        return [document.content]
+    messages = document.content.messages
+    return [text for message in messages for text in (message.reasoning, message.content) if text]

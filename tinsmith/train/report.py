@@ -1,0 +1,134 @@
+"""What a run leaves for people: `loss.png`, `loss.svg` and `samples.md`, all made of
+`metrics.jsonl` alone, and the table of `tinsmith runs`. A killed run can be reported like any
+other.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.files import atomic_write
+from tinsmith.core.parse import read_yaml
+from tinsmith.train.figure import run_pictures, runs_picture
+from tinsmith.train.history import History
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+def plot_run(folder: Path) -> Path:
+    """Write `loss.png` and `loss.svg` into a run's folder; returns the path of the first.
+
+    Equal metrics of equally named runs give equal files. UserError where there is no such folder.
+    """
+    pictures = run_pictures(History.read(folder), ("png", "svg"))
+    for kind, data in pictures.items():
+        atomic_write(folder / f"loss.{kind}", data)
+    return folder / "loss.png"
+
+
+def plot_runs(folders: Sequence[Path], out: Path) -> Path:
+    """Several runs in one picture, `out`, a .png or .svg file."""
+    kind = out.suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg"):
+        raise UserError(f"{out}: pictures are written as .png or .svg; choose one of these endings")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: the folder {out.parent} does not exist")
+    atomic_write(out, runs_picture([History.read(folder) for folder in folders], kind))
+    return out
+
+
+def write_samples(folder: Path) -> Path:
+    """Write `samples.md`: all samples of the run, step by step; returns its path."""
+    history = History.read(folder)
+    parts = [f"# Samples of {history.name}\n"]
+    for line in history.of_kind("samples"):
+        parts.append(f"## Step {line['step']:,}\n")
+        for sample in line.get("samples") or []:
+            parts.append(f"Prompt\n\n{_fenced(sample['prompt'])}")
+            parts.append(f"Continuation\n\n{_fenced(sample['text'])}")
+    if len(parts) == 1:
+        parts.append("None yet.\n")
+    atomic_write(folder / "samples.md", "\n".join(parts))
+    return folder / "samples.md"
+
+
+def runs_table(root: Path) -> list[dict[str, Any]]:
+    """A row for every run under `root`, the one that wrote last first.
+
+    Keys: name, folder, objective (`unknown` where the recipe cannot be read), step, steps (None
+    likewise), best_bpb (None before the first evaluation), age_seconds (since the last word of
+    the run), bytes (of the whole folder), finished.
+    """
+    if not root.is_dir():
+        return []
+    found = [path for path in sorted(root.iterdir()) if _is_run(path)]
+    rows = [_row(folder) for folder in found]
+    return sorted(rows, key=lambda row: row["age_seconds"])
+
+
+def _is_run(path: Path) -> bool:
+    marks = ("config.yaml", "metrics.jsonl", "checkpoints")
+    return not path.name.startswith(".") and any((path / mark).exists() for mark in marks)
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    history, config = History.read(folder), _config(folder)
+    bpb = history.series("eval", "bpb").values
+    return {
+        "name": folder.name,
+        "folder": str(folder),
+        "objective": _inside(config, "objective", "kind") or "unknown",
+        "step": max(history.step, _saved_step(folder)),
+        "steps": _inside(config, "train", "steps"),
+        "best_bpb": float(bpb.min()) if len(bpb) else None,
+        "age_seconds": max(0.0, time.time() - _last_change(folder)),
+        "bytes": _bytes(folder),
+        "finished": (folder / "final" / "config.json").is_file(),
+    }
+
+
+def _fenced(text: str) -> str:
+    """Text as a code block that nothing inside it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    end = "" if text.endswith("\n") else "\n"
+    return f"{fence}text\n{text}{end}{fence}\n"
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return read_yaml(folder / "config.yaml")
+    except UserError:
+        return None
+
+
+def _inside(data: Any, *keys: str) -> Any:
+    """The value under keys of nested dicts, None where one is missing."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def _saved_step(folder: Path) -> int:
+    names = [path.name for path in folder.glob("checkpoints/step-*")]
+    return max((int(found[1]) for name in names if (found := _STEP.fullmatch(name))), default=0)
+
+
+def _last_change(folder: Path) -> float:
+    """When the run last said something; its folder's age where it never has."""
+    metrics = folder / "metrics.jsonl"
+    return (metrics if metrics.exists() else folder).stat().st_mtime
+
+
+def _bytes(folder: Path) -> int:
+    """Bytes of all files below a folder that another process may be writing to."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total

@@ -1,0 +1,119 @@
+"""`tinsmith generate`: a text continued."""
+
+import json
+import sys
+from typing import NamedTuple
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import say
+from tinsmith.hub.load import load
+from tinsmith.infer.generate import Completion, stream
+from tinsmith.infer.generate import generate as complete
+from tinsmith.infer.sample import Sampling
+from tinsmith.nn.model import LM
+from tinsmith.text.chat import encode_prompt
+from tinsmith.text.records import normalise
+from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train.parallel import pick_device
+from tinsmith.verbs.exchange import scaling
+
+
+class Request(NamedTuple):
+    """What is asked of the model."""
+
+    count: int
+    chat: bool
+    max_new: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+
+    def sampling(self) -> Sampling:
+        """As the sampler takes it."""
+        return sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+
+
+def sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | None,
+) -> Sampling:
+    """Flags as the sampler takes them; UserError names a value that cannot be."""
+    try:
+        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def generate(
+    model: str, prompts: list[str], request: Request, rope_scaling: str | None, as_json: bool
+) -> None:
+    """Print every continuation; a single one is printed as it is made."""
+    settings = request.sampling()
+    if request.count < 1 or request.max_new < 1:
+        raise UserError("--count and --max-new: at least 1")
+    texts = prompts or [_standard_input()]
+    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=scaling(rope_scaling))
+    if tokenizer is None:
+        raise UserError(f"{model}: has no tokenizer, so it cannot read a prompt")
+    encoded = [prompt_ids(tokenizer, text, request.chat) for text in texts]
+    if len(encoded) == 1 and request.count == 1 and not as_json:
+        _show(lm, tokenizer, texts[0], encoded[0], request, settings)
+        return
+    repeated = [ids for ids in encoded for _ in range(request.count)]
+    done = complete(
+        lm,
+        tokenizer,
+        repeated,
+        sampling=settings,
+        max_new=request.max_new,
+        stop=request.stop,
+    )
+    _print_all([text for text in texts for _ in range(request.count)], done, request.chat, as_json)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    """A prompt's ids; nothing at all begins where documents begin."""
+    if chat:
+        record = {"messages": [{"role": "user", "content": text}]}
+        return encode_prompt(tokenizer, normalise(record, answered=False))
+    return tokenizer.encode(text) or [tokenizer.end_of_text]
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give one with -p, or on standard input")
+    return sys.stdin.read()
+
+
+def _show(
+    lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Request, settings: Sampling
+) -> None:
+    if not request.chat:
+        sys.stdout.write(text)
+    pieces = stream(
+        lm, tokenizer, ids, sampling=settings, max_new=request.max_new, stop=request.stop
+    )
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _print_all(texts: list[str], done: list[Completion], chat: bool, as_json: bool) -> None:
+    for text, each in zip(texts, done, strict=True):
+        if as_json:
+            row = {
+                "prompt": text,
+                "text": each.text,
+                "finish": each.finish,
+                "tokens": len(each.ids),
+            }
+            say(json.dumps(row, ensure_ascii=False))
+        else:
+            say((each.text if chat else text + each.text) + "\n")
