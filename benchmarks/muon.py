@@ -3,8 +3,8 @@
     python benchmarks/muon.py [--rounds 5]
 
 The step is forward and backward of 8 micro-batches of 8 x 512 tokens under bf16 autocast, then Muon
-on the block matrices and AdamW on the rest. Beside it, on the same matrices and gradients: Muon with
-float32 products, one matrix at a time, torch's own, and AdamW. The bound is 10 %.
+on the block matrices and AdamW on the rest. Beside it, with the same matrices and gradients: Muon
+with float32 products, one matrix at a time, torch's own, and AdamW. The bound is 10 %.
 """
 
 import argparse
@@ -13,9 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from common import interleave, medians, table, write
-from torch import nn
 
-import tinsmith
+from tinsmith import LM, ModelConfig
 from tinsmith.optim import muon
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import OptimConfig
@@ -26,7 +25,7 @@ ROWS, CONTEXT, ACCUMULATE = 8, 512, 8
 BOUND = 0.1
 
 
-def tokens_of_a_step(lm: nn.Module) -> Callable[[], None]:
+def tokens_of_a_step(lm: LM) -> Callable[[], None]:
     """Forward and backward of 32,768 random tokens; gradients are left in place."""
     vocabulary = lm.config.vocab_size
     shape = (ACCUMULATE, ROWS, CONTEXT + 1)
@@ -55,11 +54,11 @@ def one_at_a_time(optimizer: Muon) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What Muon costs.")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
-    lm = tinsmith.LM(tinsmith.ModelConfig.preset("minimind2-26m"))
+    lm = LM(ModelConfig.preset("minimind2-26m"))
     matrices = [parameter for _, parameter in partition(lm)["matrix"]]
     ours, rest = Optimizers.build(lm, None, OptimConfig()).optimizers
     tokens = tokens_of_a_step(lm)

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.hub.configs import config_from_hf, config_to_hf
+from tinsmith.hub.from_hf import config_from_hf
+from tinsmith.hub.to_hf import config_to_hf
 from tinsmith.nn.config import ModelConfig
 
 BASE = {

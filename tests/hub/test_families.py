@@ -198,7 +198,7 @@ def test_a_stretching_asked_for_at_loading_is_that_of_transformers(tmp_path, ran
     ],
 )
 def test_presets_are_stock_models_of_exactly_their_published_size(name, count, family):
-    from tinsmith.hub.configs import config_to_hf
+    from tinsmith.hub.to_hf import config_to_hf
 
     translation = config_to_hf(ModelConfig.preset(name))
     assert translation.family == family

@@ -1,9 +1,10 @@
 """Byte-pair encoding the slow way, to be read: Sennrich et al. 2016, arXiv:1508.07909.
 
-Symbols are ids. Those below `first` are taken; a merge of two symbols gets the next free id. Ties go to
-the pair that is smaller as a tuple of ids. Words are never merged across.
+Symbols are ids. Those below `first` are taken; a merge of two symbols gets the next free id. Ties
+go to the pair that is smaller as a tuple of ids. Words are never merged across.
 """
 
+import itertools
 from collections import Counter
 
 Word = tuple[int, ...]
@@ -17,7 +18,7 @@ def train(words: list[Word], first: int, merges: int) -> list[Pair]:
     while len(learned) < merges:
         pairs: Counter[Pair] = Counter()
         for word, count in counts.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break

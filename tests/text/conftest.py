@@ -74,7 +74,8 @@ def slow_bpe():
 def corpus() -> list[str]:
     """Some code, some prose, some of other scripts."""
     prose = "The fox said: don't go, it's 1234 steps.\n\nStill, the hen went.\n" * 5
-    others = "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \U0001f600 na\u00efve caf\u00e9 \u041f\u0440\u0438\u0432\u0435\u0442\n" * 5
+    others = "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \U0001f600 na\u00efve caf\u00e9 "
+    others = (others + "\u041f\u0440\u0438\u0432\u0435\u0442\n") * 5
     return [inspect.getsource(textwrap), inspect.getsource(json), prose, others]
 
 
@@ -117,7 +118,14 @@ def llama_json() -> str:
     """A tokenizer.json as of Llama 2: SentencePiece's spelling, byte fallback, a space in front."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["\u2581", *"abcdefghijklmnopqrstuvwxyz.<>|_", "\u00e9"]
-    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("\u2581", "\u2581"), ("<", "s"), ("<s", ">")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("\u2581", "the"),
+        ("\u2581", "\u2581"),
+        ("<", "s"),
+        ("<s", ">"),
+    ]
     pieces += [left + right for left, right in merges if left + right not in pieces]
     made = tokenizers.Tokenizer(
         models.BPE(

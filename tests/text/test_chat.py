@@ -272,7 +272,8 @@ FORGETFUL = (
 )
 COUNTING = (
     "{{ messages | length }} messages\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ENDLESS = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
@@ -286,7 +287,9 @@ def with_template(tokenizer, template, **options):
 
 def test_a_foreign_template_with_its_own_end_of_turn(families):
     tokenizer = with_template(families["llama"], MISTRAL, bos="<s>", eos="</s>")
-    conversation = chat(("user", "a</s>"), ("assistant", "b</s>"), ("user", "c"), ("assistant", "d"))
+    conversation = chat(
+        ("user", "a</s>"), ("assistant", "b</s>"), ("user", "c"), ("assistant", "d")
+    )
     encoded = encode_chat(tokenizer, conversation)
     raw = b"".join(map(tokenizer.piece, encoded.ids))
     assert raw == b"<s>[INST] a</s> [/INST] b</s></s>[INST] c [/INST] d</s>"

@@ -72,7 +72,7 @@ def test_added_tokens_of_an_old_folder_keep_their_ids(gpt2_folder, tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.special("<a>"), loaded.special("<b>")) == (size, size + 1)
     added.write_text(json.dumps({"<a>": size + 7}))
-    with pytest.raises(UserError, match="added_tokens.json: the id of '<a>'"):
+    with pytest.raises(UserError, match=r"added_tokens\.json: the id of '<a>'"):
         Tokenizer.load(tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_a_name_is_fetched_from_the_hub_and_said_so(folder, monkeypatch, capsys)
 
 def test_a_name_that_cannot_be_fetched_is_one_line():
     """The tests run with HF_HUB_OFFLINE."""
-    with pytest.raises(UserError, match="nobody/no-such-model: no such path") as caught:
+    with pytest.raises(UserError, match=r"nobody/no-such-model: no such path") as caught:
         Tokenizer.load("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -133,7 +133,7 @@ def test_what_is_clearly_a_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/typo", "./x", "/no/such/folder", "a/b/c", ""):
-        with pytest.raises(UserError, match="no such file or folder|has no tokenizer.json"):
+        with pytest.raises(UserError, match=r"no such file or folder|has no tokenizer\.json"):
             Tokenizer.load(name or tmp_path)
 
 
@@ -163,14 +163,18 @@ def test_broken_old_folders_are_named_in_one_line(gpt2_folder, tmp_path):
     with pytest.raises(UserError, match="do not fit"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    with pytest.raises(UserError, match="a Qwen2Tokenizer without tokenizer.json"):
+    with pytest.raises(UserError, match=r"a Qwen2Tokenizer without tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
 CHATS = {
     "plain": {"messages": [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello.")]},
-    "turns": {"messages": [("user", "a"), ("assistant", "b"), ("user", " c\n"), ("assistant", "d")]},
-    "reasoning": {"messages": [("user", "1+1"), ("assistant", "2", {"reasoning_content": "one\ntwo"})]},
+    "turns": {
+        "messages": [("user", "a"), ("assistant", "b"), ("user", " c\n"), ("assistant", "d")]
+    },
+    "reasoning": {
+        "messages": [("user", "1+1"), ("assistant", "2", {"reasoning_content": "one\ntwo"})]
+    },
     "tools": {
         "tools": [{"type": "function", "function": {"name": "add", "description": "\u00e9 <b>"}}],
         "messages": [
@@ -179,14 +183,22 @@ CHATS = {
             (
                 "assistant",
                 "",
-                {"tool_calls": [{"name": "add", "arguments": {"x": 1, "y": '"\u4e2d"'}}, {"name": "n"}]},
+                {
+                    "tool_calls": [
+                        {"name": "add", "arguments": {"x": 1, "y": '"\u4e2d"'}},
+                        {"name": "n"},
+                    ]
+                },
             ),
             ("tool", "2"),
             ("tool", "3"),
             ("assistant", "It is 2."),
         ],
     },
-    "tools without a system message": {"tools": [{"name": "f"}], "messages": [("user", "x"), ("assistant", "y")]},
+    "tools without a system message": {
+        "tools": [{"name": "f"}],
+        "messages": [("user", "x"), ("assistant", "y")],
+    },
 }
 
 

@@ -20,19 +20,45 @@ def run(source, room=100_000, **variables):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{% for m in messages %}{{ m.role ~ ':' ~ m['content'] }};{% endfor %}", "user:hi;assistant:yo <b>;"),
-        ("{{ messages | tojson }}", '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo <b>"}]'),
-        ("{% for m in messages %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }} {% endfor %}", "0False2 1True2 "),
-        ("{% for m in messages %}{% if loop.last %}{{ loop.previtem.role }}{% endif %}{% endfor %}", "user"),
-        ("{% set ns = namespace(n=0) %}{% for i in range(5) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "10"),
+        (
+            "{% for m in messages %}{{ m.role ~ ':' ~ m['content'] }};{% endfor %}",
+            "user:hi;assistant:yo <b>;",
+        ),
+        (
+            "{{ messages | tojson }}",
+            '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo <b>"}]',
+        ),
+        (
+            "{% for m in messages %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }} {% endfor %}",
+            "0False2 1True2 ",
+        ),
+        (
+            "{% for m in messages %}{{ loop.previtem.role if loop.last }}{% endfor %}",
+            "user",
+        ),
+        (
+            "{% set ns = namespace(n=0) %}{% for i in range(5) %}{% set ns.n = ns.n + i %}"
+            "{% endfor %}{{ ns.n }}",
+            "10",
+        ),
         ("{{ messages[1:][0].content.split('<')[0].strip().upper() }}", "YO"),
         ("{{ messages[::-1] | map(attribute='role') | join(', ') }}", "assistant, user"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% else %}none{% endfor %}", "hi"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% else %}none"
+            "{% endfor %}",
+            "hi",
+        ),
         ("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}", "user"),
-        ("{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %} {% endfor %}", "user assistant "),
+        (
+            "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %} {% endfor %}",
+            "user assistant ",
+        ),
         ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) + f('a') }}", "[1][a]"),
         ("{% for k, v in {'a': 1}.items() %}{{ k }}={{ v }}{% endfor %}", "a=1"),
-        ("{% if tools is defined %}x{% endif %}{{ missing }}{{ none }}{{ 'ab' * 2 }}{{ 7 % 4 }}", "Noneabab3"),
+        (
+            "{% if tools is defined %}x{% endif %}{{ missing }}{{ none }}{{ 'ab' * 2 }}{{ 7 % 4 }}",
+            "Noneabab3",
+        ),
         ("{{ 'a-b'.replace('-', '+') }}{{ 'a-b' | replace('-', '/') }}", "a+ba/b"),
         ("    {% if true %}\nx\n    {% endif %}\ny", "x\ny"),
         ("{{ [1, (2, 'x')] }}{{ {'a': [none]} }}", "[1, (2, 'x')]{'a': [None]}"),
@@ -45,12 +71,13 @@ def test_what_chat_templates_use_works(source, expected):
 
 DOUBLED = "{% set x = 'ab' %}" + "{% set x = x STEP x %}" * 60 + "{{ x }}"
 BOMBS = {
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "loops over text": "{% set s = 'a' * 9000 %}" + "{% for i in s %}" * 5 + "{% endfor %}" * 5,
     "a huge range": "{% for i in range(10 ** 12) %}x{% endfor %}",
     "a long range": "{% for i in range(1000000000000) %}x{% endfor %}",
     "macros": "{% macro a() %}{{ a() }}{{ a() }}{% endmacro %}{{ a() }}",
-    "shallow macros": "{% macro a(n) %}{% if n %}{{ a(n-1) }}{{ a(n-1) }}{% endif %}{% endmacro %}{{ a(60) }}",
+    "shallow macros": "{% macro a(n) %}{% if n %}{{ a(n-1) }}{{ a(n-1) }}{% endif %}{% endmacro %}"
+    "{{ a(60) }}",
     "times": "{{ 'a' * 1000000000000 }}",
     "times, turned": "{{ 1000000000000 * 'a' }}",
     "times a list": "{{ ([1] * 1000000000000) | length }}",
@@ -59,13 +86,17 @@ BOMBS = {
     "doubling by ~": DOUBLED.replace("STEP", "~"),
     "doubling by +": DOUBLED.replace("STEP", "+"),
     "doubling a list": "{% set x = [1] %}" + "{% set x = x + x %}" * 60 + "{{ x | length }}",
-    "doubling by blocks": "{% set x %}ab{% endset %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
-    "doubling by macros": "{% macro t(x) %}{{ x }}{{ x }}{% endmacro %}{% set x = 'ab' %}" + "{% set x = t(x) %}" * 60,
+    "doubling by blocks": "{% set x %}ab{% endset %}"
+    + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
+    "doubling by macros": "{% macro t(x) %}{{ x }}{{ x }}{% endmacro %}{% set x = 'ab' %}"
+    + "{% set x = t(x) %}" * 60,
     "doubling by replace": "{% set x = 'a' * 99 %}" + "{% set x = x.replace('a', x) %}" * 9,
     "doubling by a filter": "{% set x = 'a' * 99 %}" + "{% set x = x | replace('a', x) %}" * 9,
     "doubling by join": "{% set x = 'a' * 99 %}" + "{% set x = [x, x, x] | join(x) %}" * 30,
     "a list of itself": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x }}",
-    "a dict of itself": "{% set x = {} %}" + "{% set x = {'a': x, 'b': x} %}" * 60 + "{{ x | tojson }}",
+    "a dict of itself": "{% set x = {} %}"
+    + "{% set x = {'a': x, 'b': x} %}" * 60
+    + "{{ x | tojson }}",
     "formatting": "{{ '%1000000000d' % 1 }}",
     "format": "{{ '{:>1000000000}'.format(1) }}",
     "a wide indent": "{{ messages | tojson(indent=1000000000) }}",
@@ -116,7 +147,16 @@ def test_S10_a_template_cannot_reach_python(source):
 
 
 @pytest.mark.parametrize(
-    "source", ["{% for", "{{ f() }}", "{{ missing.x.y }}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{% x %}", "{{ raise_exception }}"]
+    "source",
+    [
+        "{% for",
+        "{{ f() }}",
+        "{{ missing.x.y }}",
+        "{{ 1 / 0 }}",
+        "{{ 'a' + 1 }}",
+        "{% x %}",
+        "{{ raise_exception }}",
+    ],
 )
 def test_a_template_that_fails_is_one_line(source):
     with pytest.raises(UserError, match="the chat template") as caught:

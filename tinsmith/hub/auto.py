@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from tinsmith.hub.configs import OWN, config_from_hf
+from tinsmith.hub.from_hf import OWN, config_from_hf
 from tinsmith.nn.model import LM
 
 

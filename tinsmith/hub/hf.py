@@ -13,11 +13,12 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_dir, atomic_write, sha256
 from tinsmith.core.jsonfile import read_object
 from tinsmith.hub.card import Facts, model_card
-from tinsmith.hub.configs import config_from_hf, config_to_hf
 from tinsmith.hub.fill import fill
+from tinsmith.hub.from_hf import config_from_hf
 from tinsmith.hub.names import NAMES
 from tinsmith.hub.rope import stretched
 from tinsmith.hub.tensors import find_tensors, save_sharded
+from tinsmith.hub.to_hf import config_to_hf
 from tinsmith.hub.vocabulary import ids_of, save_tokenizer
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.tokenizer import Tokenizer

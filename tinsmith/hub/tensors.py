@@ -61,8 +61,8 @@ def _nothing(folder: Path) -> str:
     if not pickled:
         return f"{folder}: has neither {WEIGHTS} nor {INDEX}"
     return (
-        f"{folder}: has only pickled weights ({pickled[0]}), which can run code when opened and are "
-        "never read here; save them as safetensors with transformers' save_pretrained"
+        f"{folder}: has only pickled weights ({pickled[0]}), which can run code when opened and "
+        "are never read here; save them as safetensors with transformers' save_pretrained"
     )
 
 

@@ -97,7 +97,8 @@ def _items(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
             if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
                 raise BadRecord(f"`{key}` is not a list of objects")
             return [
-                _from_sharegpt(item) if item.get("from") is not None else item for item in items
+                _from_sharegpt(item) if item.get("from") is not None else _from_parts(item)
+                for item in items
             ]
     if "instruction" not in record:
         raise BadRecord("has none of `messages`, `conversations`, `instruction`")
@@ -110,6 +111,21 @@ def _from_sharegpt(item: dict[str, Any]) -> dict[str, Any]:
     if item["from"] == "function_call":
         return renamed | {"content": "", "tool_calls": item.get("value")}
     return renamed | ({"content": item["value"]} if "value" in item else {})
+
+
+def _from_parts(item: dict[str, Any]) -> dict[str, Any]:
+    """Join a content in parts: texts (OpenAI), reasoning and calls (LLaMA-Factory)."""
+    parts = item.get("content")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return item
+    found: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
+    for part in parts:
+        found.setdefault(str(part.get("type")), []).append(part.get("text", part.get("value")))
+    if len(found) > 3 or any(not isinstance(one, str) for many in found.values() for one in many):
+        return item
+    whole = item | {"content": "".join(found["text"])}
+    whole |= {"reasoning_content": "".join(found["reasoning"])} if found["reasoning"] else {}
+    return whole | ({"tool_calls": found["tool_call"]} if found["tool_call"] else {})
 
 
 def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
@@ -151,16 +167,9 @@ def _message(item: dict[str, Any], where: str) -> Message:
 
 
 def _text(value: Any, where: str) -> str:
-    """A string, or a list of text parts as the OpenAI interface has them."""
-    if isinstance(value, list) and all(_is_text_part(part) for part in value):
-        value = "".join(_text(part.get("text"), where) for part in value)
     if not isinstance(value, str):
         raise BadRecord(f"{where} is not text")
     return _json(value, where)
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text"
 
 
 def _calls(value: Any, where: str) -> tuple[Call, ...]:
@@ -169,6 +178,7 @@ def _calls(value: Any, where: str) -> tuple[Call, ...]:
 
 
 def _call(item: Any, where: str) -> Call:
+    item = _parsed(item, where)
     inner = (item.get("function") or item) if isinstance(item, dict) else item
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise BadRecord(f"{where} has no name")

@@ -3,6 +3,7 @@ do not depend on the user's settings.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ STYLE: dict[str, Any] = {
     "axes.edgecolor": "#d0d7de",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -178,7 +178,7 @@ def _draw_norm(axes: "Axes", norm: Series) -> None:
         return _nothing(axes, "no step logged yet")
     axes.plot(norm.steps, norm.values, color=NORM, linewidth=1.1, marker=_dot(norm))
     usual = sorted(norm.values)[int(0.98 * (len(norm) - 1))]
-    axes.set_ylim(0, 1.25 * usual or 1.0)
+    axes.set_ylim(0, 1.25 * usual )
 
 
 def _heading(figure: "Figure", title: str, summary: str) -> None:
@@ -207,7 +207,7 @@ def _measure(histories: Sequence[History]) -> tuple[str, str]:
 
 
 def _label(axes: "Axes", title: str, unit: str) -> None:
-    axes.set_title(title)
+    axes.set_title(title, loc="left")
     axes.set_ylabel(unit, fontsize=8.5, color=NORM)
 
 
@@ -243,5 +243,7 @@ def _labels(histories: Sequence[History]) -> list[str]:
 
 def _file(figure: "Figure", kind: str) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=METADATA[kind])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format=kind, metadata=METADATA[kind])
     return buffer.getvalue()

@@ -1,0 +1,301 @@
+"""Pictures, samples and the table of runs, from metrics that may be torn."""
+
+import itertools
+import json
+import math
+import os
+import re
+import struct
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.train.figure import draw_run, draw_runs
+from tinsmith.train.history import History, Series
+from tinsmith.train.report import plot_run, plot_runs, runs_table, write_samples
+
+
+def lines(steps=300, sources=("a", "b")):
+    said = []
+    for step in range(10, steps + 1, 10):
+        loss = 2 + 5 * math.exp(-step / 60)
+        train = {"step": step, "kind": "train", "loss": loss, "grad_norm": 1 / step}
+        train |= {"lr_multiplier": 1.0, "tokens": step * 100, "tokens_per_second": time.time()}
+        said.append(train)
+        if step % 100 == 0:
+            held = {"step": step, "kind": "eval", "loss": loss + 0.1, "bpb": loss / 2}
+            held |= {f"bpb.{name}": loss / (3 + i) for i, name in enumerate(sources)}
+            texts = [{"prompt": "def f(", "text": f"x):\n    return {step}"}]
+            said += [held, {"step": step, "kind": "samples", "samples": texts}]
+    return said
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """(name, lines, torn end) -> the folder of a run."""
+
+    def made(name="first", said=None, torn=""):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in (lines() if said is None else said))
+        (folder / "metrics.jsonl").write_bytes(text.encode() + torn.encode("latin-1"))
+        return folder
+
+    return made
+
+
+def panels(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def test_T12_equal_metrics_give_equal_pictures(make_run):
+    one, other = make_run("here/run"), make_run("there/run")
+    for folder in (one, other):
+        assert plot_run(folder) == folder / "loss.png"
+    for name in ("loss.png", "loss.svg"):
+        first = (one / name).read_bytes()
+        assert first == (other / name).read_bytes()
+        assert not re.search(
+            rb"20\d\d-\d\d-\d\d|[Mm]atplotlib", first.replace(b"matplotlib.axis", b"")
+        )
+    assert {path.name for path in one.iterdir()} == {"metrics.jsonl", "loss.png", "loss.svg"}
+
+
+def test_T12_the_users_settings_change_no_picture(make_run, monkeypatch):
+    import matplotlib as mpl
+
+    folder = make_run()
+    before = plot_run(folder).read_bytes()
+    with mpl.rc_context({"font.size": 30, "lines.linewidth": 9, "savefig.dpi": 20}):
+        assert plot_run(folder).read_bytes() == before
+
+
+def test_other_metrics_give_another_picture(make_run):
+    said = lines()
+    changed = [line | ({"loss": 3.0} if line["kind"] == "train" else {}) for line in said]
+    names = [plot_run(make_run(f"{i}/run", some)) for i, some in enumerate((said, changed))]
+    assert names[0].read_bytes() != names[1].read_bytes()
+
+
+def test_the_picture_is_as_wide_as_a_readme_wants(make_run):
+    data = plot_run(make_run()).read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert 1400 <= width <= 2000
+    assert 0.4 < height / width < 0.7
+
+
+def test_the_panels_hold_the_metrics_and_say_their_units(make_run):
+    figure = draw_run(History.read(make_run("the name")))
+    found = panels(figure)
+    loss, bpb, rate, norm = found.values()
+    assert [axes.get_ylabel() for axes in (loss, bpb)] == ["nats per token", "bits per byte"]
+    assert all(axes.get_ylabel() for axes in (rate, norm))
+    assert [axes.get_xlabel() for axes in (loss, norm)] == ["step", "step"]
+    train = [line for line in lines() if line["kind"] == "train"]
+    raw = loss.lines[0].get_xydata().tolist()
+    assert raw == [[line["step"], line["loss"]] for line in train]
+    held = next(line for line in loss.lines if line.get_label() == "validation")
+    assert held.get_ydata().tolist() == [e["loss"] for e in lines() if e["kind"] == "eval"]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in bpb.lines}
+    for name, key in (("all", "bpb"), ("a", "bpb.a"), ("b", "bpb.b")):
+        assert drawn[name] == [line[key] for line in lines() if line["kind"] == "eval"]
+    assert norm.lines[0].get_ydata().tolist() == [line["grad_norm"] for line in train]
+    assert rate.lines[0].get_ydata().tolist() == [1.0] * len(train)
+    written = " ".join(text.get_text() for text in figure.texts)
+    assert "the name" in written
+    best = min(line["bpb"] for line in lines() if line["kind"] == "eval")
+    assert f"{best:.3f} bits per byte at step 300" in written
+
+
+def test_skipped_steps_are_marked(make_run):
+    said = [*lines(), {"step": 123, "kind": "bad_step", "first_sample": 0, "end_sample": 9}]
+    loss = panels(draw_run(History.read(make_run(said=said))))["Loss"]
+    marks = next(line for line in loss.lines if line.get_label() == "skipped step")
+    assert marks.get_xdata() == [123]
+
+
+def test_without_bits_per_byte_the_validation_loss_is_shown(make_run):
+    said = [line | ({"bpb": None} if line["kind"] == "eval" else {}) for line in lines(sources=())]
+    found = panels(draw_run(History.read(make_run(said=said))))
+    held = [line["loss"] for line in said if line["kind"] == "eval"]
+    assert found["Validation loss"].lines[0].get_ydata().tolist() == held
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [],
+        lines(10),
+        [{"step": 5, "kind": "eval", "loss": 3.0, "bpb": 1.0}],
+        [{"step": 5, "kind": "train", "loss": None, "grad_norm": None}],
+        [{"step": 5, "kind": "train", "loss": 0.0, "grad_norm": 0.0, "lr_multiplier": 0.0}],
+        [{"step": 5, "kind": "bad_step"}, {"step": 6, "kind": "samples"}],
+    ],
+)
+def test_a_run_that_was_killed_early_is_drawn_as_far_as_it_went(make_run, said):
+    folder = make_run(said=said)
+    assert plot_run(folder).stat().st_size > 10_000
+    write_samples(folder)
+    assert plot_runs([folder, folder], folder / "both.svg").stat().st_size > 1000
+
+
+TORN = [
+    '{"step": 310, "kind": "tr',
+    '{"step": 310, "kind": "train", "loss": 9}}\n',
+    '{"kind": "train", "loss": 1}\n',
+    '{"step": 310, "loss": 1}\n',
+    '{"step": "310", "kind": "train"}\n',
+    "\0\0\n",
+    "[]\n",
+    "7\n",
+    "\xff{}\n",
+    "\n\n",
+]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_lines_that_are_torn_are_passed_over(make_run, torn):
+    said = lines()
+    whole, damaged = make_run("a/run", said), make_run("b/run", said, torn)
+    for kind in ("train", "eval", "samples"):
+        found = [History.read(folder).of_kind(kind) for folder in (whole, damaged)]
+        assert found[0] == found[1] != []
+    assert History.read(damaged).step == 300
+    assert write_samples(whole).read_bytes() == write_samples(damaged).read_bytes()
+
+
+def test_missing_files_are_an_empty_run_and_a_missing_folder_is_an_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert plot_run(tmp_path / "run").exists()
+    assert "None yet" in write_samples(tmp_path / "run").read_text()
+    for report in (plot_run, write_samples):
+        with pytest.raises(UserError, match="no such run"):
+            report(tmp_path / "none")
+
+
+def test_several_runs_share_a_picture_and_are_told_apart(make_run, tmp_path):
+    folders = [make_run("one/run"), make_run("two/run"), make_run("other", lines(200))]
+    figure = draw_runs([History.read(folder) for folder in folders])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["run (1)", "run (2)", "other"]
+    loss, validation = figure.axes
+    assert [len(line.get_xdata()) for line in loss.lines] == [30, 30, 20]
+    assert [len(line.get_xdata()) for line in validation.lines] == [3, 3, 2]
+    assert len({line.get_color() for line in loss.lines}) == 3
+    out = plot_runs(folders, tmp_path / "all.png")
+    first = out.read_bytes()
+    assert plot_runs(folders, out).read_bytes() == first
+    many = draw_runs([History(str(i), lines()) for i in range(20)])
+    looks = {(line.get_color(), line.get_linestyle()) for line in many.axes[0].lines}
+    assert len(looks) == 20
+    with pytest.raises(UserError, match=r"as \.png or \.svg"):
+        plot_runs(folders, tmp_path / "all.jpg")
+    with pytest.raises(UserError, match="does not exist"):
+        plot_runs(folders, tmp_path / "none" / "all.png")
+
+
+def test_names_are_drawn_as_they_are_written(make_run, recwarn):
+    for name in ("a$b$c$", "100%_x^2", "诗"):
+        figure = draw_run(History.read(make_run(name)))
+        assert figure.texts[0].get_text() == name
+        plot_run(make_run(f"drawn/{name}"))
+    assert not recwarn.list
+
+
+def fences(text):
+    """(blocks, rest) of Markdown as CommonMark reads fenced code."""
+    blocks, rest, held, fence = [], [], [], ""
+    for line in text.split("\n"):
+        marks = re.fullmatch(r" {0,3}(`{3,})\s*([^`]*)", line)
+        if fence and marks and not marks[2] and len(marks[1]) >= len(fence):
+            blocks.append("".join(f"{line}\n" for line in held))
+            held, fence = [], ""
+        elif fence:
+            held.append(line)
+        elif marks:
+            fence = marks[1]
+        else:
+            rest.append(line)
+    assert not fence
+    return blocks, rest
+
+
+@given(st.lists(st.text(st.sampled_from("`~# a\n\t\\<")), min_size=2, max_size=6))
+@settings(derandomize=True, max_examples=100, deadline=None)
+def test_no_sample_breaks_out_of_its_fence(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("run")
+    samples = [{"prompt": a, "text": b} for a, b in itertools.pairwise(texts)]
+    line = {"step": 1000, "kind": "samples", "samples": samples}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    blocks, rest = fences(write_samples(folder).read_text())
+    wanted = [text for sample in samples for text in (sample["prompt"], sample["text"])]
+    assert blocks == [text if text.endswith("\n") else f"{text}\n" for text in wanted]
+    headings = [line for line in rest if line.startswith("#")]
+    assert headings == [f"# Samples of {folder.name}", "## Step 1,000"]
+
+
+def test_samples_stand_under_their_steps_in_order(make_run):
+    text = write_samples(make_run()).read_text()
+    places = [text.index(part) for n in (100, 200, 300) for part in (f"## Step {n}", f"return {n}")]
+    assert places == sorted(places)
+
+
+def test_smoothing_keeps_what_is_straight_and_the_first_point():
+    steps = np.arange(200.0)
+    for values in (np.full(200, 3.0), 2 * steps):
+        smooth = Series(list(zip(steps, values, strict=True))).smooth()
+        np.testing.assert_allclose(smooth[:190], values[:190], rtol=1e-12)
+    noisy = np.where(steps % 2, 1.0, -1.0)
+    smooth = Series(list(zip(steps, noisy, strict=True))).smooth()
+    assert smooth[0] == noisy[0]
+    assert np.abs(smooth[20:]).max() < 0.2
+    assert len(Series([]).smooth()) == 0
+
+
+def config(steps):
+    return f"objective:\n  kind: sft\ntrain:\n  steps: {steps}\n"
+
+
+def test_the_table_lists_runs_as_they_are(make_run, tmp_path):
+    done, killed, broken = make_run("done"), make_run("killed", torn="{"), tmp_path / "broken"
+    (done / "config.yaml").write_text(config(300))
+    (done / "final").mkdir()
+    (done / "final" / "config.json").write_text("{}")
+    (killed / "config.yaml").write_text(config(900))
+    (killed / "checkpoints" / "step-00000310").mkdir(parents=True)
+    (killed / "checkpoints" / ".step-00000900.tmp-1").mkdir()
+    broken.mkdir()
+    (broken / "config.yaml").write_text("objective: [")
+    (tmp_path / ".data").mkdir()
+    (tmp_path / ".data" / "config.yaml").write_text("")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file").write_text("")
+    now = time.time()
+    for age, folder in ((50, done), (500, killed)):
+        os.utime(folder / "metrics.jsonl", (now - age, now - age))
+    os.utime(broken, (now - 5000, now - 5000))
+    rows = {row["name"]: row for row in runs_table(tmp_path)}
+    assert list(rows) == ["done", "killed", "broken"]
+    best = min(line["bpb"] for line in lines() if line["kind"] == "eval")
+    assert rows["done"] == {
+        "name": "done",
+        "folder": str(done),
+        "objective": "sft",
+        "step": 300,
+        "steps": 300,
+        "best_bpb": best,
+        "age_seconds": pytest.approx(50, abs=30),
+        "bytes": sum(path.stat().st_size for path in done.rglob("*") if path.is_file()),
+        "finished": True,
+    }
+    assert (rows["killed"]["step"], rows["killed"]["steps"]) == (310, 900)
+    assert not rows["killed"]["finished"]
+    wanted = ("unknown", 0, None, None)
+    assert tuple(rows["broken"][k] for k in ("objective", "step", "steps", "best_bpb")) == wanted
+    assert runs_table(tmp_path / "none") == []
+    json.dumps(list(rows.values()))

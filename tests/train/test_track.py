@@ -1,0 +1,215 @@
+"""Trackers: what was logged can be read back, and no failure of theirs reaches the run."""
+
+import builtins
+import json
+import random
+import sqlite3
+import sys
+
+import pytest
+import torch
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import RunLog
+from tinsmith.train import track
+from tinsmith.train.track import attach
+
+CONFIG = {"train": {"steps": 20}, "objective": {"kind": "pretrain"}}
+LINES = [
+    {"step": 10, "kind": "train", "loss": 3.5, "tokens": 1000, "lr_multiplier": 1.0},
+    {"step": 10, "kind": "eval", "loss": 3.25, "bpb": 1.5, "bpb.a": float("nan")},
+    {"step": 10, "kind": "samples", "samples": [{"prompt": "a", "text": "b"}]},
+    {"step": 20, "kind": "train", "loss": 2.5, "tokens": 2000, "lr_multiplier": 0.5},
+]
+
+
+class Recorder:
+    """A tracker that remembers, or fails."""
+
+    def __init__(self, fails_in=()):
+        self.told, self.closed, self.fails_in = [], 0, fails_in
+
+    def tell(self, values, step):
+        if "tell" in self.fails_in:
+            raise OSError("the server\nis on fire")
+        self.told.append((step, values))
+
+    def close(self):
+        self.closed += 1
+        if "close" in self.fails_in:
+            raise RuntimeError("no")
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """(places to fail in) -> a Recorder that `tensorboard` now stands for."""
+
+    def made(*fails_in):
+        one = Recorder(fails_in)
+        monkeypatch.setitem(track.TRACKERS, "tensorboard", lambda folder, config, name: one)
+        return one
+
+    return made
+
+
+def run_with(trackers, folder):
+    log = RunLog(folder)
+    close = attach(trackers, folder, CONFIG, "first", log)
+    for line in LINES:
+        log.metrics(line)
+    close()
+    return log
+
+
+def test_numbers_go_out_by_kind_and_name_and_nothing_else_does(recorder, tmp_path):
+    one = recorder()
+    run_with(("tensorboard",), tmp_path)
+    assert one.told == [
+        (10, {"train/loss": 3.5, "train/tokens": 1000, "train/lr_multiplier": 1.0}),
+        (10, {"eval/loss": 3.25, "eval/bpb": 1.5}),
+        (20, {"train/loss": 2.5, "train/tokens": 2000, "train/lr_multiplier": 0.5}),
+    ]
+    assert one.closed == 1
+
+
+def test_tensorboard_files_say_what_was_logged(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_with(("tensorboard",), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    names = {"train/loss", "train/tokens", "train/lr_multiplier", "eval/loss", "eval/bpb"}
+    assert set(events.Tags()["scalars"]) == names
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 3.5), (20, 2.5)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/bpb")] == [(10, 1.5)]
+
+
+def test_a_resumed_run_hides_what_tensorboard_was_told_after_its_step(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_with(("tensorboard",), tmp_path)
+    log = RunLog(tmp_path)
+    close = attach(("tensorboard",), tmp_path, CONFIG, "first", log)
+    log.metrics({"step": 20, "kind": "train", "loss": 2.0})
+    close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 3.5), (20, 2.0)]
+
+
+def test_wandb_offline_files_hold_what_was_logged(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    run_with(("wandb",), tmp_path)
+    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    assert b"train/loss" in content
+    assert b"eval/bpb" in content
+    assert b"2.5" in content
+
+
+def test_trackio_keeps_what_was_logged_and_goes_on_when_resumed(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    from trackio import sqlite_storage, utils
+
+    for module in (utils, sqlite_storage, trackio):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    (tmp_path / "run").mkdir()
+    run_with(("trackio",), tmp_path / "run")
+    run_with(("trackio",), tmp_path / "run")
+    (written,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(written) as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {name for name, _, _ in rows} == {"first"}
+    losses = [(step, json.loads(said).get("train/loss")) for _, step, said in rows]
+    assert {(10, 3.5), (20, 2.5)} <= set(losses)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(name, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(module, *rest, **more):
+        if module.split(".")[-1] == name or module == name:
+            raise ModuleNotFoundError(f"No module named '{name}'")
+        return real(module, *rest, **more)
+
+    for loaded in [m for m in sys.modules if m.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        UserError, match=rf'{name} is not installed; pip install "tinsmith\[track\]"'
+    ):
+        attach((name,), tmp_path, CONFIG, "first", RunLog(tmp_path))
+
+
+def test_a_failure_is_said_once_and_training_goes_on(recorder, tmp_path, capsys):
+    one = recorder("tell")
+    run_with(("tensorboard",), tmp_path)
+    said = capsys.readouterr().err
+    assert said == " warning tensorboard failed: OSError: the server; training goes on without it\n"
+    assert one.closed == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(LINES)
+
+
+def test_a_failure_at_the_end_is_said_and_not_raised(recorder, tmp_path, capsys):
+    one = recorder("close")
+    log = RunLog(tmp_path)
+    close = attach(("tensorboard",), tmp_path, CONFIG, "first", log)
+    close()
+    close()
+    assert one.closed == 1
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+def test_a_tracker_that_cannot_start_does_not_stop_the_others(
+    recorder, monkeypatch, tmp_path, capsys
+):
+    one = recorder()
+
+    def broken(folder, config, name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(track.TRACKERS, "wandb", broken)
+    run_with(("wandb", "tensorboard"), tmp_path)
+    assert len(one.told) == 3
+    assert "wandb could not be started: ConnectionError: no route" in capsys.readouterr().err
+
+
+def test_a_quiet_log_gets_no_tracker(recorder, tmp_path):
+    one = recorder()
+    log = RunLog(tmp_path, quiet=True)
+    attach(("tensorboard",), tmp_path, CONFIG, "first", log)()
+    assert (one.told, one.closed) == ([], 0)
+
+
+def test_T2_a_tracker_does_not_move_the_random_state(monkeypatch, tmp_path):
+    def rolls(folder, config, name):
+        random.random()
+        torch.rand(3)
+        return Recorder()
+
+    monkeypatch.setitem(track.TRACKERS, "wandb", rolls)
+    before = random.getstate(), torch.get_rng_state()
+    attach(("wandb",), tmp_path, CONFIG, "first", RunLog(tmp_path))
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_wandb_is_offline_for_who_is_not_logged_in(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert track._wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine example.org login a password b\n")
+    assert track._wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://example.org/")
+    assert track._wandb_mode() == "online"
+    (tmp_path / "netrc").write_text("what is this\n")
+    assert track._wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert track._wandb_mode() == "online"
