@@ -99,6 +99,23 @@ def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
     assert found == [(2, "not UTF-8"), (3, "holds a NUL character"), (1, "one\nthree\n")]
 
 
+def test_T9_a_bad_part_of_a_very_long_line_does_not_spoil_the_next_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 4)
+    (tmp_path / "x.txt").write_bytes(b"ab\xe4\xb8\xffcd\ngood\n")
+    items = list(texts(tmp_path / "x.txt"))
+    assert [(item.line, item.reason) for item in items if isinstance(item, Reject)] == [
+        (1, "not UTF-8")
+    ]
+    assert "".join(item.text for item in items if not isinstance(item, Reject)) == "abgood\n"
+
+
+@pytest.mark.parametrize("start", [b"", b"a", b"ab"])
+def test_T9_half_a_character_at_the_end_of_a_file_is_rejected(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(files, "PIECE", 4)
+    (tmp_path / "x.txt").write_bytes(start + b"\xe4\xb8")
+    assert [(item.line, item.reason) for item in texts(tmp_path / "x.txt")] == [(1, "not UTF-8")]
+
+
 def test_T9_a_damaged_gzip_file_gives_what_is_before_the_damage(tmp_path):
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(50_000))
     raw = gzip.compress(lines)
@@ -223,6 +240,15 @@ def test_a_path_that_cannot_be_used_is_one_line_that_says_what_to_do(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             find(str(tmp_path / name))
+
+
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
+    def refuse(self, *arguments, **more):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.exists", refuse)
+    with pytest.raises(UserError, match=r"^data\.path: .*x\.txt: Permission denied$"):
+        find(str(tmp_path / "x.txt"))
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet"])

@@ -9,13 +9,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 
 from tinsmith.core.errors import Stopped, UserError
+from tinsmith.data import stdlib
 from tinsmith.data.config import Chats, Stdlib, Tasks, Text
 from tinsmith.data.prepare import prepare
 from tinsmith.data.prepared import open_prepared
 from tinsmith.data.sources import open_source
+from tinsmith.text.chat import BadRecord, encode_chat
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
+from tinsmith.text.tokenizer import Tokenizer
 
 
 def objects(texts):
@@ -29,6 +33,22 @@ def chat(question, answer):
             {"role": "assistant", "content": answer},
         ]
     }
+
+
+def spaced_tokenizer():
+    """One that writes a space as `▁`, and puts one before every text, as Llama's does."""
+    pieces = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+    ]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    model = tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    spaces = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    made.normalizer = tokenizers.normalizers.Sequence(spaces)
+    return Tokenizer(made.to_str())
 
 
 @pytest.fixture
@@ -91,6 +111,18 @@ def test_a_long_text_in_pieces_is_still_one_document(
     assert sorted(both) == sorted([text, *stories[:4]])
 
 
+def test_no_space_comes_between_the_pieces_of_a_long_text(
+    prepared, texts_of, tmp_path, stories, monkeypatch
+):
+    monkeypatch.setattr("tinsmith.data.files.PIECE", 300)
+    text = "".join(stories)
+    (tmp_path / "input.txt").write_text(text)
+    found = prepared(
+        Text(path=str(tmp_path / "input.txt"), validation=0), tokenizer=spaced_tokenizer()
+    )
+    assert texts_of(found, "train") == [text]
+
+
 def test_without_a_fraction_nothing_is_held_back(prepared, story_file, texts_of, stories):
     found = prepared(Text(path=str(story_file), validation=0))
     assert texts_of(found, "train") == stories
@@ -137,6 +169,7 @@ def test_every_kind_of_file_is_read_alike(prepared, texts_of, tmp_path, stories)
 def test_the_limit_takes_the_first_documents(prepared, texts_of, story_file, stories):
     found = prepared(Text(path=str(story_file), validation=0, limit=5))
     assert texts_of(found, "train") == stories[:5]
+    assert len(texts_of(prepared(Stdlib(validation=0, limit=7), "chats"), "train")) == 7
 
 
 def test_T9_bad_lines_are_rejected_counted_and_named(
@@ -193,6 +226,29 @@ def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rej
     assert found.report["sources"][0]["train"]["documents"] == 2
     with pytest.raises(UserError, match=r"c\.jsonl:2: "):
         prepared(Chats(path=str(path), on_bad_line="fail"), "chats")
+
+
+@pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
+def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
+    prepared, write_lines, rejects_of, on_bad_line, monkeypatch
+):
+    from tinsmith.data import encode
+
+    def refuse(tokenizer, conversation):
+        if conversation.messages[0].content == "bad":
+            raise BadRecord("no such thing")
+        return encode_chat(tokenizer, conversation)
+
+    monkeypatch.setattr(encode, "encode_chat", refuse)
+    path = write_lines("c.jsonl", [chat("x", "y"), chat("bad", "z")])
+    config = Chats(path=str(path), validation=0, on_bad_line=on_bad_line)
+    if on_bad_line == "fail":
+        with pytest.raises(UserError, match=r"c\.jsonl:2: no such thing"):
+            prepared(config, "chats")
+    else:
+        found = prepared(config, "chats")
+        assert rejects_of(found) == [("c.jsonl", 2, "no such thing")]
+        assert found.report["sources"][0]["rejected"] == 1
 
 
 @pytest.mark.parametrize("lines", [[], [b""], [b"{broken"], [{"text": ""}]])
@@ -340,6 +396,16 @@ def test_the_same_sum_in_other_words_stays_on_one_side(prepared, texts_of):
     assert not sides[0] & sides[1]
 
 
+def test_a_function_that_two_modules_share_is_taken_once(prepared, texts_of, monkeypatch):
+    source = "".join(
+        f'def f{n}(x):\n    """Return {n}, a number."""\n    return {n}\n' for n in range(5)
+    )
+    modules = [stdlib.Module(f"{name}.py", source) for name in "abcdef"]
+    monkeypatch.setattr(stdlib, "read", lambda paths: iter(modules))
+    found = prepared(Stdlib(validation=0.5), "chats")
+    assert found.report["sources"][0]["train"]["documents"] == 5
+
+
 def test_several_sources_keep_their_own_shards_and_names(prepared, story_file):
     found = prepared(
         (Text(path=str(story_file), weight=3), Text(path=str(story_file)), Tasks(count=50))
@@ -354,7 +420,7 @@ def test_several_sources_keep_their_own_shards_and_names(prepared, story_file):
 
 def test_real_chats_use_99_percent_of_positions(real_data, prepared):
     folder = real_data / "llamafactory_sft"
-    for config in (Chats(path=str(folder)), Stdlib(limit=2000), Tasks(count=2000)):
+    for config in (Chats(path=str(folder)), Stdlib(limit=600), Tasks(count=1000)):
         found = prepared(config, "chats")
         for context in (256, 512, 2048):
             source = open_source(found.folder, "chats", "train", context, 0)
@@ -425,6 +491,7 @@ import sys
 from pathlib import Path
 from tinsmith.data.config import Text
 from tinsmith.data.prepare import prepare
+from tinsmith.text.chat import BadRecord, encode_chat
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 tokenizer = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=300))
 prepare(Text(path=sys.argv[1]), tokenizer, "documents", Path(sys.argv[2]))

@@ -118,6 +118,25 @@ def test_weights_are_shares_of_rows_exactly_in_every_block(source):
     assert counts == quotas(list(WEIGHTS.values())).tolist() == [606, 303, 91]
 
 
+def test_every_block_is_mixed_in_another_order():
+    mixture = Mixture([1.0, 1.0], 0)
+    sources, _ = mixture.locate(np.arange(3 * BLOCK))
+    first, second, third = sources.reshape(3, BLOCK)
+    for one, other in ((first, second), (second, third)):
+        assert 0.4 < (one == other).mean() < 0.6
+
+
+def test_sources_of_equal_size_are_shuffled_differently(tmp_path):
+    for number in range(2):
+        with ShardWriter(tmp_path / str(number) / "train", 3000) as writer:
+            writer.add(np.arange(400))
+    sources = [{"name": name, "weight": 1.0} for name in "ab"]
+    (tmp_path / "report.json").write_text(json.dumps({"shape": "documents", "sources": sources}))
+    both = open_source(tmp_path, "documents", "train", 4, 0)
+    a, b = (both.part(name).rows(0, 100).ids for name in "ab")
+    assert (a == b).all(dim=1).float().mean() < 0.1
+
+
 def test_a_mixture_is_mixed_finely(source):
     sources = source.rows(0, BLOCK).source
     halves = [torch.bincount(half, minlength=3) for half in sources.split(BLOCK // 2)]

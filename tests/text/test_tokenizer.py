@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from tinsmith.core.errors import UserError
+from tinsmith.text.specials import CHAT_TOKENS
 from tinsmith.text.spelling import cut
 from tinsmith.text.tokenizer import LONGEST, SPECIALS, Tokenizer
 
@@ -174,6 +175,8 @@ def test_missing_chat_tokens_are_added_behind_and_existing_ones_kept(families, g
     new = [number for name, number in gpt2.added_tokens.items() if name != "<|endoftext|>"]
     assert sorted(new) == list(range(len(vocabulary), len(vocabulary) + 10))
     assert gpt2.vocab_size == len(vocabulary) + 10
+    flags = {t["content"]: t["special"] for t in json.loads(gpt2.to_json())["added_tokens"]}
+    assert flags == {name: name.startswith("<|") for name in CHAT_TOKENS}
     qwen = families["qwen"]
     assert [qwen.special(name) for name in SPECIALS[:3]] == [0, 1, 2]
 

@@ -1,6 +1,6 @@
 """Documents -> ids, in batches over all cores, into the shards of one source."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from tinsmith.data.files import Reject
 from tinsmith.data.progress import Progress
 from tinsmith.data.shards import ShardWriter
 from tinsmith.data.streams import Document
-from tinsmith.text.chat import Conversation, encode_chat
+from tinsmith.text.chat import BadRecord, Conversation, encode_chat
 from tinsmith.text.tokenizer import Tokenizer
 
 BATCH = 4_000_000
@@ -25,7 +25,6 @@ class Encoded(NamedTuple):
     ids: list[int]
     mask: list[bool] | None
     text_bytes: int
-    last: bool
 
 
 class Encoder:
@@ -53,18 +52,16 @@ class Encoder:
             for batch in _batches(documents):
                 encoded = self._encode([document for _, document in batch])
                 for (held_back, document), one in zip(batch, encoded, strict=True):
-                    if one.mask is not None and not any(one.mask[1:]):
-                        self.rejects.append(
-                            Reject(document.file, document.line, "nothing in it is to be learned")
-                        )
+                    if isinstance(one, Reject):
+                        self.rejects.append(one)
                         continue
                     (validation if held_back else train).add(
-                        one.ids, one.mask, text_bytes=one.text_bytes, last=one.last
+                        one.ids, one.mask, text_bytes=one.text_bytes, last=document.last
                     )
                 progress.advance(sum(document.bytes for _, document in batch))
         return {"train": _counts(train), "validation": _counts(validation)}
 
-    def _encode(self, documents: list[Document]) -> list[Encoded]:
+    def _encode(self, documents: list[Document]) -> Sequence[Encoded | Reject]:
         """Texts of a batch at once, conversations one by one."""
         if any(isinstance(document.content, Conversation) for document in documents):
             return [self._chat(document) for document in documents]
@@ -75,15 +72,21 @@ class Encoder:
         encoded = []
         for document in documents:
             ids = next(whole) if document.first else self._tokenizer.encode_inside(document.text)
-            encoded.append(Encoded(ids + end * document.last, None, document.bytes, document.last))
+            encoded.append(Encoded(ids + end * document.last, None, document.bytes))
         return encoded
 
-    def _chat(self, document: Document) -> Encoded:
+    def _chat(self, document: Document) -> Encoded | Reject:
         assert isinstance(document.content, Conversation)
-        ids, mask = encode_chat(self._tokenizer, document.content)
+        try:
+            ids, mask = encode_chat(self._tokenizer, document.content)
+        except BadRecord as error:
+            return Reject(document.file, document.line, str(error))
+        if self._shape == "chats" and not any(mask[1:]):
+            return Reject(document.file, document.line, "nothing in it is to be learned")
+        text_bytes = int(self._byte_lengths[np.asarray(ids)].sum())
         if self._shape == "documents":
-            ids, mask = [*ids, self._tokenizer.end_of_text], None
-        return Encoded(list(ids), mask, int(self._byte_lengths[np.asarray(ids)].sum()), True)
+            return Encoded([*ids, self._tokenizer.end_of_text], None, text_bytes)
+        return Encoded(ids, mask, text_bytes)
 
 
 def _batches(documents: Iterable[tuple[bool, Document]]) -> Iterator[list[tuple[bool, Document]]]:

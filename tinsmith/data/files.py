@@ -61,24 +61,19 @@ def find(path: str, key: str = "data.path") -> list[Path]:
     UserError where there is nothing; `key` is the setting that a message names.
     """
     start = Path(path).expanduser()
-    if start.is_dir():
-        found = sorted(
-            p
-            for p in start.rglob("*")
-            if _known(p) and not _hidden(p.relative_to(start)) and p.is_file()
-        )
-        if not found:
-            raise UserError(f"{key}: no {', '.join(SUFFIXES)} file in the folder {start}")
-        return found
-    if not start.exists():
-        parent = start.parent
-        near = nearest(start.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
+    try:
+        found = _below(start) if start.is_dir() else [start]
+        near = None if start.exists() else _nearest(start)
+    except OSError as error:
+        raise UserError(f"{key}: {start}: {error.strerror}") from None
+    known = ", ".join(SUFFIXES)
+    if not found:
+        raise UserError(f"{key}: no {known} file in the folder {start}")
+    if near is not None:
         raise UserError(f"{key}: {start} does not exist{near}")
-    if not _known(start):
-        raise UserError(
-            f"{key}: {start} is not of a known kind; use {', '.join(SUFFIXES)} or a folder of them"
-        )
-    return [start]
+    if not _known(found[0]):
+        raise UserError(f"{key}: {start} is not of a known kind; use {known} or a folder of them")
+    return found
 
 
 def texts(path: Path) -> Iterator[Text | Reject]:
@@ -251,6 +246,20 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
         raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _below(folder: Path) -> list[Path]:
+    """Known files below a folder, without hidden ones, sorted."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if _known(path) and not _hidden(path.relative_to(folder)) and path.is_file()
+    )
+
+
+def _nearest(path: Path) -> str:
+    parent = path.parent
+    return nearest(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
 
 
 def _known(path: Path) -> bool:

@@ -97,7 +97,8 @@ def _stdlib(config: Stdlib, shape: Shape) -> Origin:
 
     def read() -> Iterator[Document]:
         if not kept:
-            kept.extend(_stdlib_texts(found) if shape == "documents" else _stdlib_chats(found))
+            every = _stdlib_texts(found) if shape == "documents" else _stdlib_chats(found)
+            kept.extend(itertools.islice(every, config.limit))
         return iter(kept)
 
     identity = [
@@ -106,7 +107,7 @@ def _stdlib(config: Stdlib, shape: Shape) -> Origin:
         len(found),
         sum(len(module.text) for module in found),
     ]
-    return Origin("stdlib", config, identity, _limited(read, config.limit))
+    return Origin("stdlib", config, identity, read)
 
 
 def _stdlib_texts(found: list[stdlib.Module]) -> Iterator[Document]:
@@ -157,8 +158,9 @@ def _files(config: Text | Chats, key: str) -> Origin:
 def _name(path: Path) -> str:
     """A folder's name, or a file's without what follows the dot; of `stories/train.txt` it is
     `stories`."""
-    name = path.resolve().name.split(".")[0]
-    return path.resolve().parent.name if name in ("train", "data") and path.is_file() else name
+    whole = path.expanduser().resolve()
+    name = whole.name.split(".")[0]
+    return whole.parent.name if name in ("train", "data") and whole.is_file() else name
 
 
 def _named_parts(found: list[Path]) -> tuple[list[Path], list[Path]]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.errors import UserError
-from tinsmith.infer.rows import Prefill, Request, copied, similar
-from tinsmith.infer.sample import Sampling, Settings, sample, stack, uniform
+from tinsmith.infer.rows import Prefill, Request, similar
+from tinsmith.infer.sample import Sampling, sample, stack, uniform
 from tinsmith.nn.contract import LayerCache
 from tinsmith.nn.model import LM
 
@@ -132,16 +132,16 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token for every row that has its prompt behind it.
+        """A token for every row, and a first one where a prompt is now behind it.
 
         RuntimeError where logits are not numbers; all that were running are over then.
         """
         if self.lm.training:
             raise ValueError("the engine needs a model in eval mode: call lm.eval()")
         self._sweep()
-        events = self._decode() if self._rows else []
-        self._sweep()
-        events += self._take_in()
+        logits = [self._decode()] if self._rows else []
+        logits += self._take_in()
+        events = self._choose(torch.cat(logits)) if logits else []
         self._sweep()
         return events
 
@@ -162,42 +162,138 @@ class Engine:
     def _running(self) -> tuple[Request, ...]:
         return (*self._rows, *(self._prefill.members if self._prefill else ()))
 
-    def _decode(self) -> list[Event]:
-        """The next token of every row."""
+    def _decode(self) -> Tensor:
+        """(B, V): what comes after the newest token of every row."""
         self._longest += 1
         if self._longest > self._room:
             self._room = self._roomy(self._longest)
-            self._caches = copied(self.lm, self._caches, range(len(self._rows)), self._room)
+            larger = self.lm.new_caches(0, self._room)
+            for mine, theirs in zip(larger, self._caches, strict=True):
+                mine.join(theirs)
+            self._caches = larger
         out = self.lm(self._newest[:, None], caches=self._caches, logits="last")
-        self._newest, events = _choose(self._rows, out.logits[:, -1], self._settings, self._seen)
-        return events
+        return out.logits[:, -1]
 
-    def _take_in(self) -> list[Event]:
-        """Go on with prompts that are on their way, or begin with those that wait."""
+    def _take_in(self) -> list[Tensor]:
+        """Go on with prompts that are on their way, or begin with those that wait; the (M, V)
+        logits of new rows, if there are any now.
+        """
         if self._prefill is None:
             members = self._admitted()
-            if self._kept is not None:
-                return self._enter(members, *self._kept)
             if not members:
                 return []
+            if self._kept is not None:
+                return [self._enter(members, *self._kept)]
             longest = max(len(member.prompt) for member in members)
-            self._prefill = Prefill(self.lm, members, max(self._room, self._roomy(longest + 1)))
+            self._prefill = Prefill(self.lm, members, self._roomy(longest + 1))
         done = self._prefill
         logits = done.advance()
         if logits is None:
             return []
         self._prefill = None
-        return self._enter([member for member in done.members if not member.gone], done, logits)
+        self._kept = (done, logits) if self._waits_for(done) else None
+        members = [member for member in done.members if not member.gone]
+        return [self._enter(members, done, logits)] if members else []
 
     def _admitted(self) -> list[Request]:
-        """Waiting requests to begin with: of the prompt that was kept, or of similar length."""
-        members: list[Request] = []
-        if self._kept and not (self._waiting and self._waiting[0].prompt in self._kept[0].prompts):
+        """Waiting requests to begin with: of a prompt that was kept, or of similar length."""
+        if self._kept is not None and not self._waits_for(self._kept[0]):
             self._kept = None
-        while self._waiting and len(members) < self.rows - len(self._rows):
-            new = self._waiting[0]
-            fits = new.prompt in self._kept[0].prompts if self._kept else similar(members, new)
-            if not fits:
+        members: list[Request] = []
+        while self._waiting and len(self._rows) + len(members) < self.rows:
+            kept, new = self._kept, self._waiting[0]
+            if not (new.prompt in kept[0].prompts if kept else similar(members, new)):
                 break
             members.append(self._waiting.popleft())
         return members
+
+    def _waits_for(self, done: Prefill) -> bool:
+        """The next request has a prompt that was just taken in."""
+        return bool(self._waiting) and self._waiting[0].prompt in done.prompts
+
+    def _enter(self, members: list[Request], done: Prefill, logits: Tensor) -> Tensor:
+        """Rows for requests whose prompts are in; of the prompts' (P, V) logits theirs, (M, V)."""
+        places = torch.tensor([done.row(member) for member in members], device=logits.device)
+        count = len(self._rows)
+        rows = torch.cat((torch.arange(count, device=logits.device), count + places))
+        for mine, theirs in zip(self._caches, done.caches, strict=True):
+            mine.join(theirs)
+            mine.select(rows)
+        self._room = max(self._room, done.capacity)
+        self._rows += members
+        self._regroup()
+        return logits[places]
+
+    def _choose(self, logits: Tensor) -> list[Event]:
+        """The next token of every row, from (B, V) logits."""
+        draws = None
+        if not self._settings.all_greedy:
+            numbers = [uniform(row.seed, len(row.tokens)) for row in self._rows]
+            draws = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+        ids, logprobs = sample(logits, self._settings, draws, self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(1, ids[:, None], True)
+        self._newest, told = ids, logprobs.tolist()
+        for row, logprob in zip(self._rows, told, strict=True):
+            if not math.isfinite(logprob):
+                self._give_up(row)
+        return [_event(*each) for each in zip(self._rows, ids.tolist(), told, strict=True)]
+
+    def _give_up(self, broken: Request) -> None:
+        for request in self._running():
+            request.gone = True
+        raise RuntimeError(
+            f"logits are NaN or infinite after {broken.held} tokens of request {broken.number}: "
+            "the model's weights are broken, or too large for their dtype"
+        )
+
+    def _sweep(self) -> None:
+        """Rows that are over leave."""
+        if not any(row.gone for row in self._rows):
+            return
+        kept = [place for place, row in enumerate(self._rows) if not row.gone]
+        self._rows = [self._rows[place] for place in kept]
+        if not kept:
+            self._clear()
+            return
+        rows = torch.tensor(kept, device=self._newest.device)
+        self._newest = self._newest[rows]
+        for cache in self._caches:
+            cache.select(rows)
+        self._regroup()
+
+    def _clear(self) -> None:
+        """No rows, and little memory."""
+        self._rows = []
+        self._room = self._roomy(1)
+        self._caches: list[LayerCache] = self.lm.new_caches(0, self._room)
+        self._regroup()
+
+    def _regroup(self) -> None:
+        """What depends on which rows there are."""
+        device = self.lm.embed.weight.device
+        self._longest = max((row.held for row in self._rows), default=0)
+        self._settings = stack([row.sampling for row in self._rows], device)
+        self._seen: Tensor | None = None
+        if self._settings.penalty is not None:
+            shape = (len(self._rows), self.lm.config.vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            for place, row in enumerate(self._rows):
+                self._seen[place, [*row.prompt, *row.tokens]] = True
+
+    def _roomy(self, tokens: int) -> int:
+        """Room for `tokens` tokens and some more."""
+        room = ROOM
+        while room < tokens:
+            room *= 2
+        return min(room, self.capacity)
+
+
+def _event(row: Request, token: int, logprob: float) -> Event:
+    """A request gets its next token, perhaps its last."""
+    row.tokens.append(token)
+    finish = "length" if len(row.tokens) == row.room else None
+    if token in row.stops:
+        finish = "stop"
+    row.gone = finish is not None
+    return Event(row.number, token, logprob, finish)

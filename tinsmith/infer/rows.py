@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tinsmith.infer.sample import Sampling
-from tinsmith.nn.contract import LayerCache
 from tinsmith.nn.model import LM
 
 CHUNK = 512
@@ -30,8 +29,8 @@ class Request:
 
     @property
     def held(self) -> int:
-        """Tokens in its cache once it has a row: all but the newest."""
-        return len(self.prompt) + len(self.tokens) - 1
+        """Tokens in its cache once it has a row: the newest is not yet."""
+        return len(self.prompt) + max(len(self.tokens) - 1, 0)
 
 
 class Prefill:
@@ -42,6 +41,7 @@ class Prefill:
 
     def __init__(self, lm: LM, members: Sequence[Request], capacity: int):
         self.members = list(members)
+        self.capacity = capacity
         self.prompts = list(dict.fromkeys(member.prompt for member in members))
         self.caches = lm.new_caches(len(self.prompts), capacity)
         self._lm = lm
@@ -75,15 +75,3 @@ def similar(members: Sequence[Request], new: Request) -> bool:
     """With this one too, at least half of the positions would be tokens and not padding."""
     lengths = [len(prompt) for prompt in {member.prompt for member in (*members, new)}]
     return max(lengths) * len(lengths) <= 2 * sum(lengths)
-
-
-def copied(
-    lm: LM, caches: Sequence[LayerCache], rows: Sequence[int], capacity: int
-) -> list[LayerCache]:
-    """These rows of caches once more, with room for at least `capacity` tokens."""
-    fresh = lm.new_caches(0, capacity)
-    chosen = torch.tensor(rows, dtype=torch.long, device=lm.embed.weight.device)
-    for mine, theirs in zip(fresh, caches, strict=True):
-        mine.join(theirs)
-        mine.select(chosen)
-    return fresh

@@ -149,8 +149,7 @@ class Tokenizer:
         With `first`, without the space that some tokenizers put before a text.
         """
         raw = self._bytes.get(number, b"")
-        strip = first and self._spelling.leading_space and number not in self._special_ids
-        return raw.removeprefix(b" ") if strip else raw
+        return raw.removeprefix(b" ") if first and self._spelling.leading_space else raw
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of ids; an added token gives its name, an unknown id nothing."""

@@ -178,7 +178,7 @@ def _draw_norm(axes: "Axes", norm: Series) -> None:
         return _nothing(axes, "no step logged yet")
     axes.plot(norm.steps, norm.values, color=NORM, linewidth=1.1, marker=_dot(norm))
     usual = sorted(norm.values)[int(0.98 * (len(norm) - 1))]
-    axes.set_ylim(0, 1.25 * usual )
+    axes.set_ylim(0, 1.25 * usual or 1.0)
 
 
 def _heading(figure: "Figure", title: str, summary: str) -> None:

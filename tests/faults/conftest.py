@@ -1,0 +1,127 @@
+"""A run small enough to be killed twenty times, and what two runs are compared by."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+TIMINGS = ("tokens_per_second", "eta_seconds")
+
+
+@pytest.fixture(scope="session")
+def recipe() -> dict:
+    """Dropout, accumulation, evaluation and samples in between: everything that uses randomness."""
+    return {
+        "model": {
+            "vocab_size": 320,
+            "dim": 32,
+            "depth": 2,
+            "max_context": 64,
+            "dropout": {"embedding": 0.1, "attention": 0.1, "residual": 0.1},
+            "pattern": [
+                {
+                    "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True},
+                    "feed_forward": {"kind": "swiglu", "hidden": 48},
+                }
+            ],
+        },
+        "tokenizer": {"train": {"vocab_size": 320}},
+        "data": {"kind": "tasks", "count": 400, "digits": 2, "length": 4},
+        "objective": {"kind": "pretrain"},
+        "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
+        "train": {
+            "steps": 10,
+            "context": 48,
+            "rows": 4,
+            "accumulate": 2,
+            "precision": "fp32",
+            "save_every": 3,
+            "eval_every": 4,
+            "sample_every": 4,
+            "keep": {"last": 2, "best": True},
+        },
+        "eval": {"rows": 4, "new_tokens": 6},
+        "log": {"every": 2},
+    }
+
+
+class Place:
+    """A folder of runs, and the command line in it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.runs = folder / "runs"
+
+    def write(self, name: str, data: dict) -> Path:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(data), encoding="utf-8")
+        return path
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        own = {"TINSMITH_RUNS": str(self.runs), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return os.environ | own | extra
+
+    def start(self, *arguments: object, **extra: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tinsmith", *map(str, arguments)],
+            env=self.environment(**extra),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call(self, *arguments: object, **extra: str) -> tuple[int, str]:
+        process = self.start(*arguments, **extra)
+        said, _ = process.communicate(timeout=300)
+        return process.returncode, said
+
+    def train(self, data: dict, name: str, *more: object, **extra: str) -> tuple[int, str]:
+        return self.call("train", self.write(name, data), "--name", name, *more, **extra)
+
+    def result(self, name: str) -> dict[str, object]:
+        """Hashes of what a finished run left, and its metrics without timings."""
+        run = self.runs / name
+        newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+        files = [newest / f"{part}.safetensors" for part in ("model", "optim", "rng-00000")]
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        final = run / "final" / "model.safetensors"
+        return hashes | {
+            "final": hashlib.sha256(final.read_bytes()).hexdigest(),
+            "metrics": self.metrics(name),
+            "checkpoints": sorted(path.name for path in (run / "checkpoints").glob("step-*")),
+        }
+
+    def metrics(self, name: str) -> list[dict]:
+        lines = (self.runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shared_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def reference(shared_place: Place, recipe: dict) -> dict[str, object]:
+    """The run that nothing happened to, its events in order, and what it left."""
+    code, said = shared_place.train(recipe, "first")
+    assert code == 0, said
+    events = shared_place.folder / "events"
+    code, said = shared_place.train(recipe, "whole", TINSMITH_COUNT_EVENTS=str(events))
+    assert code == 0, said
+    return shared_place.result("whole") | {
+        "first": shared_place.result("first"),
+        "events": events.read_text(encoding="utf-8").splitlines(),
+    }

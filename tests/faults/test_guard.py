@@ -1,0 +1,131 @@
+"""T6 and T8: a full disk and numbers that are not numbers."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinsmith.config import from_dict
+from tinsmith.core.errors import Failure
+from tinsmith.objectives.pretrain import CrossEntropy
+from tinsmith.train import checkpoint
+from tinsmith.train.guard import TooManyBadSteps
+from tinsmith.train.trainer import train
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, recipe):
+    """Train in this process, under `tmp_path`."""
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
+
+    def run(name: str = "run", **changes: object) -> Path:
+        data = {**recipe, "train": {**recipe["train"], **changes}}
+        return train(from_dict(data), name)
+
+    return run
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoints" / f"step-{step:08d}").model
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_T8_not_finite_step_is_skipped_counted_and_logged(where, run_here, monkeypatch):
+    real = CrossEntropy.loss
+    calls = {"number": 0}
+
+    def poisoned(self, policy, batch):
+        calls["number"] += 1
+        loss = real(self, policy, batch)
+        if calls["number"] != 6:  # the second micro-batch of step 3
+            return loss
+        if where == "loss":
+            bad = {"loss": loss.metrics["loss"]._replace(total=torch.tensor(math.inf))}
+            return loss._replace(total=loss.total * math.inf, metrics=bad)
+        return loss._replace(total=loss.total * torch.tensor(math.nan).abs())
+
+    monkeypatch.setattr(CrossEntropy, "loss", poisoned)
+    folder = run_here(save_every=1, keep={"last": 20}, steps=4)
+    before, after, later = (weights(folder, step) for step in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in after)
+    assert all(bool(torch.isfinite(value).all()) for value in later.values())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    bad = [row for row in rows if row["kind"] == "bad_step"]
+    assert bad == [{"step": 3, "kind": "bad_step", "first_sample": 16, "end_sample": 24}]
+    assert [row["bad_steps"] for row in rows if row["kind"] == "train"][-1] == 1
+
+
+def test_T8_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(run_here, monkeypatch):
+    real = CrossEntropy.loss
+    calls = {"number": 0}
+
+    def poisoned(self, policy, batch):
+        calls["number"] += 1
+        loss = real(self, policy, batch)
+        return loss if calls["number"] <= 8 else loss._replace(total=loss.total * math.nan)
+
+    monkeypatch.setattr(CrossEntropy, "loss", poisoned)
+    with pytest.raises(TooManyBadSteps, match=r"step-0000000[34]") as caught:
+        run_here(bad_steps=2, steps=50)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", ["model", "state", "manifest"])
+def test_T6_full_disk_leaves_earlier_checkpoints_and_training_goes_on(
+    at, run_here, monkeypatch, capsys
+):
+    calls = {"number": 0}
+    real_write, real_manifest = checkpoint._write, checkpoint.write_manifest
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write(folder, snapshot, config, tokenizer):
+        calls["number"] += 1
+        if calls["number"] == 2 and at != "manifest":
+            (folder / "model.safetensors").write_bytes(b"half" if at == "state" else b"")
+            raise full
+        real_write(folder, snapshot, config, tokenizer)
+
+    def manifest(folder, extra):
+        if calls["number"] == 2 and at == "manifest":
+            raise full
+        real_manifest(folder, extra)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(checkpoint, "write_manifest", manifest)
+    folder = run_here(keep={"last": 20, "best": False})
+    said = capsys.readouterr().out
+    assert said.count("could not be saved") == 1
+    assert "free" in said
+    names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+    assert names == ["LATEST", "step-00000003", "step-00000009", "step-00000010"]
+    assert checkpoint.load(folder / "checkpoints" / "step-00000003").state["step"] == 3
+    assert (folder / "final" / "config.json").exists()
+
+
+def test_T6_disk_full_twice_in_a_row_ends_the_run_with_earlier_checkpoints_whole(
+    run_here, monkeypatch
+):
+    calls = {"number": 0}
+    real = checkpoint._write
+
+    def write(folder, snapshot, config, tokenizer):
+        calls["number"] += 1
+        if calls["number"] > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, snapshot, config, tokenizer)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    with pytest.raises(Failure, match="two checkpoints in a row"):
+        run_here(keep={"last": 20, "best": False})
+
+
+def test_T6_too_little_space_is_noticed_before_writing(run_here, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(checkpoint, "free_space", lambda path: 1000)
+    with pytest.raises(Failure):
+        run_here(keep={"last": 20, "best": False})
+    assert "1 kB free" in capsys.readouterr().out
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -1,0 +1,51 @@
+"""T1: killed at any moment, a run ends in the same bits."""
+
+import random
+import signal
+
+import pytest
+
+KILLS = 12
+INSIDE_A_SAVE = ("model.safetensors", "optim.safetensors", "state.json", "manifest", "tokenizer")
+
+
+def kill_points(events: list[str]) -> list[int]:
+    """By a fixed seed, half anywhere and half inside saves; numbered from 1."""
+    generator = random.Random(7)
+    inside = [place for place, name in enumerate(events, 1) if name in INSIDE_A_SAVE]
+    outside = [place for place in range(1, len(events) + 1) if place not in inside]
+    return generator.sample(inside, KILLS // 2) + generator.sample(outside, KILLS - KILLS // 2)
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_T1_killed_and_resumed_run_ends_in_the_same_bits(number, shared_place, recipe, reference):
+    point = kill_points(reference["events"])[number]
+    name = f"killed-{number}"
+    code, said = shared_place.train(recipe, name, TINSMITH_KILL_AT=str(point))
+    assert code == -signal.SIGKILL, said
+    code, said = shared_place.train(recipe, name, "--resume")
+    assert code == 0, said
+    found = shared_place.result(name)
+    for key, value in found.items():
+        assert value == reference[key], (key, reference["events"][point - 1])
+
+
+def test_T1_kill_points_reach_into_saves_and_steps(reference):
+    named = {reference["events"][point - 1] for point in kill_points(reference["events"])}
+    assert named & set(INSIDE_A_SAVE)
+    assert named & {"step", "micro-step"}
+
+
+def test_T12_two_identical_runs_leave_identical_files(shared_place, reference):
+    for key, value in reference["first"].items():
+        assert value == reference[key], key
+    one, two = (shared_place.runs / name for name in ("first", "whole"))
+    same = {"log.txt", "env.json", "metrics.jsonl", "README.md"}  # timings, argv, the run's name
+    files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for file in files:
+        assert (two / file).exists(), file
+        if file.name not in same and file.suffix not in (".png", ".svg"):
+            assert (one / file).read_bytes() == (two / file).read_bytes(), file
+    extra = {path.relative_to(two) for path in two.rglob("*") if path.is_file()} - set(files)
+    assert not extra

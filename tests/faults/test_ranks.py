@@ -1,0 +1,148 @@
+"""T3 and T4: how a batch is split never matters, over micro-batches, rows or processes."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+STEPS = 20
+
+
+@pytest.fixture(scope="session")
+def plain_recipe(recipe) -> dict:
+    """Without dropout, which depends on the split."""
+    model = {**recipe["model"], "dropout": {}}
+    train = {**recipe["train"], "steps": STEPS, "rows": 4, "accumulate": 2, "save_every": 50}
+    return recipe | {"model": model, "train": train, "log": {"every": 1}}
+
+
+def changed(data: dict, section: str, **values: object) -> dict:
+    return data | {section: {**data.get(section, {}), **values}}
+
+
+def torchrun(place, data: dict, name: str, kind: str, *more: str) -> tuple[int, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = place.write(name, data | {"parallel": {"kind": kind}})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(port), "-m", "tinsmith", "train", str(path), "--name", name]
+    done = subprocess.run(
+        [*command, *more],
+        env=place.environment(),
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def losses(place, name: str) -> list[float]:
+    return [row["loss"] for row in place.metrics(name) if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="session")
+def one_process(shared_place, plain_recipe) -> list[float]:
+    code, said = shared_place.train(plain_recipe, "one")
+    assert code == 0, said
+    found = losses(shared_place, "one")
+    assert len(found) == STEPS
+    return found
+
+
+def assert_same(found: list[float], expected: list[float]) -> None:
+    """Equal to 1e-5, and no drift to one side."""
+    assert len(found) == len(expected)
+    residuals = [a - b for a, b in zip(found, expected, strict=True)]
+    assert max(map(abs, residuals)) < 1e-5
+    assert abs(sum(residuals)) / len(residuals) < 5e-6
+
+
+@pytest.mark.parametrize(("rows", "accumulate"), [(8, 1), (2, 4), (1, 8)])
+def test_T4_split_into_micro_batches_changes_nothing(
+    rows, accumulate, shared_place, plain_recipe, one_process
+):
+    data = changed(plain_recipe, "train", rows=rows, accumulate=accumulate)
+    code, said = shared_place.train(data, f"split-{rows}")
+    assert code == 0, said
+    assert_same(losses(shared_place, f"split-{rows}"), one_process)
+
+
+def test_T4_checkpointing_changes_nothing(shared_place, plain_recipe, one_process):
+    code, said = shared_place.train(changed(plain_recipe, "train", checkpointing=True), "recompute")
+    assert code == 0, said
+    assert losses(shared_place, "recompute") == one_process
+
+
+@pytest.mark.slow
+def test_T4_compile_changes_nothing(shared_place, plain_recipe, one_process):
+    code, said = shared_place.train(changed(plain_recipe, "train", compile=True), "compiled")
+    assert code == 0, said
+    assert_same(losses(shared_place, "compiled"), one_process)
+
+
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
+    kind, shared_place, plain_recipe, one_process
+):
+    code, said = torchrun(shared_place, plain_recipe, f"two-{kind}", kind)
+    assert code == 0, said
+    assert_same(losses(shared_place, f"two-{kind}"), one_process)
+
+
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, one_process):
+    name = f"elastic-{kind}"
+    begun = changed(plain_recipe, "train", save_every=7)
+    process = shared_place.start(
+        "train", shared_place.write(name, begun), "--name", name, TINSMITH_KILL_AT="90"
+    )
+    process.communicate(timeout=120)
+    code, said = torchrun(shared_place, begun, name, kind, "--resume")
+    assert code == 0, said
+    assert "from" in said
+    assert_same(losses(shared_place, name), one_process)
+
+
+def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
+
+    long = changed(plain_recipe, "train", steps=100_000)
+    path = shared_place.write("pair", long | {"parallel": {"kind": "replicate"}})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    first, second = (
+        shared_place.start("train", path, "--name", "pair", RANK=str(rank), **common)
+        for rank in range(2)
+    )
+    end = time.monotonic() + 120
+    for line in first.stdout:
+        assert time.monotonic() < end
+        if " step " in line:
+            break
+    second.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=60)
+    second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (75, 75), said
+    assert (shared_place.runs / "pair" / "checkpoints" / "LATEST").exists()
+
+
+def test_rows_that_the_world_size_does_not_divide_are_refused(shared_place, plain_recipe):
+    data = changed(plain_recipe, "train", rows=3)
+    path = shared_place.write("odd", data | {"parallel": {"kind": "replicate"}})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pair = [
+        shared_place.start("train", path, "--name", "odd", RANK=str(rank), **common)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in pair]
+    assert all(process.returncode == 2 for process in pair), said
+    assert "train.rows: 3 must be a multiple of the world size 2" in said[0]

@@ -1,0 +1,71 @@
+"""T7: a stop is one checkpoint and exit 75, from wherever it arrives; SIGUSR1 saves and goes on."""
+
+import signal
+import time
+
+import pytest
+
+
+def wait_for(process, word: str, deadline: float = 120) -> str:
+    """Read lines until one holds `word`; everything read."""
+    said = ""
+    end = time.monotonic() + deadline
+    for line in process.stdout:
+        said += line
+        if word in line:
+            return said
+        assert time.monotonic() < end, said
+    raise AssertionError(said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_T7_stop_signal_saves_once_and_exits_75(number, place, recipe):
+    long = recipe | {"train": recipe["train"] | {"steps": 100_000, "save_every": 90_000}}
+    process = place.start("train", place.write("stop", long), "--name", "stop")
+    wait_for(process, " step ")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert len(said.split(" saved ")) == 2, said
+    assert "--resume" in said
+    newest = sorted((place.runs / "stop" / "checkpoints").glob("step-*"))[-1]
+    assert (newest / "manifest.json").exists()
+
+
+def test_T7_stopped_and_resumed_run_ends_in_the_same_bits(shared_place, recipe, reference):
+    """Stopped during its first evaluation, which is done after the resume."""
+    process = shared_place.start("train", shared_place.write("halted", recipe), "--name", "halted")
+    wait_for(process, " step      2/10")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    if process.returncode == 75:
+        code, said = shared_place.train(recipe, "halted", "--resume")
+        assert code == 0, said
+    else:
+        assert process.returncode == 0
+    assert shared_place.result("halted")["model.safetensors"] == reference["model.safetensors"]
+    assert shared_place.result("halted")["metrics"] == reference["metrics"]
+
+
+def test_T7_second_interrupt_quits_at_once(place, recipe):
+    long = recipe | {"train": recipe["train"] | {"steps": 100_000, "rows": 256, "context": 64}}
+    process = place.start("train", place.write("quit", long), "--name", "quit")
+    wait_for(process, "  run ")
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "again to quit now")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode in (75, 130)
+
+
+def test_T7_sigusr1_saves_and_goes_on(place, recipe):
+    long = recipe | {"train": recipe["train"] | {"steps": 100_000, "save_every": 90_000}}
+    process = place.start("train", place.write("usr1", long), "--name", "usr1")
+    wait_for(process, " step ")
+    wait_for(process, " saved ")  # the best evaluation so far
+    process.send_signal(signal.SIGUSR1)
+    wait_for(process, " saved ")
+    wait_for(process, " step ")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
