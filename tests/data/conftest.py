@@ -42,6 +42,11 @@ def write_lines(tmp_path):
 
 
 @pytest.fixture
+def story_file(write_lines, stories):
+    return write_lines("stories.jsonl", [{"text": text} for text in stories])
+
+
+@pytest.fixture
 def prepared(tmp_path, tokenizer):
     """`prepare` into a folder of the test's own, silently."""
 

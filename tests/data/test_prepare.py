@@ -1,8 +1,4 @@
-import errno
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -11,13 +7,11 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-from tinsmith.core.errors import Stopped, UserError
+from tinsmith.core.errors import UserError
 from tinsmith.data import stdlib
 from tinsmith.data.config import Chats, Stdlib, Tasks, Text
 from tinsmith.data.prepare import prepare
-from tinsmith.data.prepared import open_prepared
 from tinsmith.data.sources import open_source
-from tinsmith.text.chat import BadRecord, encode_chat
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -49,11 +43,6 @@ def spaced_tokenizer():
     spaces = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     made.normalizer = tokenizers.normalizers.Sequence(spaces)
     return Tokenizer(made.to_str())
-
-
-@pytest.fixture
-def story_file(write_lines, stories):
-    return write_lines("stories.jsonl", objects(stories))
 
 
 def test_every_document_is_in_exactly_one_part_and_comes_back_exactly(
@@ -170,111 +159,6 @@ def test_the_limit_takes_the_first_documents(prepared, texts_of, story_file, sto
     found = prepared(Text(path=str(story_file), validation=0, limit=5))
     assert texts_of(found, "train") == stories[:5]
     assert len(texts_of(prepared(Stdlib(validation=0, limit=7), "chats"), "train")) == 7
-
-
-def test_T9_bad_lines_are_rejected_counted_and_named(
-    prepared, write_lines, rejects_of, texts_of, stories
-):
-    lines = [
-        *objects(stories[:3]),
-        *(b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": " "}),
-        *({"text": "a\0b"}, {"text": "x" * 10_000_001}, {"text": stories[3]}),
-    ]
-    found = prepared(Text(path=str(write_lines("s.jsonl", lines)), validation=0))
-    assert texts_of(found, "train") == stories[:4]
-    assert found.report["sources"][0]["rejected"] == 8
-    assert [(name, line) for name, line, _ in rejects_of(found)] == [
-        ("s.jsonl", line) for line in range(4, 12)
-    ]
-    assert [reason.split(" (")[0].split(":")[0] for _, _, reason in rejects_of(found)] == [
-        *("not UTF-8", "not JSON", "not an object but a list", "no field 'text'"),
-        *("field 'text' is a number, not text", "field 'text' is empty", "holds a NUL character"),
-        "longer than 10 MB",
-    ]
-
-
-@pytest.mark.parametrize(
-    "bad", [b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": ""}]
-)
-def test_T9_with_on_bad_line_fail_the_first_bad_line_ends_everything(
-    prepared, write_lines, stories, bad, tmp_path
-):
-    path = write_lines("s.jsonl", [*objects(stories[:3]), bad])
-    with pytest.raises(UserError, match=r"s\.jsonl:4: ") as caught:
-        prepared(Text(path=str(path), on_bad_line="fail"))
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-CHAT_FAULTS = {
-    "wrong role order": {"messages": [{"role": "assistant", "content": "a"}]},
-    "two users": {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
-    "unknown role": {"messages": [{"role": "cat", "content": "a"}]},
-    "missing field": {"text": "x"},
-    "wrong type": {"messages": "hello"},
-    "empty answer": chat("a", ""),
-    "NUL": chat("a", "b\0"),
-    "nobody answers": {"messages": [{"role": "user", "content": "a"}]},
-}
-
-
-@pytest.mark.parametrize("fault", CHAT_FAULTS)
-def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rejects_of, fault):
-    path = write_lines("c.jsonl", [chat("x", "y"), CHAT_FAULTS[fault], chat("u", "v")])
-    found = prepared(Chats(path=str(path), validation=0), "chats")
-    assert [(name, line) for name, line, _ in rejects_of(found)] == [("c.jsonl", 2)]
-    assert found.report["sources"][0]["train"]["documents"] == 2
-    with pytest.raises(UserError, match=r"c\.jsonl:2: "):
-        prepared(Chats(path=str(path), on_bad_line="fail"), "chats")
-
-
-@pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
-def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
-    prepared, write_lines, rejects_of, on_bad_line, monkeypatch
-):
-    from tinsmith.data import encode
-
-    def refuse(tokenizer, conversation):
-        if conversation.messages[0].content == "bad":
-            raise BadRecord("no such thing")
-        return encode_chat(tokenizer, conversation)
-
-    monkeypatch.setattr(encode, "encode_chat", refuse)
-    path = write_lines("c.jsonl", [chat("x", "y"), chat("bad", "z")])
-    config = Chats(path=str(path), validation=0, on_bad_line=on_bad_line)
-    if on_bad_line == "fail":
-        with pytest.raises(UserError, match=r"c\.jsonl:2: no such thing"):
-            prepared(config, "chats")
-    else:
-        found = prepared(config, "chats")
-        assert rejects_of(found) == [("c.jsonl", 2, "no such thing")]
-        assert found.report["sources"][0]["rejected"] == 1
-
-
-@pytest.mark.parametrize("lines", [[], [b""], [b"{broken"], [{"text": ""}]])
-def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, lines, tmp_path):
-    path = write_lines("s.jsonl", lines)
-    with pytest.raises(UserError, match=r"nothing in '.*s\.jsonl' can be used") as caught:
-        prepared(Text(path=str(path)))
-    assert "\n" not in str(caught.value)
-    if lines not in ([], [b""]):
-        assert "s.jsonl:1: " in str(caught.value)
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_a_missing_file_and_the_wrong_kind_of_file_are_one_line(prepared, tmp_path, write_lines):
-    with pytest.raises(UserError, match=r"data\.path: .*nothing\.jsonl does not exist"):
-        prepared(Text(path=str(tmp_path / "nothing.jsonl")))
-    there = str(write_lines("s.jsonl", []))
-    with pytest.raises(UserError, match=r"data\.1\.validation: .* does not exist"):
-        prepared((Stdlib(), Text(path=there, validation="nothing.jsonl")))
-    (tmp_path / "x.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"x\.txt: chats are read from \.jsonl"):
-        prepared(Chats(path=str(tmp_path / "x.txt")), "chats")
-    with pytest.raises(UserError, match=r"data\.kind: 'text' has no chats"):
-        prepared(Text(path=str(tmp_path / "x.txt")), "chats")
-    with pytest.raises(UserError, match="data: the list is empty"):
-        prepared(())
 
 
 def test_data_is_found_again_and_made_anew_when_anything_changes(
@@ -433,98 +317,3 @@ def test_real_stories_come_back_exactly(real_data, prepared, texts_of):
     stories = [text for text in path.read_text().split("<|endoftext|>\n") if text.strip()]
     both = texts_of(found, "train") + texts_of(found, "validation")
     assert Counter(both) == Counter(stories)
-
-
-def test_a_full_disk_is_noticed_before_anything_is_written(
-    prepared, story_file, monkeypatch, tmp_path
-):
-    monkeypatch.setattr("tinsmith.data.prepare.free_space", lambda path: 1000)
-    with pytest.raises(UserError, match=r"no space: shards need about .* 1 kB are free"):
-        prepared(Text(path=str(story_file)))
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-@pytest.mark.parametrize("call", [0, 1, 2, 5])
-def test_a_disk_that_fills_up_leaves_nothing_half_written(
-    prepared, story_file, monkeypatch, tmp_path, call
-):
-    from tinsmith.data import shards
-
-    earlier = prepared(Tasks(count=20)).folder
-    calls = iter(range(10**9))
-    write = shards._HashedFile.write
-
-    def full(self, data):
-        if next(calls) >= call:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, data)
-
-    monkeypatch.setattr(shards._HashedFile, "write", full)
-    with pytest.raises(UserError, match="the disk is full"):
-        prepared(Text(path=str(story_file)))
-    assert list((tmp_path / "data").iterdir()) == [earlier]
-    monkeypatch.undo()
-    open_prepared(earlier, verify=True)
-    prepared(Text(path=str(story_file)))
-
-
-def test_a_folder_that_cannot_be_written_is_one_line(story_file, tokenizer, tmp_path, monkeypatch):
-    def refuse(self, *arguments, **more):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(UserError, match=r"Permission denied") as caught:
-        prepare(Text(path=str(story_file)), tokenizer, "documents", tmp_path / "data", print)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_stop_request_ends_it_soon_and_leaves_nothing(prepared, story_file, tmp_path):
-    polls = iter([False] * 20 + [True] * 100)
-    with pytest.raises(Stopped) as caught:
-        prepared(Text(path=str(story_file)), stop=lambda: next(polls))
-    assert caught.value.code == 75
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from tinsmith.data.config import Text
-from tinsmith.data.prepare import prepare
-from tinsmith.text.chat import BadRecord, encode_chat
-from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
-tokenizer = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=300))
-prepare(Text(path=sys.argv[1]), tokenizer, "documents", Path(sys.argv[2]))
-"""
-
-
-def test_a_preparation_killed_at_any_moment_leaves_nothing_behind_after_the_next(
-    story_file, tmp_path
-):
-    def run(root, **environment):
-        command = [sys.executable, "-c", SCRIPT, str(story_file), str(root)]
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-
-    events = tmp_path / "events"
-    whole = run(tmp_path / "whole", TINSMITH_COUNT_EVENTS=str(events))
-    assert whole.returncode == 0, whole.stderr
-    (expected,) = (tmp_path / "whole").iterdir()
-    count = len(events.read_text().splitlines())
-    assert count >= 10
-    for kill_at in (1, count // 2, count - 1, count):
-        root = tmp_path / f"killed-{kill_at}"
-        assert run(root, TINSMITH_KILL_AT=str(kill_at)).returncode == -9
-        visible = [path for path in root.iterdir() if not path.name.startswith(".")]
-        assert len(visible) == (kill_at == count)
-        assert run(root).returncode == 0
-        assert [path.name for path in root.iterdir()] == [expected.name]
-        for path in expected.rglob("*.*"):
-            if path.is_file():
-                assert (
-                    root / expected.name / path.relative_to(expected)
-                ).read_bytes() == path.read_bytes()
-
-
-def test_preparing_does_not_import_torch():
-    code = "import sys; import tinsmith.data.prepare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

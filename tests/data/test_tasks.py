@@ -60,6 +60,7 @@ def test_a_sentence_around_a_number_does_not_matter():
     assert check(task, "The answer is 50")
     assert not check(task, "The answer is 507")
     assert not check(task, "-50")
+    assert not check(task, "50 or 51")
 
 
 def test_the_order_of_a_sorted_list_matters():
@@ -80,6 +81,19 @@ def test_the_steps_of_sums_and_differences_are_right():
             if "write" in step:
                 expected, written = column(step)
                 assert written == expected, task
+
+
+def test_the_steps_lead_to_the_answer():
+    for index in range(500):
+        task = generate("arithmetic", 2, index)
+        written = re.findall(r"write (\d) (?:carry|borrow) (\d)", task.reasoning)
+        if written:
+            digits = [digit for digit, _ in written][::-1]
+            carried = written[-1][1] if "carry" in task.reasoning else "0"
+            sign = -1 if "sign is -" in task.reasoning else 1
+            assert sign * int(carried + "".join(digits)) == int(task.answer), task
+        else:
+            assert task.reasoning.endswith(f"= {task.answer}"), task
 
 
 def test_every_kind_of_sum_occurs_with_every_count_of_digits():

@@ -97,8 +97,10 @@ def test_what_exists_is_not_overwritten_unless_asked(tmp_path, model):
     export_folder(model(), None, target, overwrite=True)
     assert not (target / "mine.txt").exists()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="exists"):
-        export_folder(model(), None, tmp_path / "file")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="exists"):
+            export_folder(model(), None, tmp_path / "file", overwrite=overwrite)
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_a_full_disk_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path, model, monkeypatch):

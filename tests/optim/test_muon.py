@@ -121,7 +121,7 @@ def test_a_stack_moves_like_its_slices_on_their_own(shape, scale):
     torch.testing.assert_close(stack.detach(), torch.stack(slices).detach())
 
 
-@pytest.mark.parametrize("room", [1, 100, 2**25])
+@pytest.mark.parametrize("room", [1, 100, 2**23])
 def test_batches_of_any_size_equal_one_matrix_at_a_time(monkeypatch, room):
     shapes = [*SHAPES, (3, 5, 12), (2, 12, 5)]
     together, alone = weights(shapes), weights(shapes)

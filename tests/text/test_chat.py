@@ -241,6 +241,14 @@ def test_any_chat_keeps_its_text_its_mask_and_its_prompt(families, any_text, fam
     check()
 
 
+@pytest.mark.parametrize("reasoning", ["why", "\n\nwhy", "  why", "\n"])
+def test_a_prompt_that_opens_reasoning_is_a_prefix_too(tokenizer, reasoning):
+    conversation = chat(("user", "x"), ("assistant", "y", reasoning))
+    prompt = encode_prompt(tokenizer, conversation.prompt(), thinking=True)
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n")
+    assert encode_chat(tokenizer, conversation).ids[: len(prompt)] == prompt
+
+
 def test_a_prompt_that_is_already_answered_is_refused(tokenizer):
     with pytest.raises(UserError, match="not with the assistant"):
         encode_prompt(tokenizer, TURNS)
@@ -274,6 +282,11 @@ COUNTING = (
     "{{ messages | length }} messages\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LATE = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}"
+    "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 ENDLESS = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
@@ -327,6 +340,7 @@ def test_a_foreign_template_that_forgets_old_reasoning(tokenizer):
     [
         (COUNTING, "changes a prompt once it is answered"),
         (ENDLESS, r"ends a turn without <\|im_end\|>"),
+        (LATE, r"ends a turn without <\|im_end\|>"),
         ("{{ messages }}", "changes a prompt"),
         ("{{ ''.__class__() }}", "the chat template failed"),
     ],

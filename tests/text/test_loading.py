@@ -68,9 +68,9 @@ def test_added_tokens_of_an_old_folder_keep_their_ids(gpt2_folder, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
     added = tmp_path / "added_tokens.json"
-    added.write_text(json.dumps({"<b>": size + 1, "<a>": size}))
+    added.write_text(json.dumps({"<a>": size + 1, "<b>": size}))
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.special("<a>"), loaded.special("<b>")) == (size, size + 1)
+    assert (loaded.special("<b>"), loaded.special("<a>")) == (size, size + 1)
     added.write_text(json.dumps({"<a>": size + 7}))
     with pytest.raises(UserError, match=r"added_tokens\.json: the id of '<a>'"):
         Tokenizer.load(tmp_path)

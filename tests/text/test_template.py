@@ -1,5 +1,6 @@
 """S10: a template from a download can neither reach out nor run away."""
 
+import sys
 import threading
 import time
 
@@ -80,6 +81,11 @@ BOMBS = {
     "{{ a(60) }}",
     "times": "{{ 'a' * 1000000000000 }}",
     "times, turned": "{{ 1000000000000 * 'a' }}",
+    "times, quietly": "{{ ('a' * 50000000) | length }}",
+    "a list of a range": "{{ range(100000000) | list | length }}",
+    "comparing": "{% set x = [1] %}{% set y = [1] %}"
+    + "{% set x = [x, x] %}{% set y = [y, y] %}" * 60
+    + "{{ x == y }}",
     "times a list": "{{ ([1] * 1000000000000) | length }}",
     "power": "{{ 2 ** 1000000000 }}",
     "numbers": "{% set x = 9 %}" + "{% set x = x * x %}" * 60 + "{{ x }}",
@@ -101,11 +107,13 @@ BOMBS = {
     "format": "{{ '{:>1000000000}'.format(1) }}",
     "a wide indent": "{{ messages | tojson(indent=1000000000) }}",
     "center": "{{ 'a' | center(1000000000) }}",
-    "ljust": "{{ 'a'.ljust(1000000000) }}",
+    "ljust": "{{ 'a'.ljust(1000000000000) }}",
     "to_bytes": "{{ (1).to_bytes(100000000000, 'big') }}",
     "much output": "{% for i in range(99999) %}{{ messages[1].content }}{% endfor %}",
     "lorem ipsum": "{{ lipsum(n=100000) }}",
     "recursive loops": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "harmless recursive loops": "{% for m in messages recursive %}x{% endfor %}",
+    "harmless blocks": "{% block a %}x{% endblock %}",
     "blocks": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep ifs": "{% if true %}" * 300 + "{% endif %}" * 300,
@@ -118,6 +126,7 @@ def test_S10_a_bomb_goes_off_early_and_small(name):
     with pytest.raises(UserError, match="the chat template") as caught:
         run(BOMBS[name])
     assert time.monotonic() - start < 5
+    assert "MemoryError" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -200,9 +209,12 @@ def test_threads_share_a_template_without_sharing_its_account():
         except (AssertionError, UserError) as error:
             wrong.append(error)
 
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=work, args=(len(expected),)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(before)
     assert not wrong

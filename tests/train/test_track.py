@@ -100,11 +100,12 @@ def test_a_resumed_run_hides_what_tensorboard_was_told_after_its_step(tmp_path):
 
 
 def test_wandb_offline_files_hold_what_was_logged(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     run_with(("wandb",), tmp_path)
+    wandb.teardown()  # as the end of a process does: waits for what writes the file
     (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = written.read_bytes()
     assert b"train/loss" in content
@@ -123,9 +124,10 @@ def test_trackio_keeps_what_was_logged_and_goes_on_when_resumed(tmp_path, monkey
     run_with(("trackio",), tmp_path / "run")
     (written,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(written) as database:
-        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
-    assert {name for name, _, _ in rows} == {"first"}
-    losses = [(step, json.loads(said).get("train/loss")) for _, step, said in rows]
+        rows = database.execute("select run_id, run_name, step, metrics from metrics").fetchall()
+    assert len({number for number, *_ in rows}) == 1
+    assert {name for _, name, *_ in rows} == {"first"}
+    losses = [(step, json.loads(said).get("train/loss")) for *_, step, said in rows]
     assert {(10, 3.5), (20, 2.5)} <= set(losses)
 
 

@@ -20,7 +20,7 @@ class DataSection(Config):
     weight: float = 1.0
     """The share of training rows, relative to the other sources of the list."""
     validation: float | str = 0.05
-    """The fraction of documents held back for validation."""
+    """The fraction of documents held back for validation; for text and chats, or else a path."""
     limit: Count | None = None
     """Take at most this many documents or chats."""
 

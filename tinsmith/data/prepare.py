@@ -30,6 +30,7 @@ from tinsmith.data.progress import Progress
 from tinsmith.data.streams import Fetched, Origin, open_origin, unique_names
 from tinsmith.data.survey import Rejects, Surveyed, survey
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
+from tinsmith.text.specials import our_template
 from tinsmith.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -54,7 +55,7 @@ def prepare(
     scratch = root / f".fetched.tmp-{os.getpid()}"
     origins = _origins(data, shape, _fetcher(scratch, say, stop))
     known = vocabulary.ready(tokenizer)
-    identities = [origin.identity for origin in origins]
+    identities = [our_template(), *(origin.identity for origin in origins)]
     folder = root / _hash(FORMAT, shape, vocabulary.identity(known), identities)
     try:
         with _disk_trouble(root):

@@ -91,7 +91,7 @@ def write_folder(
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
     """`export_folder` for full tensors by Tinsmith's names, wherever they came from."""
-    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists; give the name of a new folder, or remove it first")
     translation = config_to_hf(config)
     names = NAMES[translation.family]

@@ -74,7 +74,7 @@ def locate(path: str | Path) -> Path:
 
 
 def _inside(folder: Path) -> Path:
-    if _is_checkpoint(folder) or (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or _is_checkpoint(folder):
         return folder
     if (folder / "final" / "config.json").is_file():
         return folder / "final"
@@ -92,6 +92,9 @@ def _inside(folder: Path) -> Path:
 
 
 def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder means to be a checkpoint; `verify` says whether it is one."""
+    if (folder / "config.json").is_file():
+        return False
     return (folder / MANIFEST).exists() or all((folder / name).is_file() for name in NEEDS)
 
 

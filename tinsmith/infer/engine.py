@@ -164,9 +164,9 @@ class Engine:
 
     def _decode(self) -> Tensor:
         """(B, V): what comes after the newest token of every row."""
-        self._longest += 1
-        if self._longest > self._room:
-            self._room = self._roomy(self._longest)
+        longest = max(row.held for row in self._rows) + 1
+        if longest > self._room:
+            self._room = self._roomy(longest)
             larger = self.lm.new_caches(0, self._room)
             for mine, theirs in zip(larger, self._caches, strict=True):
                 mine.join(theirs)
@@ -242,9 +242,10 @@ class Engine:
     def _give_up(self, broken: Request) -> None:
         for request in self._running():
             request.gone = True
+        length = len(broken.prompt) + len(broken.tokens)
         raise RuntimeError(
-            f"logits are NaN or infinite after {broken.held} tokens of request {broken.number}: "
-            "the model's weights are broken, or too large for their dtype"
+            f"logits are NaN or infinite after {length} tokens of request {broken.number}: the "
+            "model's weights are broken, or too large for their dtype"
         )
 
     def _sweep(self) -> None:
@@ -272,7 +273,6 @@ class Engine:
     def _regroup(self) -> None:
         """What depends on which rows there are."""
         device = self.lm.embed.weight.device
-        self._longest = max((row.held for row in self._rows), default=0)
         self._settings = stack([row.sampling for row in self._rows], device)
         self._seen: Tensor | None = None
         if self._settings.penalty is not None:

@@ -28,7 +28,7 @@ Scale = Literal["original", "match_rms_adamw"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of a s + b s^3 + c s^5 on singular values; steep at 0, hence they end near 1 (0.68 to 1.13)."""
 
-BATCH_ELEMENTS = 2**25
+BATCH_ELEMENTS = 2**23
 """How many numbers one batched iteration takes in; bounds what a step needs beyond the momentum."""
 
 

@@ -75,7 +75,7 @@ def save(root: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> P
 
 
 def _write(folder: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> None:
-    meta = {"format": "pt", "step": str(snapshot.state["step"])}
+    meta = {"format": "pt"}  # one key: the order of several is random, and so would be the hash
     for name, tensors in (
         ("model", snapshot.model),
         ("optim", snapshot.optim),

@@ -1,0 +1,123 @@
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.data.config import Chats, Stdlib, Text
+from tinsmith.text.chat import BadRecord, encode_chat
+
+
+def objects(texts):
+    return [{"text": text} for text in texts]
+
+
+def chat(question, answer):
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def test_T9_bad_lines_are_rejected_counted_and_named(
+    prepared, write_lines, rejects_of, texts_of, stories
+):
+    lines = [
+        *objects(stories[:3]),
+        *(b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": " "}),
+        *({"text": "a\0b"}, {"text": "x" * 10_000_001}, {"text": stories[3]}),
+    ]
+    found = prepared(Text(path=str(write_lines("s.jsonl", lines)), validation=0))
+    assert texts_of(found, "train") == stories[:4]
+    assert found.report["sources"][0]["rejected"] == 8
+    assert [(name, line) for name, line, _ in rejects_of(found)] == [
+        ("s.jsonl", line) for line in range(4, 12)
+    ]
+    assert [reason.split(" (")[0].split(":")[0] for _, _, reason in rejects_of(found)] == [
+        *("not UTF-8", "not JSON", "not an object but a list", "no field 'text'"),
+        *("field 'text' is a number, not text", "field 'text' is empty", "holds a NUL character"),
+        "longer than 10 MB",
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": ""}]
+)
+def test_T9_with_on_bad_line_fail_the_first_bad_line_ends_everything(
+    prepared, write_lines, stories, bad, tmp_path
+):
+    path = write_lines("s.jsonl", [*objects(stories[:3]), bad])
+    with pytest.raises(UserError, match=r"s\.jsonl:4: ") as caught:
+        prepared(Text(path=str(path), on_bad_line="fail"))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+CHAT_FAULTS = {
+    "wrong role order": {"messages": [{"role": "assistant", "content": "a"}]},
+    "two users": {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+    "unknown role": {"messages": [{"role": "cat", "content": "a"}]},
+    "missing field": {"text": "x"},
+    "wrong type": {"messages": "hello"},
+    "empty answer": chat("a", ""),
+    "NUL": chat("a", "b\0"),
+    "nobody answers": {"messages": [{"role": "user", "content": "a"}]},
+}
+
+
+@pytest.mark.parametrize("fault", CHAT_FAULTS)
+def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rejects_of, fault):
+    path = write_lines("c.jsonl", [chat("x", "y"), CHAT_FAULTS[fault], chat("u", "v")])
+    found = prepared(Chats(path=str(path), validation=0), "chats")
+    assert [(name, line) for name, line, _ in rejects_of(found)] == [("c.jsonl", 2)]
+    assert found.report["sources"][0]["train"]["documents"] == 2
+    with pytest.raises(UserError, match=r"c\.jsonl:2: "):
+        prepared(Chats(path=str(path), on_bad_line="fail"), "chats")
+
+
+@pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
+def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
+    prepared, write_lines, rejects_of, on_bad_line, monkeypatch
+):
+    from tinsmith.data import encode
+
+    def refuse(tokenizer, conversation):
+        if conversation.messages[0].content == "bad":
+            raise BadRecord("no such thing")
+        return encode_chat(tokenizer, conversation)
+
+    monkeypatch.setattr(encode, "encode_chat", refuse)
+    path = write_lines("c.jsonl", [chat("x", "y"), chat("bad", "z")])
+    config = Chats(path=str(path), validation=0, on_bad_line=on_bad_line)
+    if on_bad_line == "fail":
+        with pytest.raises(UserError, match=r"c\.jsonl:2: no such thing"):
+            prepared(config, "chats")
+    else:
+        found = prepared(config, "chats")
+        assert rejects_of(found) == [("c.jsonl", 2, "no such thing")]
+        assert found.report["sources"][0]["rejected"] == 1
+
+
+@pytest.mark.parametrize("lines", [[], [b""], [b"{broken"], [{"text": ""}]])
+def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, lines, tmp_path):
+    path = write_lines("s.jsonl", lines)
+    with pytest.raises(UserError, match=r"nothing in '.*s\.jsonl' can be used") as caught:
+        prepared(Text(path=str(path)))
+    assert "\n" not in str(caught.value)
+    if lines not in ([], [b""]):
+        assert "s.jsonl:1: " in str(caught.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_missing_file_and_the_wrong_kind_of_file_are_one_line(prepared, tmp_path, write_lines):
+    with pytest.raises(UserError, match=r"data\.path: .*nothing\.jsonl does not exist"):
+        prepared(Text(path=str(tmp_path / "nothing.jsonl")))
+    there = str(write_lines("s.jsonl", []))
+    with pytest.raises(UserError, match=r"data\.1\.validation: .* does not exist"):
+        prepared((Stdlib(), Text(path=there, validation="nothing.jsonl")))
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"x\.txt: chats are read from \.jsonl"):
+        prepared(Chats(path=str(tmp_path / "x.txt")), "chats")
+    with pytest.raises(UserError, match=r"data\.kind: 'text' has no chats"):
+        prepared(Text(path=str(tmp_path / "x.txt")), "chats")
+    with pytest.raises(UserError, match="data: the list is empty"):
+        prepared(())

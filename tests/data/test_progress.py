@@ -1,0 +1,43 @@
+import pytest
+
+from tinsmith.core.errors import Stopped
+from tinsmith.data.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when told to."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def test_a_line_every_five_seconds_tells_share_speed_and_time_left(clock):
+    said = []
+    progress = Progress("encoding x", 1000, said.append)
+    for _ in range(12):
+        clock(1)
+        progress.advance(10)
+    assert said == [
+        " prepare   encoding x:   5%  10 B/s  eta 1m35s",
+        " prepare   encoding x:  10%  10 B/s  eta 1m30s",
+    ]
+
+
+def test_without_a_known_total_it_tells_how_much_is_done(clock):
+    said = []
+    progress = Progress("reading x", None, said.append)
+    clock(10)
+    progress.advance(2_000_000)
+    assert said == [" prepare   reading x: 2 MB  200 kB/s"]
+
+
+def test_a_stop_request_is_noticed_at_once(clock):
+    progress = Progress("reading x", None, print, stop=lambda: True)
+    with pytest.raises(Stopped) as caught:
+        progress.advance(1)
+    assert caught.value.code == 75

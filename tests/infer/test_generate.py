@@ -1,0 +1,174 @@
+"""Text: characters and stop strings stay whole, closing a stream ends the work."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinsmith.core.errors import UserError
+from tinsmith.infer.engine import Engine, Event
+from tinsmith.infer.generate import Answer, ends, evaluating, follow, generate, spread, stream
+from tinsmith.infer.sample import Sampling
+
+GREEDY = Sampling(temperature=0)
+WARM = Sampling(temperature=1.5, seed=5)
+
+
+@pytest.fixture
+def lm(small, tokenizer):
+    return small(vocab_size=tokenizer.vocab_size)
+
+
+def shown(tokenizer, ids, stop=(), finish="length"):
+    """Increments of text for these ids, the last with `finish`; None for a row that was dropped."""
+    answer = Answer(tokenizer, stop)
+    pieces = []
+    for place, token in enumerate(ids):
+        last = place == len(ids) - 1
+        pieces.append(answer.take(Event(0, token, -1.0, finish if last else None)))
+        if answer.finish:
+            break
+    return pieces, answer
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 319), min_size=1, max_size=20))
+def test_increments_never_split_a_character_and_make_up_the_text(tokenizer, ids):
+    pieces, answer = shown(tokenizer, ids)
+    assert "".join(pieces) == answer.completion().text == tokenizer.decode(ids)
+    whole = tokenizer.encode("naïve 你好 😀")
+    pieces, _ = shown(tokenizer, whole)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_comes_once_it_is_whole(tokenizer):
+    ids = [tokenizer.encode(bytes([byte]))[0] for byte in "a😀b".encode()]
+    assert shown(tokenizer, ids)[0] == ["a", "", "", "", "😀", "b"]
+    assert shown(tokenizer, ids[:4])[0] == ["a", "", "", "\ufffd"]
+
+
+def test_a_stop_string_is_found_over_borders_of_tokens(tokenizer):
+    ids = [tokenizer.encode(bytes([byte]))[0] for byte in b"one\nEND two"]
+    pieces, answer = shown(tokenizer, ids, stop=["\nEND"])
+    assert pieces == ["o", "n", "e", "", "", "", ""]
+    assert answer.completion() == (ids[:7], "one", "stop", [-1.0] * 7)
+    pieces, answer = shown(tokenizer, ids[:6], stop=["\nEND"])
+    assert answer.completion()[1:3] == ("one\nEN", "length")
+
+
+def test_a_stop_token_is_among_the_ids_and_not_in_the_text(tokenizer):
+    ids = [*tokenizer.encode("x + 1"), tokenizer.end_of_turn]
+    _, answer = shown(tokenizer, ids, finish="stop")
+    assert answer.completion()[:3] == (ids, "x + 1", "stop")
+
+
+def test_text_that_might_have_become_a_stop_string_comes_at_the_end(tokenizer):
+    ids = [*tokenizer.encode("a#"), tokenizer.end_of_text]
+    _, answer = shown(tokenizer, ids, stop=["##"], finish="stop")
+    assert answer.completion().text == "a#"
+
+
+def test_a_stream_says_what_generate_says(lm, tokenizer):
+    prompts = [tokenizer.encode(text) for text in ("def", "naïve café", "x")]
+    whole = generate(lm, tokenizer, prompts, sampling=WARM, max_new=30)
+    for prompt, completion in zip(prompts, whole, strict=True):
+        pieces = list(stream(lm, tokenizer, prompt, sampling=WARM, max_new=30))
+        assert "".join(pieces) == completion.text
+        assert "" not in pieces
+        assert len(completion.ids) == len(completion.logprobs) <= 30
+    assert len({completion.text for completion in whole}) == 3
+
+
+def test_stop_strings_cut_answers_and_free_their_rows(lm, tokenizer):
+    prompt = tokenizer.encode("def f")
+    plain = generate(lm, tokenizer, [prompt], sampling=WARM, max_new=40)[0]
+    assert plain.finish == "length"
+    stop = plain.text[8:12]
+    where = plain.text.index(stop)
+    cut = generate(lm, tokenizer, [prompt] * 3, sampling=WARM, max_new=40, stop=[stop], rows=1)
+    for completion in cut:
+        assert (completion.text, completion.finish) == (plain.text[:where], "stop")
+        assert len(completion.ids) < 40
+        assert completion.ids == plain.ids[: len(completion.ids)]
+    pieces = stream(lm, tokenizer, prompt, sampling=WARM, max_new=40, stop=[stop])
+    assert "".join(pieces) == plain.text[:where]
+
+
+def test_answers_end_with_end_of_text_and_end_of_turn(small, tokenizer):
+    assert ends(tokenizer) == (0, 2)
+    for last in (0, 2):
+        lm = small(vocab_size=tokenizer.vocab_size, depth=1)
+        with torch.no_grad():
+            for block in lm.blocks:
+                block.mixer.o_proj.weight.zero_()
+                block.feed.down_proj.weight.zero_()
+            lm.head.weight.zero_()
+            lm.head.weight[last] = lm.embed.weight[5]
+        completion = generate(lm, tokenizer, [[5]], sampling=GREEDY, max_new=9)[0]
+        assert completion[:3] == ([last], "", "stop")
+
+
+def test_S4_answers_do_not_depend_on_what_else_is_asked(lm, tokenizer):
+    prompts = [tokenizer.encode("def f(x):" + " x" * count) for count in range(5)]
+    together = generate(lm, tokenizer, prompts, sampling=WARM, max_new=12, rows=3)
+    for prompt, completion in zip(prompts, together, strict=True):
+        alone = generate(lm, tokenizer, [prompt], sampling=WARM, max_new=12)[0]
+        assert alone[:3] == completion[:3]
+
+
+def test_several_answers_to_one_prompt_differ_and_the_first_is_that_of_one(lm, tokenizer):
+    prompt = tokenizer.encode("def")
+    one = generate(lm, tokenizer, [prompt], sampling=WARM, max_new=20)
+    three = generate(lm, tokenizer, [prompt] * 3, sampling=spread(WARM, 3), max_new=20)
+    assert three[0].ids == one[0].ids
+    assert len({tuple(completion.ids) for completion in three}) == 3
+    assert spread(WARM, 3) == spread(WARM, 4)[:3]
+    assert spread(Sampling(), 2) == [Sampling()] * 2
+
+
+def test_every_prompt_may_have_its_own_sampling(lm, tokenizer):
+    prompts = [tokenizer.encode("def"), tokenizer.encode("x")]
+    each = generate(lm, tokenizer, prompts, sampling=[GREEDY, WARM], max_new=10)
+    for completion, prompt, chosen in zip(each, prompts, (GREEDY, WARM), strict=True):
+        assert (
+            completion.ids == generate(lm, tokenizer, [prompt], sampling=chosen, max_new=10)[0][0]
+        )
+    with pytest.raises(ValueError, match="zip"):
+        generate(lm, tokenizer, prompts, sampling=[GREEDY], max_new=10)
+
+
+def test_answers_end_as_they_are_when_asked_to(lm, tokenizer):
+    polls = iter([False] * 4 + [True])
+    done = generate(
+        lm, tokenizer, [[9], [9, 9]], sampling=WARM, max_new=50, rows=1, poll=lambda: next(polls)
+    )
+    assert [len(completion.ids) for completion in done] == [4, 0]
+    assert [completion.finish for completion in done] == ["cancelled"] * 2
+
+
+def test_closing_a_stream_drops_its_row_and_leaves_others(lm, tokenizer):
+    engine = Engine(lm)
+    first, second = (engine.add([number + 7], WARM, 60) for number in range(2))
+    pieces = follow(engine, first, Answer(tokenizer))
+    next(pieces)
+    assert engine.active == 2
+    pieces.close()
+    assert engine.active == 1
+    assert {event.number for event in engine.run()} == {second}
+
+
+def test_the_mode_of_the_model_comes_back(lm, tokenizer):
+    lm.train()
+    generate(lm, tokenizer, [[5]], sampling=GREEDY, max_new=3)
+    assert lm.training
+    pieces = stream(lm, tokenizer, [5], sampling=WARM, max_new=50)
+    next(pieces)
+    assert not lm.training
+    pieces.close()
+    assert lm.training
+    with pytest.raises(UserError, match="no tokens"):
+        generate(lm, tokenizer, [[]], sampling=GREEDY, max_new=3)
+    assert lm.training
+    with evaluating(lm.eval()):
+        pass
+    assert not lm.training
