@@ -77,9 +77,8 @@ def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
     try:
         return parse(RunConfig, data, where)
     except UserError as error:
-        raise UserError(
-            str(error).replace("data.0.", "data.", 1) if single else str(error)
-        ) from None
+        said = str(error).replace("data.0", "data", 1) if single else str(error)
+        raise UserError(said) from None
 
 
 def dump(config: RunConfig) -> str:

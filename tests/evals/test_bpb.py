@@ -289,6 +289,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(make_lm, tokenizer, writ
         evaluate_text(lm, tokenizer, path, context=65)
     with pytest.raises(UserError, match=r"stride: 9 must be from 1 to .* 8"):
         evaluate_text(lm, tokenizer, path, context=8, stride=9)
+    with pytest.raises(UserError, match="limit: 0 must be at least 1"):
+        evaluate_text(lm, tokenizer, path, limit=0)
     with pytest.raises(UserError, match=r"rows\.jsonl:1: no field 'story'"):
         evaluate_text(lm, tokenizer, path, field="story")
     with pytest.raises(UserError, match="does not exist"):

@@ -206,6 +206,8 @@ def test_a_limit_is_spread_over_the_file(bigrams, tokenizer, write_rows):
     result = evaluate_choice(bigrams([]), tokenizer, write_rows(rows), limit=3)
     assert list(result.groups) == ["0", "3", "6"]
     assert evaluate_choice(bigrams([]), tokenizer, write_rows(rows), limit=99).total.n == 10
+    with pytest.raises(UserError, match="limit: 0 must be at least 1"):
+        evaluate_choice(bigrams([]), tokenizer, write_rows(rows), limit=0)
 
 
 def test_the_model_is_left_as_it_was_and_the_poll_can_end_it(make_lm, tokenizer, write_rows):

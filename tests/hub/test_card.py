@@ -31,7 +31,7 @@ FACTS = {
     "loss_plot": "loss.png",
     "scores": [{"task": "bpb", "metric": "bits per byte", "value": 1.57123, "items": 65536}],
     "samples": [
-        {"prompt": "Once", "text": "upon a time\n```python\nx\n```", "note": "fixed prompt"}
+        {"prompt": "Once", "text": "upon a time\n```\nescaped\n```", "note": "fixed prompt"}
     ],
     "bad_sample": {"prompt": "2 + 2 =", "text": "5", "note": "wrong"},
     "limits": ["It knows 512 tokens of context.", "It was never evaluated for safety."],
@@ -88,6 +88,7 @@ def test_text_cannot_break_out_of_its_fence():
     """Outside of code blocks nothing of a sample or recipe remains."""
     outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", model_card(FACTS))
     assert "upon" not in outside
+    assert "escaped" not in outside
     assert "dim: 32" not in outside
     assert "## Weights" in outside
 

@@ -134,10 +134,10 @@ def test_what_is_not_a_model_says_what_was_looked_for(tmp_path, monkeypatch):
     for path, said in (
         ("empty", r"final/ and checkpoints/ \(a run\), manifest.json .* and config.json"),
         ("weights.safetensors", "is a file; give the folder"),
-        ("empty/absent", "no such folder"),
-        ("./absent", "no such folder"),
-        ("/absent/x/y", "no such folder"),
-        ("a b", "no such folder"),
+        ("empty/absent", "empty/absent: no such folder$"),
+        ("./absent", "no such folder$"),
+        ("/absent/x/y", "no such folder$"),
+        ("a b", "no such folder$"),
         ("", "not a model"),
     ):
         with pytest.raises(UserError, match=said) as caught:

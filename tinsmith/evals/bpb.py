@@ -123,6 +123,7 @@ def evaluate_text(
 
     Raises UserError where there is nothing to read or a size does not fit the model.
     """
+    check_limit(limit)
     context, stride = _sizes(lm, context, stride)
     found = files.find(str(path), "data")
     names = dict(enumerate(unique_names([file.name for file in found])))
@@ -151,6 +152,12 @@ def evaluating(lm: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_limit(limit: int | None) -> None:
+    """UserError for a limit that lets nothing through."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: {limit} must be at least 1")
 
 
 def report_rejects(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tinsmith.core.errors import UserError
 from tinsmith.data import files
-from tinsmith.data.files import Reject
-from tinsmith.evals.bpb import evaluating, report_rejects
+from tinsmith.data.files import Reject, Row
+from tinsmith.evals.bpb import check_limit, evaluating, report_rejects
 from tinsmith.evals.questions import Question, parse_question
 from tinsmith.evals.windows import opening
 from tinsmith.nn.model import LM
@@ -84,33 +84,39 @@ def evaluate_choice(
     """Accuracy on the questions of a .jsonl, .jsonl.gz or .parquet file, or of a folder of them;
     `evals/questions.py` says what rows look like.
 
-    `limit`: so many questions, spread evenly over the file. Contexts too long for the model lose
-    their beginning, and are counted; rows that cannot be used are left out, counted and told to
-    `say`. `poll` is called before every batch and may raise to end it.
+    `limit`: at most so many questions, spread evenly over the file. Contexts too long for the model
+    lose their beginning, and are counted; rows that cannot be used are left out, counted and told
+    to `say`. `poll` is called before every batch and may raise to end it.
 
     Raises UserError where no row can be used.
     """
-    encoded, rejects = _read(lm, tokenizer, path)
+    check_limit(limit)
+    found, rejects = _read(path)
+    if limit is not None and limit < len(found):
+        found = [found[i * len(found) // limit] for i in range(limit)]
+    encoded: list[Encoded] = []
+    for question, row in found:
+        try:
+            encoded.append(encode_question(question, tokenizer, lm.config.max_context))
+        except (ValueError, UserError) as error:
+            rejects.append(Reject(row.file, row.line, str(error)))
     report_rejects(f"{path}", "question", len(encoded), rejects, say)
-    if limit is not None and limit < len(encoded):
-        encoded = [encoded[i * len(encoded) // limit] for i in range(max(1, limit))]
+    lines = [line for one in encoded for line in one.lines]
     with evaluating(lm):
-        sums = log_likelihoods(
-            lm, [line for one in encoded for line in one.lines], batch_rows, poll
-        )
-    questions = [one.question for one in encoded]
-    marks = list(_marks(questions, sums.tolist()))
+        sums = log_likelihoods(lm, lines, batch_rows, poll).tolist()
     groups: dict[str, list[_Mark]] = {}
-    for question, mark in zip(questions, marks, strict=True):
-        if question.group is not None:
-            groups.setdefault(question.group, []).append(mark)
-    truncated = sum(one.truncated for one in encoded)
+    marks = list(_marks([one.question for one in encoded], sums))
+    for one, mark in zip(encoded, marks, strict=True):
+        if one.question.group is not None:
+            groups.setdefault(one.question.group, []).append(mark)
     by_group = {name: _mean(some) for name, some in groups.items()}
+    truncated = sum(one.truncated for one in encoded)
     return ChoiceResult(_mean(marks), by_group, truncated, len(rejects))
 
 
-def _read(lm: LM, tokenizer: Tokenizer, path: Path | str) -> tuple[list[Encoded], list[Reject]]:
-    encoded: list[Encoded] = []
+def _read(path: Path | str) -> tuple[list[tuple[Question, Row]], list[Reject]]:
+    """Every question with its place, and the rows that hold none."""
+    found: list[tuple[Question, Row]] = []
     rejects: list[Reject] = []
     for file in files.find(str(path), "tasks"):
         if file.name.endswith(".txt"):
@@ -120,11 +126,10 @@ def _read(lm: LM, tokenizer: Tokenizer, path: Path | str) -> tuple[list[Encoded]
                 rejects.append(row)
                 continue
             try:
-                question = parse_question(row.record)
-                encoded.append(encode_question(question, tokenizer, lm.config.max_context))
-            except (ValueError, UserError) as error:
+                found.append((parse_question(row.record), row))
+            except ValueError as error:
                 rejects.append(Reject(row.file, row.line, str(error)))
-    return encoded, rejects
+    return found, rejects
 
 
 def encode_question(question: Question, tokenizer: Tokenizer, most: int) -> Encoded:

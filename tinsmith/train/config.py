@@ -6,6 +6,12 @@ from typing import Literal
 from tinsmith.core.parse import Config, Count
 
 
+def _at_least_one(config: Config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keep(Config):
     """Which checkpoints stay."""
@@ -20,8 +26,7 @@ class Keep(Config):
     """
 
     def __post_init__(self) -> None:
-        if self.last < 1:
-            raise ValueError(f"last={self.last} must be at least 1")
+        _at_least_one(self, "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +54,8 @@ class TrainConfig(Config):
     """Steps in a row with NaN or infinity after which training stops."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "context",
-            "rows",
-            "accumulate",
-            "save_every",
-            "eval_every",
-            "sample_every",
-            "bad_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        _at_least_one(self, "steps", "context", "rows", "accumulate", "bad_steps")
+        _at_least_one(self, "save_every", "eval_every", "sample_every")
 
     @property
     def positions(self) -> int:
@@ -80,6 +75,9 @@ class EvalConfig(Config):
     """What samples begin with; by default something that suits the data."""
     new_tokens: Count = 48
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "rows", "new_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
@@ -96,3 +94,6 @@ class LogConfig(Config):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     samples: int = 2
     """Samples shown on the terminal each time; samples.md has them all."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "every")

@@ -37,6 +37,8 @@ def evaluate(
     lm, tokenizer = load(model, device=pick_device(device), rope_scaling=scaling(rope_scaling))
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so no text can be measured")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least 1")
     results: dict[str, Any] = {}
     for task in (name.strip() for name in tasks.split(",")):
         if task == "bpb":

@@ -21,7 +21,7 @@ def table(as_json: bool) -> None:
         return
     say(f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}")
     for row in rows:
-        step = f"{row['step']}/{row['steps']}"
+        step = f"{row['step']}/{row['steps'] or '?'}"
         best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
         age, bulk = duration(row["age_seconds"]), size(row["bytes"])
         done = "" if row["finished"] else "  unfinished"
