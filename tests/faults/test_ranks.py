@@ -13,10 +13,14 @@ STEPS = 20
 
 @pytest.fixture(scope="session")
 def plain_recipe(recipe) -> dict:
-    """Without dropout, which depends on the split."""
+    """Without dropout, which depends on the split; AdamW, since Muon's bf16 products enlarge the
+    last bits in which sums of another order differ (test_muon_* below).
+    """
     model = {**recipe["model"], "dropout": {}}
     train = {**recipe["train"], "steps": STEPS, "rows": 4, "accumulate": 2, "save_every": 50}
-    return recipe | {"model": model, "train": train, "log": {"every": 1}}
+    matrices = {"kind": "adamw", "lr": 3.0e-3}
+    optim = {"matrices": matrices, "schedule": {"kind": "wsd", "warmup": 2}}
+    return recipe | {"model": model, "train": train, "optim": optim, "log": {"every": 1}}
 
 
 def changed(data: dict, section: str, **values: object) -> dict:
@@ -54,12 +58,12 @@ def one_process(shared_place, plain_recipe) -> list[float]:
     return found
 
 
-def assert_same(found: list[float], expected: list[float]) -> None:
-    """Equal to 1e-5, and no drift to one side."""
+def assert_same(found: list[float], expected: list[float], bound: float = 1e-5) -> None:
+    """Equal to the bound, and no drift to one side."""
     assert len(found) == len(expected)
     residuals = [a - b for a, b in zip(found, expected, strict=True)]
-    assert max(map(abs, residuals)) < 1e-5
-    assert abs(sum(residuals)) / len(residuals) < 5e-6
+    assert max(map(abs, residuals)) < bound
+    assert abs(sum(residuals)) / len(residuals) < bound / 2
 
 
 @pytest.mark.parametrize(("rows", "accumulate"), [(8, 1), (2, 4), (1, 8)])
@@ -106,6 +110,15 @@ def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, on
     assert code == 0, said
     assert "from" in said
     assert_same(losses(shared_place, name), one_process)
+
+
+def test_muon_reaches_the_same_losses_on_two_ranks(shared_place, plain_recipe):
+    data = plain_recipe | {"optim": {"schedule": {"kind": "wsd", "warmup": 2}}}
+    code, said = shared_place.train(data, "muon-one")
+    assert code == 0, said
+    code, said = torchrun(shared_place, data, "muon-two", "fsdp")
+    assert code == 0, said
+    assert_same(losses(shared_place, "muon-two"), losses(shared_place, "muon-one"), bound=1e-3)
 
 
 def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):

@@ -8,6 +8,7 @@ UserError.
 import codecs
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,12 +56,17 @@ class Row(NamedTuple):
     line: int
 
 
+def local(path: str) -> Path:
+    """A path as a recipe writes it: `~` and `$NAME` stand for what they do in a shell."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
 def find(path: str, key: str = "data.path") -> list[Path]:
     """The files that `path` stands for: itself, or everything known below a folder, sorted.
 
     UserError where there is nothing; `key` is the setting that a message names.
     """
-    start = Path(path).expanduser()
+    start = local(path)
     try:
         found = _below(start) if start.is_dir() else [start]
         near = None if start.exists() else _nearest(start)

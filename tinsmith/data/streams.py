@@ -141,7 +141,7 @@ def _files(config: Text | Chats, key: str) -> Origin:
     held_back: list[Path] = []
     if isinstance(config.validation, str):
         held_back = files.find(config.validation, f"{key}.validation")
-    elif Path(config.path).expanduser().is_dir():
+    elif files.local(config.path).is_dir():
         found, held_back = _named_parts(found)
     if isinstance(config, Chats):
         for path in found + held_back:
@@ -152,13 +152,13 @@ def _files(config: Text | Chats, key: str) -> Origin:
     stream = _limited(lambda: _read(found, config), config.limit)
     validation = _limited(lambda: _read(held_back, config), config.limit) if held_back else None
     identity = [plain(config), *map(_stamp, found), "validation", *map(_stamp, held_back)]
-    return Origin(_name(Path(config.path)), config, identity, stream, validation)
+    return Origin(_name(files.local(config.path)), config, identity, stream, validation)
 
 
 def _name(path: Path) -> str:
     """A folder's name, or a file's without what follows the dot; of `stories/train.txt` it is
     `stories`."""
-    whole = path.expanduser().resolve()
+    whole = path.resolve()
     name = whole.name.split(".")[0]
     return whole.parent.name if name in ("train", "data") and whole.is_file() else name
 
@@ -190,7 +190,7 @@ def _hub(config: Hub, shape: Shape, fetched: Fetched) -> Origin:
             return _fields(rows, config.field)
         return _chats(rows)
 
-    local = Path(config.name).expanduser()
+    local = files.local(config.name)
     stamps = (
         [_stamp(path) for path in sorted(local.rglob("*")) if path.is_file()]
         if local.is_dir()

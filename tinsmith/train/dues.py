@@ -114,8 +114,8 @@ def sample(run: Run) -> None:
     drawn = draw(run)
     run.log.metrics({"step": run.state.step, "kind": "samples", "samples": drawn})
     for each in drawn[: run.config.log.samples]:
-        shown = " ".join((each["prompt"] + each["text"]).split())
-        run.log.line(f" sample {shown[:110]}")
+        asked, said = (" ".join(each[part].split()) for part in ("prompt", "text"))
+        run.log.line(f" sample {asked[-44:]} >> {said[:80]}")
     run.clock.pause(time.monotonic() - began)
 
 

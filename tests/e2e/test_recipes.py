@@ -1,0 +1,51 @@
+"""Every recipe is complete: it validates and survives a dry run."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tinsmith.config import dump, from_dict, load
+from tinsmith.core.parse import plain
+from tinsmith.train.dryrun import dry_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_survives_a_dry_run(path, monkeypatch, tmp_path, capsys, request):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
+    text = path.read_text(encoding="utf-8")
+    if "$TINSMITH_DATA" in text:
+        monkeypatch.setenv("TINSMITH_DATA", str(request.getfixturevalue("real_data")))
+    config = load(path)
+    if config.init_from is not None:
+        assert not Path(config.init_from).exists()
+        pytest.skip("begins from a run that another recipe makes")
+    dry_run(config, path.stem)
+    said = capsys.readouterr().out
+    assert "dry run   ok" in said
+    assert "parameters" in said
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_is_commented_and_round_trips(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines[:4] if line.startswith("#")]
+    assert len(head) >= 2, "what it is, and what it takes"
+    assert any("min" in line or "hour" in line or "day" in line for line in head), head
+    config = load(path)
+    assert from_dict(plain(config)) == config
+    assert "schema: 1" in dump(config)
+
+
+def test_both_tiny_recipes_need_nothing_but_python():
+    for name in ("pretrain", "sft"):
+        config = load(ROOT / "recipes" / "tiny" / f"{name}.yaml")
+        assert [source.kind for source in config.data] == ["stdlib"]
+        assert config.init_from is None
+    text = (ROOT / "recipes" / "tiny" / "pretrain.yaml").read_text(encoding="utf-8")
+    assert "  pattern:" in text
+    assert os.environ.get("HF_HUB_OFFLINE") == "1"
