@@ -29,7 +29,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of a s + b s^3 + c s^5 on singular values; steep at 0, hence they end near 1 (0.68 to 1.13)."""
 
 BATCH_ELEMENTS = 2**23
-"""How many numbers one batched iteration takes in; bounds what a step needs beyond the momentum."""
+"""How many numbers one batched iteration takes in: enough to keep cores busy, little enough for
+caches, and a bound on the memory that a step needs beyond the momentum.
+"""
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ class Yarn(Config):
         low = max(math.floor(turning(self.beta_fast)), 0)
         high = min(math.ceil(turning(self.beta_slow)), 2 * half - 1)
         index = torch.arange(half, dtype=frequencies.dtype, device=frequencies.device)
-        ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+        ramp = ((index - low) / ((high - low) or 1e-3)).clamp(0, 1)
         factor = self.attention_factor
         if factor is None:
             factor = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0

@@ -1,0 +1,45 @@
+"""The command line as a person meets it, in one folder of runs for the whole session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+class Shell:
+    """`tinsmith ...` in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, *words: object, code: int = 0, stdin: str = "") -> str:
+        """Both streams; the exit code must be `code`, and only bugs show tracebacks."""
+        done = subprocess.run(
+            [sys.executable, "-m", "tinsmith", *map(str, words)],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == code, said
+        assert "Traceback" not in said, said
+        if code == 2:
+            last = done.stderr.strip().splitlines()
+            assert sum(line.startswith("error: ") for line in last) <= 1
+        return said
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("shell"))
+
+
+@pytest.fixture(scope="session")
+def quickstart(shell: Shell) -> str:
+    """The whole story, once; what it printed."""
+    return shell("quickstart", "--tiny")

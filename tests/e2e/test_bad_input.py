@@ -1,0 +1,113 @@
+"""Bad input: one line that names file, line or key and what to do; exit code 2; nothing lost."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "pretrain.yaml"
+
+
+def one_line(said: str) -> str:
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "missing.yaml"], "missing.yaml: no such file"),
+        (["train", RECIPE, "train.stepz=1"], "train.stepz: unknown key. Did you mean 'steps'?"),
+        (["train", RECIPE, "train.steps=many"], "train.steps: "),
+        (["train", RECIPE, "model.pattern.0.mixer.heads=3"], "kv_heads"),
+        (["train", RECIPE, "model.dim=130"], "dim=130 must be a multiple of heads=4"),
+        (["train", RECIPE, "model.vocab_size=600"], "model.vocab_size: 600 is smaller than"),
+        (["train", RECIPE, "data={kind: text, path: nowhere}"], "nowhere does not exist"),
+        (["train", RECIPE, "nonsense"], "overrides look like train.steps=100"),
+        (["train", RECIPE, "--name", "../up"], "a run's name is one word"),
+        (["train", RECIPE, "--resume"], "--name"),
+        (["train", RECIPE, "train.device=warp"], "train.device: 'warp'"),
+        (["train", RECIPE, "--name", "x", "--resume-from", "no"], "no checkpoint there"),
+        (["train", RECIPE, "init_from=gone/away/far"], "gone/away/far"),
+        (["generate", "nowhere/at/all", "-p", "x"], "nowhere/at/all"),
+        (["eval", "nowhere/at/all"], "nowhere/at/all"),
+        (["plot", "nowhere"], "nowhere: no metrics.jsonl"),
+        (["config", "check", "missing.yaml"], "missing.yaml: no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_line_and_exit_2(words, expected, shell):
+    line = one_line(shell(*words, code=2))
+    assert expected in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "this file is empty"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"model: {", "broken.yaml:"),
+        (b"- 1\n", "keys and values"),
+    ],
+)
+def test_broken_recipe_names_the_file(content, expected, shell):
+    (shell.folder / "broken.yaml").write_bytes(content)
+    assert expected in one_line(shell("train", "broken.yaml", code=2))
+
+
+def test_run_name_that_exists_is_refused_with_both_ways_out(shell):
+    taken = shell.folder / "runs" / "taken"
+    taken.mkdir(parents=True)
+    (taken / "precious").write_text("here")
+    line = one_line(shell("train", RECIPE, "--name", "taken", code=2))
+    assert "--resume" in line
+    assert "--name" in line
+    assert (taken / "precious").read_text() == "here"
+
+
+def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):
+    lines = [json.dumps({"text": f"number {i} of many, all of them good"}) for i in range(60)]
+    lines[10], lines[20] = "{broken", json.dumps({"body": "wrong field"})
+    (shell.folder / "some.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe["data"] = {"kind": "text", "path": "some.jsonl"}
+    recipe["tokenizer"] = {"train": {"vocab_size": 300}}
+    (shell.folder / "some.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    said = shell("prepare", "some.yaml")
+    assert "2 lines rejected" in said
+    rejects = next((shell.folder / "runs" / ".data").glob("*/rejects.jsonl"))
+    rows = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [row["line"] for row in rows] == [11, 21]
+    failing = shell("prepare", "some.yaml", "data.on_bad_line=fail", code=2)
+    assert "some.jsonl:11" in one_line(failing)
+
+
+def test_resume_with_another_model_is_refused(shell, quickstart):
+    said = shell(
+        *("train", "runs/quickstart/config.yaml", "model.depth=3", "train.steps=70"),
+        *("--name", "quickstart", "--resume"),
+        code=2,
+    )
+    assert "was begun with model.depth: 2, not 3" in one_line(said)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_one_line(shell):
+    closed = shell.folder / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINSMITH_RUNS", str(closed / "runs"))
+        assert "cannot be made" in one_line(shell("train", RECIPE, "--name", "x", code=2))
+
+
+def test_runs_folder_that_is_a_file_is_one_line(shell):
+    (shell.folder / "plain").write_text("a file")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINSMITH_RUNS", "plain")
+        line = one_line(shell("train", RECIPE, "--name", "x", code=2))
+    assert "cannot be made" in line
+    assert "TINSMITH_RUNS" in line

@@ -1,0 +1,164 @@
+"""The README's story: quickstart, and everything one does with what it leaves."""
+
+import json
+
+import pytest
+import torch
+
+import tinsmith
+
+
+def test_quickstart_tells_the_whole_story(shell, quickstart):
+    assert quickstart.count("\n> ") == 3, "three questions"
+    assert "eta" in quickstart
+    for run in ("quickstart", "quickstart-chat"):
+        folder = shell.folder / "runs" / run
+        for name in ("loss.png", "samples.md", "metrics.jsonl", "config.yaml", "env.json"):
+            assert (folder / name).stat().st_size > 0, name
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", "loss.png"):
+            assert (folder / "final" / name).stat().st_size > 0, name
+
+
+def test_quickstart_learns(shell, quickstart):
+    rows = [
+        json.loads(line)
+        for line in (shell.folder / "runs/quickstart/metrics.jsonl").read_text().splitlines()
+    ]
+    bits = [row["bpb"] for row in rows if row["kind"] == "eval"]
+    assert bits[-1] < bits[0] < 4.5
+    assert bits[-1] > 1.0
+
+
+def test_final_folder_opens_with_transformers_and_agrees(shell, quickstart):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shell.folder / "runs" / "quickstart-chat" / "final"
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    lm, tokenizer = tinsmith.load(folder.parent)
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer.encode("def main():\n    return 1\n")])
+    assert (
+        AutoTokenizer.from_pretrained(folder)("def main():\n    return 1\n").input_ids
+        == ids[0].tolist()
+    )
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, lm(ids).logits, atol=1e-5)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+
+
+def test_quickstart_again_takes_another_name(shell, quickstart):
+    from tinsmith.verbs.quickstart import _free
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINSMITH_RUNS", str(shell.folder / "runs"))
+        assert _free("quickstart") == "quickstart-2"
+
+
+def test_generate_continues_and_is_repeatable(shell, quickstart):
+    one = shell("generate", "runs/quickstart", "-p", "def f(x):", "--seed", 1, "--max-new", 12)
+    two = shell("generate", "runs/quickstart", "-p", "def f(x):", "--seed", 1, "--max-new", 12)
+    assert one == two
+    assert one.startswith("def f(x):")
+
+
+def test_generate_json_counts_and_reads_standard_input(shell, quickstart):
+    said = shell(
+        "generate", "runs/quickstart", "-n", 2, "--max-new", 5, "--json", stdin="import os\n"
+    )
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert len(rows) == 2
+    assert all(row["prompt"] == "import os\n" and row["tokens"] <= 5 for row in rows)
+
+
+def test_chat_answers_and_obeys_commands(shell, quickstart):
+    words = ["/set max_new=5", "Hello", "/retry", "/undo", "/undo", "/save talk.jsonl", "/reset"]
+    talk = "\n".join([*words, "/nonsense", "/set x=1", "/help", "/quit", ""])
+    said = shell("chat", "runs/quickstart-chat", "--temperature", 0, stdin=talk)
+    assert " max_new is 5" in said
+    assert " taken back" in said
+    assert " nothing to take back" in said
+    assert "/nonsense is unknown" in said
+    assert "with KEY one of" in said
+    assert (shell.folder / "talk.jsonl").exists()
+
+
+def test_eval_gives_bits_per_byte_and_choices(shell, quickstart):
+    (shell.folder / "text.txt").write_text("def f():\n    return 1\n" * 20, encoding="utf-8")
+    rows = [{"question": "1+1=", "choices": ["2", "3"], "answer": 0}] * 3
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (shell.folder / "quiz.jsonl").write_text(lines, encoding="utf-8")
+    said = shell("eval", "runs/quickstart", "--json")
+    own = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert 0 < own["bpb all"]["bpb"] < 5
+    said = shell("eval", "runs/quickstart", "--data", "text.txt", "--tasks", "bpb,quiz.jsonl")
+    assert "bpb" in said
+    assert "acc" in said
+
+
+def test_export_then_import_then_eval(shell, quickstart):
+    shell("export", "runs/quickstart/checkpoints/" + newest(shell), "exported")
+    shell("import", "exported", "imported")
+    assert (shell.folder / "imported" / "config.json").exists()
+    one, two = (
+        (shell.folder / name / "model.safetensors").read_bytes()
+        for name in ("exported", "imported")
+    )
+    assert one == two
+    said = shell("export", "runs/quickstart", "exported", code=2)
+    assert "exists" in said
+
+
+def newest(shell) -> str:
+    folder = shell.folder / "runs" / "quickstart" / "checkpoints"
+    return (folder / "LATEST").read_text().strip()
+
+
+def test_runs_plot_doctor_config(shell, quickstart):
+    table = json.loads(shell("runs", "--json"))
+    assert {row["name"] for row in table} >= {"quickstart", "quickstart-chat"}
+    assert "quickstart-chat" in shell("runs")
+    shell("plot", "runs/quickstart", "runs/quickstart-chat", "-o", "both.png")
+    assert (shell.folder / "both.png").read_bytes()[:4] == b"\x89PNG"
+    facts = json.loads(shell("doctor", "--json"))
+    assert facts["torch"] == torch.__version__
+    shown = shell("config", "show", "runs/quickstart/config.yaml", "train.seed=5")
+    assert "train.seed: 5" in shown
+    assert "command line" in shown
+    assert shell("config", "check", "runs/quickstart/config.yaml") == "ok\n"
+    assert "RunConfig" in shell("config", "schema")
+    differences = shell(
+        "config", "diff", "runs/quickstart/config.yaml", "runs/quickstart-chat/config.yaml"
+    )
+    assert "objective.kind: 'pretrain' -> 'sft'" in differences
+    assert "train.steps: 60 -> 30" in differences
+
+
+def test_resume_of_a_finished_run_changes_nothing(shell, quickstart):
+    run = shell.folder / "runs" / "quickstart"
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+    said = shell("train", "runs/quickstart/config.yaml", "--name", "quickstart", "--resume")
+    assert "nothing to do" in said
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(shell, quickstart):
+    said = shell(
+        *("train", "runs/quickstart/config.yaml", "train.steps=2", "train.save_every=1"),
+        *("log.every=1", "--name", "fresh", "--resume"),
+    )
+    assert "no checkpoint yet: starting from the beginning" in said
+    again = shell(
+        *("train", "runs/quickstart/config.yaml", "train.steps=3", "train.save_every=1"),
+        *(
+            "log.every=1",
+            "--name",
+            "fresh",
+            "--resume-from",
+            "runs/fresh/checkpoints/step-00000001",
+        ),
+    )
+    assert "from runs/fresh/checkpoints/step-00000001 at step 1" in again
+    rows = (shell.folder / "runs/fresh/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows if '"train"' in row]
+    assert steps == [1, 2, 3], "cut back to the checkpoint, then written again"
