@@ -79,7 +79,7 @@ def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):
     (shell.folder / "some.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     said = shell("prepare", "some.yaml")
     assert "2 lines rejected" in said
-    rejects = next((shell.folder / "runs" / ".data").glob("*/rejects.jsonl"))
+    rejects = shell.folder / said.split(" prepared  ")[1].strip() / "rejects.jsonl"
     rows = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [row["line"] for row in rows] == [11, 21]
     failing = shell("prepare", "some.yaml", "data.on_bad_line=fail", code=2)

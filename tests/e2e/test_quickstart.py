@@ -145,7 +145,7 @@ def test_resume_of_a_finished_run_changes_nothing(shell, quickstart):
 def test_resume_without_a_checkpoint_starts_and_says_so(shell, quickstart):
     said = shell(
         *("train", "runs/quickstart/config.yaml", "train.steps=2", "train.save_every=1"),
-        *("log.every=1", "--name", "fresh", "--resume"),
+        *("log.every=1", "train.keep.last=3", "--name", "fresh", "--resume"),
     )
     assert "no checkpoint yet: starting from the beginning" in said
     again = shell(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ELEMENTS = 2**23
+ELEMENTS = 2**22
 """Logits held at once."""
 
 

@@ -148,9 +148,12 @@ def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    return torch.addcmul(x * cos[:, :, None], swapped, sin[:, :, None]).to(x.dtype)
+    half, same = x.shape[-1] // 2, x.to(cos.dtype)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = same * cos
+    turned[..., :half].addcmul_(same[..., half:], sin[..., :half])
+    turned[..., half:].addcmul_(same[..., :half], sin[..., half:])
+    return turned.to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
