@@ -69,7 +69,9 @@ def test_T8_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(run_here, 
         return loss if calls["number"] <= 8 else loss._replace(total=loss.total * math.nan)
 
     monkeypatch.setattr(CrossEntropy, "loss", poisoned)
-    with pytest.raises(TooManyBadSteps, match=r"the last good checkpoint is .*step-0000000[346]") as caught:
+    with pytest.raises(
+        TooManyBadSteps, match=r"the last good checkpoint is .*step-0000000[346]"
+    ) as caught:
         run_here(bad_steps=2, steps=50)
     assert "\n" not in str(caught.value)
 

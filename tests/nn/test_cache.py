@@ -54,6 +54,23 @@ def test_a_ring_sees_the_last_of_its_window():
     assert feed(cache, [[9], [10]]) == [[[7, 8, 9]], [[8, 9, 10]]]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_a_ring_writes_no_slot_twice_in_a_call(monkeypatch, count):
+    """Which of two writes to one slot stays is nobody's promise."""
+    written = []
+
+    def write(self, slot_BT, keep_BT, new):
+        keep_BT = torch.ones_like(slot_BT, dtype=torch.bool) if keep_BT is None else keep_BT
+        written.extend(slot_BT[b, keep_BT[b]].tolist() for b in range(len(slot_BT)))
+
+    monkeypatch.setattr(Ring, "write", write)
+    cache = ring(window=3)
+    for _ in range(2):
+        feed(cache, [[1.0] * count] * 2, [[0] * count, [-1] + [0] * (count - 1)])
+    assert written
+    assert all(len(slots) == len(set(slots)) for slots in written)
+
+
 @pytest.mark.parametrize("make", [append, ring])
 def test_padding_is_neither_stored_nor_seen(make):
     cache = make()

@@ -78,5 +78,45 @@ def test_the_output_has_the_dtype_of_the_input(norm, weights, inputs):
     assert stirred(norm(8, 1e-5), weights)(drawn(2, 8, dtype=inputs)).dtype == inputs
 
 
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_gradients_are_those_of_finite_differences(norm):
+    made = stirred(norm(6, 1e-2), torch.float64)
+    x = drawn(2, 3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(made, (x,))
+    parameters = [parameter.detach().requires_grad_() for parameter in made.parameters()]
+    names = [name for name, _ in made.named_parameters()]
+
+    def of_parameters(*values):
+        told = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(made, told, (x.detach(),))
+
+    assert torch.autograd.gradcheck(of_parameters, tuple(parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_gradients_are_rounded_once_or_twice_and_no_more(norm, dtype):
+    made = stirred(norm(64, 1e-5), dtype)
+    exact = norm(64, 1e-5).double()
+    exact.load_state_dict(made.state_dict())
+    upstream, gradients = drawn(32, 64, dtype=dtype), []
+    for module in (made, exact):
+        kind = next(module.parameters()).dtype
+        x = drawn(32, 64, dtype=dtype).to(kind).requires_grad_()
+        module(x).backward(upstream.to(kind))
+        gradients.append([x.grad, *(parameter.grad for parameter in module.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        assert found.dtype == dtype
+        error = (found.double() - expected).abs().max() / expected.abs().max()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_frozen_weights_get_no_gradient_and_inputs_still_do():
+    made, x = RMSNorm(8, 1e-5).requires_grad_(False), drawn(2, 8).float().requires_grad_()
+    made(x).square().sum().backward()
+    assert made.weight.grad is None
+    assert x.grad.isfinite().all()
+
+
 def test_wide_is_at_least_float32():
     assert [wide(dtype) for dtype in DTYPES] == [torch.float32] * 3 + [torch.float64]

@@ -45,6 +45,14 @@ def test_A2_interleaved_pairs_are_a_permutation_of_halves():
     assert not torch.isclose(rotate(x, rotary), interleaved).all()
 
 
+def test_gradients_are_turned_back():
+    x, upstream = drawn(2, 4, 3, 8).requires_grad_(), drawn(2, 4, 3, 8, seed=2)
+    rotary = tables(Rope(), 8, torch.arange(4)[None], x.dtype)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotary), (x,))
+    rotate(x, rotary).backward(upstream)
+    close(rotate(x.grad, rotary), upstream)
+
+
 def test_rotation_keeps_lengths_and_tells_distances_only():
     q, k = drawn(1, 1, 1, 16), drawn(1, 1, 1, 16, seed=2)
 

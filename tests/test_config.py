@@ -1,0 +1,101 @@
+"""Recipes: precedence, round trips, one-line errors."""
+
+import pytest
+import yaml
+
+from tinsmith.config import dump, from_dict, load, merge, migrate, set_key
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import plain, read_count
+
+BASE = {
+    "model": {"preset": "minimind2-26m"},
+    "tokenizer": {"train": {"vocab_size": 6400}},
+    "data": {"kind": "stdlib"},
+    "objective": {"kind": "pretrain"},
+}
+
+
+def test_defaults_are_those_of_the_house():
+    config = from_dict(BASE)
+    assert (config.optim.matrices.kind, config.optim.matrices.lr) == ("muon", 0.02)
+    assert (config.optim.others.kind, config.optim.others.lr) == ("adamw", 3e-3)
+    assert config.optim.schedule.kind == "wsd"
+    assert config.optim.clip == 1.0
+    assert config.train.keep.last == 3
+    assert config.train.keep.best
+    assert config.parallel.kind == "none"
+
+
+def test_dump_and_load_are_inverse(tmp_path):
+    config = from_dict(BASE)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(path) == config
+
+
+def test_precedence_recipe_more_command_line(tmp_path):
+    recipe, more = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    recipe.write_text(yaml.safe_dump(BASE | {"train": {"steps": 1, "rows": 2, "seed": 3}}))
+    more.write_text(yaml.safe_dump({"train": {"rows": 20, "seed": 30}}))
+    train = load(recipe, ["train.seed=300"], [more]).train
+    assert (train.steps, train.rows, train.seed) == (1, 20, 300)
+
+
+def test_preset_keys_can_be_overridden_and_show_up_resolved():
+    config = from_dict(BASE | {"model": {"preset": "minimind2-26m", "depth": 3}})
+    assert config.model is not None
+    assert (config.model.depth, config.model.dim) == (3, 512)
+    assert "preset" not in plain(config)["model"]
+
+
+def test_override_reaches_into_lists():
+    data = {"model": {"pattern": [{"mixer": {"kind": "gqa"}}]}}
+    set_key(data, "model.pattern.0.mixer.heads=4")
+    assert data["model"]["pattern"][0]["mixer"]["heads"] == 4
+    with pytest.raises(UserError, match="not an index"):
+        set_key(data, "model.pattern.1.mixer.heads=4")
+    with pytest.raises(UserError, match="inside a plain value"):
+        set_key(data, "model.pattern.0.mixer.kind.x.y=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("20k", 20_000), ("1e6", 1_000_000), ("1_000", 1000), ("2.5k", 2500), (1e3, 1000), (7, 7)],
+)
+def test_counts_are_read_as_people_write_them(text, number):
+    assert read_count(text) == number
+    assert from_dict(BASE | {"train": {"steps": text}}).train.steps == number
+
+
+@pytest.mark.parametrize("value", ["many", "1.5", -1, 2.5, None, [1]])
+def test_counts_that_are_none_are_refused(value):
+    with pytest.raises(UserError, match=r"^r: train(\.steps)?: ") as caught:
+        from_dict(BASE | {"train": {"steps": value}}, "r")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim": {"matrices": {"kind": "muon", "lrr": 1}}}, "optim.matrices.lrr: unknown key"),
+        ({"modle": 1}, "modle: unknown key. Did you mean 'model'?"),
+        ({"objective": {"kind": "sftt"}}, "'sftt' is not one of pretrain, sft"),
+        ({"data": {"kind": "text", "path": "x", "feld": "y"}}, "data.feld: unknown key"),
+        ({"data": [{"kind": "stdlib"}, {"kind": "x"}]}, "data.1.kind: 'x' is not one of"),
+        ({"data": []}, "data must name at least one source"),
+        ({"model": {"preset": "minimind2-26"}}, "Did you mean 'minimind2-26m'?"),
+        ({"schema": 99}, "schema: 99 is unknown here"),
+        ({"train": {"keep": {"last": 0}}}, "train.keep: last=0 must be at least 1"),
+    ],
+)
+def test_errors_name_the_key_and_the_remedy(changes, expected):
+    with pytest.raises(UserError) as caught:
+        from_dict(BASE | changes, "r.yaml")
+    assert str(caught.value).startswith("r.yaml: ")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_merge_is_deep_and_migrate_marks_the_schema():
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == {"a": {"b": 1, "c": 3}}
+    assert migrate({})["schema"] == 1
