@@ -1,5 +1,6 @@
 """The verbs of the command line. Nothing heavy is imported before a verb needs it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -353,26 +354,35 @@ def version(
 
 
 def main() -> None:
-    """Run a verb. Exit codes: 0 done, 1 failure, 2 something to mend in the input, 75 stopped,
-    resume me.
-    """
+    """Run a verb. Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped and to be resumed."""
+    code = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)  # torch's collectives may abort an interpreter that ends with FSDP about
+    sys.exit(code)
+
+
+def _run() -> int:
     from tinsmith.core.errors import Failure, Stopped, UserError
 
     try:
         app()
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        return _say(f"error: {error}", 2)
     except Failure as error:
-        _leave(f"failed: {error}", 1)
+        return _say(f"failed: {error}", 1)
     except Stopped as error:
-        _leave(str(error), error.code)
+        return _say(str(error), error.code)
     except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        return _say("interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    return 0
 
 
-def _leave(line: str, code: int) -> None:
+def _say(line: str, code: int) -> int:
     print(" ".join(line.split("\n")), file=sys.stderr)
-    sys.exit(code)
+    return code
