@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_dir(target: Path) -> Iterator[Path]:
+def atomic_dir(target: Path) -> Generator[Path]:
     """A temporary folder beside `target` that becomes `target` on success and vanishes on failure.
 
     An existing `target` is replaced. Files written inside should be fsynced by `fsync_tree`, which

@@ -14,6 +14,7 @@ from tinsmith.core.units import duration
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
 from tinsmith.train.folder import run_folder
+from tinsmith.train.precision import fastest
 from tinsmith.train.trainer import train
 from tinsmith.verbs.generate import prompt_ids, sampling
 
@@ -53,7 +54,8 @@ def _recipe(part: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
     where = resources.files("tinsmith.verbs") / "quickstart_recipes" / f"{part}.yaml"
     data = read_yaml(Path(str(where)))
     smaller = data.pop("tiny")
-    return from_dict(merge(data, smaller if tiny else {}) | extra, f"quickstart {part}")
+    chosen = merge(data, smaller if tiny else {"train": {"precision": fastest()}})
+    return from_dict(chosen | extra, f"quickstart {part}")
 
 
 def _answer(chat: Path) -> None:
@@ -70,10 +72,11 @@ def _answer(chat: Path) -> None:
 
 
 def _what_now(base: Path, chat: Path) -> list[str]:
-    return [
-        f"{chat}/loss.png, samples.md, metrics.jsonl   how it learned",
-        f"{chat}/final                                 opens with transformers; README.md is its card",
-        f'tinsmith generate {base} -p "def main():"    the base model goes on writing',
-        f"tinsmith chat {chat}                         talk to it",
-        "tinsmith runs                                all runs so far",
-    ]
+    lines = {
+        f"{chat}/loss.png, samples.md, metrics.jsonl": "how it learned",
+        f"{chat}/final": "opens with transformers; README.md is its card",
+        f'tinsmith generate {base} -p "def main():"': "the base model goes on writing",
+        f"tinsmith chat {chat}": "talk to it",
+        "tinsmith runs": "all runs so far",
+    }
+    return [f"{what:<60} {why}" for what, why in lines.items()]

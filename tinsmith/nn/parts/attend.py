@@ -95,7 +95,7 @@ def attend(
     if sinks_H is not None:
         return _with_sinks(q_BTHD, k_BSGD, v_BSGD, seen, dropout, sinks_H)
     queries, keys = q_BTHD.shape[1], k_BSGD.shape[1]
-    causal = seen.plain and queries == keys and queries > 1
+    causal = queries > 1 and seen.plain and queries == keys
     mask = None
     if not causal and not (seen.plain and queries == 1):
         mask = seen.visible(queries, keys, q_BTHD.device)[:, None]
@@ -105,17 +105,22 @@ def attend(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float
 ) -> Tensor:
+    """A single query's heads go as queries of the group whose keys they share: one pass over the
+    keys for all of them.
+    """
+    rows, queries, heads, width = q.shape
+    groups, alone = k.shape[2], queries == 1
     y_BHTD = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
+        q.reshape(rows, groups, heads // groups, width) if alone else q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=not alone and heads != groups,
     )
-    return y_BHTD.transpose(1, 2)
+    return y_BHTD.reshape(rows, 1, heads, v.shape[3]) if alone else y_BHTD.transpose(1, 2)
 
 
 def _with_sinks(

@@ -46,9 +46,8 @@ class Rows:
         Raises CacheFull, and changes nothing, where a row would hold more than `capacity` tokens.
         """
         if segments_BT is None:
-            self._make_room(self.longest + count, self.lengths + count, capacity)
             place = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
-            self.lengths, self.longest = self.lengths + count, self.longest + count
+            self.advance(count, capacity)
             return Places(place, self.starts[:, None].expand_as(place), None)
         real = segments_BT >= 0
         added = real.sum(1)
@@ -65,6 +64,12 @@ class Rows:
         self.lengths = self.lengths + added
         self.refresh()
         return places
+
+    def advance(self, count: int, capacity: int) -> None:
+        """Every row goes on by `count` tokens of its document; CacheFull as in `place`."""
+        lengths = self.lengths + count
+        self._make_room(self.longest + count, lengths, capacity)
+        self.lengths, self.longest = lengths, self.longest + count
 
     def _make_room(self, bound: int, lengths: Tensor, capacity: int) -> None:
         if bound > capacity and len(lengths) and int(lengths.max()) > capacity:
@@ -178,7 +183,7 @@ class Append(Stored):
         """
         before, count = self.rows.longest, new[0].shape[1]
         if segments_BT is None and self.rows.even:
-            self.rows.place(count, None, self.slots)
+            self.rows.advance(count, self.slots)
             end = self._write_even(before, new)
             return [tensor[:, :end] for tensor in self.tensors], Reach()
         places = self.rows.place(count, segments_BT, self.slots)
