@@ -65,7 +65,7 @@ class Wandb:
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], name: str):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         mode = None if "WANDB_MODE" in os.environ else _wandb_mode()
         settings = wandb.Settings(init_timeout=WANDB_SECONDS, silent=True, console="off")
@@ -86,7 +86,7 @@ class Trackio:
     """A run of the project `tinsmith` in trackio's own folder; a resumed run goes on in it."""
 
     def __init__(self, folder: Path, config: dict[str, Any], name: str):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(PROJECT, name=name, config=config, resume="allow", embed=False)
         self._finish = trackio.finish
