@@ -233,10 +233,11 @@ def test_half_precision_is_close_to_full(make, mixer, residual, draw, dtype, bou
     assert mixed.logits.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "naive"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_left_padded_half_precision_has_no_nan(make, mixer, residual, draw, dtype):
-    """C4: a mask of -1e9 becomes -inf in fp16, and a row of it NaN; forward, backward, decoding."""
-    lm = make(mixer=mixer, residual=residual, dtype=dtype, stirred=False)
+def test_C4_left_padded_half_precision_has_no_nan(make, mixer, residual, draw, dtype, kind):
+    """A mask of -1e9 becomes -inf in fp16, and a row of it NaN; forward, backward, decoding."""
+    lm = make(mixer=mixer, residual=residual, dtype=dtype, attention=kind, stirred=False)
     spread, segments = padded(draw(4, 12), [0, 1, 5, 12], 12, "left")
     with torch.enable_grad():
         out = lm(spread, segments=segments)

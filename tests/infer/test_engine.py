@@ -122,6 +122,14 @@ def test_caches_grow_with_the_rows_and_shrink_when_they_are_gone(small, draw, gr
     assert engine.nbytes() == 0
 
 
+def test_a_row_outgrows_its_caches_while_it_decodes(small, draw, greedily, finished):
+    """Past 256 tokens, below, at and beyond a window."""
+    lm = small([{"heads": 4, "window": 258}, {"heads": 4}], max_context=400, depth=2)
+    requests = [(draw(250), GREEDY, 20), (draw(240), GREEDY, 12)]
+    expected = [greedily(lm, prompt, count) for prompt, _, count in requests]
+    assert answers(Engine(lm), requests, finished) == expected
+
+
 def test_S4_the_same_seed_gives_the_same_tokens_whatever_else_is_asked(lm, draw, finished):
     chosen = Sampling(temperature=1.5, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
     requests = [(draw(9), chosen, 15)]
