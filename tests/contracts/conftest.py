@@ -10,10 +10,10 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 import torch
 
-from tinsmith.nn.feedforwards import AnyFeedForward
-from tinsmith.nn.mixers import AnyMixer
+from tinsmith.nn.feedforwards import FeedForwardConfig
+from tinsmith.nn.mixers import MixerConfig
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.residuals import AnyResidual
+from tinsmith.nn.residuals import ResidualConfig
 
 DIM, VOCAB = 32, 48
 
@@ -42,7 +42,7 @@ HELD: dict[str, Callable[[Any, int], int]] = {
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
-SLOTS = {"mixer": AnyMixer, "feed_forward": AnyFeedForward, "residual": AnyResidual}
+SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
     "feed_forward": {"kind": "swiglu", "hidden": 48},

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, nearest, parse, plain, read_yaml
-from tinsmith.nn.feedforwards import AnyFeedForward
-from tinsmith.nn.mixers import AnyMixer
+from tinsmith.nn.feedforwards import FeedForwardConfig
+from tinsmith.nn.mixers import MixerConfig
 from tinsmith.nn.parts.rope import Rope
-from tinsmith.nn.residuals import AnyResidual
+from tinsmith.nn.residuals import ResidualConfig
 from tinsmith.nn.residuals.plain import Plain
 
 
@@ -18,8 +18,8 @@ from tinsmith.nn.residuals.plain import Plain
 class Layer(Config):
     """One block: a mixer, then a feed-forward."""
 
-    mixer: AnyMixer
-    feed_forward: AnyFeedForward
+    mixer: MixerConfig
+    feed_forward: FeedForwardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class ModelConfig(Config):
     norm_eps: float = 1e-5
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope: Rope = Rope()
-    residual: AnyResidual = Plain()
+    residual: ResidualConfig = Plain()
     dropout: Dropout = Dropout()
     attention: Literal["sdpa", "naive"] = "sdpa"
 

@@ -103,14 +103,14 @@ class LayerCache(Protocol):
         ...
 
 
-class PartConfig(Config):
+class PartKind(Config):
     """Base of the config of a mixer, feed-forward or residual."""
 
     def check(self, dim: int) -> None:
         """Raise ValueError, with the key's name, where this part cannot be built at width `dim`."""
 
 
-class MixerConfig(PartConfig):
+class MixerKind(PartKind):
     """Base of every mixer's config."""
 
     def build(self, site: Site) -> "Mixer":
@@ -122,7 +122,7 @@ class MixerConfig(PartConfig):
         return None
 
 
-class FeedForwardConfig(PartConfig):
+class FeedForwardKind(PartKind):
     """Base of every feed-forward's config."""
 
     def build(self, site: Site) -> "FeedForward":
@@ -130,7 +130,7 @@ class FeedForwardConfig(PartConfig):
         raise NotImplementedError
 
 
-class ResidualConfig(PartConfig):
+class ResidualKind(PartKind):
     """Base of every residual's config; `expand` and `collapse` stand before layer 0 and before
     the final norm.
     """

@@ -7,4 +7,4 @@ from typing import Annotated
 from tinsmith.core.parse import Kind
 from tinsmith.nn.feedforwards.dense import ReLU2, SwiGLU
 
-AnyFeedForward = Annotated[SwiGLU | ReLU2, Kind()]
+FeedForwardConfig = Annotated[SwiGLU | ReLU2, Kind()]

@@ -10,12 +10,12 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardConfig, Out, Site
+from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardKind, Out, Site
 from tinsmith.nn.parts.init import Output
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLU(FeedForwardConfig):
+class SwiGLU(FeedForwardKind):
     """Gated feed-forward of width `hidden`."""
 
     kind: Literal["swiglu"] = "swiglu"
@@ -31,7 +31,7 @@ class SwiGLU(FeedForwardConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLU2(FeedForwardConfig):
+class ReLU2(FeedForwardKind):
     """Feed-forward of width `hidden` with a squared ReLU."""
 
     kind: Literal["relu2"] = "relu2"

@@ -5,4 +5,4 @@ from typing import Annotated
 from tinsmith.core.parse import Kind
 from tinsmith.nn.mixers.gqa import GQA
 
-AnyMixer = Annotated[GQA, Kind()]
+MixerConfig = Annotated[GQA, Kind()]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerConfig, Out, Site
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
 from tinsmith.nn.parts.attend import attend, reach
 from tinsmith.nn.parts.cache import Append, Ring
 from tinsmith.nn.parts.init import Output
@@ -24,7 +24,7 @@ from tinsmith.nn.parts.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class GQA(MixerConfig):
+class GQA(MixerKind):
     """Grouped-query attention; `window` makes it sliding."""
 
     kind: Literal["gqa"] = "gqa"

@@ -7,4 +7,4 @@ from typing import Annotated
 from tinsmith.core.parse import Kind
 from tinsmith.nn.residuals.plain import Plain
 
-AnyResidual = Annotated[Plain, Kind()]
+ResidualConfig = Annotated[Plain, Kind()]

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tinsmith.nn.contract import Residual, ResidualConfig, Site
+from tinsmith.nn.contract import Residual, ResidualKind, Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain(ResidualConfig):
+class Plain(ResidualKind):
     """One stream that every sub-layer adds to."""
 
     kind: Literal["plain"] = "plain"
