@@ -179,12 +179,15 @@ def test_momentum_is_at_least_float32(dtype):
     assert momentum.shape == parameter.shape
 
 
-def test_products_are_bfloat16_only_where_that_is_faster(monkeypatch):
-    single, double = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)
-    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda there=supported: there)
-        assert product_dtype(single) == expected
-        assert product_dtype(double) == torch.float64
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("avx512", [True, False])
+def test_products_are_bfloat16_only_where_that_is_faster(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    expected = torch.bfloat16 if amx or avx512 else torch.float32
+    assert product_dtype(torch.zeros(2, 2)) == expected
+    assert product_dtype(torch.zeros(2, 2, dtype=torch.float64)) == torch.float64
+    assert product_dtype(torch.zeros(2, 2, device="meta")) == torch.float32
 
 
 def test_vectors_are_refused():

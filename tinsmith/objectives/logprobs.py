@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ELEMENTS = 2**22
+ELEMENTS = 2**21
 """Logits held at once."""
 
 
@@ -86,14 +86,13 @@ def _forward(
     hidden_grad = torch.empty_like(hidden_ND) if wanted else None
     weight_grad = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted else None
     for part in _chunks(len(targets_N), len(weight)):
-        logits = (hidden[part] @ weight.T).to(high)
+        logprobs = (hidden[part] @ weight.T).log_softmax(1, dtype=high)
         target, scale = targets_N[part, None], weights_N[part, None].to(high)
-        top = logits.logsumexp(1, keepdim=True)
-        total += ((top - logits.gather(1, target)) * scale).sum()
+        total -= (logprobs.gather(1, target) * scale).sum()
         if hidden_grad is None or weight_grad is None:
             continue
-        slope = logits.sub_(top).exp_()
-        slope.scatter_add_(1, target, torch.full_like(top, -1.0))
+        slope = logprobs.exp_()
+        slope.scatter_add_(1, target, torch.full_like(scale, -1.0))
         slope = slope.mul_(scale).to(low)
         hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
         weight_grad += slope.T @ hidden[part]

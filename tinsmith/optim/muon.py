@@ -63,15 +63,22 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     """The precision of the products: bfloat16 where the device multiplies it faster than float32.
 
     Told by the device, not by timing, so that a resumed run computes what the first one would have.
-    On CPUs that is AMX alone: without it bfloat16 products are slower. float64 stays float64.
+    float64 stays float64.
     """
     if tensor.dtype == torch.float64:
         return torch.float64
-    if tensor.device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = tensor.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    multiplies_bfloat16 = {"cuda": _gpu_has_bfloat16, "cpu": _cpu_has_bfloat16}
+    fast = multiplies_bfloat16.get(tensor.device.type, bool)()
     return torch.bfloat16 if fast else torch.float32
+
+
+def _gpu_has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """AMX or AVX512-BF16: without their instructions bfloat16 products are slower."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Muon(torch.optim.Optimizer):

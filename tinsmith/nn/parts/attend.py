@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.nn.parts.blockwise import blockwise
 from tinsmith.nn.parts.norm import wide
 
 FAR = 2**30
@@ -95,11 +96,19 @@ def attend(
     if sinks_H is not None:
         return _with_sinks(q_BTHD, k_BSGD, v_BSGD, seen, dropout, sinks_H)
     queries, keys = q_BTHD.shape[1], k_BSGD.shape[1]
+    if _in_blocks(q_BTHD, seen) and not dropout:
+        return blockwise(q_BTHD, k_BSGD, v_BSGD, seen.low_BT, seen.high_BT)
     causal = queries > 1 and seen.plain and queries == keys
     mask = None
     if not causal and not (seen.plain and queries == 1):
         mask = seen.visible(queries, keys, q_BTHD.device)[:, None]
     return _sdpa(q_BTHD, k_BSGD, v_BSGD, mask, causal, dropout, 1 / math.sqrt(q_BTHD.shape[-1]))
+
+
+def _in_blocks(q_BTHD: Tensor, seen: Reach) -> bool:
+    """Whether our own operator takes this: several queries on a CPU, keys in the order of places."""
+    several = q_BTHD.shape[1] > 1 and q_BTHD.numel() > 0
+    return several and q_BTHD.device.type == "cpu" and seen.places_BS is None
 
 
 def _sdpa(

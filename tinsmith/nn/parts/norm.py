@@ -26,7 +26,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim), same dtype."""
+        if torch.compiler.is_compiling():  # the compiler fuses the formula better than we do
+            return _normalise(x, self.weight, self.eps)
         return _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide_x = x.to(wide(x.dtype))
+    shrink = (wide_x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide_x * shrink * weight).to(x.dtype)
 
 
 class _Normalise(torch.autograd.Function):
