@@ -9,6 +9,7 @@ from tinsmith.config import RunConfig
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import RunLog
+from tinsmith.core.memory import keep_freed_memory
 from tinsmith.core.parse import plain
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import count
@@ -29,6 +30,8 @@ def start(
 ) -> Run | None:
     """Everything put together; None where the run is finished already."""
     ranks = parallel.join(config.parallel.kind, config.train.device)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     if config.train.rows % ranks.world:
         raise UserError(
             f"train.rows: {config.train.rows} must be a multiple of the world size {ranks.world}"
