@@ -47,6 +47,9 @@ TopP = Annotated[
 MinP = Annotated[
     float | None, typer.Option(help="Leave out tokens below this share of the likeliest one.")
 ]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: tokens that were there already become less likely.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens to make, at most.")]
 
@@ -151,6 +154,7 @@ def generate(
     top_k: TopK = None,
     top_p: TopP = 0.95,
     min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be given several times.")
@@ -164,12 +168,18 @@ def generate(
     tinsmith generate runs/first -p "def fibonacci(n):"
     echo "Once upon" | tinsmith generate runs/first -n 3 --temperature 0.7 --seed 1 --json
     """
-    from tinsmith.verbs.generate import Request
+    from tinsmith.verbs.generate import Request, sampling
     from tinsmith.verbs.generate import generate as run
 
-    request = Request(
-        count, chat, max_new, temperature, top_k, top_p, min_p, seed, tuple(stop or ())
+    chosen = sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
+    request = Request(count, chat, max_new, chosen, tuple(stop or ()))
     run(model, prompt or [], request, rope_scaling, as_json)
 
 
@@ -180,6 +190,8 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
     max_new: MaxNew = 400,
     seed: Seed = None,
     thinking: Annotated[
@@ -201,6 +213,8 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         max_new=max_new,
         seed=seed,
         thinking=thinking,

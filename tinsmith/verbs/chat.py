@@ -14,6 +14,7 @@ from tinsmith.core.log import say
 from tinsmith.core.parse import Config, nearest, parse
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
+from tinsmith.infer.sample import Sampling
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
 from tinsmith.text.records import normalise
@@ -26,7 +27,8 @@ HELP = """ /reset              forget the conversation
  /undo               take back the last question and its answer
  /retry              answer the last question again
  /save FILE          write the conversation as one line of a .jsonl of chats
- /set KEY=VALUE      temperature, top_p, top_k, max_new, seed, thinking
+ /set KEY=VALUE      temperature, top_p, top_k, min_p, repetition_penalty, max_new, seed,
+                     thinking
  /system TEXT        set the system message (nothing: remove it)
  /quit               end; so does Ctrl-D, or Ctrl-C twice"""
 
@@ -38,6 +40,8 @@ class Settings(Config):
     temperature: float = 0.7
     top_p: float | None = 0.95
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     max_new: int = 400
     seed: int | None = None
     thinking: bool = False
@@ -45,7 +49,12 @@ class Settings(Config):
     def __post_init__(self) -> None:
         if self.max_new < 1:
             raise ValueError(f"max_new={self.max_new} must be at least 1")
-        sampling(self.temperature, self.top_k, self.top_p, None, self.seed)
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """What the sampler takes."""
+        names = [field.name for field in fields(Sampling)]
+        return sampling(**{name: getattr(self, name) for name in names})
 
 
 class Session:
@@ -79,7 +88,7 @@ class Session:
             self.lm,
             self.tokenizer,
             ids,
-            sampling=sampling(chosen.temperature, chosen.top_k, chosen.top_p, None, chosen.seed),
+            sampling=chosen.sampling(),
             max_new=min(chosen.max_new, room),
         )
         try:

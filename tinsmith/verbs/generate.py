@@ -24,28 +24,14 @@ class Request(NamedTuple):
     count: int
     chat: bool
     max_new: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int | None
+    sampling: Sampling
     stop: tuple[str, ...]
 
-    def sampling(self) -> Sampling:
-        """As the sampler takes it."""
-        return sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
 
-
-def sampling(
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int | None,
-) -> Sampling:
+def sampling(**settings: float | None) -> Sampling:
     """Flags as the sampler takes them; UserError names a value that cannot be."""
     try:
-        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        return Sampling(**settings)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
@@ -54,7 +40,6 @@ def generate(
     model: str, prompts: list[str], request: Request, rope_scaling: str | None, as_json: bool
 ) -> None:
     """Print every continuation; a single one is printed as it is made."""
-    settings = request.sampling()
     if request.count < 1 or request.max_new < 1:
         raise UserError("--count and --max-new: at least 1")
     texts = prompts or [_standard_input()]
@@ -63,14 +48,14 @@ def generate(
         raise UserError(f"{model}: has no tokenizer, so it cannot read a prompt")
     encoded = [prompt_ids(tokenizer, text, request.chat) for text in texts]
     if len(encoded) == 1 and request.count == 1 and not as_json:
-        _show(lm, tokenizer, texts[0], encoded[0], request, settings)
+        _show(lm, tokenizer, texts[0], encoded[0], request)
         return
     repeated = [ids for ids in encoded for _ in range(request.count)]
     done = complete(
         lm,
         tokenizer,
         repeated,
-        sampling=settings,
+        sampling=request.sampling,
         max_new=request.max_new,
         stop=request.stop,
     )
@@ -91,13 +76,11 @@ def _standard_input() -> str:
     return sys.stdin.read()
 
 
-def _show(
-    lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Request, settings: Sampling
-) -> None:
+def _show(lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Request) -> None:
     if not request.chat:
         sys.stdout.write(text)
     pieces = stream(
-        lm, tokenizer, ids, sampling=settings, max_new=request.max_new, stop=request.stop
+        lm, tokenizer, ids, sampling=request.sampling, max_new=request.max_new, stop=request.stop
     )
     for piece in pieces:
         sys.stdout.write(piece)

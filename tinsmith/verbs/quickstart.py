@@ -64,7 +64,7 @@ def _answer(chat: Path) -> None:
     for question in QUESTIONS:
         say(f"\n> {question}")
         ids = prompt_ids(tokenizer, question, True)
-        settings = sampling(0.0, None, None, None, 0)
+        settings = sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
         for piece in stream(lm, tokenizer, ids, sampling=settings, max_new=ANSWER_TOKENS):
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -106,7 +106,7 @@ def attend(
 
 
 def _in_blocks(q_BTHD: Tensor, seen: Reach) -> bool:
-    """Whether our own operator takes this: several queries on a CPU, keys in the order of places."""
+    """Whether our own operator takes it: several queries on a CPU, keys in order of places."""
     several = q_BTHD.shape[1] > 1 and q_BTHD.numel() > 0
     return several and q_BTHD.device.type == "cpu" and seen.places_BS is None
 

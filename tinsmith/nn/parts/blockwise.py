@@ -1,10 +1,10 @@
 """Attention on a CPU, a block of queries at a time.
 
-torch's own kernel for CPUs multiplies small tiles and reaches a sixth of the machine's product rate
-(LOG.md). A block of queries against all keys that any of them sees is one large product instead, and
-(queries x keys) is never held whole; the backward pass forms the weights again, block by block, from
-queries and keys (the idea of FlashAttention, Dao et al., 2205.14135, without its tiles of keys).
-Scores are rounded to the dtype of the queries; sums are float32.
+torch's own kernel for CPUs multiplies small tiles, at a sixth of the machine's product rate
+(LOG.md). A block of queries against all keys that any of them sees is one large product instead;
+(queries x keys) is never held whole, and the backward pass forms the weights again, block by block
+(the idea of FlashAttention, Dao et al., 2205.14135, without its tiles of keys). Scores are rounded
+to the dtype of the queries; sums are float32.
 
 The two operators are opaque to torch.compile, which would otherwise unroll the loop.
 
