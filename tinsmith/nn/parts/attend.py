@@ -106,9 +106,12 @@ def attend(
 
 
 def _in_blocks(q_BTHD: Tensor, seen: Reach) -> bool:
-    """Whether our own operator takes it: several queries on a CPU, keys in order of places."""
+    """Whether our own operator takes it: several queries on a CPU, keys in order of places. It
+    rounds scores to half precision, which training bears; answers keep those of torch's kernel.
+    """
     several = q_BTHD.shape[1] > 1 and q_BTHD.numel() > 0
-    return several and q_BTHD.device.type == "cpu" and seen.places_BS is None
+    fine = torch.is_grad_enabled() or q_BTHD.dtype not in (torch.bfloat16, torch.float16)
+    return several and fine and q_BTHD.device.type == "cpu" and seen.places_BS is None
 
 
 def _sdpa(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tinsmith.core.parse import Config, Kind
 from tinsmith.nn.contract import Rotary
-from tinsmith.nn.parts.norm import wide
+from tinsmith.nn.parts.norm import trains_eagerly, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +144,14 @@ def rotate(x_BTHD: Tensor, rotary: Rotary) -> Tensor:
     """Turn every head's vector by its position's angle: (x1 cos - x2 sin, x2 cos + x1 sin); same
     dtype out.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses the formula better than we do
-        return _rotate(x_BTHD, *rotary)
-    return _Rotate.apply(x_BTHD, *rotary)  # type: ignore[no-any-return]
+    turn = _Rotate.apply if trains_eagerly() else _rotate
+    return turn(x_BTHD, *rotary)  # type: ignore[no-any-return]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     same = x.to(cos.dtype)
-    swapped = torch.cat(same.chunk(2, -1)[::-1], -1)
-    return (same * cos[:, :, None] + swapped * sin[:, :, None]).to(x.dtype)
+    swapped = same.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(same * cos[:, :, None], swapped, sin[:, :, None]).to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
