@@ -61,8 +61,9 @@ def quickstart(
     ] = False,
     name: Annotated[str, typer.Option(help="The run's name.")] = "quickstart",
 ) -> None:
-    """The whole story on this machine in minutes: tokenizer, pretraining, fine-tuning, three
-    answers.
+    """The whole story on this machine, in minutes.
+
+    A tokenizer, pretraining, fine-tuning, three answers.
 
     \b
     tinsmith quickstart
@@ -75,7 +76,9 @@ def quickstart(
 
 @app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
-    """Raw files to tokenizer (if none) and shards; prints counts, rejected lines, bytes per token.
+    """Turn raw files into tokenizer and shards.
+
+    Prints counts, rejected lines and bytes per token; the tokenizer is trained if there is none.
 
     \b
     tinsmith prepare recipes/tiny/pretrain.yaml
@@ -100,7 +103,9 @@ def train(
     ] = False,
     more: More = None,
 ) -> None:
-    """Train what a recipe says; the recipe's objective says what for.
+    """Train what a recipe says.
+
+    The recipe's objective says what for: to continue texts, or to answer.
 
     \b
     tinsmith train recipes/tiny/pretrain.yaml --name first
@@ -120,6 +125,10 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Text to measure bits per byte on (default: the run's own).")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window of --data (default: what the run trained on)."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="At most so many rows or questions per task.")
     ] = None,
@@ -133,9 +142,10 @@ def evaluate(
     tinsmith eval runs/first
     tinsmith eval runs/first --tasks bpb,questions.jsonl --data book.txt --json
     """
+    from tinsmith.verbs.evaluate import Text
     from tinsmith.verbs.evaluate import evaluate as run
 
-    run(model, tasks, data, limit, device, rope_scaling, as_json)
+    run(model, tasks, Text(data, context, limit), device, rope_scaling, as_json)
 
 
 @app.command()
@@ -247,8 +257,9 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     rope_scaling: Scaling = None,
 ) -> None:
-    """Check a Hugging Face model tensor by tensor and write it as a folder of this project's own
-    making.
+    """Take in a Hugging Face model.
+
+    It is checked tensor by tensor and written as a folder of this project's own making.
 
     \b
     tinsmith import ~/models/my-llama runs/llama
@@ -331,7 +342,9 @@ def plot(
 
 @app.command("runs")
 def list_runs(as_json: Json = False) -> None:
-    """List the runs: name, objective, step, best bits per byte, age, size.
+    """List the runs, the newest first.
+
+    Name, objective, step, best bits per byte, age, size.
 
     \b
     tinsmith runs
@@ -344,7 +357,9 @@ def list_runs(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Look at this machine: versions, device, speed, disk, optional parts.
+    """Look at this machine.
+
+    Versions, device, speed, disk, optional parts.
 
     \b
     tinsmith doctor

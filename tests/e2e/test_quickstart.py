@@ -94,6 +94,10 @@ def test_eval_gives_bits_per_byte_and_choices(shell, quickstart):
     said = shell("eval", "runs/quickstart", "--data", "text.txt", "--tasks", "bpb,quiz.jsonl")
     assert "bpb" in said
     assert "acc" in said
+    asked = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
+    as_trained = shell(*asked)
+    assert shell(*asked, "--context", 128) == as_trained
+    assert shell(*asked, "--context", 16) != as_trained
 
 
 def test_export_then_import_then_eval(shell, quickstart):

@@ -1,18 +1,36 @@
-"""Golden logits: `python tests/golden/regenerate.py` writes what test_logits compares with.
+"""Golden numbers: `python tests/golden/regenerate.py` writes what the tests beside it compare with.
 
 A change of these numbers is a change of the model for everybody with a checkpoint or a seed: run
 the command on purpose, read the difference, and say in LOG.md why it had to be.
 """
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import yaml
 
+from tinsmith.config import from_dict
+from tinsmith.core.log import read_metrics
 from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.train.trainer import train
 
 FILE = Path(__file__).with_name("logits.json")
+LOSSES = Path(__file__).with_name("losses.json")
+LOSSES_NOTE = (
+    "The first 10 losses of every recipe of recipes/tiny on generated tasks, with small batches and"
+    " float32 throughout, on a CPU; another CPU or torch may differ by rounding: compare to 1e-3."
+)
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/tiny/*.yaml"))
+SHORT = {
+    "data": {"kind": "tasks", "count": 600},
+    "eval": {"rows": 2, "new_tokens": 4},
+    "log": {"every": 1},
+}
 NOTE = (
     "Float32 logits on a CPU at step 0, torch.manual_seed(0), of ids (7 * i + 3) mod 32; another"
     " CPU or torch may differ by rounding: compare to 1e-5."
@@ -67,7 +85,26 @@ def logits() -> dict[str, list[list[float]]]:
     return found
 
 
+def losses(recipe: Path) -> list[float]:
+    """The first ten losses of a recipe, on text that every Python has alike; five decimals."""
+    config = yaml.safe_load(recipe.read_text(encoding="utf-8")) | SHORT
+    config.pop("init_from", None)
+    small = {"rows": 2, "context": 256, "steps": 10, "precision": "fp32", "device": "cpu"}
+    never = dict.fromkeys(("save_every", "eval_every", "sample_every"), 1000)
+    config["train"] = config["train"] | small | never
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ, {"TINSMITH_RUNS": folder}),
+        patch("tinsmith.optim.muon._cpu_has_bfloat16", bool),
+    ):
+        run = train(from_dict(config), "golden")
+        rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    return [round(row["loss"], 5) for row in rows]
+
+
 if __name__ == "__main__":
+    table = {recipe.stem: losses(recipe) for recipe in RECIPES}
+    LOSSES.write_text(json.dumps({"note": LOSSES_NOTE} | table, indent=2) + "\n", encoding="utf-8")
     rows = {
         name: "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in table) + "\n  ]"
         for name, table in logits().items()

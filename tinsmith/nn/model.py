@@ -124,6 +124,9 @@ class LM(nn.Module):
         True, False or "last".
         """
         shared = positions is None and segments is None and caches is None
+        if shared and self.places is not None and ids.shape[1] > self.config.max_context:
+            limit = f"max_context={self.config.max_context}, learned positions"
+            raise UserError(f"{ids.shape[1]} tokens in a row are beyond {limit}")
         if positions is None:
             positions = _positions(ids, segments, None if caches is None else caches[0].lengths)
         h = self._embed(ids, positions)

@@ -59,6 +59,17 @@ def log(run: Run) -> None:
     place = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
     norm = f"norm {means.get('grad_norm', math.nan):.2f}  lr {rate:.2f}{extra}"
     run.log.line(f" step {place}  {norm}  {count(speed)} tok/s  eta {duration(left)}")
+    _spike(run, means.get("loss", math.nan))
+
+
+def _spike(run: Run, loss: float) -> None:
+    """Say where the loss leapt."""
+    usual = run.spikes.saw(loss) if math.isfinite(loss) else None
+    if usual is not None:
+        values: Metrics = {"step": run.state.step, "kind": "spike", "loss": loss, "usual": usual}
+        run.log.metrics(values)
+        said = f"loss {loss:.3f} is far above the {usual:.3f} before it"
+        run.log.line(f" warning step {run.state.step}: {said}; a lower lr may help")
 
 
 def evaluate(run: Run) -> None:

@@ -1,4 +1,9 @@
-"""What happens when a step's numbers are not numbers: it never reaches the weights."""
+"""What happens when a step's numbers are not numbers: it never reaches the weights; and a word
+where the loss leaps.
+"""
+
+import statistics
+from collections import deque
 
 from tinsmith.core.errors import Failure
 
@@ -32,3 +37,31 @@ class Guard:
     def restore(self, saved: list[int]) -> None:
         """Put back what `state` gave."""
         self.total, self.in_a_row = saved
+
+
+class Spikes:
+    """Notices a logged loss far above those before it: worth a look at data and learning rate.
+
+    Far: above the median of the last 50 by more than a tenth of it and by more than 8 times their
+    median distance from it, which single outliers do not move.
+    """
+
+    ENOUGH, KEPT = 10, 50
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.KEPT)
+
+    def saw(self, loss: float) -> float | None:
+        """Note a loss; the median before it, if it is far above that."""
+        usual = statistics.median(self.recent) if len(self.recent) >= self.ENOUGH else loss
+        spread = statistics.median([abs(each - usual) for each in self.recent] or [0.0])
+        self.recent.append(loss)
+        return usual if loss > usual + max(8 * spread, abs(usual) / 10) else None
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return list(self.recent)
+
+    def restore(self, saved: list[float]) -> None:
+        """Put back what `state` gave."""
+        self.recent = deque(saved, maxlen=self.KEPT)

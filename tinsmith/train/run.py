@@ -26,7 +26,7 @@ from tinsmith.optim.build import Optimizers
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel
 from tinsmith.train.clock import Clock
-from tinsmith.train.guard import Guard
+from tinsmith.train.guard import Guard, Spikes
 from tinsmith.train.meters import Meters
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.precision import LossScale
@@ -68,6 +68,7 @@ class Run:
         self.state = State()
         self.meters = Meters()
         self.guard = Guard(config.train.bad_steps)
+        self.spikes = Spikes()
         self.scale = LossScale(config.train.precision)
         self.clock = Clock(0)
         self.report: dict[str, Any] = {"sources": []}
@@ -99,6 +100,7 @@ class Run:
             "cursor": self.feed.cursor,
             "meters": self.meters.state(),
             "guard": self.guard.state(),
+            "spikes": self.spikes.state(),
             "loss_scale": self.scale.state(),
             "objective": self.objective.progress(),
         }
@@ -147,6 +149,7 @@ class Run:
         self.feed.cursor = saved.state["cursor"]
         self.meters.restore(saved.state["meters"], self.meter_device)
         self.guard.restore(saved.state["guard"])
+        self.spikes.restore(saved.state["spikes"])
         self.scale.restore(saved.state["loss_scale"])
         self.objective.restore_progress(saved.state["objective"])
         self.batches = self.objective.batches(self.feed, self.policy)

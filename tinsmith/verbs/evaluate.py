@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +24,21 @@ from tinsmith.verbs.exchange import scaling
 BATCH_ROWS = 16
 
 
+class Text(NamedTuple):
+    """What bits per byte are measured on."""
+
+    data: Path | None
+    """None: the validation split of the run."""
+    context: int | None
+    """Tokens of a window of `data`; None: what the run trained on, else the model's context."""
+    limit: int | None
+    """At most so many rows, or questions per task."""
+
+
 def evaluate(
     model: str,
     tasks: str,
-    data: Path | None,
-    limit: int | None,
+    text: Text,
     device: str,
     rope_scaling: str | None,
     as_json: bool,
@@ -37,15 +47,17 @@ def evaluate(
     lm, tokenizer = load(model, device=pick_device(device), rope_scaling=scaling(rope_scaling))
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so no text can be measured")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: at least 1")
+    for name in ("context", "limit"):
+        value = getattr(text, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1")
     results: dict[str, Any] = {}
     for task in (name.strip() for name in tasks.split(",")):
         if task == "bpb":
-            results |= _bits_per_byte(model, lm, tokenizer, data, limit)
+            results |= _bits_per_byte(model, lm, tokenizer, text)
         elif Path(task).exists():
             found = evaluate_choice(
-                lm, tokenizer, task, limit=limit, batch_rows=BATCH_ROWS, say=_aside
+                lm, tokenizer, task, limit=text.limit, batch_rows=BATCH_ROWS, say=_aside
             )
             results[task] = found.to_dict()
         else:
@@ -57,13 +69,22 @@ def evaluate(
             say(f" {name:<32} " + _numbers(found))
 
 
-def _bits_per_byte(
-    model: str, lm: LM, tokenizer: Tokenizer, data: Path | None, limit: int | None
-) -> dict[str, Any]:
-    if data is not None:
-        found = evaluate_text(lm, tokenizer, data, limit=limit, batch_rows=BATCH_ROWS, say=_aside)
-        return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
+def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
     config = _recipe(model)
+    if text.data is not None:
+        context = text.context or (config.train.context if config else None)
+        found = evaluate_text(
+            lm,
+            tokenizer,
+            text.data,
+            context=context,
+            limit=text.limit,
+            batch_rows=BATCH_ROWS,
+            say=_aside,
+        )
+        return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
+    if config is None:
+        raise UserError(f"{model}: is not part of a run; say with --data what text to measure")
     shape, train = config.objective.shape, config.train
     prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
     validation = open_source(prepared.folder, shape, "validation", train.context, train.seed)
@@ -71,7 +92,7 @@ def _bits_per_byte(
         lm,
         validation,
         torch.from_numpy(tokenizer.byte_lengths()),
-        rows=limit or validation.size,
+        rows=text.limit or validation.size,
         batch_rows=BATCH_ROWS,
         device=lm.embed.weight.device,
         poll=lambda: None,
@@ -79,12 +100,12 @@ def _bits_per_byte(
     return {f"bpb {name}": each.to_dict() for name, each in parts.items()}
 
 
-def _recipe(model: str) -> RunConfig:
-    """The recipe of the run that `model` is, or is part of."""
+def _recipe(model: str) -> RunConfig | None:
+    """The recipe of the run that `model` is, or is part of, if it is."""
     for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
         if (folder / "config.yaml").exists():
             return from_dict(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    raise UserError(f"{model}: is not part of a run; say with --data what text to measure it on")
+    return None
 
 
 def _numbers(found: dict[str, Any]) -> str:

@@ -1,0 +1,36 @@
+"""A leap of the loss is noticed; its noise and its fall are not."""
+
+import random
+
+from tinsmith.train.guard import Spikes
+
+
+def test_a_leap_is_noticed_once_and_told_beside_what_was_usual():
+    noise, spikes = random.Random(0), Spikes()
+    losses = [3.0 + noise.gauss(0, 0.05) for _ in range(60)]
+    assert [spikes.saw(loss) for loss in losses] == [None] * 60
+    usual = spikes.saw(4.5)
+    assert usual is not None
+    assert abs(usual - 3.0) < 0.05
+    assert spikes.saw(3.0) is None
+
+
+def test_a_falling_or_noisy_loss_is_no_leap():
+    noise, spikes = random.Random(1), Spikes()
+    assert not any(spikes.saw(8.0 * 0.97**step) for step in range(100))
+    assert not any(spikes.saw(2.0 + noise.gauss(0, 0.5)) for _ in range(300))
+
+
+def test_the_first_losses_are_never_leaps():
+    spikes = Spikes()
+    assert [spikes.saw(loss) for loss in (1.0, 9.0, 1.0, 20.0)] == [None] * 4
+
+
+def test_a_resumed_run_remembers_what_was_usual():
+    spikes, later = Spikes(), Spikes()
+    for loss in [2.0, 2.1] * 10:
+        spikes.saw(loss)
+    later.restore(spikes.state())
+    told = later.saw(5.0)
+    assert told is not None
+    assert told == spikes.saw(5.0)
