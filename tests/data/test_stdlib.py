@@ -62,6 +62,22 @@ def test_chats_are_thousands_of_functions_that_parse(modules):
         assert code.count("\n") < stdlib.LONGEST_ANSWER
 
 
+def test_functions_that_cannot_be_dedented_are_left_out():
+    source = """class Page:
+    def head(self):
+        \"\"\"Return the head of the page.\"\"\"
+        return f'''
+<head>
+'''
+
+    def tail(self):
+        \"\"\"Return the tail of the page.\"\"\"
+        return 1
+"""
+    records = stdlib.chats(stdlib.Module("page.py", source))
+    assert ["tail" in record["messages"][0]["content"] for record in records] == [True]
+
+
 SOURCE = (
     '''
 import os

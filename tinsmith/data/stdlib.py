@@ -139,7 +139,9 @@ def _first_sentence(docstring: str) -> str:
 
 
 def _code(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The function's source without its docstring, dedented; nothing if empty or too long."""
+    """The function's source without its docstring, dedented; nothing if empty or too long, or if
+    the lines of a string in it stand too far to the left.
+    """
     docstring, *body = function.body
     if not body or body[0].lineno <= (docstring.end_lineno or 0):
         return ""
@@ -149,7 +151,8 @@ def _code(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
     )
     if len(kept) > LONGEST_ANSWER:
         return ""
-    return textwrap.dedent("".join(kept)).strip("\n")
+    code = textwrap.dedent("".join(kept)).strip("\n")
+    return "" if code[:1].isspace() else code
 
 
 def _wanted(path: Path) -> bool:
