@@ -75,9 +75,8 @@ def theirs(lm: LM) -> LlamaForCausalLM:
     return model.eval()
 
 
-def answer(lm: LM, prompts: Prompts) -> list[list[int]]:
-    """Greedy answers by the engine."""
-    engine = Engine(lm, rows=len(prompts))
+def answer(engine: Engine, prompts: Prompts) -> list[list[int]]:
+    """Greedy answers by the engine, which is made once, as a server's or a chat's would be."""
     said: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
     for event in engine.run():
         said[event.number].append(event.token)
@@ -107,10 +106,11 @@ def case(
     """Lines of the table for one size and precision."""
     prompts, lm = drawn(rows, ragged), ours(dtype)
     model = theirs(lm)
-    mine = {"tinsmith": lm}
+    mine = {"tinsmith": Engine(lm, rows=rows)}
     if compiled:
-        mine["tinsmith, compiled"] = ours(dtype)
-        mine["tinsmith, compiled"].compile(fullgraph=True)
+        other = ours(dtype)
+        other.compile(fullgraph=True)
+        mine["tinsmith, compiled"] = Engine(other, rows=rows)
     expected = generate(model, prompts)
     equal = {name: share(answer(each, prompts), expected) for name, each in mine.items()}
     runs: dict[str, Any] = {"transformers": lambda: generate(model, prompts)}

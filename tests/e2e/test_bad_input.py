@@ -32,6 +32,9 @@ def one_line(said: str) -> str:
         (["train", RECIPE, "train.device=warp"], "train.device: 'warp'"),
         (["train", RECIPE, "--name", "x", "--resume-from", "no"], "no checkpoint there"),
         (["train", RECIPE, "init_from=gone/away/far"], "gone/away/far"),
+        (["train", RECIPE, "eval.tasks=[gone.jsonl]"], "eval.tasks: gone.jsonl is neither"),
+        (["train", RECIPE, "eval.tasks=[gone.jsonl]", "--dry-run"], "eval.tasks: gone.jsonl"),
+        (["chat", "nowhere", "--max-new", "0"], "--max-new: at least 1"),
         (["generate", "nowhere/at/all", "-p", "x"], "nowhere/at/all"),
         (["eval", "nowhere/at/all"], "nowhere/at/all"),
         (["plot", "nowhere"], "nowhere: no metrics.jsonl"),
@@ -67,6 +70,14 @@ def test_run_name_that_exists_is_refused_with_both_ways_out(shell):
     assert "--resume" in line
     assert "--name" in line
     assert (taken / "precious").read_text() == "here"
+
+
+def test_a_start_that_failed_leaves_its_name_free(shell):
+    (shell.folder / "empty.txt").write_text("")
+    words = ["train", RECIPE, "--name", "again", "data={kind: text, path: empty.txt}"]
+    for _ in range(2):
+        assert "empty.txt" in one_line(shell(*words, code=2))
+    assert not (shell.folder / "runs" / "again").exists()
 
 
 def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):

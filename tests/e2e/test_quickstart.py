@@ -94,6 +94,7 @@ def test_eval_gives_bits_per_byte_and_choices(shell, quickstart):
     said = shell("eval", "runs/quickstart", "--data", "text.txt", "--tasks", "bpb,quiz.jsonl")
     assert "bpb" in said
     assert "acc" in said
+    assert "a name is missing" in shell("eval", "runs/quickstart", "--tasks", "bpb,", code=2)
     asked = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
     as_trained = shell(*asked)
     assert shell(*asked, "--context", 128) == as_trained

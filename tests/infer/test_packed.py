@@ -1,15 +1,13 @@
 """Weights in oneDNN's order: the same answers, the same parameters, nothing stale."""
 
-import gc
-import weakref
-
 import pytest
 import torch
-from torch import nn
 
 from tinsmith import LM, ModelConfig
 from tinsmith.infer import packed as packing
+from tinsmith.infer.engine import Engine
 from tinsmith.infer.packed import Packed, packed
+from tinsmith.infer.sample import Sampling
 
 SMALL = {
     "vocab_size": 96,
@@ -75,16 +73,51 @@ def test_weights_that_change_are_packed_again():
 
 
 @can_pack(torch.float32)
-def test_a_model_is_packed_once_and_forgotten_with_it():
+def test_an_engine_follows_the_mode_and_the_weights_of_its_model():
+    lm = model().train()
+    engine, prompt = Engine(lm), list(range(9))
+
+    def answer(engine):
+        engine.add(prompt, Sampling(temperature=0), 12)
+        return [event.token for event in engine.run()]
+
+    with pytest.raises(ValueError, match="eval mode"):
+        answer(engine)
+    lm.eval()
+    before = answer(Engine(lm))
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(4))
+    fresh = answer(Engine(lm))
+    assert fresh != before
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.data = parameter.data * 1.0
+    assert answer(Engine(lm)) == fresh
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_an_engine_answers_under_autocast(precision):
+    engine = Engine(model())
+    engine.add([1, 2, 3], Sampling(temperature=0), 4)
+    with torch.autocast("cpu", precision):
+        assert len(list(engine.run())) == 4
+
+
+@can_pack(torch.float32)
+def test_gradients_pass_through_a_packed_model():
     lm = model()
     twin = packed(lm)
-    assert packed(lm) is twin
-    lm.head.weight = nn.Parameter(torch.zeros_like(lm.head.weight))
-    assert packed(lm) is not twin
-    gone = weakref.ref(lm)
-    del lm
-    gc.collect()
-    assert gone() is None
+    with torch.no_grad():
+        twin(IDS)
+    twin(IDS).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in lm.parameters())
+
+
+def test_weights_of_inference_mode_are_left():
+    with torch.inference_mode():
+        lm = model()
+    assert packed(lm) is lm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

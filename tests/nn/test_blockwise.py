@@ -94,6 +94,11 @@ def test_half_precision_is_as_near_to_the_formula_as_torchs_own_kernel(dtype):
         assert (mine - expected).norm() <= 2 * (other - expected).norm()
 
 
+def test_float16_whose_scores_would_overflow_goes_to_torchs_kernel():
+    q = torch.full((1, 4, 2, 64), 100.0, dtype=torch.float16, requires_grad=True)
+    assert attend(q, q, q, Reach()).isfinite().all()
+
+
 def test_compiled_it_is_one_operator():
     tensors, seen = inputs(70, 70, dtype=torch.float32), reaches(70)["documents"]
 

@@ -12,7 +12,7 @@ def test_a_leap_is_noticed_once_and_told_beside_what_was_usual():
     usual = spikes.saw(4.5)
     assert usual is not None
     assert abs(usual - 3.0) < 0.05
-    assert spikes.saw(3.0) is None
+    assert [spikes.saw(loss) for loss in (3.0, 4.5, 4.5, 3.0, *[4.5] * 30)] == [None] * 34
 
 
 def test_a_falling_or_noisy_loss_is_no_leap():

@@ -61,7 +61,8 @@ class Engine:
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         same = dtype is None or dtype == lm.embed.weight.dtype
-        self.lm = packed(lm if same else copy.deepcopy(lm).to(dtype))
+        self.lm = lm if same else copy.deepcopy(lm).to(dtype)
+        self._twin = packed(self.lm)
         self.rows = rows
         context = lm.config.max_context
         self.capacity = context if capacity is None else min(capacity, context)
@@ -172,7 +173,7 @@ class Engine:
             for mine, theirs in zip(larger, self._caches, strict=True):
                 mine.join(theirs)
             self._caches = larger
-        out = self.lm(self._newest[:, None], caches=self._caches, logits="last")
+        out = self._twin(self._newest[:, None], caches=self._caches, logits="last")
         return out.logits[:, -1]
 
     def _take_in(self) -> list[Tensor]:
@@ -186,7 +187,7 @@ class Engine:
             if self._kept is not None:
                 return [self._enter(members, *self._kept)]
             longest = max(len(member.prompt) for member in members)
-            self._prefill = Prefill(self.lm, members, self._roomy(longest + 1))
+            self._prefill = Prefill(self._twin, members, self._roomy(longest + 1))
         done = self._prefill
         logits = done.advance()
         if logits is None:

@@ -9,7 +9,6 @@ copy of their weights.
 import copy
 from functools import cache
 from types import new_class
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +20,25 @@ ROWS = 8
 
 
 def packed(lm: LM) -> LM:
-    """A model with the same parameters whose linear layers are packed; `lm` itself where that is
-    not possible, or where it is compiled, which packs in its own way.
+    """A model in eval mode with the same parameters, whose linear layers are packed when they are
+    first used; `lm` itself where that is not possible (another device or precision, weights of
+    several processes) or of no use (a compiled model packs in its own way).
     """
-    weight = lm.embed.weight
     compiled = getattr(lm, "_compiled_call_impl", None) is not None
-    if compiled or weight.device.type != "cpu" or weight.dtype not in _dtypes():
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if compiled or not alone or not all(map(_packs, lm.parameters())):
         return lm
-    twin = _twins.get(lm)
-    if twin is None or list(map(id, twin.parameters())) != list(map(id, lm.parameters())):
-        twin = _twins[lm] = _twin(lm)
-    return twin.train(lm.training)
-
-
-_twins: WeakKeyDictionary[LM, LM] = WeakKeyDictionary()
-"""What was packed before: a chat asks for it again with every answer."""
-
-
-def _twin(lm: LM) -> LM:
     shared = {id(tensor): tensor for tensor in (*lm.parameters(), *lm.buffers())}
     twin = copy.deepcopy(lm, shared)
     for module in twin.modules():
-        if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter:
+        if isinstance(module, nn.Linear):
             module.__class__ = _packed_kind(type(module))
-    return twin
+    return twin.eval()
+
+
+def _packs(weight: nn.Parameter) -> bool:
+    plain = type(weight) is nn.Parameter and not weight.is_inference()
+    return plain and weight.device.type == "cpu" and weight.dtype in _dtypes()
 
 
 @cache
@@ -64,8 +58,8 @@ def _dtypes() -> frozenset[torch.dtype]:
 
 
 class Packed(nn.Linear):
-    """A linear layer, for inference, that keeps its weights in oneDNN's order too. Weights that
-    change are packed again.
+    """A linear layer that keeps its weights in oneDNN's order too, for inference. Weights that
+    change in place are packed again.
     """
 
     _order: tuple[tuple[int, int] | None, Tensor | None] = (None, None)
@@ -73,8 +67,10 @@ class Packed(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        weight = self.weight
-        state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        state = self.weight._version, self.weight.data_ptr()
         if state != self._order[0]:
-            self._order = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            ordered = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
+            self._order = state, ordered
         return torch.ops.mkldnn._linear_pointwise(input, self._order[1], self.bias, "none", [], "")

@@ -102,7 +102,7 @@ def _is_full(error: Exception) -> bool:
 
 def load(folder: Path) -> Snapshot:
     """Read a checkpoint; UserError says in one line what is wrong with it."""
-    problem = verify(folder, needs=NEEDS)
+    problem = verify(folder, hashes=True, needs=NEEDS)
     if problem:
         raise UserError(f"{folder}: {problem}")
     try:

@@ -26,6 +26,7 @@ from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.folder import run_folder, runs_root
 from tinsmith.train.parallel import pick_device
+from tinsmith.train.start import check_questions
 
 LARGEST = 1_000_000_000
 """Parameters of a model whose step is still tried."""
@@ -37,6 +38,7 @@ def dry_run(config: RunConfig, name: str) -> None:
     _recipe(config)
     model = _model_config(config)
     pick_device(config.train.device)
+    check_questions(config)
     with torch.device("meta"):
         shape = LM(model)
     _parameters(shape, config)

@@ -43,7 +43,8 @@ class Spikes:
     """Notices a logged loss far above those before it: worth a look at data and learning rate.
 
     Far: above the median of the last 50 by more than a tenth of it and by more than 8 times their
-    median distance from it, which single outliers do not move.
+    median distance from it, which single outliers do not move. After a leap it begins anew, so a
+    loss that stays high is told once.
     """
 
     ENOUGH, KEPT = 10, 50
@@ -55,8 +56,11 @@ class Spikes:
         """Note a loss; the median before it, if it is far above that."""
         usual = statistics.median(self.recent) if len(self.recent) >= self.ENOUGH else loss
         spread = statistics.median([abs(each - usual) for each in self.recent] or [0.0])
+        leapt = loss > usual + max(8 * spread, abs(usual) / 10)
+        if leapt:
+            self.recent.clear()
         self.recent.append(loss)
-        return usual if loss > usual + max(8 * spread, abs(usual) / 10) else None
+        return usual if leapt else None
 
     def state(self) -> list[float]:
         """What a checkpoint keeps."""

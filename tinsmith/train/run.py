@@ -149,7 +149,7 @@ class Run:
         self.feed.cursor = saved.state["cursor"]
         self.meters.restore(saved.state["meters"], self.meter_device)
         self.guard.restore(saved.state["guard"])
-        self.spikes.restore(saved.state["spikes"])
+        self.spikes.restore(saved.state.get("spikes", []))
         self.scale.restore(saved.state["loss_scale"])
         self.objective.restore_progress(saved.state["objective"])
         self.batches = self.objective.batches(self.feed, self.policy)

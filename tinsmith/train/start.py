@@ -1,6 +1,7 @@
 """From a recipe to a run that can take its first step, or its next one."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,12 +37,37 @@ def start(
         raise UserError(
             f"train.rows: {config.train.rows} must be a multiple of the world size {ranks.world}"
         )
+    check_questions(config)
     place = folder.run_folder(name)
     taken = folder.claim(place, resume or resume_from is not None) if ranks.first else True
     ranks.barrier()
     log = RunLog(place, quiet=not ranks.first)
-    if taken:
-        folder.check_same(place, config)
+    try:
+        if taken:
+            folder.check_same(place, config)
+        return _begin(config, place, ranks, log, flag, resume, resume_from)
+    except UserError:
+        if not taken:  # the name is free for the corrected recipe
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def check_questions(config: RunConfig) -> None:
+    """UserError where a file of questions that `eval.tasks` names is not there."""
+    for task in config.eval.tasks:
+        if task != "bpb" and not Path(task).is_file():
+            raise UserError(f"eval.tasks: {task} is neither bpb nor a file of questions")
+
+
+def _begin(
+    config: RunConfig,
+    place: Path,
+    ranks: Ranks,
+    log: RunLog,
+    flag: StopFlag,
+    resume: bool,
+    resume_from: Path | None,
+) -> Run | None:
     checkpoint.clean(place / "checkpoints") if ranks.first else None
     found = resume_from or _newest(place, log)
     if resume and found is None:
@@ -59,7 +85,7 @@ def start(
     elif ranks.first:
         run.log.cut(0)
     trackers = config.log.trackers if ranks.first else ()
-    log.closers.append(track.attach(trackers, place, plain(config), name, log))
+    log.closers.append(track.attach(trackers, place, plain(config), place.name, log))
     return run
 
 
@@ -172,13 +198,14 @@ def introduce(run: Run) -> None:
     rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}"
     rates = f"{rates}, {config.optim.schedule.kind}"
     log.line(f"  objective  {config.objective.kind} | {shape} ({epochs:.2g} epochs) | {rates}")
-    cores = (
-        f"{os.cpu_count()} cores"
-        if run.ranks.device.type == "cpu"
-        else torch.cuda.get_device_name()
-    )
     log.line(
-        f"  machine    {run.ranks.device} ({cores}), {train.precision}, {run.ranks.world} "
+        f"  machine    {_machine(run.ranks.device)}, {train.precision}, {run.ranks.world} "
         "process(es)"
     )
     log.line(f"  run        {run.folder}   continue it with: --name {run.folder.name} --resume")
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({os.cpu_count()} cores)"

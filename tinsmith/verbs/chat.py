@@ -48,7 +48,7 @@ class Settings(Config):
 
     def __post_init__(self) -> None:
         if self.max_new < 1:
-            raise ValueError(f"max_new={self.max_new} must be at least 1")
+            raise UserError("--max-new: at least 1")
         self.sampling()
 
     def sampling(self) -> Sampling:

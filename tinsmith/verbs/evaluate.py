@@ -53,6 +53,8 @@ def evaluate(
             raise UserError(f"--{name} {value}: at least 1")
     results: dict[str, Any] = {}
     for task in (name.strip() for name in tasks.split(",")):
+        if not task:
+            raise UserError(f"--tasks '{tasks}': a name is missing; try bpb")
         if task == "bpb":
             results |= _bits_per_byte(model, lm, tokenizer, text)
         elif Path(task).exists():
@@ -72,12 +74,12 @@ def evaluate(
 def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
     config = _recipe(model)
     if text.data is not None:
-        context = text.context or (config.train.context if config else None)
+        trained_on = config and min(config.train.context, lm.config.max_context)
         found = evaluate_text(
             lm,
             tokenizer,
             text.data,
-            context=context,
+            context=text.context or trained_on,
             limit=text.limit,
             batch_rows=BATCH_ROWS,
             say=_aside,
@@ -101,11 +103,13 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
 
 
 def _recipe(model: str) -> RunConfig | None:
-    """The recipe of the run that `model` is, or is part of, if it is."""
-    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
-        if (folder / "config.yaml").exists():
-            return from_dict(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    return None
+    """The recipe of the run that `model` is, or whose `final` or checkpoint it is."""
+    path = Path(model)
+    run = {"final": path.parent}.get(path.name, path)
+    run = path.parent.parent if path.parent.name == "checkpoints" else run
+    recipe = run / "config.yaml"
+    whole = recipe.exists() and (run / "checkpoints").is_dir()
+    return from_dict(read_yaml(recipe), str(recipe)) if whole else None
 
 
 def _numbers(found: dict[str, Any]) -> str:

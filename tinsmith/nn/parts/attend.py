@@ -107,10 +107,12 @@ def attend(
 
 def _in_blocks(q_BTHD: Tensor, seen: Reach) -> bool:
     """Whether our own operator takes it: several queries on a CPU, keys in order of places. It
-    rounds scores to half precision, which training bears; answers keep those of torch's kernel.
+    rounds scores to the dtype of q: training bears that in bfloat16, answers are not asked to, and
+    float16 would overflow.
     """
     several = q_BTHD.shape[1] > 1 and q_BTHD.numel() > 0
-    fine = torch.is_grad_enabled() or q_BTHD.dtype not in (torch.bfloat16, torch.float16)
+    exact = q_BTHD.dtype in (torch.float32, torch.float64)
+    fine = exact or (q_BTHD.dtype == torch.bfloat16 and torch.is_grad_enabled())
     return several and fine and q_BTHD.device.type == "cpu" and seen.places_BS is None
 
 
