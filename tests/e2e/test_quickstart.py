@@ -147,7 +147,7 @@ def test_resume_of_a_finished_run_changes_nothing(shell, quickstart):
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
 
 
-def test_resume_without_a_checkpoint_starts_and_says_so(shell, quickstart):
+def test_resume_without_a_checkpoint_starts_and_T5_an_edited_one_is_refused(shell, quickstart):
     said = shell(
         *("train", "runs/quickstart/config.yaml", "train.steps=2", "train.save_every=1"),
         *("log.every=1", "train.keep.last=3", "--name", "fresh", "--resume"),
@@ -164,6 +164,11 @@ def test_resume_without_a_checkpoint_starts_and_says_so(shell, quickstart):
         ),
     )
     assert "from runs/fresh/checkpoints/step-00000001 at step 1" in again
+    state = shell.folder / "runs/fresh/checkpoints/step-00000001/state.json"
+    state.write_text(state.read_text().replace('"tokens": 1', '"tokens": 2'))
+    edited = ("--name", "edited", "--resume-from", state.parent)
+    said = shell("train", "runs/quickstart/config.yaml", *edited, code=2)
+    assert "state.json" in said, "T5: an edited checkpoint is refused when it is named, too"
     rows = (shell.folder / "runs/fresh/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(row)["step"] for row in rows if '"train"' in row]
     assert steps == [1, 2, 3], "cut back to the checkpoint, then written again"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.errors import UserError
-from tinsmith.infer.packed import packed
+from tinsmith.infer.packed import packed, repacked
 from tinsmith.infer.rows import Prefill, Request, similar
 from tinsmith.infer.sample import Sampling, sample, stack, uniform
 from tinsmith.nn.contract import LayerCache
@@ -46,6 +46,7 @@ class Engine:
     `capacity`: most tokens of prompt and answer together; never, and by default not, less than
     the model's context allows. `eos`: ids that end every answer. `dtype`: decode with a copy of
     the weights in another precision. On a CPU the weights are held twice (see `packed`).
+    Weights may change between answers, not while one is being made.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class Engine:
         if self.lm.training:
             raise ValueError("the engine needs a model in eval mode: call lm.eval()")
         self._sweep()
+        if not self._running():
+            self._twin = repacked(self._twin, self.lm)
         logits = [self._decode()] if self._rows else []
         logits += self._take_in()
         events = self._choose(torch.cat(logits)) if logits else []

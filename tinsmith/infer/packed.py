@@ -24,9 +24,7 @@ def packed(lm: LM) -> LM:
     first used; `lm` itself where that is not possible (another device or precision, weights of
     several processes) or of no use (a compiled model packs in its own way).
     """
-    compiled = getattr(lm, "_compiled_call_impl", None) is not None
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if compiled or not alone or not all(map(_packs, lm.parameters())):
+    if not _possible(lm):
         return lm
     shared = {id(tensor): tensor for tensor in (*lm.parameters(), *lm.buffers())}
     twin = copy.deepcopy(lm, shared)
@@ -34,6 +32,25 @@ def packed(lm: LM) -> LM:
         if isinstance(module, nn.Linear):
             module.__class__ = _packed_kind(type(module))
     return twin.eval()
+
+
+def repacked(twin: LM, lm: LM) -> LM:
+    """The packed twin of `lm` for its weights of now. Not every change of a weight can be noticed
+    (fused optimizers write unseen), so everything is packed again.
+    """
+    same = list(map(id, twin.parameters())) == list(map(id, lm.parameters()))
+    if not same or _possible(lm) != (twin is not lm):
+        return packed(lm)
+    for module in twin.modules():
+        if isinstance(module, Packed):
+            module.order = None
+    return twin
+
+
+def _possible(lm: LM) -> bool:
+    compiled = getattr(lm, "_compiled_call_impl", None) is not None
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return alone and not compiled and all(map(_packs, lm.parameters()))
 
 
 def _packs(weight: nn.Parameter) -> bool:
@@ -58,19 +75,15 @@ def _dtypes() -> frozenset[torch.dtype]:
 
 
 class Packed(nn.Linear):
-    """A linear layer that keeps its weights in oneDNN's order too, for inference. Weights that
-    change in place are packed again.
-    """
+    """A linear layer that keeps its weights in oneDNN's order too, for inference."""
 
-    _order: tuple[tuple[int, int] | None, Tensor | None] = (None, None)
-    """Which state of the weights was packed, and the packed weights."""
+    order: Tensor | None = None
+    """The packed weights; None: not packed yet."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
-        state = self.weight._version, self.weight.data_ptr()
-        if state != self._order[0]:
-            ordered = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
-            self._order = state, ordered
-        return torch.ops.mkldnn._linear_pointwise(input, self._order[1], self.bias, "none", [], "")
+        if self.order is None:
+            self.order = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROWS)
+        return torch.ops.mkldnn._linear_pointwise(input, self.order, self.bias, "none", [], "")
