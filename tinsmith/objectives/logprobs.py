@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinsmith.nn.parts.norm import wide
+
 ELEMENTS = 2**21
 """Logits held at once."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """At least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def summed_nll(

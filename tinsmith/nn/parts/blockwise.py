@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinsmith.nn.parts.norm import wide
+
 BLOCK = 64
 """Queries of a block."""
 
@@ -69,10 +71,10 @@ def _backward(
     high_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dV = P^T dY; dP = dY V^T; dS = P (dP - rowsum(dY Y)); dQ = dS K and dK = dS^T Q, scaled."""
-    wide, scale = torch.promote_types(q_NJTD.dtype, torch.float32), _scale(q_NJTD)
-    along_NJT1 = (dy_NJTE.to(wide) * y_NJTE).sum(-1, keepdim=True).to(q_NJTD.dtype)
+    kind, scale = wide(q_NJTD.dtype), _scale(q_NJTD)
+    along_NJT1 = (dy_NJTE.to(kind) * y_NJTE).sum(-1, keepdim=True).to(q_NJTD.dtype)
     dq_NJTD = torch.empty_like(q_NJTD)
-    dk_NSD, dv_NSE = torch.zeros_like(k_NSD, dtype=wide), torch.zeros_like(v_NSE, dtype=wide)
+    dk_NSD, dv_NSE = torch.zeros_like(k_NSD, dtype=kind), torch.zeros_like(v_NSE, dtype=kind)
     with torch.autocast("cpu", enabled=False):
         for part, seen, bias in _blocks(q_NJTD, k_NSD, low_BT, high_BT):
             q_NXD, dy_NXE = _rows(q_NJTD, part), _rows(dy_NJTE, part)
