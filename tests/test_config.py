@@ -48,6 +48,13 @@ def test_preset_keys_can_be_overridden_and_show_up_resolved():
     assert "preset" not in plain(config)["model"]
 
 
+def test_without_a_tokenizer_one_of_the_models_vocabulary_is_trained():
+    config = from_dict({key: value for key, value in BASE.items() if key != "tokenizer"})
+    assert config == from_dict(BASE)
+    other = from_dict(BASE | {"init_from": "runs/x", "model": None, "tokenizer": None})
+    assert other.tokenizer is None
+
+
 def test_override_reaches_into_lists():
     data = {"model": {"pattern": [{"mixer": {"kind": "gqa"}}]}}
     set_key(data, "model.pattern.0.mixer.heads=4")
@@ -85,6 +92,11 @@ def test_counts_that_are_none_are_refused(value):
         ({"data": []}, "data must name at least one source"),
         ({"model": {"preset": "minimind2-26"}}, "Did you mean 'minimind2-26m'?"),
         ({"schema": 99}, "schema: 99 is unknown here"),
+        ({"model": {"preset": "minimind2-26m", "depth": True}}, "model.depth: Input should be a"),
+        ({"train": {"seed": False}}, "train.seed: Input should be a valid integer (got False)"),
+        ({"optim": {"clip": True}}, "optim.clip: Input should be a valid number (got True)"),
+        ({"optim": {"matrices": {"lr": 1}}}, "optim.matrices: needs a `kind` (known: muon, adamw)"),
+        ({"model": {"preset": "minimind2-26m", "vocab_size": 2**70}}, "equal to 16777216"),
         ({"train": {"keep": {"last": 0}}}, "train.keep: last=0 must be at least 1"),
     ],
 )

@@ -13,7 +13,7 @@ from tinsmith.data.config import DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
 from tinsmith.objectives import ObjectiveConfig
 from tinsmith.optim.config import OptimConfig
-from tinsmith.text.config import TokenizerConfig
+from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.train.config import EvalConfig, LogConfig, ParallelConfig, TrainConfig
 
 SCHEMA = 1
@@ -27,6 +27,7 @@ class RunConfig(Config):
     model: ModelConfig | None = None
     """May be left out where `init_from` brings a model."""
     tokenizer: TokenizerConfig | None = None
+    """Without it, that of `init_from`, or one trained to the size of the model's vocabulary."""
     data: tuple[DataConfig, ...]
     """One source, or a list of them with weights."""
     objective: ObjectiveConfig
@@ -43,8 +44,9 @@ class RunConfig(Config):
             raise ValueError("data must name at least one source")
         if self.init_from is None and self.model is None:
             raise ValueError("model is required where there is no init_from")
-        if self.init_from is None and self.tokenizer is None:
-            raise ValueError("tokenizer is required where there is no init_from")
+        if self.init_from is None and self.model is not None and self.tokenizer is None:
+            fitting = TrainTokenizerConfig(vocab_size=self.model.vocab_size)
+            object.__setattr__(self, "tokenizer", TokenizerConfig(train=fitting))
 
 
 def load(

@@ -63,6 +63,12 @@ def test_generate_continues_and_is_repeatable(shell, quickstart):
     assert one.startswith("def f(x):")
 
 
+def test_a_prompt_that_is_too_long_is_not_printed_before_its_error(shell, quickstart):
+    said = shell("generate", "runs/quickstart", "-p", "def f(x): " * 3000, code=2)
+    assert "def f(x): def" not in said
+    assert said.startswith("error: ")
+
+
 def test_generate_json_counts_and_reads_standard_input(shell, quickstart):
     said = shell(
         "generate", "runs/quickstart", "-n", 2, "--max-new", 5, "--json", stdin="import os\n"

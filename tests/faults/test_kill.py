@@ -5,16 +5,20 @@ import signal
 
 import pytest
 
-KILLS = 12
+KILLS = 14
+BETWEEN_STEPS = ("in evaluate", "in sample")
 INSIDE_A_SAVE = ("model.safetensors", "optim.safetensors", "state.json", "manifest", "tokenizer")
 
 
 def kill_points(events: list[str]) -> list[int]:
-    """By a fixed seed, half anywhere and half inside saves; numbered from 1."""
+    """By a fixed seed: six inside saves, two in evaluations or samples, six anywhere else; numbered
+    from 1.
+    """
     generator = random.Random(7)
     inside = [place for place, name in enumerate(events, 1) if name in INSIDE_A_SAVE]
-    outside = [place for place in range(1, len(events) + 1) if place not in inside]
-    return generator.sample(inside, KILLS // 2) + generator.sample(outside, KILLS - KILLS // 2)
+    between = [place for place, name in enumerate(events, 1) if name in BETWEEN_STEPS]
+    rest = [place for place in range(1, len(events) + 1) if place not in {*inside, *between}]
+    return [*generator.sample(inside, 6), *generator.sample(between, 2), *generator.sample(rest, 6)]
 
 
 @pytest.mark.parametrize("number", range(KILLS))
@@ -33,7 +37,8 @@ def test_T1_killed_and_resumed_run_ends_in_the_same_bits(number, shared_place, r
 def test_T1_kill_points_reach_into_saves_and_steps(reference):
     named = {reference["events"][point - 1] for point in kill_points(reference["events"])}
     assert named & set(INSIDE_A_SAVE)
-    assert named & {"step", "micro-step"}
+    assert named & {"step", "micro-step", "in step"}
+    assert named & set(BETWEEN_STEPS)
 
 
 def test_T12_two_identical_runs_leave_identical_files(shared_place, reference):

@@ -5,8 +5,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
+
+from tinsmith.train import checkpoint
 
 STEPS = 20
 
@@ -27,13 +31,20 @@ def changed(data: dict, section: str, **values: object) -> dict:
     return data | {section: {**data.get(section, {}), **values}}
 
 
-def torchrun(place, data: dict, name: str, kind: str, *more: str) -> tuple[int, str]:
+def torchrun(
+    place,
+    data: dict,
+    name: str,
+    kind: str,
+    *more: str,
+    program: tuple[str, ...] = ("-m", "tinsmith"),
+) -> tuple[int, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = place.write(name, data | {"parallel": {"kind": kind}})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(port), "-m", "tinsmith", "train", str(path), "--name", name]
+    command += ["--master-port", str(port), *program, "train", str(path), "--name", name]
     done = subprocess.run(
         [*command, *more],
         env=place.environment(),
@@ -121,8 +132,26 @@ def test_muon_reaches_the_same_losses_on_two_ranks(shared_place, plain_recipe):
     assert_same(losses(shared_place, "muon-two"), losses(shared_place, "muon-one"), bound=1e-3)
 
 
-def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
+@pytest.mark.parametrize(
+    ("where", "kind"), [("loss", "replicate"), ("gradient", "replicate"), ("gradient", "fsdp")]
+)
+def test_T8_not_finite_on_one_rank_is_skipped_by_both(where, kind, shared_place, plain_recipe):
+    keep = {"last": 20, "best": False}
+    data = changed(plain_recipe, "train", steps=4, save_every=1, keep=keep)
+    name = f"spoilt-{where}-{kind}"
+    program = (str(Path(__file__).with_name("poisoned.py")), where)
+    code, said = torchrun(shared_place, data, name, kind, program=program)
+    assert code == 0, said
+    run = shared_place.runs / name
+    saved = [checkpoint.load(run / "checkpoints" / f"step-{step:08d}").model for step in (2, 3, 4)]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    assert any(not torch.equal(saved[1][key], saved[2][key]) for key in saved[0])
+    assert all(bool(torch.isfinite(value).all()) for value in saved[2].values())
+    bad = [row for row in shared_place.metrics(name) if row["kind"] == "bad_step"]
+    assert bad == [{"step": 3, "kind": "bad_step", "first_sample": 16, "end_sample": 24}]
 
+
+def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
     long = changed(plain_recipe, "train", steps=100_000)
     path = shared_place.write("pair", long | {"parallel": {"kind": "replicate"}})
     with socket.socket() as probe:

@@ -47,6 +47,36 @@ def test_T7_stopped_and_resumed_run_ends_in_the_same_bits(shared_place, recipe, 
     assert shared_place.result("halted")["metrics"] == reference["metrics"]
 
 
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("in step", 4),
+        ("in evaluate", 1),
+        ("in sample", 3),
+        ("model.safetensors", 2),
+        ("renamed", 1),
+    ],
+)
+def test_T7_a_stop_that_arrives_anywhere_resumes_to_the_same_bits(
+    where, number, shared_place, recipe, reference
+):
+    """At the `number`th event of that name: in a step, an evaluation, a sample, twice in a save."""
+    places = [at for at, name in enumerate(reference["events"], 1) if name.startswith(where)]
+    name = f"stopped-{where.replace(' ', '-')}"
+    code, said = shared_place.train(
+        recipe, name, TINSMITH_KILL_AT=str(places[number - 1]), TINSMITH_KILL_BY="SIGTERM"
+    )
+    assert code == 75, said
+    stopped = sorted((shared_place.runs / name / "checkpoints").glob("step-*"))
+    assert all((folder / "manifest.json").exists() for folder in stopped)
+    assert f"step-{said.split('stopped at step ')[1].split(';')[0]:>08}" == stopped[-1].name
+    code, said = shared_place.train(recipe, name, "--resume")
+    assert code == 0, said
+    found = shared_place.result(name)
+    for key in ("model.safetensors", "optim.safetensors", "rng-00000.safetensors", "metrics"):
+        assert found[key] == reference[key], key
+
+
 def test_T7_second_interrupt_quits_at_once(place, recipe):
     long = recipe | {"train": recipe["train"] | {"steps": 100_000, "rows": 256, "context": 64}}
     process = place.start("train", place.write("quit", long), "--name", "quit")

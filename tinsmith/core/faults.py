@@ -1,5 +1,5 @@
 """Counted events at which a test may kill the process: `TINSMITH_KILL_AT=17` means SIGKILL at the
-17th.
+17th, or the signal that `TINSMITH_KILL_BY` names.
 
 A kill at a counted event is the same on a fast and on a slow machine, which a kill after some
 seconds is not. `TINSMITH_COUNT_EVENTS=FILE` writes how many events a run passed, so that a test can
@@ -19,13 +19,14 @@ def _make() -> Callable[[str], None]:
     report = os.environ.get("TINSMITH_COUNT_EVENTS")
     if not limit and not report:
         return lambda name: None
+    sent = signal.Signals[os.environ.get("TINSMITH_KILL_BY", "SIGKILL")]
     counter = itertools.count(1)
     names: list[str] = []
 
     def passed(name: str) -> None:
         names.append(name)
         if next(counter) == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
 
     if report:
         atexit.register(lambda: Path(report).write_text("\n".join(names), encoding="utf-8"))

@@ -8,6 +8,7 @@ import difflib
 import re
 import types
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,9 +18,17 @@ T = TypeVar("T")
 
 
 class Config:
-    """Base of every config dataclass: unknown keys are refused."""
+    """Base of every config dataclass: unknown keys are refused, and `true` is no number."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(
+            partial(_refuse_truth_for_numbers, source), handler(source)
+        )
 
 
 class Kind:
@@ -44,6 +53,25 @@ class _CountReader:
         return core_schema.no_info_before_validator_function(read_count, handler(source))
 
 
+def _refuse_truth_for_numbers(kind: Any, data: Any) -> Any:
+    """The data as it is. Python's `True` is an int, so pydantic reads `depth: true` as 1."""
+    from pydantic_core import InitErrorDetails, ValidationError
+
+    hints = get_type_hints(kind) if isinstance(data, dict) else {}
+    wrong = [
+        InitErrorDetails(
+            type="int_type" if int in members else "float_type", loc=(key,), input=data[key]
+        )
+        for key, hint in hints.items()
+        if isinstance(data.get(key), bool)
+        and not {bool, Any} & (members := {hint, *get_args(hint)})
+        and members & {int, float}
+    ]
+    if wrong:
+        raise ValidationError.from_exception_data(kind.__name__, wrong)
+    return data
+
+
 def read_count(value: Any) -> Any:
     """`20k` -> 20000, `1e6` -> 1000000; anything else is returned as it is, for the validator to
     judge.
@@ -65,6 +93,19 @@ def read_count(value: Any) -> Any:
 
 
 Count = Annotated[int, _CountReader()]
+
+
+class _SizeBounds:
+    """Lets no size through that torch could not even multiply by another one."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.int_schema(le=2**24)
+
+
+Size = Annotated[int, _SizeBounds()]
+"""The length of an axis of a tensor."""
 
 
 def parse(kind: Any, data: Any, where: str = "") -> Any:
@@ -143,7 +184,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _explain(kind: Any, problem: Any, where: str) -> str:
-    keys, owner = _walk(kind, problem["loc"])
+    keys, owner, reached = _walk(kind, problem["loc"])
     place = ": ".join(part for part in (where, ".".join(str(key) for key in keys)) if part)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in fields(owner)] if owner else []
@@ -155,7 +196,8 @@ def _explain(kind: Any, problem: Any, where: str) -> str:
         tag = problem["ctx"]["tag"]
         return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{nearest(tag, expected)}"
     if problem["type"] == "union_tag_not_found":
-        return f"{place}: needs a `kind`"
+        known = [str(_tag(_bare(member))) for member in get_args(_bare(reached))]
+        return f"{place}: needs a `kind`{_list(known)}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     got = problem["input"]
     shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
@@ -166,9 +208,9 @@ def _list(names: list[str]) -> str:
     return f" (known: {', '.join(names)})" if names else ""
 
 
-def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """The keys a user wrote (without pydantic's union tags) and the dataclass that owns the last
-    of them.
+def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any, Any]:
+    """The keys a user wrote (without pydantic's union tags), the dataclass that owns the last of
+    them, and the type that was asked for there.
     """
     keys: list[Any] = []
     owner = None
@@ -197,7 +239,7 @@ def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any]:
                 kind = arguments[-1]
         else:
             keys.append(step)
-    return keys, owner
+    return keys, owner, kind
 
 
 def _bare(kind: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, nearest, parse, plain, read_yaml
+from tinsmith.core.parse import Config, Size, nearest, parse, plain, read_yaml
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig
 from tinsmith.nn.parts.rope import Rope
@@ -42,13 +42,13 @@ class Dropout(Config):
 class ModelConfig(Config):
     """A language model: `first` layers, then `pattern` tiled, then `last`, `depth` in all."""
 
-    vocab_size: int
-    dim: int
-    depth: int
+    vocab_size: Size
+    dim: Size
+    depth: Size
     pattern: tuple[Layer, ...]
     first: tuple[Layer, ...] = ()
     last: tuple[Layer, ...] = ()
-    max_context: int = 2048
+    max_context: Size = 2048
     tie_embeddings: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5

@@ -15,6 +15,7 @@ from torch import nn
 from tinsmith.config import RunConfig, dump
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
+from tinsmith.core.faults import event
 from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import size
@@ -89,6 +90,7 @@ class Run:
         """Called wherever time is spent; a stop that any rank was asked for interrupts all of
         them.
         """
+        event(f"in {self.state.pending[0] if self.state.pending else 'step'}")
         if self.ranks.any(self.flag.stop):
             raise Interrupted
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import chain
 from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
@@ -77,12 +78,11 @@ def _standard_input() -> str:
 
 
 def _show(lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Request) -> None:
-    if not request.chat:
-        sys.stdout.write(text)
     pieces = stream(
         lm, tokenizer, ids, sampling=request.sampling, max_new=request.max_new, stop=request.stop
     )
-    for piece in pieces:
+    first = next(pieces, "")  # a prompt that does not fit is refused here, before it is printed
+    for piece in chain([first if request.chat else text + first], pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

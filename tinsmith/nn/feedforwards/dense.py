@@ -10,6 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardKind, Out, Site
 from tinsmith.nn.parts.init import Output
 
@@ -19,7 +20,7 @@ class SwiGLU(FeedForwardKind):
     """Gated feed-forward of width `hidden`."""
 
     kind: Literal["swiglu"] = "swiglu"
-    hidden: int
+    hidden: Size
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -35,7 +36,7 @@ class ReLU2(FeedForwardKind):
     """Feed-forward of width `hidden` with a squared ReLU."""
 
     kind: Literal["relu2"] = "relu2"
-    hidden: int
+    hidden: Size
     bias: bool = False
 
     def __post_init__(self) -> None:

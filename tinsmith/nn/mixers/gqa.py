@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
 from tinsmith.nn.parts.attend import attend, reach
 from tinsmith.nn.parts.cache import Append, Ring
@@ -28,9 +29,9 @@ class GQA(MixerKind):
     """Grouped-query attention; `window` makes it sliding."""
 
     kind: Literal["gqa"] = "gqa"
-    heads: int = 8
-    kv_heads: int | None = None  # = heads
-    head_dim: int | None = None  # = dim // heads
+    heads: Size = 8
+    kv_heads: Size | None = None  # = heads
+    head_dim: Size | None = None  # = dim // heads
     qk_norm: bool = False
     window: int | None = None
     sinks: bool = False
