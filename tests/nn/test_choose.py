@@ -1,0 +1,38 @@
+"""Choices: by score, then by index, whatever the last bits say."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinsmith.nn.parts.choose import top
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, -1.0, 3.25, float("-inf")]), min_size=1, max_size=30))
+def test_the_best_first_and_ties_by_index(scores):
+    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    for count in (1, 3, len(scores)):
+        found = top(torch.tensor(scores), count).tolist()
+        assert found == expected[:count]
+
+
+@given(st.integers(0, 1000))
+def test_last_bits_do_not_choose(seed):
+    source = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-8, 8, (40,), generator=source) / 4
+    noise = 1e-7 * torch.randn(40, generator=source)
+    assert torch.equal(top(scores + noise, 12), top(scores, 12))
+
+
+def test_a_longer_row_chooses_the_same():
+    scores = torch.randint(0, 3, (5, 20), generator=torch.Generator().manual_seed(0)).float()
+    longer = torch.cat((scores, torch.full((5, 9), -torch.inf)), -1)
+    assert torch.equal(top(longer, 7), top(scores, 7))
+
+
+def test_scores_beyond_the_grid_are_ties_and_nothing_overflows():
+    scores = torch.tensor([1e30, -1e30, 5e30, 0.0, float("inf"), float("-inf")])
+    assert top(scores, 6).tolist() == [0, 2, 4, 3, 1, 5]
+
+
+def test_more_than_there_are_is_all():
+    assert top(torch.tensor([[1.0, 2.0]]), 5).tolist() == [[1, 0]]
