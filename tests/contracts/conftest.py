@@ -30,6 +30,10 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "rope": False},
         {"heads": 4, "kv_heads": 1, "head_dim": 12},
     ],
+    "mla": [
+        {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10},
+        {"heads": 2, "kv_rank": 24, "q_rank": None, "nope_dim": 4, "rope_dim": 8, "v_dim": 4},
+    ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "plain": [{}],
@@ -39,6 +43,7 @@ HELD: dict[str, Callable[[Any, int], int]] = {
     "gqa": lambda mixer, capacity: (
         2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
     ),
+    "mla": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim) * capacity,
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 

@@ -64,6 +64,8 @@ class Site(NamedTuple):
     attention: str = "sdpa"
     attention_dropout: float = 0.0
     rotary: bool = True
+    rotary_factor: float = 1.0
+    """What the rotary tables multiply queries and keys by (YaRN's temperature)."""
     first_value: bool = False
     """True where this mixer is the first of the model to offer its values."""
 

@@ -96,6 +96,7 @@ class LM(nn.Module):
                 attention=config.attention,
                 attention_dropout=config.dropout.attention,
                 rotary=config.positions == "rope",
+                rotary_factor=config.rope.factor,
                 first_value=offers and not offered,
             )
             blocks.append(Block(config, layer, site))

@@ -4,5 +4,6 @@ from typing import Annotated
 
 from tinsmith.core.parse import Kind
 from tinsmith.nn.mixers.gqa import GQA
+from tinsmith.nn.mixers.mla import MLA
 
-MixerConfig = Annotated[GQA, Kind()]
+MixerConfig = Annotated[GQA | MLA, Kind()]

@@ -8,7 +8,7 @@ buffers that `.to(dtype)` could round.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,10 +35,15 @@ class Yarn(Config):
     def __post_init__(self) -> None:
         _stretches(self.factor, self.original_context)
 
-    def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
-        """Frequencies (d/2,) -> stretched frequencies and the factor of cos and sin (0.1 ln s +
-        1 unless given).
-        """
+    @property
+    def turn(self) -> float:
+        """What cos and sin are multiplied by: 0.1 ln s + 1 unless given."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def apply(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Frequencies (d/2,) -> stretched frequencies."""
         half = len(frequencies)
 
         def turning(rotations: float) -> float:
@@ -53,10 +58,7 @@ class Yarn(Config):
         high = min(math.ceil(turning(self.beta_slow)), 2 * half - 1)
         index = torch.arange(half, dtype=frequencies.dtype, device=frequencies.device)
         ramp = ((index - low) / ((high - low) or 1e-3)).clamp(0, 1)
-        factor = self.attention_factor
-        if factor is None:
-            factor = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-        return frequencies * (1 - ramp + ramp / self.factor), factor
+        return frequencies * (1 - ramp + ramp / self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +67,14 @@ class Linear(Config):
 
     kind: Literal["linear"] = "linear"
     factor: float
+    turn: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         _stretches(self.factor)
 
-    def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
-        """Frequencies (d/2,) -> stretched frequencies, and 1."""
-        return frequencies / self.factor, 1.0
+    def apply(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Frequencies (d/2,) -> stretched frequencies."""
+        return frequencies / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class Llama3(Config):
     original_context: int
     low_factor: float = 1.0
     high_factor: float = 4.0
+    turn: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         _stretches(self.factor, self.original_context)
@@ -93,11 +97,11 @@ class Llama3(Config):
                 f"high_factor={self.high_factor} must be above low_factor={self.low_factor}"
             )
 
-    def apply(self, frequencies: Tensor, theta: float) -> tuple[Tensor, float]:
-        """Frequencies (d/2,) -> stretched frequencies, and 1."""
+    def apply(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Frequencies (d/2,) -> stretched frequencies."""
         turns = self.original_context * frequencies / (2 * math.pi)
         smooth = ((turns - self.low_factor) / (self.high_factor - self.low_factor)).clamp(0, 1)
-        return frequencies * ((1 - smooth) / self.factor + smooth), 1.0
+        return frequencies * ((1 - smooth) / self.factor + smooth)
 
 
 def _stretches(factor: float, original_context: int = 1) -> None:
@@ -121,6 +125,11 @@ class Rope(Config):
         if self.theta <= 1:
             raise ValueError(f"theta={self.theta} must be above 1")
 
+    @property
+    def factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        return self.scaling.turn if self.scaling else 1.0
+
 
 def frequencies(
     rope: Rope, dim: int, dtype: torch.dtype, device: torch.device | None
@@ -128,7 +137,7 @@ def frequencies(
     """(dim/2,) angular frequencies theta^(-2i/dim) after scaling, and the factor of cos and sin."""
     exponents = torch.arange(0, dim, 2, dtype=dtype, device=device) / dim
     plain = 1.0 / torch.tensor(rope.theta, dtype=dtype, device=device) ** exponents
-    return rope.scaling.apply(plain, rope.theta) if rope.scaling else (plain, 1.0)
+    return (rope.scaling.apply(plain, rope.theta) if rope.scaling else plain), rope.factor
 
 
 def tables(rope: Rope, dim: int, positions_BT: Tensor, dtype: torch.dtype) -> Rotary:

@@ -1,0 +1,196 @@
+"""Multi-head latent attention: against DeepSeek-V3's in transformers, and its two ways of
+attending against each other.
+"""
+
+import pytest
+import torch
+
+from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.mixers.mla import MLA, absorbing_pays
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.parts.attend import Reach
+from tinsmith.nn.parts.rope import Rope, Yarn, tables
+
+DIM, TOKENS = 40, 13
+SIZES = [
+    {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10},
+    {"heads": 3, "kv_rank": 24, "q_rank": None, "nope_dim": 4, "rope_dim": 8, "v_dim": 5},
+]
+
+
+@pytest.fixture(params=SIZES, ids=["q_rank", "straight"])
+def config(request):
+    return MLA(**request.param)
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def mixer_of(config, dtype=torch.float64, rope=None):
+    torch.manual_seed(0)
+    factor = 1.0 if rope is None else rope.factor
+    mixer = config.build(Site(DIM, 0, 1, rotary_factor=factor)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return mixer
+
+
+def context(config, rope=None, rows=2, dtype=torch.float64):
+    positions = torch.arange(TOKENS).expand(rows, -1)
+    rotary = tables(rope or Rope(), config.rope_dim, positions, dtype)
+    return Ctx(positions, None, None, {config.rope_dim: rotary})
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def theirs_of(mixer, config, scaling=None):
+    """transformers' module with the same weights; its turned parts come in pairs."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3Attention,
+        DeepseekV3Config,
+        DeepseekV3RotaryEmbedding,
+    )
+
+    settings = DeepseekV3Config(
+        hidden_size=DIM,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        kv_lora_rank=config.kv_rank,
+        q_lora_rank=config.q_rank,
+        qk_nope_head_dim=config.nope_dim,
+        qk_rope_head_dim=config.rope_dim,
+        v_head_dim=config.v_dim,
+        max_position_embeddings=64,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"} | (scaling or {}),
+        rope_interleave=False,
+        attn_implementation="eager",
+    )
+    theirs = DeepseekV3Attention(settings, 0).eval()
+    names = {
+        "queries.down": "q_a_proj",
+        "queries.norm": "q_a_layernorm",
+        "queries.up": "q_proj" if config.q_rank is None else "q_b_proj",
+        "keys.down": "kv_a_proj_with_mqa",
+        "keys.norm": "kv_a_layernorm",
+        "keys.up": "kv_b_proj",
+        "o_proj": "o_proj",
+    }
+    state = {}
+    for name, tensor in mixer.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        state[f"{names[module]}.{leaf}"] = tensor
+    theirs.load_state_dict(state)
+    return theirs, DeepseekV3RotaryEmbedding(settings)
+
+
+STRETCHED = Yarn(factor=4.0, original_context=16)
+IN_THEIR_WORDS = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+@pytest.mark.parametrize(("scaling", "words"), [(None, None), (STRETCHED, IN_THEIR_WORDS)])
+def test_outputs_and_gradients_are_those_of_deepseek_v3(config, scaling, words):
+    rope = Rope(scaling=scaling)
+    mixer = mixer_of(config, torch.float32, rope)
+    theirs, embedding = theirs_of(mixer, config, words)
+    x = noise(2, TOKENS, DIM, dtype=torch.float32).requires_grad_()
+    positions = torch.arange(TOKENS).expand(2, -1)
+    mask = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)[None, None]
+    expected = theirs(x, embedding(x, positions), mask)[0]
+    found = mixer(x, context(config, rope, dtype=torch.float32)).y
+    close(found, expected, 1e-5)
+    weight = noise(2, TOKENS, DIM, dtype=torch.float32)
+    grads = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, expected)]
+    close(grads[0], grads[1], 1e-4)
+
+
+def test_absorbed_equals_expanded(config):
+    mixer = mixer_of(config)
+    nope, turned, _ = mixer.queries(noise(2, 3, DIM), None)
+    latent, key = mixer.keys(noise(2, TOKENS, DIM), None)
+    seen = Reach(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[4, 9, 12], [0, 1, 2]]))
+    ways = (mixer._absorbed, mixer._expanded)
+    close(*(way(nope, turned, latent, key, seen) for way in ways), 1e-12)
+
+
+def test_the_cheaper_way_is_taken(config):
+    """Few queries are absorbed, many expanded, unless a latent is as narrow as what it stands for."""
+    narrow = 2 * config.kv_rank <= config.nope_dim + config.v_dim
+    assert absorbing_pays(config, 1)
+    assert absorbing_pays(config, 10**6) == narrow
+    large = MLA(heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, v_dim=128)
+    assert absorbing_pays(large, 170)
+    assert not absorbing_pays(large, 171)
+
+
+def test_a_cache_holds_one_latent_and_one_turned_key_per_token(config):
+    held = mixer_of(config).new_cache(3, 10, torch.float64, torch.device("cpu"))
+    assert held.nbytes() == 3 * 10 * (config.kv_rank + config.rope_dim) * 8
+    assert [tensor.shape[2:] for tensor in held.tensors] == [
+        (config.kv_rank,),
+        (config.rope_dim,),
+    ]
+
+
+def test_the_seeds_sizes_hold_96_numbers_per_token():
+    mixer = MLA().build(Site(512, 0, 1))
+    assert mixer.new_cache(1, 1, torch.float32, torch.device("cpu")).nbytes() == 96 * 4
+
+
+def test_A9_the_shared_key_is_not_divided_by_the_heads():
+    """The turned parts of q and k alone make the logits of a model whose other parts are 0."""
+    config = MLA(**SIZES[0])
+    mixer = mixer_of(config)
+    with torch.no_grad():
+        mixer.keys.up.weight.unflatten(0, (4, 16))[:, :6] = 0.0
+    x, ctx = noise(1, TOKENS, DIM), context(config, rows=1)
+    rotary = ctx.rotary[4]
+    _, turned, _ = mixer.queries(x, rotary)
+    latent, key = mixer.keys(x, rotary)
+    scores = torch.einsum("bthr,bsr->bhts", turned, key) / (6 + 4) ** 0.5
+    hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    _, values = mixer.keys.expanded(latent, key)
+    expected = mixer.o_proj(torch.einsum("bhts,bshv->bthv", weights, values).flatten(2))
+    close(mixer(x, ctx).y, expected)
+
+
+def test_without_rotary_positions_nothing_is_turned():
+    layer = {"mixer": {"kind": "mla", **SIZES[0]}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+    sizes = {"vocab_size": 11, "dim": DIM, "depth": 2, "pattern": [layer]}
+    torch.manual_seed(0)
+    lm = LM(ModelConfig.from_dict(sizes | {"positions": "none"})).double().eval()
+    assert all(block.mixer.rotary_dim is None for block in lm.blocks)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    close(lm(ids, positions=torch.tensor([[9, 9, 9, 9, 9]])).logits, lm(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"rope_dim": 5}, "rope_dim=5 must be even"),
+        ({"kv_rank": 0}, "kv_rank=0 must be at least 1"),
+        ({"q_rank": 0}, "q_rank=0 must be at least 1"),
+        ({"heads": 0}, "heads=0 must be at least 1"),
+    ],
+)
+def test_sizes_that_cannot_work_are_one_line(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        MLA(**sizes)
+
+
+def test_flops_count_projections_and_pairs():
+    config = MLA()
+    mixer = config.build(Site(512, 0, 1))
+    weights = 512 * 96 + 96 * 8 * 96 + 512 * 96 + 32 * 8 * 64 + 8 * 32 * 512
+    pairs = 8 * (32 + 64 + 32) * (100 + 1)
+    assert mixer.flops(100) == 2 * weights + pairs

@@ -1,0 +1,129 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1).
+
+    q_t = [W_UQ c^Q_t, turned(W_QR c^Q_t)]           c^Q_t = norm(W_DQ x_t)
+    y_t = O softmax((q_t . k_s) / sqrt(N + R)) v_s   keys and values: `parts.latent`
+
+A cache holds kv_rank + rope_dim numbers per token, for all heads together. Many queries at once
+attend to expanded keys and values; with a cache, few queries are absorbed instead, whatever costs
+fewer products. Under YaRN the whole logit gets the factor, not the turned part alone (DeepSeek's
+`mscale_all_dim`).
+
+Legend: B rows, T tokens, H heads, N un-turned part of a head, R turned part, C latent, V values.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinsmith.core.parse import Size
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
+from tinsmith.nn.parts.attend import Reach, attend, reach
+from tinsmith.nn.parts.cache import Append
+from tinsmith.nn.parts.init import Output
+from tinsmith.nn.parts.latent import LatentKeys, LatentQueries
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLA(MixerKind):
+    """Multi-head latent attention; the defaults are Tiny-R2's."""
+
+    kind: Literal["mla"] = "mla"
+    heads: Size = 8
+    kv_rank: Size = 32
+    q_rank: Size | None = 96  # null: queries straight from x
+    nope_dim: Size = 32
+    rope_dim: Size = 64
+    v_dim: Size = 32
+
+    def __post_init__(self) -> None:
+        check_widths(self)
+
+    def build(self, site: Site) -> "MLAMixer":
+        """The module."""
+        return MLAMixer(self, site)
+
+
+class MLAMixer(Mixer):
+    """The module of `MLA`."""
+
+    def __init__(self, config: MLA, site: Site):
+        super().__init__()
+        self.config, self.dim = config, site.dim
+        self.rotary_dim = config.rope_dim if site.rotary else None
+        self.nope_factor = site.rotary_factor**2
+        self.attention, self.dropout = site.attention, site.attention_dropout
+        widths = (config.nope_dim, config.rope_dim)
+        self.queries = LatentQueries(site.dim, config.heads, config.q_rank, *widths)
+        self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths, config.v_dim)
+        self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
+
+    def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
+        """x (B, T, D) -> Out.y (B, T, D)."""
+        rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
+        nope_BTHN, rope_BTHR, _ = self.queries(x, rotary)
+        nope_BTHN = nope_BTHN * self.nope_factor
+        latent_BSC, rope_BSR = self.keys(x, rotary)
+        if cache is None:
+            seen, way = reach(ctx.segments, x.shape[1], None, x.device), self._expanded
+        else:
+            (latent_BSC, rope_BSR), seen = cache.append(ctx.segments, latent_BSC, rope_BSR)
+            latent_BSC, rope_BSR = latent_BSC.to(x.dtype), rope_BSR.to(x.dtype)
+            way = self._absorbed if absorbing_pays(self.config, x.shape[1]) else self._expanded
+        y_BTHV = way(nope_BTHN, rope_BTHR, latent_BSC, rope_BSR, seen)
+        return Out(self.o_proj(y_BTHV.flatten(2)))
+
+    def _expanded(
+        self, nope_BTHN: Tensor, rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen: Reach
+    ) -> Tensor:
+        k_BSHD, v_BSHV = self.keys.expanded(latent_BSC, rope_BSR)
+        return self._attend(torch.cat((nope_BTHN, rope_BTHR), -1), k_BSHD, v_BSHV, seen)
+
+    def _absorbed(
+        self, nope_BTHN: Tensor, rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen: Reach
+    ) -> Tensor:
+        q_BTHD = torch.cat((self.keys.absorb(nope_BTHN), rope_BTHR), -1)
+        # attend() divides by the root of the width of q, which is another one here
+        q_BTHD = q_BTHD * math.sqrt(q_BTHD.shape[-1] / (nope_BTHN.shape[-1] + rope_BTHR.shape[-1]))
+        k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
+        return self.keys.values(self._attend(q_BTHD, k_BS1D, latent_BSC[:, :, None], seen))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Reach) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return attend(q, k, v, seen, kind=self.attention, dropout=dropout)
+
+    def new_cache(
+        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """Latents (normalised) and turned keys: kv_rank + rope_dim numbers per token."""
+        shapes: list[tuple[int, ...]] = [(self.config.kv_rank,), (self.config.rope_dim,)]
+        return Append(rows, capacity, shapes, dtype, device)
+
+    def flops(self, context: int) -> int:
+        """Projections, and scores and sums over the keys that are seen on average."""
+        config = self.config
+        pair = config.heads * (config.nope_dim + config.rope_dim + config.v_dim)
+        return projection_flops(self) + int(pair * (context + 1))
+
+
+def check_widths(config: Any) -> None:
+    """ValueError where a size of a latent mixer is impossible."""
+    for name in ("heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if config.rope_dim % 2:
+        raise ValueError(f"rope_dim={config.rope_dim} must be even to be rotated")
+
+
+def absorbing_pays(config: Any, queries: int) -> bool:
+    """Whether products with latents cost less than expanding every latent, per key and head."""
+    wider = 2 * config.kv_rank - (config.nope_dim + config.v_dim)
+    return queries * wider <= config.kv_rank * (config.nope_dim + config.v_dim)
+
+
+def projection_flops(mixer: nn.Module) -> int:
+    """Of one token through every linear layer of a mixer."""
+    return sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear))

@@ -1,0 +1,79 @@
+"""Keys, values and queries that pass through a narrow latent: the parts of multi-head latent
+attention (DeepSeek-V2, 2405.04434, section 2.1).
+
+    c_t = norm(W_DKV x_t)    k_t = [W_UK c_t, turned(W_KR x_t)]    v_t = W_UV c_t
+
+The turned part of a key is one for all heads. Only c_t and it need to be remembered.
+
+*Absorbed*, the up-projection moves to the other side of the products: with q' = W_UK^T q the score
+is q'.c_s, and W_UV is applied once, to the weighted sum of latents. Then all heads share one key
+[c_s, k^R_s] and one value c_s: no key or value is ever expanded.
+
+Legend: B rows, T tokens, S keys, H heads, N un-turned part of a head, R turned part, C latent, V
+value width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tinsmith.nn.contract import Rotary
+from tinsmith.nn.parts.norm import RMSNorm
+from tinsmith.nn.parts.rope import rotate
+
+EPS = 1e-6
+"""Of the norms of latents, whatever that of the stream: DeepSeek's."""
+
+
+class LatentQueries(nn.Module):
+    """Queries of `heads` heads, through a latent of `rank` numbers, or straight where it is None."""
+
+    def __init__(self, dim: int, heads: int, rank: int | None, nope_dim: int, rope_dim: int):
+        super().__init__()
+        self.heads, self.split = heads, (nope_dim, rope_dim)
+        self.down = nn.Identity() if rank is None else nn.Linear(dim, rank, bias=False)
+        self.norm = nn.Identity() if rank is None else RMSNorm(rank, EPS)
+        self.up = nn.Linear(dim if rank is None else rank, heads * sum(self.split), bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> (B, T, H, N), turned (B, T, H, R), and the latent they are made of."""
+        latent = self.norm(self.down(x))
+        q_BTHD = self.up(latent).unflatten(-1, (self.heads, sum(self.split)))
+        nope_BTHN, rope_BTHR = q_BTHD.split(self.split, -1)
+        return nope_BTHN, rope_BTHR if rotary is None else rotate(rope_BTHR, rotary), latent
+
+
+class LatentKeys(nn.Module):
+    """What is remembered of a token, and the two ways to attend to it."""
+
+    def __init__(self, dim: int, heads: int, rank: int, nope_dim: int, rope_dim: int, v_dim: int):
+        super().__init__()
+        self.heads, self.split, self.widths = heads, (rank, rope_dim), (nope_dim, v_dim)
+        self.down = nn.Linear(dim, rank + rope_dim, bias=False)
+        self.norm = RMSNorm(rank, EPS)
+        self.up = nn.Linear(rank, heads * sum(self.widths), bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> latents (B, T, C) and turned keys (B, T, R)."""
+        latent_BTC, rope_BTR = self.down(x).split(self.split, -1)
+        if rotary is not None:
+            rope_BTR = rotate(rope_BTR[:, :, None], rotary)[:, :, 0]
+        return self.norm(latent_BTC), rope_BTR
+
+    def expanded(self, latent_BSC: Tensor, rope_BSR: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, S, H, N + R) and values (B, S, H, V) of every head."""
+        both = self.up(latent_BSC).unflatten(-1, (self.heads, sum(self.widths)))
+        nope_BSHN, v_BSHV = both.split(self.widths, -1)
+        rope_BSHR = rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
+        return torch.cat((nope_BSHN, rope_BSHR), -1), v_BSHV
+
+    def absorb(self, nope_BTHN: Tensor) -> Tensor:
+        """Queries that meet latents instead of keys: (B, T, H, C)."""
+        return torch.einsum("bthn,hnc->bthc", nope_BTHN, self._by_head()[0])
+
+    def values(self, mixed_BTHC: Tensor) -> Tensor:
+        """Weighted sums of latents -> those of values (B, T, H, V)."""
+        return torch.einsum("bthc,hvc->bthv", mixed_BTHC, self._by_head()[1])
+
+    def _by_head(self) -> tuple[Tensor, ...]:
+        """W_UK (H, N, C) and W_UV (H, V, C)."""
+        return self.up.weight.unflatten(0, (self.heads, sum(self.widths))).split(self.widths, 1)
