@@ -9,12 +9,13 @@ import torch
 from tinsmith.nn.model import LM, ModelConfig
 
 VOCABULARY = 96
+GROUPED = {"kind": "gqa", "heads": 4, "kv_heads": 2}
 
 
 def _model(mixer: dict[str, Any] | None = None, **changes: Any) -> LM:
     """A tiny model in eval mode whose weights are all random, biases and norms too."""
     layer = {
-        "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2} | (mixer or {}),
+        "mixer": mixer if mixer and "kind" in mixer else GROUPED | (mixer or {}),
         "feed_forward": {"kind": "swiglu", "hidden": 48},
     }
     data = {"vocab_size": VOCABULARY, "dim": 32, "depth": 3, "max_context": 64, "pattern": [layer]}

@@ -72,6 +72,13 @@ def test_every_model_reads_back_as_the_same_layers(
     assert written_out(after) == written_out(before)
 
 
+def mla(**sizes):
+    return {
+        "mixer": {"kind": "mla", "heads": 4} | sizes,
+        "feed_forward": {"kind": "swiglu", "hidden": 48},
+    }
+
+
 def written_out(config):
     """All that decides what is computed, in one form."""
     layers = [
@@ -94,6 +101,7 @@ def written_out(config):
     ("layers", "changes", "family"),
     [
         ([layer()], {}, "llama"),
+        ([mla()], {}, "deepseek_v3"),
         ([layer(bias="all")], {}, "llama"),
         ([layer(head_dim=16)], {}, "llama"),
         ([layer(window=5)], {}, "mistral"),
@@ -125,6 +133,9 @@ def biased(one):
     ("layers", "changes", "reason"),
     [
         ([layer(), relu2(layer())], {}, "layer 1 has feed_forward relu2"),
+        ([layer(), mla()], {}, "layer 1 is of another shape than layer 0"),
+        ([mla(), mla(v_dim=4)], {}, "layer 1 is of another shape than layer 0"),
+        ([relu2(mla())], {}, "layer 0 has feed_forward relu2"),
         ([layer(sinks=True)], {}, "layer 0 has sinks"),
         ([layer(value_residual=True)], {}, "layer 0 has value_residual"),
         ([layer(), layer(rope=False)], {}, "layer 1 has rope: false"),
@@ -194,10 +205,13 @@ def test_silence_means_what_it_means_to_transformers(kind):
     assert mixer.window == (4096 if kind == "mistral" else None)
 
 
+DENSE = {"first_k_dense_replace": 4}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("gpt2", {}, "model_type: 'gpt2' is not one of llama, mistral, qwen2, qwen3, tinsmith"),
+        ("gpt2", {}, "model_type: 'gpt2' is not one of llama, mistral, qwen2, qwen3, d"),
         ("qwen4", {}, "Did you mean 'qwen"),
         (None, {}, "model_type: None is not one of"),
         (["llama"], {}, "model_type: ['llama'] is not one of"),
@@ -229,6 +243,15 @@ def test_silence_means_what_it_means_to_transformers(kind):
         ("qwen2", {"layer_types": [[]] * 4}, "layer_types: [] is not one of"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "but no sliding_window is in use"),
         ("qwen2", {"max_window_layers": "x"}, "max_window_layers: must be a whole number"),
+        ("deepseek_v3", {}, "first_k_dense_replace: 3 of 4 layers: experts are not read"),
+        ("deepseek_v3", DENSE | {"rope_interleave": False}, "rope_interleave: False is not"),
+        ("deepseek_v3", DENSE | {"attention_bias": True}, "attention_bias: True is not supported"),
+        ("deepseek_v2", DENSE | {"qk_rope_head_dim": 7}, "rope_dim=7 must be even"),
+        (
+            "deepseek_v3",
+            DENSE | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling: mscale: must be that of mscale_all_dim",
+        ),
         ("tinsmith", {}, "tinsmith.schema: None, and this version reads 1"),
         ("tinsmith", {"tinsmith": {"schema": 2}}, "tinsmith.schema: 2, and this version reads 1"),
         ("tinsmith", {"tinsmith": {"schema": 1}}, "tinsmith.model: must be an object"),

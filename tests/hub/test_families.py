@@ -23,6 +23,17 @@ ALTERNATING = {
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+LATENT = {
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 3,
+    "num_nextn_predict_layers": 0,
+}
+SCALED = {"mscale": 0.707, "mscale_all_dim": 0.707}
 CASES = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
@@ -57,6 +68,20 @@ CASES = {
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
     "qwen3 alternating windows": ("qwen3", {"head_dim": 8} | ALTERNATING),
     "qwen3 yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN | THETA}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3 straight, tied": (
+        "deepseek_v3",
+        LATENT | {"q_lora_rank": None, "tie_word_embeddings": True},
+    ),
+    "deepseek_v3 yarn": (
+        "deepseek_v3",
+        LATENT | {"rope_parameters": YARN | THETA | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v2": ("deepseek_v2", LATENT),
+    "deepseek_v2 yarn": (
+        "deepseek_v2",
+        LATENT | {"q_lora_rank": None, "rope_parameters": YARN | THETA | SCALED},
+    ),
 }
 
 
@@ -116,11 +141,22 @@ def test_their_folder_gives_their_logits_and_goes_back_bit_for_bit(
     assert all(torch.equal(before[name], after[name]) for name in before)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     windowless = kind == "mistral" and hugging_face.config.sliding_window is None
-    assert back.config.model_type == ("llama" if windowless else kind)
+    renamed = {"deepseek_v2": "deepseek_v3"} | ({"mistral": "llama"} if windowless else {})
+    assert back.config.model_type == renamed.get(kind, kind)
     with torch.no_grad():
-        assert torch.equal(back(ids).logits, hugging_face(ids).logits)
+        found, wanted = back(ids).logits, hugging_face(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-6 if kind in renamed else 0.0, rtol=0)
 
 
+MLA = {
+    "kind": "mla",
+    "heads": 4,
+    "kv_rank": 12,
+    "q_rank": 20,
+    "nope_dim": 6,
+    "rope_dim": 8,
+    "v_dim": 10,
+}
 OURS = {
     "llama": ("llama", {"kv_heads": 1}, {}),
     "llama tied biases": ("llama", {"bias": "all", "head_dim": 16}, {"tie_embeddings": True}),
@@ -139,6 +175,27 @@ OURS = {
         "llama",
         {},
         {"rope": {"scaling": {"kind": "llama3", "factor": 4, "original_context": 16}}},
+    ),
+    "deepseek_v3": ("deepseek_v3", MLA, {}),
+    "deepseek_v3 tied": ("deepseek_v3", MLA | {"q_rank": None}, {"tie_embeddings": True}),
+    "deepseek_v3 yarn": (
+        "deepseek_v3",
+        MLA,
+        {"rope": {"scaling": {"kind": "yarn", "factor": 4, "original_context": 16}}},
+    ),
+    "deepseek_v3 yarn, another factor": (
+        "deepseek_v3",
+        MLA,
+        {
+            "rope": {
+                "scaling": {
+                    "kind": "yarn",
+                    "factor": 4,
+                    "original_context": 16,
+                    "attention_factor": 1.25,
+                }
+            }
+        },
     ),
     "linear": ("qwen3", {"qk_norm": True}, {"rope": {"scaling": {"kind": "linear", "factor": 3}}}),
 }

@@ -73,7 +73,8 @@ def theirs_of(mixer, config, scaling=None):
     names = {
         "queries.down": "q_a_proj",
         "queries.norm": "q_a_layernorm",
-        "queries.up": "q_proj" if config.q_rank is None else "q_b_proj",
+        "queries.up": "q_b_proj",
+        "queries.straight": "q_proj",
         "keys.down": "kv_a_proj_with_mqa",
         "keys.norm": "kv_a_layernorm",
         "keys.up": "kv_b_proj",
@@ -123,7 +124,7 @@ def test_absorbed_equals_expanded(config):
 
 
 def test_the_cheaper_way_is_taken(config):
-    """Few queries are absorbed, many expanded, unless a latent is as narrow as what it stands for."""
+    """Few queries are absorbed, many expanded, unless a latent is no wider than half of that."""
     narrow = 2 * config.kv_rank <= config.nope_dim + config.v_dim
     assert absorbing_pays(config, 1)
     assert absorbing_pays(config, 10**6) == narrow

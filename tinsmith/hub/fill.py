@@ -41,7 +41,7 @@ def fill(
     state = read_tensors(stored, dtype, device)
     if head in state:
         _same(state.pop(head), state[wanted[_EMBED]], head, where)
-    ours = {name: state[theirs] for name, theirs in wanted.items()}
+    ours = {name: names.received(name, state[theirs], config) for name, theirs in wanted.items()}
     if config.tie_embeddings:
         ours[_HEAD] = ours[_EMBED]
     lm.load_state_dict(ours, assign=True)

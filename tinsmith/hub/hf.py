@@ -96,7 +96,11 @@ def write_folder(
     translation = config_to_hf(config)
     names = NAMES[translation.family]
     tied = {"head.weight"} if config.tie_embeddings else set()
-    theirs = {names.theirs(name): tensor for name, tensor in state.items() if name not in tied}
+    theirs = {
+        names.theirs(name): names.sent(name, tensor, config)
+        for name, tensor in state.items()
+        if name not in tied
+    }
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     ids = ids_of(tokenizer, config.vocab_size)
     data = translation.data | {"dtype": dtype, "torch_dtype": dtype} | ids.for_config()

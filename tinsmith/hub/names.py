@@ -1,13 +1,19 @@
 """Tensor names: Tinsmith's and those of Hugging Face's families, one to one.
 
 A table lists modules; `{}` stands for a number (of a block), and `.weight` and `.bias` are the same
-on both sides. Tensors of these families are also equal in content, so names are all there is to
-convert.
+on both sides. Tensors are also equal in content, but for DeepSeek's turned parts, whose rows come
+in another order.
 """
 
 import re
 from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.mixers.mla import MLA
 
 DECODER = {
     "embed": "model.embed_tokens",
@@ -27,12 +33,35 @@ DECODER = {
 }
 """Llama, Mistral, Qwen2 and Qwen3."""
 
+LATENT = {ours: theirs for ours, theirs in DECODER.items() if ".mixer." not in ours} | {
+    "blocks.{}.mixer.queries.straight": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.mixer.queries.down": "model.layers.{}.self_attn.q_a_proj",
+    "blocks.{}.mixer.queries.norm": "model.layers.{}.self_attn.q_a_layernorm",
+    "blocks.{}.mixer.queries.up": "model.layers.{}.self_attn.q_b_proj",
+    "blocks.{}.mixer.keys.down": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
+    "blocks.{}.mixer.keys.norm": "model.layers.{}.self_attn.kv_a_layernorm",
+    "blocks.{}.mixer.keys.up": "model.layers.{}.self_attn.kv_b_proj",
+    "blocks.{}.mixer.o_proj": "model.layers.{}.self_attn.o_proj",
+}
+"""DeepSeek-V2 and V3, as far as their layers are dense."""
+
+
+def _same(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    return tensor
+
+
+Convert = Callable[[str, Tensor, ModelConfig], Tensor]
+
 
 class Names(NamedTuple):
-    """A family's names. Both functions raise KeyError on a name that has no counterpart."""
+    """A family's names, and what becomes of a tensor (by Tinsmith's name) on the way. The first
+    two raise KeyError on a name that has no counterpart.
+    """
 
     theirs: Callable[[str], str]
     ours: Callable[[str], str]
+    sent: Convert = _same
+    received: Convert = _same
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -67,7 +96,40 @@ _PREFIX = "lm."
 SAME = Names(str, str)
 """A checkpoint's: Tinsmith's own."""
 
+_TURNED = re.compile(r"blocks\.(\d+)\.mixer\.(queries\.up|queries\.straight|keys\.down)\.weight")
+
+
+def _reordered(
+    name: str, tensor: Tensor, config: ModelConfig, table: Callable[[int], Tensor]
+) -> Tensor:
+    """The rows that are turned, the last of every head's (keys have one), read by columns of a
+    table of their numbers.
+    """
+    match = _TURNED.fullmatch(name)
+    mixer = config.layers[int(match[1]) if match else 0].mixer
+    if match is None or not isinstance(mixer, MLA):
+        return tensor
+    order = table(mixer.rope_dim).T.flatten().to(tensor.device)
+    rows = tensor.unflatten(0, (1 if match[2] == "keys.down" else mixer.heads, -1))
+    kept = rows.shape[1] - mixer.rope_dim
+    turned = rows[:, kept:][:, order]
+    return torch.cat((rows[:, :kept], turned), 1).flatten(0, 1)
+
+
+def _to_pairs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Half-split, i turns with i + R/2, to DeepSeek's pairs, 2i with 2i + 1."""
+    return _reordered(name, tensor, config, lambda width: torch.arange(width).view(2, -1))
+
+
+def _to_halves(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    return _reordered(name, tensor, config, lambda width: torch.arange(width).view(-1, 2))
+
+
+_DEEPSEEK = _from_table(LATENT)._replace(sent=_to_pairs, received=_to_halves)
+
 NAMES = {family: _from_table(DECODER) for family in ("llama", "mistral", "qwen2", "qwen3")} | {
-    "tinsmith": Names(lambda name: _PREFIX + name, _without_prefix)
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "tinsmith": Names(lambda name: _PREFIX + name, _without_prefix),
 }
 """By `model_type` of config.json."""

@@ -5,6 +5,7 @@ transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes bot
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import nearest, parse
 from tinsmith.hub.keys import Keys
 from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.parts.rope import Linear, Llama3, Rope, Scaling, Yarn
 
 _KEYS = {
@@ -34,11 +36,12 @@ _KEYS = {
         "truncate",
     ),
 }
+Read = Callable[[dict[str, Any], int, str], Scaling | None]
 _ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
-def read_rope(data: dict[str, Any], context: int, where: str) -> Rope:
-    """The rotary positions of a `config.json` of `context` tokens.
+def read_rope(data: dict[str, Any], context: int, where: str, read: Read | None = None) -> Rope:
+    """The rotary positions of a `config.json` of `context` tokens; `read` its stretching.
 
     UserError for kinds that Tinsmith does not have, and where the file contradicts itself.
     """
@@ -53,7 +56,7 @@ def read_rope(data: dict[str, Any], context: int, where: str) -> Rope:
         thetas.add(_theta(inner, place))
         outer = {"original_max_position_embeddings"} & data.keys()
         stretchings.append(
-            read_scaling(inner | {name: data[name] for name in outer}, context, place)
+            (read or read_scaling)(inner | {name: data[name] for name in outer}, context, place)
         )
     given = sorted(theta for theta in thetas if theta is not None)
     if len(given) > 1:
@@ -124,6 +127,38 @@ def _attention_factor(keys: Keys, factor: float) -> float | None:
     return (over * growth + 1.0) / (under * growth + 1.0)
 
 
+def read_latent_scaling(data: dict[str, Any], context: int, where: str) -> Scaling | None:
+    """`read_scaling` for latent attention, where not all of a logit comes from turned parts:
+    DeepSeek gives all of it the square of its second `mscale`, and so does Tinsmith of its factor.
+
+    UserError where the turned parts alone would get a factor.
+    """
+    scaling = read_scaling(data, context, where)
+    if not isinstance(scaling, Yarn) or "kind" in data:
+        return scaling
+    keys = Keys(data, where)
+    if scaling.turn != 1:
+        keys.fail("mscale", "must be that of mscale_all_dim, so that all of a logit is scaled")
+    over = keys.optional_number("mscale_all_dim") or 0.0
+    usual = replace(scaling, attention_factor=None)
+    factor = over * 0.1 * math.log(scaling.factor) + 1.0
+    return usual if factor == usual.turn else replace(scaling, attention_factor=factor)
+
+
+def write_latents(rope: Rope) -> dict[str, Any]:
+    """`write_rope` for latent attention, in DeepSeek's words."""
+    written, scaling = write_rope(rope), rope.scaling
+    if not isinstance(scaling, Yarn):
+        return written
+    growth = 0.1 * math.log(scaling.factor)
+    over = 1.0 if scaling.attention_factor is None else (scaling.turn - 1.0) / (growth or 1.0)
+    words: dict[str, Any] = {"attention_factor": 1.0}
+    words |= {"mscale": over, "mscale_all_dim": over} if scaling.turn != 1 else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        written[key] = written[key] | words
+    return written
+
+
 def write_rope(rope: Rope) -> dict[str, Any]:
     """`rope_theta`, `rope_scaling` and `rope_parameters` of a `config.json`."""
     stretching = _write_scaling(rope.scaling)
@@ -162,7 +197,9 @@ def stretched(config: ModelConfig, scaling: dict[str, Any] | None) -> ModelConfi
         raise UserError(f"rope_scaling: needs keys and values (got {scaling!r:.60})")
     if config.positions != "rope":
         raise UserError(f"rope_scaling: this model has {config.positions} positions, not rotary")
-    found = read_scaling(scaling, config.max_context, "rope_scaling")
+    latent = any(isinstance(layer.mixer, MLA) for layer in config.layers)
+    read = read_latent_scaling if latent else read_scaling
+    found = read(scaling, config.max_context, "rope_scaling")
     context = config.max_context
     if isinstance(found, Linear):
         context = math.ceil(context * found.factor)

@@ -23,7 +23,7 @@ from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
 from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.cache import Append
 from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentKeys, LatentQueries
+from tinsmith.nn.parts.latent import LatentKeys, LatentQueries, StraightQueries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,11 @@ class MLAMixer(Mixer):
         self.nope_factor = site.rotary_factor**2
         self.attention, self.dropout = site.attention, site.attention_dropout
         widths = (config.nope_dim, config.rope_dim)
-        self.queries = LatentQueries(site.dim, config.heads, config.q_rank, *widths)
+        self.queries = (
+            StraightQueries(site.dim, config.heads, *widths)
+            if config.q_rank is None
+            else LatentQueries(site.dim, config.heads, config.q_rank, *widths)
+        )
         self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths, config.v_dim)
         self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
 
@@ -76,13 +80,23 @@ class MLAMixer(Mixer):
         return Out(self.o_proj(y_BTHV.flatten(2)))
 
     def _expanded(
-        self, nope_BTHN: Tensor, rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen: Reach
+        self,
+        nope_BTHN: Tensor,
+        rope_BTHR: Tensor,
+        latent_BSC: Tensor,
+        rope_BSR: Tensor,
+        seen: Reach,
     ) -> Tensor:
         k_BSHD, v_BSHV = self.keys.expanded(latent_BSC, rope_BSR)
         return self._attend(torch.cat((nope_BTHN, rope_BTHR), -1), k_BSHD, v_BSHV, seen)
 
     def _absorbed(
-        self, nope_BTHN: Tensor, rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen: Reach
+        self,
+        nope_BTHN: Tensor,
+        rope_BTHR: Tensor,
+        latent_BSC: Tensor,
+        rope_BSR: Tensor,
+        seen: Reach,
     ) -> Tensor:
         q_BTHD = torch.cat((self.keys.absorb(nope_BTHN), rope_BTHR), -1)
         # attend() divides by the root of the width of q, which is another one here

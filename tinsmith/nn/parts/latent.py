@@ -25,21 +25,39 @@ EPS = 1e-6
 
 
 class LatentQueries(nn.Module):
-    """Queries of `heads` heads, through a latent of `rank` numbers, or straight where it is None."""
+    """Queries of `heads` heads, made of a latent of `rank` numbers."""
 
-    def __init__(self, dim: int, heads: int, rank: int | None, nope_dim: int, rope_dim: int):
+    def __init__(self, dim: int, heads: int, rank: int, nope_dim: int, rope_dim: int):
         super().__init__()
-        self.heads, self.split = heads, (nope_dim, rope_dim)
-        self.down = nn.Identity() if rank is None else nn.Linear(dim, rank, bias=False)
-        self.norm = nn.Identity() if rank is None else RMSNorm(rank, EPS)
-        self.up = nn.Linear(dim if rank is None else rank, heads * sum(self.split), bias=False)
+        self.heads, self.widths = heads, (nope_dim, rope_dim)
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.norm = RMSNorm(rank, EPS)
+        self.up = nn.Linear(rank, heads * sum(self.widths), bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> (B, T, H, N), turned (B, T, H, R), and the latent they are made of."""
+        """x (B, T, D) -> (B, T, H, N), turned (B, T, H, R), and what they are made of."""
         latent = self.norm(self.down(x))
-        q_BTHD = self.up(latent).unflatten(-1, (self.heads, sum(self.split)))
-        nope_BTHN, rope_BTHR = q_BTHD.split(self.split, -1)
-        return nope_BTHN, rope_BTHR if rotary is None else rotate(rope_BTHR, rotary), latent
+        return *_turned(self.up(latent), self.heads, self.widths, rotary), latent
+
+
+class StraightQueries(nn.Module):
+    """Queries made of x itself (DeepSeek-V2-Lite)."""
+
+    def __init__(self, dim: int, heads: int, nope_dim: int, rope_dim: int):
+        super().__init__()
+        self.heads, self.widths = heads, (nope_dim, rope_dim)
+        self.straight = nn.Linear(dim, heads * sum(self.widths), bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `LatentQueries`."""
+        return *_turned(self.straight(x), self.heads, self.widths, rotary), x
+
+
+def _turned(
+    flat: Tensor, heads: int, widths: tuple[int, int], rotary: Rotary | None
+) -> tuple[Tensor, Tensor]:
+    nope_BTHN, rope_BTHR = flat.unflatten(-1, (heads, sum(widths))).split(widths, -1)
+    return nope_BTHN, rope_BTHR if rotary is None else rotate(rope_BTHR, rotary)
 
 
 class LatentKeys(nn.Module):

@@ -1,0 +1,99 @@
+"""DeepSeek-V2 and V3, as far as their layers are dense: latent attention and SwiGLU.
+
+Written folders are V3's. Their turned parts come in pairs (`hub.names` reorders them).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from tinsmith.hub.keys import Keys
+from tinsmith.hub.rope import read_latent_scaling as read_scaling
+from tinsmith.hub.rope import write_latents
+from tinsmith.nn.config import Layer, ModelConfig
+from tinsmith.nn.feedforwards.dense import SwiGLU
+from tinsmith.nn.mixers.mla import MLA
+from tinsmith.nn.parts.rope import Yarn
+
+__all__ = ["FAMILIES", "kind_of", "problem", "read_pattern", "read_scaling", "write_keys"]
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "rope_interleave": (True,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+}
+
+
+class Family(NamedTuple):
+    """A stock family: its class, and what transformers assumes where `config.json` is silent."""
+
+    architecture: str
+    max_context: int
+    first_experts: int
+
+
+FAMILIES = {
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", 2048, 0),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", 4096, 3),
+}
+
+
+def read_pattern(kind: str, keys: Keys) -> list[Layer]:
+    """The one layer that is repeated; UserError for what Tinsmith cannot build."""
+    for key, allowed in _ONLY.items():
+        keys.only(key, allowed)
+    depth = keys.size("num_hidden_layers")
+    dense = keys.data.get("first_k_dense_replace", FAMILIES[kind].first_experts)
+    if type(dense) is not int or dense < depth:
+        keys.fail(
+            "first_k_dense_replace", f"only models without experts are read (of {depth} layers)"
+        )
+    rank = 1536 if "q_lora_rank" not in keys.data else None
+    mixer = MLA(
+        heads=keys.size("num_attention_heads"),
+        kv_rank=keys.size("kv_lora_rank", 512),
+        q_rank=keys.optional_size("q_lora_rank", rank),
+        nope_dim=keys.size("qk_nope_head_dim", 128),
+        rope_dim=keys.size("qk_rope_head_dim", 64),
+        v_dim=keys.size("v_head_dim", 128),
+    )
+    return [Layer(mixer=mixer, feed_forward=SwiGLU(hidden=keys.size("intermediate_size")))]
+
+
+def kind_of(config: ModelConfig) -> str:
+    """The family that a model without `problem` is written as."""
+    return "deepseek_v3"
+
+
+def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
+    """The keys of latent attention."""
+    mixer = _mixers(config)[0]
+    return write_latents(config.rope) | {
+        "num_key_value_heads": mixer.heads,
+        "kv_lora_rank": mixer.kv_rank,
+        "q_lora_rank": mixer.q_rank,
+        "qk_nope_head_dim": mixer.nope_dim,
+        "qk_rope_head_dim": mixer.rope_dim,
+        "v_head_dim": mixer.v_dim,
+        "head_dim": mixer.rope_dim,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "first_k_dense_replace": config.depth,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def problem(config: ModelConfig) -> str | None:
+    """What stands against DeepSeek-V3, of a model of latent attention and SwiGLU."""
+    for index, layer in enumerate(config.layers):
+        if layer != config.layers[0]:
+            return f"layer {index} is of another shape than layer 0"
+        if layer.feed_forward.bias:
+            return "feed_forward.bias beside latent attention"
+    scaling = config.rope.scaling
+    if isinstance(scaling, Yarn) and scaling.turn != 1 and math.log(scaling.factor) == 0:
+        return "an attention_factor without a stretching"
+    return None
+
+
+def _mixers(config: ModelConfig) -> list[MLA]:
+    return [layer.mixer for layer in config.layers if isinstance(layer.mixer, MLA)]

@@ -1,0 +1,182 @@
+"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and SwiGLU in every layer."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from tinsmith.hub.keys import Keys
+from tinsmith.hub.rope import read_scaling, write_rope
+from tinsmith.nn.config import Layer, ModelConfig
+from tinsmith.nn.feedforwards.dense import SwiGLU
+from tinsmith.nn.mixers.gqa import GQA
+
+__all__ = ["FAMILIES", "kind_of", "problem", "read_pattern", "read_scaling", "write_keys"]
+
+
+class Family(NamedTuple):
+    """A stock family: its class, and what transformers assumes where `config.json` is silent."""
+
+    architecture: str
+    max_context: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    layer_types: bool = False
+    """Each layer says whether it has the window; otherwise all or none have it."""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", 2048),
+    "mistral": Family("MistralForCausalLM", 131072, kv_heads=8),
+    "qwen2": Family("Qwen2ForCausalLM", 32768, kv_heads=32, layer_types=True),
+    "qwen3": Family("Qwen3ForCausalLM", 32768, kv_heads=32, head_dim=128, layer_types=True),
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_pattern(kind: str, keys: Keys) -> list[Layer]:
+    """The pattern of a family with grouped-query attention."""
+    family = FAMILIES[kind]
+    heads, depth = keys.size("num_attention_heads"), keys.size("num_hidden_layers")
+    kv_heads = keys.optional_size("num_key_value_heads", family.kv_heads)
+    if heads % (kv_heads or heads):
+        keys.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads={heads}")
+    biased = keys.flag("attention_bias", False) and kind in ("llama", "qwen3")
+    mixer = GQA(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=keys.optional_size("head_dim", family.head_dim),
+        qk_norm=kind == "qwen3",
+        bias="qkv" if kind == "qwen2" else "all" if biased else "none",
+    )
+    feed = SwiGLU(
+        hidden=keys.size("intermediate_size"),
+        bias=keys.flag("mlp_bias", False) and kind == "llama",
+    )
+    windows = _period(_windows(kind, keys, depth))
+    return [Layer(mixer=replace(mixer, window=window), feed_forward=feed) for window in windows]
+
+
+def _windows(kind: str, keys: Keys, depth: int) -> list[int | None]:
+    """The window of every layer."""
+    if kind == "llama":
+        width, sliding = None, [False] * depth
+    elif kind == "mistral":
+        width = keys.optional_size("sliding_window", 4096)
+        sliding = [width is not None] * depth
+    else:
+        used = keys.flag("use_sliding_window", False)
+        width = keys.optional_size("sliding_window", 4096) if used else None
+        begin = keys.data.get("max_window_layers", 28)
+        if type(begin) is not int:
+            keys.fail("max_window_layers", f"must be a whole number (got {begin!r:.60})")
+        sliding = [width is not None and layer >= begin for layer in range(depth)]
+    types = keys.data.get("layer_types")
+    if types is not None:
+        sliding = _told(types, sliding, keys, FAMILIES[kind].layer_types)
+        if width is None and any(sliding):
+            keys.fail("layer_types", f"names {SLIDING!r}, but no sliding_window is in use")
+    return [width if slides else None for slides in sliding]
+
+
+def _told(types: Any, default: list[bool], keys: Keys, free: bool) -> list[bool]:
+    """`layer_types` as one bool a layer. transformers' Llama and Mistral do not read it, so there
+    it must not say anything new.
+    """
+    if not isinstance(types, list) or len(types) != len(default):
+        keys.fail("layer_types", f"must be a list of {len(default)} names, one a layer")
+    for name in types:
+        if name not in (FULL, SLIDING):
+            keys.fail("layer_types", f"{name!r:.60} is not one of {FULL}, {SLIDING}")
+    told = [name == SLIDING for name in types]
+    if told != default and not free:
+        keys.fail("layer_types", f"a {keys.data['model_type']} model cannot differ by layer")
+    return told
+
+
+def _period(windows: list[int | None]) -> list[int | None]:
+    """The shortest pattern that gives `windows` when it is tiled."""
+    for length in range(1, len(windows)):
+        if windows[length:] == windows[:-length]:
+            return windows[:length]
+    return windows
+
+
+def kind_of(config: ModelConfig) -> str:
+    """The family that a model without `problem` is written as."""
+    mixer = _mixers(config)[0]
+    if mixer.qk_norm:
+        return "qwen3"
+    if mixer.bias == "qkv":
+        return "qwen2"
+    return "mistral" if mixer.window is not None or config.dim % mixer.heads else "llama"
+
+
+def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
+    """The keys of grouped-query attention, and those that only some of the families have."""
+    mixers, feed = _mixers(config), config.layers[0].feed_forward
+    mixer, windows = mixers[0], [mixer.window for mixer in mixers]
+    width = max((window for window in windows if window is not None), default=None)
+    data: dict[str, Any] = write_rope(config.rope)
+    data |= {"num_key_value_heads": mixer.groups, "head_dim": mixer.width(config.dim)}
+    if kind == "llama":
+        data["mlp_bias"] = feed.bias
+    if kind in ("llama", "qwen3"):
+        data["attention_bias"] = mixer.bias == "all"
+    if kind == "mistral":
+        data["sliding_window"] = width
+    if FAMILIES[kind].layer_types:
+        first = next((i for i, window in enumerate(windows) if window is not None), config.depth)
+        data |= {
+            "use_sliding_window": width is not None,
+            "sliding_window": width,
+            "max_window_layers": first,
+            "layer_types": [FULL if window is None else SLIDING for window in windows],
+        }
+    return data
+
+
+def problem(config: ModelConfig) -> str | None:
+    """What stands against all these families, of a model of grouped-query attention and SwiGLU."""
+    mixers = _mixers(config)
+    for index, mixer in enumerate(mixers):
+        for name in ("sinks", "value_residual"):
+            if getattr(mixer, name):
+                return f"layer {index} has {name}"
+        if not mixer.rope:
+            return f"layer {index} has rope: false"
+        if _alike(config, index) != _alike(config, 0):
+            return f"layer {index} is of another shape than layer 0"
+    return _no_family(config)
+
+
+def _mixers(config: ModelConfig) -> list[GQA]:
+    return [layer.mixer for layer in config.layers if isinstance(layer.mixer, GQA)]
+
+
+def _alike(config: ModelConfig, index: int) -> Layer:
+    """A layer with its window set aside and its derived sizes written out."""
+    mixer = _mixers(config)[index]
+    same = replace(mixer, kv_heads=mixer.groups, head_dim=mixer.width(config.dim), window=None)
+    return replace(config.layers[index], mixer=same)
+
+
+def _no_family(config: ModelConfig) -> str | None:
+    """What no family has, of a model whose layers are alike but for their windows."""
+    mixers, feed = _mixers(config), config.layers[0].feed_forward
+    mixer, windows = mixers[0], {mixer.window for mixer in mixers}
+    if len(windows - {None}) > 1:
+        return f"windows of {len(windows - {None})} widths"
+    plain_llama = not mixer.qk_norm and mixer.bias != "qkv"
+    if feed.bias and not plain_llama:
+        return "feed_forward.bias beside q/k norms or q/k/v biases"
+    if mixer.qk_norm:
+        return "q/k norms beside q/k/v biases" if mixer.bias == "qkv" else None
+    if mixer.bias == "qkv":
+        return None
+    if len(windows) > 1:
+        return "windows on some layers only, without q/k norms or q/k/v biases"
+    biased = mixer.bias == "all" or feed.bias
+    if biased and windows != {None}:
+        return "windows beside biases"
+    if biased and config.dim % mixer.heads:
+        return f"biases, and dim={config.dim} is no multiple of heads={mixer.heads}"
+    return None
