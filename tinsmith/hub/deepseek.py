@@ -44,9 +44,7 @@ def read_pattern(kind: str, keys: Keys) -> list[Layer]:
     depth = keys.size("num_hidden_layers")
     dense = keys.data.get("first_k_dense_replace", FAMILIES[kind].first_experts)
     if type(dense) is not int or dense < depth:
-        keys.fail(
-            "first_k_dense_replace", f"only models without experts are read (of {depth} layers)"
-        )
+        keys.fail("first_k_dense_replace", f"{dense!r:.60} of {depth} layers: experts are not read")
     rank = 1536 if "q_lora_rank" not in keys.data else None
     mixer = MLA(
         heads=keys.size("num_attention_heads"),

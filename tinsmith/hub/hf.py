@@ -63,7 +63,7 @@ def export_folder(
 ) -> Exported:
     """Write a model as a Hugging Face folder, weights in their own dtype, whole or not at all.
 
-    The class is a stock one (Llama, Mistral, Qwen2, Qwen3) wherever it computes the same, else
+    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3) wherever it computes the same, else
     `model_type: tinsmith`. `attach` are files to lie beside, such as the picture a card shows.
     UserError where `folder` is there already (unless `overwrite`).
     """
@@ -139,7 +139,7 @@ def import_folder(
     device: torch.device | str | None = None,
     rope_scaling: dict[str, Any] | None = None,
 ) -> tuple[LM, Tokenizer | None]:
-    """Open a Llama, Mistral, Qwen2, Qwen3 or Tinsmith folder; the model is in eval mode.
+    """Open a folder of a family that `hub.from_hf` knows, or Tinsmith's; the model is in eval mode.
 
     Strict: every tensor that the model has must be there in its shape, and no other. UserError
     names the first key, file or tensor that is wrong.
