@@ -63,8 +63,9 @@ def export_folder(
 ) -> Exported:
     """Write a model as a Hugging Face folder, weights in their own dtype, whole or not at all.
 
-    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3) wherever it computes the same, else
-    `model_type: tinsmith`. `attach` are files to lie beside, such as the picture a card shows.
+    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3) wherever it computes the
+    same, else `model_type: tinsmith`. `attach` are files to lie beside, such as the picture a card
+    shows.
     UserError where `folder` is there already (unless `overwrite`).
     """
     return write_folder(
