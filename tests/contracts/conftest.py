@@ -34,6 +34,31 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10},
         {"heads": 2, "kv_rank": 24, "q_rank": None, "nope_dim": 4, "rope_dim": 8, "v_dim": 4},
     ],
+    "dsa": [
+        {
+            "heads": 4,
+            "kv_rank": 8,
+            "q_rank": 12,
+            "nope_dim": 6,
+            "rope_dim": 4,
+            "v_dim": 10,
+            "index_heads": 2,
+            "index_dim": 6,
+            "keep": 5,
+        },
+        {
+            "heads": 2,
+            "kv_rank": 8,
+            "q_rank": None,
+            "nope_dim": 4,
+            "rope_dim": 8,
+            "v_dim": 4,
+            "index_heads": 1,
+            "index_dim": 4,
+            "keep": 4,
+            "index_target": "selected",
+        },
+    ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "plain": [{}],
@@ -43,9 +68,15 @@ HELD: dict[str, Callable[[Any, int], int]] = {
     "gqa": lambda mixer, capacity: (
         2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
     ),
+    "dsa": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim + mixer.index_dim) * capacity,
     "mla": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim) * capacity,
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
+
+CHOOSERS = {"dsa"}
+"""Kinds that choose among tokens: rounding may turn a choice, and what was not chosen has no
+influence.
+"""
 
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
@@ -169,6 +200,12 @@ def make() -> Make:
 def lm(make: Make, mixer: dict[str, Any], residual: dict[str, Any]) -> LM:
     """A stirred float64 model of this mixer and residual."""
     return make(mixer=mixer, residual=residual)
+
+
+@pytest.fixture
+def choosers() -> set[str]:
+    """Kinds of mixers that choose among tokens."""
+    return CHOOSERS
 
 
 @pytest.fixture

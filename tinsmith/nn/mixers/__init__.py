@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from tinsmith.core.parse import Kind
+from tinsmith.nn.mixers.dsa import DSA
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.mixers.mla import MLA
 
-MixerConfig = Annotated[GQA | MLA, Kind()]
+MixerConfig = Annotated[GQA | MLA | DSA, Kind()]

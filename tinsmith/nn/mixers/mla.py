@@ -11,7 +11,6 @@ fewer products. Under YaRN the whole logit gets the factor, not the turned part 
 Legend: B rows, T tokens, H heads, N un-turned part of a head, R turned part, C latent, V values.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
 from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.cache import Append
 from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentKeys, LatentQueries, StraightQueries
+from tinsmith.nn.parts.latent import LatentKeys, queries_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,7 @@ class MLAMixer(Mixer):
         self.nope_factor = site.rotary_factor**2
         self.attention, self.dropout = site.attention, site.attention_dropout
         widths = (config.nope_dim, config.rope_dim)
-        self.queries = (
-            StraightQueries(site.dim, config.heads, *widths)
-            if config.q_rank is None
-            else LatentQueries(site.dim, config.heads, config.q_rank, *widths)
-        )
+        self.queries = queries_of(site.dim, config.heads, config.q_rank, *widths)
         self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths, config.v_dim)
         self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
 
@@ -98,9 +93,7 @@ class MLAMixer(Mixer):
         rope_BSR: Tensor,
         seen: Reach,
     ) -> Tensor:
-        q_BTHD = torch.cat((self.keys.absorb(nope_BTHN), rope_BTHR), -1)
-        # attend() divides by the root of the width of q, which is another one here
-        q_BTHD = q_BTHD * math.sqrt(q_BTHD.shape[-1] / (nope_BTHN.shape[-1] + rope_BTHR.shape[-1]))
+        q_BTHD = self.keys.absorbed(nope_BTHN, rope_BTHR)
         k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
         return self.keys.values(self._attend(q_BTHD, k_BS1D, latent_BSC[:, :, None], seen))
 

@@ -40,6 +40,14 @@ class Reach(NamedTuple):
         """Causality and nothing else."""
         return self.high_BT is None and self.places_BS is None
 
+    def spelled(self, rows: int, queries: int, keys: int, device: torch.device) -> "Reach":
+        """The same with both ends written out, (B, T) each, for keys in order."""
+        high = self.high_BT
+        if high is None:
+            high = torch.arange(keys - queries, keys, device=device)[None]
+        low = torch.zeros_like(high) if self.low_BT is None else self.low_BT
+        return Reach(low.expand(rows, -1), high.expand(rows, -1))
+
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(B or 1, T, S) bool."""
         if self.places_BS is None:

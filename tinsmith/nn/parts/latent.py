@@ -13,6 +13,8 @@ Legend: B rows, T tokens, S keys, H heads, N un-turned part of a head, R turned 
 value width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,15 @@ class StraightQueries(nn.Module):
         return *_turned(self.straight(x), self.heads, self.widths, rotary), x
 
 
+def queries_of(
+    dim: int, heads: int, rank: int | None, nope_dim: int, rope_dim: int
+) -> LatentQueries | StraightQueries:
+    """Through a latent of `rank` numbers, or straight where there is none."""
+    if rank is None:
+        return StraightQueries(dim, heads, nope_dim, rope_dim)
+    return LatentQueries(dim, heads, rank, nope_dim, rope_dim)
+
+
 def _turned(
     flat: Tensor, heads: int, widths: tuple[int, int], rotary: Rotary | None
 ) -> tuple[Tensor, Tensor]:
@@ -84,9 +95,15 @@ class LatentKeys(nn.Module):
         rope_BSHR = rope_BSR[:, :, None].expand(-1, -1, self.heads, -1)
         return torch.cat((nope_BSHN, rope_BSHR), -1), v_BSHV
 
-    def absorb(self, nope_BTHN: Tensor) -> Tensor:
-        """Queries that meet latents instead of keys: (B, T, H, C)."""
-        return torch.einsum("bthn,hnc->bthc", nope_BTHN, self._by_head()[0])
+    def absorbed(self, nope_BTHN: Tensor, rope_BTHR: Tensor) -> Tensor:
+        """Queries that meet [latent, turned key] instead of keys: (B, T, H, C + R).
+
+        Attention divides by the root of the width of its queries, which is another one here: that
+        is made up for.
+        """
+        nope_BTHC = torch.einsum("bthn,hnc->bthc", nope_BTHN, self._by_head()[0])
+        q_BTHD = torch.cat((nope_BTHC, rope_BTHR), -1)
+        return q_BTHD * math.sqrt(q_BTHD.shape[-1] / (nope_BTHN.shape[-1] + rope_BTHR.shape[-1]))
 
     def values(self, mixed_BTHC: Tensor) -> Tensor:
         """Weighted sums of latents -> those of values (B, T, H, V)."""

@@ -1,5 +1,6 @@
 """Norms, with statistics in at least float32 whatever the input."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch.autograd.function import once_differentiable
 def wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32: bf16 and fp16 rise, float64 stays."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def exactly(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: what is computed here keeps the dtype it is given."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def trains_eagerly() -> bool:

@@ -1,0 +1,128 @@
+"""DeepSeek Sparse Attention (DeepSeek-V3.2, 2512.02556): latent attention to the `keep` earlier
+tokens that a learned indexer scores highest.
+
+    S_t = the best `keep` of I_t,<=t      y_t = O softmax_s in S_t ((q_t . k_s) / sqrt(N + R)) v_s
+
+All heads share the choice, so attention is always absorbed (`parts.latent`): what is gathered are
+latents. In training the indexer learns by `losses["indexer"]`, the mean over tokens of KL(p ||
+softmax I), times `index_weight`; p is the layer's own attention to all earlier tokens
+(`index_target: dense`) or to the chosen ones (`selected`, the paper's second stage). The paper's
+Hadamard rotation changes no product and is left out. A narrow index head (index_dim < rope_dim) is
+turned whole.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.parse import Size
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
+from tinsmith.nn.mixers.mla import check_widths, projection_flops
+from tinsmith.nn.parts.attend import reach
+from tinsmith.nn.parts.cache import Append
+from tinsmith.nn.parts.chosen import Choice, attend_chosen
+from tinsmith.nn.parts.indexer import Indexer, check_index
+from tinsmith.nn.parts.init import Output
+from tinsmith.nn.parts.latent import LatentKeys, queries_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSA(MixerKind):
+    """Latent attention to the tokens that an indexer chooses."""
+
+    kind: Literal["dsa"] = "dsa"
+    heads: Size = 8
+    kv_rank: Size = 32
+    q_rank: Size | None = 96  # null: queries straight from x
+    nope_dim: Size = 32
+    rope_dim: Size = 64
+    v_dim: Size = 32
+    index_heads: Size = 4
+    index_dim: Size = 32
+    keep: Size = 64
+    index_weight: float = 1.0
+    index_target: Literal["dense", "selected"] = "dense"
+
+    def __post_init__(self) -> None:
+        check_widths(self)
+        check_index(self.index_heads, self.index_dim, self.rope_dim, self.keep)
+        if self.index_weight < 0:
+            raise ValueError(f"index_weight={self.index_weight} must be at least 0")
+
+    def build(self, site: Site) -> "DSAMixer":
+        """The module."""
+        return DSAMixer(self, site)
+
+
+class DSAMixer(Mixer):
+    """The module of `DSA`."""
+
+    def __init__(self, config: DSA, site: Site):
+        super().__init__()
+        self.config, self.dim = config, site.dim
+        self.rotary_dim = config.rope_dim if site.rotary else None
+        self.nope_factor = site.rotary_factor**2
+        self.attention, self.dropout = site.attention, site.attention_dropout
+        widths = (config.nope_dim, config.rope_dim)
+        self.queries = queries_of(site.dim, config.heads, config.q_rank, *widths)
+        self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths, config.v_dim)
+        source = config.q_rank or site.dim
+        self.indexer = Indexer(site.dim, source, config.index_heads, config.index_dim)
+        self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
+
+    def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
+        """x (B, T, D) -> Out.y (B, T, D); in training, losses["indexer"]."""
+        rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
+        nope_BTHN, rope_BTHR, source = self.queries(x, rotary)
+        latent_BSC, rope_BSR = self.keys(x, rotary)
+        index = self.indexer(x, source, rotary)
+        if cache is None:
+            seen = reach(ctx.segments, x.shape[1], None, x.device)
+        else:
+            held, seen = cache.append(ctx.segments, latent_BSC, rope_BSR, index.k_BSE)
+            latent_BSC, rope_BSR, k_BSE = (tensor.to(x.dtype) for tensor in held)
+            index = index._replace(k_BSE=k_BSE)
+        q_BTHD = self.keys.absorbed(nope_BTHN * self.nope_factor, rope_BTHR)
+        k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
+        mixed_BTHC, lost_BT = attend_chosen(
+            q_BTHD, k_BS1D, latent_BSC[:, :, None], index, seen, self._choice()
+        )
+        y = self.o_proj(self.keys.values(mixed_BTHC).flatten(2))
+        return Out(y, losses={} if lost_BT is None else {"indexer": self._loss(lost_BT, ctx)})
+
+    def _choice(self) -> Choice:
+        learns = self.config.index_target if self.training else None
+        dropout = self.dropout if self.training else 0.0
+        return Choice(self.config.keep, learns, self.attention, dropout)
+
+    def _loss(self, lost_BT: Tensor, ctx: Ctx) -> Tensor:
+        return self.config.index_weight * mean_of_real(lost_BT, ctx)
+
+    def new_cache(
+        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """Latents, turned keys and index keys: kv_rank + rope_dim + index_dim numbers per token."""
+        widths = (self.config.kv_rank, self.config.rope_dim, self.config.index_dim)
+        return Append(rows, capacity, [(width,) for width in widths], dtype, device)
+
+    def flops(self, context: int) -> int:
+        """Projections, index scores of all earlier tokens, attention to the chosen ones."""
+        config = self.config
+        indexed = config.index_heads * config.index_dim * (context + 1)
+        kept = min(config.keep, context)
+        seen = kept - kept * (kept - 1) / (2 * context)
+        chosen = 2 * config.heads * (2 * config.kv_rank + config.rope_dim) * seen
+        absorbed = 2 * config.heads * config.kv_rank * (config.nope_dim + config.v_dim)
+        # LatentKeys.up is applied to queries and sums instead of keys: that is `absorbed`
+        expanded = 2 * self.keys.up.weight.numel()
+        return int(projection_flops(self) - expanded + absorbed + indexed + chosen)
+
+
+def mean_of_real(value_BT: Tensor, ctx: Ctx) -> Tensor:
+    """The mean over tokens that are no padding."""
+    if ctx.segments is None:
+        return value_BT.mean()
+    real = (ctx.segments >= 0).to(value_BT.dtype)
+    return (value_BT * real).sum() / real.sum().clamp(min=1)
