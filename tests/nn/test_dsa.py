@@ -225,7 +225,7 @@ def test_recall_of_the_true_mass_rises_under_the_loss():
         return found[:, 8:].sum() / most[:, 8:].sum()
 
     assert recall() < 0.5
-    for step in range(200):
+    for step in range(300):
         mixer(noise(8, TOKENS, DIM, seed=step), ctx).losses["indexer"].backward()
         optimizer.step()
         optimizer.zero_grad()
