@@ -30,6 +30,16 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "rope": False},
         {"heads": 4, "kv_heads": 1, "head_dim": 12},
     ],
+    "nsa": [
+        {
+            **{"heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 2},
+            **{"select_block": 4, "select_count": 4, "window": 5, "value_residual": True},
+        },
+        {
+            **{"heads": 4, "kv_heads": 1, "compress_block": 4, "compress_stride": 4},
+            **{"select_block": 8, "select_count": 3, "window": 6, "qk_norm": True},
+        },
+    ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "plain": [{}],
@@ -38,6 +48,17 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
 HELD: dict[str, Callable[[Any, int], int]] = {
     "gqa": lambda mixer, capacity: (
         2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
+    ),
+    "nsa": lambda mixer, capacity: (
+        2
+        * mixer.groups
+        * mixer.width(DIM)
+        * (
+            capacity
+            + min(capacity, mixer.window)
+            + min(capacity, mixer.compress_block)
+            + max((capacity - mixer.compress_block) // mixer.compress_stride + 1, 0)
+        )
     ),
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""

@@ -4,5 +4,6 @@ from typing import Annotated
 
 from tinsmith.core.parse import Kind
 from tinsmith.nn.mixers.gqa import GQA
+from tinsmith.nn.mixers.nsa import NSA
 
-MixerConfig = Annotated[GQA, Kind()]
+MixerConfig = Annotated[GQA | NSA, Kind()]
