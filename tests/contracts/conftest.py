@@ -17,6 +17,8 @@ from tinsmith.nn.residuals import ResidualConfig
 
 DIM, VOCAB = 32, 48
 
+LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
+HYBRID = {"compress_block": 4, "window": 5, "keep": 5, "index_heads": 2, "index_dim": 6}
 SAMPLES: dict[str, list[dict[str, Any]]] = {
     "gqa": [
         {"heads": 4},
@@ -30,33 +32,24 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "rope": False},
         {"heads": 4, "kv_heads": 1, "head_dim": 12},
     ],
-    "mla": [
-        {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10},
-        {"heads": 2, "kv_rank": 24, "q_rank": None, "nope_dim": 4, "rope_dim": 8, "v_dim": 4},
-    ],
+    "mla": [LATENT, LATENT | {"heads": 2, "kv_rank": 24, "q_rank": None, "v_dim": 4}],
     "dsa": [
+        LATENT | {"index_heads": 2, "index_dim": 6, "keep": 5},
+        LATENT | {"index_heads": 1, "index_dim": 4, "keep": 4, "index_target": "selected"},
+    ],
+    "hybrid": [
+        LATENT | HYBRID | {"mode": "nsa"},
+        LATENT | HYBRID | {"mode": "swa", "gate": "sigmoid", "q_rank": None},
+        LATENT | HYBRID | {"branches": ["compress"], "compress_block": 1},
+    ],
+    "nsa": [
         {
-            "heads": 4,
-            "kv_rank": 8,
-            "q_rank": 12,
-            "nope_dim": 6,
-            "rope_dim": 4,
-            "v_dim": 10,
-            "index_heads": 2,
-            "index_dim": 6,
-            "keep": 5,
+            **{"heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 2},
+            **{"select_block": 4, "select_count": 4, "window": 5, "value_residual": True},
         },
         {
-            "heads": 2,
-            "kv_rank": 8,
-            "q_rank": None,
-            "nope_dim": 4,
-            "rope_dim": 8,
-            "v_dim": 4,
-            "index_heads": 1,
-            "index_dim": 4,
-            "keep": 4,
-            "index_target": "selected",
+            **{"heads": 4, "kv_heads": 1, "compress_block": 4, "compress_stride": 4},
+            **{"select_block": 8, "select_count": 3, "window": 6, "qk_norm": True},
         },
     ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
@@ -64,16 +57,41 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "plain": [{}],
 }
 
+
+def _own(mixer: Any) -> int:
+    return mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
+
+
 HELD: dict[str, Callable[[Any, int], int]] = {
     "gqa": lambda mixer, capacity: (
         2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
     ),
     "dsa": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim + mixer.index_dim) * capacity,
+    "hybrid": lambda mixer, capacity: sum(
+        {
+            "compress": (mixer.kv_rank + mixer.rope_dim)
+            * (min(capacity, mixer.compress_block) + capacity // mixer.compress_block),
+            "select": capacity * (_own(mixer) + mixer.index_dim),
+            "window": min(capacity, mixer.window) * _own(mixer),
+        }[branch]
+        for branch in mixer.present
+    ),
     "mla": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim) * capacity,
+    "nsa": lambda mixer, capacity: (
+        2
+        * mixer.groups
+        * mixer.width(DIM)
+        * (
+            capacity
+            + min(capacity, mixer.window)
+            + min(capacity, mixer.compress_block)
+            + max((capacity - mixer.compress_block) // mixer.compress_stride + 1, 0)
+        )
+    ),
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
-CHOOSERS = {"dsa"}
+CHOOSERS = {"dsa", "nsa", "hybrid"}
 """Kinds that choose among tokens: rounding may turn a choice, and what was not chosen has no
 influence.
 """

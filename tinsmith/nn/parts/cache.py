@@ -85,9 +85,10 @@ class Rows:
         place = self.lengths[:, None] + real_BT.cumsum(1) - 1
         return place.where(fresh, self.starts[:, None]).cummax(1).values
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Row b keeps its first `lengths[b]` tokens, some of its current document among them."""
-        lengths = lengths.to(self.lengths.device, torch.long)
+    def check_rewind(self, lengths: Tensor) -> None:
+        """Raise where row b cannot keep just its first `lengths[b]` tokens, some of its current
+        document among them.
+        """
         if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
             raise ValueError(
                 f"cannot truncate rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"
@@ -97,6 +98,9 @@ class Rows:
             raise CannotRewind(
                 "a row would lose its whole current document, and earlier ones are forgotten"
             )
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Row b keeps its first `lengths[b]` tokens."""
         self.lengths = lengths.clone()
         self.refresh()
 
@@ -191,9 +195,16 @@ class Append(Stored):
         used = max(self.rows.longest, 1)
         return [tensor[:, :used] for tensor in self.tensors], interval(places, None)
 
+    def check_rewind(self, lengths: Tensor) -> None:
+        """Raise where `truncate` cannot do it; several caches that go together ask all of them
+        first.
+        """
+        self.rows.check_rewind(lengths.to(self.lengths.device, torch.long))
+
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens."""
-        self.rows.truncate(lengths)
+        """Forget the newest tokens, or raise and change nothing."""
+        self.check_rewind(lengths)
+        self.rows.truncate(lengths.to(self.lengths.device, torch.long))
 
     def join(self, other: "Append") -> None:
         """Append the rows of `other`; the larger capacity is kept."""
@@ -255,14 +266,14 @@ class Ring(Append):
         place = newest - (newest - slot) % self.slots
         return place.where(place >= 0, -1)
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens; possible while nothing older has been overwritten."""
-        lengths = lengths.to(self.lengths.device)
-        if bool(((lengths < self.lengths) & (self.lengths > self.slots)).any()):
+    def check_rewind(self, lengths: Tensor) -> None:
+        """It is possible while nothing older has been overwritten."""
+        super().check_rewind(lengths)
+        shorter = lengths.to(self.lengths.device) < self.lengths
+        if bool((shorter & (self.lengths > self.slots)).any()):
             raise CannotRewind(
                 f"a window of {self.slots} tokens has already dropped what came before"
             )
-        super().truncate(lengths)
 
     def join(self, other: "Ring") -> None:
         """Append the rows of `other`, which has the same window; the larger capacity is kept.
