@@ -1,7 +1,8 @@
 """Attention over the `keep` tokens that an indexer chooses for each query, the same for all heads.
 
 Queries go in chunks, so that (queries x keys) is never held whole; what a chunk needs is computed
-again for its gradient. A chunk gathers the chosen keys and values; its naive twin masks all others.
+again for its gradient. A chunk gathers the chosen keys and values, or masks all others where those
+are few; its naive twin writes that out.
 
 Legend: B rows, T queries, S keys, C queries of a chunk, K chosen, H heads, G key heads, J = H / G,
 D width of queries and keys, E width of values.
@@ -32,6 +33,21 @@ class Choice(NamedTuple):
     """None: nothing, outside of training."""
     kind: str = "sdpa"
     dropout: float = 0.0
+
+
+class Chosen(NamedTuple):
+    """Which keys each query of a chunk attends to."""
+
+    index_BCK: Tensor
+    seen_BCS: Tensor
+    """Where fewer than `keep` are in sight, some of the chosen are not."""
+    dropout: float
+
+    @property
+    def mask_BCS(self) -> Tensor:
+        """Chosen and in sight."""
+        none = torch.zeros_like(self.seen_BCS)
+        return none.scatter(-1, self.index_BCK, True) & self.seen_BCS
 
 
 def attend_chosen(
@@ -81,51 +97,52 @@ def _chunk(
     visible_BCS = here.visible(q_BCHD.shape[1], k_BSGD.shape[1], q.device)
     index = Index(index.q_BTJE[:, part], index.weight_BTJ[:, part], index.k_BSE)
     scores_BCS = scores(index)
+    visible_BCS = visible_BCS.expand_as(scores_BCS)
     chosen_BCK = top(scores_BCS.masked_fill(~visible_BCS, -math.inf), choice.keep)
-    attend = _masked if choice.kind == "naive" else _gathered
-    y_BCHE = attend(q_BCHD, k_BSGD, v_BSGE, chosen_BCK, visible_BCS, choice.dropout)
+    some = Chosen(chosen_BCK, visible_BCS, choice.dropout)
+    y_BCHE = _way(choice.kind, k_BSGD.shape[1], choice.keep)(q_BCHD, k_BSGD, v_BSGE, some)
     if choice.learns is None:
         return y_BCHE, y_BCHE.new_zeros(())
     if choice.learns == "selected":
-        chosen = torch.zeros_like(visible_BCS).scatter_(-1, chosen_BCK, True)
-        visible_BCS = visible_BCS & chosen
+        visible_BCS = some.mask_BCS
     wanted_BCS = target(q_BCHD, k_BSGD, visible_BCS)
     return y_BCHE, divergence(wanted_BCS, scores_BCS, visible_BCS)
 
 
-def _gathered(
-    q_BCHD: Tensor,
-    k_BSGD: Tensor,
-    v_BSGE: Tensor,
-    chosen_BCK: Tensor,
-    visible_BCS: Tensor,
-    dropout: float,
-) -> Tensor:
+def _way(kind: str, keys: int, keep: int) -> Callable[..., Tensor]:
+    """Gathering moves `keep` keys for every query; a product with a few times as many is faster."""
+    if kind == "naive":
+        return _written_out
+    return _masked if keys <= 8 * keep else _gathered
+
+
+def _gathered(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
     groups, kind = k_BSGD.shape[2], wide(q_BCHD.dtype)
-    k_BCKGD, v_BCKGE = (_rows(table, chosen_BCK) for table in (k_BSGD, v_BSGE))
+    k_BCKGD, v_BCKGE = (_rows(table, some.index_BCK) for table in (k_BSGD, v_BSGE))
     q_BCGJD = q_BCHD.unflatten(2, (groups, -1))
     logits_BCGJK = torch.einsum("bcgjd,bckgd->bcgjk", q_BCGJD, k_BCKGD) / _root(q_BCHD)
-    hidden_BCK = ~visible_BCS.expand(len(chosen_BCK), -1, -1).gather(-1, chosen_BCK)
+    hidden_BCK = ~some.seen_BCS.gather(-1, some.index_BCK)
     logits_BCGJK = logits_BCGJK.to(kind).masked_fill(hidden_BCK[:, :, None, None], -math.inf)
-    weights = F.dropout(logits_BCGJK.softmax(-1), dropout).to(v_BSGE.dtype)
+    weights = F.dropout(logits_BCGJK.softmax(-1), some.dropout).to(v_BSGE.dtype)
     return torch.einsum("bcgjk,bckge->bcgje", weights, v_BCKGE).flatten(2, 3)
 
 
-def _masked(
-    q_BCHD: Tensor,
-    k_BSGD: Tensor,
-    v_BSGE: Tensor,
-    chosen_BCK: Tensor,
-    visible_BCS: Tensor,
-    dropout: float,
-) -> Tensor:
-    chosen_BCS = torch.zeros_like(visible_BCS.expand(len(chosen_BCK), -1, -1))
-    chosen_BCS = chosen_BCS.scatter(-1, chosen_BCK, True) & visible_BCS
+def _masked(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BCHD, k_BSGD, v_BSGE))
+    shared = q.shape[1] != k.shape[1]
+    y_BHCE = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=some.mask_BCS[:, None], dropout_p=some.dropout, enable_gqa=shared
+    )
+    return y_BHCE.transpose(1, 2)
+
+
+def _written_out(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
     share, kind = q_BCHD.shape[2] // k_BSGD.shape[2], wide(q_BCHD.dtype)
     k, v = (table.repeat_interleave(share, 2).to(kind) for table in (k_BSGD, v_BSGE))
     logits_BHCS = torch.einsum("bchd,bshd->bhcs", q_BCHD.to(kind), k) / _root(q_BCHD)
-    weights = logits_BHCS.masked_fill(~chosen_BCS[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bhcs,bshe->bche", F.dropout(weights, dropout), v).to(q_BCHD.dtype)
+    weights = logits_BHCS.masked_fill(~some.mask_BCS[:, None], -math.inf).softmax(-1)
+    weights = F.dropout(weights, some.dropout)
+    return torch.einsum("bhcs,bshe->bche", weights, v).to(q_BCHD.dtype)
 
 
 def _rows(table_BSGD: Tensor, chosen_BCK: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""Tiny-R2's hybrid attention: against its description written out, its dense limit, its modes."""
+
+import pytest
+import torch
+
+from tests.oracles.hybrid import hybrid as oracle
+from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.mixers.hybrid import MODES, Hybrid
+from tinsmith.nn.mixers.mla import MLA
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.parts import indexer
+from tinsmith.nn.parts.choose import top
+from tinsmith.nn.parts.rope import Rope, Yarn, tables
+
+DIM, TOKENS = 24, 22
+LATENT = {"heads": 2, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 5}
+SMALL = LATENT | {"compress_block": 4, "window": 5, "keep": 3, "index_heads": 3, "index_dim": 6}
+FEED = {"kind": "relu2", "hidden": 48}
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def noise(*shape, seed=1):
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=source)
+
+
+def mixer_of(config, **site):
+    torch.manual_seed(0)
+    mixer = config.build(Site(DIM, 0, 1, **site)).double().eval()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return mixer
+
+
+def context(rows=1, begin=0, rope=None, segments=None):
+    positions = torch.arange(begin, begin + TOKENS).expand(rows, -1)
+    rotary = tables(rope or Rope(), 4, positions, torch.float64)
+    return Ctx(positions, segments, None, {4: rotary})
+
+
+def chosen_by(mixer, x, ctx):
+    """What the select branch attends to, as places."""
+    branch, rotary = mixer.branches["select"], ctx.rotary[4]
+    _, _, source = mixer.queries(x, rotary)
+    scores = indexer.scores(branch.indexer(x, source, rotary))[0]
+    hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    best = top(scores.masked_fill(hidden, -torch.inf), mixer.config.keep).tolist()
+    return [[s for s in row if s <= t] for t, row in enumerate(best)]
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_every_mode_is_what_its_description_says(mode, gate):
+    mixer = mixer_of(Hybrid(**SMALL, mode=mode, gate=gate))
+    x, ctx = noise(1, TOKENS, DIM), context()
+    chosen = chosen_by(mixer, x, ctx) if "select" in mixer.config.present else []
+    with torch.no_grad():
+        wanted = oracle(mixer.state_dict(), mixer.config, x[0], chosen)
+        close(mixer(x, ctx).y[0], wanted)
+
+
+def test_A16_modes_have_the_branches_of_the_documents_table():
+    assert MODES == {
+        "nsa": ("compress", "select", "window"),
+        "swa": ("compress", "window"),
+        "dsa": ("compress", "select"),
+    }
+    assert Hybrid().present == MODES["nsa"]
+    assert Hybrid(branches=("window",)).present == ("window",)
+
+
+def test_A18_only_the_branches_of_the_mode_have_parameters():
+    for mode, names in MODES.items():
+        found = {name.split(".")[1] for name, _ in _parameters(mode) if name.startswith("branches")}
+        assert found == set(names)
+    alone = mixer_of(Hybrid(**SMALL, branches=("window",)))
+    assert alone.branch_gate is None
+    assert not any("gate" in name for name, _ in alone.named_parameters())
+
+
+def _parameters(mode):
+    return mixer_of(Hybrid(**SMALL, mode=mode)).named_parameters()
+
+
+@pytest.mark.parametrize("scaling", [None, Yarn(factor=4.0, original_context=8)])
+def test_blocks_of_one_token_alone_are_mla(scaling):
+    rope = Rope(scaling=scaling)
+    sizes = SMALL | {"compress_block": 1, "branches": ("compress",)}
+    ours = mixer_of(Hybrid(**sizes), rotary_factor=rope.factor)
+    mla = mixer_of(MLA(**LATENT), rotary_factor=rope.factor)
+    state = ours.state_dict()
+    mla.load_state_dict({k.replace("branches.compress.", ""): v for k, v in state.items()})
+    x = noise(2, TOKENS, DIM)
+    for segments in (None, torch.tensor([[0] * 9 + [1] * 13, [-1] * 4 + [2] * 18])):
+        ctx = context(2, rope=rope, segments=segments)
+        real = torch.ones(2, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
+        close(ours(x, ctx).y[real], mla(x, ctx).y[real])
+
+
+def test_A6_a_branch_without_a_block_says_nothing():
+    """Before the first block is whole, and then the same for any number of tokens to come."""
+    mixer = mixer_of(Hybrid(**SMALL, branches=("compress",)))
+    x = noise(1, TOKENS, DIM)
+    y = mixer(x, context()).y
+    assert torch.equal(y[:, :3], torch.zeros(1, 3, DIM, dtype=torch.float64))
+    assert (y[:, 3:].abs().amax(-1) > 0).all()
+
+
+def test_A4_a_window_is_a_window():
+    mixer = mixer_of(Hybrid(**SMALL, branches=("window",)))
+    x = noise(1, TOKENS, DIM)
+    changed = x.clone()
+    changed[:, 4] += 1.0
+    moved = (mixer(changed, context()).y - mixer(x, context()).y).abs().amax(-1)[0] > 0
+    assert moved.nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
+
+
+def test_A8_only_distances_between_positions_matter():
+    """Keys of blocks and of chosen tokens are turned by the positions of their tokens."""
+    mixer = mixer_of(Hybrid(**SMALL, mode="nsa"))
+    x = noise(1, TOKENS, DIM)
+    close(mixer(x, context(begin=1000)).y, mixer(x, context()).y, 1e-8)
+
+
+def test_A3_gates_look_at_their_own_token_only():
+    mixer = mixer_of(Hybrid(**SMALL, mode="swa"))
+    said = [noise(1, TOKENS, 2, 5, seed=s) for s in (5, 6)]
+    x = noise(1, TOKENS, DIM)
+    changed = x.clone()
+    changed[:, 10] += 1.0
+    moved = (mixer._mixed(changed, said) - mixer._mixed(x, said)).abs().amax((0, 2, 3)) > 0
+    assert moved.nonzero().flatten().tolist() == [10]
+
+
+def test_softmax_gates_sum_to_one_and_sigmoid_gates_need_not():
+    ones = [torch.ones(1, TOKENS, 2, 5, dtype=torch.float64)] * 3
+    x = noise(1, TOKENS, DIM)
+    close(mixer_of(Hybrid(**SMALL))._mixed(x, ones), ones[0])
+    total = mixer_of(Hybrid(**SMALL, gate="sigmoid"))._mixed(x, ones)
+    assert (total - 1).abs().min() > 1e-6
+
+
+def test_the_indexers_loss_is_there_in_training_where_tokens_are_chosen():
+    for mode, names in MODES.items():
+        mixer = mixer_of(Hybrid(**SMALL, mode=mode))
+        assert not mixer(noise(1, TOKENS, DIM), context()).losses
+        assert set(mixer.train()(noise(1, TOKENS, DIM), context()).losses) == (
+            {"indexer"} if "select" in names else set()
+        )
+
+
+def model_of(*mixers, **more):
+    layers = [{"mixer": mixer, "feed_forward": FEED} for mixer in mixers]
+    sizes = {"vocab_size": 48, "dim": DIM, "depth": len(mixers), "max_context": 64}
+    torch.manual_seed(0)
+    return LM(ModelConfig.from_dict(sizes | {"pattern": layers} | more))
+
+
+MIXED = [
+    {"kind": "hybrid", "mode": "swa"} | SMALL,
+    {"kind": "hybrid", "mode": "nsa"} | SMALL,
+    {"kind": "gqa", "heads": 2},
+]
+
+
+def test_layers_of_different_kinds_decode_as_they_train():
+    lm = model_of(*MIXED).double().eval()
+    ids = torch.randint(0, 48, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = lm(ids).logits
+        caches, found, begin = lm.new_caches(2, TOKENS), [], 0
+        for length in (5, 1, 1, 9, 1, 5):
+            found.append(lm(ids[:, begin : begin + length], caches=caches).logits)
+            begin += length
+    close(torch.cat(found, 1), expected)
+
+
+@pytest.mark.slow
+def test_it_compiles_as_a_whole():
+    lm = model_of(*MIXED).eval()
+    ids = torch.randint(0, 48, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        close(torch.compile(lm, fullgraph=True)(ids).logits, lm(ids).logits, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"mode": "nsa", "branches": ("window",)}, "give mode=nsa or branches, not both"),
+        ({"branches": ()}, "branches=\\[\\] must be some, each once"),
+        ({"branches": ("window", "window")}, "must be some, each once"),
+        ({"window": 0}, "window=0 must be at least 1"),
+        ({"compress_block": 0}, "compress_block=0 must be at least 1"),
+        ({"keep": 0}, "keep=0 must be at least 1"),
+        ({"rope_dim": 3}, "rope_dim=3 must be even"),
+    ],
+)
+def test_sizes_that_cannot_work_are_one_line(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        Hybrid(**sizes)
