@@ -33,6 +33,8 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "plain": [{}],
+    "hyper": [{"streams": 4}, {"streams": 2, "fracs": 2}, {"streams": 2, "dynamic": False}],
+    "mhyper": [{"streams": 2}, {"streams": 4, "sinkhorn_iterations": 3}],
 }
 
 HELD: dict[str, Callable[[Any, int], int]] = {
@@ -41,6 +43,18 @@ HELD: dict[str, Callable[[Any, int], int]] = {
     ),
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
+
+STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale"}
+"""Kind -> how the names end of parameters that have a gradient of exactly 0 in the first step, by
+mathematics.
+
+`hyper`: weights are s tanh(N W) + static, so ds = tanh(N W) = 0 as long as W = 0, which is what
+makes it the plain residual at first; dW = s N is not 0, so s moves from the second step on. Nothing
+else stands still: A_m and A_r are free (no rows or columns that must sum to 1, unlike mHC's), so
+even where all streams are equal each weight scales what is read or kept.
+`mhyper`: H_res of the first and last sub-layer has no say, but its weights are rows of parameters
+whose other rows have; nn/test_mhyper.py looks at the rows.
+"""
 
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
@@ -176,6 +190,17 @@ def held() -> Callable[[Any, int], int]:
         return HELD[mixer.kind](mixer, capacity)
 
     return count
+
+
+@pytest.fixture
+def still() -> Callable[[dict[str, Any], str], bool]:
+    """Whether the parameter `name` of a model with this residual stands still in the first step."""
+
+    def stands(residual: dict[str, Any], name: str) -> bool:
+        ending = STILL_AT_FIRST.get(residual["kind"])
+        return ending is not None and name.endswith(ending)
+
+    return stands
 
 
 @pytest.fixture

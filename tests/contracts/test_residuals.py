@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.contract import Ctx
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,16 @@ def test_tokens_and_rows_do_not_meet_in_the_streams(lm):
     for before, after in zip(through(x, y), through(other_x, other_y), strict=True):
         assert torch.equal(before[elsewhere], after[elsewhere])
         assert not torch.isclose(before[~elsewhere], after[~elsewhere]).all()
+
+
+def test_the_stream_is_not_normalised(make, residual):
+    """B-06: of a state 100 times as large a block keeps 100 times as much."""
+    lm = make(residual=residual, positions="none")
+    h = lm.config.residual.expand(noise(2, 5, 32))
+    h, ctx = h * (1 + 0.1 * noise(*h.shape, seed=3)), Ctx(torch.arange(5).expand(2, 5))
+    for block in lm.blocks:
+        small, large = (block(factor * h, ctx).y.square().mean().sqrt() for factor in (1e3, 1e5))
+        assert 90 < large / small < 110
 
 
 def test_what_a_sub_layer_says_reaches_the_stream(lm):

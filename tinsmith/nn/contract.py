@@ -66,6 +66,10 @@ class Site(NamedTuple):
     rotary: bool = True
     first_value: bool = False
     """True where this mixer is the first of the model to offer its values."""
+    sub_layer: int = 0
+    """Which sub-layer of the model a residual stands around: 2 layer for a mixer's, 2 layer + 1 for
+    a feed-forward's.
+    """
 
 
 class CacheFull(Exception):
