@@ -204,6 +204,30 @@ def still() -> Callable[[dict[str, Any], str], bool]:
 
 
 @pytest.fixture
+def agrees_compiled(draw: Callable[..., torch.Tensor]) -> Callable[[LM], None]:
+    """Asserts that a model compiles to one graph without a break and says the same, for plain rows,
+    and for packed ones with their gradients.
+    """
+
+    def check(lm: LM) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(lm, fullgraph=True, backend="aot_eager", dynamic=False)
+        ids, segments = draw(2, 12), torch.tensor([[7] * 5 + [3] * 7, [-1] * 2 + [0] * 10])
+        found = [model(ids).logits for model in (compiled, lm)]
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+        said = []
+        for model in (compiled, lm):
+            lm.zero_grad()
+            with torch.enable_grad():
+                logits = model(ids, segments=segments).logits
+                logits[segments >= 0].square().sum().backward()
+            said.append([logits, *(parameter.grad for parameter in lm.parameters())])
+        torch.testing.assert_close(*said, rtol=1e-10, atol=1e-10)
+
+    return check
+
+
+@pytest.fixture
 def draw() -> Callable[..., torch.Tensor]:
     """(rows, length, seed) -> ids, the same for the same arguments."""
 

@@ -272,21 +272,9 @@ def test_weights_go_round_through_a_state_dict(lm, make, mixer, residual, draw):
     assert torch.equal(other(ids).logits, lm(ids).logits)
 
 
-def test_it_compiles_whole(make, mixer, residual, draw):
-    """One graph without a break, for plain rows, and for packed ones with their gradients."""
-    lm = make(mixer=mixer, residual=residual, depth=2)
-    torch.compiler.reset()
-    compiled = torch.compile(lm, fullgraph=True, backend="aot_eager", dynamic=False)
-    ids, segments = draw(2, 12), torch.tensor([[7] * 5 + [3] * 7, [-1] * 2 + [0] * 10])
-    close(compiled(ids).logits, lm(ids).logits)
-    gradients = []
-    for model in (compiled, lm):
-        lm.zero_grad()
-        with torch.enable_grad():
-            logits = model(ids, segments=segments).logits
-            logits[segments >= 0].square().sum().backward()
-        gradients.append([logits, *(parameter.grad for parameter in lm.parameters())])
-    close(*gradients)
+def test_it_compiles_whole(make, mixer, agrees_compiled):
+    """With the plain residual; test_residuals compiles each of the others with one mixer."""
+    agrees_compiled(make(mixer=mixer, depth=2))
 
 
 def test_it_is_stateless(lm, draw):

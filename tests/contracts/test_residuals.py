@@ -86,5 +86,9 @@ def test_the_stream_keeps_its_dtype(make, residual, dtype):
     assert lm.blocks[0].mix_residual.write(h, x, kept).dtype == dtype
 
 
+def test_it_compiles_whole(make, residual, agrees_compiled):
+    agrees_compiled(make(residual=residual, depth=2))
+
+
 def test_the_config_goes_round(lm):
     assert ModelConfig.from_dict(lm.config.to_dict()) == lm.config
