@@ -86,6 +86,34 @@ def test_the_stream_keeps_its_dtype(make, residual, dtype):
     assert lm.blocks[0].mix_residual.write(h, x, kept).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_streams_are_rounded_on_the_way_in_and_out_only(make, residual, dtype):
+    """In between all is float32, under autocast too."""
+    lm = make(residual=residual, dtype=torch.float32)
+    h = lm.config.residual.expand(noise(2, 5, 32).to(dtype))
+    h, y = h * (1 + noise(*h.shape, seed=3)).to(dtype), noise(2, 5, 32, seed=2).to(dtype)
+    for block in lm.blocks:
+        with torch.autocast("cpu", dtype):
+            x, kept = block.mix_residual.read(h)
+            after = block.mix_residual.write(h, y, kept)
+        exact, kept = block.mix_residual.read(h.float())
+        assert torch.equal(x, exact.to(dtype))
+        exact = block.mix_residual.write(h.float(), y.float(), kept)
+        assert torch.equal(after, exact.to(dtype))
+
+
+def test_depth_does_not_make_the_stream_grow(make, residual):
+    """64 blocks leave what the final norm sees within a factor of three of two blocks."""
+    ids, sizes = torch.arange(32)[None], []
+    for depth in (2, 64):
+        lm = make(residual=residual, depth=depth, stirred=False)
+        seen = []
+        lm.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        lm(ids)
+        sizes.append(seen[0].square().mean().sqrt())
+    assert sizes[1] < 3 * sizes[0]
+
+
 def test_it_compiles_whole(make, residual, agrees_compiled):
     agrees_compiled(make(residual=residual, depth=2))
 

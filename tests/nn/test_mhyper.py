@@ -328,20 +328,6 @@ def test_the_mix_keeps_the_mean_over_the_streams():
     assert (after - h).abs().max() > 0.05
 
 
-def test_it_computes_in_float32_whatever_the_streams():
-    """Half-precision streams are rounded on the way in and out, not in between."""
-    part = built(streams=4, norm_eps=1e-5).float()
-    h, y = noise(2, 3, 4, DIM).bfloat16(), noise(2, 3, DIM, seed=2).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        x, kept = part.read(h)
-        found = part.write(h, y, kept)
-    exact, kept = part.read(h.float())
-    expected = part.write(h.float(), y.float(), kept)
-    assert x.dtype == found.dtype == torch.bfloat16
-    assert torch.equal(x, exact.bfloat16())
-    assert torch.equal(found, expected.bfloat16())
-
-
 def test_all_its_parameters_are_vectors_for_the_optimizer(section):
     """So none is orthogonalised and none decays, whatever its shape."""
     lm = lm_of(section)
