@@ -4,13 +4,14 @@
     H_pre = sigmoid(a_pre v W_pre + b_pre)      H_post = 2 sigmoid(a_post v W_post + b_post)
     H_res = Sinkhorn((a_res mat(v W_res) + b_res) / temperature)      v = RMSNorm(vec(X))
 
-H_res is doubly stochastic: each stream becomes a mean of all, and their mean stays; so no depth of
-such mixes enlarges or loses what the streams hold. Streams are never normalised themselves.
+H_res is doubly stochastic: each stream becomes a weighted mean of all, and the mean of all stays;
+so no depth of such mixes makes the streams grow, or loses what they share. They are never
+normalised themselves.
 
 At first a = 0.01, H_post = 1 but for its dynamic term, H_res is 0.87 (n = 4) on the diagonal, and
 H_pre sums to 1, most of it at stream (sub-layer mod n): with all streams alike and all weights
-symmetric they would stay alike for ever. The paper gives no values for the b; and collapses the
-streams by a learned head where here their mean is taken, which H_res keeps.
+symmetric they would stay alike for ever. The values of b are ours. At the end the mean of the
+streams is taken, which H_res keeps; DeepSeek-V4 learns the weights of that sum.
 
 Legend: B rows, T tokens, D width, n streams.
 """
@@ -115,7 +116,8 @@ class MHyperResidual(Residual):
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """exp(logits) (B, T, n, n), then `iterations` times all columns and then all rows divided by
-    their sums (Sinkhorn and Knopp, 1967). Rows sum to 1; columns nearly.
+    their sums (Sinkhorn and Knopp, 1967). Rows sum to 1; columns nearly, and the less nearly the
+    closer the matrix comes to a permutation.
 
     The first round is taken in logarithms. After it every row and every column has an entry of at
     least 1/n^2, and goes on having one, so that no sum vanishes whatever the logits were.
