@@ -5,6 +5,7 @@ in HELD. Everything else in this folder is about all kinds alike.
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
@@ -55,6 +56,8 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "plain": [{}],
+    "hyper": [{"streams": 4}, {"streams": 2, "fracs": 2}, {"streams": 2, "dynamic": False}],
+    "mhyper": [{"streams": 2}, {"streams": 4, "sinkhorn_iterations": 3}],
 }
 
 
@@ -96,6 +99,18 @@ CHOOSERS = {"dsa", "nsa", "hybrid"}
 influence.
 """
 
+STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale"}
+"""Kind -> how the names end of parameters that have a gradient of exactly 0 in the first step, by
+mathematics.
+
+`hyper`: weights are s tanh(N W) + static, so ds = tanh(N W) = 0 as long as W = 0, which is what
+makes it the plain residual at first; dW = s N is not 0, so s moves from the second step on. Nothing
+else stands still: A_m and A_r are free (no rows or columns that must sum to 1, unlike mHC's), so
+even where all streams are equal each weight scales what is read or kept.
+`mhyper`: H_res of the first and last sub-layer has no say, but its weights are rows of parameters
+whose other rows have; nn/test_mhyper.py looks at the rows.
+"""
+
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
@@ -104,14 +119,29 @@ DEFAULTS = {
 }
 
 
+USUAL = {"gqa-kv_heads=2", "plain"}
+"""A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual,
+and every residual this mixer, in the default suite.
+"""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for a slot runs over all samples of all its kinds; with several, over all
+    """A test that asks for slots runs over all samples of all their kinds; with several, over all
     pairs.
     """
-    for slot, union in SLOTS.items():
-        if slot in metafunc.fixturenames:
-            cases = [case for kind in _kinds(union) for case in _cases(kind)]
-            metafunc.parametrize(slot, cases, indirect=True)
+    slots = [slot for slot in SLOTS if slot in metafunc.fixturenames]
+    samples = [[case for kind in _kinds(SLOTS[slot]) for case in _cases(kind)] for slot in slots]
+    if not slots:
+        return
+    cases = [
+        pytest.param(
+            *(case.values[0] for case in pair),
+            id="-".join(str(case.id) for case in pair),
+            marks=() if len(pair) < 2 or USUAL & {case.id for case in pair} else pytest.mark.slow,
+        )
+        for pair in product(*samples)
+    ]
+    metafunc.parametrize(slots, cases, indirect=True)
 
 
 def _kinds(union: Any) -> list[str]:
@@ -236,6 +266,41 @@ def held() -> Callable[[Any, int], int]:
         return HELD[mixer.kind](mixer, capacity)
 
     return count
+
+
+@pytest.fixture
+def still() -> Callable[[dict[str, Any], str], bool]:
+    """Whether the parameter `name` of a model with this residual stands still in the first step."""
+
+    def stands(residual: dict[str, Any], name: str) -> bool:
+        ending = STILL_AT_FIRST.get(residual["kind"])
+        return ending is not None and name.endswith(ending)
+
+    return stands
+
+
+@pytest.fixture
+def agrees_compiled(draw: Callable[..., torch.Tensor]) -> Callable[[LM], None]:
+    """Asserts that a model compiles to one graph without a break and says the same, for plain rows,
+    and for packed ones with their gradients.
+    """
+
+    def check(lm: LM) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(lm, fullgraph=True, backend="aot_eager", dynamic=False)
+        ids, segments = draw(2, 12), torch.tensor([[7] * 5 + [3] * 7, [-1] * 2 + [0] * 10])
+        found = [model(ids).logits for model in (compiled, lm)]
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+        said = []
+        for model in (compiled, lm):
+            lm.zero_grad()
+            with torch.enable_grad():
+                logits = model(ids, segments=segments).logits
+                logits[segments >= 0].square().sum().backward()
+            said.append([logits, *(parameter.grad for parameter in lm.parameters())])
+        torch.testing.assert_close(*said, rtol=1e-10, atol=1e-10)
+
+    return check
 
 
 @pytest.fixture

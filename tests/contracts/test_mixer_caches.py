@@ -7,7 +7,7 @@ import torch
 
 from tinsmith.nn.contract import CacheFull, CannotRewind
 
-SIZES = [1, 4, 5, 6, 33, 97]
+SIZES = [1, 3, 4, 5, 6, 33, 97, pytest.param(256, marks=pytest.mark.slow)]
 LENGTHS = [1, 5, 9, 12]
 LATER = [2, 0, 7, 4]
 """How many tokens each of four rows goes on with, unevenly."""

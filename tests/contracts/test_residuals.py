@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.contract import Ctx
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,16 @@ def test_tokens_and_rows_do_not_meet_in_the_streams(lm):
         assert not torch.isclose(before[~elsewhere], after[~elsewhere]).all()
 
 
+def test_the_stream_is_not_normalised(make, residual):
+    """B-06: of a state 100 times as large a block keeps 100 times as much."""
+    lm = make(residual=residual, positions="none")
+    h = lm.config.residual.expand(noise(2, 5, 32))
+    h, ctx = h * (1 + 0.1 * noise(*h.shape, seed=3)), Ctx(torch.arange(5).expand(2, 5))
+    for block in lm.blocks:
+        small, large = (block(factor * h, ctx).y.square().mean().sqrt() for factor in (1e3, 1e5))
+        assert 90 < large / small < 110
+
+
 def test_what_a_sub_layer_says_reaches_the_stream(lm):
     part = lm.blocks[1].mix_residual
     h = lm.config.residual.expand(noise(2, 5, 32))
@@ -73,6 +84,38 @@ def test_the_stream_keeps_its_dtype(make, residual, dtype):
     x, kept = lm.blocks[0].mix_residual.read(h)
     assert x.dtype == dtype
     assert lm.blocks[0].mix_residual.write(h, x, kept).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_streams_are_rounded_on_the_way_in_and_out_only(make, residual, dtype):
+    """In between all is float32, under autocast too."""
+    lm = make(residual=residual, dtype=torch.float32)
+    h = lm.config.residual.expand(noise(2, 5, 32).to(dtype))
+    h, y = h * (1 + noise(*h.shape, seed=3)).to(dtype), noise(2, 5, 32, seed=2).to(dtype)
+    for block in lm.blocks:
+        with torch.autocast("cpu", dtype):
+            x, kept = block.mix_residual.read(h)
+            after = block.mix_residual.write(h, y, kept)
+        exact, kept = block.mix_residual.read(h.float())
+        assert torch.equal(x, exact.to(dtype))
+        exact = block.mix_residual.write(h.float(), y.float(), kept)
+        assert torch.equal(after, exact.to(dtype))
+
+
+def test_depth_does_not_make_the_stream_grow(make, residual):
+    """64 blocks leave what the final norm sees within a factor of three of two blocks."""
+    ids, sizes = torch.arange(32)[None], []
+    for depth in (2, 64):
+        lm = make(residual=residual, depth=depth, stirred=False)
+        seen = []
+        lm.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        lm(ids)
+        sizes.append(seen[0].square().mean().sqrt())
+    assert sizes[1] < 3 * sizes[0]
+
+
+def test_it_compiles_whole(make, residual, agrees_compiled):
+    agrees_compiled(make(residual=residual, depth=2))
 
 
 def test_the_config_goes_round(lm):

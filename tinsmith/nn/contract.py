@@ -68,6 +68,10 @@ class Site(NamedTuple):
     """What the rotary tables multiply queries and keys by (YaRN's temperature)."""
     first_value: bool = False
     """True where this mixer is the first of the model to offer its values."""
+    sub_layer: int = 0
+    """Which sub-layer of the model a residual stands around: 2 layer for a mixer's, 2 layer + 1 for
+    a feed-forward's.
+    """
 
 
 class CacheFull(Exception):

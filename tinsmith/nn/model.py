@@ -45,10 +45,10 @@ class Block(nn.Module):
         norm = NORMS[config.norm]
         self.mix_norm = norm(config.dim, config.norm_eps)
         self.mixer = layer.mixer.build(site)
-        self.mix_residual = config.residual.build(site)
+        self.mix_residual = config.residual.build(site._replace(sub_layer=2 * site.layer))
         self.feed_norm = norm(config.dim, config.norm_eps)
         self.feed = layer.feed_forward.build(site)
-        self.feed_residual = config.residual.build(site)
+        self.feed_residual = config.residual.build(site._replace(sub_layer=2 * site.layer + 1))
         self.dropout = config.dropout.residual
 
     def forward(self, h: Tensor, ctx: Ctx, cache: LayerCache | None = None) -> Out:

@@ -5,7 +5,7 @@
 | Embedding (tied head too), head | normal, std min(0.02, 0.5 / sqrt(width)): first loss is ln V |
 | Linear | normal, std 0.5 / sqrt(fan in) |
 | Output (writes into the stream) | the same / sqrt(2 depth): the stream does not grow (GPT-2) |
-| biases | 0; norms 1 (set where they are made) |
+| biases | 0; norms 1 (set where they are made, like the mixing weights of residual streams) |
 """
 
 import math

@@ -16,7 +16,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: what is computed here keeps the dtype it is given."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def trains_eagerly() -> bool:

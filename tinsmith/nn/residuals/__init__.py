@@ -5,6 +5,8 @@ name below.
 from typing import Annotated
 
 from tinsmith.core.parse import Kind
+from tinsmith.nn.residuals.hyper import Hyper
+from tinsmith.nn.residuals.mhyper import MHyper
 from tinsmith.nn.residuals.plain import Plain
 
-ResidualConfig = Annotated[Plain, Kind()]
+ResidualConfig = Annotated[Plain | Hyper | MHyper, Kind()]

@@ -1,0 +1,135 @@
+"""Manifold-constrained Hyper-Connections, mHC (Xie et al., 2512.24880).
+
+    x = H_pre X      X' = H_res X + H_post^T F(x)      X in R^{n x D}, n copies of the embedding
+    H_pre = sigmoid(a_pre v W_pre + b_pre)      H_post = 2 sigmoid(a_post v W_post + b_post)
+    H_res = Sinkhorn((a_res mat(v W_res) + b_res) / temperature)      v = RMSNorm(vec(X))
+
+H_res is doubly stochastic: each stream becomes a weighted mean of all, and the mean of all stays;
+so no depth of such mixes makes the streams grow, or loses what they share. They are never
+normalised themselves.
+
+At first a = 0.01, H_post = 1 but for its dynamic term, H_res is 0.87 (n = 4) on the diagonal, and
+H_pre sums to 1, most of it at stream (sub-layer mod n): with all streams alike and all weights
+symmetric they would stay alike for ever. The values of b are ours. At the end the mean of the
+streams is taken, which H_res keeps; DeepSeek-V4 learns the weights of that sum.
+
+Legend: B rows, T tokens, D width, n streams.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinsmith.core.parse import Size
+from tinsmith.nn.contract import Residual, ResidualKind, Site
+from tinsmith.nn.parts.norm import exactly, wide
+from tinsmith.nn.parts.streams import add, collapse, expand, mix, project_normed
+
+READ = 0.88
+"""The share of its first stream in what a sub-layer reads at first."""
+STAY = 3.0
+"""How much larger the logit on the diagonal of H_res is at first than those beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHyper(ResidualKind):
+    """Several streams, mixed by doubly stochastic matrices that depend on the token."""
+
+    kind: Literal["mhyper"] = "mhyper"
+    streams: Size = 4
+    sinkhorn_iterations: Size = 20
+    sinkhorn_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.streams < 2:
+            raise ValueError(f"streams={self.streams} must be at least 2; one stream is `plain`")
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1")
+        if not 0 < self.sinkhorn_temperature < math.inf:
+            given = f"sinkhorn_temperature={self.sinkhorn_temperature}"
+            raise ValueError(f"{given} must be a number above 0")
+
+    def build(self, site: Site) -> "MHyperResidual":
+        """The module."""
+        return MHyperResidual(self, site)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, n, D), n copies."""
+        return expand(x, self.streams)
+
+    def collapse(self, h: Tensor) -> Tensor:
+        """The mean over the streams."""
+        return collapse(h)
+
+
+class MHyperResidual(Residual):
+    """The module of `MHyper`."""
+
+    ROLE: ClassVar[Literal["vector"]] = "vector"
+
+    def __init__(self, config: MHyper, site: Site):
+        super().__init__()
+        self.streams, self.eps = config.streams, site.norm_eps
+        self.iterations = config.sinkhorn_iterations
+        self.temperature = config.sinkhorn_temperature
+        self.sizes = [self.streams, self.streams, self.streams**2]
+        width = self.streams * site.dim
+        self.projection = nn.Parameter(torch.randn(width, sum(self.sizes)) * 0.5 / width**0.5)
+        self.scale = nn.Parameter(torch.full((3,), 0.01))
+        self.bias = nn.Parameter(self._start(site.sub_layer % self.streams))
+
+    def read(self, h: Tensor) -> tuple[Tensor, Any]:
+        """(B, T, n, D) -> H_pre X, and H_res X with H_post."""
+        with exactly(h.device):
+            h_BTnD = h.to(wide(h.dtype))
+            pre_BTn, post_BTn, res_BTnn = self._weights(h_BTnD)
+            taken = torch.cat((pre_BTn.unsqueeze(2), res_BTnn), 2)
+            x_BT1D, kept_BTnD = mix(taken, h_BTnD).split([1, self.streams], 2)
+        return x_BT1D.squeeze(2).to(h.dtype), (kept_BTnD, post_BTn.unsqueeze(-1))
+
+    def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
+        """H_res X + H_post^T y, (B, T, n, D)."""
+        kept_BTnD, post_BTn1 = kept
+        with exactly(h.device):
+            return add(kept_BTnD, post_BTn1, y.unsqueeze(2)).to(h.dtype)
+
+    def _weights(self, h_BTnD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
+        kind = h_BTnD.dtype
+        moved = project_normed(h_BTnD.flatten(2), self.projection.to(kind), self.eps)
+        scale = torch.cat([a.expand(size) for a, size in zip(self.scale, self.sizes, strict=True)])
+        logits = torch.addcmul(self.bias.to(kind), moved, scale.to(kind))
+        pre_BTn, post_BTn, res = logits.split(self.sizes, -1)
+        res_BTnn = res.unflatten(-1, (self.streams, self.streams)) / self.temperature
+        return pre_BTn.sigmoid(), 2 * post_BTn.sigmoid(), sinkhorn(res_BTnn, self.iterations)
+
+    def _start(self, stream: int) -> Tensor:
+        """The first b_pre, b_post and b_res, one after the other."""
+        pre = torch.full((self.streams,), _logit((1 - READ) / (self.streams - 1)))
+        pre[stream] = _logit(READ)
+        res = STAY * self.temperature * torch.eye(self.streams)
+        return torch.cat((pre, torch.zeros(self.streams), res.flatten()))
+
+
+def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """exp(logits) (B, T, n, n), then `iterations` times all columns and then all rows divided by
+    their sums (Sinkhorn and Knopp, 1967). Rows sum to 1; columns nearly, and the less nearly the
+    closer the matrix comes to a permutation.
+
+    The first round is taken in logarithms. After it every row and every column has an entry of at
+    least 1/n^2, and goes on having one, so that no sum vanishes whatever the logits were.
+    """
+    # Tokens last: sums over n numbers that lie side by side would take several times as long.
+    logs_nnBT = logits.movedim((-2, -1), (0, 1)).contiguous().log_softmax(0)
+    mix_nnBT = logs_nnBT.softmax(1)
+    for _ in range(iterations - 1):
+        mix_nnBT = mix_nnBT / mix_nnBT.sum(0, keepdim=True)
+        mix_nnBT = mix_nnBT / mix_nnBT.sum(1, keepdim=True)
+    return mix_nnBT.movedim((0, 1), (-2, -1))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
