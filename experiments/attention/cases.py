@@ -1,0 +1,65 @@
+"""The models that are compared: six ways to attend times three kinds of residual streams, of equal
+numbers of parameters.
+"""
+
+from typing import Any
+
+import torch
+
+from tinsmith import LM, ModelConfig
+
+MIXERS = ("dense", "window", "mla", "nsa", "dsa", "hybrid")
+RESIDUALS: dict[str, dict[str, Any]] = {
+    "plain": {"kind": "plain"},
+    "hyper": {"kind": "hyper", "streams": 4},
+    "mhyper": {"kind": "mhyper", "streams": 4},
+}
+
+
+def mixer(name: str, dim: int, reach: int) -> dict[str, Any]:
+    """A mixer of four heads at width `dim`; the sparse ones look at about `reach` tokens."""
+    heads = {"heads": 4, "kv_heads": 2}
+    latent = {
+        **{"heads": 4, "kv_rank": dim // 4, "q_rank": dim // 2, "nope_dim": dim // 8},
+        **{"rope_dim": dim // 8, "v_dim": dim // 4},
+    }
+    index = {"index_heads": 4, "index_dim": dim // 8}
+    block = reach // 4
+    return {
+        "dense": {"kind": "gqa", **heads},
+        "window": {"kind": "gqa", **heads, "window": reach},
+        "mla": {"kind": "mla", **latent},
+        "nsa": {
+            **{"kind": "nsa", **heads, "compress_block": block, "compress_stride": block // 2},
+            **{"select_block": block, "select_count": 3, "window": reach // 2},
+        },
+        "dsa": {"kind": "dsa", **latent, **index, "keep": reach},
+        "hybrid": {
+            **{"kind": "hybrid", "mode": "nsa", **latent, **index},
+            **{"compress_block": block // 2, "keep": reach // 2, "window": reach // 2},
+        },
+    }[name]
+
+
+def model(case: tuple[str, str], sizes: dict[str, Any], reach: int, budget: int) -> dict[str, Any]:
+    """The `model:` section of a case, its feed-forwards as wide as `budget` parameters allow."""
+    name, residual = case
+    dim = sizes["dim"]
+
+    def section(hidden: int) -> dict[str, Any]:
+        layer = {
+            "mixer": mixer(name, dim, reach),
+            "feed_forward": {"kind": "relu2", "hidden": hidden},
+        }
+        return sizes | {"residual": RESIDUALS[residual], "pattern": [layer]}
+
+    step = 8
+    spare = budget - count(section(step))
+    each = 2 * dim * step * sizes["depth"]
+    return section(step * (1 + round(spare / each)))
+
+
+def count(section: dict[str, Any]) -> int:
+    """Parameters of a `model:` section."""
+    with torch.device("meta"):
+        return LM(ModelConfig.from_dict(section)).parameter_count()

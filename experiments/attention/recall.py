@@ -1,0 +1,77 @@
+"""Recall: pairs of a key and a value are hidden among filler; later keys ask for their values.
+
+One pair is a needle; several are multi-query associative recall (Arora et al., 2312.04927). Every
+sequence is drawn anew, so what is measured is looking back, not memory. A row is
+
+    filler k1 v1 filler filler k2 v2 ... filler | k2 v2 k1 v1
+
+and only the values after the bar are predicted and counted.
+
+Legend: B rows, T tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith import LM
+from tinsmith.optim.build import Optimizers
+from tinsmith.optim.config import OptimConfig
+from tinsmith.optim.schedule import multiplier
+
+KEYS, FILLERS = 64, 64
+VOCABULARY = 2 * KEYS + FILLERS
+
+
+def rows(
+    count: int, length: int, pairs: int, source: torch.Generator, depth: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids (B, T), T = length + 2 pairs, and where the values that are asked for stand (B, pairs).
+
+    `depth`: 0 puts a single pair at the beginning, 1 at the end of the first `length` tokens; None
+    puts pairs anywhere.
+    """
+    ids = torch.randint(2 * KEYS, VOCABULARY, (count, length + 2 * pairs), generator=source)
+    keys = torch.rand(count, KEYS, generator=source).argsort(1)[:, :pairs]
+    values = torch.randint(KEYS, 2 * KEYS, (count, pairs), generator=source)
+    if depth is None:
+        places = 2 * torch.rand(count, length // 2, generator=source).argsort(1)[:, :pairs]
+    else:
+        places = torch.full((count, 1), round(depth * (length - 2)))
+    ids.scatter_(1, places, keys)
+    ids.scatter_(1, places + 1, values)
+    order = torch.rand(count, pairs, generator=source).argsort(1)
+    asked = length + 2 * torch.arange(pairs).expand(count, -1)
+    ids.scatter_(1, asked, keys.gather(1, order))
+    ids.scatter_(1, asked + 1, values.gather(1, order))
+    return ids, asked + 1
+
+
+def learn(lm: LM, steps: int, length: int, seed: int) -> float:
+    """Train on 1 to 8 pairs in `length` tokens; the mean loss of the last tenth."""
+    source = torch.Generator().manual_seed(seed)
+    config = OptimConfig()
+    optimizers = Optimizers.build(lm.train(), None, config)
+    losses = []
+    for step in range(steps):
+        pairs = 1 + int(torch.randint(8, (), generator=source))
+        ids, where = rows(32, length, pairs, source)
+        out = lm(ids)
+        said = out.logits.gather(1, (where - 1)[..., None].expand(-1, -1, VOCABULARY))
+        loss = F.cross_entropy(said.flatten(0, 1), ids.gather(1, where).flatten())
+        (loss + sum(out.losses.values())).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizers.set_multiplier(multiplier(config.schedule, step, steps))
+        optimizers.step()
+        optimizers.zero_grad()
+        losses.append(loss.item())
+    last = losses[-max(steps // 10, 1) :]
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def accuracy(lm: LM, length: int, pairs: int, depth: float | None = None) -> float:
+    """Share of values that are said right, of 256 fresh rows."""
+    ids, where = rows(256, length, pairs, torch.Generator().manual_seed(10**6), depth)
+    said = lm.eval()(ids).logits.argmax(-1).gather(1, where - 1)
+    return (said == ids.gather(1, where)).double().mean().item()

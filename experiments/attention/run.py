@@ -1,0 +1,123 @@
+"""What sparse attention and several residual streams gain, and what they cost.
+
+    python experiments/attention/run.py [--seeds 3] [--text FILE_OR_FOLDER] [--only hybrid]
+
+Every mixer with every residual, equal parameters and tokens, by default three seeds: bits per byte
+on real text; recall of a needle by depth and length, and of several pairs; seconds of a step; bytes
+of a cache. Results go to results.json as they come, and a case that is there is not run again, so
+an interrupted run goes on. At the end page.py draws README.md and its pictures.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cases
+import page
+import recall
+import torch
+
+from tinsmith import LM, ModelConfig
+from tinsmith.config import from_dict
+from tinsmith.core.log import read_metrics
+from tinsmith.train.trainer import train
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 1024, "rope": {"theta": 1e4}}
+TEXT_REACH, TEXT_PARAMETERS = 64, 1_000_000
+CONTEXT, ROWS, STEPS = 256, 8, 300
+RECALL = {"vocab_size": recall.VOCABULARY, "dim": 64, "depth": 2, "max_context": 1024}
+RECALL_REACH, RECALL_PARAMETERS, RECALL_STEPS, LENGTH = 32, 150_000, 500, 128
+DEPTHS, LENGTHS, PAIRS = (0.0, 0.25, 0.5, 0.75, 1.0), (64, 128, 256), (4, 8, 16)
+
+
+def on_text(section: dict[str, Any], seed: int, text: str) -> dict[str, float]:
+    """Bits per byte after training, and the median seconds of a step."""
+    recipe = {
+        "model": section,
+        "tokenizer": {"train": {"vocab_size": 1024}},
+        "data": {"kind": "text", "path": text},
+        "objective": {"kind": "pretrain"},
+        "optim": {"schedule": {"kind": "wsd", "warmup": 20, "decay": 0.4}},
+        "train": {
+            "context": CONTEXT,
+            "rows": ROWS,
+            "steps": STEPS,
+            "seed": seed,
+            "precision": "fp32",
+        }
+        | {"save_every": STEPS, "eval_every": STEPS, "sample_every": STEPS},
+        "eval": {"rows": 256, "new_tokens": 8},
+        "log": {"every": 20},
+    }
+    run = train(from_dict(recipe), f"{time.time_ns()}")
+    metrics = list(read_metrics(run / "metrics.jsonl"))
+    speeds = [row["tokens_per_second"] for row in metrics if row["kind"] == "train"]
+    bits = [row["bpb"] for row in metrics if row["kind"] == "eval"][-1]
+    return {"bpb": bits, "step_s": CONTEXT * ROWS / statistics.median(speeds)}
+
+
+def on_recall(section: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Accuracies by length and depth of a needle, and by number of pairs."""
+    torch.manual_seed(seed)
+    lm = LM(ModelConfig.from_dict(section))
+    loss = recall.learn(lm, RECALL_STEPS, LENGTH, seed)
+    needle = {
+        f"{length} {depth}": recall.accuracy(lm, length, 1, depth)
+        for length, depth in product(LENGTHS, DEPTHS)
+    }
+    pairs = {str(number): recall.accuracy(lm, LENGTH, number) for number in PAIRS}
+    return {"loss": loss, "needle": needle, "pairs": pairs}
+
+
+def cache_bytes(section: dict[str, Any]) -> int:
+    """Of one row of 1,024 tokens, all layers."""
+    lm = LM(ModelConfig.from_dict(section))
+    return sum(cache.nbytes() for cache in lm.new_caches(1, 1024))
+
+
+def case(mixer: str, residual: str, seed: int, text: str) -> dict[str, Any]:
+    """All that is measured of one model and seed."""
+    long = cases.model((mixer, residual), TEXT, TEXT_REACH, TEXT_PARAMETERS)
+    short = cases.model((mixer, residual), RECALL, RECALL_REACH, RECALL_PARAMETERS)
+    found = {"mixer": mixer, "residual": residual, "seed": seed, "parameters": cases.count(long)}
+    found |= {"cache_bytes": cache_bytes(long)} | on_text(long, seed, text)
+    return found | {"recall": on_recall(short, seed)}
+
+
+def default_text() -> str:
+    folder = Path(os.environ.get("TINSMITH_DATA", "")) / "tinystories_sample" / "train.txt"
+    if not folder.exists():
+        raise SystemExit("no text: give --text, or set $TINSMITH_DATA")
+    return str(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Attention and residual streams, compared.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--text")
+    parser.add_argument("--only", nargs="+", default=cases.MIXERS)
+    asked = parser.parse_args()
+    text = asked.text or default_text()
+    done = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    known = {(row["mixer"], row["residual"], row["seed"]) for row in done}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TINSMITH_RUNS"] = folder
+        for seed, mixer, residual in product(range(asked.seeds), asked.only, cases.RESIDUALS):
+            if (mixer, residual, seed) in known:
+                continue
+            done.append(case(mixer, residual, seed, text))
+            RESULTS.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(done[-1]), flush=True)
+    page.write(done, HERE)
+
+
+if __name__ == "__main__":
+    main()
