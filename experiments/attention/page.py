@@ -12,13 +12,13 @@ Row = dict[str, Any]
 
 INTRO = """# Attention and residual streams, compared
 
-Every mixer with every residual, models of equal numbers of parameters (about {parameters:,}) trained
-on equal tokens; mean and standard deviation over {seeds} seeds. Made by
+Every mixer with every residual, models of equal numbers of parameters (about {parameters:,})
+trained on equal tokens; mean and standard deviation over {seeds} seeds. Made by
 `python experiments/attention/run.py`, which says what is measured and how; nothing here is chosen.
 
 - **bits per byte** on held-back text, less is better;
-- **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1 (trained
-  on 128 tokens, small models of their own); **8 pairs**: multi-query associative recall;
+- **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1
+  (small models of their own, trained on 128 tokens); **8 pairs**: multi-query associative recall;
 - **step**: seconds of a training step, against `dense` with `plain`; **cache**: bytes of a row of
   1,024 tokens.
 
