@@ -63,6 +63,11 @@ HELD: dict[str, Callable[[Any, int], int]] = {
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
+GROUPED = {"nsa"}
+"""Kinds that group tokens by what they choose. The shape of a product then depends on later tokens,
+which may change the last bits of earlier ones: causal to 1e-10, where all others are to the bit.
+"""
+
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
@@ -197,6 +202,12 @@ def held() -> Callable[[Any, int], int]:
         return HELD[mixer.kind](mixer, capacity)
 
     return count
+
+
+@pytest.fixture
+def exact(mixer: dict[str, Any]) -> bool:
+    """Whether no shape inside this mixer depends on the data."""
+    return mixer["kind"] not in GROUPED
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def config_to_hf(config: ModelConfig) -> Translation:
     reason = why_not_stock(config)
     if reason is not None:
         return Translation(_write_own(config), OWN, reason)
-    mixer, feed = config.layers[0].mixer, config.layers[0].feed_forward
+    mixer, feed = _attention(config), config.layers[0].feed_forward
     if mixer.qk_norm:
         kind = "qwen3"
     elif mixer.bias == "qkv":
@@ -63,7 +63,7 @@ def config_to_hf(config: ModelConfig) -> Translation:
 
 def _written(kind: str, config: ModelConfig) -> dict[str, Any]:
     """The keys that only some of the families have."""
-    mixer, feed = config.layers[0].mixer, config.layers[0].feed_forward
+    mixer, feed = _attention(config), config.layers[0].feed_forward
     windows = [layer.mixer.window for layer in config.layers]
     width = max((window for window in windows if window is not None), default=None)
     data: dict[str, Any] = {}
@@ -135,9 +135,16 @@ def _alike(layer: Layer, dim: int) -> Layer:
     return replace(layer, mixer=same)
 
 
+def _attention(config: ModelConfig) -> GQA:
+    """The mixer of a model whose layers are those of a stock family, but for its window."""
+    mixer = config.layers[0].mixer
+    assert isinstance(mixer, GQA)
+    return mixer
+
+
 def _no_family(config: ModelConfig) -> str | None:
     """What no family has, of a model whose layers are alike but for their windows."""
-    mixer, feed = config.layers[0].mixer, config.layers[0].feed_forward
+    mixer, feed = _attention(config), config.layers[0].feed_forward
     windows = {layer.mixer.window for layer in config.layers}
     if len(windows - {None}) > 1:
         return f"windows of {len(windows - {None})} widths"

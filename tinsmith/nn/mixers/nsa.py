@@ -227,8 +227,9 @@ class NSAMixer(Mixer):
     def _gated(self, x: Tensor, branches: list[Tensor]) -> Tensor:
         """The sum of the branches, each times its gate."""
         gates_BTHZ = self.branch_gate(x).to(wide(x.dtype)).sigmoid().unflatten(-1, (-1, 3))
-        y_BTHDZ = torch.stack(branches, -1)
-        return (y_BTHDZ * gates_BTHZ[..., None, :]).sum(-1).to(branches[0].dtype)
+        compress, select, window = gates_BTHZ[..., None].unbind(3)
+        y_BTHD = compress * branches[0] + select * branches[1] + window * branches[2]
+        return y_BTHD.to(branches[0].dtype)
 
     def new_cache(
         self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device

@@ -84,9 +84,7 @@ def _(q: Tensor, k: Tensor, place: Tensor, start: Tensor, cut: Any, size: int, c
     return place.new_empty(q.shape[0], k.shape[2], q.shape[1], count)
 
 
-def _mass(
-    q_BQHD: Tensor, k_BGND: Tensor, blocks: Blocks, at: Spots
-) -> tuple[Tensor, int]:
+def _mass(q_BQHD: Tensor, k_BGND: Tensor, blocks: Blocks, at: Spots) -> tuple[Tensor, int]:
     """(B, G, Q, K): the weights of a chunk's queries over the blocks that any of them sees, summed
     over heads; and the slot of the first of those.
     """
