@@ -9,7 +9,7 @@ from torch import nn
 from tests.oracles.nsa import nsa
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import ModelConfig
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.contract import CannotRewind, Ctx, Site
 from tinsmith.nn.mixers import nsa as module
 from tinsmith.nn.mixers.nsa import NSA
 from tinsmith.nn.model import LM
@@ -226,6 +226,21 @@ class TestDecoding:
         (cache, *_) = make().new_caches(3, 30)
         tokens = 30 + 5 + 4 + (30 - 4) // 2 + 1
         assert cache.nbytes() == 3 * 2 * 2 * 8 * tokens * 8
+
+    @pytest.mark.parametrize(("window", "block"), [(8, 4), (3, 6)])
+    @torch.no_grad()
+    def test_what_cannot_be_forgotten_leaves_every_part_as_it_was(self, make, window, block):
+        """Also where one branch could forget and another cannot."""
+        keys = {"window": window, "compress_block": block, "compress_stride": block // 2}
+        lm = make({"select_block": 2 * block} | keys)
+        ids = torch.randint(0, 48, (1, 20), generator=torch.Generator().manual_seed(3))
+        caches = lm.new_caches(1, 20)
+        lm(ids[:, :5], caches=caches)
+        for cache in caches:
+            with pytest.raises(CannotRewind):
+                cache.truncate(torch.tensor([4]))
+        found = lm(ids[:, 5:], caches=caches).logits
+        close(found, lm(ids).logits[:, 5:])
 
 
 class TestValueResidual:
