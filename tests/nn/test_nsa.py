@@ -181,6 +181,13 @@ class TestLimits:
             assert gradient.isfinite().all()
             assert (length > 3) == bool((y != 0).any())
 
+    def test_what_pools_has_a_gradient_even_of_nothing(self):
+        """None would be taken for a parameter that is not part of the model."""
+        mixer = alone()
+        heard(mixer, noise(1, 3, 16)).y.sum().backward()
+        assert all(parameter.grad is not None for parameter in mixer.parameters())
+        assert (mixer.pool_k.inner.weight.grad == 0).all()
+
 
 class TestDecoding:
     SIZES = [1, 3, 4, 5, 7, 8, 9, 97, 256]
@@ -226,6 +233,19 @@ class TestDecoding:
         (cache, *_) = make().new_caches(3, 30)
         tokens = 30 + 5 + 4 + (30 - 4) // 2 + 1
         assert cache.nbytes() == 3 * 2 * 2 * 8 * tokens * 8
+
+    @torch.no_grad()
+    def test_a_long_prompt_takes_no_mask_of_all_its_tokens(self, make, monkeypatch):
+        """Not through a cache either, whose window forgets on the way."""
+        lm, sizes = make(depth=1), []
+        visible = Reach.visible
+        monkeypatch.setattr(Reach, "visible", lambda *a: sizes.append(a[1] * a[2]) or visible(*a))
+        ids = torch.randint(0, 48, (1, 90), generator=torch.Generator().manual_seed(3))
+        caches = lm.new_caches(1, 100)
+        lm(ids[:, :50], caches=caches)
+        lm(ids[:, 50:], caches=caches)
+        lm(ids)
+        assert not sizes
 
     @pytest.mark.parametrize(("window", "block"), [(8, 4), (3, 6)])
     @torch.no_grad()
@@ -353,7 +373,10 @@ def test_precisions_are_close(make, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in rough.parameters())
 
 
-def test_it_compiles_whole_with_many_tokens(make):
+@pytest.mark.parametrize(
+    "segments", [None, torch.tensor([[-1] * 3 + [4] * 37, [0] * 18 + [1] * 22])]
+)
+def test_it_compiles_whole_with_many_tokens(make, segments):
     """One graph, eager's numbers and gradients, where the sorting operator is used."""
     ids = torch.randint(0, 48, (2, 40), generator=torch.Generator().manual_seed(3))
     lm = make(depth=1)
@@ -362,7 +385,7 @@ def test_it_compiles_whole_with_many_tokens(make):
     said = []
     for model in (compiled, lm):
         lm.zero_grad()
-        logits = model(ids).logits
+        logits = model(ids, segments=segments).logits
         logits.square().sum().backward()
         said.append([logits, *(parameter.grad for parameter in lm.parameters())])
     close(*said)
