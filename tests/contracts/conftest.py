@@ -111,6 +111,11 @@ even where all streams are equal each weight scales what is read or kept.
 whose other rows have; nn/test_mhyper.py looks at the rows.
 """
 
+GROUPED = {"nsa"}
+"""Kinds that group tokens by what they choose. The shape of a product then depends on later tokens,
+which may change the last bits of earlier ones: causal to 1e-10, where all others are to the bit.
+"""
+
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
@@ -301,6 +306,12 @@ def agrees_compiled(draw: Callable[..., torch.Tensor]) -> Callable[[LM], None]:
         torch.testing.assert_close(*said, rtol=1e-10, atol=1e-10)
 
     return check
+
+
+@pytest.fixture
+def exact(mixer: dict[str, Any]) -> bool:
+    """Whether no shape inside this mixer depends on the data."""
+    return mixer["kind"] not in GROUPED
 
 
 @pytest.fixture

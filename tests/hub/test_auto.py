@@ -10,6 +10,13 @@ from tinsmith.hub.hf import export_folder
 STRANGE = {
     "sinks": ({"sinks": True, "value_residual": True}, {}),
     "learned places, layer norm": ({}, {"positions": "learned", "norm": "layer"}),
+    "native sparse attention": (
+        {
+            **{"kind": "nsa", "compress_block": 4, "compress_stride": 2, "window": 5},
+            **{"select_block": 8, "select_count": 3},
+        },
+        {},
+    ),
     "untied": ({"window": 5, "bias": "all"}, {"tie_embeddings": False}),
 }
 

@@ -71,6 +71,19 @@ def test_a_ring_writes_no_slot_twice_in_a_call(monkeypatch, count):
     assert all(len(slots) == len(set(slots)) for slots in written)
 
 
+@pytest.mark.parametrize("segments", [None, [[0] * 9, [-1, -1, *[0] * 7]]])
+def test_a_ring_gives_several_tokens_in_order_of_places(segments):
+    """What each sees is then an interval of keys, no longer than the window: no mask is needed."""
+    cache = ring(window=3)
+    feed(cache, [[1, 2], [5, 6]], [[0, 0], [0, -1]])
+    told = None if segments is None else torch.tensor(segments)
+    _, seen = cache.append(told, torch.zeros(2, 9, 1, dtype=torch.float64))
+    assert seen.places_BS is None
+    real = torch.ones(2, 9, dtype=torch.bool) if told is None else told >= 0
+    assert (seen.high_BT - seen.low_BT)[real].max() == 2
+    assert (seen.low_BT[real] >= 0).all()
+
+
 @pytest.mark.parametrize("make", [append, ring])
 def test_padding_is_neither_stored_nor_seen(make):
     cache = make()

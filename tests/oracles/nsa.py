@@ -66,8 +66,8 @@ def pooled(part: Any, tokens: list[Tensor]) -> Tensor:
     """phi of one block of one head: two linear layers over the tokens one after the other."""
     line = torch.cat([x + place for x, place in zip(tokens, part.positions, strict=True)])
     hidden = part.inner.weight @ line + part.inner.bias
-    hidden = torch.tensor([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden.tolist()])
-    return part.outer.weight @ hidden.to(line.dtype)
+    gelu = [x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden.tolist()]
+    return part.outer.weight @ torch.tensor(gelu, dtype=line.dtype)
 
 
 def turned(x_D: Tensor, position: int, theta: float = 10000.0) -> Tensor:
@@ -81,6 +81,7 @@ def turned(x_D: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     return y
 
 
+@torch.no_grad()
 def nsa(mixer: Any, x_TC: Tensor, first_TGD: Tensor | None = None) -> tuple[Tensor, list[Any]]:
     """What an NSA mixer (its weights, no norms) says to one document x (T, C), with the first
     layer's values where they are mixed in; and the blocks chosen, by group and token.

@@ -227,8 +227,9 @@ class NSAMixer(Mixer):
     def _gated(self, x: Tensor, branches: list[Tensor]) -> Tensor:
         """The sum of the branches, each times its gate."""
         gates_BTHZ = self.branch_gate(x).to(wide(x.dtype)).sigmoid().unflatten(-1, (-1, 3))
-        y_BTHDZ = torch.stack(branches, -1)
-        return (y_BTHDZ * gates_BTHZ[..., None, :]).sum(-1).to(branches[0].dtype)
+        compress, select, window = gates_BTHZ[..., None].unbind(3)
+        y_BTHD = compress * branches[0] + select * branches[1] + window * branches[2]
+        return y_BTHD.to(branches[0].dtype)
 
     def new_cache(
         self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -250,17 +251,27 @@ class NSAMixer(Mixer):
         hidden = self.pool_k.inner.out_features
         pooling = 4 * outer * hidden * (config.compress_block + 1)
         blocks = config.blocks.slots(context)
-        whole, size = config.select_count * config.select_block, config.select_block
-        full = max(context - whole, 0) // size
-        # Token sums: everything while all blocks are chosen, then count - 1 blocks and the own one.
-        seen = sum(range(min(context, config.window) + 1))
-        seen += max(context - config.window, 0) * config.window
-        seen += sum(range(min(context, whole) + 1))
-        seen += max(context - whole, 0) * (whole - size) + full * sum(range(size + 1))
-        seen += sum(range(max(context - whole, 0) % size + 1))
-        last = config.compress_block - 1 + (blocks - 1) * config.compress_stride
-        seen += blocks * (context - last) + config.compress_stride * sum(range(blocks))
+        seen = _seen_in_window(context, config.window)
+        seen += _seen_in_chosen(context, config.select_block, config.select_count)
+        # Block i is seen by all tokens from its last one on.
+        seen += sum(
+            context - i for i in range(config.compress_block - 1, context, config.compress_stride)
+        )
         return int(projections + (pooling * blocks + 4 * inner * seen) / context)
+
+
+def _seen_in_window(context: int, window: int) -> int:
+    """Keys seen by all tokens together."""
+    window = min(window, context)
+    return window * (window + 1) // 2 + (context - window) * window
+
+
+def _seen_in_chosen(context: int, size: int, count: int) -> int:
+    """The same: all tokens while all blocks are chosen, then count - 1 blocks and the own one."""
+    begun, rest = divmod(context, size)
+    own = begun * (size * (size + 1) // 2) + rest * (rest + 1) // 2
+    others = sum(min(j, count - 1) for j in range(begun)) * size + rest * min(begun, count - 1)
+    return own + others * size
 
 
 class Held(NamedTuple):

@@ -130,13 +130,13 @@ class BlockCache:
         held, seen = self.recent.append(segments_BT, *new)
         row, column = self.blocks.ends(at).expand(new[0].shape[:2]).nonzero(as_tuple=True)
         place_E = at.place_BT.expand(new[0].shape[:2])[row, column]
-        index_EL = place_E[:, None] - torch.arange(self.blocks.size - 1, -1, -1).to(row.device)
+        back_L = torch.arange(self.blocks.size - 1, -1, -1, device=row.device)
         if seen.places_BS is not None:
-            # Sorted by place, the tokens held are the last ones, without a gap.
-            order_BS = seen.places_BS.argsort(1)
-            newest_E = seen.places_BS.amax(1)[row]
-            sorted_EL = index_EL - newest_E[:, None] + order_BS.shape[1] - 1
-            index_EL = order_BS[row[:, None], sorted_EL]
+            index_EL = (place_E[:, None] - back_L) % self.recent.slots
+        elif seen.high_BT is not None:
+            index_EL = seen.high_BT[row, column, None] - back_L
+        else:
+            index_EL = place_E[:, None] - back_L
         tokens = [tensor[row[:, None], index_EL] for tensor in held]
         return Ended(row, column, self.blocks.slot(place_E), tokens)
 

@@ -235,29 +235,38 @@ class Ring(Append):
 
     def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Reach]:
         """Take in (B, T, *shape) tensors; return what they may see, (B, S, *shape) each, and how
-        far.
+        far. Several new tokens come after those held, all in order of places: what each sees is an
+        interval, which costs its own length and no mask of (T, S).
         """
         count = new[0].shape[1]
         if self.rows.longest + count <= self.slots:
             return super().append(segments_BT, *new)
-        held, held_places = self.tensors, self._places(self.rows.lengths)
+        shift = self.slots - self.rows.lengths[:, None]
+        held = self._in_order() if count != 1 else []
         places = self.rows.place(count, segments_BT, self.capacity)
         keep = places.place_BT >= self.rows.lengths[:, None] - self.slots
         if places.real_BT is not None:
             keep = keep & places.real_BT
+        slot_BT = places.place_BT % self.slots
         if count == 1:
-            self.write(
-                places.place_BT % self.slots, keep if places.real_BT is not None else None, new
-            )
+            self.write(slot_BT, keep if places.real_BT is not None else None, new)
             return self.tensors, interval(places, self.slots, self._places(self.rows.lengths))
-        new_places = (
-            places.place_BT if places.real_BT is None else places.place_BT.where(places.real_BT, -1)
-        )
+        self.write(slot_BT, keep, new)
+        tokens = new if places.real_BT is None else _padding_last(places.real_BT, new)
         seen = [
-            torch.cat((old, fresh.to(old.dtype)), 1) for old, fresh in zip(held, new, strict=True)
+            torch.cat((old, fresh.to(old.dtype)), 1)
+            for old, fresh in zip(held, tokens, strict=True)
         ]
-        self.write(places.place_BT % self.slots, keep, new)
-        return seen, interval(places, self.slots, torch.cat((held_places, new_places), 1))
+        low, high = limits(places, self.slots)
+        return seen, Reach(low + shift, high + shift)
+
+    def _in_order(self) -> list[Tensor]:
+        """(B, slots, *shape) each: what is held, the newest last; anything where a row holds
+        less.
+        """
+        slot = torch.arange(self.slots, device=self.lengths.device)
+        row = torch.arange(len(self.lengths), device=slot.device)[:, None]
+        return [tensor[row, (self.lengths[:, None] + slot) % self.slots] for tensor in self.tensors]
 
     def _places(self, lengths: Tensor) -> Tensor:
         """(B, slots): the place of the token in each slot, below 0 where there is none."""
@@ -285,6 +294,13 @@ class Ring(Append):
         self.capacity = max(self.capacity, other.capacity)
 
 
+def _padding_last(real_BT: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The real tokens of every row from its first column on, in their order."""
+    order_BT = (~real_BT).int().argsort(dim=1, stable=True)
+    row = torch.arange(len(order_BT), device=order_BT.device)[:, None]
+    return tuple(tensor[row, order_BT] for tensor in tensors)
+
+
 def latest(real_BT: Tensor) -> Tensor:
     """(B, T): index of the newest real token at or before t, -1 where there is none."""
     index = torch.arange(real_BT.shape[1], device=real_BT.device)
@@ -292,6 +308,11 @@ def latest(real_BT: Tensor) -> Tensor:
 
 
 def interval(places: Places, window: int | None, key_places_BS: Tensor | None = None) -> Reach:
+    """What each token sees, as `limits` says."""
+    return Reach(*limits(places, window), key_places_BS)
+
+
+def limits(places: Places, window: int | None) -> tuple[Tensor, Tensor]:
     """From the start of the document, or `window` tokens back, up to the token itself; padding
     sees anything.
     """
@@ -300,7 +321,7 @@ def interval(places: Places, window: int | None, key_places_BS: Tensor | None = 
         low = torch.maximum(low, high - window + 1)
     if places.real_BT is not None:
         low, high = low.where(places.real_BT, -FAR), high.where(places.real_BT, FAR)
-    return Reach(low, high, key_places_BS)
+    return low, high
 
 
 def _widened(tensors: list[Tensor], slots: int) -> list[Tensor]:

@@ -104,7 +104,8 @@ def _mass(q_BQHD: Tensor, k_BGND: Tensor, blocks: Blocks, at: Spots) -> tuple[Te
     least = torch.finfo(scores_BGXK.dtype).min
     scores_BGJQK = scores_BGXK.unflatten(2, (-1, queries))
     weights = scores_BGJQK.masked_fill_(hidden_BQK[:, None, None], least).softmax(-1)
-    return weights.sum(2) * some[:, None, :, None], first
+    # A query that sees none weighs at random: it has no block but its own to choose.
+    return weights.sum(2), first
 
 
 def _importance(

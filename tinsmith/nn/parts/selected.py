@@ -70,7 +70,8 @@ def naive(
     begin = begins_BGTC[..., None]
     chosen_BGTS = ((begin >= 0) & (key >= begin) & (key < begin + size)).any(-2)
     seen_BGTS = chosen_BGTS & (key <= place_BT[:, None, :, None])
-    q_BTGJD, k, v = _wide(q_BTHD, k_BSGD, v_BSGD)
+    q_BTGJD = _grouped(q_BTHD, k_BSGD.shape[2])
+    k, v = k_BSGD.to(q_BTGJD.dtype), v_BSGD.to(q_BTGJD.dtype)
     scores = torch.einsum("btgjd,bsgd->bgjts", q_BTGJD, k)
     weights = F.dropout(_softmax(scores, seen_BGTS[:, :, None]), dropout)
     return torch.einsum("bgjts,bsgd->btgjd", weights, v).flatten(2, 3).to(q_BTHD.dtype)
@@ -91,17 +92,17 @@ def by_query(
     row = torch.arange(len(q_BTHD), device=q_BTHD.device)[:, None, None, None]
     group = torch.arange(k_BSGD.shape[2], device=q_BTHD.device)[:, None, None]
     index = (row, place_BGTK.where(seen_BGTK, 0), group)
-    q_BTGJD, k_BGTKD, v_BGTKD = _wide(q_BTHD, k_BSGD[index], v_BSGD[index])
+    q_BTGJD = _grouped(q_BTHD, k_BSGD.shape[2])
+    k_BGTKD, v_BGTKD = k_BSGD[index].to(q_BTGJD.dtype), v_BSGD[index].to(q_BTGJD.dtype)
     scores = torch.einsum("btgjd,bgtkd->bgtjk", q_BTGJD, k_BGTKD)
     weights = _softmax(scores, seen_BGTK[..., None, :])
     return torch.einsum("bgtjk,bgtkd->btgjd", weights, v_BGTKD).flatten(2, 3).to(q_BTHD.dtype)
 
 
-def _wide(q_BTHD: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """At least float32, the heads of a group together, q scaled."""
-    kind, groups = wide(q_BTHD.dtype), k.shape[1 if k.dim() > 4 else 2]
-    q_BTGJD = q_BTHD.to(kind).unflatten(2, (groups, -1)) / math.sqrt(q_BTHD.shape[-1])
-    return q_BTGJD, k.to(kind), v.to(kind)
+def _grouped(q_BTHD: Tensor, groups: int) -> Tensor:
+    """The heads of a group together, scaled, at least float32: (B, T, G, J, D)."""
+    q_BTGJD = q_BTHD.to(wide(q_BTHD.dtype)).unflatten(2, (groups, -1))
+    return q_BTGJD / math.sqrt(q_BTHD.shape[-1])
 
 
 def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
