@@ -153,7 +153,11 @@ def test_a_cache_selects_joins_and_forgets():
     seen = fed.take([[1, 9], [1, 9], [1, 9]], [[0, 0]] * 3, [[0, 0]] * 3)
     assert seen == [[[4, 4], [4, 4]], [[10], [10, 17]], [[19], [19]]]
     with pytest.raises(CannotRewind):
-        fed.cache.truncate(torch.tensor([6, 6, 5]))
+        fed.cache.truncate(torch.tensor([3, 6, 5]))
+    fed.cache.truncate(torch.tensor([6, 6, 4]))
+    fed.lengths = torch.tensor([6, 6, 4])
+    assert fed.take([[2]] * 3, [[0]] * 3, [[0]] * 3) == [[[4, 4]], [[10, 17]], [[19]]]
+    assert fed.take([[0]] * 3, [[0]] * 3, [[0]] * 3) == [[[4, 4, 4]], [[10, 17, 12]], [[19, 10]]]
     assert fed.cache.nbytes() == 3 * 8 * (4 + cut.slots(40))
 
 

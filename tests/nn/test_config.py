@@ -26,7 +26,7 @@ def test_a_section_goes_round(section):
 
 
 def test_presets_are_there_and_may_be_overridden():
-    assert presets() == ["minimind2-104m", "minimind2-26m", "minimind3-64m"]
+    assert presets() == ["minimind2-104m", "minimind2-26m", "minimind3-64m", "tiny-r2-dense"]
     config = ModelConfig.from_dict({"preset": "minimind3-64m", "depth": 2, "max_context": 64})
     base = ModelConfig.preset("minimind3-64m")
     assert (config.depth, config.max_context, config.dim) == (2, 64, 768)
