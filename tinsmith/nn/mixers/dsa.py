@@ -86,19 +86,15 @@ class DSAMixer(Mixer):
             index = index._replace(k_BSE=k_BSE)
         q_BTHD = self.keys.absorbed(nope_BTHN * self.nope_factor, rope_BTHR)
         k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
-        mixed_BTHC, lost_BT = attend_chosen(
-            q_BTHD, k_BS1D, latent_BSC[:, :, None], index, seen, self._choice()
-        )
+        v_BS1C, choice = latent_BSC[:, :, None], self._choice()
+        mixed_BTHC, lost = attend_chosen(q_BTHD, k_BS1D, v_BS1C, index, seen, ctx.segments, choice)
         y = self.o_proj(self.keys.values(mixed_BTHC).flatten(2))
-        return Out(y, losses={} if lost_BT is None else {"indexer": self._loss(lost_BT, ctx)})
+        return Out(y, {} if lost is None else {"indexer": self.config.index_weight * lost})
 
     def _choice(self) -> Choice:
         learns = self.config.index_target if self.training else None
         dropout = self.dropout if self.training else 0.0
         return Choice(self.config.keep, learns, self.attention, dropout)
-
-    def _loss(self, lost_BT: Tensor, ctx: Ctx) -> Tensor:
-        return self.config.index_weight * mean_of_real(lost_BT, ctx)
 
     def new_cache(
         self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -118,11 +114,3 @@ class DSAMixer(Mixer):
         # LatentKeys.up is applied to queries and sums instead of keys: that is `absorbed`
         expanded = 2 * self.keys.up.weight.numel()
         return int(projection_flops(self) - expanded + absorbed + indexed + chosen)
-
-
-def mean_of_real(value_BT: Tensor, ctx: Ctx) -> Tensor:
-    """The mean over tokens that are no padding."""
-    if ctx.segments is None:
-        return value_BT.mean()
-    real = (ctx.segments >= 0).to(value_BT.dtype)
-    return (value_BT * real).sum() / real.sum().clamp(min=1)

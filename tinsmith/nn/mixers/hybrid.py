@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Rotary, Site
-from tinsmith.nn.mixers.dsa import mean_of_real
 from tinsmith.nn.mixers.mla import absorbing_pays, check_widths
 from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.blocks import BlockCache, Blocks, Spots, attend_blocks, spots
@@ -343,10 +342,9 @@ class SelectBranch(Branch):
             index = index._replace(k_BSE=k_BSE)
         learns = self.config.index_target if self.training else None
         choice = Choice(self.config.keep, learns, self.kind, asked.dropout)
-        y_BTHV, lost_BT = attend_chosen(asked.q_BTHD, k_BSHD, v_BSHV, index, seen, choice)
-        if lost_BT is None:
-            return y_BTHV, {}
-        return y_BTHV, {"indexer": self.config.index_weight * mean_of_real(lost_BT, asked.ctx)}
+        q_BTHD, segments = asked.q_BTHD, asked.ctx.segments
+        y_BTHV, lost = attend_chosen(q_BTHD, k_BSHD, v_BSHV, index, seen, segments, choice)
+        return y_BTHV, {} if lost is None else {"indexer": self.config.index_weight * lost}
 
     def new_cache(
         self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device

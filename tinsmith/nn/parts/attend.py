@@ -48,6 +48,18 @@ class Reach(NamedTuple):
         low = torch.zeros_like(high) if self.low_BT is None else self.low_BT
         return Reach(low.expand(rows, -1), high.expand(rows, -1))
 
+    def part(self, part: slice) -> "Reach":
+        """The same for some of the queries, where both ends are written out."""
+        low_BT, high_BT = self.ends
+        return Reach(low_BT[:, part], high_BT[:, part], self.places_BS)
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Low and high, where both are written out."""
+        assert self.low_BT is not None
+        assert self.high_BT is not None
+        return self.low_BT, self.high_BT
+
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(B or 1, T, S) bool."""
         if self.places_BS is None:

@@ -36,38 +36,63 @@ class Choice(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Which keys each query of a chunk attends to."""
+    """Which keys each query of a chunk attends to; small, for it is kept until the gradient."""
 
     index_BCK: Tensor
-    seen_BCS: Tensor
+    seen: Reach
     """Where fewer than `keep` are in sight, some of the chosen are not."""
-    dropout: float
+    choice: Choice
 
-    @property
-    def mask_BCS(self) -> Tensor:
-        """Chosen and in sight."""
-        none = torch.zeros_like(self.seen_BCS)
-        return none.scatter(-1, self.index_BCK, True) & self.seen_BCS
+    def hidden(self) -> Tensor:
+        """(B, C, K) bool: chosen, but out of sight."""
+        low_BC, high_BC = self.seen.ends
+        return (self.index_BCK < low_BC[..., None]) | (self.index_BCK > high_BC[..., None])
+
+    def mask(self, keys: int) -> Tensor:
+        """(B, C, S) bool: chosen and in sight."""
+        visible_BCS = self.seen.visible(self.index_BCK.shape[1], keys, self.index_BCK.device)
+        return torch.zeros_like(visible_BCS).scatter(-1, self.index_BCK, True) & visible_BCS
 
 
 def attend_chosen(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, index: Index, seen: Reach, choice: Choice
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGE: Tensor,
+    index: Index,
+    seen: Reach,
+    segments_BT: Tensor | None,
+    choice: Choice,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention (B, T, H, E), and the indexer's divergence of every query (B, T) where it learns.
+    """Attention (B, T, H, E), and where the indexer learns the mean over real tokens of its
+    divergence.
 
     `seen` is of keys in order of places.
     """
     k_BSGD, v_BSGE = k_BSGD.to(q_BTHD.dtype), v_BSGE.to(q_BTHD.dtype)
-    queries, keys = q_BTHD.shape[1], k_BSGD.shape[1]
-    whole = seen.spelled(len(q_BTHD), queries, keys, q_BTHD.device)
-    step = _queries_at_once(keys)
-    run = _again if torch.is_grad_enabled() and queries > step else _once
-    said = [
-        run(_chunk, part, q_BTHD, k_BSGD, v_BSGE, index, whole, choice)
-        for part in (slice(begin, begin + step) for begin in range(0, max(queries, 1), step))
-    ]
-    lost = None if choice.learns is None else torch.cat([each for _, each in said], 1)
-    return torch.cat([y for y, _ in said], 1), lost
+    rows, queries, keys = *q_BTHD.shape[:2], k_BSGD.shape[1]
+    whole = seen.spelled(rows, queries, keys, q_BTHD.device)
+    counted_BT = _counted(segments_BT, q_BTHD)
+    step, said, lost = _queries_at_once(keys), [], []
+    attend = _again if torch.is_grad_enabled() and queries > step else _way(choice, q_BTHD, k_BSGD)
+    for begin in range(0, max(queries, 1), step):
+        part = slice(begin, begin + step)
+        q_BCHD, index_C = q_BTHD[:, part], index.of(part)
+        some = _choose(index_C, whole.part(part), choice)
+        said.append(attend(q_BCHD, k_BSGD, v_BSGE, some))
+        if choice.learns is not None:
+            visible_BCS = _learned(some, keys)
+            wanted_BCS = target(q_BCHD, k_BSGD, visible_BCS)
+            lost.append(divergence(index_C, wanted_BCS, visible_BCS, counted_BT[:, part]))
+    mean = torch.stack(lost).sum() / counted_BT.sum().clamp(min=1) if lost else None
+    return torch.cat(said, 1), mean
+
+
+def _counted(segments_BT: Tensor | None, q_BTHD: Tensor) -> Tensor:
+    """(B, T): 1 for real tokens, 0 for padding, at least float32."""
+    kind = wide(q_BTHD.dtype)
+    if segments_BT is None:
+        return q_BTHD.new_ones(q_BTHD.shape[:2], dtype=kind)
+    return (segments_BT >= 0).to(kind)
 
 
 def _queries_at_once(keys: int) -> int:
@@ -75,45 +100,38 @@ def _queries_at_once(keys: int) -> int:
     return min(max(2**22 // max(keys, 1), 16), 256)
 
 
-def _once(work: Callable, *arguments: object) -> tuple[Tensor, Tensor]:
-    return work(*arguments)
-
-
-def _again(work: Callable, *arguments: object) -> tuple[Tensor, Tensor]:
-    return checkpoint(work, *arguments, use_reentrant=False)  # type: ignore[return-value]
-
-
-def _chunk(
-    part: slice,
-    q: Tensor,
-    k_BSGD: Tensor,
-    v_BSGE: Tensor,
-    index: Index,
-    seen: Reach,
-    choice: Choice,
-) -> tuple[Tensor, Tensor]:
-    q_BCHD = q[:, part]
-    here = Reach(*(end if end is None else end[:, part] for end in seen[:2]))
-    visible_BCS = here.visible(q_BCHD.shape[1], k_BSGD.shape[1], q.device)
-    index = Index(index.q_BTJE[:, part], index.weight_BTJ[:, part], index.k_BSE)
+@torch.no_grad()
+def _choose(index: Index, seen: Reach, choice: Choice) -> Chosen:
     scores_BCS = scores(index)
-    visible_BCS = visible_BCS.expand_as(scores_BCS)
-    chosen_BCK = top(scores_BCS.masked_fill(~visible_BCS, -math.inf), choice.keep)
-    some = Chosen(chosen_BCK, visible_BCS, choice.dropout)
-    y_BCHE = _way(choice.kind, k_BSGD.shape[1], choice.keep)(q_BCHD, k_BSGD, v_BSGE, some)
-    if choice.learns is None:
-        return y_BCHE, y_BCHE.new_zeros(())
-    if choice.learns == "selected":
-        visible_BCS = some.mask_BCS
-    wanted_BCS = target(q_BCHD, k_BSGD, visible_BCS)
-    return y_BCHE, divergence(wanted_BCS, scores_BCS, visible_BCS)
+    queries, keys = scores_BCS.shape[1:]
+    hidden_BCS = ~seen.visible(queries, keys, scores_BCS.device)
+    return Chosen(top(scores_BCS.masked_fill_(hidden_BCS, -math.inf), choice.keep), seen, choice)
 
 
-def _way(kind: str, keys: int, keep: int) -> Callable[..., Tensor]:
-    """Gathering moves `keep` keys for every query; a product with a few times as many is faster."""
-    if kind == "naive":
+def _learned(some: Chosen, keys: int) -> Tensor:
+    """(B, C, S) bool: over which keys the indexer's divergence is taken."""
+    if some.choice.learns == "selected":
+        return some.mask(keys)
+    return some.seen.visible(some.index_BCK.shape[1], keys, some.index_BCK.device)
+
+
+Way = Callable[[Tensor, Tensor, Tensor, Chosen], Tensor]
+
+
+def _again(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
+    """Computed once more for its gradient, so that nothing of a chunk but its choice is kept."""
+    way = _way(some.choice, q_BCHD, k_BSGD)
+    return checkpoint(way, q_BCHD, k_BSGD, v_BSGE, some, use_reentrant=False)  # type: ignore[return-value]
+
+
+def _way(choice: Choice, q_BTHD: Tensor, k_BSGD: Tensor) -> Way:
+    """Gathering moves `keep` keys of every group for every query; a product over all keys handles
+    some sixty times as many numbers in the same time (LOG.md).
+    """
+    if choice.kind == "naive":
         return _written_out
-    return _masked if keys <= 8 * keep else _gathered
+    (keys, groups), heads = k_BSGD.shape[1:3], q_BTHD.shape[2]
+    return _masked if keys * heads <= 60 * choice.keep * groups else _gathered
 
 
 def _gathered(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
@@ -121,9 +139,9 @@ def _gathered(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> T
     k_BCKGD, v_BCKGE = (_rows(table, some.index_BCK) for table in (k_BSGD, v_BSGE))
     q_BCGJD = q_BCHD.unflatten(2, (groups, -1))
     logits_BCGJK = torch.einsum("bcgjd,bckgd->bcgjk", q_BCGJD, k_BCKGD) / _root(q_BCHD)
-    hidden_BCK = ~some.seen_BCS.gather(-1, some.index_BCK)
-    logits_BCGJK = logits_BCGJK.to(kind).masked_fill(hidden_BCK[:, :, None, None], -math.inf)
-    weights = F.dropout(logits_BCGJK.softmax(-1), some.dropout).to(v_BSGE.dtype)
+    hidden_BCK = some.hidden()[:, :, None, None]
+    logits_BCGJK = logits_BCGJK.to(kind).masked_fill(hidden_BCK, -math.inf)
+    weights = F.dropout(logits_BCGJK.softmax(-1), some.choice.dropout).to(v_BSGE.dtype)
     return torch.einsum("bcgjk,bckge->bcgje", weights, v_BCKGE).flatten(2, 3)
 
 
@@ -131,7 +149,12 @@ def _masked(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Ten
     q, k, v = (x.transpose(1, 2) for x in (q_BCHD, k_BSGD, v_BSGE))
     shared = q.shape[1] != k.shape[1]
     y_BHCE = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=some.mask_BCS[:, None], dropout_p=some.dropout, enable_gqa=shared
+        q,
+        k,
+        v,
+        attn_mask=some.mask(k.shape[2])[:, None],
+        dropout_p=some.choice.dropout,
+        enable_gqa=shared,
     )
     return y_BHCE.transpose(1, 2)
 
@@ -140,8 +163,8 @@ def _written_out(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -
     share, kind = q_BCHD.shape[2] // k_BSGD.shape[2], wide(q_BCHD.dtype)
     k, v = (table.repeat_interleave(share, 2).to(kind) for table in (k_BSGD, v_BSGE))
     logits_BHCS = torch.einsum("bchd,bshd->bhcs", q_BCHD.to(kind), k) / _root(q_BCHD)
-    weights = logits_BHCS.masked_fill(~some.mask_BCS[:, None], -math.inf).softmax(-1)
-    weights = F.dropout(weights, some.dropout)
+    weights = logits_BHCS.masked_fill(~some.mask(k.shape[1])[:, None], -math.inf).softmax(-1)
+    weights = F.dropout(weights, some.choice.dropout)
     return torch.einsum("bhcs,bshe->bche", weights, v).to(q_BCHD.dtype)
 
 

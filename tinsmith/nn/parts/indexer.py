@@ -11,11 +11,11 @@ Legend: B rows, T tokens, S keys, J index heads, E their width, H heads, G key h
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tinsmith.nn.contract import Rotary
 from tinsmith.nn.parts.norm import LayerNorm, exactly, wide
@@ -30,6 +30,10 @@ class Index(NamedTuple):
     q_BTJE: Tensor
     weight_BTJ: Tensor
     k_BSE: Tensor
+
+    def of(self, part: slice) -> "Index":
+        """The same for some of the queries."""
+        return Index(self.q_BTJE[:, part], self.weight_BTJ[:, part], self.k_BSE)
 
 
 class Indexer(nn.Module):
@@ -67,29 +71,80 @@ def _turned(x_BTJE: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((rotate(x_BTJE[..., :wanted], rotary), x_BTJE[..., wanted:]), -1)
 
 
+@torch.no_grad()
 def scores(index: Index) -> Tensor:
     """I, (B, T, S), at least float32."""
-    kind = wide(index.q_BTJE.dtype)
     with exactly(index.q_BTJE.device):
-        products = torch.einsum("btje,bse->btjs", index.q_BTJE.to(kind), index.k_BSE.to(kind))
-        return torch.einsum("btj,btjs->bts", index.weight_BTJ.to(kind), products.relu())
+        return _scores(*_wide(index))[1]
 
 
 @torch.no_grad()
 def target(q_BTHD: Tensor, k_BSGD: Tensor, visible_BTS: Tensor) -> Tensor:
     """What the indexer is to say, (B, T, S): attention over all visible keys, the mean of heads."""
-    kind, share = wide(q_BTHD.dtype), q_BTHD.shape[2] // k_BSGD.shape[2]
+    kind, count = wide(q_BTHD.dtype), q_BTHD.shape[1]
+    scaled_BTHD = q_BTHD.to(kind) / math.sqrt(q_BTHD.shape[-1])
+    q_BGTJD = scaled_BTHD.unflatten(2, (k_BSGD.shape[2], -1)).transpose(1, 2)
     with exactly(q_BTHD.device):
-        q_BTGJD = q_BTHD.to(kind).unflatten(2, (-1, share))
-        logits = torch.einsum("btgjd,bsgd->btgjs", q_BTGJD, k_BSGD.to(kind))
-    logits = logits / math.sqrt(q_BTHD.shape[-1])
-    return logits.masked_fill(~visible_BTS[:, :, None, None], -math.inf).softmax(-1).mean((2, 3))
+        logits = q_BGTJD.flatten(2, 3) @ k_BSGD.to(kind).permute(0, 2, 3, 1)
+    logits_BGTJS = logits.unflatten(2, (count, -1))
+    hidden = torch.zeros_like(visible_BTS, dtype=kind).masked_fill_(~visible_BTS, -math.inf)
+    return logits_BGTJS.add_(hidden[:, None, :, None]).softmax(-1).mean((1, 3))
 
 
-def divergence(target_BTS: Tensor, scores_BTS: Tensor, visible_BTS: Tensor) -> Tensor:
-    """(B, T): KL(target || softmax of the visible scores), where `target` is 0 out of sight."""
-    said = scores_BTS.masked_fill(~visible_BTS, -math.inf).log_softmax(-1)
-    return F.kl_div(said.masked_fill(~visible_BTS, 0.0), target_BTS, reduction="none").sum(-1)
+def divergence(index: Index, target_BTS: Tensor, visible_BTS: Tensor, counted_BT: Tensor) -> Tensor:
+    """The sum over counted tokens of KL(target || softmax of the visible scores), at least float32;
+    `target` is 0 out of sight.
+    """
+    return _Divergence.apply(*index, target_BTS, visible_BTS, counted_BT)  # type: ignore[return-value]
+
+
+def _wide(index: Index) -> tuple[Tensor, Tensor, Tensor]:
+    kind = wide(index.q_BTJE.dtype)
+    return index.q_BTJE.to(kind), index.weight_BTJ.to(kind), index.k_BSE.to(kind)
+
+
+def _scores(q_BTJE: Tensor, weight_BTJ: Tensor, k_BSE: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(q . k), (B, T, J, S), and its weighted sum, (B, T, S)."""
+    fired_BTJS = (q_BTJE.flatten(1, 2) @ k_BSE.mT).relu_().unflatten(1, q_BTJE.shape[1:3])
+    return fired_BTJS, (weight_BTJ[:, :, None] @ fired_BTJS).squeeze(2)
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient is formed together with the sum, so nothing of (B, T, S) has to be kept:
+    d/dI_ts = softmax_s(I_ts) - target_ts, and from there through the weights and the relu.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BTJE: Tensor,
+        weight_BTJ: Tensor,
+        k_BSE: Tensor,
+        target_BTS: Tensor,
+        visible_BTS: Tensor,
+        counted_BT: Tensor,
+    ) -> Tensor:
+        index = Index(q_BTJE, weight_BTJ, k_BSE)
+        with exactly(q_BTJE.device):
+            q, weight, k = _wide(index)
+            fired_BTJS, scores_BTS = _scores(q, weight, k)
+            said_BTS = scores_BTS.masked_fill_(~visible_BTS, -math.inf).log_softmax(-1)
+            lost_BTS = target_BTS * (target_BTS.log() - said_BTS)
+            lost_BT = lost_BTS.masked_fill_(target_BTS == 0, 0.0).sum(-1)
+            slope_BTS = (said_BTS.exp_() - target_BTS) * counted_BT[..., None]
+            dweight_BTJ = (fired_BTJS @ slope_BTS[..., None]).squeeze(-1)
+            slope_BTJS = (weight[..., None] * slope_BTS[:, :, None]).mul_(fired_BTJS > 0)
+            slope_BXS = slope_BTJS.flatten(1, 2)
+            dq_BTJE = (slope_BXS @ k).view_as(q)
+            dk_BSE = slope_BXS.mT @ q.flatten(1, 2)
+        grads = zip((dq_BTJE, dweight_BTJ, dk_BSE), index, strict=True)
+        ctx.save_for_backward(*(grad.to(of.dtype) for grad, of in grads))
+        return (lost_BT * counted_BT).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
 
 
 def check_index(index_heads: int, index_dim: int, rope_dim: int, keep: int) -> None:
