@@ -68,7 +68,13 @@ def test_third_party_imports_are_the_listed_ones(package):
         for name in imports(path):
             top = name.split(".")[0]
             known = {"tinsmith", *sys.stdlib_module_names, *THIRD_PARTY[package]}
+            known |= {"triton"} if path.parent.name == "kernels" else set()
             assert top in known, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+def test_kernels_are_imported_where_they_are_used_only():
+    code = "import tinsmith.nn.model, tinsmith.infer.engine, tinsmith.train.trainer"
+    assert not any(name.startswith("tinsmith.nn.kernels") for name in modules_after(code))
 
 
 def test_only_rng_imports_torch_in_core():

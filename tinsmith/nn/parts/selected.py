@@ -10,7 +10,7 @@ a group choose alike. A query that chooses nothing says 0. Three ways to the sam
 - by block: sort (query, block) pairs by block and multiply each block of keys with all queries that
   chose it, adding to what those queries have so far by log-sum-exp (the order of FSA, 2508.18224).
   Every product is dense and the memory is O(T); the backward pass forms the weights again. This
-  operator is opaque to torch.compile.
+  operator is opaque to torch.compile, and on a GPU it is `kernels.selected`.
 
 Scores and sums are at least float32.
 
@@ -18,6 +18,7 @@ Legend: B rows, T queries, S keys, H query heads, G key heads, J query heads per
 C chosen blocks, N = B G, P queries that chose one block, K keys of a block.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -130,8 +131,7 @@ def by_block(
     return y_NTJD.unflatten(0, (rows, groups)).transpose(1, 2).flatten(2, 3)
 
 
-@torch.library.custom_op("tinsmith::attend_selected", mutates_args=())
-def _attend(
+def plain_forward(
     q_NTJD: Tensor,
     k_NSD: Tensor,
     v_NSD: Tensor,
@@ -139,7 +139,7 @@ def _attend(
     place_NT: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """y (N, T, J, D) in the dtype of q; log-sum-exp of the scores (N, T, J)."""
+    """y (N, T, J, D) in the dtype of q; log-sum-exp of the scores (N, T, J), -inf of none."""
     kind = wide(q_NTJD.dtype)
     y_NTJD = torch.zeros_like(q_NTJD)
     level_NTJ = q_NTJD.new_zeros(q_NTJD.shape[:3], dtype=kind)
@@ -168,8 +168,7 @@ def _attend(
     return y_NTJD, level_NTJ
 
 
-@torch.library.custom_op("tinsmith::attend_selected_backward", mutates_args=())
-def _backward(
+def plain_backward(
     dy_NTJD: Tensor,
     y_NTJD: Tensor,
     level_NTJ: Tensor,
@@ -232,6 +231,35 @@ def _scores(q_PJD: Tensor, k_SD: Tensor, block: slice, place_P: Tensor, size: in
 
 def _scaled(q_TJD: Tensor) -> Tensor:
     return q_TJD.to(wide(q_TJD.dtype)) / math.sqrt(q_TJD.shape[-1])
+
+
+_attend = torch.library.custom_op("tinsmith::attend_selected", plain_forward, mutates_args=())
+_backward = torch.library.custom_op(
+    "tinsmith::attend_selected_backward", plain_backward, mutates_args=()
+)
+
+
+@_attend.register_kernel("cuda")
+def _(q_NTJD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if not _in_triton(q_NTJD):
+        return plain_forward(q_NTJD, *rest)
+    from tinsmith.nn.kernels import selected
+
+    return selected.forward(q_NTJD, *rest)
+
+
+@_backward.register_kernel("cuda")
+def _(dy_NTJD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if not _in_triton(dy_NTJD):
+        return plain_backward(dy_NTJD, *rest)
+    from tinsmith.nn.kernels import selected
+
+    return selected.backward(dy_NTJD, *rest)
+
+
+def _in_triton(x: Tensor) -> bool:
+    """The kernels sum in float32."""
+    return x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 @_attend.register_fake

@@ -1,0 +1,1 @@
+"""Triton versions of hot paths, each beside its plain twin in `nn/parts` and equal to it."""
