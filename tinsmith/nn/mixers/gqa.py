@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
 from tinsmith.nn.parts.attend import attend, reach
 from tinsmith.nn.parts.cache import Append, Ring
+from tinsmith.nn.parts.heads import GroupedHeads
 from tinsmith.nn.parts.init import Output
 from tinsmith.nn.parts.norm import RMSNorm
 from tinsmith.nn.parts.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class GQA(MixerKind):
+class GQA(GroupedHeads):
     """Grouped-query attention; `window` makes it sliding."""
 
     kind: Literal["gqa"] = "gqa"
@@ -46,30 +47,6 @@ class GQA(MixerKind):
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.heads % self.groups:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-
-    @property
-    def groups(self) -> int:
-        """Key and value heads."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    def width(self, dim: int) -> int:
-        """Numbers per head at model width `dim`."""
-        return self.head_dim or dim // self.heads
-
-    def check(self, dim: int) -> None:
-        """Head widths must be whole, and even where they are rotated."""
-        if self.head_dim is None and dim % self.heads:
-            raise ValueError(
-                f"dim={dim} must be a multiple of heads={self.heads}, or head_dim be given"
-            )
-        if self.rope and self.width(dim) % 2:
-            raise ValueError(
-                f"head_dim={self.width(dim)} must be even to be rotated (or rope: false)"
-            )
-
-    def value_shape(self, dim: int) -> tuple[int, int] | None:
-        """(kv_heads, head_dim) where values are shared between layers."""
-        return (self.groups, self.width(dim)) if self.value_residual else None
 
     def build(self, site: Site) -> "GQAMixer":
         """The module."""

@@ -19,7 +19,7 @@ blocks, Z branches.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.blocks import BlockCache, Blocks, Spots, attend_blocks, spots
 from tinsmith.nn.parts.cache import Append, Ring
 from tinsmith.nn.parts.chosen import Choice, attend_chosen
+from tinsmith.nn.parts.heads import BranchGate
 from tinsmith.nn.parts.indexer import Indexer, check_index
 from tinsmith.nn.parts.init import Output
 from tinsmith.nn.parts.latent import LatentKeys, queries_of
@@ -115,12 +116,6 @@ class Asked(NamedTuple):
     def q_BTHD(self) -> Tensor:
         """The whole queries."""
         return torch.cat((self.nope_BTHN, self.rope_BTHR), -1)
-
-
-class BranchGate(nn.Linear):
-    """Scores branches; each row of its weight is for one branch of one head."""
-
-    ROLE: ClassVar[Literal["router"]] = "router"
 
 
 class HybridMixer(Mixer):

@@ -21,17 +21,18 @@ blocks, L tokens of a block, C chosen blocks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
 from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.blocks import BlockCache, Blocks, Spots, attend_blocks, spots
 from tinsmith.nn.parts.cache import Append, Ring
+from tinsmith.nn.parts.heads import BranchGate, GroupedHeads
 from tinsmith.nn.parts.importance import choose_blocks
 from tinsmith.nn.parts.init import Output
 from tinsmith.nn.parts.norm import RMSNorm, wide
@@ -43,7 +44,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NSA(MixerKind):
+class NSA(GroupedHeads):
     """Native sparse attention: compressed blocks, chosen blocks and a window."""
 
     kind: Literal["nsa"] = "nsa"
@@ -79,43 +80,13 @@ class NSA(MixerKind):
             raise ValueError(f"compress_block={self.compress_block} must be at most {blocks}")
 
     @property
-    def groups(self) -> int:
-        """Key and value heads."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
     def blocks(self) -> Blocks:
         """How tokens are compressed."""
         return Blocks(self.compress_block, self.compress_stride)
 
-    def width(self, dim: int) -> int:
-        """Numbers per head at model width `dim`."""
-        return self.head_dim or dim // self.heads
-
-    def check(self, dim: int) -> None:
-        """Head widths must be whole, and even where they are rotated."""
-        if self.head_dim is None and dim % self.heads:
-            raise ValueError(
-                f"dim={dim} must be a multiple of heads={self.heads}, or head_dim be given"
-            )
-        if self.rope and self.width(dim) % 2:
-            raise ValueError(
-                f"head_dim={self.width(dim)} must be even to be rotated (or rope: false)"
-            )
-
-    def value_shape(self, dim: int) -> tuple[int, int] | None:
-        """(kv_heads, head_dim) where values are shared between layers."""
-        return (self.groups, self.width(dim)) if self.value_residual else None
-
     def build(self, site: Site) -> "NSAMixer":
         """The module."""
         return NSAMixer(self, site)
-
-
-class BranchGate(nn.Linear):
-    """Scores branches: what its rows are for is told by the heads and branches they belong to."""
-
-    ROLE: ClassVar[Literal["router"]] = "router"
 
 
 class Pool(nn.Module):
