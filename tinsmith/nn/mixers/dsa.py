@@ -47,9 +47,7 @@ class DSA(MixerKind):
 
     def __post_init__(self) -> None:
         check_widths(self)
-        check_index(self.index_heads, self.index_dim, self.rope_dim, self.keep)
-        if self.index_weight < 0:
-            raise ValueError(f"index_weight={self.index_weight} must be at least 0")
+        check_index(self)
 
     def build(self, site: Site) -> "DSAMixer":
         """The module."""

@@ -70,12 +70,10 @@ class Hybrid(MixerKind):
 
     def __post_init__(self) -> None:
         check_widths(self)
-        check_index(self.index_heads, self.index_dim, self.rope_dim, self.keep)
+        check_index(self)
         for name in ("compress_block", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.index_weight < 0:
-            raise ValueError(f"index_weight={self.index_weight} must be at least 0")
         if self.mode is not None and self.branches is not None:
             raise ValueError(f"give mode={self.mode} or branches, not both")
         if not self.present or len(set(self.present)) < len(self.present):

@@ -147,10 +147,13 @@ class _Divergence(torch.autograd.Function):
         return *(grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
 
 
-def check_index(index_heads: int, index_dim: int, rope_dim: int, keep: int) -> None:
-    """ValueError where an indexer cannot be built."""
-    for name, value in (("index_heads", index_heads), ("index_dim", index_dim), ("keep", keep)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if index_dim < rope_dim and (rope_dim % index_dim or index_dim % 2):
-        raise ValueError(f"index_dim={index_dim} must be even and divide rope_dim={rope_dim}")
+def check_index(config: Any) -> None:
+    """ValueError where the indexer of a mixer's config cannot be built."""
+    for name in ("index_heads", "index_dim", "keep"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    width, turned = config.index_dim, config.rope_dim
+    if width < turned and (turned % width or width % 2):
+        raise ValueError(f"index_dim={width} must be even and divide rope_dim={turned}")
+    if config.index_weight < 0:
+        raise ValueError(f"index_weight={config.index_weight} must be at least 0")
