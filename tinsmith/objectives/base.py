@@ -66,6 +66,12 @@ class ObjectiveConfigBase(Config):
     shape: ClassVar[Shape]
     """What it reads: documents or chats."""
 
+    def judges(self) -> dict[str, str | None]:
+        """The frozen models it wants, by name: the folder of each, or None for the policy as it
+        stands before the first step.
+        """
+        return {}
+
     def build(self) -> "Objective":
         """The objective."""
         raise NotImplementedError
@@ -79,6 +85,7 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen: dict[str, LM] = {}
+        """The config's `judges()`, in eval mode and without gradients; brought by the trainer."""
 
     def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
         """What to train on, endlessly: here, the feed as it is."""

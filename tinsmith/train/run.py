@@ -54,11 +54,13 @@ class Run:
         tokenizer: Tokenizer,
         source: Source,
         validation: Source | None,
+        frozen: dict[str, LM],
     ):
         self.config, self.folder, self.ranks, self.log, self.flag = config, folder, ranks, log, flag
         self.policy, self.tokenizer = policy, tokenizer
         self.source, self.validation = source, validation
         self.objective = config.objective.build().to(ranks.device)
+        self.objective.frozen = frozen
         policy.checkpointing = config.train.checkpointing
         parallel.apply(policy, self.objective, ranks)
         if config.train.compile:

@@ -22,6 +22,7 @@ from tinsmith.nn.model import LM
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, folder, parallel, track
+from tinsmith.train.judges import judges
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.run import Run, check_vocabulary, grown
 
@@ -117,7 +118,8 @@ def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: S
     shape, context, seed = config.objective.shape, config.train.context, config.train.seed
     source = open_source(prepared.folder, shape, "train", context, seed)
     validation = _validation(prepared, config)
-    run = Run(config, place, ranks, log, flag, lm.train(), tokenizer, source, validation)
+    frozen = judges(config.objective, lm, tokenizer, ranks.device)
+    run = Run(config, place, ranks, log, flag, lm.train(), tokenizer, source, validation, frozen)
     run.report = prepared.report
     introduce(run)
     return run

@@ -1,0 +1,37 @@
+"""The frozen models of an objective: references and teachers. Every start and resume loads them
+anew, and they are never part of a checkpoint.
+"""
+
+import copy
+
+import torch
+
+from tinsmith.core.errors import UserError
+from tinsmith.hub.load import load
+from tinsmith.nn.model import LM
+from tinsmith.objectives import ObjectiveConfig
+from tinsmith.text.tokenizer import Tokenizer
+
+
+def judges(
+    config: ObjectiveConfig, policy: LM, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, LM]:
+    """What `config.judges()` asks for; `policy` must stand as it does before the first step.
+
+    Raises UserError where a folder's model reads other ids than the policy.
+    """
+    found = {}
+    for name, folder in config.judges().items():
+        lm = copy.deepcopy(policy) if folder is None else _loaded(name, folder, tokenizer, device)
+        found[name] = lm.eval().requires_grad_(False)
+    return found
+
+
+def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:
+    lm, own = load(folder, device=str(device), dtype=torch.float32)
+    if own is not None and own.fingerprint() != tokenizer.fingerprint():
+        raise UserError(
+            f"objective.{name}: {folder} has another vocabulary than this run's tokenizer; both "
+            "must read the same ids"
+        )
+    return lm
