@@ -1,5 +1,6 @@
 """results.json as one page: README.md with a table, and three pictures."""
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -19,8 +20,8 @@ trained on equal tokens; mean and standard deviation over {seeds} seeds. Made by
 - **bits per byte** on held-back text, less is better;
 - **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1
   (small models of their own, trained on 128 tokens); **8 pairs**: multi-query associative recall;
-- **step**: seconds of a training step, against `dense` with `plain`; **cache**: bytes of a row of
-  1,024 tokens.
+- **step**: time of a training step against `dense` with `plain`, all cases in turns
+  (`--speed`); **cache**: bytes of a row of 1,024 tokens.
 
 """
 NOTES = """
@@ -34,7 +35,8 @@ NOTES = """
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """README.md and its pictures."""
-    base = _mean(_of(rows, "dense", "plain"), lambda row: row["step_s"])
+    timed = folder / "speed.json"
+    speed = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
     lines = [
         "| mixer | residual | bits per byte | needle | 8 pairs | step | cache |",
         "|---|---|---|---|---|---|---|",
@@ -47,7 +49,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
             _spread(mine, lambda row: row["bpb"], "{:.3f} ± {:.3f}"),
             _spread(mine, _needle, "{:.2f} ± {:.2f}"),
             _spread(mine, lambda row: row["recall"]["pairs"]["8"], "{:.2f} ± {:.2f}"),
-            f"{_mean(mine, lambda row: row['step_s']) / base:.1f}" if base else "",
+            f"{speed[f'{mixer} {residual}'] / speed['dense plain']:.1f}" if speed else "",
             f"{mine[0]['cache_bytes']:,}",
         ]
         lines.append(f"| {mixer} | {residual} | {' | '.join(cells)} |")

@@ -1,11 +1,13 @@
 """What sparse attention and several residual streams gain, and what they cost.
 
     python experiments/attention/run.py [--seeds 3] [--text FILE_OR_FOLDER] [--only hybrid]
+    python experiments/attention/run.py --speed         (on a quiet machine, a few minutes)
 
 Every mixer with every residual, equal parameters and tokens, by default three seeds: bits per byte
-on real text; recall of a needle by depth and length, and of several pairs; seconds of a step; bytes
-of a cache. Results go to results.json as they come, and a case that is there is not run again, so
-an interrupted run goes on. At the end page.py draws README.md and its pictures.
+on real text; recall of a needle by depth and length, and of several pairs; bytes of a cache.
+Results go to results.json as they come, and a case that is there is not run again, so an
+interrupted run goes on. `--speed` times a training step of all cases in turns, for speed.json. At
+the end page.py draws README.md and its pictures.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,17 @@ import cases
 import page
 import recall
 import torch
+import torch.nn.functional as F
 
 from tinsmith import LM, ModelConfig
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
+from tinsmith.optim.build import Optimizers
+from tinsmith.optim.config import OptimConfig
 from tinsmith.train.trainer import train
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
+RESULTS, SPEED = HERE / "results.json", HERE / "speed.json"
 TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 1024, "rope": {"theta": 1e4}}
 TEXT_REACH, TEXT_PARAMETERS = 64, 1_000_000
 CONTEXT, ROWS, STEPS = 256, 8, 300
@@ -38,8 +44,8 @@ RECALL_REACH, RECALL_PARAMETERS, RECALL_STEPS, LENGTH = 32, 150_000, 500, 128
 DEPTHS, LENGTHS, PAIRS = (0.0, 0.25, 0.5, 0.75, 1.0), (64, 128, 256), (4, 8, 16)
 
 
-def on_text(section: dict[str, Any], seed: int, text: str) -> dict[str, float]:
-    """Bits per byte after training, and the median seconds of a step."""
+def on_text(section: dict[str, Any], seed: int, text: str) -> float:
+    """Bits per byte after training."""
     recipe = {
         "model": section,
         "tokenizer": {"train": {"vocab_size": 1024}},
@@ -58,10 +64,8 @@ def on_text(section: dict[str, Any], seed: int, text: str) -> dict[str, float]:
         "log": {"every": 20},
     }
     run = train(from_dict(recipe), f"{time.time_ns()}")
-    metrics = list(read_metrics(run / "metrics.jsonl"))
-    speeds = [row["tokens_per_second"] for row in metrics if row["kind"] == "train"]
-    bits = [row["bpb"] for row in metrics if row["kind"] == "eval"][-1]
-    return {"bpb": bits, "step_s": CONTEXT * ROWS / statistics.median(speeds)}
+    metrics = read_metrics(run / "metrics.jsonl")
+    return [row["bpb"] for row in metrics if row["kind"] == "eval"][-1]
 
 
 def on_recall(section: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -88,8 +92,39 @@ def case(mixer: str, residual: str, seed: int, text: str) -> dict[str, Any]:
     long = cases.model((mixer, residual), TEXT, TEXT_REACH, TEXT_PARAMETERS)
     short = cases.model((mixer, residual), RECALL, RECALL_REACH, RECALL_PARAMETERS)
     found = {"mixer": mixer, "residual": residual, "seed": seed, "parameters": cases.count(long)}
-    found |= {"cache_bytes": cache_bytes(long)} | on_text(long, seed, text)
+    found |= {"cache_bytes": cache_bytes(long), "bpb": on_text(long, seed, text)}
     return found | {"recall": on_recall(short, seed)}
+
+
+def stepping(section: dict[str, Any]) -> Callable[[], None]:
+    """One training step of the text model on random tokens."""
+    torch.manual_seed(0)
+    lm = LM(ModelConfig.from_dict(section)).train()
+    optimizers = Optimizers.build(lm, None, OptimConfig())
+    ids = torch.randint(section["vocab_size"], (ROWS, CONTEXT + 1))
+
+    def step() -> None:
+        out = lm(ids[:, :-1])
+        loss = F.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten())
+        (loss + sum(out.losses.values())).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+
+    return step
+
+
+def speed(rounds: int = 10) -> dict[str, float]:
+    """Median seconds of a step, all cases in turns: "mixer residual" -> seconds."""
+    names = list(product(cases.MIXERS, cases.RESIDUALS))
+    steps = {n: stepping(cases.model(n, TEXT, TEXT_REACH, TEXT_PARAMETERS)) for n in names}
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - begun)
+    return {" ".join(name): statistics.median(found) for name, found in seconds.items()}
 
 
 def default_text() -> str:
@@ -104,7 +139,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--text")
     parser.add_argument("--only", nargs="+", default=cases.MIXERS)
+    parser.add_argument("--speed", action="store_true")
     asked = parser.parse_args()
+    if asked.speed:
+        SPEED.write_text(json.dumps(speed(), indent=1) + "\n", encoding="utf-8")
+        page.write(json.loads(RESULTS.read_text(encoding="utf-8")), HERE)
+        return
     text = asked.text or default_text()
     done = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     known = {(row["mixer"], row["residual"], row["seed"]) for row in done}
