@@ -154,6 +154,8 @@ def test_learned_positions_are_added_to_the_embedding(small, ids):
     close(lm(ids).logits, expected)
     with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
         lm(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
+        lm(torch.zeros(1, 17, dtype=torch.long), segments=torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(UserError, match="capacity=17 is beyond max_context=16"):
         lm.new_caches(1, 17)
 
