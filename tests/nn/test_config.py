@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import presets
+from tinsmith.nn.mixers import DSA, GQA, MLA, NSA, Hybrid
 from tinsmith.nn.model import ModelConfig
 
 
@@ -159,6 +161,14 @@ def test_a_section_that_cannot_be_is_refused_in_one_line(section, change, expect
     assert line.startswith("model: ")
     assert re.search(expected, line), line
     assert "\n" not in line
+
+
+def test_the_kind_of_a_part_is_printed_first_then_what_kinds_share():
+    names = {kind.kind: [f.name for f in fields(kind)] for kind in (GQA, NSA, MLA, DSA, Hybrid)}
+    assert {keys[0] for keys in names.values()} == {"kind"}
+    sizes = ["heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim"]
+    assert all(names[kind][1:7] == sizes for kind in ("mla", "dsa", "hybrid"))
+    assert names["hybrid"][7:9] == ["mode", "branches"]
 
 
 def test_sections_that_are_no_sections():
