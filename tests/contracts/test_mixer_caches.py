@@ -5,7 +5,10 @@ import random
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import CacheFull, CannotRewind
+
+close = close_to(1e-10)
 
 SIZES = [1, 3, 4, 5, 6, 33, 97, pytest.param(256, marks=pytest.mark.slow)]
 """One token, a block (4) and a window (5) and their neighbours, odd and long rows."""
@@ -18,10 +21,6 @@ LATER = [2, 0, 7, 4]
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def rows_of(pieces, width, side):

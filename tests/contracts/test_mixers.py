@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from tests.oracles.close import close_to
+
+close = close_to(1e-10)
+
 SIZES = [1, 3, 4, 5, 6, 33, 97]
 """One token, a block (4) and a window (5) and their neighbours, odd sizes above a power of two."""
 LONG = pytest.param(256, marks=pytest.mark.slow)
@@ -14,10 +18,6 @@ LENGTHS = [1, 5, 9, 12]
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def same(found, expected, exact):

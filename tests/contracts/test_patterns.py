@@ -5,6 +5,10 @@ their mixture.
 import pytest
 import torch
 
+from tests.oracles.close import close_to
+
+close = close_to(1e-10)
+
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
 HYBRID = LATENT | {"kind": "hybrid", "compress_block": 4, "window": 5, "keep": 5}
 HYBRID |= {"index_heads": 2, "index_dim": 6}
@@ -32,10 +36,6 @@ SPLITS = [[23], [1] * 23, [7, 7, 7, 2], [5, 1, 1, 9, 1, 6], [22, 1]]
 RUNS = [(-1, 2), (7, 4), (3, 1), (7, 6), (0, 7), (-1, 3)]
 """Documents and padding of a packed row: (id, length)."""
 SEGMENTS = torch.tensor([[name for name, length in RUNS for _ in range(length)]])
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(params=PATTERNS)

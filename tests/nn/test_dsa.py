@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.mixers.dsa import DSA
 from tinsmith.nn.mixers.mla import MLA
@@ -13,13 +14,11 @@ from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts import chosen, indexer
 from tinsmith.nn.parts.rope import Rope, tables
 
+close = close_to(1e-10)
+
 DIM, TOKENS = 40, 23
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
 SMALL = LATENT | {"index_heads": 3, "index_dim": 8, "keep": 5}
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def noise(*shape, seed=1, dtype=torch.float64):

@@ -5,11 +5,14 @@ attending against each other.
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.attend import Reach
 from tinsmith.nn.parts.rope import Rope, Yarn, tables
+
+close = close_to(1e-10)
 
 DIM, TOKENS = 40, 13
 SIZES = [
@@ -21,10 +24,6 @@ SIZES = [
 @pytest.fixture(params=SIZES, ids=["q_rank", "straight"])
 def config(request):
     return MLA(**request.param)
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def mixer_of(config, dtype=torch.float64, rope=None):
