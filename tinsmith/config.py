@@ -44,6 +44,11 @@ class RunConfig(Config):
             raise ValueError("data must name at least one source")
         if self.init_from is None and self.model is None:
             raise ValueError("model is required where there is no init_from")
+        if self.model is not None and self.model.positions == "learned":
+            context, most = self.train.context, self.model.max_context
+            if context > most:
+                learned = f"model.max_context={most}, learned positions"
+                raise ValueError(f"train.context={context} is beyond {learned}")
         if self.init_from is None and self.model is not None and self.tokenizer is None:
             fitting = TrainTokenizerConfig(vocab_size=self.model.vocab_size)
             object.__setattr__(self, "tokenizer", TokenizerConfig(train=fitting))

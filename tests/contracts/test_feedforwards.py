@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import Ctx
+
+close = close_to(1e-10)
 
 TOKENS = 12
 
@@ -25,10 +28,6 @@ def x():
     return torch.randn(
         3, TOKENS, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def everywhere(x, segments=None):

@@ -5,9 +5,13 @@ import random
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import CacheFull, CannotRewind
 
+close = close_to(1e-10)
+
 SIZES = [1, 3, 4, 5, 6, 33, 97, pytest.param(256, marks=pytest.mark.slow)]
+"""One token, a block (4) and a window (5) and their neighbours, odd and long rows."""
 LENGTHS = [1, 5, 9, 12]
 LATER = [2, 0, 7, 4]
 """How many tokens each of four rows goes on with, unevenly."""
@@ -17,10 +21,6 @@ LATER = [2, 0, 7, 4]
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def rows_of(pieces, width, side):
@@ -167,13 +167,15 @@ def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
     ids, other = draw(2, 20), draw(2, 4, seed=3)
     caches = lm.new_caches(rows=2, capacity=40)
     lm(ids, caches=caches)
-    refused = []
+    refused, said = [], []
     for cache in caches:
         try:
             cache.truncate(torch.tensor([11, 20]))
-        except CannotRewind:
+        except CannotRewind as error:
             refused.append(cache)
+            said.append(str(error))
     assert refused in ([], caches)
+    assert all("again from its start" in line and "\n" not in line for line in said)
     kept = 20 if refused else 11
     assert lengths_of(caches) == [kept, 20]
     found = lm(other, caches=caches).logits
@@ -235,7 +237,7 @@ def test_a_full_cache_says_so_and_changes_nothing(lm, draw, padded):
     else:
         lm(ids[:, :7], caches=caches)
         first = [7, 7]
-    with pytest.raises(CacheFull):
+    with pytest.raises(CacheFull, match=r"a row of 13 tokens, a cache with room for 12: make it"):
         lm(draw(2, 6, seed=3), caches=caches)
     segments = torch.tensor([[-1] * 6, [0] * 6])
     with pytest.raises(CacheFull):

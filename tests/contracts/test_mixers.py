@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from tests.oracles.close import close_to
+
+close = close_to(1e-10)
+
 SIZES = [1, 3, 4, 5, 6, 33, 97]
 """One token, a block (4) and a window (5) and their neighbours, odd sizes above a power of two."""
+LONG = pytest.param(256, marks=pytest.mark.slow)
 LENGTHS = [1, 5, 9, 12]
 """Rows of different length."""
 
@@ -13,10 +18,6 @@ LENGTHS = [1, 5, 9, 12]
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def same(found, expected, exact):
@@ -36,7 +37,7 @@ def padded(ids, lengths, width, side):
     return spread, segments
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, LONG])
 def test_causality_is_exact_to_the_bit(lm, exact, draw, size):
     """Or to 1e-10, for kinds that group tokens by choice."""
     ids = draw(2, size)

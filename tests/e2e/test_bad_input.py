@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "pretrain.yaml"
+MIXER = "model.pattern.0.mixer"
 
 
 def one_line(said: str) -> str:
@@ -24,6 +25,10 @@ def one_line(said: str) -> str:
         (["train", RECIPE, "train.steps=many"], "train.steps: "),
         (["train", RECIPE, "model.pattern.0.mixer.heads=3"], "kv_heads"),
         (["train", RECIPE, "model.dim=130"], "dim=130 must be a multiple of heads=4"),
+        (["train", RECIPE, f"{MIXER}={{kind: nsa, heads: 4, compress_stride: 12}}"], "stride=12"),
+        (["train", RECIPE, f"{MIXER}={{kind: dsa, heads: 4, keep: 0}}"], "keep=0 must be at least"),
+        (["train", RECIPE, "model.residual={kind: mhyper, streams: 1}"], "streams=1 must be at"),
+        (["train", RECIPE, "model.positions=learned", "train.context=10k"], "train.context=10000"),
         (["train", RECIPE, "model.vocab_size=600"], "model.vocab_size: 600 is smaller than"),
         (["train", RECIPE, "data={kind: text, path: nowhere}"], "nowhere does not exist"),
         (["train", RECIPE, "nonsense"], "overrides look like train.steps=100"),

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from tests.oracles.attention import attention, seen_by
+from tests.oracles.close import close_to
 from tinsmith.nn.parts.attend import Reach, attend, document_starts, reach
+
+close = close_to(1e-12)
 
 KINDS = ["sdpa", "naive"]
 
@@ -20,10 +23,6 @@ def drawn(queries, keys, heads=4, groups=2, width=8, rows=2, dtype=torch.float64
 
 def one_document(rows, length):
     return torch.zeros(rows, length, dtype=torch.long)
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 SEGMENTS = [

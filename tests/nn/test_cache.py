@@ -107,7 +107,7 @@ def test_more_than_the_capacity_is_refused_and_nothing_changes(make):
     cache = make(capacity=6)
     feed(cache, [[1, 2, 3, 4]] * 2)
     for segments in (None, [[-1] * 3, [0] * 3]):
-        with pytest.raises(CacheFull, match="7 tokens in a cache for 6"):
+        with pytest.raises(CacheFull, match="7 tokens, a cache with room for 6"):
             feed(cache, [[5, 6, 7]] * 2, segments)
         assert cache.lengths.tolist() == [4, 4]
     assert feed(cache, [[5, 6]] * 2)[0][-1] in ([1, 2, 3, 4, 5, 6], [4, 5, 6])

@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import presets
+from tinsmith.nn.mixers import DSA, GQA, MLA, NSA, Hybrid
 from tinsmith.nn.model import ModelConfig
 
 
@@ -65,6 +67,27 @@ def test_the_defaults_are_the_documented_ones(section):
 
 
 LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+SPARSE = [
+    ({"kind": "nsa", "compress_stride": 12}, "compress_block=32 must be a multiple of .*stride=12"),
+    ({"kind": "nsa", "select_block": 40}, "select_block=40 must be a multiple of .*stride=16"),
+    ({"kind": "nsa", "compress_block": 128}, "compress_block=128 must be at most select_block=64"),
+    ({"kind": "nsa", "compress_stride": 0}, "compress_stride=0 must be at least 1"),
+    ({"kind": "nsa", "window": 0}, "window=0 must be at least 1"),
+    ({"kind": "nsa", "select_count": 0}, "select_count=0 must be at least 1"),
+    ({"kind": "nsa", "heads": 6}, "dim=32 must be a multiple of heads=6"),
+    ({"kind": "mla", "kv_rank": 0}, "kv_rank=0 must be at least 1"),
+    ({"kind": "mla", "rope_dim": 7}, "rope_dim=7 must be even"),
+    ({"kind": "mla", "window": 8}, "window: unknown key"),
+    ({"kind": "dsa", "keep": 0}, "keep=0 must be at least 1"),
+    ({"kind": "dsa", "index_dim": 24}, "index_dim=24 must be even and divide rope_dim=64"),
+    ({"kind": "hybrid", "keep": 0}, "keep=0 must be at least 1"),
+    ({"kind": "hybrid", "window": 0}, "window=0 must be at least 1"),
+    ({"kind": "hybrid", "compress_block": 0}, "compress_block=0 must be at least 1"),
+    ({"kind": "hybrid", "v_dim": 0}, "v_dim=0 must be at least 1"),
+    ({"kind": "hybrid", "mode": "csa"}, "mode: .*'nsa', 'swa' or 'dsa'"),
+    ({"kind": "hybrid", "mode": "nsa", "branches": ["window"]}, "mode=nsa or branches, not both"),
+]
+"""Mixers whose sizes cannot work, and what is said."""
 WRONG = [
     ({"mixer": {"heads": 5, "kv_heads": None}}, r"dim=32 must be a multiple of heads=5"),
     ({"mixer": {"kv_heads": 3}}, r"pattern\.0\.mixer: heads=4 must be a multiple of kv_heads=3"),
@@ -117,6 +140,10 @@ WRONG = [
         },
         r"value_residual needs one \(kv_heads, head_dim\)",
     ),
+    *(({"last": [LAYER | {"mixer": mixer}]}, rf"^model: .*{said}") for mixer, said in SPARSE),
+    ({"residual": {"kind": "hyper", "streams": 1}}, r"residual: streams=1 must be at least 2"),
+    ({"residual": {"kind": "mhyper", "streams": 0}}, r"residual: streams=0 must be at least 2"),
+    ({"residual": {"kind": "hyper", "fracs": 5}}, r"dim=32 must be a multiple of fracs=5"),
     ({"tie_embeddings": "perhaps"}, r"tie_embeddings: "),
     ({"max_contxt": 9}, r"max_contxt: unknown key\. Did you mean 'max_context'\?"),
 ]
@@ -134,6 +161,14 @@ def test_a_section_that_cannot_be_is_refused_in_one_line(section, change, expect
     assert line.startswith("model: ")
     assert re.search(expected, line), line
     assert "\n" not in line
+
+
+def test_the_kind_of_a_part_is_printed_first_then_what_kinds_share():
+    names = {kind.kind: [f.name for f in fields(kind)] for kind in (GQA, NSA, MLA, DSA, Hybrid)}
+    assert {keys[0] for keys in names.values()} == {"kind"}
+    sizes = ["heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim"]
+    assert all(names[kind][1:7] == sizes for kind in ("mla", "dsa", "hybrid"))
+    assert names["hybrid"][7:9] == ["mode", "branches"]
 
 
 def test_sections_that_are_no_sections():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.mixers.dsa import DSA
 from tinsmith.nn.mixers.mla import MLA
@@ -13,13 +14,11 @@ from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts import chosen, indexer
 from tinsmith.nn.parts.rope import Rope, tables
 
+close = close_to(1e-10)
+
 DIM, TOKENS = 40, 23
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
 SMALL = LATENT | {"index_heads": 3, "index_dim": 8, "keep": 5}
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def noise(*shape, seed=1, dtype=torch.float64):
@@ -133,21 +132,66 @@ def test_keeping_every_token_is_mla(keep):
         close(sparse(x, ctx).y[real], dense(x, ctx).y[real])
 
 
-def test_chunks_of_queries_change_nothing(monkeypatch):
+PACKED = torch.tensor([[0] * 9 + [1] * 14, [-1] * 4 + [2] * 12 + [3] * 7])
+
+
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["plain", "packed"])
+def test_chunks_of_queries_change_nothing(monkeypatch, segments):
     mixer = mixer_of(DSA(**SMALL)).train()
     weight = noise(2, TOKENS, DIM, seed=2)
+    if segments is not None:
+        weight *= (segments >= 0)[..., None]
 
     def run():
         x = noise(2, TOKENS, DIM).requires_grad_()
-        out = mixer(x, context(4))
+        out = mixer(x, context(4, segments=segments))
         loss = (out.y * weight).sum() + out.losses["indexer"]
-        return out.y, loss, *torch.autograd.grad(loss, [x, *mixer.parameters()])
+        return out.y * (weight != 0), loss, *torch.autograd.grad(loss, [x, *mixer.parameters()])
 
     whole = run()
     for step in (1, 7, 16):
         monkeypatch.setattr(chosen, "_queries_at_once", lambda keys, step=step: step)
         for found, expected in zip(run(), whole, strict=True):
             close(found, expected)
+
+
+@torch.no_grad()
+def test_chunks_of_queries_change_nothing_in_a_cache(monkeypatch):
+    """Whole rows, and rows of different length with padding between, in several chunks each."""
+    lm = stirred(model_of()).eval()
+    ids = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = lm(ids).logits
+    monkeypatch.setattr(chosen, "_queries_at_once", lambda keys: 3)
+    close(lm(ids).logits, expected)
+    caches = lm.new_caches(2, 24)
+    found = [lm(ids[:, begin:end], caches=caches).logits for begin, end in ((0, 8), (8, 24))]
+    close(torch.cat(found, 1), expected)
+    caches = lm.new_caches(2, 24)
+    segments = torch.tensor([[0] * 8 + [-1] * 4, [-1] * 9 + [0] * 3])
+    for begin in ((0, 0), (8, 3)):
+        part = torch.full((2, 12), 3)
+        part[segments >= 0] = torch.cat((ids[0, begin[0] :][:8], ids[1, begin[1] :][:3]))
+        found = lm(part, segments=segments, caches=caches).logits
+        wanted = torch.cat((expected[0, begin[0] :][:8], expected[1, begin[1] :][:3]))
+        close(found[segments >= 0], wanted)
+
+
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["plain", "packed"])
+def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
+    """So half of the products are never made."""
+    mixer, met = mixer_of(DSA(**SMALL)).train(), []
+    monkeypatch.setattr(chosen, "_queries_at_once", lambda keys: 4)
+    for name in ("scores", "target"):
+        make = getattr(chosen, name)
+
+        def counted(*given, make=make):
+            met.append(tuple(make(*given).shape[1:]))
+            return make(*given)
+
+        monkeypatch.setattr(chosen, name, counted)
+    mixer(noise(2, TOKENS, DIM), context(4, segments=segments)).losses["indexer"].backward()
+    ends = [(4, end) for end in range(4, TOKENS, 4)] + [(3, TOKENS)]
+    assert met == [shape for shape in ends for _ in range(2)]
 
 
 def test_equal_scores_choose_the_earliest_in_every_way_of_decoding():

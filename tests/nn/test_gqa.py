@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.model import LM, ModelConfig
 
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+close = close_to(1e-10)
 
 
 def test_A4_no_biases_unless_asked_for_and_an_output_projection(small):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tests.oracles.hybrid import hybrid as oracle
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.mixers.hybrid import MODES, Hybrid
@@ -12,14 +13,12 @@ from tinsmith.nn.parts import indexer
 from tinsmith.nn.parts.choose import top
 from tinsmith.nn.parts.rope import Rope, Yarn, tables
 
+close = close_to(1e-10)
+
 DIM, TOKENS = 24, 22
 LATENT = {"heads": 2, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 5}
 SMALL = LATENT | {"compress_block": 4, "window": 5, "keep": 3, "index_heads": 3, "index_dim": 6}
 FEED = {"kind": "relu2", "hidden": 48}
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def noise(*shape, seed=1):

@@ -5,19 +5,18 @@ import torch
 from hyper_connections import HyperConnections
 
 from tests.oracles import streams as oracle
+from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Site
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.residuals.hyper import Hyper
 from tinsmith.optim.groups import partition
 
+close = close_to(1e-11)
+
 DIM = 12
 SHAPES = [(2, 1), (4, 1), (2, 2), (3, 4)]
 """(streams, fracs)"""
-
-
-def close(found, expected, tolerance=1e-11):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def noise(*shape, seed=1):

@@ -11,17 +11,16 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 from tests.oracles import streams as oracle
+from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.residuals.mhyper import MHyper, sinkhorn
 from tinsmith.optim.groups import partition
 
+close = close_to(1e-12)
+
 DIM = 12
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def noise(*shape, seed=1):

@@ -5,11 +5,14 @@ attending against each other.
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import Ctx, Site
-from tinsmith.nn.mixers.mla import MLA, absorbing_pays
+from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.attend import Reach
 from tinsmith.nn.parts.rope import Rope, Yarn, tables
+
+close = close_to(1e-10)
 
 DIM, TOKENS = 40, 13
 SIZES = [
@@ -21,10 +24,6 @@ SIZES = [
 @pytest.fixture(params=SIZES, ids=["q_rank", "straight"])
 def config(request):
     return MLA(**request.param)
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def mixer_of(config, dtype=torch.float64, rope=None):
@@ -126,11 +125,11 @@ def test_absorbed_equals_expanded(config):
 def test_the_cheaper_way_is_taken(config):
     """Few queries are absorbed, many expanded, unless a latent is no wider than half of that."""
     narrow = 2 * config.kv_rank <= config.nope_dim + config.v_dim
-    assert absorbing_pays(config, 1)
-    assert absorbing_pays(config, 10**6) == narrow
+    assert config.absorbing_pays(1)
+    assert config.absorbing_pays(10**6) == narrow
     large = MLA(heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, v_dim=128)
-    assert absorbing_pays(large, 170)
-    assert not absorbing_pays(large, 171)
+    assert large.absorbing_pays(170)
+    assert not large.absorbing_pays(171)
 
 
 def test_a_cache_holds_one_latent_and_one_turned_key_per_token(config):

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import presets
 from tinsmith.nn.contract import FeedForward, Out, Reset, Routed
 from tinsmith.nn.model import LM, ModelConfig, ModelOut
+
+close = close_to(1e-10)
 
 COUNTS = {
     "minimind2-26m": 25_829_888,
@@ -17,10 +20,6 @@ COUNTS = {
     "minimind3-64m": 63_912_192,
     "tiny-r2-dense": 30_325_012,
 }
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", presets())
@@ -154,6 +153,8 @@ def test_learned_positions_are_added_to_the_embedding(small, ids):
     close(lm(ids).logits, expected)
     with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
         lm(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
+        lm(torch.zeros(1, 17, dtype=torch.long), segments=torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(UserError, match="capacity=17 is beyond max_context=16"):
         lm.new_caches(1, 17)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.oracles.close import close_to
 from tests.oracles.nsa import nsa
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import ModelConfig
@@ -17,15 +18,13 @@ from tinsmith.nn.parts.attend import Reach, attend
 from tinsmith.nn.parts.rope import Rope, rotate, tables
 from tinsmith.optim.groups import partition
 
+close = close_to(1e-10)
+
 SMALL = {
     **{"heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 2},
     **{"select_block": 8, "select_count": 4, "window": 5},
 }
 BRANCHES = ("compress", "select", "window")
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture

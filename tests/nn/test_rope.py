@@ -5,16 +5,15 @@ import math
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.rope import Linear, Llama3, Rope, Yarn, frequencies, rotate, tables
+
+close = close_to(1e-12)
 
 
 def drawn(*shape, seed=1, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("width", [2, 8, 64])

@@ -72,15 +72,13 @@ class ModelConfig(Config):
         if self.positions == "sinusoidal" and self.dim % 2:
             raise ValueError(f"dim={self.dim} must be even for sinusoidal positions")
         self.residual.check(self.dim)
-        shapes = set()
+        shapes: set[tuple[int, int]] = set()
         for layer in self.layers:
             layer.mixer.check(self.dim)
             layer.feed_forward.check(self.dim)
-            shapes.add(layer.mixer.value_shape(self.dim))
-        if len(shapes - {None}) > 1:
-            raise ValueError(
-                f"value_residual needs one (kv_heads, head_dim), not {shapes - {None}}"
-            )
+            shapes |= {shape for shape in [layer.mixer.value_shape(self.dim)] if shape}
+        if len(shapes) > 1:
+            raise ValueError(f"value_residual needs one (kv_heads, head_dim), not {sorted(shapes)}")
 
     @property
     def layers(self) -> tuple[Layer, ...]:

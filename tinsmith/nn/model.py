@@ -125,7 +125,8 @@ class LM(nn.Module):
         True, False or "last".
         """
         shared = positions is None and segments is None and caches is None
-        if shared and self.places is not None and ids.shape[1] > self.config.max_context:
+        beyond = caches is None and ids.shape[1] > self.config.max_context
+        if beyond and self.places is not None:
             limit = f"max_context={self.config.max_context}, learned positions"
             raise UserError(f"{ids.shape[1]} tokens in a row are beyond {limit}")
         if positions is None:

@@ -18,27 +18,20 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
-from tinsmith.nn.mixers.mla import check_widths, projection_flops
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
 from tinsmith.nn.parts.attend import reach
 from tinsmith.nn.parts.cache import Append
 from tinsmith.nn.parts.chosen import Choice, attend_chosen
 from tinsmith.nn.parts.indexer import Indexer, check_index
 from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentKeys, queries_of
+from tinsmith.nn.parts.latent import LatentHeads, linear_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSA(MixerKind):
+class DSA(LatentHeads):
     """Latent attention to the tokens that an indexer chooses."""
 
     kind: Literal["dsa"] = "dsa"
-    heads: Size = 8
-    kv_rank: Size = 32
-    q_rank: Size | None = 96  # null: queries straight from x
-    nope_dim: Size = 32
-    rope_dim: Size = 64
-    v_dim: Size = 32
     index_heads: Size = 4
     index_dim: Size = 32
     keep: Size = 64
@@ -46,7 +39,7 @@ class DSA(MixerKind):
     index_target: Literal["dense", "selected"] = "dense"
 
     def __post_init__(self) -> None:
-        check_widths(self)
+        super().__post_init__()
         check_index(self)
 
     def build(self, site: Site) -> "DSAMixer":
@@ -63,10 +56,8 @@ class DSAMixer(Mixer):
         self.rotary_dim = config.rope_dim if site.rotary else None
         self.nope_factor = site.rotary_factor**2
         self.attention, self.dropout = site.attention, site.attention_dropout
-        widths = (config.nope_dim, config.rope_dim)
-        self.queries = queries_of(site.dim, config.heads, config.q_rank, *widths)
-        self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths, config.v_dim)
-        source = config.q_rank or site.dim
+        self.queries, self.keys = config.queries(site.dim), config.keys(site.dim)
+        source = config.query_source(site.dim)
         self.indexer = Indexer(site.dim, source, config.index_heads, config.index_dim)
         self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
 
@@ -111,4 +102,4 @@ class DSAMixer(Mixer):
         absorbed = 2 * config.heads * config.kv_rank * (config.nope_dim + config.v_dim)
         # LatentKeys.up is applied to queries and sums instead of keys: that is `absorbed`
         expanded = 2 * self.keys.up.weight.numel()
-        return int(projection_flops(self) - expanded + absorbed + indexed + chosen)
+        return int(linear_flops(self) - expanded + absorbed + indexed + chosen)

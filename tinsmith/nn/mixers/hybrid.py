@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Rotary, Site
-from tinsmith.nn.mixers.mla import absorbing_pays, check_widths
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Rotary, Site
 from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.blocks import BlockCache, Blocks, Spots, attend_blocks, spots
 from tinsmith.nn.parts.cache import Append, Ring
@@ -34,7 +33,7 @@ from tinsmith.nn.parts.chosen import Choice, attend_chosen
 from tinsmith.nn.parts.heads import BranchGate
 from tinsmith.nn.parts.indexer import Indexer, check_index
 from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentKeys, queries_of
+from tinsmith.nn.parts.latent import LatentHeads, linear_flops
 from tinsmith.nn.parts.norm import wide
 from tinsmith.nn.parts.rope import rotate
 
@@ -47,18 +46,12 @@ MODES: dict[str, tuple[Name, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hybrid(MixerKind):
+class Hybrid(LatentHeads):
     """Compressed blocks, chosen tokens and a window; the defaults are Tiny-R2's."""
 
     kind: Literal["hybrid"] = "hybrid"
     mode: Literal["nsa", "swa", "dsa"] | None = None  # nsa, unless branches are named
     branches: tuple[Name, ...] | None = None
-    heads: Size = 8
-    kv_rank: Size = 32
-    q_rank: Size | None = 96  # null: queries straight from x
-    nope_dim: Size = 32
-    rope_dim: Size = 64
-    v_dim: Size = 32
     compress_block: Size = 16
     window: Size = 128
     keep: Size = 128
@@ -69,7 +62,7 @@ class Hybrid(MixerKind):
     gate: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
-        check_widths(self)
+        super().__post_init__()
         check_index(self)
         for name in ("compress_block", "window"):
             if getattr(self, name) < 1:
@@ -125,8 +118,7 @@ class HybridMixer(Mixer):
         self.rotary_dim = config.rope_dim if site.rotary else None
         self.nope_factor = site.rotary_factor**2
         self.dropout = site.attention_dropout
-        widths = (config.nope_dim, config.rope_dim)
-        self.queries = queries_of(site.dim, config.heads, config.q_rank, *widths)
+        self.queries = config.queries(site.dim)
         branches = {name: _BRANCHES[name](config, site) for name in config.present}
         self.branches = cast(Mapping[str, Branch], nn.ModuleDict(branches))
         gates = config.heads * len(branches)
@@ -173,8 +165,8 @@ class HybridMixer(Mixer):
 
     def flops(self, context: int) -> int:
         """Projections, and what each branch does with the tokens that it sees on average."""
-        linear = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return int(linear + sum(branch.flops(context) for branch in self.branches.values()))
+        said = sum(branch.flops(context) for branch in self.branches.values())
+        return int(linear_flops(self) + said)
 
 
 class Branch(nn.Module):
@@ -201,8 +193,7 @@ class CompressBranch(Branch):
     def __init__(self, config: Hybrid, site: Site):
         super().__init__()
         self.config, self.kind = config, site.attention
-        widths = (config.nope_dim, config.rope_dim, config.v_dim)
-        self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths)
+        self.keys = config.keys(site.dim)
         alone = config.compress_block == 1
         pools = ((config.compress_block, width) for width in (config.kv_rank, config.rope_dim))
         self.pool_latent, self.pool_key = (Alone() if alone else SoftPool(*pool) for pool in pools)
@@ -214,7 +205,7 @@ class CompressBranch(Branch):
             latent_BMC, rope_BMR = self._cut(asked, *new)
         else:
             latent_BMC, rope_BMR = self._kept(asked, cache, *new)
-        few = cache is not None and absorbing_pays(self.config, asked.x.shape[1])
+        few = cache is not None and self.config.absorbing_pays(asked.x.shape[1])
         return (self._absorbed if few else self._expanded)(asked, latent_BMC, rope_BMR), {}
 
     def _cut(self, asked: Asked, latent_BTC: Tensor, rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +258,7 @@ class CompressBranch(Branch):
 
     def flops(self, context: int) -> float:
         """Scores and sums, of half of the blocks on average."""
-        return _pair(self.config) * (context + 1) / 2 / self.config.compress_block
+        return self.config.pair_flops * (context + 1) / 2 / self.config.compress_block
 
 
 class SoftPool(nn.Module):
@@ -322,7 +313,7 @@ class SelectBranch(Branch):
         super().__init__()
         self.config, self.kind = config, site.attention
         self.keys = OwnKeys(config, site.dim)
-        source = config.q_rank or site.dim
+        source = config.query_source(site.dim)
         self.indexer = Indexer(site.dim, source, config.index_heads, config.index_dim)
 
     def forward(self, asked: Asked, cache: Append | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -349,7 +340,7 @@ class SelectBranch(Branch):
     def flops(self, context: int) -> float:
         """Index scores of all earlier tokens, attention to the chosen ones."""
         indexed = self.config.index_heads * self.config.index_dim * (context + 1)
-        return indexed + _pair(self.config) * _last(self.config.keep, context)
+        return indexed + self.config.pair_flops * _last(self.config.keep, context)
 
 
 class WindowBranch(Branch):
@@ -376,7 +367,7 @@ class WindowBranch(Branch):
 
     def flops(self, context: int) -> float:
         """Scores and sums over a window."""
-        return _pair(self.config) * _last(self.config.window, context)
+        return self.config.pair_flops * _last(self.config.window, context)
 
 
 _BRANCHES: dict[str, Callable[[Hybrid, Site], Branch]] = {
@@ -384,11 +375,6 @@ _BRANCHES: dict[str, Callable[[Hybrid, Site], Branch]] = {
     "select": SelectBranch,
     "window": WindowBranch,
 }
-
-
-def _pair(config: Hybrid) -> int:
-    """Of one query and one key, in all heads."""
-    return 2 * config.heads * (config.nope_dim + config.rope_dim + config.v_dim)
 
 
 def _last(count: int, context: int) -> float:

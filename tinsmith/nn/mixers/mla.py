@@ -15,30 +15,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Site
+from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
 from tinsmith.nn.parts.attend import Reach, attend, reach
 from tinsmith.nn.parts.cache import Append
 from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentKeys, queries_of
+from tinsmith.nn.parts.latent import LatentHeads, linear_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLA(MixerKind):
-    """Multi-head latent attention; the defaults are Tiny-R2's."""
+class MLA(LatentHeads):
+    """Multi-head latent attention."""
 
     kind: Literal["mla"] = "mla"
-    heads: Size = 8
-    kv_rank: Size = 32
-    q_rank: Size | None = 96  # null: queries straight from x
-    nope_dim: Size = 32
-    rope_dim: Size = 64
-    v_dim: Size = 32
-
-    def __post_init__(self) -> None:
-        check_widths(self)
 
     def build(self, site: Site) -> "MLAMixer":
         """The module."""
@@ -54,9 +44,7 @@ class MLAMixer(Mixer):
         self.rotary_dim = config.rope_dim if site.rotary else None
         self.nope_factor = site.rotary_factor**2
         self.attention, self.dropout = site.attention, site.attention_dropout
-        widths = (config.nope_dim, config.rope_dim)
-        self.queries = queries_of(site.dim, config.heads, config.q_rank, *widths)
-        self.keys = LatentKeys(site.dim, config.heads, config.kv_rank, *widths, config.v_dim)
+        self.queries, self.keys = config.queries(site.dim), config.keys(site.dim)
         self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
@@ -70,7 +58,7 @@ class MLAMixer(Mixer):
         else:
             (latent_BSC, rope_BSR), seen = cache.append(ctx.segments, latent_BSC, rope_BSR)
             latent_BSC, rope_BSR = latent_BSC.to(x.dtype), rope_BSR.to(x.dtype)
-            way = self._absorbed if absorbing_pays(self.config, x.shape[1]) else self._expanded
+            way = self._absorbed if self.config.absorbing_pays(x.shape[1]) else self._expanded
         y_BTHV = way(nope_BTHN, rope_BTHR, latent_BSC, rope_BSR, seen)
         return Out(self.o_proj(y_BTHV.flatten(2)))
 
@@ -110,27 +98,4 @@ class MLAMixer(Mixer):
 
     def flops(self, context: int) -> int:
         """Projections, and scores and sums over the keys that are seen on average."""
-        config = self.config
-        pair = config.heads * (config.nope_dim + config.rope_dim + config.v_dim)
-        return projection_flops(self) + int(pair * (context + 1))
-
-
-def check_widths(config: Any) -> None:
-    """ValueError where a size of a latent mixer is impossible."""
-    for name in ("heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if config.rope_dim % 2:
-        raise ValueError(f"rope_dim={config.rope_dim} must be even to be rotated")
-
-
-def absorbing_pays(config: Any, queries: int) -> bool:
-    """Whether products with latents cost less than expanding every latent, per key and head."""
-    wider = 2 * config.kv_rank - (config.nope_dim + config.v_dim)
-    return queries * wider <= config.kv_rank * (config.nope_dim + config.v_dim)
-
-
-def projection_flops(mixer: nn.Module) -> int:
-    """Of one token through every linear layer of a mixer."""
-    return sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear))
+        return linear_flops(self) + self.config.pair_flops * (context + 1) // 2

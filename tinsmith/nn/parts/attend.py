@@ -34,6 +34,14 @@ class Reach(NamedTuple):
     """Where each key stands in its row (below 0: nowhere); None: keys stand in order, from place
     0.
     """
+    aligned: bool = False
+    """The keys are the queries' own tokens, so that no query sees a key after its own: known
+    without a look at the ends.
+    """
+
+    def before(self, stop: int, queries: int, keys: int) -> int:
+        """Queries before `stop` see none but the first so many keys."""
+        return keys - queries + stop if self.plain or self.aligned else keys
 
     @property
     def plain(self) -> bool:
@@ -91,7 +99,7 @@ def reach(
     low = torch.zeros_like(index) if segments_BT is None else document_starts(segments_BT)
     if narrow and window is not None:
         low = torch.maximum(low, index - window + 1)
-    return Reach(low, index.expand_as(low))
+    return Reach(low, index.expand_as(low), aligned=True)
 
 
 def attend(

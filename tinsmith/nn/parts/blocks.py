@@ -161,7 +161,10 @@ class BlockCache:
         needed = rows.starts + ended * stride
         dropped = (needed < rows.lengths - self.recent.slots) & (needed < lengths)
         if bool((dropped & (lengths < rows.lengths)).any()):
-            raise CannotRewind(f"a block of {size} tokens has already dropped its first ones")
+            raise CannotRewind(
+                f"a block of {size} tokens has already dropped its first ones: "
+                "take the row in again from its start"
+            )
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the newest tokens, or raise and change nothing; a block that is no more is seen by

@@ -73,7 +73,8 @@ class Rows:
 
     def _make_room(self, bound: int, lengths: Tensor, capacity: int) -> None:
         if bound > capacity and len(lengths) and int(lengths.max()) > capacity:
-            raise CacheFull(f"a row of {int(lengths.max())} tokens in a cache for {capacity}")
+            told = f"a row of {int(lengths.max())} tokens, a cache with room for {capacity}"
+            raise CacheFull(f"{told}: make it larger, or the row shorter")
 
     def _starts(self, segments_BT: Tensor, real_BT: Tensor) -> Tensor:
         """(B, T): where the document of each token began; a document goes on from call to call."""
@@ -96,7 +97,8 @@ class Rows:
         lost = (lengths <= self.starts) & (self.starts > 0) & (lengths < self.lengths)
         if bool(lost.any()):
             raise CannotRewind(
-                "a row would lose its whole current document, and earlier ones are forgotten"
+                "a row would lose its whole current document, and earlier ones are forgotten: "
+                "take it in again from its start"
             )
 
     def truncate(self, lengths: Tensor) -> None:
@@ -281,7 +283,8 @@ class Ring(Append):
         shorter = lengths.to(self.lengths.device) < self.lengths
         if bool((shorter & (self.lengths > self.slots)).any()):
             raise CannotRewind(
-                f"a window of {self.slots} tokens has already dropped what came before"
+                f"a window of {self.slots} tokens has already dropped what came before: "
+                "take the row in again from its start"
             )
 
     def join(self, other: "Ring") -> None:

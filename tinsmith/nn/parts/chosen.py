@@ -1,15 +1,14 @@
 """Attention over the `keep` tokens that an indexer chooses for each query, the same for all heads.
 
 Queries go in chunks, so that (queries x keys) is never held whole; what a chunk needs is computed
-again for its gradient. A chunk gathers the chosen keys and values, or masks all others where those
-are few; its naive twin writes that out.
+again for its gradient, and keys after its end are left out where that is known. A chunk gathers
+the chosen keys and values, or masks all others where those are few; its naive twin writes that out.
 
-Legend: B rows, T queries, S keys, C queries of a chunk, K chosen, H heads, G key heads, J = H / G,
-D width of queries and keys, E width of values.
+Legend: B rows, T queries, S keys, C queries of a chunk, N keys it may see, K chosen, H heads, G key
+heads, J = H / G, D width of queries and keys, E width of values.
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -73,15 +72,17 @@ def attend_chosen(
     whole = seen.spelled(rows, queries, keys, q_BTHD.device)
     counted_BT = _counted(segments_BT, q_BTHD)
     step, said, lost = _queries_at_once(keys), [], []
-    attend = _again if torch.is_grad_enabled() and queries > step else _way(choice, q_BTHD, k_BSGD)
+    attend = _again if torch.is_grad_enabled() and queries > step else _attend
     for begin in range(0, max(queries, 1), step):
-        part = slice(begin, begin + step)
-        q_BCHD, index_C = q_BTHD[:, part], index.of(part)
+        part = slice(begin, min(begin + step, queries))
+        near = seen.before(part.stop, queries, keys)
+        q_BCHD, index_C = q_BTHD[:, part], index.of(part, near)
+        k_BNGD, v_BNGE = k_BSGD[:, :near], v_BSGE[:, :near]
         some = _choose(index_C, whole.part(part), choice)
-        said.append(attend(q_BCHD, k_BSGD, v_BSGE, some))
+        said.append(attend(q_BCHD, k_BNGD, v_BNGE, some))
         if choice.learns is not None:
-            visible_BCS = _learned(some, keys)
-            wanted_BCS = target(q_BCHD, k_BSGD, visible_BCS)
+            visible_BCS = _learned(some, near)
+            wanted_BCS = target(q_BCHD, k_BNGD, visible_BCS)
             lost.append(divergence(index_C, wanted_BCS, visible_BCS, counted_BT[:, part]))
     mean = torch.stack(lost).sum() / counted_BT.sum().clamp(min=1) if lost else None
     return torch.cat(said, 1), mean
@@ -115,23 +116,20 @@ def _learned(some: Chosen, keys: int) -> Tensor:
     return some.seen.visible(some.index_BCK.shape[1], keys, some.index_BCK.device)
 
 
-Way = Callable[[Tensor, Tensor, Tensor, Chosen], Tensor]
-
-
 def _again(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
     """Computed once more for its gradient, so that nothing of a chunk but its choice is kept."""
-    way = _way(some.choice, q_BCHD, k_BSGD)
-    return checkpoint(way, q_BCHD, k_BSGD, v_BSGE, some, use_reentrant=False)  # type: ignore[return-value]
+    return checkpoint(_attend, q_BCHD, k_BSGD, v_BSGE, some, use_reentrant=False)  # type: ignore[return-value]
 
 
-def _way(choice: Choice, q_BTHD: Tensor, k_BSGD: Tensor) -> Way:
+def _attend(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:
     """Gathering moves `keep` keys of every group for every query; a product over all keys handles
     some sixty times as many numbers in the same time (LOG.md).
     """
-    if choice.kind == "naive":
-        return _written_out
-    (keys, groups), heads = k_BSGD.shape[1:3], q_BTHD.shape[2]
-    return _masked if keys * heads <= 60 * choice.keep * groups else _gathered
+    if some.choice.kind == "naive":
+        return _written_out(q_BCHD, k_BSGD, v_BSGE, some)
+    (keys, groups), heads = k_BSGD.shape[1:3], q_BCHD.shape[2]
+    way = _masked if keys * heads <= 60 * some.choice.keep * groups else _gathered
+    return way(q_BCHD, k_BSGD, v_BSGE, some)
 
 
 def _gathered(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: Chosen) -> Tensor:

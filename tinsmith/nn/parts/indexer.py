@@ -31,9 +31,9 @@ class Index(NamedTuple):
     weight_BTJ: Tensor
     k_BSE: Tensor
 
-    def of(self, part: slice) -> "Index":
-        """The same for some of the queries."""
-        return Index(self.q_BTJE[:, part], self.weight_BTJ[:, part], self.k_BSE)
+    def of(self, part: slice, keys: int) -> "Index":
+        """The same for some of the queries, and the first so many keys."""
+        return Index(self.q_BTJE[:, part], self.weight_BTJ[:, part], self.k_BSE[:, :keys])
 
 
 class Indexer(nn.Module):

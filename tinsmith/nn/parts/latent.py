@@ -14,16 +14,68 @@ value width.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tinsmith.nn.contract import Rotary
+from tinsmith.core.parse import Size
+from tinsmith.nn.contract import MixerKind, Rotary
 from tinsmith.nn.parts.norm import RMSNorm
 from tinsmith.nn.parts.rope import rotate
 
 EPS = 1e-6
 """Of the norms of latents, whatever that of the stream: DeepSeek's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentHeads(MixerKind):
+    """Sizes of a mixer whose queries, keys and values are made of latents; the defaults are
+    Tiny-R2's.
+    """
+
+    kind: str
+    heads: Size = 8
+    kv_rank: Size = 32
+    q_rank: Size | None = 96  # null: queries straight from x
+    nope_dim: Size = 32
+    rope_dim: Size = 64
+    v_dim: Size = 32
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim={self.rope_dim} must be even to be rotated")
+
+    def queries(self, dim: int) -> "LatentQueries | StraightQueries":
+        """What makes queries, at model width `dim`."""
+        if self.q_rank is None:
+            return StraightQueries(dim, self.heads, self.nope_dim, self.rope_dim)
+        return LatentQueries(dim, self.heads, self.q_rank, self.nope_dim, self.rope_dim)
+
+    def query_source(self, dim: int) -> int:
+        """The width of what queries are made of."""
+        return dim if self.q_rank is None else self.q_rank
+
+    def keys(self, dim: int) -> "LatentKeys":
+        """What makes latents, and keys and values of them."""
+        widths = (self.nope_dim, self.rope_dim, self.v_dim)
+        return LatentKeys(dim, self.heads, self.kv_rank, *widths)
+
+    def absorbing_pays(self, queries: int) -> bool:
+        """Whether products of so many queries with latents cost less than expanding every latent,
+        per key and head.
+        """
+        both = self.nope_dim + self.v_dim
+        return queries * (2 * self.kv_rank - both) <= self.kv_rank * both
+
+    @property
+    def pair_flops(self) -> int:
+        """Of one query and one key, in all heads."""
+        return 2 * self.heads * (self.nope_dim + self.rope_dim + self.v_dim)
 
 
 class LatentQueries(nn.Module):
@@ -53,15 +105,6 @@ class StraightQueries(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """As `LatentQueries`."""
         return *_turned(self.straight(x), self.heads, self.widths, rotary), x
-
-
-def queries_of(
-    dim: int, heads: int, rank: int | None, nope_dim: int, rope_dim: int
-) -> LatentQueries | StraightQueries:
-    """Through a latent of `rank` numbers, or straight where there is none."""
-    if rank is None:
-        return StraightQueries(dim, heads, nope_dim, rope_dim)
-    return LatentQueries(dim, heads, rank, nope_dim, rope_dim)
 
 
 def _turned(
@@ -112,3 +155,8 @@ class LatentKeys(nn.Module):
     def _by_head(self) -> tuple[Tensor, ...]:
         """W_UK (H, N, C) and W_UV (H, V, C)."""
         return self.up.weight.unflatten(0, (self.heads, sum(self.widths))).split(self.widths, 1)
+
+
+def linear_flops(module: nn.Module) -> int:
+    """Of one token through every linear layer in it."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
