@@ -87,7 +87,9 @@ def _recipe(config: RunConfig) -> None:
 
 
 def _parameters(shape: LM, config: RunConfig) -> None:
-    say(f" model     {shape.parameter_count():,} parameters")
+    total, active = shape.parameter_count(), shape.active_parameter_count()
+    idle = "" if active == total else f", of which a token meets {active:,}"
+    say(f" model     {total:,} parameters{idle}")
     if config.lora is not None:
         say(f" lora      {lora.described(shape, config.lora)}")
     for role, members in partition(shape).items():
