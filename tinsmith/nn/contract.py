@@ -222,3 +222,11 @@ class Routed:
         state changes.
         """
         return []
+
+    def watched(self) -> dict[str, Tensor]:
+        """What people watch drift while it trains, (E,) each: thresholds, biases; 0 at first."""
+        return {}
+
+    def chosen(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """(B, T, E) bool: which experts work on which tokens of this input, none on padding."""
+        raise NotImplementedError

@@ -14,6 +14,7 @@ from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
+from tinsmith.train.routing import sentence
 from tinsmith.train.run import Interrupted, Run
 from tinsmith.train.samples import draw
 
@@ -59,7 +60,16 @@ def log(run: Run) -> None:
     place = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
     norm = f"norm {means.get('grad_norm', math.nan):.2f}  lr {rate:.2f}{extra}"
     run.log.line(f" step {place}  {norm}  {count(speed)} tok/s  eta {duration(left)}")
+    _experts(run)
     _spike(run, means.get("loss", math.nan))
+
+
+def _experts(run: Run) -> None:
+    """What the experts did since the last line, where there are any."""
+    found = run.routing.take(run.policy)
+    if found:
+        run.log.metrics({"step": run.state.step, "kind": "routing"} | found)
+        run.log.line(f" experts {sentence(found)}")
 
 
 def _spike(run: Run, loss: float) -> None:
