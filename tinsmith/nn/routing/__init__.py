@@ -1,0 +1,1 @@
+"""What layers with a router share: gates, dispatch, experts, balance."""
