@@ -59,4 +59,9 @@ def initialise(model: nn.Module, depth: int) -> None:
 def _spread(weight: Tensor, depth: int | None) -> None:
     """Normal, for matrices (..., outputs, inputs); `depth` of those that write into the stream."""
     shrink = 1.0 if depth is None else math.sqrt(2 * depth)
-    nn.init.normal_(weight, std=0.5 / math.sqrt(weight.shape[-1]) / shrink)
+    nn.init.normal_(weight, std=first_std(weight) / shrink)
+
+
+def first_std(weight: Tensor) -> float:
+    """Standard deviation of the first values of matrices (..., outputs, inputs)."""
+    return 0.5 / math.sqrt(weight.shape[-1])

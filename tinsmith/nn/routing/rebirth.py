@@ -1,0 +1,128 @@
+"""Re-birth of experts that never fire.
+
+Every `interval` optimizer steps, an expert that fired for no token of the global batches since the
+last look (fallback and padding are not counted) begins anew: threshold 0, weights as at first, but
+nothing where it writes, so that it changes no sum before it has learned. The first prototype
+points where the tokens point that nobody fired for, the others away from all living ones. The
+optimizer forgets the rows.
+
+Counts are sums over micro-batches and ranks, and random rows come from a generator of their own:
+all ranks do the same, and training's random numbers stay as they were. All counters are buffers,
+so a resumed run looks at the same step with the same counts.
+
+Legend: E experts, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tinsmith.core.rng import generator
+from tinsmith.nn.contract import Reset
+from tinsmith.nn.parts.init import OutputStack, Stack, first_std
+
+Births = dict[nn.Parameter, float]
+"""Weights with the experts along their first axis -> the standard deviation of a newborn's; 0
+where it writes.
+"""
+
+
+def births(experts: nn.Module) -> Births:
+    """Those of all stacks inside a module."""
+    return {
+        stack.weight: 0.0 if isinstance(stack, OutputStack) else first_std(stack.weight)
+        for stack in experts.modules()
+        if isinstance(stack, Stack)
+    }
+
+
+class Window(nn.Module):
+    """What was counted since the last look."""
+
+    load: Tensor
+    unrouted: Tensor
+    tokens: Tensor
+    steps: Tensor
+    looks: Tensor
+    newborn: Tensor
+
+    def __init__(self, experts: int, dim: int, layer: int, interval: int | None):
+        super().__init__()
+        self.layer, self.interval = layer, interval
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.long))
+        self.register_buffer("unrouted", torch.zeros(dim))
+        for name in ("tokens", "steps", "looks"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        self.register_buffer("newborn", torch.zeros(experts, dtype=torch.bool))
+
+    @torch.no_grad()
+    def close(
+        self,
+        stats: dict[str, Tensor],
+        prototypes: nn.Parameter,
+        thresholds: nn.Parameter,
+        births: Births,
+    ) -> list[Reset]:
+        """Add the statistics of one step; at the end of a window, what was re-born."""
+        if self.interval is None:
+            return []
+        self.load += stats["load"]
+        self.unrouted += stats["unrouted"].to(self.unrouted.dtype)
+        self.tokens += stats["tokens"]
+        self.steps += 1
+        if int(self.steps) < self.interval:
+            return []
+        dead_E = (self.load == 0) & (self.tokens > 0)
+        resets = self._bear(dead_E, prototypes, thresholds, births) if bool(dead_E.any()) else []
+        self.newborn.copy_(dead_E)
+        self.looks += 1
+        for counter in (self.load, self.unrouted, self.tokens, self.steps):
+            counter.zero_()
+        return resets
+
+    def _bear(
+        self, dead_E: Tensor, prototypes: nn.Parameter, thresholds: nn.Parameter, births: Births
+    ) -> list[Reset]:
+        rows = dead_E.nonzero().flatten()
+        draw = generator(0, "rebirth", self.layer, int(self.looks))
+        alive = _whole(prototypes)[~dead_E].cpu().double()
+        _write(prototypes, rows, _directions(self.unrouted.cpu().double(), alive, len(rows), draw))
+        _write(thresholds, rows, torch.zeros(len(rows)))
+        for parameter, std in births.items():
+            shape = (len(rows), *parameter.shape[1:])
+            _write(parameter, rows, std * torch.randn(shape, generator=draw))
+        return [Reset(parameter, rows) for parameter in (prototypes, thresholds, *births)]
+
+
+def _directions(unrouted_D: Tensor, alive: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """(count, D) unit vectors: along `unrouted` if it points anywhere, then random ones orthogonal
+    to all before; where there is no room for another, just random.
+    """
+    found = alive
+    for index in range(count):
+        along = unrouted_D if index == 0 else torch.zeros_like(unrouted_D)
+        if not bool(along.any()):
+            along = torch.randn(len(unrouted_D), generator=draw, dtype=torch.float64)
+            along = _away(along, found) if len(found) < len(along) else along
+        found = torch.cat((found, (along / along.norm())[None]))
+    return found[len(alive) :]
+
+
+def _away(x_D: Tensor, others: Tensor) -> Tensor:
+    """The part of x that is orthogonal to all rows of `others`."""
+    basis = torch.linalg.qr(others.mT).Q
+    return x_D - basis @ (basis.mT @ x_D)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def _write(parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
+    """Overwrite rows, also of a parameter that is spread over ranks."""
+    if not isinstance(parameter, DTensor):
+        parameter[rows] = values.to(parameter)
+        return
+    full = parameter.full_tensor()
+    full[rows] = values.to(full)
+    parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))

@@ -1,0 +1,197 @@
+"""A gate of thresholds: every token decides how many experts it wants (DynMoE, Guo et al.,
+2405.14297).
+
+    u_te = cos(x_t, p_e) - G_e        expert e works on token t where u_te > 0
+    value_te = sg(1[u > 0] - sigmoid(kappa u)) + sigmoid(kappa u)
+
+so the decision is hard and its gradient that of a sigmoid of slope 1 at the boundary (kappa = 4). A
+token's experts are combined as `combine` says: k_t = number of them, never in the graph,
+
+    mean   sum_e value_te y_te / k_t      sum   sum_e value_te y_te
+    rescaled_sum   sum_e value_te y_te E / k_t
+
+SDL, the sparse-diversity loss, is sdl_weight times ((k_mean - k*) / k*)^2 + mean over pairs of
+experts of cos(p_i, p_j)^2; the first term's gradient also reaches experts that did not fire, so
+k can rise. `sdl: dynmoe` is the paper's ||P P' - I||_F + mean ||p_e||. k_mean is that of a
+micro-batch: the one place where the split of a batch matters. Its input is detached.
+
+It differs from the paper's code in comparing cosines, not their sigmoids (the same decision), and
+in giving a token that wants nobody its best expert in training too (`fallback`). u is rounded to
+the grid of `parts.choose`, so that a zero is a zero however the sum was made.
+
+Legend: N tokens, E experts, D width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinsmith.core.parse import Config, Count, Size
+from tinsmith.nn.contract import Reset
+from tinsmith.nn.parts.choose import GRID, top
+from tinsmith.nn.parts.norm import exactly, wide
+from tinsmith.nn.routing.rebirth import Births, Window
+
+KAPPA = 4.0
+SMALLEST = 1e-6
+"""Vectors shorter than this have no direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Config):
+    """The keys of a gate of thresholds, for every part that owns one."""
+
+    experts: Size
+    combine: Literal["mean", "sum", "rescaled_sum"] = "mean"
+    fallback: Literal["top1", "none_in_training", "none"] = "top1"
+    target_active: float | None = None  # null: a quarter of the experts
+    sdl: Literal["target", "dynmoe"] = "target"
+    sdl_weight: float = 0.01
+    reset_interval: Count | None = 1000  # optimizer steps between re-births; null: never
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"experts={self.experts} must be at least 1")
+        if not 0 < self.active <= self.experts:
+            limits = f"above 0 and at most experts={self.experts}"
+            raise ValueError(f"target_active={self.target_active} must be {limits}")
+        if self.sdl_weight < 0:
+            raise ValueError(f"sdl_weight={self.sdl_weight} must be at least 0")
+        if self.reset_interval is not None and self.reset_interval < 1:
+            raise ValueError(f"reset_interval={self.reset_interval} must be at least 1, or null")
+
+    @property
+    def active(self) -> float:
+        """k*: how many experts a token is to have, in the mean."""
+        return self.experts / 4 if self.target_active is None else self.target_active
+
+
+class Choice(NamedTuple):
+    """What a gate says of N tokens."""
+
+    mask_NE: Tensor
+    """bool: who works on whom, fallback included, padding not."""
+    weight_NE: Tensor
+    """What an expert's word counts, at least float32; of no meaning outside of the mask."""
+    losses: dict[str, Tensor]
+    """In training: "sdl"."""
+    stats: dict[str, Tensor]
+    """Sums over tokens: "load" (E,) experts that fired, before the fallback; "tokens" () that are
+    no padding; "fallback" () of them that nobody fired for; "entropy" () of the weights, ln k_t;
+    "unrouted" (D,) directions of the tokens nobody fired for.
+    """
+
+
+class Gate(nn.Module):
+    """Prototypes P (E, D), rows orthonormal where E <= D, and thresholds G (E,), cosines, 0."""
+
+    ROLE: ClassVar = "router"
+
+    def __init__(self, config: Threshold, dim: int, layer: int):
+        super().__init__()
+        self.config = config
+        prototypes = torch.empty(config.experts, dim)
+        if config.experts <= dim:
+            nn.init.orthogonal_(prototypes)
+        else:
+            prototypes = F.normalize(nn.init.normal_(prototypes), dim=-1)
+        self.prototypes = nn.Parameter(prototypes)
+        self.thresholds = nn.Parameter(torch.zeros(config.experts))
+        self.window = Window(config.experts, dim, layer, config.reset_interval)
+
+    def margins(self, x_ND: Tensor) -> Tensor:
+        """u (N, E): how far each cosine is above its threshold, at least float32."""
+        kind = wide(x_ND.dtype)
+        with exactly(x_ND.device):
+            x, prototypes = _unit(x_ND.to(kind)), _unit(self.prototypes.to(kind))
+            return x @ prototypes.mT - self.thresholds.to(kind)
+
+    def forward(self, x_ND: Tensor, valid_N: Tensor | None = None, learns: bool = True) -> Choice:
+        """`valid_N`: False for padding. `learns` False: the weights are constants, so no loss
+        behind them reaches the gate or x through them.
+        """
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            u_NE = self.margins(x_ND)
+        valid_N = torch.ones_like(u_NE[:, 0], dtype=torch.bool) if valid_N is None else valid_N
+        fired_NE = fires(u_NE) & valid_N[:, None]
+        mask_NE = self._with_fallback(u_NE, fired_NE, valid_N)
+        count_N = mask_NE.sum(-1).to(u_NE.dtype)
+        weight_NE = self._combined(_straight_through(u_NE, mask_NE), count_N[:, None])
+        losses = {}
+        if self.training and torch.is_grad_enabled():
+            losses["sdl"] = self.config.sdl_weight * self._sdl(x_ND.detach(), fired_NE, valid_N)
+        return Choice(mask_NE, weight_NE, losses, _stats(x_ND, fired_NE, valid_N, count_N))
+
+    def post_step(self, stats: dict[str, Tensor], births: Births) -> list[Reset]:
+        """Count, and at the end of a window re-bear experts that never fired; see `rebirth`."""
+        return self.window.close(stats, self.prototypes, self.thresholds, births)
+
+    def flops(self) -> int:
+        """Cosines of one token."""
+        return 2 * self.prototypes.numel()
+
+    def _with_fallback(self, u_NE: Tensor, fired_NE: Tensor, valid_N: Tensor) -> Tensor:
+        kind = self.config.fallback
+        if kind == "none" or (kind == "none_in_training" and self.training):
+            return fired_NE
+        silent_N = valid_N & ~fired_NE.any(-1)
+        best_NE = torch.zeros_like(fired_NE).scatter(-1, top(u_NE, 1), True)
+        return fired_NE | (best_NE & silent_N[:, None])
+
+    def _combined(self, value_NE: Tensor, count_N1: Tensor) -> Tensor:
+        if self.config.combine == "sum":
+            return value_NE
+        share_N1 = 1 / count_N1.clamp(min=1)
+        if self.config.combine == "rescaled_sum":
+            share_N1 = share_N1 * self.config.experts
+        return value_NE * share_N1
+
+    def _sdl(self, x_ND: Tensor, fired_NE: Tensor, valid_N: Tensor) -> Tensor:
+        kind = wide(x_ND.dtype)
+        prototypes = self.prototypes.to(kind)
+        with exactly(x_ND.device):
+            unit = _unit(prototypes)
+            similar_EE = unit @ unit.mT
+        if self.config.sdl == "dynmoe":
+            excess_EE = similar_EE - torch.eye(len(unit), dtype=kind, device=unit.device)
+            return torch.linalg.vector_norm(excess_EE) + prototypes.norm(dim=-1).mean()
+        value_NE = _straight_through(self.margins(x_ND), fired_NE) * valid_N[:, None]
+        mean = value_NE.sum() / valid_N.sum().clamp(min=1)
+        sparsity = ((mean - self.config.active) / self.config.active).square()
+        # 1 on the diagonal is a constant, yet rounding must not leave a gradient there
+        other_EE = similar_EE.square().fill_diagonal_(0)
+        pairs = max(len(unit) * (len(unit) - 1), 1)
+        return sparsity + other_EE.sum() / pairs
+
+
+def fires(u: Tensor) -> Tensor:
+    """bool: u > 0, on the grid that makes ties come out the same."""
+    return (u.detach() * GRID).round() > 0
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
+
+
+def _straight_through(u: Tensor, decided: Tensor) -> Tensor:
+    """Forward the decision, to the bit; backward a sigmoid."""
+    soft = torch.sigmoid(KAPPA * u)
+    return decided.to(u.dtype) + (soft - soft.detach())
+
+
+@torch.no_grad()
+def _stats(x_ND: Tensor, fired_NE: Tensor, valid_N: Tensor, count_N: Tensor) -> dict[str, Tensor]:
+    silent_N = valid_N & ~fired_NE.any(-1)
+    kind = wide(x_ND.dtype)
+    with exactly(x_ND.device):
+        unrouted_D = silent_N.to(kind) @ _unit(x_ND.to(kind))
+    return {
+        "load": fired_NE.sum(0),
+        "tokens": valid_N.sum(),
+        "fallback": silent_N.sum(),
+        "entropy": count_N.clamp(min=1).log().sum(),
+        "unrouted": unrouted_D,
+    }
