@@ -199,8 +199,8 @@ class LM(nn.Module):
 
     def after_backward(self, probes: dict[str, Tensor]) -> None:
         """Routers that learn from gradients add theirs."""
-        for name, part in self._routed():
-            part.after_backward(_stripped(name, probes))
+        for name, part in self.routed().items():
+            part.after_backward(_stripped(f"{name}.", probes))
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
         """After the optimizer's step, with the statistics of the global batch; what the
@@ -208,17 +208,18 @@ class LM(nn.Module):
         """
         return [
             reset
-            for name, part in self._routed()
-            for reset in part.post_step(_stripped(name, stats))
+            for name, part in self.routed().items()
+            for reset in part.post_step(_stripped(f"{name}.", stats))
         ]
 
-    def _routed(self) -> list[tuple[str, Routed]]:
-        parts = [
-            (f"{i}.{slot}.", part)
+    def routed(self) -> dict[str, Routed]:
+        """Mixers and feed-forwards with a router, by "layer.slot"."""
+        parts = {
+            f"{i}.{slot}": part
             for i, block in enumerate(self.blocks)
             for slot, part in (("mixer", block.mixer), ("feed", block.feed))
-        ]
-        return [(name, part) for name, part in parts if isinstance(part, Routed)]
+        }
+        return {name: part for name, part in parts.items() if isinstance(part, Routed)}
 
 
 def _positions(ids: Tensor, segments: Tensor | None, lengths: Tensor | None) -> Tensor:

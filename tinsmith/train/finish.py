@@ -25,6 +25,7 @@ def finish(run: Run) -> None:
     if not run.ranks.first:
         return
     plot = plot_run(run.folder)
+    pictures = [path for path in (plot, plot.with_name("experts.png")) if path.exists()]
     write_samples(run.folder)
     final = run.folder / "final"
     state, pairs = lora.split(state)
@@ -35,14 +36,15 @@ def finish(run: Run) -> None:
         run.tokenizer,
         final,
         card=lambda exported: model_card(facts(run, exported)),
-        attach=[plot],
+        attach=pictures,
         overwrite=True,
         also=None if config is None else lambda place: leave(run, Adapters(config, pairs), place),
     )
     best = run.state.best
     said = f"bpb {best['bpb']:.3f} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
-    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), loss.png, samples.md")
+    drawn = ", ".join(path.name for path in pictures)
+    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
 
 
 def leave(run: Run, made: Adapters, place: Path) -> None:
