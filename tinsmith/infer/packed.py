@@ -13,6 +13,7 @@ from types import new_class
 import torch
 from torch import Tensor, nn
 
+from tinsmith.nn.lora import AdaptedLinear, adapters
 from tinsmith.nn.model import LM
 
 ROWS = 8
@@ -39,12 +40,17 @@ def repacked(twin: LM, lm: LM) -> LM:
     (fused optimizers write unseen), so everything is packed again.
     """
     same = list(map(id, twin.parameters())) == list(map(id, lm.parameters()))
+    same = same and _switches(twin) == _switches(lm)
     if not same or _possible(lm) != (twin is not lm):
         return packed(lm)
     for module in twin.modules():
         if isinstance(module, Packed):
             module.order = None
     return twin
+
+
+def _switches(lm: LM) -> list[bool]:
+    return [adapter.active for adapter in adapters(lm).values()]
 
 
 def _possible(lm: LM) -> bool:
@@ -60,8 +66,13 @@ def _packs(weight: nn.Parameter) -> bool:
 
 @cache
 def _packed_kind(kind: type[nn.Linear]) -> type[nn.Linear]:
-    """The class whose product is that of `Packed`, and the rest that of `kind`."""
-    return Packed if kind is nn.Linear else new_class(f"Packed{kind.__name__}", (kind, Packed))
+    """The class whose product is that of `Packed`, and the rest that of `kind`. An adapted layer
+    is nothing but a product, and what is packed of it is the weight with its adapter.
+    """
+    if kind is nn.Linear:
+        return Packed
+    bases = (Packed, kind) if issubclass(kind, AdaptedLinear) else (kind, Packed)
+    return new_class(f"Packed{kind.__name__}", bases)
 
 
 @cache

@@ -85,7 +85,10 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen: dict[str, LM] = {}
-        """The config's `judges()`, in eval mode and without gradients; brought by the trainer."""
+        """The config's `judges()`, in eval mode and without gradients; brought by the trainer. One
+        that is the policy before its first step is missing where the policy has adapters to switch
+        off: `objectives.reference` knows both.
+        """
 
     def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
         """What to train on, endlessly: here, the feed as it is."""

@@ -8,6 +8,7 @@ import torch
 
 from tinsmith.core.errors import UserError
 from tinsmith.hub.load import load
+from tinsmith.nn import lora
 from tinsmith.nn.model import LM
 from tinsmith.objectives import ObjectiveConfig
 from tinsmith.text.tokenizer import Tokenizer
@@ -18,10 +19,15 @@ def judges(
 ) -> dict[str, LM]:
     """What `config.judges()` asks for; `policy` must stand as it does before the first step.
 
+    Where that is what is left when its adapters are off, no copy is made, and the judge is not
+    among those found (see `objectives.reference`).
+
     Raises UserError where a folder's model reads other ids than the policy.
     """
     found = {}
     for name, folder in config.judges().items():
+        if folder is None and lora.adapters(policy):
+            continue
         lm = copy.deepcopy(policy) if folder is None else _loaded(name, folder, tokenizer, device)
         found[name] = lm.eval().requires_grad_(False)
     return found

@@ -1,0 +1,33 @@
+"""The reference of an objective: a frozen model of its own, or the policy without its adapters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tinsmith.nn import lora
+from tinsmith.nn.model import LM
+
+
+@contextmanager
+def reference(policy: LM, frozen: LM | None) -> Iterator[LM]:
+    """The model to compare `policy` with, in eval mode, without gradients inside.
+
+    `frozen` is what `Objective.frozen` has under the judge's name. Where a run trains adapters, a
+    judge that is the policy before its first step is not copied, so it has None: then this is
+    `policy` itself, its adapters off, dropout off. Both are as they were afterwards. Raises
+    ValueError where there is neither.
+    """
+    if frozen is not None:
+        with torch.no_grad():
+            yield frozen
+        return
+    if not lora.adapters(policy):
+        raise ValueError("no frozen model, and no adapters to switch off")
+    training = policy.training
+    policy.eval()
+    try:
+        with lora.disabled(policy), torch.no_grad():
+            yield policy
+    finally:
+        policy.train(training)
