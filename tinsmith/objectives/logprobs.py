@@ -101,13 +101,3 @@ def _forward(
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     size = max(1, ELEMENTS // vocabulary)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per token; h2's version replaces this."""
-    ratio = reference_logprobs - logprobs
-    if estimator == "k1":
-        return -ratio
-    if estimator == "k2":
-        return 0.5 * ratio.square()
-    return ratio.exp() - ratio - 1
