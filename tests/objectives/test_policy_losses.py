@@ -1,0 +1,209 @@
+"""Losses of PPO and GRPO against liger and plain loops, and what must hold of them anyway."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.oracles import policy as oracle
+from tinsmith.objectives.grpo import group_advantages, grpo_loss
+from tinsmith.objectives.logprobs import kl
+from tinsmith.objectives.ppo import gae, policy_loss, value_loss
+
+LOSSES = ["grpo", "dapo", "dr_grpo", "cispo"]
+
+
+@pytest.fixture
+def case():
+    """Log-probabilities (6, 9) of three policies, advantages, and answers of 0 to 9 tokens."""
+    make = torch.Generator().manual_seed(3)
+    new, old, reference = (
+        -2 + 0.6 * torch.randn(6, 9, dtype=torch.float64, generator=make) for _ in range(3)
+    )
+    lengths = torch.tensor([9, 1, 5, 0, 7, 3])
+    mask = torch.arange(9) < lengths[:, None]
+    advantages = torch.randn(6, dtype=torch.float64, generator=make)
+    return new.requires_grad_(), old, reference, advantages, mask
+
+
+def keywords(loss: str, **changed: float) -> dict:
+    extra = {"max_length": 9} if loss == "dr_grpo" else {}
+    return {"clip_low": 0.2, "clip_high": 0.3, "beta": 0.04, "loss": loss} | extra | changed
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_and_gradient_equal_liger(loss, beta, case):
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    new, old, reference, advantages, mask = case
+    high = 1.3 if loss == "cispo" else 0.3
+    expected, _ = liger.LigerFusedLinearGRPOFunction.ppo_loss_fn(
+        new,
+        mask.double(),
+        advantages,
+        mask.double(),
+        ref_per_token_logps=reference,
+        old_per_token_logps=old,
+        epsilon_low=0.2,
+        epsilon_high=high,
+        beta=beta,
+        loss_type=loss,
+        max_completion_length=9,
+    )
+    (slope,) = torch.autograd.grad(expected, new)
+    told = reference if beta else None
+    found = grpo_loss(new, old, told, advantages, mask, **keywords(loss, beta=beta))
+    assert torch.allclose(found, expected, atol=1e-12)
+    (own,) = torch.autograd.grad(found, new)
+    assert torch.allclose(own, slope, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_advantages_per_row_and_per_token_are_the_same(loss, case):
+    new, old, reference, advantages, mask = case
+    rows = grpo_loss(new, old, reference, advantages, mask, **keywords(loss))
+    wide = advantages[:, None].expand_as(new)
+    tokens = grpo_loss(new, old, reference, wide, mask.double(), **keywords(loss))
+    assert torch.equal(rows, tokens)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_masked_positions_get_exactly_zero_gradient(loss, case):
+    """Whatever stands there, infinities included."""
+    new, old, reference, advantages, mask = case
+    with torch.no_grad():
+        new[~mask], reference[~mask] = -math.inf, math.nan
+    total = grpo_loss(new, old, reference, advantages, mask, **keywords(loss))
+    total = total + policy_loss(new, old, advantages, mask, 0.2)
+    total = total + value_loss(new, old, reference, mask, 0.2)
+    (slope,) = torch.autograd.grad(total, new)
+    assert bool((slope[~mask] == 0).all())
+    assert bool(torch.isfinite(slope).all())
+    assert bool((slope[mask] != 0).any())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_is_that_of_reinforce_where_old_is_new(loss, case):
+    new, _, _, advantages, mask = case
+    (found,) = torch.autograd.grad(
+        grpo_loss(new, new.detach(), None, advantages, mask, **keywords(loss, beta=0.0)), new
+    )
+    tokens = mask.sum()
+    scale = {
+        "grpo": 1 / (6 * mask.sum(1, keepdim=True).clamp(min=1)),
+        "dapo": 1 / tokens,
+        "cispo": 1 / tokens,
+        "dr_grpo": torch.tensor(1 / 54),
+    }[loss]
+    assert torch.allclose(found, -advantages[:, None] * mask * scale, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_group_of_equal_rewards_has_zero_gradient(loss, case):
+    new, old, _, _, mask = case
+    advantages = group_advantages(torch.full((2, 3), 0.7, dtype=torch.float64)).flatten()
+    (slope,) = torch.autograd.grad(
+        grpo_loss(new, old, None, advantages, mask, **keywords(loss, beta=0.0)), new
+    )
+    assert bool((slope == 0).all())
+
+
+def test_group_advantages_use_the_population_deviation():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 5.0]], dtype=torch.float64)
+    found = group_advantages(rewards)
+    values = rewards.numpy()
+    spread = values.std(1, keepdims=True) + 1e-4
+    assert np.allclose(found.numpy(), (values - values.mean(1, keepdims=True)) / spread, atol=1e-14)
+    assert group_advantages(torch.full((1, 3), 1 / 3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_dr_grpo_needs_the_longest_length(case):
+    new, old, _, advantages, mask = case
+    with pytest.raises(ValueError, match="max_length"):
+        grpo_loss(
+            new, old, None, advantages, mask, clip_low=0.2, clip_high=0.2, beta=0, loss="dr_grpo"
+        )
+
+
+def test_the_ratio_is_clipped_on_the_side_that_would_gain():
+    new = torch.log(torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64)).requires_grad_()
+    old = torch.zeros(1, 4, dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    (slope,) = torch.autograd.grad(policy_loss(new, old, advantages, mask, 0.2), new)
+    assert slope[0].tolist() == pytest.approx([0.0, 1.5 / 4, -0.5 / 4, 0.0])
+
+
+def test_policy_and_value_loss_equal_plain_loops(case):
+    new, old, returns, _, mask = case
+    advantages = returns + 2
+    found = policy_loss(new, old, advantages, mask, 0.2).item()
+    arrays = [t.detach().numpy() for t in (new, old, advantages, mask)]
+    assert found == pytest.approx(oracle.policy_loss(*arrays, 0.2), abs=1e-12)
+    found = value_loss(new, old, returns, mask, 0.2).item()
+    arrays = [t.detach().numpy() for t in (new, old, returns, mask)]
+    assert found == pytest.approx(oracle.value_loss(*arrays, 0.2), abs=1e-12)
+
+
+def test_a_batch_without_tokens_gives_zero(case):
+    new, old, reference, advantages, mask = case
+    none = torch.zeros_like(mask)
+    for loss in LOSSES:
+        total = grpo_loss(new, old, reference, advantages, none, **keywords(loss))
+        assert total.item() == 0
+    assert policy_loss(new, old, advantages, none, 0.2).item() == 0
+    assert value_loss(new, old, reference, none, 0.2).item() == 0
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.97, 0.9), (1.0, 0.0)])
+def test_gae_equals_the_sum_of_its_definition(gamma, lam, case):
+    """Masks with holes in them included: what a tool says is nobody's action."""
+    _, rewards, values, _, mask = case
+    holes = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
+    for each in (mask, holes):
+        found = gae(rewards, values, each, gamma, lam)
+        arrays = [t.numpy() for t in (rewards, values, each)]
+        expected = oracle.gae(*arrays, gamma, lam)
+        for one, two in zip(found, expected, strict=True):
+            assert np.allclose(one.numpy(), two, atol=1e-12)
+            assert bool((one[~each] == 0).all())
+
+
+def test_without_discount_and_lambda_1_the_advantage_is_reward_less_value(case):
+    _, _, values, _, mask = case
+    rewards = torch.zeros_like(values)
+    rewards[torch.arange(6), (mask.sum(1) - 1).clamp(min=0)] = torch.arange(6).double()
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    expected = (torch.arange(6).double()[:, None] - values).masked_fill(~mask, 0)
+    assert torch.allclose(advantages, expected, atol=1e-12)
+    assert torch.allclose(returns, (advantages + values).masked_fill(~mask, 0), atol=1e-12)
+
+
+def enumerated(estimator: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E over every sequence of 3 tokens of the estimator's gradient, and the gradients of KL(new
+    || reference) and KL(reference || new), at the same logits.
+    """
+    make = torch.Generator().manual_seed(5)
+    logits, other = torch.randn(2, 3, 4, dtype=torch.float64, generator=make)
+    logits.requires_grad_()
+    new, reference = logits.log_softmax(-1), other.log_softmax(-1)
+    expectation = torch.zeros((), dtype=torch.float64)
+    for ids in itertools.product(range(4), repeat=3):
+        own = new[torch.arange(3), torch.tensor(ids)]
+        told = reference[torch.arange(3), torch.tensor(ids)]
+        probability = own.sum().exp().detach()
+        expectation = expectation + probability * kl(own, told, estimator).sum()
+    reverse = (new.exp() * (new - reference)).sum()
+    forward = (reference.exp() * (reference - new)).sum()
+    return tuple(torch.autograd.grad(each, logits, retain_graph=True)[0] for each in
+                 (expectation, reverse, forward))  # fmt: skip
+
+
+def test_k1_has_no_expected_gradient_k2_is_reverse_and_k3_forward_kl():
+    found, reverse, forward = enumerated("k1")
+    assert torch.allclose(found, torch.zeros_like(found), atol=1e-14)
+    assert torch.allclose(enumerated("k2")[0], reverse, atol=1e-14)
+    assert torch.allclose(enumerated("k3")[0], forward, atol=1e-14)
+    assert not torch.allclose(reverse, forward, atol=1e-3)

@@ -1,0 +1,112 @@
+"""Group-relative policy optimisation, and what has been made of its loss since.
+
+A_i = (R_i - mean R) / (std R + 1e-4), over the answers to one prompt
+grpo     mean over rows of the mean over a row's tokens (2402.03300)
+dapo     mean over all tokens (2503.14476)
+dr_grpo  sum / (rows * max_length), which favours no length (2503.20783)
+cispo    -sg(min(ratio, 1 + clip_high)) * A * log pi, mean over all tokens (2506.13585)
+each + beta * KL(pi to the reference), by the estimator k3, which as a loss is the forward KL
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tinsmith.objectives.logprobs import kl
+from tinsmith.objectives.ratio import log_ratio, per_token, surrogate
+
+LossName = Literal["grpo", "dapo", "dr_grpo", "cispo"]
+Estimator = Literal["k2", "k3"]
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """(P, G) rewards of G answers to each of P prompts -> (P, G) advantages: less the group's mean,
+    over its population standard deviation + 1e-4. Equal rewards give exactly 0.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    spread = rewards.std(1, keepdim=True, correction=0) + 1e-4
+    return torch.where(degenerate(rewards)[:, None], 0, centred / spread)
+
+
+def degenerate(rewards: Tensor) -> Tensor:
+    """(P,) groups of (P, G) whose rewards are all equal: they teach nothing."""
+    return rewards.amax(1) == rewards.amin(1)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    loss: LossName,
+    max_length: int | None = None,
+    estimator: Estimator = "k3",
+) -> Tensor:
+    """One scalar. Log-probabilities (B, T) of the sampled tokens, `advantages` (B,) or (B, T),
+    `mask` (B, T); the ratio is clipped to [1 - clip_low, 1 + clip_high]. `reference_logprobs` may
+    be None where `beta` is 0. `dr_grpo` wants `max_length`, the longest an answer may be.
+
+    Masked positions get exactly zero gradient; no tokens at all give 0. ValueError for an unknown
+    `loss`, and for `dr_grpo` without `max_length`.
+    """
+    each = token_loss(
+        logprobs,
+        old_logprobs,
+        reference_logprobs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        beta=beta,
+        loss=loss,
+        estimator=estimator,
+    )
+    return summed(each, mask, loss) / units(mask, loss, max_length).clamp(min=1)
+
+
+def summed(token_losses: Tensor, mask: Tensor, loss: LossName) -> Tensor:
+    """The sum over a loss's units: rows for `grpo`, each the mean over its tokens, tokens else."""
+    if loss == "grpo":
+        return (token_losses.sum(1) / mask.bool().sum(1).clamp(min=1)).sum()
+    return token_losses.sum()
+
+
+def units(mask: Tensor, loss: LossName, max_length: int | None) -> Tensor:
+    """How many units the rows hold."""
+    if loss == "dr_grpo":
+        if max_length is None:
+            raise ValueError("loss=dr_grpo wants max_length, the longest an answer may be")
+        return torch.tensor(len(mask) * max_length)
+    return torch.tensor(len(mask)) if loss == "grpo" else mask.bool().sum()
+
+
+def token_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    loss: LossName,
+    estimator: Estimator = "k3",
+) -> Tensor:
+    """The loss (B, T) of every token, 0 where masked."""
+    if loss == "cispo":
+        held = log_ratio(logprobs, old_logprobs, mask).exp().clamp(max=1 + clip_high).detach()
+        each = -held * per_token(advantages, mask) * torch.where(mask.bool(), logprobs, 0)
+    else:
+        each = surrogate(logprobs, old_logprobs, advantages, mask, clip_low, clip_high)
+    if beta == 0 or reference_logprobs is None:
+        return each
+    # the difference is all that an estimator looks at
+    away = log_ratio(logprobs, reference_logprobs, mask)
+    return each + beta * kl(away, torch.zeros_like(away), estimator)

@@ -1,0 +1,219 @@
+"""Answers by the policy itself, with all that training needs of them: ids in, ids out.
+
+A prompt that is asked several times in a row is taken in once, and a row that is over makes room
+for the next prompt. A token is drawn with a number that depends on its episode's seed and its place
+alone, so there is no random state to keep, and it does not matter how rows were batched.
+
+Legend: B rows, T positions; position t predicts the token at t + 1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.faults import event
+from tinsmith.core.rng import derive
+from tinsmith.infer.engine import Engine
+from tinsmith.infer.generate import evaluating
+from tinsmith.infer.sample import Sampling
+from tinsmith.nn.model import LM
+
+
+@dataclass(eq=False)
+class Episode:
+    """A prompt and what came of it. Ids that were once sampled stay as they are, whatever is
+    heard or said later.
+    """
+
+    ids: list[int]
+    seed: int
+    said: list[bool] = field(default_factory=list)
+    """Which ids the policy chose, its end-of-text and end-of-turn tokens included."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of what was said, at the sampling temperature; 0 elsewhere."""
+    finish: str | None = None
+    """`stop` or `length` of the newest answer; None where there was no room for one."""
+    turns: int = 0
+    prompt: int = 0
+    """How many ids were the prompt."""
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.ids)
+        self.said, self.logprobs = [False] * self.prompt, [0.0] * self.prompt
+
+    def say(self, token: int, logprob: float) -> None:
+        """The policy's next token."""
+        self.ids.append(token)
+        self.said.append(True)
+        self.logprobs.append(logprob)
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """What somebody else says, a tool for example: no part of any loss."""
+        self.ids += ids
+        self.said += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+
+    @property
+    def answer(self) -> list[int]:
+        """All ids after the prompt, what was heard included."""
+        return self.ids[self.prompt :]
+
+
+Reply = Callable[[Episode], Sequence[int]]
+"""What is said to a finished answer before the policy goes on; nothing ends the episode."""
+Poll = Callable[[bool], bool]
+"""Asked between tokens with whether there is still work here; whether there is any anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How answers are drawn. `max_new` tokens an answer, `context` tokens in all."""
+
+    max_new: int
+    context: int
+    rows: int = 64
+    """Answers that are made at the same time."""
+    temperature: float = 1.0
+    stops: tuple[int, ...] = ()
+
+
+def roll_out(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    limits: Limits,
+    *,
+    reply: Reply | None = None,
+    poll: Poll = lambda busy: busy,
+) -> list[Episode]:
+    """One episode per prompt, in their order; several answers to one prompt are that prompt several
+    times in a row, with other seeds. Prompts that leave no room for an answer get none.
+
+    `lm` is in eval mode meanwhile and as before afterwards; nothing here has a gradient. Call it in
+    the precision context of the forward passes that its log-probabilities are compared with.
+    """
+    episodes = [Episode(list(ids), seed) for ids, seed in zip(prompts, seeds, strict=True)]
+    with evaluating(lm):
+        table = _Table(lm, limits, reply)
+        for episode in episodes:
+            table.ask(episode)
+        while poll(table.busy):
+            event("rollout")
+            table.step()
+    return episodes
+
+
+class _Table:
+    """Episodes that an engine is at work on."""
+
+    def __init__(self, lm: LM, limits: Limits, reply: Reply | None):
+        room = min(limits.context, lm.config.max_context)
+        self._engine = Engine(lm, rows=limits.rows, capacity=room, eos=limits.stops)
+        self._limits, self._reply = limits, reply
+        self._running: dict[int, Episode] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def ask(self, episode: Episode) -> None:
+        """Let the policy speak, if there is room for a word."""
+        episode.finish = None
+        if len(episode.ids) >= self._engine.capacity:
+            return
+        seed = derive(episode.seed, "turn", episode.turns)
+        sampling = Sampling(temperature=self._limits.temperature, seed=seed)
+        number = self._engine.add(episode.ids, sampling, self._limits.max_new)
+        self._running[number] = episode
+
+    def step(self) -> None:
+        """A token for every row, and what is said to answers that are over."""
+        for token in self._engine.step() if self._running else []:
+            episode = self._running[token.number]
+            episode.say(token.token, token.logprob)
+            if token.finish is not None:
+                del self._running[token.number]
+                self._end(episode, token.finish)
+
+    def _end(self, episode: Episode, finish: str) -> None:
+        episode.finish = finish
+        episode.turns += 1
+        heard = self._reply(episode) if self._reply and finish == "stop" else ()
+        if heard:
+            episode.hear(heard)
+            self.ask(episode)
+
+
+class Rollout(NamedTuple):
+    """Episodes as rows, padded on the right, and what an objective makes of them. All (B, T) but
+    `rewards` and `truncated`, which are (B,).
+    """
+
+    ids: Tensor
+    targets: Tensor
+    """The id that follows; 0 where there is none."""
+    segments: Tensor
+    """0, or -1 for padding."""
+    mask: Tensor
+    """Which targets the policy chose and is to learn from, bool."""
+    old: Tensor
+    """Their log-probabilities when they were sampled; 0 elsewhere."""
+    rewards: Tensor
+    truncated: Tensor
+    """Whether the answer has no end, bool."""
+    advantages: Tensor
+    reference: Tensor
+    """What the reference says of the targets; `old` where nothing is compared with it."""
+    values: Tensor
+    returns: Tensor
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on `device`, without waiting for the copy."""
+        return Rollout._make(part.to(device, non_blocking=True) for part in self)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some rows, as wide as their longest."""
+        chosen = Rollout._make(part[index] for part in self)
+        width = int((chosen.segments >= 0).sum(1).max())
+        return Rollout._make(p[:, :width] if p.dim() == 2 else p for p in chosen)
+
+
+def collate(episodes: Sequence[Episode], device: torch.device) -> Rollout:
+    """Rows of episodes, with nothing made of them yet: rewards, advantages and values are 0."""
+    width = max(max(len(each.ids) for each in episodes) - 1, 1)
+
+    def rows(parts: Sequence[Sequence[float]], filler: float, dtype: torch.dtype) -> Tensor:
+        padded = [[*part[:width], *[filler] * (width - len(part))] for part in parts]
+        return torch.tensor(padded, dtype=dtype, device=device)
+
+    ids = rows([each.ids[:-1] for each in episodes], 0, torch.long)
+    old = rows([each.logprobs[1:] for each in episodes], 0.0, torch.float32)
+    zeros, flat = torch.zeros_like(old), torch.zeros(len(ids), device=device)
+    return Rollout(
+        ids=ids,
+        targets=rows([each.ids[1:] for each in episodes], 0, torch.long),
+        segments=rows([[0] * (len(each.ids) - 1) for each in episodes], -1, torch.long),
+        mask=rows([each.said[1:] for each in episodes], False, torch.bool),
+        old=old,
+        rewards=flat,
+        truncated=torch.tensor([each.finish != "stop" for each in episodes], device=device),
+        advantages=zeros,
+        reference=old,
+        values=zeros,
+        returns=zeros,
+    )
+
+
+def join(parts: Sequence[Rollout]) -> Rollout:
+    """The rows of several, one after the other."""
+    width = max(part.ids.shape[1] for part in parts)
+    padded = []
+    for part in parts:
+        more = (0, width - part.ids.shape[1])
+        wide = [torch.nn.functional.pad(p, more) if p.dim() == 2 else p for p in part]
+        filler = torch.nn.functional.pad(part.segments, more, value=-1)
+        padded.append(Rollout._make(wide)._replace(segments=filler))
+    return Rollout._make(torch.cat(columns) for columns in zip(*padded, strict=True))

@@ -1,0 +1,5 @@
+"""Single-stream Policy Optimization (2509.13232)."""
+
+from tinsmith.objectives.tracker import Tracker
+
+__all__ = ["Tracker"]
