@@ -12,6 +12,7 @@ from tinsmith.core.parse import Config
 from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
 from tinsmith.nn.model import LM
+from tinsmith.text.tokenizer import Tokenizer
 
 
 class Metric(NamedTuple):
@@ -60,6 +61,32 @@ class Feed:
         return batch
 
 
+class Peers(Protocol):
+    """What an objective may ask of the run that it is part of, and of its other processes."""
+
+    def poll(self, busy: bool = False) -> bool:
+        """To be called wherever time is spent, equally often by all processes: a stop that any was
+        asked for interrupts all of them. Whether any of them is `busy`.
+        """
+        ...
+
+    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What every process has, in the order of ranks; shapes may differ."""
+        ...
+
+
+class Alone:
+    """No run and no other processes."""
+
+    def poll(self, busy: bool = False) -> bool:
+        """The same."""
+        return busy
+
+    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What there is."""
+        return [tensors]
+
+
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
@@ -89,6 +116,13 @@ class Objective(nn.Module):
         that is the policy before its first step is missing where the policy has adapters to switch
         off: `objectives.reference` knows both.
         """
+        self.peers: Peers = Alone()
+        """Brought by the trainer too."""
+
+    def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
+        """Make what depends on the model's sizes and its vocabulary; called once, before the
+        optimizers are made.
+        """
 
     def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
         """What to train on, endlessly: here, the feed as it is."""
@@ -112,6 +146,21 @@ class Objective(nn.Module):
 
     def restore_progress(self, saved: dict[str, object]) -> None:
         """Put back what `progress` gave."""
+
+    def carried(self) -> dict[str, Tensor]:
+        """Tensors of this process alone that a resumed run needs; never changed in place."""
+        return {}
+
+    def restore_carried(self, saved: dict[str, Tensor]) -> None:
+        """Put back what `carried` gave, before `batches` is asked again."""
+
+    def shared_out(
+        self, parts: list[dict[str, Tensor]], rank: int, world: int
+    ) -> dict[str, Tensor]:
+        """What process `rank` of `world` goes on with where another number of them carried
+        `parts`.
+        """
+        return {}
 
 
 def with_aux(total: Tensor, losses: dict[str, Tensor], weight: Tensor) -> Tensor:

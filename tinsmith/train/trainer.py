@@ -74,6 +74,7 @@ def loop(run: Run) -> None:
     while run.state.step < run.config.train.steps:
         tensors, values = rng.capture()
         cursor, progress = run.feed.cursor, run.objective.progress()
+        carried = run.objective.carried()
         try:
             step(run)
         except Interrupted:
@@ -81,6 +82,7 @@ def loop(run: Run) -> None:
             rng.restore(tensors, values)
             run.feed.cursor = cursor
             run.objective.restore_progress(progress)
+            run.objective.restore_carried(carried)
             raise
         event("step")
         attend(run, list(DUES))
@@ -96,7 +98,8 @@ def step(run: Run) -> None:
     micro = []
     for _ in range(run.config.train.accumulate):
         run.poll()
-        micro.append(next(run.batches).to(run.ranks.device))
+        with autocast(run.config.train.precision, run.ranks.device):
+            micro.append(next(run.batches).to(run.ranks.device))
     units = (
         torch.stack([run.objective.weight(batch) for batch in micro])
         .sum()
