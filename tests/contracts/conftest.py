@@ -133,9 +133,9 @@ DEFAULTS = {
 }
 
 
-USUAL = {"gqa-kv_heads=2", "plain"}
-"""A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual,
-and every residual this mixer, in the default suite.
+USUAL = {"gqa-kv_heads=2", "plain", "topk_moe-experts=4-top_k=2-shared=1-z_weight=0.001"}
+"""A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual
+and one routed feed-forward, and every residual and feed-forward this mixer, in the default suite.
 """
 
 

@@ -34,7 +34,7 @@ def fill(
     `dtype` None keeps what the files have.
     """
     with torch.device("meta"):
-        lm, shapes = LM(config), _shapes(config, adapted)
+        lm, shapes = LM(config), _shapes(config, names, adapted)
     wanted = {name: names.theirs(name) for name in shapes}
     head = names.theirs(_HEAD) if config.tie_embeddings else None
     _compare({wanted[name]: shape for name, shape in shapes.items()}, found, head, where)
@@ -48,18 +48,18 @@ def fill(
         ours = {name: tensor.to(dtype or tensor.dtype) for name, tensor in merged.items()}
     if config.tie_embeddings:
         ours[_HEAD] = ours[_EMBED]
-    lm.load_state_dict(ours, assign=True)
+    lm.load_state_dict(names.together(ours), assign=True)
     if config.tie_embeddings:
         lm.head.weight = lm.embed.weight
     return lm.eval()
 
 
-def _shapes(config: ModelConfig, adapted: LoRA | None) -> dict[str, tuple[int, ...]]:
+def _shapes(config: ModelConfig, names: Names, adapted: LoRA | None) -> dict[str, tuple[int, ...]]:
     """Of everything that is stored of a model, by its names."""
     whole = LM(config)
     if adapted is not None:
         lora.add(whole, adapted)
-    shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+    shapes = {name: tuple(part.shape) for name, part in names.apart(whole.state_dict()).items()}
     if config.tie_embeddings:
         del shapes[_HEAD]
     return shapes
