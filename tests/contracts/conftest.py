@@ -55,6 +55,11 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
+    "dyn_moe": [
+        {"hidden": 24, "experts": 4},
+        {"hidden": 24, "experts": 6, "activation": "relu2", "combine": "sum", "fallback": "none"},
+        {"hidden": 24, "experts": 4, "combine": "rescaled_sum", "router_grad": "smk"},
+    ],
     "plain": [{}],
     "hyper": [{"streams": 4}, {"streams": 2, "fracs": 2}, {"streams": 2, "dynamic": False}],
     "mhyper": [{"streams": 2}, {"streams": 4, "sinkhorn_iterations": 3}],

@@ -6,5 +6,6 @@ from typing import Annotated
 
 from tinsmith.core.parse import Kind
 from tinsmith.nn.feedforwards.dense import ReLU2, SwiGLU
+from tinsmith.nn.feedforwards.dynmoe import DynMoE
 
-FeedForwardConfig = Annotated[SwiGLU | ReLU2, Kind()]
+FeedForwardConfig = Annotated[SwiGLU | ReLU2 | DynMoE, Kind()]
