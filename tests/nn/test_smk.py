@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.oracles.experts import causal_loss, said
+from tests.oracles.surprise import causal_loss, said
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.nn.contract import Ctx, Out, Site

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.oracles.experts import causal_loss, copies, dense, said
+from tests.oracles.surprise import causal_loss, copies, dense, said
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
 from tinsmith.nn.model import LM, ModelConfig

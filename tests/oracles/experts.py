@@ -1,40 +1,48 @@
-"""Experts chosen by thresholds, token by token and with every expert run on every token."""
+"""Routed feed-forwards written out: every expert on every token, masked, one einsum each."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def copies(experts: nn.Module, tokens: int) -> dict[str, Tensor]:
-    """The weights of all experts once for each token: name -> (N, E, O, I), leaves."""
-    return {
-        name: stack.weight.detach().expand(tokens, *stack.weight.shape).clone().requires_grad_()
-        for name, stack in experts.named_children()
-    }
-
-
-def said(x_ND: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """(N, E, D): what every expert says to every token; weights (N or 1, E, O, I)."""
-    up = torch.einsum("neoi,ni->neo", weights["up_proj"], x_ND)
-    if "gate_proj" in weights:
-        inner = F.silu(torch.einsum("neoi,ni->neo", weights["gate_proj"], x_ND)) * up
+def every_expert(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None) -> Tensor:
+    """x (N, D), up and gate (E, H, D), down (E, D, H) -> (N, E, D)."""
+    inner = torch.einsum("nd,ehd->neh", x, up)
+    if gate is None:
+        inner = inner.clamp(min=0) ** 2
     else:
-        inner = F.relu(up) ** 2
-    return torch.einsum("neoi,nei->neo", weights["down_proj"], inner)
+        inner = F.silu(torch.einsum("nd,ehd->neh", x, gate)) * inner
+    return torch.einsum("neh,edh->ned", inner, down)
 
 
-def dense(x_ND: Tensor, weights: dict[str, Tensor], weight_NE: Tensor, mask_NE: Tensor) -> Tensor:
-    """(N, D): the weighted sum over the masked experts of each token."""
-    return torch.einsum("ne,ned->nd", weight_NE.where(mask_NE, 0), said(x_ND, weights))
+def chosen(scores: Tensor, count: int) -> Tensor:
+    """(N, E) -> bool: the best `count` of each row, by a full sort; ties to the smaller index."""
+    best = (-scores.detach()).sort(dim=-1, stable=True).indices[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
 
 
-def causal_loss(y_ND: Tensor) -> Tensor:
-    """A loss through a causal attention over all tokens, so that a token matters to later ones."""
-    made, width = torch.Generator().manual_seed(11), y_ND.shape[1]
-    q, k, v = (
-        y_ND @ torch.randn(width, width, generator=made, dtype=torch.float64).to(y_ND) / width**0.5
-        for _ in range(3)
-    )
-    future = torch.ones(len(q), len(q)).triu(1).bool()
-    scores = (q @ k.T / width**0.5).masked_fill(future, -torch.inf)
-    return (scores.softmax(-1) @ v + y_ND).cos().sum(-1).mean()
+def in_groups(scores: Tensor, groups: int, kept: int) -> Tensor:
+    """Scores of experts whose group is not among the best `kept` (by the sum of their two best) at
+    -inf, group by group.
+    """
+    parts = scores.chunk(groups, -1)
+    values = torch.stack([part.sort(-1).values[:, -2:].sum(-1) for part in parts], -1)
+    best = chosen(values, kept)
+    closed = [part.masked_fill(~best[:, g : g + 1], -torch.inf) for g, part in enumerate(parts)]
+    return torch.cat(closed, -1)
+
+
+def weights(scores: Tensor, mask: Tensor, renormalise: bool) -> Tensor:
+    """(N, E): scores where chosen, else 0; sums of 1 if asked for and more than one is chosen."""
+    kept = scores * mask
+    return kept / kept.sum(-1, keepdim=True) if renormalise and mask[0].sum() > 1 else kept
+
+
+def combined(table: Tensor, said: Tensor) -> Tensor:
+    """sum_e w_ne f_e(x_n)."""
+    return torch.einsum("ne,ned->nd", table, said)
+
+
+def switch_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """E sum_e f_e P_e over the rows given."""
+    return probabilities.shape[1] * (mask.double().mean(0) * probabilities.mean(0)).sum()

@@ -225,3 +225,7 @@ class Routed:
         state changes.
         """
         return []
+
+    def idle_parameters(self) -> int:
+        """How many of its parameters one token does not meet, on average."""
+        return 0

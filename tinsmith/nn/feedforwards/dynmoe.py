@@ -12,7 +12,7 @@ Legend: B rows, T tokens, N = B T, D width, P pairs of a token and an expert.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,9 @@ class DynMoEFeedForward(FeedForward, Routed):
         self.gate = Gate(config, site.dim, site.layer)
         self.experts = Experts(site.dim, config.experts, config.hidden, config.activation)
         # a compiler cannot make tensors that wait for a gradient; only here, as it loads one
-        self._listen: Listen = torch.compiler.disable(listen) if config.from_surprise else listen
+        self._listen = cast(
+            Listen, torch.compiler.disable(listen) if config.from_surprise else listen
+        )
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
         """x (B, T, D) -> Out.y (B, T, D); stats and losses are the gate's."""
@@ -91,3 +93,8 @@ class DynMoEFeedForward(FeedForward, Routed):
     def flops(self) -> int:
         """Of a token that has as many experts as SDL asks for; at first it is half of all."""
         return self.gate.flops() + round(self.config.active * self.experts.flops())
+
+    def idle_parameters(self) -> int:
+        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
+        held = sum(parameter.numel() for parameter in self.experts.parameters())
+        return round(held * (1 - self.config.active / self.config.experts))
