@@ -13,7 +13,7 @@ STEPS = (1, 2, 3)
 
 
 @pytest.fixture(scope="session")
-def saved(shared_place, recipe) -> dict[str, list[checkpoint.Saved]]:
+def saved(shared_place, recipe) -> dict[str, list[checkpoint.Snapshot]]:
     """What runs on two ranks kept after each step, replicated and spread; the ranks have compared
     all they held at the end.
     """
