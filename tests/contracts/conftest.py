@@ -53,6 +53,20 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
             **{"select_block": 8, "select_count": 3, "window": 6, "qk_norm": True},
         },
     ],
+    "dyn_heads": [
+        {"heads": 4, "experts": 4},
+        {
+            **{"heads": 4, "experts": 3, "kv_heads": 2, "head_dim": 6, "window": 5},
+            **{"qk_norm": True, "combine": "sum", "fallback": "none"},
+        },
+    ],
+    "dyn_lora": [
+        {"base": {"kind": "gqa", "heads": 4, "kv_heads": 2}, "experts": 4, "rank": 3},
+        {
+            "base": {"kind": "gqa", "heads": 4, "value_residual": True, "bias": "all"},
+            **{"experts": 3, "rank": 2, "combine": "rescaled_sum"},
+        },
+    ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "plain": [{}],
@@ -61,14 +75,18 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def _heads(mixer: Any, capacity: int) -> int:
+    return 2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
+
+
 def _own(mixer: Any) -> int:
     return mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
 
 
 HELD: dict[str, Callable[[Any, int], int]] = {
-    "gqa": lambda mixer, capacity: (
-        2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
-    ),
+    "gqa": _heads,
+    "dyn_heads": lambda mixer, capacity: _heads(mixer.shape, capacity),
+    "dyn_lora": lambda mixer, capacity: _heads(mixer.base, capacity),
     "dsa": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim + mixer.index_dim) * capacity,
     "hybrid": lambda mixer, capacity: sum(
         {
@@ -94,7 +112,7 @@ HELD: dict[str, Callable[[Any, int], int]] = {
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
-CHOOSERS = {"dsa", "nsa", "hybrid"}
+CHOOSERS = {"dsa", "nsa", "hybrid", "dyn_heads", "dyn_lora"}
 """Kinds that choose among tokens: rounding may turn a choice, and what was not chosen has no
 influence.
 """
@@ -111,7 +129,7 @@ even where all streams are equal each weight scales what is read or kept.
 whose other rows have; nn/test_mhyper.py looks at the rows.
 """
 
-GROUPED = {"nsa"}
+GROUPED = {"nsa", "dyn_heads", "dyn_lora"}
 """Kinds that group tokens by what they choose. The shape of a product then depends on later tokens,
 which may change the last bits of earlier ones: causal to 1e-10, where all others are to the bit.
 """
