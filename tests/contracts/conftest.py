@@ -69,6 +69,15 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
+    "topk_moe": [
+        {"hidden": 24, "experts": 4, "top_k": 2, "shared": 1, "z_weight": 0.001},
+        {"hidden": 24, "experts": 5, "top_k": 1, "activation": "relu2", "balance": "squared"},
+        {"hidden": 24, "experts": 4, "top_k": 3, "renormalise": False, "balance": "sequence"},
+    ],
+    "deepseek_moe": [
+        {"hidden": 24, "experts": 8, "top_k": 3, "groups": 4, "kept_groups": 2, "scale": 1.5},
+        {"hidden": 24, "experts": 7, "top_k": 1, "activation": "relu2", "score": "softmax"},
+    ],
     "plain": [{}],
     "hyper": [{"streams": 4}, {"streams": 2, "fracs": 2}, {"streams": 2, "dynamic": False}],
     "mhyper": [{"streams": 2}, {"streams": 4, "sinkhorn_iterations": 3}],
@@ -112,9 +121,9 @@ HELD: dict[str, Callable[[Any, int], int]] = {
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
-CHOOSERS = {"dsa", "nsa", "hybrid", "dyn_heads", "dyn_lora"}
-"""Kinds that choose among tokens: rounding may turn a choice, and what was not chosen has no
-influence.
+CHOOSERS = {"dsa", "nsa", "hybrid", "dyn_heads", "dyn_lora", "topk_moe", "deepseek_moe"}
+"""Kinds that choose among tokens, or experts: rounding may turn a choice, and what was not chosen
+has no influence.
 """
 
 STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale"}
@@ -142,9 +151,9 @@ DEFAULTS = {
 }
 
 
-USUAL = {"gqa-kv_heads=2", "plain"}
-"""A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual,
-and every residual this mixer, in the default suite.
+USUAL = {"gqa-kv_heads=2", "plain", "topk_moe-experts=4-top_k=2-shared=1-z_weight=0.001"}
+"""A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual
+and one routed feed-forward, and every residual and feed-forward this mixer, in the default suite.
 """
 
 
@@ -275,7 +284,7 @@ def lm(make: Make, mixer: dict[str, Any], residual: dict[str, Any]) -> LM:
 
 @pytest.fixture
 def choosers() -> set[str]:
-    """Kinds of mixers that choose among tokens."""
+    """Kinds that choose among tokens, or experts."""
     return CHOOSERS
 
 

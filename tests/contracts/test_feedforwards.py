@@ -127,16 +127,24 @@ def test_checkpointed_gradients_are_equal_to_the_bit(make, feed_forward, draw, d
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_half_precision_is_close_to_full(make, feed_forward, draw, dtype, bound):
-    """The error of the hidden states (root mean square 1), under autocast and with cast weights."""
+def test_half_precision_is_close_to_full(make, choosers, feed_forward, draw, dtype, bound):
+    """The error of the hidden states (root mean square 1), under autocast and with cast weights.
+    Where rounding may turn a choice, of the better three quarters of the tokens.
+    """
+
+    def error(hidden):
+        each = (hidden.float() - expected).square().mean(-1).flatten()
+        kept = 3 * len(each) // 4 if feed_forward["kind"] in choosers else len(each)
+        return each.sort().values[:kept].mean().sqrt()
+
     ids = draw(2, 33)
     full = make(feed_forward=feed_forward, dtype=torch.float32, stirred=False)
     expected = full(ids).hidden
     with torch.autocast("cpu", dtype):
-        mixed = full(ids).hidden.float()
-    cast = make(feed_forward=feed_forward, dtype=dtype, stirred=False)(ids).hidden.float()
-    for found in (mixed, cast):
-        assert (found - expected).square().mean().sqrt() < bound
+        mixed = full(ids).hidden
+    cast = make(feed_forward=feed_forward, dtype=dtype, stirred=False)(ids).hidden
+    assert error(mixed) < bound
+    assert error(cast) < bound
 
 
 def test_it_builds_without_memory_and_counts_its_work(make, feed_forward):
@@ -153,8 +161,5 @@ def test_weights_go_round_through_a_state_dict(lm, make, feed_forward, draw):
     assert torch.equal(other(draw(2, 9)).logits, lm(draw(2, 9)).logits)
 
 
-def test_it_compiles_whole(make, feed_forward, draw):
-    lm = make(feed_forward=feed_forward, depth=1)
-    torch.compiler.reset()
-    compiled = torch.compile(lm, fullgraph=True, backend="eager", dynamic=False)
-    close(compiled(draw(2, 12)).logits, lm(draw(2, 12)).logits)
+def test_it_compiles_whole(make, feed_forward, agrees_compiled):
+    agrees_compiled(make(feed_forward=feed_forward, depth=1))

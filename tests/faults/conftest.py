@@ -15,7 +15,11 @@ TIMINGS = ("tokens_per_second", "eta_seconds")
 
 @pytest.fixture(scope="session")
 def recipe() -> dict:
-    """Dropout, accumulation, evaluation and samples in between: everything that uses randomness."""
+    """Dropout, a noisy gate with its bias, accumulation, evaluation and samples in between:
+    everything that uses randomness or moves outside of the optimizer.
+    """
+    gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True}
+    routed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 16, "noise": 0.1}
     return {
         "model": {
             "vocab_size": 320,
@@ -24,10 +28,8 @@ def recipe() -> dict:
             "max_context": 64,
             "dropout": {"embedding": 0.1, "attention": 0.1, "residual": 0.1},
             "pattern": [
-                {
-                    "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True},
-                    "feed_forward": {"kind": "swiglu", "hidden": 48},
-                }
+                {"mixer": gqa, "feed_forward": {"kind": "swiglu", "hidden": 48}},
+                {"mixer": gqa, "feed_forward": routed},
             ],
         },
         "tokenizer": {"train": {"vocab_size": 320}},

@@ -230,3 +230,7 @@ class Routed:
     def chosen(self, x: Tensor, ctx: Ctx) -> Tensor:
         """(B, T, E) bool: which experts work on which tokens of this input, none on padding."""
         raise NotImplementedError
+
+    def idle_parameters(self) -> int:
+        """How many of its parameters one token does not meet, on average."""
+        return 0

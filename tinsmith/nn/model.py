@@ -192,6 +192,10 @@ class LM(nn.Module):
         """All parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def active_parameter_count(self) -> int:
+        """All parameters but those of the experts that a token does not choose."""
+        return self.parameter_count() - sum(part.idle_parameters() for _, part in self._routed())
+
     def after_backward(self, probes: dict[str, Tensor]) -> None:
         """Routers that learn from gradients add theirs."""
         for name, part in self.routed().items():

@@ -84,7 +84,9 @@ def _recipe(config: RunConfig) -> None:
 
 
 def _parameters(shape: LM, config: RunConfig) -> None:
-    say(f" model     {shape.parameter_count():,} parameters")
+    total, active = shape.parameter_count(), shape.active_parameter_count()
+    idle = "" if active == total else f", of which a token meets {active:,}"
+    say(f" model     {total:,} parameters{idle}")
     for role, members in partition(shape).items():
         if members:
             say(

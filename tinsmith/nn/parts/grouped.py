@@ -27,7 +27,8 @@ def grouped(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     are.
     """
     device = x_PI.device.type
-    if torch.is_autocast_enabled(device) and x_PI.dtype != torch.float64:
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if mixed and x_PI.dtype != torch.float64:
         kind = torch.get_autocast_dtype(device)
         x_PI, weight_EOI = x_PI.to(kind), weight_EOI.to(kind)
     return _grouped(x_PI, weight_EOI, ends_E)

@@ -1,0 +1,100 @@
+"""Routed models in the trainer: splits, resumes, what a dry run says."""
+
+import shutil
+
+import pytest
+import torch
+
+from tinsmith import load
+from tinsmith.config import from_dict
+from tinsmith.train.dryrun import dry_run
+from tinsmith.train.trainer import train
+
+ROUTED = {
+    "topk_moe": {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 24, "balance": "none"},
+    "deepseek_moe": {
+        **{"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden": 12},
+        **{"bias_rate": 0.01, "balance_weight": 0.0},
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Train a small routed model; what its last checkpoint holds. `torn`: its last checkpoint is
+    lost first, and it resumes from the one before.
+    """
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
+
+    def go(name, feed_forward, *, torn=False, **changes):
+        last = tmp_path / name / "checkpoints" / "step-00000006"
+        if torn:
+            shutil.rmtree(last)
+        train(recipe(feed_forward, **changes), name, resume=torn)
+        lm, _ = load(last)
+        return lm.state_dict()
+
+    return go
+
+
+def recipe(feed_forward, **changes):
+    gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+    return from_dict(
+        {
+            "model": {
+                **{"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64},
+                "pattern": [{"mixer": gqa, "feed_forward": feed_forward}],
+            },
+            "tokenizer": {"train": {"vocab_size": 320}},
+            "data": {"kind": "tasks", "count": 300, "digits": 2, "length": 4},
+            "objective": {"kind": "pretrain"},
+            "optim": {
+                "matrices": {"kind": "adamw", "lr": 1e-3},
+                "schedule": {"kind": "wsd", "warmup": 2},
+            },
+            "train": {
+                **{"steps": 6, "context": 48, "rows": 4, "accumulate": 2, "precision": "fp32"},
+                **{"save_every": 2, "eval_every": 6, "sample_every": 6},
+            }
+            | changes,
+            "eval": {"rows": 4, "new_tokens": 4},
+            "log": {"every": 1},
+        }
+    )
+
+
+def test_T4_splits_give_the_same_weights_and_the_same_bias(run):
+    """The bias to the bit: it moves by whole steps on counts of the global batch."""
+    feed = ROUTED["deepseek_moe"]
+    whole = run("whole", feed, rows=8, accumulate=1)
+    parts = run("parts", feed, rows=2, accumulate=4)
+    for name, value in whole.items():
+        if name.endswith("feed.bias"):
+            assert value.abs().max() >= 0.01
+            assert torch.equal(value, parts[name]), name
+        else:
+            torch.testing.assert_close(parts[name], value, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_T2_a_resumed_run_ends_in_the_same_bits(kind, run):
+    feed = ROUTED[kind] | ({"noise": 0.1} if kind == "deepseek_moe" else {})
+    whole = run("whole", feed)
+    run("torn", feed)
+    resumed = run("torn", feed, torn=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_checkpointing_changes_no_bit(run):
+    feed = ROUTED["deepseek_moe"] | {"noise": 0.1}
+    kept, formed_again = run("kept", feed), run("again", feed, checkpointing=True)
+    assert all(torch.equal(value, formed_again[name]) for name, value in kept.items())
+
+
+def test_a_dry_run_tells_how_many_parameters_a_token_meets(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
+    dry_run(recipe(ROUTED["topk_moe"]), "x")
+    idle = 2 * 2 * 3 * 32 * 24
+    said = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
+    total = int(said.split()[1].replace(",", ""))
+    assert said.endswith(f"of which a token meets {total - idle:,}")
