@@ -78,6 +78,11 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {"hidden": 24, "experts": 8, "top_k": 3, "groups": 4, "kept_groups": 2, "scale": 1.5},
         {"hidden": 24, "experts": 7, "top_k": 1, "activation": "relu2", "score": "softmax"},
     ],
+    "dyn_moe": [
+        {"hidden": 24, "experts": 4},
+        {"hidden": 24, "experts": 6, "activation": "relu2", "combine": "sum", "fallback": "none"},
+        {"hidden": 24, "experts": 4, "combine": "rescaled_sum", "router_grad": "smk"},
+    ],
     "plain": [{}],
     "hyper": [{"streams": 4}, {"streams": 2, "fracs": 2}, {"streams": 2, "dynamic": False}],
     "mhyper": [{"streams": 2}, {"streams": 4, "sinkhorn_iterations": 3}],
@@ -121,7 +126,10 @@ HELD: dict[str, Callable[[Any, int], int]] = {
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
-CHOOSERS = {"dsa", "nsa", "hybrid", "dyn_heads", "dyn_lora", "topk_moe", "deepseek_moe"}
+CHOOSERS = {
+    *("dsa", "nsa", "hybrid", "dyn_heads", "dyn_lora"),
+    *("topk_moe", "deepseek_moe", "dyn_moe"),
+}
 """Kinds that choose among tokens, or experts: rounding may turn a choice, and what was not chosen
 has no influence.
 """

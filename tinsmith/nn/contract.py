@@ -29,7 +29,9 @@ class Out(NamedTuple):
     stats: dict[str, Tensor] = {}
     """Detached observations, as sums that may be added over micro-batches and ranks."""
     probes: dict[str, Tensor] = {}
-    """Zero tensors that took part in forward and collect in `.grad` what only backward knows."""
+    """Zero tensors that took part in forward and collect in `.grad` what only backward knows; and
+    beside them, detached, what is needed to read it.
+    """
     value: Tensor | None = None
     """What this mixer offers to later layers (value residual), (B, T, kv_heads, head_dim)."""
 
@@ -212,10 +214,11 @@ class Routed:
     calls.
     """
 
-    def after_backward(self, probes: dict[str, Tensor]) -> None:
+    def after_backward(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Routers that learn from gradients add theirs, from the `.grad` of the probes of their
-        own layer.
+        own layer; returns statistics that only backward knows, as sums like `Out.stats`.
         """
+        return {}
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
         """Loss-free bias, re-birth of experts: the only place besides the optimizer where model

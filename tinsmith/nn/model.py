@@ -11,12 +11,13 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.contract import Ctx, LayerCache, Out, Reset, Routed, Site
 from tinsmith.nn.parts.attend import document_starts
+from tinsmith.nn.parts.choose import keeping_decisions
 from tinsmith.nn.parts.init import Head, initialise
 from tinsmith.nn.parts.norm import NORMS, wide
 from tinsmith.nn.parts.rope import tables
@@ -148,9 +149,11 @@ class LM(nn.Module):
         hidden = self.norm(self.config.residual.collapse(h))
         return ModelOut(self._logits(hidden, logits), losses, stats, probes, hidden)
 
-    def _block(self, block: nn.Module, h: Tensor, ctx: Ctx, cache: LayerCache | None) -> Out:
+    def _block(self, block: Block, h: Tensor, ctx: Ctx, cache: LayerCache | None) -> Out:
         if self.checkpointing and self.training and cache is None and torch.is_grad_enabled():
-            return checkpoint(block, h, ctx, use_reentrant=False)  # type: ignore[return-value]
+            decides = isinstance(block.mixer, Routed) or isinstance(block.feed, Routed)
+            keep = keeping_decisions if decides else noop_context_fn
+            return checkpoint(block, h, ctx, use_reentrant=False, context_fn=keep)  # type: ignore[return-value]
         return block(h, ctx, cache)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -194,12 +197,17 @@ class LM(nn.Module):
 
     def active_parameter_count(self) -> int:
         """All parameters but those of the experts that a token does not choose."""
-        return self.parameter_count() - sum(part.idle_parameters() for _, part in self._routed())
+        return self.parameter_count() - sum(
+            part.idle_parameters() for part in self.routed().values()
+        )
 
-    def after_backward(self, probes: dict[str, Tensor]) -> None:
-        """Routers that learn from gradients add theirs."""
-        for name, part in self.routed().items():
-            part.after_backward(_stripped(f"{name}.", probes))
+    def after_backward(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Routers that learn from gradients add theirs; the statistics that only backward knows."""
+        return {
+            f"{name}.{key}": value
+            for name, part in self.routed().items()
+            for key, value in part.after_backward(_stripped(f"{name}.", probes)).items()
+        }
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
         """After the optimizer's step, with the statistics of the global batch; what the

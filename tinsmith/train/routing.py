@@ -12,6 +12,10 @@ formed once. Of every layer, by "layer.slot":
 | dead | experts without a token |
 | entropy | nats, mean over tokens of what their gates say |
 | fallback | share of tokens that no expert fired for |
+| surprise | of pairs of a token and an expert that worked on it: S over the token's |g| |
+| alike | correlation of S with the size of what an expert says |
+| dark | share of tokens whose least surprised expert says nothing |
+| router | the loss a gate learns from surprise |
 | others | what a layer says beside, mean over tokens: losses before their coefficients |
 | thresholds, bias | [E] as they stand at the line |
 | drift | the mean size of these; they begin at 0 |
@@ -32,6 +36,8 @@ from tinsmith.core.log import Metrics
 from tinsmith.nn.model import LM
 from tinsmith.train.meters import exact
 
+COUNTS = {"surprise": "pairs", "dark": "compared", "alike": "compared", "router": "judged"}
+"""What a sum is a sum over, where that is not "tokens"."""
 DIGITS = 5
 
 
@@ -94,7 +100,10 @@ def _layer(sums: dict[str, Tensor]) -> dict[str, Any]:
         "peak": _round(load.max() / load.mean().clamp(min=1e-300)),
         "dead": int((load == 0).sum()),
     }
-    return found | {key: _round(sums[key] / sums["tokens"]) for key in sums if key != "tokens"}
+    for key in sums.keys() - {"tokens", *COUNTS.values()}:
+        count = sums[COUNTS.get(key, "tokens")]
+        found |= {key: _round(sums[key] / count)} if float(count) else {}
+    return dict(sorted(found.items()))
 
 
 def _drifted(watched: dict[str, Tensor]) -> dict[str, Any]:

@@ -133,8 +133,7 @@ def backward(run: Run, batch: Batch, units: Tensor) -> Loss:
         loss = run.objective.loss(run.policy, batch)
     share = (run.ranks.world / units).to(loss.total) * run.scale.value
     (loss.total * share).backward()
-    run.policy.after_backward(loss.probes)
-    return loss
+    return loss._replace(stats=loss.stats | run.policy.after_backward(loss.probes))
 
 
 def update(run: Run, gathered: Meters, stats: dict[str, Tensor]) -> bool:

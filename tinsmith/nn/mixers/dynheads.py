@@ -15,7 +15,6 @@ queries count from the first token that it fires for.
 Legend: B rows, T tokens, N = B T, E experts, P pairs, D width, I queries, J keys or values.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from tinsmith.nn.mixers.gqa import GQA, HeadsMixer
 from tinsmith.nn.parts.grouped import grouped
 from tinsmith.nn.parts.init import OutputStack, Stack
 from tinsmith.nn.routing.gated import Gated, Mixture
+from tinsmith.nn.routing.rebirth import births
 from tinsmith.nn.routing.threshold import Gate, Threshold
 
 
@@ -95,9 +95,7 @@ class DynHeadsMixer(HeadsMixer, Gated):
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
         """Count, and let experts that never fire begin anew."""
-        std = 0.5 / math.sqrt(self.dim)
-        births = {stack.weight: std for stack in (self.q_proj, self.k_proj, self.v_proj)}
-        return self.gate.post_step(stats, births | {self.o_proj.weight: 0.0})
+        return self.gate.post_step(stats, births(self))
 
     def flops(self, context: int) -> int:
         """Projections by as many experts as a token is to have, the gate, attention."""

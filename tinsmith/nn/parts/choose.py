@@ -5,13 +5,34 @@ a decoding step, a longer row and a padded batch add the same numbers in another
 are equal in exact arithmetic differ in their last bits, and would be chosen by chance.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 GRID = 2.0**20
 """Grid points per 1: far above rounding errors of float32 scores around 1."""
 LARGEST = 2.0**22
 """Scores beyond are ties: the order of 2^42 grid points times 2^21 candidates fits in an int64."""
+
+
+@torch.library.custom_op("tinsmith::decided", mutates_args=())
+def decided(choice: Tensor) -> Tensor:
+    """The choice, bool or int64. Activation checkpointing makes everything again but this: a
+    rounding that comes out otherwise turns no expert.
+    """
+    return choice.clone()
+
+
+@decided.register_fake
+def _(choice: Tensor) -> Tensor:
+    return torch.empty_like(choice)
+
+
+def keeping_decisions() -> Any:
+    """The `context_fn` of a checkpointed block whose parts decide."""
+    return create_selective_checkpoint_contexts([torch.ops.tinsmith.decided.default])
 
 
 def order(scores: Tensor) -> Tensor:

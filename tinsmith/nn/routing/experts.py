@@ -6,6 +6,7 @@
 Legend: N tokens, P pairs, E experts, D width, H width of an expert.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from tinsmith.nn.parts.init import OutputStack, Stack
 from tinsmith.nn.routing.dispatch import Plan
 
 Activation = Literal["swiglu", "relu2"]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`grouped`, or one that does more."""
 
 
 class Experts(nn.Module):
@@ -29,13 +32,15 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """(P, D): of each pair what its expert says to its token."""
-        x_PD = plan.gather(x_ND)
-        up_PH = grouped(x_PD, self.up_proj.weight, plan.ends_E)
-        if self.gate_proj is None:
-            inner_PH = F.relu(up_PH).square()
-        else:
-            inner_PH = F.silu(grouped(x_PD, self.gate_proj.weight, plan.ends_E)) * up_PH
+        inner_PH = self.inner(plan.gather(x_ND), plan.ends_E)
         return grouped(inner_PH, self.down_proj.weight, plan.ends_E)
+
+    def inner(self, x_PD: Tensor, ends_E: Tensor, product: Product = grouped) -> Tensor:
+        """(P, H): what the down projection is given. `product` is how rows meet their matrices."""
+        up_PH = product(x_PD, self.up_proj.weight, ends_E)
+        if self.gate_proj is None:
+            return F.relu(up_PH).square()
+        return F.silu(product(x_PD, self.gate_proj.weight, ends_E)) * up_PH
 
     def flops(self) -> int:
         """Floating-point operations of one pair."""

@@ -1,4 +1,4 @@
-"""What mixers share whose projections are chosen by a gate of thresholds.
+"""What parts share whose experts are chosen by a gate of thresholds.
 
 Legend: B rows, T tokens, N = B T, E experts, P pairs, I inputs, O outputs.
 """
@@ -19,11 +19,10 @@ class Gated(Routed):
 
     gate: Gate
 
-    def choose(self, x: Tensor, ctx: Ctx) -> Choice:
+    def choose(self, x: Tensor, ctx: Ctx, learns: bool = True) -> Choice:
         """What the gate says of the tokens of x (B, T, D)."""
-        return self.gate(
-            x.flatten(0, 1), None if ctx.segments is None else ctx.segments.flatten() >= 0
-        )
+        valid_N = None if ctx.segments is None else ctx.segments.flatten() >= 0
+        return self.gate(x.flatten(0, 1), valid_N, learns)
 
     def watched(self) -> dict[str, Tensor]:
         """The gate's thresholds."""

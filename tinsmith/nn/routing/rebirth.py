@@ -15,11 +15,11 @@ Legend: E experts, D width.
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinsmith.core.rng import generator
 from tinsmith.nn.contract import Reset
 from tinsmith.nn.parts.init import OutputStack, Stack, first_std
+from tinsmith.nn.parts.spread import whole, write_rows
 
 Births = dict[nn.Parameter, float]
 """Weights with the experts along their first axis -> the standard deviation of a newborn's; 0
@@ -85,12 +85,14 @@ class Window(nn.Module):
     ) -> list[Reset]:
         rows = dead_E.nonzero().flatten()
         draw = generator(0, "rebirth", self.layer, int(self.looks))
-        alive = _whole(prototypes)[~dead_E].cpu().double()
-        _write(prototypes, rows, _directions(self.unrouted.cpu().double(), alive, len(rows), draw))
-        _write(thresholds, rows, torch.zeros(len(rows)))
+        alive = whole(prototypes)[~dead_E].cpu().double()
+        write_rows(
+            prototypes, rows, _directions(self.unrouted.cpu().double(), alive, len(rows), draw)
+        )
+        write_rows(thresholds, rows, torch.zeros(len(rows)))
         for parameter, std in births.items():
             shape = (len(rows), *parameter.shape[1:])
-            _write(parameter, rows, std * torch.randn(shape, generator=draw))
+            write_rows(parameter, rows, std * torch.randn(shape, generator=draw))
         return [Reset(parameter, rows) for parameter in (prototypes, thresholds, *births)]
 
 
@@ -112,17 +114,3 @@ def _away(x_D: Tensor, others: Tensor) -> Tensor:
     """The part of x that is orthogonal to all rows of `others`."""
     basis = torch.linalg.qr(others.mT).Q
     return x_D - basis @ (basis.mT @ x_D)
-
-
-def _whole(parameter: nn.Parameter) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def _write(parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
-    """Overwrite rows, also of a parameter that is spread over ranks."""
-    if not isinstance(parameter, DTensor):
-        parameter[rows] = values.to(parameter)
-        return
-    full = parameter.full_tensor()
-    full[rows] = values.to(full)
-    parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from tinsmith.core.parse import Config, Count, Size
 from tinsmith.nn.contract import Reset
-from tinsmith.nn.parts.choose import GRID, top
+from tinsmith.nn.parts.choose import GRID, decided, top
 from tinsmith.nn.parts.norm import exactly, wide
 from tinsmith.nn.routing.rebirth import Births, Window
 
@@ -81,7 +81,8 @@ class Choice(NamedTuple):
     stats: dict[str, Tensor]
     """Sums over tokens: "load" (E,) experts that fired, before the fallback; "tokens" () that are
     no padding; "fallback" () of them that nobody fired for; "entropy" () of the weights, ln k_t;
-    "unrouted" (D,) directions of the tokens nobody fired for.
+    "unrouted" (D,) directions of the tokens nobody fired for; in training "sdl" () before its
+    coefficient.
     """
 
 
@@ -103,11 +104,8 @@ class Gate(nn.Module):
         self.window = Window(config.experts, dim, layer, config.reset_interval)
 
     def margins(self, x_ND: Tensor) -> Tensor:
-        """u (N, E): how far each cosine is above its threshold, at least float32."""
-        kind = wide(x_ND.dtype)
-        with exactly(x_ND.device):
-            x, prototypes = _unit(x_ND.to(kind)), _unit(self.prototypes.to(kind))
-            return x @ prototypes.mT - self.thresholds.to(kind)
+        """u (N, E)."""
+        return margins(x_ND, self.prototypes, self.thresholds)
 
     def forward(self, x_ND: Tensor, valid_N: Tensor | None = None, learns: bool = True) -> Choice:
         """`valid_N`: False for padding. `learns` False: the weights are constants, so no loss
@@ -116,14 +114,16 @@ class Gate(nn.Module):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             u_NE = self.margins(x_ND)
         valid_N = torch.ones_like(u_NE[:, 0], dtype=torch.bool) if valid_N is None else valid_N
-        fired_NE = fires(u_NE) & valid_N[:, None]
-        mask_NE = self._with_fallback(u_NE, fired_NE, valid_N)
+        fired_NE = decided(fires(u_NE) & valid_N[:, None])
+        mask_NE = decided(self._with_fallback(u_NE, fired_NE, valid_N))
         count_N = mask_NE.sum(-1).to(u_NE.dtype)
         weight_NE = self._combined(_straight_through(u_NE, mask_NE), count_N[:, None])
-        losses = {}
+        losses, stats = {}, _stats(x_ND, fired_NE, valid_N, count_N)
         if self.training and torch.is_grad_enabled():
-            losses["sdl"] = self.config.sdl_weight * self._sdl(x_ND.detach(), fired_NE, valid_N)
-        return Choice(mask_NE, weight_NE, losses, _stats(x_ND, fired_NE, valid_N, count_N))
+            lost = self._sdl(x_ND.detach(), fired_NE, valid_N)
+            losses["sdl"] = self.config.sdl_weight * lost
+            stats["sdl"] = lost.detach() * stats["tokens"]
+        return Choice(mask_NE, weight_NE, losses, stats)
 
     def post_step(self, stats: dict[str, Tensor], births: Births) -> list[Reset]:
         """Count, and at the end of a window re-bear experts that never fired; see `rebirth`."""
@@ -165,6 +165,14 @@ class Gate(nn.Module):
         other_EE = similar_EE.square().fill_diagonal_(0)
         pairs = max(len(unit) * (len(unit) - 1), 1)
         return sparsity + other_EE.sum() / pairs
+
+
+def margins(x_ND: Tensor, prototypes_ED: Tensor, thresholds_E: Tensor) -> Tensor:
+    """u (N, E): how far each cosine is above its threshold, at least float32."""
+    kind = wide(x_ND.dtype)
+    with exactly(x_ND.device):
+        cosine_NE = _unit(x_ND.to(kind)) @ _unit(prototypes_ED.to(kind)).mT
+        return cosine_NE - thresholds_E.to(kind)
 
 
 def fires(u: Tensor) -> Tensor:

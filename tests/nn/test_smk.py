@@ -1,0 +1,365 @@
+"""Routers that learn from surprise, SMK and SML: properties M-6, M-8, M-10, M-12."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.oracles.surprise import causal_loss, said
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse
+from tinsmith.nn.contract import Ctx, Out, Site
+from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
+from tinsmith.nn.parts.init import initialise
+from tinsmith.nn.routing.learning import TEMPERATURE, smk, sml
+from tinsmith.nn.routing.surprise import heard
+
+N, E, D = 14, 5, 8
+
+
+def made(width: int = D, **keys) -> DynMoEFeedForward:
+    torch.manual_seed(0)
+    keys = {"experts": E, "hidden": 6, "router_grad": "smk", "dark_room_guard": False} | keys
+    feed = DynMoE(**keys).build(Site(dim=width, layer=0, depth=1))
+    initialise(feed, 1)
+    with torch.no_grad():
+        for stack in feed.experts.parameters():
+            stack *= 3
+        feed.gate.prototypes += 0.1 * torch.randn_like(feed.gate.prototypes)
+    return feed.double()
+
+
+def tokens(count: int = N, seed: int = 1) -> torch.Tensor:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(count, D, generator=made, dtype=torch.float64)
+
+
+def run(feed: DynMoEFeedForward, x: torch.Tensor) -> Out:
+    return feed(x[None], Ctx(torch.arange(len(x))[None]))
+
+
+def step(feed: DynMoEFeedForward, x: torch.Tensor, scale: float = 1.0) -> tuple[Out, dict]:
+    """One backward pass of loss and SDL, times `scale`, and the router's own."""
+    out = run(feed, x)
+    (scale * (causal_loss(out.y[0]) + sum(out.losses.values()))).backward()
+    return out, feed.after_backward(out.probes)
+
+
+def gradients(feed: DynMoEFeedForward) -> dict[str, torch.Tensor]:
+    return {name: value.grad for name, value in feed.named_parameters() if value.grad is not None}
+
+
+def by_hand(feed: DynMoEFeedForward, x, surprise, known, loss: str) -> torch.Tensor:
+    """The router's loss, token by token."""
+    logits = feed.gate.margins(x.detach()) / TEMPERATURE
+    lost = []
+    for t in range(len(x)):
+        chosen = known[t].nonzero().flatten()
+        if len(chosen) < 2:
+            continue
+        s, r = surprise[t, chosen].detach(), logits[t, chosen]
+        relative = s / s.mean()
+        if loss == "hard":
+            lost.append(F.cross_entropy(r[None], s.argmin()[None]))
+        elif loss == "soft":
+            lost.append(-((-relative / 0.2).softmax(0) * r.log_softmax(0)).sum())
+        else:
+            lost.append((r.softmax(0) * relative).sum())
+    return torch.stack(lost).mean()
+
+
+LOSSES = {
+    "hard": {"router_grad": "smk"},
+    "soft": {"router_grad": "smk", "smk_target": "soft"},
+    "sml": {"router_grad": "sml"},
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("guard", [False, True])
+def test_M6_a_joint_step_is_two_separate_ones(loss, guard):
+    """The main loss gives the gate nothing, the router's loss gives experts and x nothing, and
+    together they are the sum of both.
+    """
+    keys = LOSSES[loss] | {"dark_room_guard": guard, "router_weight": 0.7}
+    feed, x = made(**keys), tokens().requires_grad_()
+    out = run(feed, x)
+    causal_loss(out.y[0]).backward(retain_graph=True)
+    main = gradients(feed)
+    assert not any(name.startswith("gate") for name in main)
+    main_x = x.grad.clone()
+
+    twin, y = made(**keys), tokens().requires_grad_()
+    out, stats = step(twin, y)
+    found = heard(out.probes)
+    known = found.active_NE
+    if guard:
+        known = known & (found.size_NE >= 0.1 * found.size_NE[known].median())
+        assert known.sum() < found.active_NE.sum()
+    lone = made(**keys)
+    router = by_hand(lone, tokens(), found.surprise_NE, known, loss)
+    (0.7 * router + run(lone, tokens()).losses["sdl"]).backward()
+    separate = gradients(lone)
+    assert set(separate) == {"gate.prototypes", "gate.thresholds"}
+    assert torch.equal(y.grad, main_x)
+    joint = gradients(twin)
+    for name, value in (main | separate).items():
+        torch.testing.assert_close(joint[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    assert set(joint) == set(main | separate)
+    judged = (known.sum(-1) > 1).sum()
+    assert stats["judged"] == judged
+    torch.testing.assert_close(stats["router"], router.detach() * judged)
+
+
+def test_M6_both_is_task_and_smk():
+    """The gate hears the main loss through its weights, and SMK."""
+    grads = {}
+    for kind in ("task", "smk", "both"):
+        feed = made(router_grad=kind, sdl_weight=0.0)
+        step(feed, tokens())
+        grads[kind] = gradients(feed)
+    for name in grads["task"]:
+        own = grads["smk"][name] if name.startswith("gate") else 0
+        torch.testing.assert_close(grads["both"][name], grads["task"][name] + own)
+    assert (grads["task"]["gate.thresholds"] != 0).any()
+
+
+def test_the_gradient_scales_with_the_trainer_s_factor():
+    """Loss scaling, accumulation and ranks multiply the loss: the router's follows."""
+    grads = []
+    for scale in (1.0, 4096.0):
+        feed = made()
+        step(feed, tokens(), scale)
+        grads.append(gradients(feed))
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], 4096 * value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_losses_by_their_definitions():
+    surprise = torch.tensor([[3.0, 1.0, 2.0], [5.0, 9.0, 7.0], [1.0, 1.0, 1.0]]).double()
+    known = torch.tensor([[True, True, True], [False, True, True], [False, False, False]])
+    logits = torch.tensor([[0.1, 0.2, 0.3], [9.0, 0.5, 0.4], [1.0, 2.0, 3.0]]).double()
+    logits.requires_grad_()
+    first, second = logits[0].log_softmax(0), logits[1, 1:].log_softmax(0)
+    torch.testing.assert_close(smk(logits, surprise, known), -(first[1] + second[1]) / 2)
+    expected = (
+        (first.exp() * surprise[0] / 2).sum() + (second.exp() * surprise[1, 1:] / 8).sum()
+    ) / 2
+    torch.testing.assert_close(sml(logits, surprise, known), expected)
+    for lost in (smk(logits, surprise, known), smk(logits, surprise, known, True)):
+        (slope,) = torch.autograd.grad(lost, logits)
+        torch.testing.assert_close(slope.sum(-1), torch.zeros(3).double())
+        assert (slope[~known] == 0).all()
+    q = (-surprise[0] / 2 / 0.2).softmax(0)
+    (slope,) = torch.autograd.grad(smk(logits, surprise, known, True), logits)
+    torch.testing.assert_close(slope[0], (first.exp().detach() - q) / 2)
+
+
+def test_ties_go_to_the_smaller_index_and_no_candidates_lose_nothing():
+    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    equal = torch.full((1, 3), 0.3, dtype=torch.float64) + torch.tensor([1e-15, 0, -1e-15])
+    everyone = torch.ones(1, 3, dtype=torch.bool)
+    (slope,) = torch.autograd.grad(smk(logits, equal, everyone), logits)
+    torch.testing.assert_close(slope[0], torch.tensor([-2 / 3, 1 / 3, 1 / 3]).double())
+    for surprise in (equal, torch.zeros_like(equal)):
+        for lost in (
+            smk(logits, surprise, ~everyone),
+            smk(logits, surprise, ~everyone, soft=True),
+            sml(logits, surprise, ~everyone),
+        ):
+            assert lost == 0
+            assert (torch.autograd.grad(lost, logits)[0] == 0).all()
+    assert smk(logits, torch.zeros_like(equal), everyone, soft=True).isfinite()
+
+
+def planted(loss: str) -> float:
+    """Two clusters of tokens, two experts; each changes little for a cluster of its own. The share
+    of tokens whose logits prefer that expert after training the gate alone.
+    """
+    feed = made(experts=2, **LOSSES[loss], sdl_weight=0.0, combine="sum")
+    mark = torch.zeros(2, D, dtype=torch.float64)
+    mark[0, 0], mark[1, 1] = 3.0, 3.0
+    with torch.no_grad():
+        # expert e hardly answers to the mark of cluster e: small h, small da and db
+        for stack in (feed.experts.gate_proj.weight, feed.experts.up_proj.weight):
+            for expert in (0, 1):
+                stack[expert, :, expert] *= 0.01
+                stack[expert, :, 2:] *= 0.1
+        feed.gate.prototypes.copy_(mark.sum(0).expand(2, D))
+        feed.gate.thresholds.fill_(-2.0)  # both always work, so both are candidates
+    optimizer = torch.optim.Adam(feed.gate.parameters(), lr=0.05)
+    cluster = torch.arange(64) % 2
+
+    def share() -> float:
+        preferred = feed.gate.margins(mark[cluster] + 0.3 * tokens(64, seed=99)).argmax(-1)
+        return (preferred == cluster).double().mean().item()
+
+    assert share() < 0.75
+    for seed in range(100):
+        x = mark[cluster] + 0.3 * tokens(64, seed=seed)
+        optimizer.zero_grad()
+        step(feed, x)
+        optimizer.step()
+    return share()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_M8_the_router_finds_the_expert_that_would_change_least(loss):
+    assert planted(loss) > 0.95
+
+
+def dark(guard: bool) -> tuple[float, float, dict]:
+    """An expert that says nothing, among others: its share of all weight before and after SMK, and
+    the last report.
+    """
+    feed = made(dark_room_guard=guard, sdl_weight=0.0)
+    with torch.no_grad():
+        feed.experts.gate_proj.weight[2] = 0
+        feed.experts.up_proj.weight[2] = 0
+        feed.gate.thresholds.fill_(-2.0)
+    optimizer = torch.optim.SGD(feed.gate.parameters(), lr=0.3)
+    shares, stats = [], {}
+    for seed in range(40):
+        optimizer.zero_grad()
+        _, stats = step(feed, tokens(32, seed))
+        logits = feed.gate.margins(tokens(64, seed=99)) / TEMPERATURE
+        shares.append(logits.detach().softmax(-1)[:, 2].mean().item())
+        optimizer.step()
+    return shares[0], shares[-1], stats
+
+
+def test_M10_a_silent_expert_wins_every_token():
+    first, last, stats = dark(guard=False)
+    assert stats["dark"] == stats["compared"] == 32
+    assert last > 0.95 > 2 * first
+
+
+def test_M10_the_guard_leaves_it_out_and_still_reports_it():
+    first, last, stats = dark(guard=True)
+    assert stats["dark"] == stats["compared"] == 32
+    assert last <= first
+    assert DynMoE(experts=2, hidden=2).dark_room_guard
+
+
+def test_the_report_by_its_definitions():
+    feed = made()
+    out, stats = step(feed, tokens())
+    found = heard(out.probes)
+    active = found.active_NE
+    s, size = found.surprise_NE[active], found.size_NE[active]
+    assert stats["pairs"] == active.sum()
+    relative = found.surprise_NE / found.upstream_N[:, None]
+    torch.testing.assert_close(stats["surprise"], relative[active].sum())
+    compared = (active.sum(-1) > 1).sum()
+    assert stats["compared"] == compared
+    alike = torch.corrcoef(torch.stack((s, size)))[0, 1]
+    torch.testing.assert_close(stats["alike"], alike * compared)
+    assert stats["dark"] == 0
+
+
+def test_surprise_over_the_gradient_has_no_unit():
+    reports = [step(made(), tokens(), scale)[1] for scale in (1.0, 1000.0)]
+    for name in ("surprise", "alike", "router"):
+        torch.testing.assert_close(reports[0][name], reports[1][name])
+
+
+def test_newborns_sit_out():
+    feed = made()
+    with torch.no_grad():
+        feed.gate.window.newborn[1] = True
+    out, stats = step(feed, tokens())
+    found = heard(out.probes)
+    known = found.active_NE.clone()
+    known[:, 1] = False
+    assert found.active_NE[:, 1].any()
+    expected = by_hand(feed, tokens(), found.surprise_NE, known, "hard").detach()
+    torch.testing.assert_close(stats["router"] / stats["judged"], expected)
+
+
+@pytest.mark.parametrize("candidates", ["all", "active+r"])
+def test_other_candidates_are_asked_what_they_would_have_changed(candidates):
+    """With g held fixed, by autograd with the expert's own weights."""
+    feed = made(candidates=candidates, extra_candidates=2)
+    torch.manual_seed(5)
+    out, stats = step(feed, tokens())
+    found = heard(out.probes)
+    counts = found.active_NE.sum(-1)
+    asked = E * N if candidates == "all" else int((counts + 2).clamp(max=E).sum())
+    assert stats["pairs"] == asked
+    if candidates == "all":
+        shared = {
+            name: stack.weight.detach()[None] for name, stack in feed.experts.named_children()
+        }
+        surprise = torch.zeros(N, E, dtype=torch.float64)
+        for t in range(N):
+            own = {name: value.clone().requires_grad_() for name, value in shared.items()}
+            for e in range(E):
+                spoken = (said(tokens()[t : t + 1], own)[0, e] * found.gradient_ND[t]).sum()
+                grads = torch.autograd.grad(spoken, list(own.values()))
+                surprise[t, e] = torch.cat([g.flatten() for g in grads]).norm()
+        everyone = torch.ones(N, E, dtype=torch.bool)
+        expected = by_hand(feed, tokens(), surprise, everyone, "hard").detach()
+        torch.testing.assert_close(stats["router"] / N, expected, rtol=1e-12, atol=0)
+
+
+def test_M12_sml_local_is_the_double_backward_of_the_explicit_norm():
+    """d/dW of mean_t sum_e pi_te |dL_t/dW_e| / mean S, with g, pi and mean S held fixed."""
+    keys = {"router_grad": "sml", "sdl_weight": 0.0, "router_weight": 0.7}
+    plain, local, x = made(**keys), made(**keys, sml_local=True), tokens()
+    out, _ = step(local, x)
+    step(plain, x)
+    found = heard(out.probes)
+    known = found.active_NE & (found.active_NE.sum(-1, keepdim=True) > 1)
+    weights = {
+        n: s.weight.detach()[None].requires_grad_() for n, s in local.experts.named_children()
+    }
+    logits = (local.gate.margins(x) / TEMPERATURE).detach()
+    lost = 0.0
+    for t in range(N):
+        chosen = known[t].nonzero().flatten().tolist()
+        if not chosen:
+            continue
+        y = said(x[t : t + 1], weights)[0]
+        norms = []
+        for e in chosen:
+            spoken = (y[e] * found.gradient_ND[t]).sum()
+            grads = torch.autograd.grad(spoken, list(weights.values()), create_graph=True)
+            norms.append(sum(g.square().sum() for g in grads).sqrt())
+        s = torch.stack(norms)
+        lost = lost + (logits[t, chosen].softmax(0) * s / s.detach().mean()).sum()
+    lost = 0.7 * lost / known.any(-1).sum()
+    expected = torch.autograd.grad(lost, list(weights.values()))
+    before, after = gradients(plain), gradients(local)
+    for name, value in zip(weights, expected, strict=True):
+        key = f"experts.{name}.weight"
+        torch.testing.assert_close(after[key] - before[key], value[0], rtol=1e-10, atol=1e-12)
+    for name in ("gate.prototypes", "gate.thresholds"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
+    for fallback in ("top1", "none"):
+        feed = made(fallback=fallback, sdl_weight=0.0)
+        with torch.no_grad():
+            feed.gate.thresholds.fill_(2.0)
+        out, stats = step(feed, tokens())
+        assert stats["judged"] == 0
+        assert out.y.isfinite().all()
+        assert all((value == 0).all() for n, value in gradients(feed).items() if "gate" in n[:5])
+        assert all(value.isfinite().all() for value in stats.values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"router_weight": -1}, "router_weight=-1.0 must be at least 0"),
+        ({"extra_candidates": 0}, "extra_candidates=0 must be at least 1"),
+        ({"sml_local": True}, "sml_local=true needs router_grad=sml"),
+        ({"router_grad": "tsk"}, "router_grad"),
+        ({"hidden": 0}, "hidden=0 must be at least 1"),
+        ({"experts": 0}, "experts=0 must be at least 1"),
+        ({"target_active": 33}, "target_active=33.0 must be above 0 and at most experts=32"),
+    ],
+)
+def test_keys_that_make_no_sense_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        parse(DynMoE, {"kind": "dyn_moe", "experts": 32, "hidden": 96} | keys, "feed_forward")

@@ -1,0 +1,221 @@
+"""Routers that learn from surprise: SMK and SML.
+
+Among the candidates C_t of a token (the experts that worked on it, if there are two), and with
+logits r = u / 0.1 made again from a detached input,
+
+    smk   mean_t CE(q_t, softmax_C r)    q hard: the least S; soft: softmax(-S / (0.2 mean_C S))
+    sml   mean_t sum_C pi_te S_te / mean_C S    pi = softmax_C r, S held fixed
+
+so a router prefers the expert that the token would change least. S is compared within a token only;
+the scale of the loss has no say. `sml_local` also lets the experts follow the second formula: S as
+a function of their weights, with the gradient g from above held fixed (first order; the true
+second order is global, no layer knows it).
+
+Dark room: an expert that says nothing has no surprise and would win every token. The guard drops
+candidates whose |y| is below a tenth of the layer's median; the share of tokens that such an expert
+would have won, and the correlation of S with |y|, are always reported.
+
+Legend: N tokens, E experts, P pairs of them, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tinsmith.core.parse import Config, Size
+from tinsmith.nn.parts.choose import top
+from tinsmith.nn.parts.spread import add_gradient, whole
+from tinsmith.nn.routing.experts import Experts
+from tinsmith.nn.routing.surprise import Heard, Weights, closed_form, heard
+from tinsmith.nn.routing.threshold import Gate, margins
+
+TEMPERATURE = 0.1
+"""Of logits: cosines alone are too close to each other to tell one expert from thirty."""
+SOFTNESS = 0.2
+DARK = 1e-3
+"""Below this part of the median |y| an expert says nothing."""
+DIM = 0.1
+"""Below this part the guard drops a candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Config):
+    """The keys of a router's own loss. `both` is task and smk."""
+
+    router_grad: Literal["task", "smk", "sml", "both"] = "task"
+    router_weight: float = 1.0
+    smk_target: Literal["hard", "soft"] = "hard"
+    candidates: Literal["active", "active+r", "all"] = "active"
+    extra_candidates: Size = 1  # r, drawn for each token
+    dark_room_guard: bool = True
+    sml_local: bool = False
+
+    def check_learning(self) -> None:
+        """ValueError where keys contradict each other."""
+        if self.router_weight < 0:
+            raise ValueError(f"router_weight={self.router_weight} must be at least 0")
+        if self.extra_candidates < 1:
+            raise ValueError(f"extra_candidates={self.extra_candidates} must be at least 1")
+        if self.sml_local and self.router_grad != "sml":
+            raise ValueError("sml_local=true needs router_grad=sml")
+
+    @property
+    def from_task(self) -> bool:
+        """The gate learns from the losses behind it."""
+        return self.router_grad in ("task", "both")
+
+    @property
+    def from_surprise(self) -> bool:
+        """The gate learns from surprise."""
+        return self.router_grad != "task"
+
+    @property
+    def wants_gradient(self) -> bool:
+        """g itself is needed, not only norms."""
+        return self.sml_local or self.candidates != "active"
+
+
+def learn(
+    config: Learning, gate: Gate, experts: Experts, probes: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Add the gradient of the router's own loss to that of prototypes and thresholds (and, with
+    `sml_local`, of the experts); what there is to report, as sums over tokens.
+    """
+    found = heard(probes)
+    if found is None:
+        return {}
+    surprise_NE, size_NE, known_NE = _candidates(config, experts, found)
+    stats = _report(surprise_NE, size_NE, known_NE, found.upstream_N)
+    if config.dark_room_guard and bool(known_NE.any()):
+        known_NE = known_NE & (size_NE >= DIM * size_NE[known_NE].median())
+    known_NE = known_NE & ~gate.window.newborn
+    known_NE = known_NE & (known_NE.sum(-1, keepdim=True) > 1)
+    prototypes, thresholds = (
+        whole(parameter).requires_grad_() for parameter in (gate.prototypes, gate.thresholds)
+    )
+    with torch.enable_grad():
+        logits_NE = margins(found.x_ND, prototypes, thresholds) / TEMPERATURE
+        if config.router_grad == "sml":
+            lost = sml(logits_NE, surprise_NE, known_NE)
+        else:
+            lost = smk(logits_NE, surprise_NE, known_NE, soft=config.smk_target == "soft")
+        scaled = lost * found.share * config.router_weight
+    gradients = torch.autograd.grad(scaled, (prototypes, thresholds))
+    for parameter, gradient in zip((gate.prototypes, gate.thresholds), gradients, strict=True):
+        add_gradient(parameter, gradient)
+    if config.sml_local:
+        _learn_locally(config, experts, found, logits_NE.detach(), known_NE)
+    judged = known_NE.any(-1).sum()
+    return stats | {"router": lost.detach() * judged, "judged": judged}
+
+
+def smk(logits_NE: Tensor, surprise_NE: Tensor, known_NE: Tensor, soft: bool = False) -> Tensor:
+    """The mean over tokens with candidates of CE(target, softmax of their logits)."""
+    relative_NE = _relative(surprise_NE, known_NE)
+    if soft:
+        target_NE = _softmax(-relative_NE / SOFTNESS, known_NE)
+    else:
+        least = top((-relative_NE).masked_fill(~known_NE, -torch.inf), 1)
+        target_NE = torch.zeros_like(logits_NE).scatter(-1, least, 1.0)
+    said_NE = logits_NE.masked_fill(~known_NE, -torch.inf).log_softmax(-1)
+    return _mean(-target_NE * said_NE.where(known_NE, 0), known_NE)
+
+
+def sml(logits_NE: Tensor, surprise_NE: Tensor, known_NE: Tensor) -> Tensor:
+    """The mean over tokens with candidates of the surprise to be expected, 1 if none is better."""
+    relative_NE = _relative(surprise_NE, known_NE)
+    return _mean(_softmax(logits_NE, known_NE) * relative_NE, known_NE)
+
+
+def _relative(surprise_NE: Tensor, known_NE: Tensor) -> Tensor:
+    """S over its mean among the candidates; 0 where all of them are 0."""
+    kept_NE = surprise_NE.where(known_NE, 0)
+    mean_N1 = kept_NE.sum(-1, keepdim=True) / known_NE.sum(-1, keepdim=True).clamp(min=1)
+    return kept_NE / mean_N1.where(mean_N1 > 0, 1)
+
+
+def _softmax(logits_NE: Tensor, known_NE: Tensor) -> Tensor:
+    """Among candidates; 0 elsewhere, and for a token without any."""
+    lowest = torch.finfo(logits_NE.dtype).min
+    return logits_NE.masked_fill(~known_NE, lowest).softmax(-1).where(known_NE, 0)
+
+
+def _mean(lost_NE: Tensor, known_NE: Tensor) -> Tensor:
+    """Over tokens that have candidates; 0 without any."""
+    return lost_NE.where(known_NE, 0).sum() / known_NE.any(-1).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _candidates(config: Learning, experts: Experts, found: Heard) -> tuple[Tensor, Tensor, Tensor]:
+    """S, |y| and whom they are known of, (N, E) each."""
+    active_NE = found.active_NE
+    if config.candidates == "active" or found.gradient_ND is None:
+        return found.surprise_NE, found.size_NE, active_NE
+    routed_N1 = active_NE.any(-1, keepdim=True)
+    known_NE = routed_N1.expand_as(active_NE)
+    if config.candidates == "active+r":
+        drawn_NE = torch.rand_like(found.surprise_NE).masked_fill(active_NE, -1)
+        count = min(config.extra_candidates, drawn_NE.shape[1])
+        extra_NE = torch.zeros_like(active_NE).scatter(-1, drawn_NE.topk(count, -1).indices, True)
+        known_NE = active_NE | (extra_NE & routed_N1)
+    said = closed_form(_weights(experts), found.x_ND, found.gradient_ND, known_NE)
+    return *said, known_NE
+
+
+def _weights(experts: Experts) -> Weights:
+    gate = experts.gate_proj
+    return Weights(
+        None if gate is None else whole(gate.weight),
+        whole(experts.up_proj.weight),
+        whole(experts.down_proj.weight),
+    )
+
+
+def _learn_locally(
+    config: Learning, experts: Experts, found: Heard, logits_NE: Tensor, known_NE: Tensor
+) -> None:
+    """The experts' gradient of sml's formula: S of their weights, all else held fixed."""
+    assert found.gradient_ND is not None
+    weights = _weights(experts)
+    learnt = [weight.requires_grad_() for weight in weights if weight is not None]
+    with torch.enable_grad():
+        surprise_NE, _ = closed_form(weights, found.x_ND, found.gradient_ND, known_NE)
+        mean_N1 = surprise_NE.detach().sum(-1, keepdim=True) / known_NE.sum(-1, keepdim=True)
+        share_NE = _softmax(logits_NE, known_NE) / mean_N1.where(mean_N1 > 0, 1)
+        lost = _mean(share_NE * surprise_NE, known_NE) * found.share * config.router_weight
+    stacks = (experts.gate_proj, experts.up_proj, experts.down_proj)
+    owners = [stack.weight for stack in stacks if stack is not None]
+    for parameter, gradient in zip(owners, torch.autograd.grad(lost, learnt), strict=True):
+        add_gradient(parameter, gradient)
+
+
+@torch.no_grad()
+def _report(
+    surprise_NE: Tensor, size_NE: Tensor, known_NE: Tensor, upstream_N: Tensor
+) -> dict[str, Tensor]:
+    """ "surprise": S / |g|, summed over "pairs"; "dark": tokens, of "compared" with two candidates
+    or more, whose least surprised one says nothing; "alike": corr(S, |y|) times "compared".
+    """
+    seen_NE = known_NE & (upstream_N > 0)[:, None]
+    relative_NE = surprise_NE / upstream_N.where(upstream_N > 0, 1)[:, None]
+    surprise_P, size_P = surprise_NE[seen_NE], size_NE[seen_NE]
+    compared_N = known_NE.sum(-1) > 1
+    least_N1 = surprise_NE.masked_fill(~known_NE, torch.inf).argmin(-1, keepdim=True)
+    silent_N = size_NE.gather(-1, least_N1)[:, 0] < DARK * _median(size_P)
+    pair = torch.stack((surprise_P, size_P))
+    pair = pair - pair.mean(-1, keepdim=True) if len(surprise_P) else pair
+    spread = pair.square().sum(-1).prod().sqrt()
+    alike = pair.prod(0).sum() / spread.where(spread > 0, 1)
+    return {
+        "surprise": relative_NE[seen_NE].sum(),
+        "pairs": seen_NE.sum(),
+        "dark": (silent_N & compared_N).sum(),
+        "alike": alike * compared_N.sum(),
+        "compared": compared_N.sum(),
+    }
+
+
+def _median(x_P: Tensor) -> Tensor:
+    return x_P.median() if len(x_P) else x_P.new_zeros(())
