@@ -177,7 +177,7 @@ def test_L1_at_first_it_is_its_base_to_the_bit():
     mixer, x = lora(stirred=False), noise(2, T, D)
     assert mixer.chosen(x, context()).any()
     with torch.no_grad():
-        for delta in (mixer.q_delta, mixer.k_delta, mixer.v_delta, mixer.o_delta):
+        for delta in mixer.deltas:
             delta.up.zero_()
             assert delta.down.abs().min() > 0
     assert torch.equal(mixer(x, context()).y, mixer.base(x, context()).y)
@@ -336,6 +336,8 @@ def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
     assert heads(target_active=2.0).flops(T) == 2 * alone.projecting() + gate + looking
     change = 2 * 2 * (4 * D + 2 * 24 + 2 * 8)
     assert lora(target_active=1.5).flops(T) == alone.flops(T) + gate + int(1.5 * change)
+    assert heads(target_active=2.0).idle_parameters() == alone.projecting() // 2
+    assert lora(target_active=1.5).idle_parameters() == 1.5 * change // 2
 
 
 @pytest.mark.parametrize(

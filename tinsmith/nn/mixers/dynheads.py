@@ -100,3 +100,8 @@ class DynHeadsMixer(HeadsMixer, Gated):
     def flops(self, context: int) -> int:
         """Projections by as many experts as a token is to have, the gate, attention."""
         return int(self.active * self.projecting() + self.gate.flops() + self.looking(context))
+
+    def idle_parameters(self) -> int:
+        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
+        held = sum(s.weight.numel() for s in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        return round(held * (1 - self.active / self.gate.config.experts))

@@ -93,6 +93,11 @@ class DynLoRAMixer(Mixer, Gated):
         self.v_delta = LowRank(config.experts, self.base.v_proj, config.rank)
         self.o_delta = LowRank(config.experts, self.base.o_proj, config.rank)
 
+    @property
+    def deltas(self) -> tuple[LowRank, ...]:
+        """All changes."""
+        return self.q_delta, self.k_delta, self.v_delta, self.o_delta
+
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
         choice = self.choose(x, ctx)
@@ -117,12 +122,15 @@ class DynLoRAMixer(Mixer, Gated):
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
         """Count, and let experts that never fire begin anew."""
-        deltas = (self.q_delta, self.k_delta, self.v_delta, self.o_delta)
-        births = {delta.down: delta.spread for delta in deltas}
-        return self.gate.post_step(stats, births | {delta.up: 0.0 for delta in deltas})
+        births = {delta.down: delta.spread for delta in self.deltas}
+        return self.gate.post_step(stats, births | {delta.up: 0.0 for delta in self.deltas})
 
     def flops(self, context: int) -> int:
         """The base, the gate, and as many changes as a token is to have."""
-        deltas = (self.q_delta, self.k_delta, self.v_delta, self.o_delta)
-        changes = self.active * sum(delta.flops() for delta in deltas)
+        changes = self.active * sum(delta.flops() for delta in self.deltas)
         return int(self.base.flops(context) + self.gate.flops() + changes)
+
+    def idle_parameters(self) -> int:
+        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
+        held = sum(p.numel() for delta in self.deltas for p in delta.parameters())
+        return round(held * (1 - self.active / self.gate.config.experts))
