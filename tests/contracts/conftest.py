@@ -134,7 +134,7 @@ CHOOSERS = {
 has no influence.
 """
 
-STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale"}
+STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale", "dyn_lora": "_delta.down"}
 """Kind -> how the names end of parameters that have a gradient of exactly 0 in the first step, by
 mathematics.
 
@@ -144,6 +144,7 @@ else stands still: A_m and A_r are free (no rows or columns that must sum to 1, 
 even where all streams are equal each weight scales what is read or kept.
 `mhyper`: H_res of the first and last sub-layer has no say, but its weights are rows of parameters
 whose other rows have; nn/test_mhyper.py looks at the rows.
+`dyn_lora`: a change is B A x with B = 0, so dA = B' dy x' = 0 until B has moved.
 """
 
 GROUPED = {"nsa", "dyn_heads", "dyn_lora"}
@@ -309,12 +310,14 @@ def held() -> Callable[[Any, int], int]:
 
 
 @pytest.fixture
-def still() -> Callable[[dict[str, Any], str], bool]:
-    """Whether the parameter `name` of a model with this residual stands still in the first step."""
+def still() -> Callable[[tuple[dict[str, Any], ...], str], bool]:
+    """Whether the parameter `name` of a model with these parts stands still in the first step."""
 
-    def stands(residual: dict[str, Any], name: str) -> bool:
-        ending = STILL_AT_FIRST.get(residual["kind"])
-        return ending is not None and name.endswith(ending)
+    def stands(parts: tuple[dict[str, Any], ...], name: str) -> bool:
+        endings = [
+            STILL_AT_FIRST[kind] for part in parts if (kind := part["kind"]) in STILL_AT_FIRST
+        ]
+        return any(name.endswith(ending) for ending in endings)
 
     return stands
 

@@ -16,6 +16,7 @@ from tinsmith.train.history import History
 from tinsmith.train.report import plot_run
 from tinsmith.train.routing import RoutingMeter, sentence
 from tinsmith.train.trainer import train
+from tinsmith.verbs.evaluate import Text, evaluate
 
 HEADS = {"kind": "dyn_heads", "heads": 4, "experts": 3}
 FEEDS = {
@@ -155,6 +156,10 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
     assert 0 <= found["layers"]["all"]["share"] <= 1
     assert 0 <= found["layers"]["all"]["jaccard"] <= 1
     said = capsys.readouterr().out
+    evaluate(str(whole), "routing", Text(None, None, 8), "cpu", None, True)
+    again = json.loads(capsys.readouterr().out)
+    for name, layer in found["layers"].items():
+        assert again[f"routing {name}"] == pytest.approx(layer)
     assert " experts active" in said
     assert " experts tell" in said
     assert (whole / "experts.png").stat().st_size > 10_000
