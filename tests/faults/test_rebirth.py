@@ -1,0 +1,60 @@
+"""Two ranks that see different tokens re-bear the same experts alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults.test_ranks import torchrun
+from tinsmith.train import checkpoint
+
+DEAD = [1, 4]
+STEPS = (1, 2, 3)
+
+
+@pytest.fixture(scope="session")
+def saved(shared_place, recipe) -> dict[str, list[checkpoint.Snapshot]]:
+    """What runs on two ranks kept after each step, replicated and spread; the ranks have compared
+    all they held at the end.
+    """
+    feed = {"kind": "dyn_moe", "experts": 6, "hidden": 16, "router_grad": "smk"}
+    layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed | {"reset_interval": 3}}
+    model = {**recipe["model"], "dropout": {}, "pattern": [layer]}
+    train = {**recipe["train"], "steps": 4, "save_every": 1, "eval_every": 9, "sample_every": 9}
+    train["keep"] = {"last": 9, "best": False}
+    program = (str(Path(__file__).with_name("reborn.py")),)
+    found = {}
+    for kind in ("replicate", "fsdp"):
+        data, name = recipe | {"model": model, "train": train}, f"reborn-{kind}"
+        code, said = torchrun(shared_place, data, name, kind, program=program)
+        assert code == 0, said
+        assert "compared" in said
+        assert "differs" not in said, said
+        folder = shared_place.runs / name / "checkpoints"
+        found[kind] = [checkpoint.load(folder / f"step-{step:08d}") for step in STEPS]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_ranks_agree_about_re_birth(kind, saved):
+    _, before, at = saved[kind]
+    for layer in (0, 1):
+        name = f"blocks.{layer}.feed.gate."
+        assert before.model[name + "thresholds"][DEAD].min() > 1.5
+        assert (at.model[name + "thresholds"][DEAD] == 0).all()
+        assert at.model[name + "window.newborn"].nonzero().flatten().tolist() == DEAD
+        moments = at.optim[name + "prototypes|exp_avg"]
+        assert (moments[DEAD] == 0).all()
+        assert (moments[[0, 2, 3, 5]] != 0).any(-1).all()
+        assert int(before.model[name + "window.tokens"]) == 2 * 2 * 4 * 48
+        lengths = at.model[name + "prototypes"][DEAD].norm(dim=-1)
+        torch.testing.assert_close(lengths, torch.ones(len(DEAD)))
+
+
+def test_gates_learn_the_same_from_surprise_however_they_are_spread(saved):
+    """The first step: afterwards a last bit may turn a choice."""
+    one, other = saved["replicate"][0], saved["fsdp"][0]
+    for layer in (0, 1):
+        name = f"blocks.{layer}.feed.gate.prototypes|exp_avg"
+        assert one.optim[name].abs().max() > 1e-5
+        torch.testing.assert_close(other.optim[name], one.optim[name], rtol=1e-4, atol=1e-7)

@@ -1,0 +1,222 @@
+"""The feed-forward of freely chosen experts against every expert run on every token."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.oracles.surprise import causal_loss, dense, said
+from tinsmith.nn.contract import Ctx, Out, Site
+from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.parts.init import initialise
+from tinsmith.optim.build import Optimizers
+from tinsmith.optim.config import AdamWConfig, MuonConfig, OptimConfig
+
+N, E, D = 24, 6, 8
+
+
+def made(**keys) -> DynMoEFeedForward:
+    torch.manual_seed(0)
+    keys = {"experts": E, "hidden": 5, "sdl_weight": 0.0} | keys
+    feed = DynMoE(**keys).build(Site(dim=D, layer=0, depth=1))
+    initialise(feed, 1)
+    with torch.no_grad():
+        for stack in feed.experts.parameters():
+            stack *= 2
+        torch.manual_seed(1)
+        feed.gate.prototypes += 0.1 * torch.randn(E, D)
+        feed.gate.thresholds += 0.1 * torch.randn(E) + 0.2
+    return feed.double()
+
+
+def tokens(seed: int = 1) -> torch.Tensor:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(N, D, generator=made, dtype=torch.float64)
+
+
+def run(feed: DynMoEFeedForward, x: torch.Tensor, segments: torch.Tensor | None = None) -> Out:
+    positions = torch.arange(len(x))[None]
+    return feed(x[None], Ctx(positions, None if segments is None else segments[None]))
+
+
+def by_hand(feed: DynMoEFeedForward, x: torch.Tensor) -> torch.Tensor:
+    """The whole layer, dense: cosines, hard decisions with a sigmoid's slope, fallback, sums."""
+    config, gate = feed.config, feed.gate
+    u = F.cosine_similarity(x[:, None], gate.prototypes[None], dim=-1) - gate.thresholds
+    mask = u > 0
+    if config.fallback == "top1":
+        for t in range(len(x)):
+            if not mask[t].any():
+                mask[t, u[t].argmax()] = True
+    soft = (4 * u).sigmoid()
+    value = mask.double() - soft.detach() + soft
+    k = mask.sum(-1, keepdim=True).clamp(min=1)
+    factor = {"mean": 1 / k.double(), "sum": 1.0, "rescaled_sum": E / k.double()}[config.combine]
+    weights = {name: stack.weight[None] for name, stack in feed.experts.named_children()}
+    return dense(x, weights, value * factor, mask)
+
+
+@pytest.mark.parametrize(
+    ("combine", "activation", "fallback"),
+    product(["mean", "sum", "rescaled_sum"], ["swiglu", "relu2"], ["top1", "none"]),
+)
+def test_G5_dispatch_is_the_dense_masked_sum(combine, activation, fallback):
+    keys = {"combine": combine, "activation": activation, "fallback": fallback}
+    sparse, full = made(**keys), made(**keys)
+    x, y = tokens().requires_grad_(), tokens().requires_grad_()
+    out, expected = run(sparse, x), by_hand(full, y)
+    assert out.stats["fallback"] > 0
+    torch.testing.assert_close(out.y[0], expected, rtol=1e-12, atol=1e-12)
+    causal_loss(out.y[0]).backward()
+    causal_loss(expected).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    for (name, one), other in zip(sparse.named_parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12, msg=name)
+        assert one.grad.abs().max() > 1e-6, name
+
+
+def test_G3_the_gate_hears_what_each_expert_did_for_the_loss():
+    """dL/du_te = <g_t, y_te> / k_t  kappa s (1 - s), summed over tokens for G, with a minus."""
+    feed, x = made(), tokens()
+    out = run(feed, x)
+    out.y.retain_grad()
+    causal_loss(out.y[0]).backward()
+    g, choice, u = out.y.grad[0], feed.gate(x), feed.gate.margins(x)
+    weights = {name: stack.weight[None] for name, stack in feed.experts.named_children()}
+    along = torch.einsum("nd,ned->ne", g, said(x, weights))
+    soft = (4 * u).sigmoid()
+    k = choice.mask_NE.sum(-1, keepdim=True)
+    slope = (along / k * 4 * soft * (1 - soft)).where(choice.mask_NE, 0)
+    torch.testing.assert_close(feed.gate.thresholds.grad, -slope.sum(0), rtol=1e-11, atol=1e-13)
+
+
+def test_G4_an_expert_that_never_works_learns_nothing_from_the_task():
+    feed, x = made(fallback="none"), tokens()
+    with torch.no_grad():
+        feed.gate.thresholds[2] = 2.0
+    causal_loss(run(feed, x).y[0]).backward()
+    for name, parameter in feed.named_parameters():
+        assert (parameter.grad[2] == 0).all(), name
+        assert (parameter.grad[:2] != 0).any(), name
+
+
+def test_G8_padding_is_neither_routed_nor_counted():
+    feed, x = made(), tokens()
+    segments = torch.where(torch.arange(N) % 4 == 1, -1, 0)
+    found, alone = run(feed, x, segments), run(feed, x[segments >= 0])
+    torch.testing.assert_close(found.y[0, segments >= 0], alone.y[0])
+    assert (found.y[0, segments < 0] == 0).all()
+    torch.testing.assert_close(found.stats, alone.stats)
+
+
+@pytest.mark.parametrize("router_grad", ["task", "smk", "sml", "both"])
+@pytest.mark.parametrize("fallback", ["top1", "none"])
+def test_thresholds_that_silence_every_expert_are_reported_and_never_nan(router_grad, fallback):
+    feed = made(router_grad=router_grad, fallback=fallback, sdl_weight=10.0)
+    with torch.no_grad():
+        feed.gate.thresholds.fill_(2.0)
+    out = run(feed, tokens().requires_grad_())
+    (causal_loss(out.y[0]) + sum(out.losses.values())).backward()
+    feed.after_backward(out.probes)
+    assert out.stats["fallback"] == N
+    assert (out.stats["load"] == 0).all()
+    assert out.y.isfinite().all()
+    assert bool((out.y == 0).all()) == (fallback == "none")
+    assert all(p.grad is None or p.grad.isfinite().all() for p in feed.parameters())
+    assert (feed.gate.thresholds.grad > 0).all()  # SDL asks for more experts
+
+
+def test_a_batch_of_padding_alone_is_zero_and_not_nan():
+    feed = made(router_grad="smk", sdl_weight=0.01)
+    out = run(feed, tokens(), torch.full((N,), -1))
+    (out.y.sum() + sum(out.losses.values())).backward()
+    stats = feed.after_backward(out.probes)
+    assert (out.y == 0).all()
+    for value in (*out.losses.values(), *out.stats.values(), *stats.values()):
+        assert value.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in feed.parameters())
+
+
+def test_work_is_that_of_the_target_and_so_are_idle_parameters():
+    feed = made(target_active=2)
+    assert feed.flops() == 2 * E * D + 2 * 6 * D * 5
+    assert feed.idle_parameters() == 3 * D * 5 * 4
+
+
+def optimizers(feed: DynMoEFeedForward, kind: str) -> Optimizers:
+    matrices = MuonConfig() if kind == "muon" else AdamWConfig()
+    return Optimizers.build(feed, None, OptimConfig(matrices=matrices))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_R1_the_optimizer_forgets_exactly_the_rows_of_the_dead(kind):
+    feed = made(reset_interval=2, sdl_weight=0.01)
+    with torch.no_grad():
+        feed.gate.thresholds[4] = 2.0
+    chosen = optimizers(feed, kind)
+    for seed in range(2):
+        out = run(feed, tokens(seed))
+        (causal_loss(out.y[0]) + sum(out.losses.values())).backward()
+        chosen.step()
+        before = {name: value.clone() for name, value in chosen.state_tensors().items()}
+        weights = {name: value.detach().clone() for name, value in feed.named_parameters()}
+        resets = feed.post_step(out.stats)
+        chosen.forget(resets)
+        chosen.zero_grad()
+    assert {id(reset.parameter) for reset in resets} == {id(p) for p in feed.parameters()}
+    after = chosen.state_tensors()
+    for name, value in after.items():
+        if name.endswith("|step"):
+            assert torch.equal(value, before[name])
+            continue
+        assert (value[4] == 0).all(), name
+        rest = [row for row in range(E) if row != 4]
+        assert torch.equal(value[rest], before[name][rest]), name
+        assert (value[rest] != 0).any(), name
+    assert any((before[name][4] != 0).any() for name in before if not name.endswith("|step"))
+    for name, value in feed.named_parameters():
+        assert (value[4] != weights[name][4]).any(), name
+
+
+def test_R5_tokens_that_had_an_expert_hear_nothing_of_a_newborn():
+    feed = made(reset_interval=1, combine="sum")
+    with torch.no_grad():
+        feed.gate.thresholds[4] = 2.0
+    x = tokens()
+    before = run(feed, x)
+    mask = feed.gate(x).mask_NE
+    routed = (feed.gate.margins(x) > 0).any(-1)
+    assert 0 < routed.sum() < N
+    resets = feed.post_step(before.stats)
+    assert resets[0].rows.tolist() == [4]
+    after = run(feed, x)
+    assert not mask[:, 4].any()
+    assert feed.gate(x).mask_NE[:, 4].any()
+    torch.testing.assert_close(after.y[0, routed], before.y[0, routed], rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("router_grad", ["task", "smk"])
+def test_training_on_random_tokens_stays_at_ln_V(router_grad):
+    """What can be predicted of them is nothing: less would be a leak."""
+    torch.manual_seed(0)
+    feed = {"kind": "dyn_moe", "experts": 8, "hidden": 16, "router_grad": router_grad}
+    layer = {"mixer": {"kind": "gqa", "heads": 2}, "feed_forward": feed | {"reset_interval": 10}}
+    section = {"vocab_size": 32, "dim": 32, "depth": 2, "max_context": 64, "pattern": [layer]}
+    lm = LM(ModelConfig.from_dict(section)).train()
+    chosen = Optimizers.build(lm, None, OptimConfig())
+    losses = []
+    for _ in range(60):
+        ids = torch.randint(0, 32, (8, 33))
+        out = lm(ids[:, :-1])
+        loss = F.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten())
+        (loss + sum(out.losses.values())).backward()
+        lm.after_backward(out.probes)
+        chosen.step()
+        chosen.forget(lm.post_step(out.stats))
+        chosen.zero_grad()
+        losses.append(loss.item())
+    assert min(losses) > math.log(32) - 0.05
+    assert losses[-1] < math.log(32) + 0.2

@@ -1,0 +1,138 @@
+"""Experts that are re-born, and gates that learn from surprise, in the trainer."""
+
+import shutil
+
+import pytest
+import torch
+
+from tinsmith.config import from_dict
+from tinsmith.nn.routing.threshold import Gate
+from tinsmith.train import checkpoint
+from tinsmith.train.trainer import train
+
+INTERVAL = 5
+FEED = {"kind": "dyn_moe", "experts": 6, "hidden": 12, "reset_interval": INTERVAL}
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Every model begins with two experts that never fire."""
+    first = Gate.__init__
+
+    def init(self, *arguments):
+        first(self, *arguments)
+        with torch.no_grad():
+            self.thresholds[[1, 4]] = 2.0
+
+    monkeypatch.setattr(Gate, "__init__", init)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Train a small model; its checkpoints. `torn`: the checkpoints from step 5 on are lost first,
+    and it resumes in the middle of a window.
+    """
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
+
+    def go(name, *, torn=False, feed=None, **changes):
+        folder = tmp_path / name / "checkpoints"
+        for step in range(INTERVAL, 13) if torn else ():
+            shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
+        train(recipe(feed or {}, **changes), name, resume=torn)
+        return {path.name: checkpoint.load(path) for path in sorted(folder.glob("step-*"))}
+
+    return go
+
+
+def recipe(feed, **changes):
+    gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+    return from_dict(
+        {
+            "model": {
+                **{"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64},
+                "pattern": [{"mixer": gqa, "feed_forward": FEED | feed}],
+            },
+            "tokenizer": {"train": {"vocab_size": 320}},
+            "data": {"kind": "tasks", "count": 300, "digits": 2, "length": 4},
+            "objective": {"kind": "pretrain"},
+            "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
+            "train": {
+                **{"steps": 12, "context": 48, "rows": 4, "accumulate": 2, "precision": "fp32"},
+                **{"save_every": 1, "eval_every": 12, "sample_every": 12},
+                "keep": {"last": 12, "best": False},
+            }
+            | changes,
+            "eval": {"rows": 4, "new_tokens": 4},
+            "log": {"every": 4},
+        }
+    )
+
+
+def test_experts_are_re_born_at_the_end_of_a_window_with_what_the_optimizer_knew(planted, run):
+    saved = run("whole", steps=6)
+    for layer in (0, 1):
+        name = f"blocks.{layer}.feed."
+        before, at, after = (saved[f"step-0000000{step}"] for step in (4, 5, 6))
+        assert before.model[name + "gate.thresholds"][[1, 4]].min() > 1.5
+        assert (at.model[name + "gate.thresholds"][[1, 4]] == 0).all()
+        assert at.model[name + "gate.window.newborn"].tolist() == [e in (1, 4) for e in range(6)]
+        assert (at.model[name + "experts.down_proj.weight"][[1, 4]] == 0).all()
+        for stack in ("gate_proj", "up_proj", "down_proj"):
+            momentum = at.optim[f"{name}experts.{stack}.weight|momentum"]
+            assert (momentum[[1, 4]] == 0).all()
+            assert (momentum[[0, 2, 3, 5]] != 0).any(-1).any(-1).all()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert (at.optim[f"{name}gate.prototypes|{moment}"][[1, 4]] == 0).all()
+            assert (at.optim[f"{name}gate.prototypes|{moment}"][0] != 0).any()
+        assert (after.model[name + "experts.down_proj.weight"][[1, 4]] != 0).any()
+        assert int(after.model[name + "gate.window.steps"]) == 1
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [{"router_grad": "smk"}, {"router_grad": "both", "candidates": "active+r"}],
+    ids=["smk", "both"],
+)
+def test_R7_a_run_resumed_in_the_middle_of_a_window_ends_in_the_same_bits(feed, planted, run):
+    whole = run("whole", feed=feed)
+    run("torn", feed=feed)
+    resumed = run("torn", feed=feed, torn=True)
+    assert whole.keys() == resumed.keys()
+    for step, saved in whole.items():
+        for part in ("model", "optim"):
+            found, expected = getattr(resumed[step], part), getattr(saved, part)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected), step
+
+
+def test_checkpointing_changes_no_bit(run):
+    feed = {"router_grad": "smk"}
+    kept, formed_again = run("kept", feed=feed), run("again", feed=feed, checkpointing=True)
+    for name, value in kept["step-00000012"].model.items():
+        assert torch.equal(value, formed_again["step-00000012"].model[name]), name
+
+
+def test_a_split_into_micro_batches_counts_the_same(planted, run):
+    """Counts and newborns are those of the global batch."""
+    whole = run("whole", steps=5, rows=8, accumulate=1)
+    parts = run("parts", steps=5, rows=2, accumulate=4)
+    for layer in (0, 1):
+        window = f"blocks.{layer}.feed.gate.window."
+        expected, found = whole["step-00000001"].model, parts["step-00000001"].model
+        assert expected[window + "load"].sum() > 0
+        for counter in ("load", "tokens", "steps", "looks", "newborn"):
+            assert torch.equal(found[window + counter], expected[window + counter])
+        torch.testing.assert_close(found[window + "unrouted"], expected[window + "unrouted"])
+        newborn = window + "newborn"
+        assert whole["step-00000005"].model[newborn].tolist() == [e in (1, 4) for e in range(6)]
+        assert parts["step-00000005"].model[newborn].tolist() == [e in (1, 4) for e in range(6)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_it_trains_in_half_precision(precision, run):
+    saved = run("half", feed={"router_grad": "smk"}, precision=precision)
+    first, last = saved["step-00000001"].model, saved["step-00000012"].model
+    name = "blocks.0.feed.gate.prototypes"
+    assert last[name].dtype == torch.float32
+    assert not torch.equal(first[name], last[name])
+    assert all(value.isfinite().all() for value in last.values())
