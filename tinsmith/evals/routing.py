@@ -118,11 +118,14 @@ def jaccard_distance(table: Tensor) -> float | None:
     more than evenly; None where less than two tasks used any.
     """
     used = [row > row.mean() for row in table.double() if bool(row.any())]
-    pairs = [
-        1 - float((one & other).sum()) / max(float((one | other).sum()), 1)
-        for one, other in combinations(used, 2)
-    ]
+    pairs = [_distance(one, other) for one, other in combinations(used, 2)]
     return fmean(pairs) if pairs else None
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Two empty sets are the same."""
+    both = int((one | other).sum())
+    return 1 - int((one & other).sum()) / both if both else 0.0
 
 
 class _Counter:

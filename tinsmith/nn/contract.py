@@ -226,10 +226,6 @@ class Routed:
         """
         return []
 
-    def idle_parameters(self) -> int:
-        """How many of its parameters one token does not meet, on average."""
-        return 0
-
     def watched(self) -> dict[str, Tensor]:
         """What people watch drift while it trains, (E,) each: thresholds, biases; 0 at first."""
         return {}
@@ -237,3 +233,7 @@ class Routed:
     def chosen(self, x: Tensor, ctx: Ctx) -> Tensor:
         """(B, T, E) bool: which experts work on which tokens of this input, none on padding."""
         raise NotImplementedError
+
+    def idle_parameters(self) -> int:
+        """How many of its parameters one token does not meet, on average."""
+        return 0

@@ -198,7 +198,9 @@ class LM(nn.Module):
 
     def active_parameter_count(self) -> int:
         """All parameters but those of the experts that a token does not choose."""
-        return self.parameter_count() - sum(part.idle_parameters() for part in self.routed().values())
+        return self.parameter_count() - sum(
+            part.idle_parameters() for part in self.routed().values()
+        )
 
     def after_backward(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Routers that learn from gradients add theirs; the statistics that only backward knows."""

@@ -7,7 +7,6 @@ from tinsmith.core.units import count
 from tinsmith.train.canvas import (
     BAD,
     COLOURS,
-    FAINT,
     NORM,
     RATE,
     TRAIN,

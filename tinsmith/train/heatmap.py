@@ -46,13 +46,15 @@ def draw_experts(history: History) -> "Figure":
     for place, name in enumerate(names):
         axes = figure.add_subplot(grid[place // columns, place % columns])
         shown.append(_draw_layer(axes, name, lines, history.step))
+        if place % columns == 0:
+            titled(axes, name, "expert")
         last = place + columns >= len(names)
         axes.set_xlabel("step" if last else "", fontsize=8.5)
         axes.tick_params(labelbottom=last)
     bar = figure.add_axes((0.92, under, 0.012, over - under))
     _legend(figure, bar, shown[0])
     low = figure.add_gridspec(
-        1, 3, top=(bottom + curves) / height, bottom=bottom / height, wspace=0.2, **side
+        1, 3, top=(bottom + curves) / height, bottom=bottom / height, wspace=0.24, **side
     )
     for column, (key, title, unit) in enumerate(CURVES):
         axes = figure.add_subplot(low[0, column])
@@ -73,14 +75,14 @@ def _draw_layer(
         values = np.ma.masked_invalid(np.log2(ratios)).clip(-REACH, REACH)
     share = np.ma.masked_array(values, ratios == 0)
     drawn = axes.pcolormesh(
-        *(edges, np.arange(len(ratios) + 1), share),
+        *(edges, np.arange(len(ratios) + 1) - 0.5, share),
         cmap=_colours(),
         norm=Normalize(-REACH, REACH),
         rasterized=True,
     )
     axes.set_facecolor(BAD)
     axes.grid(False)
-    titled(axes, name, "expert")
+    titled(axes, name, "")
     step_axis(axes, last)
     axes.set_xlim(edges[0], edges[-1])
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -109,7 +111,7 @@ def _legend(figure: "Figure", place: "Axes", shown: "ScalarMappable") -> None:
     bar = figure.colorbar(shown, cax=place)
     ticks = range(-REACH, REACH + 1)
     bar.set_ticks(list(ticks), labels=[f"{2**n}" if n >= 0 else f"1/{2**-n}" for n in ticks])
-    bar.set_label("load, times an even share (red: none)", fontsize=8.5, color=FAINT)
+    bar.set_label("load / even share; red: 0", fontsize=8.5, color=FAINT)
     bar.outline.set_visible(False)  # type: ignore[operator]
     place.tick_params(length=0, labelsize=8)
 
@@ -119,7 +121,7 @@ def _draw_curve(axes: "Axes", history: History, key: str, colour: str) -> None:
     if not len(series):
         return nothing(axes, "not told")
     axes.plot(series.steps, series.values, color=colour, linewidth=1.5, marker=dot(series))
-    axes.set_ylim(0, 1.15 * max(series.values.max(), 0.1))
+    axes.set_ylim(0, 1.15 * max(series.values.max(), 1.0 if key == "dead" else 0.1))
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:

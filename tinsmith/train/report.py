@@ -22,8 +22,8 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def plot_run(folder: Path) -> Path:
-    """Write `loss.png` and `loss.svg` into a run's folder, and `experts.png` and `experts.svg` where
-    it has experts; returns the path of the first.
+    """Write `loss.png` and `loss.svg` into a run's folder, and where it has experts `experts.png`
+    and `experts.svg`; returns the path of the first.
 
     Equal metrics of equally named runs give equal files. UserError where there is no such folder.
     """

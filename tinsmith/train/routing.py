@@ -12,11 +12,16 @@ formed once. Of every layer, by "layer.slot":
 | dead | experts without a token |
 | entropy | nats, mean over tokens of what their gates say |
 | fallback | share of tokens that no expert fired for |
+| surprise | of pairs of a token and an expert that worked on it: S over the token's |g| |
+| alike | correlation of S with the size of what an expert says |
+| dark | share of tokens whose least surprised expert says nothing |
+| router | the loss a gate learns from surprise |
+| others | what a layer says beside, mean over tokens: losses before their coefficients |
 | thresholds, bias | [E] as they stand at the line |
 | drift | the mean size of these; they begin at 0 |
 
-and of the whole model: active, entropy, fallback and drift as means over the layers that tell them,
-peak as the largest, dead and experts as sums. Tokens are those that are no padding.
+and of the whole model the same numbers as means over the layers that tell them, but peak as the
+largest, dead and experts as sums. Tokens are those that are no padding.
 """
 
 from collections.abc import Iterable
@@ -31,8 +36,8 @@ from tinsmith.core.log import Metrics
 from tinsmith.nn.model import LM
 from tinsmith.train.meters import exact
 
-SHARES = ("load", "entropy", "fallback")
-"""Sums over tokens that are told as means over tokens."""
+COUNTS = {"surprise": "pairs", "dark": "compared", "alike": "compared", "router": "judged"}
+"""What a sum is a sum over, where that is not "tokens"."""
 DIGITS = 5
 
 
@@ -45,6 +50,8 @@ class RoutingMeter:
     def add(self, stats: dict[str, Tensor]) -> None:
         """Add what all layers of all ranks said of one step."""
         for name, value in stats.items():
+            if value.dim() and not name.endswith(".load"):
+                continue
             self.sums[name] = self.sums[name] + exact(value) if name in self.sums else exact(value)
 
     def take(self, lm: LM) -> Metrics:
@@ -93,7 +100,10 @@ def _layer(sums: dict[str, Tensor]) -> dict[str, Any]:
         "peak": _round(load.max() / load.mean().clamp(min=1e-300)),
         "dead": int((load == 0).sum()),
     }
-    return found | {key: _round(sums[key] / sums["tokens"]) for key in SHARES if key in sums}
+    for key in sums.keys() - {"tokens", *COUNTS.values()}:
+        count = sums[COUNTS.get(key, "tokens")]
+        found |= {key: _round(sums[key] / count)} if float(count) else {}
+    return dict(sorted(found.items()))
 
 
 def _drifted(watched: dict[str, Tensor]) -> dict[str, Any]:
@@ -113,9 +123,11 @@ def _whole(layers: dict[str, dict[str, Any]]) -> Metrics:
         "dead": sum(layer["dead"] for layer in each),
         "peak": max(layer["peak"] for layer in each),
     }
-    for key in ("active", "entropy", "fallback", "drift"):
+    keys = dict.fromkeys(key for layer in each for key in layer)
+    for key in keys:
         values = [layer[key] for layer in each if key in layer]
-        found |= {key: _short(fmean(values))} if values else {}
+        if key not in found and not any(isinstance(value, list) for value in values):
+            found[key] = _short(fmean(values))
     return found
 
 
