@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file
 
 import tinsmith
+from tinsmith.cli import app
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.hub.adapters import fold, read_adapters
@@ -49,6 +51,10 @@ def runs(tmp_path_factory):
         recipe = COMMON | {"init_from": str(base), "lora": SECTION}
         adapted = train(from_dict(recipe), "adapted")
     return base, adapted
+
+
+def cli(arguments: list[str]) -> None:
+    typer.main.get_command(app).main(arguments, standalone_mode=False)
 
 
 def states(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
@@ -107,6 +113,43 @@ def test_adapter_beside_final_makes_final_of_the_base(runs):
 def test_a_checkpoint_says_its_model_though_the_recipe_does_not(runs):
     newest = max((runs[1] / "checkpoints").glob("step-*"))
     assert yaml.safe_load((newest / "config.yaml").read_text())["model"]["dim"] == 32
+
+
+def test_every_verb_opens_a_run_of_adapters_and_a_checkpoint_of_it(runs, tmp_path, capsys):
+    newest = max((runs[1] / "checkpoints").glob("step-*"))
+    for place in (runs[1], newest):
+        cli(["generate", str(place), "-p", "1 +", "--max-new", "4", "--temperature", "0"])
+    first, second = capsys.readouterr().out.split("1 +")[1:]
+    assert first == second
+    cli(["eval", str(newest), "--tasks", "bpb", "--limit", "2", "--json"])
+    assert "bpb" in capsys.readouterr().out
+
+
+def test_adapters_are_exported_and_merged_by_a_verb(runs, tmp_path):
+    newest = max((runs[1] / "checkpoints").glob("step-*"))
+    for place, name in ((newest, "checkpoint"), (runs[1], "run")):
+        cli(["export", str(place), str(tmp_path / name), "--to", "peft"])
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            wanted = (runs[1] / "final" / "adapter" / file).read_bytes()
+            assert (tmp_path / name / file).read_bytes() == wanted
+    merged = tmp_path / "merged"
+    cli(["export", str(runs[0]), str(merged), "--adapter", str(tmp_path / "run")])
+    assert same(tinsmith.load(merged)[0], tinsmith.load(runs[1])[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--to", "gguf"], "--to gguf: only hf and peft are known"),
+        (["--to", "peft"], "has no adapters; only a run with a lora section has"),
+        (["--to", "peft", "--adapter", "x"], "--adapter: is merged into a model"),
+        (["--adapter", "absent"], "absent/adapter_config.json: no such file"),
+    ],
+)
+def test_export_says_what_it_cannot_do(runs, tmp_path, arguments, said):
+    with pytest.raises(UserError, match=said):
+        cli(["export", str(runs[0]), str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_can_begin_from_a_checkpoint_with_adapters(runs, monkeypatch):
