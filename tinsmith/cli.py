@@ -236,17 +236,22 @@ def chat(
 def export(
     model: ModelPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="hf: a Hugging Face folder; peft: a checkpoint's adapters alone.")
+    ] = "hf",
+    adapter: Annotated[
+        Path | None, typer.Option(help="A folder of adapters (PEFT's) to merge into the model.")
+    ] = None,
 ) -> None:
     """Write a model as a folder that others open.
 
     \b
     tinsmith export runs/first out/
-    tinsmith export runs/first/checkpoints/step-00000200 out/ --to hf
+    tinsmith export runs/base out/ --adapter runs/tuned/final/adapter
     """
     from tinsmith.verbs.exchange import export as run
 
-    run(model, out, to)
+    run(model, out, to, adapter)
 
 
 @app.command("import")

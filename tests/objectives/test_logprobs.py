@@ -66,6 +66,18 @@ def test_nothing_of_tokens_by_vocabulary_is_kept_for_the_backward_pass(case):
     assert max(saved) <= max(case[0].numel(), case[3].weight.numel())
 
 
+def test_a_frozen_head_has_no_gradient_and_none_is_made(case):
+    hidden, _, _, head = case
+    (expected,) = torch.autograd.grad(logprobs.summed_nll(*case), [hidden])
+    head.requires_grad_(False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        logprobs.summed_nll(*case)
+    assert head.weight.shape not in {tensor.shape for tensor in saved}
+    (found,) = torch.autograd.grad(logprobs.summed_nll(*case), [hidden])
+    assert torch.equal(found, expected)
+
+
 def test_gradcheck(case):
     hidden, targets, weights, head = case
     small = hidden.detach()[:1, :3].clone().requires_grad_()

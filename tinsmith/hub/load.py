@@ -8,14 +8,18 @@ from typing import Any
 import torch
 
 from tinsmith.core.errors import UserError
+from tinsmith.core.jsonfile import read_object
 from tinsmith.core.log import say, warn
 from tinsmith.core.manifest import MANIFEST, newest_valid, verify
 from tinsmith.core.parse import parse, read_yaml
+from tinsmith.hub.adapters import Adapters, read_adapters
 from tinsmith.hub.fill import fill
+from tinsmith.hub.from_hf import config_from_hf
 from tinsmith.hub.hf import import_folder, open_tokenizer
 from tinsmith.hub.names import SAME
 from tinsmith.hub.rope import stretched
-from tinsmith.hub.tensors import find_tensors
+from tinsmith.hub.tensors import find_tensors, read_tensors
+from tinsmith.nn import lora
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.tokenizer import Tokenizer
@@ -106,6 +110,14 @@ def _open_checkpoint(
     device: torch.device,
     rope_scaling: dict[str, Any] | None,
 ) -> tuple[LM, Tokenizer | None]:
+    config, adapted, _ = _recipe(folder)
+    config = stretched(config, rope_scaling)
+    lm = fill(config, find_tensors(folder), SAME, dtype, device, str(folder), adapted)
+    return lm, open_tokenizer(folder)
+
+
+def _recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
+    """What a checkpoint's recipe says of its model, of its adapters and of where it began."""
     reason = verify(folder, hashes=True, needs=NEEDS)
     if reason is not None:
         raise UserError(f"{folder}: not a valid checkpoint: {reason}")
@@ -113,11 +125,31 @@ def _open_checkpoint(
     recipe = read_yaml(where)
     if not isinstance(recipe, dict) or "model" not in recipe:
         raise UserError(f"{where}: has no model section")
-    config = stretched(ModelConfig.from_dict(recipe["model"], f"{where}: model"), rope_scaling)
     section = recipe.get("lora")
     adapted = None if section is None else parse(LoRA, section, f"{where}: lora")
-    lm = fill(config, find_tensors(folder), SAME, dtype, device, str(folder), adapted)
-    return lm, open_tokenizer(folder)
+    return (
+        ModelConfig.from_dict(recipe["model"], f"{where}: model"),
+        adapted,
+        recipe.get("init_from"),
+    )
+
+
+def adapters_of(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
+    """The config of the model at `path`, a run or a checkpoint, the adapters it has trained, and
+    the name of what they were added to. UserError where there are none.
+    """
+    folder = locate(path)
+    if (folder / "adapter").is_dir():
+        config = config_from_hf(read_object(folder / "config.json"))
+        base = read_object(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"]
+        return config, read_adapters(folder / "adapter", config), base
+    if not _is_checkpoint(folder):
+        raise UserError(f"{folder}: has no adapters; only a run with a lora section has")
+    config, adapted, base = _recipe(folder)
+    if adapted is None:
+        raise UserError(f"{folder}: has no adapters; its recipe has no lora section")
+    state = read_tensors(find_tensors(folder), None, None)
+    return config, Adapters(adapted, lora.split(state)[1]), base
 
 
 def _fetch(name: str) -> Path:

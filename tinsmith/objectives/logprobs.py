@@ -106,7 +106,7 @@ class _SummedNLL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad[:2])
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         low = _product_dtype(hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             total, grads = _forward(hidden_ND, weight_VD, targets_N, weights_N, low, wanted)
@@ -115,14 +115,11 @@ class _SummedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
         scale = upstream[0]
-        return (
-            hidden_grad * scale.to(hidden_grad.dtype),
-            weight_grad * scale.to(weight_grad.dtype),
-            None,
-            None,
+        hidden_grad, weight_grad = (
+            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
         )
+        return hidden_grad, weight_grad, None, None
 
 
 def _forward(
@@ -131,27 +128,30 @@ def _forward(
     targets_N: Tensor,
     weights_N: Tensor,
     low: torch.dtype,
-    wanted: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The sum, and the gradients of hidden states and head, as far as they are `wanted`: a frozen
+    head (LoRA) costs none.
+    """
     high = wide(hidden_ND.dtype)
     hidden, weight = hidden_ND.detach().to(low), weight_VD.detach().to(low)
     total = torch.zeros((), dtype=high, device=hidden.device)
-    hidden_grad = torch.empty_like(hidden_ND) if wanted else None
-    weight_grad = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted else None
+    hidden_grad = torch.empty_like(hidden_ND) if wanted[0] else None
+    weight_grad = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted[1] else None
     for part in _chunks(len(targets_N), len(weight)):
         logprobs = (hidden[part] @ weight.T).log_softmax(1, dtype=high)
         target, scale = targets_N[part, None], weights_N[part, None].to(high)
         total -= (logprobs.gather(1, target) * scale).sum()
-        if hidden_grad is None or weight_grad is None:
+        if not any(wanted):
             continue
         slope = logprobs.exp_()
         slope.scatter_add_(1, target, torch.full_like(scale, -1.0))
         slope = slope.mul_(scale).to(low)
-        hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
-        weight_grad += slope.T @ hidden[part]
-    if hidden_grad is None or weight_grad is None:
-        return total, ()
-    return total, (hidden_grad, weight_grad.to(weight_VD.dtype))
+        if hidden_grad is not None:
+            hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad += slope.T @ hidden[part]
+    return total, (hidden_grad, None if weight_grad is None else weight_grad.to(weight_VD.dtype))
 
 
 class _ChosenLogprobs(torch.autograd.Function):
