@@ -3,7 +3,7 @@ the global units.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +147,16 @@ class Objective(nn.Module):
     def restore_progress(self, saved: dict[str, object]) -> None:
         """Put back what `progress` gave."""
 
+    def mark(self) -> Any:
+        """Where it stands, for `rewind` in this process; called before every step, so cheap."""
+        return self.progress()
+
+    def rewind(self, mark: Any) -> None:
+        """Stand where `mark` was taken."""
+        self.restore_progress(mark)
+
     def carried(self) -> dict[str, Tensor]:
-        """Tensors of this process alone that a resumed run needs; never changed in place."""
+        """Tensors of this process alone that a resumed run needs."""
         return {}
 
     def restore_carried(self, saved: dict[str, Tensor]) -> None:

@@ -73,16 +73,14 @@ def loop(run: Run) -> None:
     attend(run, list(run.state.pending))
     while run.state.step < run.config.train.steps:
         tensors, values = rng.capture()
-        cursor, progress = run.feed.cursor, run.objective.progress()
-        carried = run.objective.carried()
+        cursor, mark = run.feed.cursor, run.objective.mark()
         try:
             step(run)
         except Interrupted:
             run.optimizers.zero_grad()
             rng.restore(tensors, values)
             run.feed.cursor = cursor
-            run.objective.restore_progress(progress)
-            run.objective.restore_carried(carried)
+            run.objective.rewind(mark)
             raise
         event("step")
         attend(run, list(DUES))
