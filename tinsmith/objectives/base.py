@@ -35,6 +35,14 @@ class Loss(NamedTuple):
     probes: dict[str, Tensor] = {}
 
 
+class Exam(NamedTuple):
+    """What was measured on held-back data."""
+
+    values: dict[str, float]
+    loss: float
+    """The smaller the better: which checkpoint is the best."""
+
+
 class Source(Protocol):
     """Samples by global number: a pure function of the seed and the number."""
 
@@ -117,6 +125,10 @@ class ObjectiveConfigBase(Config):
 
     shape: ClassVar[Shape]
     """What it reads: documents, chats, pairs or prompts."""
+    answers_itself: ClassVar[bool] = False
+    """Whether the policy generates answers while it is trained; then each process needs all of
+    it.
+    """
 
     def judges(self) -> dict[str, str | None]:
         """The frozen models it wants, by name: the folder of each, or None for the policy as it
@@ -149,17 +161,29 @@ class Objective(nn.Module):
         optimizers are made.
         """
 
-    def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
-        """What to train on, endlessly: here, the feed as it is."""
+    def batches(self, feed: Feed, policy: LM) -> Iterator[Any]:
+        """What to train on, endlessly: here, the feed as it is. Whatever it gives has
+        `to(device)`, and is what `weight` and `loss` are asked about.
+        """
         return iter(feed)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def weight(self, batch: Any) -> Tensor:
         """How many units the batch holds: target tokens, pairs, sequences."""
         raise NotImplementedError
 
-    def loss(self, policy: LM, batch: Batch) -> Loss:
+    def loss(self, policy: LM, batch: Any) -> Loss:
         """Forward pass and sum of losses over the batch's units."""
         raise NotImplementedError
+
+    def example(self, batch: Batch) -> Any:
+        """What `loss` and `weight` want, made of a row of random ids: for a dry run."""
+        return batch
+
+    def examine(self, policy: LM, source: Source, rows: int) -> Exam | None:
+        """Measure on `rows` samples of held-back data, the same on every process; None where loss
+        and bits per byte of its tokens say it all.
+        """
+        return None
 
     def accept(self, means: dict[str, float]) -> bool:
         """Asked after the all-reduce, before the optimizer's step; False drops the gradients."""
