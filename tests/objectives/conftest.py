@@ -41,22 +41,22 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
+def make_small(mixer: str = "gqa", dtype: torch.dtype = torch.float64, **model: Any) -> LM:
+    """A model in training mode, with `model` for keys of its section."""
+    torch.manual_seed(0)
+    layer = {"mixer": MIXERS[mixer], "feed_forward": {"kind": "swiglu", "hidden": 48}}
+    section = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "max_context": 128}
+    section |= {"tie_embeddings": False, "pattern": [layer]}
+    lm = LM(ModelConfig.from_dict(section | model)).to(dtype)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return lm
+
+
 @pytest.fixture
 def small() -> Callable[..., LM]:
-    """(name of a mixer, dtype, keys of the model) -> a model in training mode."""
-
-    def made(mixer: str = "gqa", dtype: torch.dtype = torch.float64, **model: Any) -> LM:
-        torch.manual_seed(0)
-        layer = {"mixer": MIXERS[mixer], "feed_forward": {"kind": "swiglu", "hidden": 48}}
-        section = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "max_context": 128}
-        section |= {"tie_embeddings": False, "pattern": [layer]}
-        lm = LM(ModelConfig.from_dict(section | model)).to(dtype)
-        with torch.no_grad():
-            for parameter in lm.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-        return lm
-
-    return made
+    return make_small
 
 
 class Prompts:
@@ -83,16 +83,16 @@ def liked(prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
 TOKENIZER: Any = SimpleNamespace(end_of_text=END, end_of_turn=END)
 
 
+def make_ready(config: Online, lm: LM) -> Any:
+    """The config's objective for a model, with `liked` for rewards."""
+    objective = config.build()
+    if config.judges():
+        objective.frozen = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
+    objective.prepare(lm, TOKENIZER)
+    objective.score = liked
+    return objective
+
+
 @pytest.fixture
 def ready() -> Callable[..., Any]:
-    """(config, model) -> its objective, with `liked` for rewards."""
-
-    def made(config: Online, lm: LM) -> Any:
-        objective = config.build()
-        if config.judges():
-            objective.frozen = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
-        objective.prepare(lm, TOKENIZER)
-        objective.score = liked
-        return objective
-
-    return made
+    return make_ready

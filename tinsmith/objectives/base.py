@@ -35,14 +35,6 @@ class Loss(NamedTuple):
     probes: dict[str, Tensor] = {}
 
 
-class Exam(NamedTuple):
-    """What was measured on held-back data."""
-
-    values: dict[str, float]
-    loss: float
-    """The smaller the better: which checkpoint is the best."""
-
-
 class Source(Protocol):
     """Samples by global number: a pure function of the seed and the number."""
 
@@ -179,11 +171,11 @@ class Objective(nn.Module):
         """What `loss` and `weight` want, made of a row of random ids: for a dry run."""
         return batch
 
-    def examine(self, policy: LM, source: Source, rows: int) -> Exam | None:
-        """Measure on `rows` samples of held-back data, the same on every process; None where loss
-        and bits per byte of its tokens say it all.
+    def examine(self, policy: LM, source: Source, rows: int) -> dict[str, float]:
+        """Numbers by name of `rows` held-back prompts, for objectives that answer them; the best
+        checkpoint is that of the smallest `loss`. The same on every process.
         """
-        return None
+        raise NotImplementedError
 
     def accept(self, means: dict[str, float]) -> bool:
         """Asked after the all-reduce, before the optimizer's step; False drops the gradients."""

@@ -10,7 +10,7 @@ however many processes there are. The rollout in hand and the place in it are sa
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,10 +24,11 @@ from tinsmith.data.config import Shape
 from tinsmith.data.prompts import Prompt
 from tinsmith.infer.generate import ends
 from tinsmith.nn.model import LM, ModelOut
-from tinsmith.objectives.base import Exam, Feed, Metric, Objective, ObjectiveConfigBase, Source
+from tinsmith.objectives.base import Feed, Metric, Objective, ObjectiveConfigBase, Source
 from tinsmith.objectives.logprobs import chosen_logprobs, kl
 from tinsmith.objectives.ratio import clipped, log_ratio
 from tinsmith.objectives.reference import reference
+from tinsmith.objectives.rewards import REWARDS
 from tinsmith.objectives.rollout import Episode, Limits, Rollout, collate, join, roll_out
 from tinsmith.objectives.tools import ToolName, Tools
 from tinsmith.text.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class Online(ObjectiveConfigBase):
 
     shape: ClassVar[Shape] = "prompts"
     answers_itself: ClassVar[bool] = True
+    rewards: dict[str, float] = field(default_factory=lambda: {"exact": 1.0})
+    """Rewards and their weights."""
     answers: Count = 1
     """Answers to one prompt."""
     max_new: Count = 256
@@ -181,14 +184,18 @@ class OnlineObjective(Objective):
 
     def score(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         """The reward of each answer; NaN where it has none."""
-        import re
+        said = [self.tokenizer.decode(self.words(episode)) for episode in episodes]
+        return [
+            sum(
+                weight * REWARDS[name](prompt, text) for name, weight in self.config.rewards.items()
+            )
+            for prompt, text in zip(prompts, said, strict=True)
+        ]
 
-        found = []
-        for prompt, episode in zip(prompts, episodes, strict=True):
-            text = self.tokenizer.decode(episode.newest).rpartition("</think>")[2]
-            numbers = re.findall(r"-?\d+", text.replace("<|im_end|>", ""))
-            found.append(float(bool(numbers) and numbers[-1] == prompt.answer))
-        return found
+    def words(self, episode: Episode) -> list[int]:
+        """What was said last, without its end."""
+        newest = episode.newest
+        return newest[:-1] if newest and newest[-1] in self.limits.stops else newest
 
     def judged(self, policy: LM, prompts: list[Prompt], rows: Rollout) -> Rollout:
         """The rollout with its advantages, and whatever else the loss wants."""
@@ -202,7 +209,7 @@ class OnlineObjective(Objective):
             row.said = [False] + [True] * (len(row.ids) - 1)
         return collate(rows, batch.ids.device)
 
-    def examine(self, policy: LM, source: Source, rows: int) -> Exam:
+    def examine(self, policy: LM, source: Source, rows: int) -> dict[str, float]:
         """Greedy answers to held-back prompts, spread evenly over them."""
         count = min(rows, source.size)
         prompts = [source.prompts(i * source.size // count, 1)[0] for i in range(count)]
@@ -212,8 +219,8 @@ class OnlineObjective(Objective):
         said = sum(sum(episode.said) for episode in episodes)
         cut = sum(episode.finish != "stop" for episode in episodes)
         reward = float(rewards.nanmean())
-        values = {"reward": reward, "length": said / count, "truncated": cut / count}
-        return Exam(values, -reward)
+        told = {"reward": reward, "length": said / count, "truncated": cut / count}
+        return told | {"loss": -reward}
 
     def logprobs(self, lm: LM, rows: Rollout) -> tuple[Tensor, ModelOut]:
         """(B, T) log-probabilities of what was said, at the sampling temperature, and what the

@@ -12,7 +12,6 @@ from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
-from tinsmith.objectives.base import Exam
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Interrupted, Run
@@ -78,12 +77,10 @@ def evaluate(run: Run) -> None:
     if run.validation is None or not _due(run, run.config.train.eval_every):
         return
     began = time.monotonic()
-    with autocast(run.config.train.precision, run.ranks.device):
-        exam = run.objective.examine(run.policy, run.validation, run.config.eval.rows)
-    values, loss = exam or _predicted(run)
+    values = _answered(run) if run.config.objective.shape == "prompts" else _predicted(run)
     run.log.metrics({"step": run.state.step, "kind": "eval", **values, **_choices(run)})
     whole = {name: value for name, value in values.items() if "." not in name}
-    run.state.evaluation = {"step": run.state.step, **whole, "loss": loss}
+    run.state.evaluation, loss = {"step": run.state.step, **whole}, whole["loss"]
     better = run.state.best is None or loss < run.state.best["loss"]
     if better and math.isfinite(loss):
         run.state.best = dict(run.state.evaluation)
@@ -94,7 +91,14 @@ def evaluate(run: Run) -> None:
     run.clock.pause(time.monotonic() - began)
 
 
-def _predicted(run: Run) -> Exam:
+def _answered(run: Run) -> dict[str, float]:
+    """What answers to held-back prompts earn."""
+    assert run.validation is not None
+    with autocast(run.config.train.precision, run.ranks.device):
+        return run.objective.examine(run.policy, run.validation, run.config.eval.rows)
+
+
+def _predicted(run: Run) -> dict[str, float]:
     """Loss and bits per byte, those of every source too where there are several."""
     assert run.validation is not None
     lengths = torch.from_numpy(run.tokenizer.byte_lengths()).to(run.ranks.device)
@@ -112,7 +116,7 @@ def _predicted(run: Run) -> Exam:
     values = {"loss": whole.loss, "bpb": whole.bpb}
     if len(found) > 2:
         values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
-    return Exam(values, whole.loss)
+    return values
 
 
 def _choices(run: Run) -> Metrics:
