@@ -1,12 +1,17 @@
 """Small models whose weights are all stirred, so that answers differ."""
 
+import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.objectives.online import Online
+from tinsmith.objectives.rollout import Episode
 
 VOCAB = 24
 END = 1
@@ -36,19 +41,58 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
+def make_small(mixer: str = "gqa", dtype: torch.dtype = torch.float64, **model: Any) -> LM:
+    """A model in training mode, with `model` for keys of its section."""
+    torch.manual_seed(0)
+    layer = {"mixer": MIXERS[mixer], "feed_forward": {"kind": "swiglu", "hidden": 48}}
+    section = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "max_context": 128}
+    section |= {"tie_embeddings": False, "pattern": [layer]}
+    lm = LM(ModelConfig.from_dict(section | model)).to(dtype)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return lm
+
+
 @pytest.fixture
 def small() -> Callable[..., LM]:
-    """(name of a mixer, dtype, keys of the model) -> a model in training mode."""
+    return make_small
 
-    def made(mixer: str = "gqa", dtype: torch.dtype = torch.float64, **model: Any) -> LM:
-        torch.manual_seed(0)
-        layer = {"mixer": MIXERS[mixer], "feed_forward": {"kind": "swiglu", "hidden": 48}}
-        section = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "max_context": 128}
-        section |= {"tie_embeddings": False, "pattern": [layer]}
-        lm = LM(ModelConfig.from_dict(section | model)).to(dtype)
-        with torch.no_grad():
-            for parameter in lm.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-        return lm
 
-    return made
+class Prompts:
+    """A feed of `rows` prompts at a time over `world` processes, of 10 in all; enough of
+    `objectives.base.Feed` for what asks for prompts.
+    """
+
+    def __init__(self, rows: int = 4, rank: int = 0, world: int = 1):
+        self.rows, self.share = rows, rows // world
+        self.offset, self.cursor = rank * self.share, 0
+
+    def prompts(self) -> list[Prompt]:
+        first = self.cursor + self.offset
+        self.cursor += self.rows
+        numbers = [place % 10 for place in range(first, first + self.share)]
+        return [Prompt([5 + n, 6, 7, 8][: 2 + n % 3], n, str(n), {}) for n in numbers]
+
+
+def liked(prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+    """The share of even ids in an answer."""
+    return [sum(i % 2 == 0 for i in each.answer) / len(each.answer) for each in episodes]
+
+
+TOKENIZER: Any = SimpleNamespace(end_of_text=END, end_of_turn=END)
+
+
+def make_ready(config: Online, lm: LM) -> Any:
+    """The config's objective for a model, with `liked` for rewards."""
+    objective = config.build()
+    if config.judges():
+        objective.frozen = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
+    objective.prepare(lm, TOKENIZER)
+    objective.score = liked
+    return objective
+
+
+@pytest.fixture
+def ready() -> Callable[..., Any]:
+    return make_ready

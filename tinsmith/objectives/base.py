@@ -3,7 +3,7 @@ the global units.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinsmith.core.parse import Config
 from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
+from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -35,15 +36,31 @@ class Loss(NamedTuple):
 
 
 class Source(Protocol):
-    """Rows by global number: a pure function of the seed and the number."""
+    """Samples by global number: a pure function of the seed and the number."""
 
     def rows(self, start: int, count: int) -> Batch:
-        """The global samples [start, start + count)."""
+        """The global samples [start, start + count); of pairs each is two rows, the chosen answer
+        and then the rejected one.
+        """
+        ...
+
+    def prompts(self, start: int, count: int) -> list[Prompt]:
+        """The same of a source of prompts, with what answers are judged by."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Samples of one pass; `Prompt.number` is below it."""
         ...
 
 
 class Feed:
-    """One rank's share of the global order of samples. The whole state is one integer, `cursor`."""
+    """One rank's share of the global order of samples. The whole state is one integer, `cursor`.
+
+    Iterated it gives batches, as most objectives want them. One that generates answers asks for
+    `prompts()` in its own `batches` instead: every call gives this rank's part of the next `rows`
+    prompts of the global order.
+    """
 
     def __init__(self, source: Source, rows: int, rank: int, world: int):
         self.source = source
@@ -59,6 +76,14 @@ class Feed:
         batch = self.source.rows(self.cursor + self.offset, self.share)
         self.cursor += self.rows
         return batch
+
+    def prompts(self) -> list[Prompt]:
+        """The next prompts: ids with the header of the answer, the right answer, a stable number,
+        the whole row of the data.
+        """
+        found = self.source.prompts(self.cursor + self.offset, self.share)
+        self.cursor += self.rows
+        return found
 
 
 class Peers(Protocol):
@@ -91,7 +116,11 @@ class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
     shape: ClassVar[Shape]
-    """What it reads: documents or chats."""
+    """What it reads: documents, chats, pairs or prompts."""
+    answers_itself: ClassVar[bool] = False
+    """Whether the policy generates answers while it is trained; then each process needs all of
+    it.
+    """
 
     def judges(self) -> dict[str, str | None]:
         """The frozen models it wants, by name: the folder of each, or None for the policy as it
@@ -124,16 +153,28 @@ class Objective(nn.Module):
         optimizers are made.
         """
 
-    def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
-        """What to train on, endlessly: here, the feed as it is."""
+    def batches(self, feed: Feed, policy: LM) -> Iterator[Any]:
+        """What to train on, endlessly: here, the feed as it is. Whatever it gives has
+        `to(device)`, and is what `weight` and `loss` are asked about.
+        """
         return iter(feed)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def weight(self, batch: Any) -> Tensor:
         """How many units the batch holds: target tokens, pairs, sequences."""
         raise NotImplementedError
 
-    def loss(self, policy: LM, batch: Batch) -> Loss:
+    def loss(self, policy: LM, batch: Any) -> Loss:
         """Forward pass and sum of losses over the batch's units."""
+        raise NotImplementedError
+
+    def example(self, batch: Batch) -> Any:
+        """What `loss` and `weight` want, made of a row of random ids: for a dry run."""
+        return batch
+
+    def examine(self, policy: LM, source: Source, rows: int) -> dict[str, float]:
+        """Numbers by name of `rows` held-back prompts, for objectives that answer them; the best
+        checkpoint is that of the smallest `loss`. The same on every process.
+        """
         raise NotImplementedError
 
     def accept(self, means: dict[str, float]) -> bool:
@@ -147,8 +188,16 @@ class Objective(nn.Module):
     def restore_progress(self, saved: dict[str, object]) -> None:
         """Put back what `progress` gave."""
 
+    def mark(self) -> Any:
+        """Where it stands, for `rewind` in this process; called before every step, so cheap."""
+        return self.progress()
+
+    def rewind(self, mark: Any) -> None:
+        """Stand where `mark` was taken."""
+        self.restore_progress(mark)
+
     def carried(self) -> dict[str, Tensor]:
-        """Tensors of this process alone that a resumed run needs; never changed in place."""
+        """Tensors of this process alone that a resumed run needs."""
         return {}
 
     def restore_carried(self, saved: dict[str, Tensor]) -> None:

@@ -4,18 +4,11 @@ interval.
 
 import math
 import time
-from pathlib import Path
-
-import torch
 
 from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
-from tinsmith.data.sources import Source
-from tinsmith.evals.bpb import evaluate_bpb
-from tinsmith.evals.choice import evaluate_choice
-from tinsmith.evals.routing import Specialisation, evaluate_routing, token_classes
 from tinsmith.optim.schedule import multiplier
-from tinsmith.train.precision import autocast
+from tinsmith.train.measures import choices, measured, specialisation
 from tinsmith.train.routing import sentence
 from tinsmith.train.run import Interrupted, Run
 from tinsmith.train.samples import draw
@@ -85,73 +78,27 @@ def _spike(run: Run, loss: float) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Bits per byte on validation data."""
+    """Measure on validation data."""
     if run.validation is None or not _due(run, run.config.train.eval_every):
         return
     began = time.monotonic()
-    lengths = torch.from_numpy(run.tokenizer.byte_lengths()).to(run.ranks.device)
-    with autocast(run.config.train.precision, run.ranks.device):
-        found = evaluate_bpb(
-            run.policy,
-            run.validation,
-            lengths,
-            rows=run.config.eval.rows,
-            batch_rows=max(1, run.config.train.rows // run.ranks.world),
-            device=run.ranks.device,
-            poll=run.poll,
-        )
-    whole = found["all"]
-    values: Metrics = {"step": run.state.step, "kind": "eval", "loss": whole.loss, "bpb": whole.bpb}
-    if len(found) > 2:
-        values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
-    values |= _choices(run)
-    special = _specialisation(run, run.validation)
-    run.log.metrics(values)
-    run.state.evaluation = {"step": run.state.step, "loss": whole.loss, "bpb": whole.bpb}
-    better = run.state.best is None or whole.loss < run.state.best["loss"]
-    if better and math.isfinite(whole.loss):
+    values = measured(run, run.validation)
+    found = specialisation(run, run.validation)
+    run.log.metrics({"step": run.state.step, "kind": "eval"} | values | choices(run))
+    whole = {name: value for name, value in values.items() if "." not in name}
+    run.state.evaluation, loss = {"step": run.state.step, **whole}, whole["loss"]
+    better = run.state.best is None or loss < run.state.best["loss"]
+    if better and math.isfinite(loss):
         run.state.best = dict(run.state.evaluation)
         run.save_now = run.config.train.keep.best
     mark = " (best)" if better else ""
-    run.log.line(f" eval   step {run.state.step}  loss {whole.loss:.3f}  bpb {whole.bpb:.3f}{mark}")
-    _tell_specialisation(run, special)
-    run.clock.pause(time.monotonic() - began)
-
-
-def _specialisation(run: Run, source: Source) -> dict[str, Specialisation]:
-    """How much the experts of a run that ends have come to differ; empty where there are none."""
-    if run.state.step < run.config.train.steps:
-        return {}
-    with autocast(run.config.train.precision, run.ranks.device):
-        return evaluate_routing(
-            run.policy,
-            source,
-            token_classes(run.tokenizer),
-            rows=run.config.eval.rows,
-            batch_rows=max(1, run.config.train.rows // run.ranks.world),
-            device=run.ranks.device,
-            poll=run.poll,
-        )
-
-
-def _tell_specialisation(run: Run, found: dict[str, Specialisation]) -> None:
+    said = "".join(f"  {name} {value:.3f}" for name, value in list(whole.items())[:3])
+    run.log.line(f" eval   step {run.state.step}{said}{mark}")
     if found:
         layers = {name: one.to_dict() for name, one in found.items()}
         run.log.metrics({"step": run.state.step, "kind": "specialisation", "layers": layers})
         run.log.line(f" experts {found['all']}")
-
-
-def _choices(run: Run) -> Metrics:
-    """Accuracy on every multiple-choice file of `eval.tasks`."""
-    found: Metrics = {}
-    for path in run.config.eval.tasks:
-        if path != "bpb":
-            with autocast(run.config.train.precision, run.ranks.device):
-                result = evaluate_choice(
-                    run.policy, run.tokenizer, path, limit=run.config.eval.rows, poll=run.poll
-                )
-            found[f"accuracy.{Path(path).name.split('.')[0]}"] = result.to_dict()["acc"]
-    return found
+    run.clock.pause(time.monotonic() - began)
 
 
 def sample(run: Run) -> None:

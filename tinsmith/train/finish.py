@@ -41,7 +41,8 @@ def finish(run: Run) -> None:
         also=None if config is None else lambda place: leave(run, Adapters(config, pairs), place),
     )
     best = run.state.best
-    said = f"bpb {best['bpb']:.3f} (best, step {int(best['step'])})  " if best else ""
+    shown = next((name for name in ("bpb", "reward") if name in (best or {})), "loss")
+    said = f"{shown} {best[shown]:.3f} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
     drawn = ", ".join(path.name for path in pictures)
     run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
@@ -79,7 +80,7 @@ def facts(run: Run, exported: Exported) -> Facts:
         loss_plot="loss.png",
         scores=_scores(run),
         tokenizer=True,
-        chat=config.objective.shape == "chats",
+        chat=config.objective.shape != "documents",
     )
     if env["git"]:
         found["commit"] = env["git"]["sha"] + (" with changes" if env["git"]["dirty"] else "")
@@ -101,6 +102,12 @@ def _scores(run: Run) -> list[Score]:
     if last is None:
         return []
     rows = min(run.config.eval.rows, run.validation.size if run.validation else 0)
+    if "bpb" not in last:
+        named = {name: value for name, value in last.items() if name not in ("step", "loss")}
+        return [
+            Score(task="validation", metric=name, value=value, items=rows)
+            for name, value in named.items()
+        ]
     return [
         Score(
             task="validation",

@@ -19,7 +19,6 @@ from tinsmith.core.faults import event
 from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import size
-from tinsmith.data.batch import Batch
 from tinsmith.data.sources import Source
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import Feed
@@ -72,7 +71,7 @@ class Run:
             policy.compile()
         self.optimizers = Optimizers.build(policy, self.objective, config.optim)
         self.feed = Feed(source, config.train.rows, ranks.rank, ranks.world)
-        self.batches: Iterator[Batch] = self.objective.batches(self.feed, policy)
+        self.batches: Iterator[Any] = self.objective.batches(self.feed, policy)
         self.state = State()
         self.meters = Meters()
         self.routing = RoutingMeter()
@@ -109,14 +108,13 @@ class Run:
         """Every rank's tensors, on the CPU; shapes may differ."""
         if self.ranks.world == 1:
             return [tensors]
-        own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        return [tensors_of(data) for data in self.ranks.gather(bytes_of(own))]
+        return [tensors_of(data) for data in self.ranks.gather(bytes_of(_apart(tensors)))]
 
     def snapshot(self) -> checkpoint.Snapshot:
         """Everything needed to go on from here; every rank must call it."""
         tensors, values = rng.capture()
-        carried = {f"{CARRIED}{name}": t for name, t in self.objective.carried().items()}
-        tensors |= {name: tensor.cpu().contiguous() for name, tensor in carried.items()}
+        carried = _apart(self.objective.carried())
+        tensors |= {f"{CARRIED}{name}": tensor for name, tensor in carried.items()}
         saved = bytes_of(tensors, metadata={"values": json.dumps(values)})
         state = self.state.plain() | {
             "cursor": self.feed.cursor,
@@ -207,6 +205,11 @@ class Run:
     def meter_device(self) -> torch.device:
         """Where sums in float64 live."""
         return torch.device("cpu") if self.ranks.device.type == "mps" else self.ranks.device
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, no two of them in the same memory."""
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def restore_rng(data: bytes) -> None:

@@ -90,7 +90,7 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
         return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
     if config is None:
         raise UserError(f"{model}: is not part of a run; say with --data what text to measure")
-    validation = _validation(config, tokenizer)
+    validation = _validation(model, config, tokenizer)
     parts = evaluate_bpb(
         lm,
         validation,
@@ -110,7 +110,7 @@ def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, 
         raise UserError("--tasks routing: measures the validation split of a run; name its folder")
     if not lm.routed():
         raise UserError(f"{model}: has no experts, so --tasks routing has nothing to measure")
-    validation = _validation(config, tokenizer)
+    validation = _validation(model, config, tokenizer)
     found = evaluate_routing(
         lm,
         validation,
@@ -123,8 +123,10 @@ def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, 
     return {f"routing {name}": each.to_dict() for name, each in found.items()}
 
 
-def _validation(config: RunConfig, tokenizer: Tokenizer) -> Source:
+def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> Source:
     shape, train = config.objective.shape, config.train
+    if shape not in ("documents", "chats"):
+        raise UserError(f"{model}: was trained on {shape}; say with --data what text to measure")
     prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
     return open_source(prepared.folder, shape, "validation", train.context, train.seed)
 

@@ -1,0 +1,95 @@
+"""T2 and T7 for objectives that answer their own prompts: stopped anywhere, in the middle of
+rollouts too, a run ends in the same bits.
+"""
+
+import random
+import signal
+
+import pytest
+
+OBJECTIVES = {
+    "grpo": {"kind": "grpo", "answers": 3, "beta": 0.1},
+    "ppo": {"kind": "ppo", "beta": 0.1, "max_moved": 0.05},
+    "spo": {"kind": "spo", "first_answers": 2},
+}
+COMMON = {"rewards": {"length": 1.0}, "max_new": 6, "minibatches": 2, "updates": 2}
+
+
+def recipe_of(kind: str, recipe: dict) -> dict:
+    """Steps in the middle of rollouts; 12 prompts, so that SPO meets them again."""
+    model = {**recipe["model"], "dropout": {}}
+    train = {"steps": 10, "rows": 4, "accumulate": 1, "context": 64, "precision": "fp32"}
+    train |= {"save_every": 3, "eval_every": 4, "sample_every": 5, "keep": recipe["train"]["keep"]}
+    data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 14, "digits": 1, "validation": 0.15}
+    return recipe | {
+        "model": model,
+        "data": data,
+        "train": train,
+        "objective": OBJECTIVES[kind] | COMMON,
+        "eval": {"rows": 2, "new_tokens": 4},
+        "log": {"every": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(shared_place, recipe):
+    """(kind) -> recipe, events and results of a run that nothing happens to; each is run once."""
+    done: dict[str, tuple[dict, list[str], dict]] = {}
+
+    def made(kind: str) -> tuple[dict, list[str], dict]:
+        if kind not in done:
+            data = recipe_of(kind, recipe)
+            code, said = shared_place.call("prepare", shared_place.write(kind, data))
+            assert code == 0, said
+            events = shared_place.folder / f"{kind}.events"
+            code, said = shared_place.train(data, kind, TINSMITH_COUNT_EVENTS=str(events))
+            assert code == 0, said
+            names = events.read_text(encoding="utf-8").splitlines()
+            done[kind] = data, names, shared_place.result(kind)
+        return done[kind]
+
+    return made
+
+
+def points(events: list[str]) -> list[int]:
+    """Two places in rollouts and one between steps, numbered from 1, none before the first save."""
+    numbers = random.Random(3)
+    first = events.index("manifest")
+    rollouts = [n for n, name in enumerate(events, 1) if name == "rollout" and n > first]
+    steps = [n for n, name in enumerate(events, 1) if name == "step" and n > first]
+    return [*numbers.sample(rollouts, 2), numbers.choice(steps)]
+
+
+CASES = [
+    pytest.param(kind, number, by, marks=[] if (kind, number) in FAST else pytest.mark.slow)
+    for FAST in [{("grpo", 0), ("spo", 1)}]
+    for kind in OBJECTIVES
+    for number, by in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL))
+]
+
+
+@pytest.mark.parametrize(("kind", "number", "by"), CASES)
+def test_T2_stopped_in_a_rollout_a_run_ends_in_the_same_bits(kind, number, by, shared_place, whole):
+    data, events, expected = whole(kind)
+    point = points(events)[number]
+    name = f"{kind}-{number}"
+    code, said = shared_place.train(
+        data, name, TINSMITH_KILL_AT=str(point), TINSMITH_KILL_BY=by.name
+    )
+    assert code == (75 if by == signal.SIGTERM else -by), said
+    code, said = shared_place.train(data, name, "--resume")
+    assert code == 0, said
+    found = shared_place.result(name)
+    for key in ("model.safetensors", "optim.safetensors", "rng-00000.safetensors", "final"):
+        assert found[key] == expected[key], (key, events[point - 1])
+    assert found["metrics"] == expected["metrics"]
+
+
+def test_runs_learn_from_their_answers(whole):
+    """Otherwise nothing is tested above: rewards differ and weights move."""
+    _, events, expected = whole("grpo")
+    assert events.count("rollout") > 50
+    steps = [row for row in expected["metrics"] if row["kind"] == "train"]
+    assert {row["moved_k2"] > 1e-12 for row in steps} == {True}
+    assert any(row["reward_std"] > 0 for row in steps)
+    assert [row["step"] for row in expected["metrics"] if row["kind"] == "eval"] == [4, 8, 10]

@@ -1,0 +1,57 @@
+"""Two gloo ranks, each with its share of the prompts, have the single process's gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("online_worker.py")
+
+
+def run(world: int, folder: Path) -> dict[str, torch.Tensor]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(world), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
+    return load_file(folder / f"{world}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return run(1, folder), run(2, folder)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "ppo", "critic", "spo"])
+def test_T3_two_ranks_have_the_gradients_of_one_process(name, found):
+    """Two rollouts, the second by another policy, two parts each."""
+    alone, both = found
+    named = [key for key in alone if key.startswith(f"{name}.")]
+    assert len({tuple(key.split(".")[1:3]) for key in named}) == 4
+    assert {key for key in both if key.startswith(f"{name}.")} == set(named)
+    for key in named:
+        assert torch.allclose(both[key], alone[key], atol=1e-9), key
+    assert sum(bool(alone[key].any()) for key in named) > len(named) / 2
+
+
+def test_T3_what_spo_remembers_is_the_same_on_two_ranks(found):
+    alone, both = found
+    assert torch.allclose(both["tracker"], alone["tracker"], atol=1e-9)
+    assert torch.equal(both["kept"], alone["kept"])
+    assert len(alone["tracker"].unique()) > 10
