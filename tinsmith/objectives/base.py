@@ -3,7 +3,7 @@ the global units.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from tinsmith.core.parse import Config
 from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
 from tinsmith.nn.model import LM
+from tinsmith.nn.quant import Weights
+from tinsmith.text.tokenizer import Tokenizer
 
 
 class Metric(NamedTuple):
@@ -63,14 +65,20 @@ class Feed:
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
-    shape: ClassVar[Shape]
-    """What it reads: documents or chats."""
+    @property
+    def shape(self) -> Shape:
+        """What it reads: documents or chats."""
+        raise NotImplementedError
 
     def judges(self) -> dict[str, str | None]:
         """The frozen models it wants, by name: the folder of each, or None for the policy as it
         stands before the first step.
         """
         return {}
+
+    def judge_weights(self) -> Weights:
+        """How the weights of these models are held in memory."""
+        return "fp32"
 
     def build(self) -> "Objective":
         """The objective."""
@@ -88,6 +96,11 @@ class Objective(nn.Module):
         """The config's `judges()`, in eval mode and without gradients; brought by the trainer. One
         that is the policy before its first step is missing where the policy has adapters to switch
         off: `objectives.reference` knows both.
+        """
+
+    def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
+        """Make what depends on the model's sizes and its vocabulary; called once, before the
+        optimizers are made.
         """
 
     def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:

@@ -61,6 +61,7 @@ class Run:
         self.source, self.validation = source, validation
         self.objective = config.objective.build().to(ranks.device)
         self.objective.frozen = frozen
+        self.objective.prepare(policy, tokenizer)
         policy.checkpointing = config.train.checkpointing
         parallel.apply(policy, self.objective, ranks)
         if config.train.compile:
