@@ -1,12 +1,17 @@
 """Small models whose weights are all stirred, so that answers differ."""
 
+import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.objectives.online import Online
+from tinsmith.objectives.rollout import Episode
 
 VOCAB = 24
 END = 1
@@ -50,5 +55,44 @@ def small() -> Callable[..., LM]:
             for parameter in lm.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
         return lm
+
+    return made
+
+
+class Prompts:
+    """A feed of `rows` prompts at a time over `world` processes, of 10 in all; enough of
+    `objectives.base.Feed` for what asks for prompts.
+    """
+
+    def __init__(self, rows: int = 4, rank: int = 0, world: int = 1):
+        self.rows, self.share = rows, rows // world
+        self.offset, self.cursor = rank * self.share, 0
+
+    def prompts(self) -> list[Prompt]:
+        first = self.cursor + self.offset
+        self.cursor += self.rows
+        numbers = [place % 10 for place in range(first, first + self.share)]
+        return [Prompt([5 + n, 6, 7, 8][: 2 + n % 3], n, str(n), {}) for n in numbers]
+
+
+def liked(prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+    """The share of even ids in an answer."""
+    return [sum(i % 2 == 0 for i in each.answer) / len(each.answer) for each in episodes]
+
+
+TOKENIZER: Any = SimpleNamespace(end_of_text=END, end_of_turn=END)
+
+
+@pytest.fixture
+def ready() -> Callable[..., Any]:
+    """(config, model) -> its objective, with `liked` for rewards."""
+
+    def made(config: Online, lm: LM) -> Any:
+        objective = config.build()
+        if config.judges():
+            objective.frozen = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
+        objective.prepare(lm, TOKENIZER)
+        objective.score = liked
+        return objective
 
     return made

@@ -82,7 +82,7 @@ def evaluate_bpb(
     rows: int,
     batch_rows: int,
     device: torch.device | str,
-    poll: Callable[[], None],
+    poll: Callable[[], object],
 ) -> dict[str, Bpb]:
     """By source name, and `all`: one pass over at most `rows` rows, spread evenly over `source`.
 
@@ -110,7 +110,7 @@ def evaluate_text(
     field: str = "text",
     limit: int | None = None,
     batch_rows: int = 8,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TextResult:
     """Bits per byte of a .txt, .jsonl, .jsonl.gz or .parquet file, or of a folder of them.

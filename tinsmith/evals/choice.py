@@ -78,7 +78,7 @@ def evaluate_choice(
     *,
     limit: int | None = None,
     batch_rows: int = 16,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ChoiceResult:
     """Accuracy on the questions of a .jsonl, .jsonl.gz or .parquet file, or of a folder of them;
@@ -152,7 +152,7 @@ def encode_question(question: Question, tokenizer: Tokenizer, most: int) -> Enco
     return Encoded(question, lines, max(map(len, before)) > room)
 
 
-def log_likelihoods(lm: LM, lines: list[Line], batch_rows: int, poll: Callable[[], None]) -> Tensor:
+def log_likelihoods(lm: LM, lines: list[Line], batch_rows: int, poll: Callable[[], object]) -> Tensor:
     """(number of lines,) float64: ln p(choice | what stands before it) of each line, in nats.
 
     Longest lines first, `batch_rows` at a time, padded on the right. The caller sees to evaluation

@@ -3,7 +3,7 @@ the global units.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,32 @@ class Feed:
         return batch
 
 
+class Peers(Protocol):
+    """What an objective may ask of the run that it is part of, and of its other processes."""
+
+    def poll(self, busy: bool = False) -> bool:
+        """To be called wherever time is spent, equally often by all processes: a stop that any was
+        asked for interrupts all of them. Whether any of them is `busy`.
+        """
+        ...
+
+    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What every process has, in the order of ranks; shapes may differ."""
+        ...
+
+
+class Alone:
+    """No run and no other processes."""
+
+    def poll(self, busy: bool = False) -> bool:
+        """The same."""
+        return busy
+
+    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What there is."""
+        return [tensors]
+
+
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
@@ -97,6 +123,8 @@ class Objective(nn.Module):
         that is the policy before its first step is missing where the policy has adapters to switch
         off: `objectives.reference` knows both.
         """
+        self.peers: Peers = Alone()
+        """Brought by the trainer too."""
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """Make what depends on the model's sizes and its vocabulary; called once, before the
@@ -125,6 +153,29 @@ class Objective(nn.Module):
 
     def restore_progress(self, saved: dict[str, object]) -> None:
         """Put back what `progress` gave."""
+
+    def mark(self) -> Any:
+        """Where it stands, for `rewind` in this process; called before every step, so cheap."""
+        return self.progress()
+
+    def rewind(self, mark: Any) -> None:
+        """Stand where `mark` was taken."""
+        self.restore_progress(mark)
+
+    def carried(self) -> dict[str, Tensor]:
+        """Tensors of this process alone that a resumed run needs."""
+        return {}
+
+    def restore_carried(self, saved: dict[str, Tensor]) -> None:
+        """Put back what `carried` gave, before `batches` is asked again."""
+
+    def shared_out(
+        self, parts: list[dict[str, Tensor]], rank: int, world: int
+    ) -> dict[str, Tensor]:
+        """What process `rank` of `world` goes on with where another number of them carried
+        `parts`.
+        """
+        return {}
 
 
 def with_aux(total: Tensor, losses: dict[str, Tensor], weight: Tensor) -> Tensor:

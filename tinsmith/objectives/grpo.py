@@ -8,16 +8,22 @@ cispo    -sg(min(ratio, 1 + clip_high)) * A * log pi, mean over all tokens (2506
 each + beta * KL(pi to the reference), by the estimator k3, which as a loss is the forward KL
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tinsmith.objectives.logprobs import kl
+from tinsmith.core.parse import Count
+from tinsmith.data.prompts import Prompt
+from tinsmith.nn.model import LM
+from tinsmith.objectives.base import Loss, Metric, aux_metrics, with_aux
+from tinsmith.objectives.logprobs import LossEstimator, kl
+from tinsmith.objectives.online import Online, OnlineObjective
 from tinsmith.objectives.ratio import log_ratio, per_token, surrogate
+from tinsmith.objectives.rollout import Rollout
 
 LossName = Literal["grpo", "dapo", "dr_grpo", "cispo"]
-Estimator = Literal["k2", "k3"]
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ def grpo_loss(
     beta: float,
     loss: LossName,
     max_length: int | None = None,
-    estimator: Estimator = "k3",
+    estimator: LossEstimator = "k3",
 ) -> Tensor:
     """One scalar. Log-probabilities (B, T) of the sampled tokens, `advantages` (B,) or (B, T),
     `mask` (B, T); the ratio is clipped to [1 - clip_low, 1 + clip_high]. `reference_logprobs` may
@@ -97,7 +103,7 @@ def token_loss(
     clip_high: float,
     beta: float,
     loss: LossName,
-    estimator: Estimator = "k3",
+    estimator: LossEstimator = "k3",
 ) -> Tensor:
     """The loss (B, T) of every token, 0 where masked."""
     if loss == "cispo":
@@ -110,3 +116,88 @@ def token_loss(
     # the difference is all that an estimator looks at
     away = log_ratio(logprobs, reference_logprobs, mask)
     return each + beta * kl(away, torch.zeros_like(away), estimator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped(Online):
+    """What `GRPO` and `SPO` can be told beside; they differ in how they come by advantages."""
+
+    loss: LossName = "dapo"
+    estimator: LossEstimator = "k3"
+    """Of the KL divergence in the loss: `k3` as in the paper, or `k2`, whose gradient is that of
+    the divergence of the policy from the reference.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Clipped):
+    """Several answers to each prompt, each judged against the others."""
+
+    kind: Literal["grpo"] = "grpo"
+    loss: LossName = "grpo"
+    answers: Count = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answers < 2:
+            raise ValueError(f"answers={self.answers} must be at least 2, to compare them")
+
+    def build(self) -> "GroupRelative":
+        """The objective."""
+        return GroupRelative(self)
+
+
+class ClippedPolicy(OnlineObjective):
+    """The loss of one forward pass over prompts and answers."""
+
+    def __init__(self, config: Clipped):
+        super().__init__(config)
+        self.config = config
+
+    def weight(self, batch: Rollout) -> Tensor:
+        """Tokens, rows, or rows times the longest answer, by the name of the loss."""
+        return units(batch.mask, self.config.loss, self.config.max_new)
+
+    def loss(self, policy: LM, batch: Rollout) -> Loss:
+        """The sum over the loss's units."""
+        config, count = self.config, self.weight(batch)
+        logprobs, out = self.logprobs(policy, batch)
+        each = token_loss(
+            logprobs,
+            batch.old,
+            batch.reference,
+            batch.advantages,
+            batch.mask,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            beta=config.beta,
+            loss=config.loss,
+            estimator=config.estimator,
+        )
+        total = summed(each, batch.mask, config.loss)
+        metrics = {"loss": Metric(total.detach(), count)} | self.told(batch, logprobs)
+        metrics |= aux_metrics(out.losses, count)
+        return Loss(with_aux(total, out.losses, count), metrics, out.stats, out.probes)
+
+
+class GroupRelative(ClippedPolicy):
+    """Advantages within groups."""
+
+    def judged(self, policy: LM, prompts: list[Prompt], rows: Rollout) -> Rollout:
+        """An answer without a reward counts as the mean of its group."""
+        groups = filled(rows.rewards.view(-1, self.config.answers))
+        advantages = group_advantages(groups).flatten()
+        return rows._replace(advantages=per_token(advantages, rows.mask))
+
+    def told(self, rows: Rollout, logprobs: Tensor) -> dict[str, Metric]:
+        """Also the share of groups that teach nothing."""
+        same = degenerate(filled(rows.rewards.view(-1, self.config.answers)))
+        count = torch.tensor(len(same), device=same.device)
+        return super().told(rows, logprobs) | {"degenerate": Metric(same.sum(), count)}
+
+
+def filled(rewards: Tensor) -> Tensor:
+    """(P, G) rewards with the mean of its row, or else 0, wherever one is not a number."""
+    there = torch.isfinite(rewards)
+    mean = torch.where(there, rewards, 0).sum(1) / there.sum(1).clamp(min=1)
+    return torch.where(there, rewards, mean[:, None])

@@ -55,16 +55,22 @@ class Tracker:
         rho, reward = self.rho(distance), _held(reward)
         self.state[prompt] = (rho * alpha + reward, rho * beta + 1 - reward)
 
+    def copy(self) -> "Tracker":
+        """Another that may learn more."""
+        other = Tracker(rho_min=self.rho_min, rho_max=self.rho_max, half=self.half)
+        other.state = dict(self.state)
+        return other
+
     def saved(self) -> dict[str, Tensor]:
-        """`prompts` (N,) int64 and `beta` (N, 2) float64, for a checkpoint."""
-        prompts = torch.tensor(list(self.state), dtype=torch.int64)
-        pairs = torch.tensor(list(self.state.values()), dtype=torch.float64).reshape(-1, 2)
-        return {"prompts": prompts, "beta": pairs}
+        """For a checkpoint: `numbers` (N,) int64 and `shares` (N, 2) float64, alpha and beta."""
+        numbers = torch.tensor(list(self.state), dtype=torch.int64)
+        shares = torch.tensor(list(self.state.values()), dtype=torch.float64).reshape(-1, 2)
+        return {"numbers": numbers, "shares": shares}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """The inverse of `saved`."""
-        pairs = (tuple(pair) for pair in saved["beta"].tolist())
-        self.state = dict(zip(saved["prompts"].tolist(), pairs, strict=True))
+        shares = (tuple(pair) for pair in saved["shares"].tolist())
+        self.state = dict(zip(saved["numbers"].tolist(), shares, strict=True))
 
 
 def _held(reward: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
-from torch import nn
+from torch import Tensor, nn
 
 from tinsmith.config import RunConfig, dump
 from tinsmith.core import rng
@@ -32,6 +32,9 @@ from tinsmith.train.meters import Meters
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.precision import LossScale
 from tinsmith.train.state import State
+
+CARRIED = "objective."
+"""Stands before the names of the objective's tensors in a rank's file of random states."""
 
 
 class Interrupted(Exception):
@@ -60,7 +63,7 @@ class Run:
         self.policy, self.tokenizer = policy, tokenizer
         self.source, self.validation = source, validation
         self.objective = config.objective.build().to(ranks.device)
-        self.objective.frozen = frozen
+        self.objective.frozen, self.objective.peers = frozen, self
         self.objective.prepare(policy, tokenizer)
         policy.checkpointing = config.train.checkpointing
         parallel.apply(policy, self.objective, ranks)
@@ -89,17 +92,29 @@ class Run:
         """All that is trained."""
         return list(self.optimizers.parameters())
 
-    def poll(self) -> None:
+    def poll(self, busy: bool = False) -> bool:
         """Called wherever time is spent; a stop that any rank was asked for interrupts all of
-        them.
+        them. Whether any rank is `busy`.
         """
         event(f"in {self.state.pending[0] if self.state.pending else 'step'}")
-        if self.ranks.any(self.flag.stop):
+        asked = torch.tensor([float(self.flag.stop), float(busy)], device=self.ranks.device)
+        stop, anybody = self.ranks.all_sum(asked).tolist()
+        if stop:
             raise Interrupted
+        return anybody > 0
+
+    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Every rank's tensors, on the CPU; shapes may differ."""
+        if self.ranks.world == 1:
+            return [tensors]
+        own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return [tensors_of(data) for data in self.ranks.gather(bytes_of(own))]
 
     def snapshot(self) -> checkpoint.Snapshot:
         """Everything needed to go on from here; every rank must call it."""
         tensors, values = rng.capture()
+        carried = {f"{CARRIED}{name}": t for name, t in self.objective.carried().items()}
+        tensors |= {name: tensor.cpu().contiguous() for name, tensor in carried.items()}
         saved = bytes_of(tensors, metadata={"values": json.dumps(values)})
         state = self.state.plain() | {
             "cursor": self.feed.cursor,
@@ -157,6 +172,7 @@ class Run:
         self.spikes.restore(saved.state.get("spikes", []))
         self.scale.restore(saved.state["loss_scale"])
         self.objective.restore_progress(saved.state["objective"])
+        self.objective.restore_carried(self._carried(saved.rng))
         self.batches = self.objective.batches(self.feed, self.policy)
         if len(saved.rng) == self.ranks.world:
             restore_rng(saved.rng[self.ranks.rank])
@@ -164,6 +180,20 @@ class Run:
             rng.seed_all(
                 rng.derive(self.config.train.seed, "rank", self.ranks.rank, self.state.step)
             )
+
+    def _carried(self, files: list[bytes]) -> dict[str, Tensor]:
+        """The objective's own tensors in the files of all ranks that were, for this one."""
+        parts = [
+            {
+                name.removeprefix(CARRIED): tensor.to(self.ranks.device)
+                for name, tensor in tensors_of(data).items()
+                if name.startswith(CARRIED)
+            }
+            for data in files
+        ]
+        if len(parts) == self.ranks.world:
+            return parts[self.ranks.rank]
+        return self.objective.shared_out(parts, self.ranks.rank, self.ranks.world)
 
     @property
     def meter_device(self) -> torch.device:

@@ -73,14 +73,14 @@ def loop(run: Run) -> None:
     attend(run, list(run.state.pending))
     while run.state.step < run.config.train.steps:
         tensors, values = rng.capture()
-        cursor, progress = run.feed.cursor, run.objective.progress()
+        cursor, mark = run.feed.cursor, run.objective.mark()
         try:
             step(run)
         except Interrupted:
             run.optimizers.zero_grad()
             rng.restore(tensors, values)
             run.feed.cursor = cursor
-            run.objective.restore_progress(progress)
+            run.objective.rewind(mark)
             raise
         event("step")
         attend(run, list(DUES))
@@ -96,7 +96,8 @@ def step(run: Run) -> None:
     micro = []
     for _ in range(run.config.train.accumulate):
         run.poll()
-        micro.append(next(run.batches).to(run.ranks.device))
+        with autocast(run.config.train.precision, run.ranks.device):
+            micro.append(next(run.batches).to(run.ranks.device))
     units = (
         torch.stack([run.objective.weight(batch) for batch in micro])
         .sum()

@@ -1,0 +1,357 @@
+"""Objectives that learn from their own answers: what a rollout becomes, part by part."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+from tests.objectives.conftest import Prompts, liked
+from tinsmith.core.errors import UserError
+from tinsmith.objectives.base import Alone
+from tinsmith.objectives.grpo import GRPO, group_advantages
+from tinsmith.objectives.ppo import PPO, at_the_end, gae
+from tinsmith.objectives.spo import SPO
+from tinsmith.objectives.whiten import whitened
+
+SMALL = {"max_new": 6, "decode_rows": 8, "temperature": 0.9}
+CONFIGS = {
+    "grpo": GRPO(answers=3, beta=0.1, minibatches=2, updates=2, **SMALL),
+    "dr_grpo": GRPO(answers=3, loss="dr_grpo", minibatches=2, updates=2, **SMALL),
+    "ppo": PPO(beta=0.1, minibatches=2, updates=2, **SMALL),
+    "critic": PPO(critic="model", minibatches=2, updates=2, **SMALL),
+    "spo": SPO(minibatches=2, updates=2, **SMALL),
+}
+
+
+def gradients(objective, lm, batch):
+    lm.zero_grad()
+    objective.zero_grad()
+    loss = objective.loss(lm, batch)
+    (loss.total / objective.weight(batch)).backward()
+    named = [*lm.named_parameters(), *objective.named_parameters()]
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_that_is_trained_gets_a_finite_gradient(name, small, ready):
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    batches = objective.batches(Prompts(), lm)
+    found = gradients(objective, lm, next(batches))
+    assert found.keys() >= dict(lm.named_parameters()).keys()
+    assert all(bool(torch.isfinite(grad).all()) for grad in found.values())
+    assert any(bool((grad != 0).any()) for grad in found.values())
+    trained = {n for n, p in objective.named_parameters() if p.requires_grad}
+    assert trained <= found.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_of_a_rollout_are_whole_groups_and_make_up_all_of_it(name, small, ready):
+    lm = small()
+    config = CONFIGS[name]
+    objective = ready(config, lm)
+    parts = list(islice(objective.batches(Prompts(), lm), 4))
+    for a, b in zip(parts[:2], parts[2:], strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(a, b, strict=True))
+    assert sum(len(part.ids) for part in parts[:2]) == 4 * config.answers
+    firsts = [part.ids[:: config.answers, 0].tolist() for part in parts[:2]]
+    assert firsts == [[5, 7], [6, 8]]
+    for part in parts:
+        groups = part.ids[:, 0].view(-1, config.answers)
+        assert bool((groups == groups[:, :1]).all())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_and_their_sum_have_the_same_gradient(name, small, ready):
+    """T4: how a rollout was split into micro-batches changes nothing."""
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    batches = objective.batches(Prompts(), lm)
+    one, two = next(batches), next(batches)
+    whole = objective.rollout
+    expected = gradients(objective, lm, whole)
+    units = objective.weight(one) + objective.weight(two)
+    found = {
+        key: (a * objective.weight(one) + b * objective.weight(two)) / units
+        for (key, a), b in zip(
+            gradients(objective, lm, one).items(),
+            gradients(objective, lm, two).values(),
+            strict=True,
+        )
+    }
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_step_is_reinforce_whatever_the_precision_of_rollouts(name, small, ready):
+    """The ratio to the policy that answered is 1."""
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    batch = next(objective.batches(Prompts(), lm))
+    metrics = objective.loss(lm, batch).metrics
+    assert metrics["clipped"].total == 0
+    assert metrics["moved_k2"].total < 1e-10
+    assert math.isfinite(metrics["loss"].total)
+    if "kl_k3" in metrics:
+        assert abs(metrics["kl_k3"].total) < 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_T2_a_rollout_in_hand_is_part_of_what_is_saved(name, small, ready):
+    lm = small()
+    whole = ready(CONFIGS[name], lm)
+    expected = list(islice(whole.batches(Prompts(), lm), 12))
+    for stop in (1, 3, 4, 5, 8):
+        feed, before = Prompts(), ready(CONFIGS[name], lm)
+        given = list(islice(before.batches(feed, lm), stop))
+        after = ready(CONFIGS[name], lm)
+        after.restore_progress(before.progress())
+        after.restore_carried({key: value.clone() for key, value in before.carried().items()})
+        given += list(islice(after.batches(feed, lm), 12 - stop))
+        for one, two in zip(given, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        assert after.carried().keys() == whole.carried().keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(name, small, ready):
+    """The step had begun with the last part of one rollout, and had finished another."""
+    lm = small()
+    expected = list(islice(ready(CONFIGS[name], lm).batches(Prompts(), lm), 12))
+    feed, objective = Prompts(), ready(CONFIGS[name], lm)
+    batches = objective.batches(feed, lm)
+    given = list(islice(batches, 3))
+    mark, cursor = objective.mark(), feed.cursor
+    list(islice(batches, 5))
+
+    class Stopping(Alone):
+        def poll(self, busy: bool = False) -> bool:
+            raise KeyboardInterrupt
+
+    objective.peers = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert lm.training
+    objective.peers = Alone()
+    objective.rewind(mark)
+    feed.cursor = cursor
+    given += list(islice(objective.batches(feed, lm), 9))
+    for one, two in zip(given, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_grpo_judges_answers_against_their_group(small, ready):
+    lm = small()
+    objective = ready(CONFIGS["grpo"], lm)
+    next(objective.batches(Prompts(), lm))
+    rows = objective.rollout
+    expected = group_advantages(rows.rewards.view(4, 3)).flatten()
+    assert torch.equal(rows.advantages, expected[:, None] * rows.mask)
+    assert expected.abs().sum() > 0
+
+
+def test_groups_that_teach_nothing_are_counted(small, ready):
+    lm = small()
+    objective = ready(CONFIGS["grpo"], lm)
+    objective.score = lambda prompts, episodes: [
+        1.0 if prompt.number % 2 else score
+        for prompt, score in zip(prompts, liked(prompts, episodes), strict=True)
+    ]
+    even, odd = islice(objective.batches(Prompts(), lm), 2)
+    told = [objective.loss(lm, part).metrics["degenerate"] for part in (even, odd)]
+    assert [float(metric.total / metric.count) for metric in told] == [0.0, 1.0]
+    assert bool((odd.advantages == 0).all())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_answer_without_a_reward_is_left_out_and_counted(name, bad, small, ready):
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    objective.score = lambda prompts, episodes: [bad, *liked(prompts, episodes)[1:]]
+    batches = objective.batches(Prompts(), lm)
+    part = next(batches)
+    assert part.mask[0].sum() == 0
+    assert part.mask[1].sum() > 0
+    metrics = objective.loss(lm, part).metrics
+    assert metrics["unrewarded"].total == 1
+    assert all(math.isfinite(m.total) for m in metrics.values())
+    assert all(bool(torch.isfinite(g).all()) for g in gradients(objective, lm, part).values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rollout_without_any_reward_changes_nothing(name, small, ready):
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    objective.score = lambda prompts, episodes: [math.nan] * len(prompts)
+    part = next(objective.batches(Prompts(), lm))
+    loss = objective.loss(lm, part)
+    loss.total.backward()
+    assert loss.total.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in lm.parameters())
+
+
+def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
+    lm = small()
+    keep = ready(GRPO(answers=3, **SMALL), lm)
+    drop = ready(GRPO(answers=3, truncated="drop", penalty=0.25, **SMALL), lm)
+    kept, dropped = (next(each.batches(Prompts(), lm)) for each in (keep, drop))
+    cut = kept.truncated
+    assert 0 < cut.sum() < len(cut)
+    assert torch.equal(dropped.mask, kept.mask & ~cut[:, None])
+    assert torch.allclose(dropped.rewards, kept.rewards - 0.25 * cut)
+
+
+def test_prompts_that_do_not_come_out_even_are_refused(small, ready):
+    lm = small()
+    objective = ready(GRPO(answers=2, minibatches=3, **SMALL), lm)
+    with pytest.raises(UserError, match=r"objective.minibatches: 3 must divide the 4 prompts"):
+        next(objective.batches(Prompts(), lm))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (GRPO, "answers", 1),
+        (GRPO, "temperature", 0.0),
+        (GRPO, "beta", -0.1),
+        (GRPO, "clip_low", 1.5),
+        (GRPO, "updates", 0),
+        (PPO, "lam", 1.1),
+        (PPO, "max_moved", 0.0),
+        (SPO, "answers", 2),
+        (SPO, "rho_min", 0.99),
+        (SPO, "highest", 0.0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(config, key, value):
+    with pytest.raises(ValueError, match=key):
+        config(**{key: value})
+
+
+# PPO
+
+
+def test_ppo_reward_stands_at_the_last_token_and_the_divergence_at_every_one(small, ready):
+    lm = small()
+    objective = ready(PPO(beta=0.3, gamma=0.9, lam=0.8, whiten=False, **SMALL), lm)
+    with torch.no_grad():
+        objective.value.weight.normal_()
+        objective.frozen["reference"].head.weight.normal_()
+    rows = next(objective.batches(Prompts(), lm))
+    away = (rows.old - rows.reference) * rows.mask
+    assert away.abs().sum() > 0.1
+    rewards = -0.3 * away
+    for row in range(4):
+        rewards[row, rows.mask[row].nonzero().max()] += rows.rewards[row]
+    advantages, returns = gae(rewards, rows.values, rows.mask, 0.9, 0.8)
+    assert torch.allclose(rows.advantages, advantages, atol=1e-6)
+    assert torch.allclose(rows.returns, returns, atol=1e-6)
+
+
+def test_the_value_baseline_never_sees_the_action_it_judges(small, ready):
+    for config in (PPO(**SMALL), PPO(critic="model", **SMALL)):
+        lm = small()
+        objective = ready(config, lm)
+        with torch.no_grad():
+            objective.value.weight.normal_()
+        rows = next(objective.batches(Prompts(), lm))
+        row, place = rows.mask.nonzero()[2].tolist()
+        changed = rows.ids.clone()
+        changed[row, place + 1 :] = (changed[row, place + 1 :] + 3) % 20
+        before, after = (
+            objective.values(lm(ids, segments=rows.segments), rows._replace(ids=ids))
+            for ids in (rows.ids, changed)
+        )
+        assert torch.equal(before[row, : place + 1], after[row, : place + 1])
+        assert not torch.equal(before[row], after[row])
+
+
+def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, ready):
+    lm = small()
+    objective = ready(PPO(minibatches=2, updates=3, max_moved=0.01, **SMALL), lm)
+    feed = Prompts()
+    batches = objective.batches(feed, lm)
+    next(batches)
+    assert objective.accept({"moved_k2": 0.009})
+    next(batches)
+    assert feed.cursor == 4
+    assert not objective.accept({"moved_k2": 0.011})
+    next(batches)
+    assert feed.cursor == 8
+    assert objective.place == 1
+
+
+def test_rewards_go_to_the_last_token_of_what_was_said():
+    mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    found = at_the_end(torch.tensor([2.0, math.nan, 3.0]), mask)
+    assert found.tolist() == [[0, 0, 0, 2, 0], [0] * 5, [3, 0, 0, 0, 0]]
+
+
+def test_whitened_values_have_mean_0_and_deviation_1():
+    values = torch.randn(5, 7) * 3 + 2
+    mask = torch.rand(5, 7) > 0.4
+    found = whitened(values, mask, Alone())
+    assert found[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert found[mask].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert bool((found[~mask] == 0).all())
+    assert bool((whitened(values, mask & False, Alone()) == 0).all())
+
+
+# SPO
+
+
+def test_spo_judges_an_answer_by_what_its_prompt_was_expected_to_earn_before(small, ready):
+    lm = small()
+    objective = ready(SPO(whiten=False, **SMALL), lm)
+    feed, expected = Prompts(rows=10), objective.config.tracker()
+    batches = objective.batches(feed, lm)
+    first, second = next(batches), next(batches)
+    for rows in (first, second):
+        advantages = [float(r) - expected.value(n) for n, r in enumerate(rows.rewards)]
+        found = rows.advantages.sum(1) / rows.mask.sum(1)
+        assert found.tolist() == pytest.approx(advantages, abs=1e-6)
+        for number, reward in enumerate(rows.rewards.tolist()):
+            expected.update(number, reward, 0.0)
+    assert objective.tracker.state.keys() == expected.state.keys()
+    for number, pair in expected.state.items():
+        assert objective.tracker.state[number] == pytest.approx(pair, abs=1e-6)
+
+
+def test_spo_measures_the_policy_on_the_answer_it_gave_to_the_same_prompt(small, ready):
+    lm = small()
+    objective = ready(SPO(**SMALL), lm)
+    rows = next(objective.batches(Prompts(rows=10), lm))
+    assert objective.distances(lm, list(range(10))).abs().max() < 1e-5
+    with torch.no_grad():
+        lm.head.weight += 0.2 * torch.randn_like(lm.head.weight)
+        now = objective.logprobs(lm, rows)[0]
+    expected = ((now - rows.old).abs() * rows.mask).sum(1) / rows.mask.sum(1)
+    found = objective.distances(lm, [3, 99, 7])
+    assert found.tolist() == pytest.approx([float(expected[3]), 0.0, float(expected[7])], abs=1e-6)
+
+
+def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, ready):
+    lm = small()
+    objective = ready(SPO(first_answers=8, **SMALL), lm)
+    batches = objective.batches(Prompts(rows=10), lm)
+    asked = []
+    answers = objective.answers
+    objective.answers = lambda policy, prompts, seeds: (
+        asked.append(len(prompts)) or answers(policy, prompts, seeds)
+    )
+    next(batches)
+    next(batches)
+    assert asked == [10, 80, 10, 0]
+    assert all(6 < sum(pair) < 11 for pair in objective.tracker.state.values())
+
+
+def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
+    lm = small()
+    objective = ready(SPO(lowest=-3, highest=3, **SMALL), lm)
+    rewards = torch.tensor([-5.0, -3.0, 0.0, 4.5, math.nan])
+    found = objective.normalised(rewards)
+    assert found[:4].tolist() == [0.0, 0.0, 0.5, 1.0]
+    assert math.isnan(found[4])
