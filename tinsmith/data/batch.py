@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Row(NamedTuple):
-    """One packed row, each array (T,): int64, int64, bool, int64, int64. See Batch."""
+    """One row, each array (T,): int64, int64, bool, int64, int64. See Batch."""
 
     ids: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -49,6 +49,20 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row], source: Sequence[int] | NDArray[Any]) -> Batch:
-    """Rows of equal length and the number of the source of each, as one batch."""
-    parts = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True)]
+    """Rows and the number of the source of each, as one batch: shorter rows get padding behind."""
+    width = max(len(row.ids) for row in rows)
+    even = [row if len(row.ids) == width else padded(row, width) for row in rows]
+    parts = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*even, strict=True)]
     return Batch._make([*parts, torch.from_numpy(np.array(source, dtype=np.int64))])
+
+
+def padded(row: Row, width: int) -> Row:
+    """The row with padding behind it, `width` positions in all."""
+    space = (0, width - len(row.ids))
+    return Row(
+        np.pad(row.ids, space),
+        np.pad(row.targets, space),
+        np.pad(row.mask, space),
+        np.pad(row.positions, space),
+        np.pad(row.segments, space, constant_values=-1),
+    )

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from tinsmith.core.parse import Config, Count, Kind
 
-Shape = Literal["documents", "chats"]
-"""What an objective reads: pretraining wants documents, fine-tuning wants chats."""
+Shape = Literal["documents", "chats", "pairs", "prompts"]
+"""What an objective reads: pretraining wants documents, fine-tuning wants chats, preferences want
+pairs of answers to one prompt, and reinforcement wants prompts with an answer to check."""
 
 OnBadLine = Literal["reject", "fail"]
 
@@ -83,7 +84,8 @@ class Text(DataSection):
 
 @dataclass(frozen=True, kw_only=True)
 class Chats(DataSection):
-    """Your own chats: .jsonl, .jsonl.gz or .parquet, or a folder of them."""
+    """Your own chats: .jsonl, .jsonl.gz or .parquet, or a folder of them. An objective that reads
+    pairs or prompts finds them in the same rows."""
 
     kind: Literal["chats"] = "chats"
     path: str
@@ -100,8 +102,8 @@ class Hub(DataSection):
     config: str | None = None
     split: str = "train"
     field: str | None = "text"
-    """Which field of a row is a document; null renders the row's chat instead. Fine-tuning always
-    reads chats."""
+    """Which field of a row is a document; null renders the row's chat instead. Fine-tuning
+    always reads chats, as preferences do pairs and reinforcement prompts."""
     revision: str | None = None
     on_bad_line: OnBadLine = "reject"
 

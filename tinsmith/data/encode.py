@@ -9,7 +9,9 @@ import numpy as np
 
 from tinsmith.data.config import Shape
 from tinsmith.data.files import Reject
+from tinsmith.data.pairs import Pair, encode_pair
 from tinsmith.data.progress import Progress
+from tinsmith.data.prompts import NOTES, Question, encode_question, note
 from tinsmith.data.shards import ShardWriter
 from tinsmith.data.streams import Document
 from tinsmith.text.chat import BadRecord, Conversation, encode_chat
@@ -19,20 +21,28 @@ BATCH = 4_000_000
 """Bytes of text encoded at a time."""
 
 
+MASKED: tuple[Shape, ...] = ("chats", "pairs")
+"""Shapes that say of every token whether it is trained."""
+
+
 class Encoded(NamedTuple):
-    """Ids (n,) of a document, for chats which of them are trained (n,), and bytes of its text."""
+    """Ids (n,) of a document, for chats and pairs which of them are trained (n,), bytes of its
+    text, and for prompts what else is known."""
 
     ids: list[int]
     mask: list[bool] | None
     text_bytes: int
+    note: bytes | None = None
 
 
 class Encoder:
     """Writes the documents of one source, each to its side, below `folder`/train and
     `folder`/validation."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shape: Shape):
-        self._folder, self._tokenizer, self._shape = folder, tokenizer, shape
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shape: Shape, context: int = 0):
+        self._folder, self._tokenizer = folder, tokenizer
+        self._shape: Shape = shape
+        self._context = context
         self._byte_lengths = tokenizer.byte_lengths()
         self.rejects: list[Reject] = []
 
@@ -41,12 +51,9 @@ class Encoder:
     ) -> dict[str, dict[str, int]]:
         """Encode and write all of `documents` (whether for validation, document); what went to each
         side."""
-        chats = self._shape == "chats"
         with ExitStack() as stack:
             train, validation = (
-                stack.enter_context(
-                    ShardWriter(self._folder / part, self._tokenizer.vocab_size, masked=chats)
-                )
+                _Side(self._folder / part, self._tokenizer.vocab_size, self._shape, stack)
                 for part in ("train", "validation")
             )
             for batch in _batches(documents):
@@ -55,16 +62,14 @@ class Encoder:
                     if isinstance(one, Reject):
                         self.rejects.append(one)
                         continue
-                    (validation if held_back else train).add(
-                        one.ids, one.mask, text_bytes=one.text_bytes, last=document.last
-                    )
+                    (validation if held_back else train).add(one, last=document.last)
                 progress.advance(sum(document.bytes for _, document in batch))
-        return {"train": _counts(train), "validation": _counts(validation)}
+        return {"train": train.counts(), "validation": validation.counts()}
 
-    def _encode(self, documents: list[Document]) -> Sequence[Encoded | Reject]:
-        """Texts of a batch at once, conversations one by one."""
-        if any(isinstance(document.content, Conversation) for document in documents):
-            return [self._chat(document) for document in documents]
+    def _encode(self, documents: list[Document]) -> Sequence[Sequence[Encoded] | Reject]:
+        """Texts of a batch at once, anything else one by one."""
+        if not all(isinstance(document.content, str) for document in documents):
+            return [self._one(document) for document in documents]
         whole = iter(
             self._tokenizer.encode_many(document.text for document in documents if document.first)
         )
@@ -72,21 +77,57 @@ class Encoder:
         encoded = []
         for document in documents:
             ids = next(whole) if document.first else self._tokenizer.encode_inside(document.text)
-            encoded.append(Encoded(ids + end * document.last, None, document.bytes))
+            encoded.append([Encoded(ids + end * document.last, None, document.bytes)])
         return encoded
 
-    def _chat(self, document: Document) -> Encoded | Reject:
-        assert isinstance(document.content, Conversation)
+    def _one(self, document: Document) -> Sequence[Encoded] | Reject:
+        content = document.content
         try:
-            ids, mask = encode_chat(self._tokenizer, document.content)
+            if isinstance(content, Pair):
+                sides = encode_pair(self._tokenizer, content, self._context)
+                return [Encoded(*side, self._bytes(side.ids)) for side in sides]
+            if isinstance(content, Question):
+                ids = encode_question(self._tokenizer, content, self._context)
+                return [Encoded(ids, None, self._bytes(ids), note(content))]
+            assert isinstance(content, Conversation)
+            return [self._chat(content)]
         except BadRecord as error:
             return Reject(document.file, document.line, str(error))
-        if self._shape == "chats" and not any(mask[1:]):
-            return Reject(document.file, document.line, "nothing in it is to be learned")
-        text_bytes = int(self._byte_lengths[np.asarray(ids)].sum())
+
+    def _chat(self, conversation: Conversation) -> Encoded:
+        ids, mask = encode_chat(self._tokenizer, conversation)
         if self._shape == "documents":
-            return Encoded([*ids, self._tokenizer.end_of_text], None, text_bytes)
-        return Encoded(ids, mask, text_bytes)
+            return Encoded([*ids, self._tokenizer.end_of_text], None, self._bytes(ids))
+        if not any(mask[1:]):
+            raise BadRecord("nothing in it is to be learned")
+        return Encoded(ids, mask, self._bytes(ids))
+
+    def _bytes(self, ids: list[int]) -> int:
+        return int(self._byte_lengths[np.asarray(ids)].sum())
+
+
+class _Side:
+    """The shards of one side of a source, open until the stack is left."""
+
+    def __init__(self, folder: Path, vocab_size: int, shape: Shape, stack: ExitStack):
+        self._runs = stack.enter_context(ShardWriter(folder, vocab_size, masked=shape in MASKED))
+        self._notes = None
+        if shape == "prompts":
+            self._notes = stack.enter_context(ShardWriter(folder / NOTES, 256))
+        self._each = 2 if shape == "pairs" else 1
+
+    def add(self, runs: Sequence[Encoded], *, last: bool) -> None:
+        """Append a document: one run of ids, or the two of a pair."""
+        for run in runs:
+            self._runs.add(run.ids, run.mask, text_bytes=run.text_bytes, last=last)
+            if self._notes is not None and run.note is not None:
+                self._notes.add(np.frombuffer(run.note, dtype=np.uint8))
+
+    def counts(self) -> dict[str, Any]:
+        """Documents (chats, pairs, prompts), tokens, bytes of text."""
+        runs = self._runs
+        documents = runs.documents // self._each
+        return {"documents": documents, "tokens": runs.tokens, "bytes": runs.bytes}
 
 
 def _batches(documents: Iterable[tuple[bool, Document]]) -> Iterator[list[tuple[bool, Document]]]:
@@ -100,7 +141,3 @@ def _batches(documents: Iterable[tuple[bool, Document]]) -> Iterator[list[tuple[
             batch, length = [], 0
     if batch:
         yield batch
-
-
-def _counts(writer: ShardWriter) -> dict[str, Any]:
-    return {"documents": writer.documents, "tokens": writer.tokens, "bytes": writer.bytes}

@@ -15,16 +15,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tinsmith.data.batch import Row
+from tinsmith.data.batch import Row, padded
 from tinsmith.data.fit import fit
 from tinsmith.data.shards import Shards
 
 
 class Packed(Protocol):
-    """Rows by number: what a source shuffles."""
+    """Samples by number: what a source shuffles."""
 
     size: int
-    """How many rows."""
+    """How many samples: packed rows, pairs, prompts."""
     positions: int
     """How many of the `size * context` positions hold a token."""
     cut: int
@@ -32,8 +32,8 @@ class Packed(Protocol):
     skipped: int
     """How many pieces of such chats are left out because nothing in them is to be learned."""
 
-    def row(self, place: int) -> Row:
-        """Row number `place`, 0 <= place < size."""
+    def sample(self, place: int) -> tuple[Row, ...]:
+        """The rows of sample number `place`, 0 <= place < size: one, or the two of a pair."""
         ...
 
 
@@ -45,6 +45,10 @@ class DocumentRows:
         self.positions = shards.tokens_total
         self.size = -(-self.positions // context)
         self.cut = self.skipped = 0
+
+    def sample(self, place: int) -> tuple[Row, ...]:
+        """Row number `place`."""
+        return (self.row(place),)
 
     def row(self, place: int) -> Row:
         """Window number `place` of the stream; the last one may end in padding."""
@@ -65,6 +69,10 @@ class ChatRows:
         self._fitted = fit(starts, lengths, context)
         self.size = len(self._fitted.edges) - 1
         self.positions = int(self._fitted.lengths.sum())
+
+    def sample(self, place: int) -> tuple[Row, ...]:
+        """Row number `place`."""
+        return (self.row(place),)
 
     def row(self, place: int) -> Row:
         """The pieces of row number `place`, side by side."""
@@ -120,15 +128,6 @@ def _padded(
     segments: NDArray[np.int64],
 ) -> Row:
     """A row of `context` positions; positions are counted from 0 inside each segment."""
-    used = len(ids)
-    positions = np.arange(used) - np.searchsorted(segments, segments)
-    if used == context:
-        return Row(ids, targets, mask, positions, segments)
-    space = (0, context - used)
-    return Row(
-        np.pad(ids, space),
-        np.pad(targets, space),
-        np.pad(mask, space),
-        np.pad(positions, space),
-        np.pad(segments, space, constant_values=-1),
-    )
+    positions = np.arange(len(ids)) - np.searchsorted(segments, segments)
+    row = Row(ids, targets, mask, positions, segments)
+    return row if len(ids) == context else padded(row, context)

@@ -24,7 +24,7 @@ from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
 from tinsmith.core.units import size
 from tinsmith.data import hub, vocabulary
 from tinsmith.data.config import DataConfig, Hub, Shape
-from tinsmith.data.encode import Encoder
+from tinsmith.data.encode import MASKED, Encoder
 from tinsmith.data.prepared import Prepared, Say, find_prepared, open_prepared, summarise
 from tinsmith.data.progress import Progress
 from tinsmith.data.streams import Fetched, Origin, open_origin, unique_names
@@ -35,6 +35,8 @@ from tinsmith.text.tokenizer import Tokenizer
 
 FORMAT = 1
 """Part of the hash: raised whenever the same data would be written differently."""
+SIZED: tuple[Shape, ...] = ("pairs", "prompts")
+"""Shapes that are prepared for rows of one length."""
 
 Stop = Callable[[], bool]
 
@@ -46,8 +48,12 @@ def prepare(
     root: Path,
     say: Say = print,
     stop: Stop | None = None,
+    *,
+    context: int | None = None,
 ) -> Prepared:
     """Prepare `data` below `root`, or find it there.
+
+    Pairs and prompts are cut to fit, and so depend on the `context` of the run: positions of a row.
 
     UserError for anything that the user can mend; Stopped where `stop()` turns true. Whatever
     happens, a folder named by its hash is complete, and what was there before stays.
@@ -56,7 +62,9 @@ def prepare(
     origins = _origins(data, shape, _fetcher(scratch, say, stop))
     known = vocabulary.ready(tokenizer)
     identities = [our_template(), *(origin.identity for origin in origins)]
-    folder = root / _hash(FORMAT, shape, vocabulary.identity(known), identities)
+    sized = [context] if shape in SIZED else []
+    assert sized != [None], f"{shape} are prepared for a context"
+    folder = root / _hash(FORMAT, shape, vocabulary.identity(known), identities, *sized)
     try:
         with _disk_trouble(root):
             sweep(root)
@@ -64,7 +72,7 @@ def prepare(
             if found:
                 return found
             with atomic_dir(folder) as temporary:
-                _Work(temporary, shape, say, stop).run(origins, known)
+                _Work(temporary, shape, context, say, stop).run(origins, known)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     prepared = open_prepared(folder)
@@ -75,8 +83,11 @@ def prepare(
 class _Work:
     """One preparation, from the first reading to the report."""
 
-    def __init__(self, folder: Path, shape: Shape, say: Say, stop: Stop | None):
+    def __init__(
+        self, folder: Path, shape: Shape, context: int | None, say: Say, stop: Stop | None
+    ):
         self._shape: Shape = shape
+        self._context = context or 0
         self._folder, self._say, self._stop = folder, say, stop
 
     def run(self, origins: list[Origin], known: Tokenizer | TrainTokenizerConfig) -> None:
@@ -113,7 +124,7 @@ class _Work:
         self, number: int, surveyed: Surveyed, tokenizer: Tokenizer, rejects: Rejects
     ) -> dict[str, Any]:
         origin = surveyed.origin
-        encoder = Encoder(self._folder / str(number), tokenizer, self._shape)
+        encoder = Encoder(self._folder / str(number), tokenizer, self._shape, self._context)
         progress = self._progress(f"encoding {origin.name}", surveyed.bytes)
         counts = encoder.write(surveyed.sides(), progress)
         for reject in encoder.rejects:
@@ -126,7 +137,7 @@ class _Work:
 
     def _check_space(self, text_bytes: int, tokenizer: Tokenizer) -> None:
         """Refuse early what cannot fit, at two bytes of text to a token."""
-        token_bytes = (2 if tokenizer.vocab_size <= 2**16 else 4) + (self._shape == "chats")
+        token_bytes = (2 if tokenizer.vocab_size <= 2**16 else 4) + (self._shape in MASKED)
         need, free = text_bytes * token_bytes // 2, free_space(self._folder)
         if free < need:
             needed, there = size(need), size(free)

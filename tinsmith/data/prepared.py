@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.units import count
+from tinsmith.data.prompts import NOTES
 from tinsmith.data.shards import Shards
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -27,7 +28,10 @@ def open_prepared(folder: Path, *, verify: bool = False) -> Prepared:
     report = read_report(folder)
     for number in range(len(report["sources"])):
         for part in ("train", "validation"):
-            Shards.open(folder / str(number) / part, verify=verify)
+            place = folder / str(number) / part
+            Shards.open(place, verify=verify)
+            if report["shape"] == "prompts":
+                Shards.open(place / NOTES, verify=verify)
     return Prepared(folder, Tokenizer.load(folder), report)
 
 

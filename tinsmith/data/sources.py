@@ -19,7 +19,9 @@ from tinsmith.data.mixture import Mixture
 from tinsmith.data.order import order_many
 from tinsmith.data.pack import ChatRows, DocumentRows, Packed
 from tinsmith.data.prepared import read_report
+from tinsmith.data.prompts import NOTES, Prompt
 from tinsmith.data.shards import Shards
+from tinsmith.data.unpacked import PairRows, PromptRows
 
 Part = Literal["train", "validation"]
 
@@ -36,7 +38,8 @@ class Member(NamedTuple):
 
 
 class Source:
-    """Rows by global number.
+    """Samples by global number: packed rows of documents or chats, pairs (two rows each, the chosen
+    answer before the rejected one), or prompts.
 
     `train` rows come shuffled, every epoch of every member anew, members mixed by weight, without
     end. `validation` rows come once, in order, member after member: there are `size` of them.
@@ -97,18 +100,28 @@ class Source:
 
     def rows(self, start: int, count: int) -> Batch:
         """The global samples [start, start + count); a validation source ends at `size`."""
-        stop = start + count if self.part_name == "train" else min(start + count, self.size)
-        return self.take(np.arange(start, stop))
+        return self.take(self._range(start, count))
+
+    def prompts(self, start: int, count: int) -> list[Prompt]:
+        """The same, where samples are prompts: each with its answer and its stable number."""
+        indices = self._range(start, count)
+        found = []
+        for m, place in zip(*(part.tolist() for part in self._locate(indices)), strict=True):
+            rows = self._members[m].rows
+            assert isinstance(rows, PromptRows), "only a source of prompts has prompts"
+            found.append(rows.prompt(place, int(self._edges[m]) + place))
+        return found
 
     def take(self, indices: NDArray[np.int64]) -> Batch:
         """Any global samples, by number (n,)."""
         assert len(indices), "a batch has at least one row"
         members, places = self._locate(indices)
-        rows = [
-            self._members[m].rows.row(p)
-            for m, p in zip(members.tolist(), places.tolist(), strict=True)
-        ]
-        return collate(rows, [self._members[m].number for m in members.tolist()])
+        rows, sources = [], []
+        for m, place in zip(members.tolist(), places.tolist(), strict=True):
+            sample = self._members[m].rows.sample(place)
+            rows += sample
+            sources += [self._members[m].number] * len(sample)
+        return collate(rows, sources)
 
     def part(self, name: str) -> "Source":
         """The member of that name alone."""
@@ -123,11 +136,15 @@ class Source:
         return np.arange(count) * self.size // max(1, count)
 
     def pass_through(self, rows: int, limit: int | None = None) -> Iterator[Batch]:
-        """One pass in batches of at most `rows` rows; with `limit`, over that many rows spread
-        evenly."""
+        """One pass in batches of at most `rows` samples; with `limit`, over that many samples
+        spread evenly."""
         chosen = self.spread(self.size if limit is None else limit)
         for start in range(0, len(chosen), rows):
             yield self.take(chosen[start : start + rows])
+
+    def _range(self, start: int, count: int) -> NDArray[np.int64]:
+        stop = start + count if self.part_name == "train" else min(start + count, self.size)
+        return np.arange(start, stop)
 
     def _locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Member (n,) and row within that member (n,) of global samples (n,)."""
@@ -144,6 +161,9 @@ class Source:
         return members, places
 
 
+_ROWS = {"documents": DocumentRows, "chats": ChatRows, "pairs": PairRows}
+
+
 def open_source(
     folder: Path, shape: Shape, part: Part, context: int, seed: int, *, verify: bool = False
 ) -> Source:
@@ -156,8 +176,13 @@ def open_source(
     assert report["shape"] == shape, f"{folder} holds {report['shape']}"
     members = []
     for number, facts in enumerate(report["sources"]):
-        shards = Shards.open(folder / str(number) / part, verify=verify)
-        rows = DocumentRows(shards, context) if shape == "documents" else ChatRows(shards, context)
+        place = folder / str(number) / part
+        shards = Shards.open(place, verify=verify)
+        rows: Packed
+        if shape == "prompts":
+            rows = PromptRows(shards, Shards.open(place / NOTES, verify=verify), context)
+        else:
+            rows = _ROWS[shape](shards, context)
         if rows.size:
             tokens, text_bytes = shards.tokens_total, shards.bytes_total
             members.append(Member(facts["name"], number, facts["weight"], rows, tokens, text_bytes))

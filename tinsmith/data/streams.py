@@ -3,7 +3,7 @@ again and again."""
 
 import itertools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,15 +12,27 @@ from tinsmith.core.parse import plain
 from tinsmith.data import files, hub, stdlib, tasks
 from tinsmith.data.config import Chats, DataConfig, Hub, Shape, Stdlib, Tasks, Text
 from tinsmith.data.files import Reject
-from tinsmith.text.chat import BadRecord, Conversation, normalise
+from tinsmith.data.pairs import Pair, read_pair
+from tinsmith.data.prompts import Question, read_prompt
+from tinsmith.text.chat import BadRecord, Conversation, Message, normalise
 
 VALIDATION_NAMES = ("valid", "val", "validation")
 
+Content = str | Conversation | Pair | Question
+_READERS: dict[Shape, Callable[[Any], Content]] = {
+    "documents": normalise,
+    "chats": normalise,
+    "pairs": read_pair,
+    "prompts": read_prompt,
+}
+"""What makes of a row what an objective reads."""
+
 
 class Document(NamedTuple):
-    """A text (or a piece of a long one) or a conversation, and where it came from."""
+    """A text (or a piece of a long one), a conversation, a pair or a prompt, and where it came
+    from."""
 
-    content: str | Conversation
+    content: Content
     key: bytes
     """What the split goes by; normally the content itself."""
     file: str
@@ -36,11 +48,18 @@ class Document(NamedTuple):
     @property
     def bytes(self) -> int:
         """Bytes of its text."""
-        if isinstance(self.content, str):
-            return len(self.content.encode())
-        return sum(
-            len(said.encode()) for m in self.content.messages for said in (m.content, m.reasoning)
-        )
+        return sum(len(text.encode()) for text in self.texts())
+
+    def texts(self) -> list[str]:
+        """All that is said in it, none of it empty."""
+        content = self.content
+        if isinstance(content, str):
+            return [content]
+        if isinstance(content, Question):
+            return [*_said(content.asked.messages), *([content.answer] if content.answer else [])]
+        if isinstance(content, Pair):
+            return _said([*content.chosen.messages, content.rejected.messages[-1]])
+        return _said(content.messages)
 
 
 Stream = Callable[[], Iterator[Document | Reject]]
@@ -78,17 +97,19 @@ def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) ->
     UserError where it is not there, or cannot give what `shape` asks for.
     """
     if isinstance(config, Stdlib):
+        if shape == "pairs":
+            raise UserError(f"{key}.kind: 'stdlib' has no pairs; use chats, tasks or hub")
         return _stdlib(config, shape)
     if isinstance(config, Tasks):
         stream = _limited(lambda: _tasks(config, shape), config.limit)
         return Origin("tasks", config, plain(config), stream)
     if isinstance(config, Hub):
         return _hub(config, shape, fetched)
-    if isinstance(config, Text) and shape == "chats":
-        raise UserError(
-            f"{key}.kind: 'text' has no chats to fine-tune on; use chats, tasks, stdlib or hub"
-        )
-    return _files(config, key)
+    if isinstance(config, Text) and shape != "documents":
+        fitting = "chats, tasks or hub" if shape == "pairs" else "chats, tasks, stdlib or hub"
+        aim = " to fine-tune on" if shape == "chats" else ""
+        raise UserError(f"{key}.kind: 'text' has no {shape}{aim}; use {fitting}")
+    return _files(config, shape, key)
 
 
 def _stdlib(config: Stdlib, shape: Shape) -> Origin:
@@ -97,7 +118,7 @@ def _stdlib(config: Stdlib, shape: Shape) -> Origin:
 
     def read() -> Iterator[Document]:
         if not kept:
-            every = _stdlib_texts(found) if shape == "documents" else _stdlib_chats(found)
+            every = _stdlib_texts(found) if shape == "documents" else _stdlib_chats(found, shape)
             kept.extend(itertools.islice(every, config.limit))
         return iter(kept)
 
@@ -115,7 +136,7 @@ def _stdlib_texts(found: list[stdlib.Module]) -> Iterator[Document]:
         yield Document(module.text, module.name.encode(), module.name, 1)
 
 
-def _stdlib_chats(found: list[stdlib.Module]) -> Iterator[Document]:
+def _stdlib_chats(found: list[stdlib.Module], shape: Shape) -> Iterator[Document]:
     """Chats split by file; a function that occurs in two files is taken once."""
     seen: set[str] = set()
     for module in found:
@@ -123,20 +144,26 @@ def _stdlib_chats(found: list[stdlib.Module]) -> Iterator[Document]:
             answer = record["messages"][-1]["content"]
             if answer not in seen:
                 seen.add(answer)
-                yield Document(normalise(record), module.name.encode(), module.name, number)
+                content = _READERS[shape](record)
+                yield Document(content, module.name.encode(), module.name, number)
 
 
 def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
     for index in range(config.count):
         name = config.tasks[index % len(config.tasks)]
         task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
-        content = task.text() if shape == "documents" else normalise(task.chat())
+        content = task.text() if shape == "documents" else _READERS[shape](_row(task, shape))
         # the split goes by what is asked, in whatever words
         solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
         yield Document(content, solution.encode(), "tasks", index)
 
 
-def _files(config: Text | Chats, key: str) -> Origin:
+def _row(task: tasks.Task, shape: Shape) -> dict[str, Any]:
+    """A task as a record of chats, pairs or prompts."""
+    return {"chats": task.chat, "pairs": task.pair, "prompts": task.prompt}[shape]()
+
+
+def _files(config: Text | Chats, shape: Shape, key: str) -> Origin:
     found = files.find(config.path, f"{key}.path")
     held_back: list[Path] = []
     if isinstance(config.validation, str):
@@ -149,8 +176,9 @@ def _files(config: Text | Chats, key: str) -> Origin:
                 raise UserError(
                     f"{path}: chats are read from .jsonl, .jsonl.gz or .parquet, not from .txt"
                 )
-    stream = _limited(lambda: _read(found, config), config.limit)
-    validation = _limited(lambda: _read(held_back, config), config.limit) if held_back else None
+    stream = _limited(lambda: _read(found, config, shape), config.limit)
+    held = _limited(lambda: _read(held_back, config, shape), config.limit)
+    validation = held if held_back else None
     identity = [plain(config), *map(_stamp, found), "validation", *map(_stamp, held_back)]
     return Origin(_name(files.local(config.path)), config, identity, stream, validation)
 
@@ -171,14 +199,14 @@ def _named_parts(found: list[Path]) -> tuple[list[Path], list[Path]]:
     return (train, held_back) if train and held_back else (found, [])
 
 
-def _read(paths: list[Path], config: Text | Chats) -> Iterator[Document | Reject]:
+def _read(paths: list[Path], config: Text | Chats, shape: Shape) -> Iterator[Document | Reject]:
     for path in paths:
         if path.name.endswith(".txt"):
             yield from (
                 item if isinstance(item, Reject) else _text(item) for item in files.texts(path)
             )
         elif isinstance(config, Chats):
-            yield from _chats(files.rows(path))
+            yield from _records(files.rows(path), shape)
         else:
             yield from _fields(files.rows(path, [config.field]), config.field)
 
@@ -188,7 +216,7 @@ def _hub(config: Hub, shape: Shape, fetched: Fetched) -> Origin:
         rows = hub.rows(config, fetched(config))
         if shape == "documents" and config.field is not None:
             return _fields(rows, config.field)
-        return _chats(rows)
+        return _records(rows, shape)
 
     local = files.local(config.name)
     stamps = (
@@ -215,17 +243,26 @@ def _fields(rows: Iterator[files.Row | Reject], field: str) -> Iterator[Document
             yield Reject(row.file, row.line, str(error))
 
 
-def _chats(rows: Iterator[files.Row | Reject]) -> Iterator[Document | Reject]:
+def _records(rows: Iterator[files.Row | Reject], shape: Shape) -> Iterator[Document | Reject]:
     for row in rows:
         if isinstance(row, Reject):
             yield row
             continue
         try:
             files.refuse_odd_text(row.record)
-            conversation = normalise(row.record)
-            yield Document(conversation, repr(conversation).encode(), row.file, row.line)
+            content = _READERS[shape](row.record)
+            yield Document(content, _key(content), row.file, row.line)
         except (BadRecord, ValueError) as error:
             yield Reject(row.file, row.line, str(error))
+
+
+def _key(content: Content) -> bytes:
+    """Pairs and prompts are split by what they ask, so that no prompt is on both sides."""
+    return repr(content.asked if isinstance(content, Pair | Question) else content).encode()
+
+
+def _said(messages: Iterable[Message]) -> list[str]:
+    return [text for message in messages for text in (message.reasoning, message.content) if text]
 
 
 def _limited(stream: Stream, limit: int | None) -> Stream:

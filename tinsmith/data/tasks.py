@@ -34,6 +34,35 @@ class Task(NamedTuple):
             ]
         }
 
+    def prompt(self) -> dict[str, Any]:
+        """The task as a prompt record, with the answer and the kind of task."""
+        return {"prompt": self.question, "answer": self.answer, "task": self.name}
+
+    def pair(self) -> dict[str, Any]:
+        """The task as a record of a pair: the right answer against a wrong one after the same
+        thoughts.
+        """
+        right, wrong = (
+            {"role": "assistant", "reasoning_content": self.reasoning, "content": answer}
+            for answer in (self.answer, self.mistake())
+        )
+        return {"prompt": self.question, "chosen": right, "rejected": wrong}
+
+    def mistake(self) -> str:
+        """A wrong answer that is nearly right: off by a little, or two neighbours swapped. A pure
+        function of the task.
+        """
+        numbers = random.Random(f"{self.question}/{self.answer}")
+        if self.name == "arithmetic":
+            return str(int(self.answer) + numbers.choice((-10, -2, -1, 1, 2, 10)))
+        items = self.answer.split()
+        places = [i for i in range(len(items) - 1) if items[i] != items[i + 1]]
+        if not places:
+            return " ".join([*items, items[-1]])
+        place = numbers.choice(places)
+        items[place : place + 2] = items[place + 1], items[place]
+        return " ".join(items)
+
 
 def generate(name: str, seed: int, index: int, *, digits: int = 3, length: int = 8) -> Task:
     """Task number `index` of kind `name` (`arithmetic`, `sort` or `copy`).

@@ -52,11 +52,4 @@ def _sample(
         if taken and taken + document.bytes > most:
             return
         taken += document.bytes
-        yield from _texts(document)
-
-
-def _texts(document: Document) -> list[str]:
-    if isinstance(document.content, str):
-        return [document.content]
-    messages = document.content.messages
-    return [text for message in messages for text in (message.reasoning, message.content) if text]
+        yield from document.texts()

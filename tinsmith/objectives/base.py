@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinsmith.core.parse import Config
 from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
+from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import Weights
 from tinsmith.text.tokenizer import Tokenizer
@@ -36,15 +37,31 @@ class Loss(NamedTuple):
 
 
 class Source(Protocol):
-    """Rows by global number: a pure function of the seed and the number."""
+    """Samples by global number: a pure function of the seed and the number."""
 
     def rows(self, start: int, count: int) -> Batch:
-        """The global samples [start, start + count)."""
+        """The global samples [start, start + count); of pairs each is two rows, the chosen answer
+        and then the rejected one.
+        """
+        ...
+
+    def prompts(self, start: int, count: int) -> list[Prompt]:
+        """The same of a source of prompts, with what answers are judged by."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Samples of one pass; `Prompt.number` is below it."""
         ...
 
 
 class Feed:
-    """One rank's share of the global order of samples. The whole state is one integer, `cursor`."""
+    """One rank's share of the global order of samples. The whole state is one integer, `cursor`.
+
+    Iterated it gives batches, as most objectives want them. One that generates answers asks for
+    `prompts()` in its own `batches` instead: every call gives this rank's part of the next `rows`
+    prompts of the global order.
+    """
 
     def __init__(self, source: Source, rows: int, rank: int, world: int):
         self.source = source
@@ -60,6 +77,14 @@ class Feed:
         batch = self.source.rows(self.cursor + self.offset, self.share)
         self.cursor += self.rows
         return batch
+
+    def prompts(self) -> list[Prompt]:
+        """The next prompts: ids with the header of the answer, the right answer, a stable number,
+        the whole row of the data.
+        """
+        found = self.source.prompts(self.cursor + self.offset, self.share)
+        self.cursor += self.rows
+        return found
 
 
 class Peers(Protocol):
@@ -93,7 +118,7 @@ class ObjectiveConfigBase(Config):
 
     @property
     def shape(self) -> Shape:
-        """What it reads: documents or chats."""
+        """What it reads: documents, chats, pairs or prompts."""
         raise NotImplementedError
 
     def judges(self) -> dict[str, str | None]:

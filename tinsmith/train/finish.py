@@ -63,7 +63,7 @@ def facts(run: Run, exported: Exported) -> Facts:
         loss_plot="loss.png",
         scores=_scores(run),
         tokenizer=True,
-        chat=config.objective.shape == "chats",
+        chat=config.objective.shape != "documents",
     )
     if env["git"]:
         found["commit"] = env["git"]["sha"] + (" with changes" if env["git"]["dirty"] else "")

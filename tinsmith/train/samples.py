@@ -4,6 +4,7 @@ import torch
 
 from tinsmith.core.rng import derive
 from tinsmith.data.batch import Batch
+from tinsmith.data.config import Shape
 from tinsmith.infer.engine import Engine
 from tinsmith.infer.sample import Sampling
 from tinsmith.text.chat import encode_prompt, normalise
@@ -25,14 +26,14 @@ def prompts(run: Run) -> list[list[int]]:
     found: list[list[int]] = []
     for index in range(min(source.size, 4 * PROMPTS)):
         batch = source.rows(index, 1)
-        found += _beginnings(batch, run.config.objective.shape == "chats")
+        found += _beginnings(batch, run.config.objective.shape)
         if len(found) >= PROMPTS:
             break
     return found[:PROMPTS]
 
 
 def _encoded(run: Run, text: str) -> list[int]:
-    if run.config.objective.shape == "chats":
+    if run.config.objective.shape != "documents":
         return encode_prompt(
             run.tokenizer,
             normalise({"messages": [{"role": "user", "content": text}]}, answered=False),
@@ -40,15 +41,17 @@ def _encoded(run: Run, text: str) -> list[int]:
     return run.tokenizer.encode(text)
 
 
-def _beginnings(batch: Batch, chats: bool) -> list[list[int]]:
-    """A few first tokens of the documents that begin in a row; of a chat, all before its first
-    answer.
+def _beginnings(batch: Batch, shape: Shape) -> list[list[int]]:
+    """A few first tokens of the documents that begin in a row; of a chat or a pair, all before its
+    first answer; a prompt as it is.
     """
     ids, mask, segments = batch.ids[0], batch.mask[0], batch.segments[0]
     found = []
     for segment in range(int(segments.max()) + 1):
         here = (segments == segment).nonzero()[:, 0]
-        if chats:
+        if shape == "prompts":
+            found.append(ids[here].tolist())
+        elif shape != "documents":
             first = int(mask[here].int().argmax())
             found.append(ids[here][: first + 1].tolist())
         elif len(here) > 2 * PROMPT_TOKENS:

@@ -148,11 +148,13 @@ def prepared_for(
 ) -> Prepared:
     """The run's shards, made by the first rank where they are missing."""
     wanted = tokenizer_for(config, tokenizer)
-    shape = config.objective.shape
+    shape, context = config.objective.shape, config.train.context
     if ranks.first:
-        prepare(config.data, wanted, shape, root, log.line, lambda: flag.stop)
+        prepare(config.data, wanted, shape, root, log.line, lambda: flag.stop, context=context)
     ranks.barrier()
-    return prepare(config.data, wanted, shape, root, lambda line: None, lambda: flag.stop)
+    return prepare(
+        config.data, wanted, shape, root, lambda line: None, lambda: flag.stop, context=context
+    )
 
 
 def tokenizer_for(config: RunConfig, given: Tokenizer | None) -> Tokenizer | TokenizerConfig:

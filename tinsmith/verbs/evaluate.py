@@ -88,6 +88,8 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
     if config is None:
         raise UserError(f"{model}: is not part of a run; say with --data what text to measure")
     shape, train = config.objective.shape, config.train
+    if shape not in ("documents", "chats"):
+        raise UserError(f"{model}: was trained on {shape}; say with --data what text to measure")
     prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
     validation = open_source(prepared.folder, shape, "validation", train.context, train.seed)
     parts = evaluate_bpb(

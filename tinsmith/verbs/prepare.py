@@ -24,5 +24,6 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
             root,
             say,
             lambda: flag.stop,
+            context=config.train.context,
         )
     say(f" prepared  {made.folder}")

@@ -1,0 +1,251 @@
+"""Pairs: what is read, what is refused, and what a batch of them holds."""
+
+import json
+
+import pytest
+import torch
+
+from tinsmith.core.errors import UserError
+from tinsmith.data import tasks
+from tinsmith.data.config import Chats, Stdlib, Tasks, Text
+from tinsmith.data.pairs import encode_pair, read_pair
+from tinsmith.data.sources import open_source
+from tinsmith.text.chat import BadRecord, encode_chat, encode_prompt
+
+CONTEXT = 200
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+QUESTION, GOOD, BAD = "Where does the fox live?", "In the green wood.", "Go away."
+ASK, YES, NO = said("user", QUESTION), said("assistant", GOOD), said("assistant", BAD)
+LAYOUTS = {
+    "prompt and texts": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "prompt and a whole conversation": {"prompt": QUESTION, "chosen": [ASK, YES], "rejected": BAD},
+    "whole conversations": {"chosen": [ASK, YES], "rejected": [ASK, NO]},
+    "messages and a message each": {"prompt": [ASK], "chosen": [YES], "rejected": [NO]},
+    "DPO-En-Zh": {
+        "conversations": [{"from": "human", "value": QUESTION}],
+        "chosen": {"from": "gpt", "value": GOOD},
+        "rejected": {"from": "gpt", "value": BAD},
+    },
+    "hh_rlhf with a prompt": {
+        "prompt": f"Human: {QUESTION}\n\nAssistant:",
+        "chosen": GOOD,
+        "rejected": BAD,
+    },
+    "hh_rlhf transcripts": {
+        "chosen": f"\n\nHuman: {QUESTION}\n\nAssistant: {GOOD}",
+        "rejected": f"\n\nHuman: {QUESTION}\n\nAssistant: {BAD}",
+    },
+    "rasbt_instruct_pref": {
+        "instruction": QUESTION,
+        "input": "",
+        "output": GOOD,
+        "chosen": GOOD,
+        "rejected": BAD,
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_says_the_same_pair(layout):
+    assert read_pair(LAYOUTS[layout]) == read_pair(LAYOUTS["prompt and texts"])
+
+
+def test_a_transcript_keeps_its_earlier_turns_in_the_prompt():
+    record = {"prompt": "Human: One?\n\nAssistant: Two.\n\nHuman: Three?\n\nAssistant:"}
+    pair = read_pair(record | {"chosen": "Four.", "rejected": "Five."})
+    assert [(m.role, m.content) for m in pair.asked.messages] == [
+        ("user", "One?"),
+        ("assistant", "Two."),
+        ("user", "Three?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([], "not a JSON object"),
+        ({"prompt": "a", "chosen": "b"}, "`rejected` is missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
+        ({"prompt": "a", "chosen": "b", "rejected": "  "}, "`rejected` is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` is neither text nor messages"),
+        ({"chosen": "b", "rejected": "c"}, "assistant where"),
+        ({"chosen": [ASK, YES], "rejected": [said("user", "x"), NO]}, "different prompts"),
+        ({"prompt": [ASK], "chosen": [YES], "rejected": [said("user", "x")]}, "user where"),
+        ({"chosen": [ASK, YES], "rejected": [ASK, said("assistant", "")]}, "empty content"),
+    ],
+)
+def test_what_is_no_pair_is_refused_with_a_reason(record, reason):
+    with pytest.raises(BadRecord, match=reason):
+        read_pair(record)
+
+
+@pytest.fixture
+def pair():
+    return read_pair(LAYOUTS["whole conversations"])
+
+
+def test_the_mask_is_the_answer_with_its_end_of_turn(tokenizer, pair):
+    prompt = encode_prompt(tokenizer, pair.asked)
+    for side, text in zip(encode_pair(tokenizer, pair, CONTEXT), (GOOD, BAD), strict=True):
+        assert side.ids[: len(prompt)] == prompt
+        assert not any(side.mask[: len(prompt)])
+        answer = side.ids[len(prompt) :]
+        assert all(side.mask[len(prompt) :])
+        assert tokenizer.decode(answer[:-1]) == text
+        assert answer[-1] == tokenizer.end_of_turn
+
+
+def test_earlier_answers_are_not_learned(tokenizer):
+    turns = [ASK, YES, said("user", "And the hen?")]
+    pair = read_pair({"prompt": turns, "chosen": "In the town.", "rejected": "No."})
+    chosen, _ = encode_pair(tokenizer, pair, 200)
+    learned = [id for id, said in zip(chosen.ids, chosen.mask, strict=True) if said]
+    assert tokenizer.decode(learned[:-1]) == "In the town."
+    assert sum(encode_chat(tokenizer, pair.chosen).mask) > len(learned)
+
+
+def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, pair):
+    prompt = len(encode_prompt(tokenizer, pair.asked))
+    chosen, rejected = encode_pair(tokenizer, pair, prompt)
+    assert len(chosen.ids) == len(rejected.ids) == prompt + 1
+    assert (sum(chosen.mask), sum(rejected.mask)) == (1, 1)
+    with pytest.raises(BadRecord, match=f"the prompt is {prompt} tokens, longer than"):
+        encode_pair(tokenizer, pair, prompt - 1)
+
+
+def test_sides_that_differ_beyond_the_context_only_are_refused(tokenizer):
+    pair = read_pair({"prompt": "a", "chosen": "b c d e f g", "rejected": "b c d e f h"})
+    prompt = len(encode_prompt(tokenizer, pair.asked))
+    with pytest.raises(BadRecord, match="equal as far as"):
+        encode_pair(tokenizer, pair, prompt)
+
+
+@pytest.fixture
+def found(prepared):
+    return prepared(Tasks(count=40, digits=2, length=4), "pairs", context=CONTEXT)
+
+
+def test_a_batch_holds_both_sides_of_a_pair_one_after_the_other(found, tokenizer):
+    source = open_source(found.folder, "pairs", "train", CONTEXT, 3)
+    batch = source.rows(0, 5)
+    assert len(batch.ids) == 10
+    for chosen, rejected in zip(range(0, 10, 2), range(1, 10, 2), strict=True):
+        shared = int(batch.mask[chosen].int().argmax()) + 1
+        assert torch.equal(batch.ids[chosen, :shared], batch.ids[rejected, :shared])
+        assert not torch.equal(batch.targets[chosen], batch.targets[rejected])
+        for row in (chosen, rejected):
+            used = int((batch.segments[row] == 0).sum())
+            assert bool((batch.segments[row, used:] == -1).all())
+            assert torch.equal(batch.positions[row, :used], torch.arange(used))
+            assert batch.targets[row, used - 1] == tokenizer.end_of_turn
+            learned = batch.mask[row, : used - 1]
+            follows = batch.ids[row, 1:used].where(learned, 0)
+            assert torch.equal(batch.targets[row, : used - 1], follows)
+
+
+def test_no_column_of_a_batch_is_all_padding(found):
+    batch = open_source(found.folder, "pairs", "train", CONTEXT, 3).rows(0, 3)
+    assert int((batch.segments >= 0).sum(1).max()) == batch.ids.shape[1] <= CONTEXT
+
+
+def test_T2_rows_are_a_function_of_seed_and_number(found):
+    one, two = (open_source(found.folder, "pairs", "train", CONTEXT, 3) for _ in range(2))
+    late, early = two.rows(60, 4), one.rows(60, 4)
+    assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
+    assert not torch.equal(one.rows(0, 1).targets[0], two.rows(1, 1).targets[0])
+
+
+def test_the_report_counts_pairs(found):
+    counts = found.report["sources"][0]
+    assert counts["train"]["documents"] + counts["validation"]["documents"] == 40
+    assert (
+        counts["train"]["documents"] == open_source(found.folder, "pairs", "train", CONTEXT, 0).size
+    )
+
+
+def test_bad_pairs_are_reported_with_their_row_and_survived(prepared, rejects_of, write_lines):
+    record = LAYOUTS["prompt and texts"]
+    rows = [
+        record,
+        record | {"rejected": GOOD},
+        record | {"chosen": ""},
+        record | {"prompt": QUESTION * 40},
+        b"{",
+        record | {"prompt": "Who?"},
+    ]
+    path = write_lines("pairs.jsonl", rows)
+    found = prepared(Chats(path=str(path), validation=0), "pairs", context=CONTEXT)
+    assert [(name, line) for name, line, _ in sorted(rejects_of(found))] == [
+        ("pairs.jsonl", line) for line in (2, 3, 4, 5)
+    ]
+    reasons = {line: reason for _, line, reason in rejects_of(found)}
+    assert "equal" in reasons[2]
+    assert "empty" in reasons[3]
+    assert "longer than the context" in reasons[4]
+    assert found.report["sources"][0]["rejected"] == 4
+    assert found.report["sources"][0]["train"]["documents"] == 2
+
+
+def test_on_bad_line_fail_names_the_row(prepared, write_lines):
+    record = LAYOUTS["prompt and texts"]
+    path = write_lines("pairs.jsonl", [record, record | {"rejected": GOOD}])
+    with pytest.raises(UserError, match=r"pairs\.jsonl:2: .*equal"):
+        prepared(Chats(path=str(path), on_bad_line="fail"), "pairs", context=CONTEXT)
+
+
+@pytest.mark.parametrize("section", [Stdlib(), Text(path="x.txt")])
+def test_data_without_pairs_says_so(prepared, section):
+    with pytest.raises(UserError, match="no pairs; use chats, tasks or hub"):
+        prepared(section, "pairs", context=CONTEXT)
+
+
+def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
+    rows = [
+        {"prompt": f"Say {n % 7}", "chosen": f"{n} yes", "rejected": f"{n} no"} for n in range(60)
+    ]
+    path = write_lines("pairs.jsonl", rows)
+    found = prepared(Chats(path=str(path), validation=0.4), "pairs", context=CONTEXT)
+    asked = []
+    for part in ("train", "validation"):
+        source = open_source(found.folder, "pairs", part, CONTEXT, 0)
+        batch = source.take(source.spread(source.size))
+        ends = (batch.mask.int().argmax(1) + 1).tolist()
+        asked.append({tuple(ids[:end]) for ids, end in zip(batch.ids.tolist(), ends, strict=True)})
+    assert asked[0]
+    assert asked[1]
+    assert not asked[0] & asked[1]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
+def test_a_generated_mistake_is_wrong(name):
+    for index in range(200):
+        task = tasks.generate(name, 0, index, digits=2, length=4)
+        assert tasks.check(task, task.answer)
+        assert not tasks.check(task, task.mistake())
+        assert task.mistake() == task.mistake()
+        read_pair(task.pair())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "rasbt_instruct_pref/train.jsonl",
+        "hh_rlhf/helpful_base.train_short.jsonl",
+        "llamafactory_pref/dpo_en_demo.train.jsonl",
+        "llamafactory_pref/dpo_zh_demo.train.jsonl",
+    ],
+)
+def test_real_pairs_are_read(real_data, file):
+    read = refused = 0
+    for line in (real_data / file).read_text(encoding="utf-8").splitlines()[:300]:
+        try:
+            read_pair(json.loads(line))
+            read += 1
+        except BadRecord:
+            refused += 1
+    assert read > 10 * refused

@@ -1,0 +1,142 @@
+"""Prompts: what is read, what is refused, and what a rollout gets."""
+
+import json
+
+import pytest
+import torch
+
+from tinsmith.data import tasks
+from tinsmith.data.config import Chats, Tasks
+from tinsmith.data.prompts import read_prompt
+from tinsmith.data.sources import open_source
+from tinsmith.objectives.base import Feed
+from tinsmith.text.chat import BadRecord, encode_prompt, normalise
+
+CONTEXT = 64
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+ASK = said("user", "What is 2 + 3?")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "What is 2 + 3?", "answer": "5"},
+        {"question": "What is 2 + 3?", "final": 5},
+        {"question": "What is 2 + 3?", "final": "5", "answer": "2 and 3 make 5"},
+        {"prompt": [ASK], "answer": "5"},
+        {"messages": [ASK, said("assistant", "5")]},
+        {"messages": [ASK], "answer": "5"},
+        {"conversations": [{"from": "human", "value": "What is 2 + 3?"}], "final": 5},
+        {"instruction": "What is 2 + 3?", "input": "", "output": "5"},
+    ],
+)
+def test_every_layout_says_the_same_question(record):
+    question = read_prompt(record)
+    assert question.asked == normalise({"messages": [ASK]}, answered=False)
+    assert question.answer == "5"
+    assert question.record == record
+
+
+def test_a_question_may_have_no_answer():
+    assert read_prompt({"prompt": "Write.", "test_list": ["assert f()"]}).answer is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (3, "not a JSON object"),
+        ({"text": "x"}, "has none of `prompt`"),
+        ({"prompt": "", "answer": "5"}, "empty content"),
+        ({"prompt": "a", "answer": " "}, "empty answer"),
+        ({"messages": [said("assistant", "5")]}, "assistant where"),
+    ],
+)
+def test_what_is_no_question_is_refused_with_a_reason(record, reason):
+    with pytest.raises(BadRecord, match=reason):
+        read_prompt(record)
+
+
+@pytest.fixture
+def source(prepared):
+    found = prepared(Tasks(count=60, digits=2, length=4), "prompts", context=CONTEXT)
+    return open_source(found.folder, "prompts", "train", CONTEXT, 3)
+
+
+def test_a_prompt_has_ids_answer_number_and_its_record(source, tokenizer):
+    found = source.prompts(0, source.size)
+    assert sorted(prompt.number for prompt in found) == list(range(source.size))
+    for prompt in found:
+        asked = normalise({"messages": [said("user", prompt.record["prompt"])]}, answered=False)
+        assert prompt.ids == encode_prompt(tokenizer, asked)
+        made = tasks.Task(prompt.record["task"], prompt.record["prompt"], "", prompt.answer)
+        assert tasks.check(made, prompt.answer)
+
+
+def test_T2_prompts_are_a_function_of_seed_and_number(source):
+    early, late = source.prompts(150, 10), source.prompts(155, 5)
+    assert early[5:] == late
+    by_number = {prompt.number: prompt for prompt in source.prompts(0, source.size)}
+    assert all(by_number[prompt.number] == prompt for prompt in early)
+
+
+def test_rows_of_prompts_are_their_ids_with_nothing_to_learn(source):
+    batch, found = source.rows(5, 7), source.prompts(5, 7)
+    for row, prompt in enumerate(found):
+        assert batch.ids[row][batch.segments[row] >= 0].tolist() == prompt.ids
+    assert not bool(batch.mask.any())
+    assert torch.equal(batch.targets, torch.zeros_like(batch.targets))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_share_out_the_prompts_of_a_step(source, world):
+    shares = [Feed(source, 4, rank, world) for rank in range(world)]
+    drawn = [[feed.prompts() for feed in shares] for _ in range(3)]
+    flat = [prompt for step in drawn for share in step for prompt in share]
+    assert flat == source.prompts(0, 12)
+    assert [feed.cursor for feed in shares] == [12] * world
+
+
+def test_numbers_of_several_sources_do_not_meet(prepared):
+    found = prepared(
+        (Tasks(count=30, seed=1), Tasks(count=20, seed=2, validation=0.2)), "prompts", context=300
+    )
+    source = open_source(found.folder, "prompts", "train", 300, 0)
+    numbers = {}
+    for prompt in source.prompts(0, 2000):
+        assert numbers.setdefault(prompt.number, prompt) == prompt
+    assert sorted(numbers) == list(range(source.size))
+
+
+def test_bad_prompts_are_reported_with_their_row_and_survived(prepared, rejects_of, write_lines):
+    rows = [
+        {"prompt": "Say a.", "answer": "a"},
+        {"prompt": "Say a.", "answer": ""},
+        {"prompt": "Say a. " * 80, "answer": "a"},
+        {"prompt": "Say b.", "answer": "b"},
+    ]
+    path = write_lines("asked.jsonl", rows)
+    found = prepared(Chats(path=str(path), validation=0), "prompts", context=CONTEXT)
+    reasons = {line: reason for _, line, reason in rejects_of(found)}
+    assert set(reasons) == {2, 3}
+    assert "empty answer" in reasons[2]
+    assert "has no room" in reasons[3]
+
+
+def test_real_questions_are_read(real_data):
+    for file, answered in (
+        ("svamp/train.jsonl", True),
+        ("gsm8k/val.jsonl", True),
+        ("cmath_zh/train.jsonl", True),
+        ("mbpp/train.jsonl", False),
+    ):
+        lines = (real_data / file).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            question = read_prompt(json.loads(line))
+            assert (question.answer is not None) == answered
+            if answered:
+                assert question.answer == str(question.record["final"])

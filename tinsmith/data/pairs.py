@@ -1,0 +1,142 @@
+"""Pairs of answers to one prompt, one of them preferred: read and encoded.
+
+Both sides go through the same encoding with nothing random in it. What is learned from is the last
+answer alone, its end of turn included: earlier turns of the assistant are part of the prompt.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tinsmith.text.chat import (
+    BadRecord,
+    Conversation,
+    Encoded,
+    encode_chat,
+    encode_prompt,
+    normalise,
+)
+from tinsmith.text.tokenizer import Tokenizer
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The same conversation up to its last turn, which the assistant says in two ways."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+    @property
+    def asked(self) -> Conversation:
+        """What both sides answer."""
+        return self.chosen.prompt()
+
+
+def read_pair(record: Any) -> Pair:
+    """A record with `chosen` and `rejected`: each a text, a message, or a list of messages.
+
+    What is answered comes from `prompt` or `question` (text, a transcript of `Human:` and
+    `Assistant:` turns, or messages), from `conversations` or `messages`, from `instruction` and
+    `input`, or from what both sides begin with where they are whole conversations or transcripts.
+    BadRecord says what is wrong: a side missing or empty, other prompts, equal sides.
+    """
+    if not isinstance(record, dict):
+        raise BadRecord("not a JSON object")
+    chosen, rejected = (_side(record, name) for name in ("chosen", "rejected"))
+    if chosen.messages[:-1] != rejected.messages[:-1]:
+        raise BadRecord("`chosen` and `rejected` answer different prompts")
+    if chosen.messages[-1] == rejected.messages[-1]:
+        raise BadRecord("`chosen` and `rejected` are equal")
+    return Pair(chosen=chosen, rejected=rejected)
+
+
+def asked_messages(record: dict[str, Any]) -> list[Any]:
+    """What a record asks, as role/content objects not yet judged; none where it asks nothing."""
+    for key in ("prompt", "question"):
+        said = record.get(key)
+        if isinstance(said, list):
+            return said
+        if isinstance(said, str):
+            return _transcript(said) or [{"role": "user", "content": said}]
+    for key in ("messages", "conversations"):
+        if isinstance(record.get(key), list):
+            return record[key]
+    if "instruction" in record:
+        bare = {key: record[key] for key in ("instruction", "input", "history") if key in record}
+        return _plain(normalise(bare, answered=False))
+    return []
+
+
+def encode_pair(tokenizer: Tokenizer, pair: Pair, context: int) -> tuple[Encoded, Encoded]:
+    """Ids and mask of both sides, chosen first, cut so that `context` positions predict the rest.
+
+    BadRecord where the prompt is too long for a single token of an answer to be left, or nothing
+    is left in which the sides differ.
+    """
+    prompt = len(encode_prompt(tokenizer, pair.asked))
+    if prompt > context:
+        raise BadRecord(f"the prompt is {prompt} tokens, longer than the context of {context}")
+    chosen, rejected = (
+        _answer_only(encode_chat(tokenizer, side), prompt, context)
+        for side in (pair.chosen, pair.rejected)
+    )
+    if chosen.ids == rejected.ids:
+        raise BadRecord(f"the sides are equal as far as the context of {context} reaches")
+    return chosen, rejected
+
+
+def _side(record: dict[str, Any], name: str) -> Conversation:
+    """The whole conversation of one side."""
+    said = record.get(name)
+    if said is None:
+        raise BadRecord(f"`{name}` is missing")
+    asked = asked_messages(record)
+    if isinstance(said, str) and not asked and _transcript(said):
+        messages = _transcript(said)
+    elif isinstance(said, str):
+        if not said.strip():
+            raise BadRecord(f"`{name}` is empty")
+        messages = [*asked, {"role": "assistant", "content": said}]
+    else:
+        turns = [said] if isinstance(said, dict) else said
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise BadRecord(f"`{name}` is neither text nor messages")
+        messages = turns if len(turns) > 1 else [*asked, *turns]
+    given = {key: record[key] for key in ("system", "tools") if key in record}
+    whole = normalise({"messages": messages} | given)
+    if whole.messages[-1].role != "assistant" or len(whole.messages) < 2:
+        raise BadRecord(f"`{name}` does not answer anything")
+    return whole
+
+
+def _transcript(text: str) -> list[dict[str, str]]:
+    """Turns of a text that is written as `Human: ...`, `Assistant: ...`; none where it is not. An
+    `Assistant:` at the end only says whose turn it is.
+    """
+    if not text.lstrip().startswith("Human:"):
+        return []
+    _, *parts = _TURN.split("\n\n" + text.lstrip())
+    turns = [
+        {"role": _SPEAKERS[speaker], "content": said.strip()}
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def _plain(conversation: Conversation) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in conversation.messages]
+
+
+def _answer_only(encoded: Encoded, prompt: int, context: int) -> Encoded:
+    """The ids up to the last that is learned, of which `context` are predicted at most; the mask
+    on the answer alone.
+    """
+    ids = encoded.ids[: context + 1]
+    mask = [said and place >= prompt for place, said in enumerate(encoded.mask[: context + 1])]
+    if not any(mask):
+        raise BadRecord(f"nothing is left of an answer within the context of {context}")
+    end = len(mask) - mask[::-1].index(True)
+    return Encoded(ids[:end], mask[:end])

@@ -1,0 +1,69 @@
+"""Samples that share their rows with nothing: both sides of a pair, prompts. None is padded;
+`collate` makes a batch's rows as long as its longest.
+"""
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinsmith.data.batch import Row
+from tinsmith.data.prompts import Prompt
+from tinsmith.data.shards import Shards
+
+
+class PairRows:
+    """Pairs by number, as two rows each: the chosen answer, then the rejected one."""
+
+    def __init__(self, shards: Shards, context: int):
+        assert shards.masked, "pairs carry a mask"
+        assert len(shards.documents) % 2 == 0, "every pair has two sides"
+        self._shards, self._context = shards, context
+        self.size = len(shards.documents) // 2
+        self.positions = shards.tokens_total - len(shards.documents)
+        self.cut = self.skipped = 0
+
+    def sample(self, place: int) -> tuple[Row, ...]:
+        """Both sides of pair number `place`, neither padded."""
+        return self._side(2 * place), self._side(2 * place + 1)
+
+    def _side(self, document: int) -> Row:
+        span = _span(self._shards, document)
+        ids, mask = self._shards.tokens(*span), self._shards.mask(*span)
+        used = len(ids) - 1
+        assert used <= self._context, "pairs were prepared for a longer context"
+        return _row(ids[:-1], np.where(mask[1:], ids[1:], 0), mask[1:])
+
+
+class PromptRows:
+    """Prompts by number."""
+
+    def __init__(self, shards: Shards, notes: Shards, context: int):
+        assert len(shards.documents) == len(notes.documents), "every prompt has a note"
+        assert shards.lengths.max(initial=0) < context, "prompts were prepared for a longer context"
+        self._shards, self._notes = shards, notes
+        self.size = len(shards.documents)
+        self.positions = shards.tokens_total
+        self.cut = self.skipped = 0
+
+    def prompt(self, place: int, number: int) -> Prompt:
+        """Prompt number `place` of these, which the whole source numbers `number`."""
+        kept = json.loads(self._notes.tokens(*_span(self._notes, place)).astype(np.uint8).tobytes())
+        ids = self._shards.tokens(*_span(self._shards, place)).tolist()
+        return Prompt(ids, number, kept["answer"], kept["record"])
+
+    def sample(self, place: int) -> tuple[Row, ...]:
+        """The ids of prompt number `place` as a row without targets, not padded."""
+        ids = self._shards.tokens(*_span(self._shards, place))
+        return (_row(ids, np.zeros_like(ids), np.zeros(len(ids), dtype=bool)),)
+
+
+def _span(shards: Shards, document: int) -> tuple[int, int]:
+    """Where a document's tokens begin and end."""
+    start = int(shards.documents[document])
+    return start, start + int(shards.lengths[document])
+
+
+def _row(ids: NDArray[np.int64], targets: NDArray[np.int64], mask: NDArray[np.bool_]) -> Row:
+    """A row that is one document."""
+    return Row(ids, targets, mask, np.arange(len(ids)), np.zeros_like(ids))
