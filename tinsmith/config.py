@@ -11,6 +11,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, json_schema, nearest, parse, plain, read_yaml, write_yaml
 from tinsmith.data.config import DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
+from tinsmith.nn.lora import LoRA
 from tinsmith.objectives import ObjectiveConfig
 from tinsmith.optim.config import OptimConfig
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
@@ -31,6 +32,8 @@ class RunConfig(Config):
     data: tuple[DataConfig, ...]
     """One source, or a list of them with weights."""
     objective: ObjectiveConfig
+    lora: LoRA | None = None
+    """Train low-rank adapters and leave the model as it is."""
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

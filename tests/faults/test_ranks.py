@@ -110,6 +110,28 @@ def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
 
 
 @pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_T3_two_ranks_train_the_same_adapters_and_leave_the_base(kind, shared_place, plain_recipe):
+    section = {"rank": 2, "alpha": 4}
+    data = changed(plain_recipe, "train", steps=6) | {"lora": section}
+    if not (shared_place.runs / "lora-one").exists():
+        code, said = shared_place.train(data, "lora-one")
+        assert code == 0, said
+    code, said = torchrun(shared_place, data, f"lora-{kind}", kind)
+    assert code == 0, said
+    assert_same(losses(shared_place, f"lora-{kind}"), losses(shared_place, "lora-one"))
+    one, two = (
+        checkpoint.load(shared_place.runs / name / "checkpoints" / "step-00000006").model
+        for name in ("lora-one", f"lora-{kind}")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if ".lora." in name:
+            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+        else:
+            assert torch.equal(two[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
 def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, one_process):
     name = f"elastic-{kind}"
     begun = changed(plain_recipe, "train", save_every=7)

@@ -152,7 +152,9 @@ def encode_question(question: Question, tokenizer: Tokenizer, most: int) -> Enco
     return Encoded(question, lines, max(map(len, before)) > room)
 
 
-def log_likelihoods(lm: LM, lines: list[Line], batch_rows: int, poll: Callable[[], object]) -> Tensor:
+def log_likelihoods(
+    lm: LM, lines: list[Line], batch_rows: int, poll: Callable[[], object]
+) -> Tensor:
     """(number of lines,) float64: ln p(choice | what stands before it) of each line, in nats.
 
     Longest lines first, `batch_rows` at a time, padded on the right. The caller sees to evaluation

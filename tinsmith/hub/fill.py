@@ -8,6 +8,8 @@ from torch import Tensor
 from tinsmith.core.errors import UserError
 from tinsmith.hub.names import Names
 from tinsmith.hub.tensors import Stored, read_tensors
+from tinsmith.nn import lora
+from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
 
 _REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -23,31 +25,44 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     where: str,
+    adapted: LoRA | None = None,
 ) -> LM:
-    """A model in eval mode whose tensors are those of a folder, by `names`.
+    """A model in eval mode whose tensors are those of a folder, by `names`; where adapters are
+    among them, they are folded into the weights.
 
     UserError, naming the first tensor, where one is missing, of another shape, or not wanted.
     `dtype` None keeps what the files have.
     """
     with torch.device("meta"):
-        lm = LM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
-    if config.tie_embeddings:
-        del shapes[_HEAD]
+        lm, shapes = LM(config), _shapes(config, adapted)
     wanted = {name: names.theirs(name) for name in shapes}
     head = names.theirs(_HEAD) if config.tie_embeddings else None
     _compare({wanted[name]: shape for name, shape in shapes.items()}, found, head, where)
     stored = {name: found[name] for name in [*wanted.values(), head] if name in found}
-    state = read_tensors(stored, dtype, device)
+    state = read_tensors(stored, dtype if adapted is None else None, device)
     if head in state:
         _same(state.pop(head), state[wanted[_EMBED]], head, where)
     ours = {name: names.received(name, state[theirs], config) for name, theirs in wanted.items()}
+    if adapted is not None:
+        merged = lora.folded(*lora.split(ours), adapted.scale)
+        ours = {name: tensor.to(dtype or tensor.dtype) for name, tensor in merged.items()}
     if config.tie_embeddings:
         ours[_HEAD] = ours[_EMBED]
     lm.load_state_dict(ours, assign=True)
     if config.tie_embeddings:
         lm.head.weight = lm.embed.weight
     return lm.eval()
+
+
+def _shapes(config: ModelConfig, adapted: LoRA | None) -> dict[str, tuple[int, ...]]:
+    """Of everything that is stored of a model, by its names."""
+    whole = LM(config)
+    if adapted is not None:
+        lora.add(whole, adapted)
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+    if config.tie_embeddings:
+        del shapes[_HEAD]
+    return shapes
 
 
 def _compare(

@@ -90,8 +90,11 @@ def write_folder(
     attach: Sequence[Path] = (),
     overwrite: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
+    also: Callable[[Path], None] | None = None,
 ) -> Exported:
-    """`export_folder` for full tensors by Tinsmith's names, wherever they came from."""
+    """`export_folder` for full tensors by Tinsmith's names, wherever they came from; `also` writes
+    more into the folder before it is there.
+    """
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists; give the name of a new folder, or remove it first")
     translation = config_to_hf(config)
@@ -113,6 +116,8 @@ def write_folder(
             save_tokenizer(tokenizer, inside, config.vocab_size)
         for path in attach:
             shutil.copyfile(path, inside / path.name)
+        if also is not None:
+            also(inside)
         done = Exported(
             family=translation.family,
             reason=translation.reason,

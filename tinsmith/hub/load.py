@@ -10,12 +10,13 @@ import torch
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import say, warn
 from tinsmith.core.manifest import MANIFEST, newest_valid, verify
-from tinsmith.core.parse import read_yaml
+from tinsmith.core.parse import parse, read_yaml
 from tinsmith.hub.fill import fill
 from tinsmith.hub.hf import import_folder, open_tokenizer
 from tinsmith.hub.names import SAME
 from tinsmith.hub.rope import stretched
 from tinsmith.hub.tensors import find_tensors
+from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -41,7 +42,8 @@ def load(
 
     `path` is a run (its `final/`, else its newest valid checkpoint), a checkpoint, a Hugging Face
     folder, or, where no such path exists, a name on the Hugging Face Hub. Weights keep the file's
-    dtype unless `dtype` is given (a torch dtype, or its name). `rope_scaling` stretches the
+    dtype unless `dtype` is given (a torch dtype, or its name); adapters of a checkpoint are folded
+    into them. `rope_scaling` stretches the
     context: `{kind: yarn, factor, original_context}`, or in Hugging Face's words. UserError where
     there is nothing to open, or where what is there is broken or not a model that Tinsmith can
     build.
@@ -112,7 +114,9 @@ def _open_checkpoint(
     if not isinstance(recipe, dict) or "model" not in recipe:
         raise UserError(f"{where}: has no model section")
     config = stretched(ModelConfig.from_dict(recipe["model"], f"{where}: model"), rope_scaling)
-    lm = fill(config, find_tensors(folder), SAME, dtype, device, str(folder))
+    section = recipe.get("lora")
+    adapted = None if section is None else parse(LoRA, section, f"{where}: lora")
+    lm = fill(config, find_tensors(folder), SAME, dtype, device, str(folder), adapted)
     return lm, open_tokenizer(folder)
 
 

@@ -37,7 +37,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in _files(folder):
-        for name, stored in _header(file).items():
+        for name, stored in header(file).items():
             if name in found:
                 raise UserError(f"{file}: {name} is also in {found[name].file.name}")
             found[name] = stored
@@ -84,8 +84,10 @@ def _shard(folder: Path, name: str) -> Path:
     return path
 
 
-def _header(file: Path) -> dict[str, Stored]:
-    """The library refuses headers beyond 100 MB, and any that the file's size does not bear out."""
+def header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file; UserError where it is broken, or where they are quantised.
+
+    The library refuses headers beyond 100 MB, and any that the file's size does not bear out."""
     found: dict[str, Stored] = {}
     try:
         with safe_open(file, "pt") as tensors:

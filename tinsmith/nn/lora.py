@@ -187,6 +187,16 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
                 yield f"{name}.{key}".removeprefix("."), module, key
 
 
+def described(model: nn.Module, config: LoRA) -> str:
+    """What is trained and what is not, for people."""
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
+    trained = f"{counts[True]:,} trained, {counts[False]:,} frozen"
+    return f"{trained} | rank {config.rank}, alpha {config.alpha:g} on {', '.join(kinds)}"
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Put W + s B A in the place of every W; adapters are silent until `unmerge`."""

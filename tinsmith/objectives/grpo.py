@@ -156,7 +156,7 @@ class ClippedPolicy(OnlineObjective):
 
     def weight(self, batch: Rollout) -> Tensor:
         """Tokens, rows, or rows times the longest answer, by the name of the loss."""
-        return units(batch.mask, self.config.loss, self.config.max_new)
+        return units(batch.mask, self.config.loss, self.config.longest)
 
     def loss(self, policy: LM, batch: Rollout) -> Loss:
         """The sum over the loss's units."""

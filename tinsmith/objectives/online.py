@@ -33,6 +33,7 @@ from tinsmith.objectives.logprobs import chosen_logprobs, kl
 from tinsmith.objectives.ratio import clipped, log_ratio
 from tinsmith.objectives.reference import reference
 from tinsmith.objectives.rollout import Episode, Limits, Rollout, collate, join, roll_out
+from tinsmith.objectives.tools import ToolName, Tools
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -62,11 +63,15 @@ class Online(ObjectiveConfigBase):
     """Whether answers that were cut off at `max_new` are learned from."""
     penalty: float = 0.0
     """What is taken from the reward of an answer that was cut off."""
+    tools: tuple[ToolName, ...] = ()
+    """What the policy may call; the data must tell it how."""
+    turns: Count = 3
+    """Answers of an episode with tools, at most."""
     seed: int = 0
     """Of sampling."""
 
     def __post_init__(self) -> None:
-        for name in ("answers", "max_new", "decode_rows", "minibatches", "updates"):
+        for name in ("answers", "max_new", "decode_rows", "minibatches", "updates", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.temperature < math.inf:
@@ -76,6 +81,11 @@ class Online(ObjectiveConfigBase):
         for name in ("clip_high", "beta"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the policy may say in an episode, at most."""
+        return self.max_new * (self.turns if self.tools else 1)
 
     def judges(self) -> dict[str, str | None]:
         """The reference, where anything is compared with it."""
@@ -97,6 +107,8 @@ class OnlineObjective(Objective):
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """Rewards read text, and answers have an end."""
         self.tokenizer = tokenizer
+        tools = self.config.tools
+        self.reply = Tools(tokenizer, tools, self.config.turns).reply if tools else None
         self.limits = Limits(
             max_new=self.config.max_new,
             context=policy.config.max_context,
@@ -160,7 +172,7 @@ class OnlineObjective(Objective):
     def answers(self, policy: LM, prompts: list[Prompt], seeds: list[int]) -> list[Episode]:
         """One answer to each prompt."""
         asked = [prompt.ids for prompt in prompts]
-        return roll_out(policy, asked, seeds, self.limits, poll=self.peers.poll)
+        return roll_out(policy, asked, seeds, self.limits, reply=self.reply, poll=self.peers.poll)
 
     def rewards(self, prompts: list[Prompt], episodes: list[Episode]) -> Tensor:
         """(B,) the reward of each answer, less the penalty; NaN where it has none."""

@@ -61,6 +61,14 @@ class Episode:
         """All ids after the prompt, what was heard included."""
         return self.ids[self.prompt :]
 
+    @property
+    def newest(self) -> list[int]:
+        """What was said last, since something was heard."""
+        start = len(self.said)
+        while start and self.said[start - 1]:
+            start -= 1
+        return self.ids[start:]
+
 
 Reply = Callable[[Episode], Sequence[int]]
 """What is said to a finished answer before the policy goes on; nothing ends the episode."""

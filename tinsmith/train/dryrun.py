@@ -19,6 +19,7 @@ from tinsmith.core.units import count, size
 from tinsmith.data.batch import Batch
 from tinsmith.data.check import check_data
 from tinsmith.hub.load import load
+from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
 from tinsmith.optim.build import Optimizers
@@ -41,6 +42,8 @@ def dry_run(config: RunConfig, name: str) -> None:
     check_questions(config)
     with torch.device("meta"):
         shape = LM(model)
+        if config.lora is not None:
+            lora.add(shape, config.lora)
     _parameters(shape, config)
     _cost(shape, model, config)
     for line in check_data(config.data, config.objective.shape):
@@ -85,6 +88,8 @@ def _recipe(config: RunConfig) -> None:
 
 def _parameters(shape: LM, config: RunConfig) -> None:
     say(f" model     {shape.parameter_count():,} parameters")
+    if config.lora is not None:
+        say(f" lora      {lora.described(shape, config.lora)}")
     for role, members in partition(shape).items():
         if members:
             say(
@@ -105,8 +110,8 @@ def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
 
 
 def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
-    """Bytes, roughly: 16 per parameter, and per token and layer what a block keeps for its
-    backward pass.
+    """Bytes, roughly: 16 per parameter (4 per frozen one), and per token and layer what a block
+    keeps for its backward pass.
     """
     train = config.train
     tokens = train.rows * train.context
@@ -114,11 +119,16 @@ def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
     kept = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
     if train.checkpointing:
         kept = 2 * model.dim * len(shape.blocks) + kept / len(shape.blocks)
-    return 16.0 * shape.parameter_count() + tokens * kept * wide + 12.0 * 2**23
+    held = 4.0 * shape.parameter_count() + 12.0 * _trained(shape)
+    return held + tokens * kept * wide + 12.0 * 2**23
+
+
+def _trained(shape: LM) -> int:
+    return sum(parameter.numel() for parameter in shape.parameters() if parameter.requires_grad)
 
 
 def _disk(shape: LM, config: RunConfig, name: str) -> None:
-    each = 12 * shape.parameter_count()
+    each = 4 * shape.parameter_count() + 8 * _trained(shape)
     kept = config.train.keep.last + config.train.keep.best + 1
     place = run_folder(name)
     free = free_space(runs_root().resolve())
@@ -140,6 +150,8 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     began = time.monotonic()
     seed_all(config.train.seed)
     lm, objective = LM(model), config.objective.build()
+    if config.lora is not None:
+        lora.add(lm, config.lora)
     lm.checkpointing = config.train.checkpointing
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 from tinsmith.config import dump
+from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
+from tinsmith.hub.adapters import Adapters, write_adapters
 from tinsmith.hub.card import Data, Facts, Sample, Score, model_card
 from tinsmith.hub.hf import Exported, write_folder
+from tinsmith.nn import lora
 from tinsmith.train import parallel
 from tinsmith.train.folder import environment
 from tinsmith.train.report import plot_run, write_samples
@@ -24,19 +27,30 @@ def finish(run: Run) -> None:
     plot = plot_run(run.folder)
     write_samples(run.folder)
     final = run.folder / "final"
+    state, pairs = lora.split(state)
+    config = run.config.lora
     done = write_folder(
         run.policy.config,
-        state,
+        state if config is None else lora.folded(state, pairs, config.scale),
         run.tokenizer,
         final,
         card=lambda exported: model_card(facts(run, exported)),
         attach=[plot],
         overwrite=True,
+        also=None if config is None else lambda place: leave(run, Adapters(config, pairs), place),
     )
     best = run.state.best
     said = f"bpb {best['bpb']:.3f} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
     run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), loss.png, samples.md")
+
+
+def leave(run: Run, made: Adapters, place: Path) -> None:
+    """What a run has trained, in PEFT's format, beside the model that it is merged into."""
+    try:
+        write_adapters(place / "adapter", run.policy.config, made, run.config.init_from)
+    except UserError as error:
+        run.log.line(f" warning no adapter/ in final/: {error}")
 
 
 def facts(run: Run, exported: Exported) -> Facts:

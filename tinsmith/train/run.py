@@ -139,7 +139,7 @@ class Run:
         if self.ranks.first:
             try:
                 folder = checkpoint.save(
-                    self.checkpoints, snapshot, dump(self.config), self.tokenizer
+                    self.checkpoints, snapshot, self._described(), self.tokenizer
                 )
                 best = self.state.best
                 checkpoint.prune(
@@ -157,6 +157,10 @@ class Run:
             return False
         self.failed_saves = 0
         return True
+
+    def _described(self) -> str:
+        """The recipe with the model as it is, so that a checkpoint can be opened on its own."""
+        return dump(replace(self.config, model=self.policy.config))
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint, to the same bits."""

@@ -18,6 +18,7 @@ from tinsmith.data.prepare import prepare
 from tinsmith.data.prepared import Prepared
 from tinsmith.data.sources import Source, open_source
 from tinsmith.hub.load import load
+from tinsmith.nn import lora
 from tinsmith.nn.model import LM
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
@@ -115,6 +116,8 @@ def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: S
         lm = LM(config.model).to(ranks.device)
     else:
         lm = grown(lm, tokenizer, log)
+    if config.lora is not None:
+        lora.add(lm, config.lora)
     shape, context, seed = config.objective.shape, config.train.context, config.train.seed
     source = open_source(prepared.folder, shape, "train", context, seed)
     validation = _validation(prepared, config)
@@ -192,6 +195,8 @@ def introduce(run: Run) -> None:
     size = count(run.policy.parameter_count())
     log = run.log
     log.line(f"  model      {size} params   {kinds} | {feeds} | {run.policy.config.residual.kind}")
+    if config.lora is not None:
+        log.line(f"  lora       {lora.described(run.policy, config.lora)}")
     per_token = run.source.bytes / max(1, run.source.tokens)
     names = " + ".join(run.source.names)
     log.line(f"  data       {names}: {count(run.source.tokens)} tokens, {per_token:.2f} B/token")

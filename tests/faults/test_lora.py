@@ -1,0 +1,50 @@
+"""T2 for LoRA: killed and resumed with dropout, a run of adapters ends in the same bits."""
+
+import signal
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def adapting(shared_place, recipe) -> dict:
+    """A run that trains adapters, with dropout of their own beside the model's."""
+    base = recipe | {"train": {**recipe["train"], "steps": 2}}
+    code, said = shared_place.train(base, "lora-base")
+    assert code == 0, said
+    own = {key: value for key, value in recipe.items() if key not in ("model", "tokenizer")}
+    train = {**recipe["train"], "steps": 6, "save_every": 2, "eval_every": 3, "sample_every": 3}
+    section = {"targets": "all", "rank": 2, "alpha": 4, "dropout": 0.2}
+    start = str(shared_place.runs / "lora-base")
+    return own | {"train": train, "init_from": start, "lora": section}
+
+
+@pytest.fixture(scope="module")
+def whole(shared_place, adapting) -> tuple[dict[str, object], list[str]]:
+    """What the run leaves that nothing happened to, and its events in order."""
+    code, said = shared_place.call("prepare", shared_place.write("lora-whole", adapting))
+    assert code == 0, said
+    events = shared_place.folder / "lora-events"
+    code, said = shared_place.train(adapting, "lora-whole", TINSMITH_COUNT_EVENTS=str(events))
+    assert code == 0, said
+    return shared_place.result("lora-whole"), events.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(("name", "which"), [("micro-step", 7), ("manifest", 1), ("in sample", 0)])
+def test_T2_adapters_killed_and_resumed_end_in_the_same_bits(
+    name, which, shared_place, adapting, whole
+):
+    left, events = whole
+    point = [place for place, event in enumerate(events, 1) if event == name][which]
+    run = f"lora-{name.replace(' ', '-')}"
+    code, said = shared_place.train(adapting, run, TINSMITH_KILL_AT=str(point))
+    assert code == -signal.SIGKILL, said
+    code, said = shared_place.train(adapting, run, "--resume")
+    assert code == 0, said
+    assert shared_place.result(run) == left
+
+
+def test_a_resumed_run_must_train_the_same_adapters(shared_place, adapting, whole):
+    data = adapting | {"lora": {**adapting["lora"], "rank": 3}}
+    code, said = shared_place.train(data, "lora-whole", "--resume")
+    assert code == 2, said
+    assert "was begun with lora.rank: 2, not 3" in said
