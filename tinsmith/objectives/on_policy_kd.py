@@ -189,8 +189,8 @@ class OnPolicyDistillation(Objective):
         room = self.frozen["teacher"].config.max_context
         student, teacher = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
-            told = self.told(prompt)
-            kept = answer[: max(room - len(told), 0)]
+            told = self.told(prompt)[-room:]
+            kept = answer[: room - len(told)]
             student.append(_episode(prompt.ids, kept))
             teacher.append(_episode(told, kept))
         return Lesson(collate(student, device), collate(teacher, device), sampled.to(device))
