@@ -3,7 +3,7 @@ the global units.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,14 @@ class Loss(NamedTuple):
     metrics: dict[str, Metric] = {}
     stats: dict[str, Tensor] = {}
     probes: dict[str, Tensor] = {}
+
+
+class Exam(NamedTuple):
+    """What was measured on held-back data."""
+
+    values: dict[str, float]
+    loss: float
+    """The smaller the better: which checkpoint is the best."""
 
 
 class Source(Protocol):
@@ -116,6 +124,11 @@ class Alone:
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
+    answers_itself: ClassVar[bool] = False
+    """Whether the policy generates answers while it is trained; then each process needs all of
+    it.
+    """
+
     @property
     def shape(self) -> Shape:
         """What it reads: documents, chats, pairs or prompts."""
@@ -156,17 +169,29 @@ class Objective(nn.Module):
         optimizers are made.
         """
 
-    def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
-        """What to train on, endlessly: here, the feed as it is."""
+    def batches(self, feed: Feed, policy: LM) -> Iterator[Any]:
+        """What to train on, endlessly: here, the feed as it is. Whatever it gives has
+        `to(device)`, and is what `weight` and `loss` are asked about.
+        """
         return iter(feed)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def weight(self, batch: Any) -> Tensor:
         """How many units the batch holds: target tokens, pairs, sequences."""
         raise NotImplementedError
 
-    def loss(self, policy: LM, batch: Batch) -> Loss:
+    def loss(self, policy: LM, batch: Any) -> Loss:
         """Forward pass and sum of losses over the batch's units."""
         raise NotImplementedError
+
+    def example(self, batch: Batch) -> Any:
+        """What `loss` and `weight` want, made of a row of random ids: for a dry run."""
+        return batch
+
+    def examine(self, policy: LM, source: Source, rows: int) -> Exam | None:
+        """Measure on `rows` samples of held-back data, the same on every process; None where loss
+        and bits per byte of its tokens say it all.
+        """
+        return None
 
     def accept(self, means: dict[str, float]) -> bool:
         """Asked after the all-reduce, before the optimizer's step; False drops the gradients."""

@@ -17,17 +17,20 @@ from torch import Tensor
 
 from tinsmith.core.parse import Config, Count
 from tinsmith.core.rng import derive
+from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
 from tinsmith.data.prompts import Prompt, read_prompt
-from tinsmith.infer.generate import ends
+from tinsmith.infer.generate import ends, evaluating
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import Weights
 from tinsmith.objectives.base import (
+    Exam,
     Feed,
     Loss,
     Metric,
     Objective,
     ObjectiveConfigBase,
+    Source,
     aux_metrics,
     with_aux,
 )
@@ -69,6 +72,7 @@ class OnPolicyKD(ObjectiveConfigBase):
 
     kind: Literal["on_policy_kd"] = "on_policy_kd"
     shape: ClassVar[Shape] = "prompts"
+    answers_itself: ClassVar[bool] = True
     teacher: str
     """A run, a checkpoint or a Hugging Face folder of the same vocabulary."""
     teacher_weights: Weights = "fp32"
@@ -169,6 +173,26 @@ class OnPolicyDistillation(Objective):
         said = {place: each.answer for place, each in zip(asked, episodes, strict=True)}
         answers = [said[i] if i in said else self.given(p) for i, p in enumerate(prompts)]
         return self.paired(prompts, answers, torch.tensor(sampled), policy.embed.weight.device)
+
+    def example(self, batch: Batch) -> Lesson:
+        """The row as an answer to its first id, for both."""
+        rows = [_episode(row[:1].tolist(), row[1:].tolist()) for row in batch.ids]
+        both = collate(rows, batch.ids.device)
+        return Lesson(both, both, torch.ones(len(rows), dtype=torch.bool))
+
+    def examine(self, policy: LM, source: Source, rows: int) -> Exam:
+        """The divergence at greedy answers to held-back prompts, spread evenly over them."""
+        count = min(rows, source.size)
+        prompts = [source.prompts(i * source.size // count, 1)[0] for i in range(count)]
+        asked, greedy = [prompt.ids for prompt in prompts], replace(self.limits, temperature=0.0)
+        episodes = roll_out(policy, asked, [0] * count, greedy, poll=self.peers.poll)
+        answers, sampled = [each.answer for each in episodes], torch.ones(count, dtype=torch.bool)
+        lesson = self.paired(prompts, answers, sampled, policy.embed.weight.device)
+        with torch.no_grad(), evaluating(policy):
+            found = self.loss(policy, lesson).metrics["loss"]
+        cut = sum(each.finish != "stop" for each in episodes) / count
+        apart = float(found.total / found.count.clamp(min=1))
+        return Exam({"divergence": apart, "truncated": cut}, apart)
 
     def given(self, prompt: Prompt) -> list[int]:
         """The answer of the data as ids, its end of turn included, at most `max_new`."""

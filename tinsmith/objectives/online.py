@@ -10,7 +10,7 @@ however many processes there are. The rollout in hand and the place in it are sa
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,16 +19,12 @@ from torch import Tensor
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Count
 from tinsmith.core.rng import derive
+from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
 from tinsmith.data.prompts import Prompt
 from tinsmith.infer.generate import ends
 from tinsmith.nn.model import LM, ModelOut
-from tinsmith.objectives.base import (
-    Feed,
-    Metric,
-    Objective,
-    ObjectiveConfigBase,
-)
+from tinsmith.objectives.base import Exam, Feed, Metric, Objective, ObjectiveConfigBase, Source
 from tinsmith.objectives.logprobs import chosen_logprobs, kl
 from tinsmith.objectives.ratio import clipped, log_ratio
 from tinsmith.objectives.reference import reference
@@ -42,6 +38,7 @@ class Online(ObjectiveConfigBase):
     """What every objective of this kind can be told."""
 
     shape: ClassVar[Shape] = "prompts"
+    answers_itself: ClassVar[bool] = True
     answers: Count = 1
     """Answers to one prompt."""
     max_new: Count = 256
@@ -169,10 +166,12 @@ class OnlineObjective(Objective):
             learned = learned & ~rows.truncated
         return rows._replace(rewards=rewards, mask=rows.mask & learned[:, None])
 
-    def answers(self, policy: LM, prompts: list[Prompt], seeds: list[int]) -> list[Episode]:
+    def answers(
+        self, policy: LM, prompts: list[Prompt], seeds: list[int], limits: Limits | None = None
+    ) -> list[Episode]:
         """One answer to each prompt."""
-        asked = [prompt.ids for prompt in prompts]
-        return roll_out(policy, asked, seeds, self.limits, reply=self.reply, poll=self.peers.poll)
+        asked, drawn = [prompt.ids for prompt in prompts], limits or self.limits
+        return roll_out(policy, asked, seeds, drawn, reply=self.reply, poll=self.peers.poll)
 
     def rewards(self, prompts: list[Prompt], episodes: list[Episode]) -> Tensor:
         """(B,) the reward of each answer, less the penalty; NaN where it has none."""
@@ -182,11 +181,39 @@ class OnlineObjective(Objective):
 
     def score(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         """The reward of each answer; NaN where it has none."""
-        raise NotImplementedError
+        import re
+
+        found = []
+        for prompt, episode in zip(prompts, episodes, strict=True):
+            text = self.tokenizer.decode(episode.newest).rpartition("</think>")[2]
+            numbers = re.findall(r"-?\d+", text.replace("<|im_end|>", ""))
+            found.append(float(bool(numbers) and numbers[-1] == prompt.answer))
+        return found
 
     def judged(self, policy: LM, prompts: list[Prompt], rows: Rollout) -> Rollout:
         """The rollout with its advantages, and whatever else the loss wants."""
         raise NotImplementedError
+
+    def example(self, batch: Batch) -> Rollout:
+        """One group, of answers that are all the same."""
+        answers = self.config.answers
+        rows = [Episode([*row.tolist()], seed=0) for row in batch.ids.repeat(answers, 1)]
+        for row in rows:
+            row.said = [False] + [True] * (len(row.ids) - 1)
+        return collate(rows, batch.ids.device)
+
+    def examine(self, policy: LM, source: Source, rows: int) -> Exam:
+        """Greedy answers to held-back prompts, spread evenly over them."""
+        count = min(rows, source.size)
+        prompts = [source.prompts(i * source.size // count, 1)[0] for i in range(count)]
+        greedy = replace(self.limits, temperature=0.0)
+        episodes = self.answers(policy, prompts, [0] * count, greedy)
+        rewards = self.rewards(prompts, episodes)
+        said = sum(sum(episode.said) for episode in episodes)
+        cut = sum(episode.finish != "stop" for episode in episodes)
+        reward = float(rewards.nanmean())
+        values = {"reward": reward, "length": said / count, "truncated": cut / count}
+        return Exam(values, -reward)
 
     def logprobs(self, lm: LM, rows: Rollout) -> tuple[Tensor, ModelOut]:
         """(B, T) log-probabilities of what was said, at the sampling temperature, and what the

@@ -4,6 +4,7 @@ The resolved recipe with the type of every value, a parameter table, cost, memor
 estimates, a look at the data, and one real step of the real model on a few random tokens.
 """
 
+import copy
 import time
 from typing import Any
 
@@ -25,6 +26,8 @@ from tinsmith.nn.model import LM
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import multiplier
+from tinsmith.text.bpe import SMALLEST, train_bpe
+from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.folder import run_folder, runs_root
 from tinsmith.train.parallel import pick_device
 from tinsmith.train.start import check_questions
@@ -153,13 +156,17 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     if config.lora is not None:
         lora.add(lm, config.lora)
     lm.checkpointing = config.train.checkpointing
+    judge = copy.deepcopy(lm).eval().requires_grad_(False)
+    objective.frozen = dict.fromkeys(config.objective.judges(), judge)
+    objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (1, TOKENS + 1), generator=generator)
     positions = torch.arange(TOKENS)[None]
     everything = torch.ones(1, TOKENS, dtype=torch.bool)
     nowhere, source = torch.zeros(1, TOKENS, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    batch = Batch(ids[:, :-1], ids[:, 1:], everything, positions, nowhere, source)
+    row = Batch(ids[:, :-1], ids[:, 1:], everything, positions, nowhere, source)
+    batch: Any = objective.example(row)
     loss = objective.loss(lm, batch)
     (loss.total / TOKENS).backward()
     optimizers.set_multiplier(multiplier(config.optim.schedule, 0, config.train.steps))
@@ -171,3 +178,8 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
         f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
         f"s, {said}"
     )
+
+
+def _stand_in(vocab_size: int) -> Tokenizer:
+    """A tokenizer that has learned nothing, since the run's own may not have been trained yet."""
+    return train_bpe([""], max(vocab_size, SMALLEST))

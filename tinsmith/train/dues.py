@@ -12,6 +12,7 @@ from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.objectives.base import Exam
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Interrupted, Run
@@ -73,10 +74,29 @@ def _spike(run: Run, loss: float) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Bits per byte on validation data."""
+    """What the objective measures on validation data, or else bits per byte."""
     if run.validation is None or not _due(run, run.config.train.eval_every):
         return
     began = time.monotonic()
+    with autocast(run.config.train.precision, run.ranks.device):
+        exam = run.objective.examine(run.policy, run.validation, run.config.eval.rows)
+    values, loss = exam or _predicted(run)
+    run.log.metrics({"step": run.state.step, "kind": "eval", **values, **_choices(run)})
+    whole = {name: value for name, value in values.items() if "." not in name}
+    run.state.evaluation = {"step": run.state.step, **whole, "loss": loss}
+    better = run.state.best is None or loss < run.state.best["loss"]
+    if better and math.isfinite(loss):
+        run.state.best = dict(run.state.evaluation)
+        run.save_now = run.config.train.keep.best
+    mark = " (best)" if better else ""
+    said = "".join(f"  {name} {value:.3f}" for name, value in whole.items())
+    run.log.line(f" eval   step {run.state.step}{said}{mark}")
+    run.clock.pause(time.monotonic() - began)
+
+
+def _predicted(run: Run) -> Exam:
+    """Loss and bits per byte, those of every source too where there are several."""
+    assert run.validation is not None
     lengths = torch.from_numpy(run.tokenizer.byte_lengths()).to(run.ranks.device)
     with autocast(run.config.train.precision, run.ranks.device):
         found = evaluate_bpb(
@@ -89,19 +109,10 @@ def evaluate(run: Run) -> None:
             poll=run.poll,
         )
     whole = found["all"]
-    values: Metrics = {"step": run.state.step, "kind": "eval", "loss": whole.loss, "bpb": whole.bpb}
+    values = {"loss": whole.loss, "bpb": whole.bpb}
     if len(found) > 2:
         values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
-    values |= _choices(run)
-    run.log.metrics(values)
-    run.state.evaluation = {"step": run.state.step, "loss": whole.loss, "bpb": whole.bpb}
-    better = run.state.best is None or whole.loss < run.state.best["loss"]
-    if better and math.isfinite(whole.loss):
-        run.state.best = dict(run.state.evaluation)
-        run.save_now = run.config.train.keep.best
-    mark = " (best)" if better else ""
-    run.log.line(f" eval   step {run.state.step}  loss {whole.loss:.3f}  bpb {whole.bpb:.3f}{mark}")
-    run.clock.pause(time.monotonic() - began)
+    return Exam(values, whole.loss)
 
 
 def _choices(run: Run) -> Metrics:

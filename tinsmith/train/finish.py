@@ -40,7 +40,8 @@ def finish(run: Run) -> None:
         also=None if config is None else lambda place: leave(run, Adapters(config, pairs), place),
     )
     best = run.state.best
-    said = f"bpb {best['bpb']:.3f} (best, step {int(best['step'])})  " if best else ""
+    shown = next((name for name in ("bpb", "reward") if name in (best or {})), "loss")
+    said = f"{shown} {best[shown]:.3f} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
     run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), loss.png, samples.md")
 
@@ -99,6 +100,12 @@ def _scores(run: Run) -> list[Score]:
     if last is None:
         return []
     rows = min(run.config.eval.rows, run.validation.size if run.validation else 0)
+    if "bpb" not in last:
+        named = {name: value for name, value in last.items() if name not in ("step", "loss")}
+        return [
+            Score(task="validation", metric=name, value=value, items=rows)
+            for name, value in named.items()
+        ]
     return [
         Score(
             task="validation",

@@ -19,7 +19,6 @@ from tinsmith.core.faults import event
 from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import size
-from tinsmith.data.batch import Batch
 from tinsmith.data.sources import Source
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import Feed
@@ -71,7 +70,7 @@ class Run:
             policy.compile()
         self.optimizers = Optimizers.build(policy, self.objective, config.optim)
         self.feed = Feed(source, config.train.rows, ranks.rank, ranks.world)
-        self.batches: Iterator[Batch] = self.objective.batches(self.feed, policy)
+        self.batches: Iterator[Any] = self.objective.batches(self.feed, policy)
         self.state = State()
         self.meters = Meters()
         self.guard = Guard(config.train.bad_steps)

@@ -9,6 +9,7 @@ so the result does not depend on how the batch was split. Objectives say what a 
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from tinsmith.core import rng
 from tinsmith.core.errors import Stopped
 from tinsmith.core.faults import event
 from tinsmith.core.signals import StopFlag
-from tinsmith.data.batch import Batch
 from tinsmith.objectives.base import Loss, Metric
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train import checkpoint
@@ -126,7 +126,7 @@ def step(run: Run) -> None:
             raise TooManyBadSteps(f"{run.guard.in_a_row} steps in a row were not finite; {where}")
 
 
-def backward(run: Run, batch: Batch, units: Tensor) -> Loss:
+def backward(run: Run, batch: Any, units: Tensor) -> Loss:
     """Forward and backward of one micro-batch; gradients are those of the mean over the global
     batch.
     """
