@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from tinsmith.objectives import logprobs
+from tinsmith.objectives import chunked, logprobs
 
 
 @pytest.fixture
 def case(monkeypatch):
     """hidden (2, 20, 16), targets, weights, head, in float64; chunks of six tokens."""
-    monkeypatch.setattr(logprobs, "ELEMENTS", 300)
+    monkeypatch.setattr(chunked, "ELEMENTS", 300)
+    monkeypatch.setattr(chunked, "TOKENS", 1)
     hidden = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
     head = nn.Linear(16, 50, bias=False, dtype=torch.float64)
     weights = torch.rand(2, 20, dtype=torch.float64) * (torch.rand(2, 20) > 0.3)

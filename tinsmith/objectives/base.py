@@ -13,6 +13,7 @@ from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
 from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM
+from tinsmith.nn.quant import Weights
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -115,18 +116,25 @@ class Alone:
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
-    shape: ClassVar[Shape]
-    """What it reads: documents, chats, pairs or prompts."""
     answers_itself: ClassVar[bool] = False
     """Whether the policy generates answers while it is trained; then each process needs all of
     it.
     """
+
+    @property
+    def shape(self) -> Shape:
+        """What it reads: documents, chats, pairs or prompts."""
+        raise NotImplementedError
 
     def judges(self) -> dict[str, str | None]:
         """The frozen models it wants, by name: the folder of each, or None for the policy as it
         stands before the first step.
         """
         return {}
+
+    def judge_weights(self) -> Weights:
+        """How the weights of these models are held in memory."""
+        return "fp32"
 
     def build(self) -> "Objective":
         """The objective."""

@@ -1,13 +1,10 @@
 """Token log-probabilities without ever holding (tokens x vocabulary), and what is made of them.
 
-Softmax and its gradient are formed chunk by chunk in at least float32; products with the head run
-in the precision of the surrounding autocast. The backward pass of a cross-entropy needs nothing
-that its forward pass has not just had in hand, so both are done there (as in Liger, 2410.10989),
-and the head's product is never computed twice. Of log-probabilities that enter a further formula
-the upstream gradient is not known yet: `chosen_logprobs` computes the product again, chunk by
-chunk.
+A cross-entropy knows its slope at once, so it is summed by `chunked.summed`. Of log-probabilities
+that enter a further formula the upstream gradient is not known yet: `chosen_logprobs` computes the
+head's product again, chunk by chunk.
 
-Legend: B rows, T tokens in a row, N tokens, D width, V vocabulary.
+Legend: B rows, T tokens in a row, N tokens, n tokens of a chunk, D width, V vocabulary.
 """
 
 from typing import Any, Literal
@@ -16,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.nn.parts.norm import wide
-
-ELEMENTS = 2**21
-"""Logits held at once."""
+from tinsmith.objectives.chunked import Measured, add_product, chunks, product_dtype, summed
 
 Estimator = Literal["k1", "k2", "k3"]
 """How a KL divergence is estimated from sampled tokens; see `kl`."""
@@ -71,7 +66,24 @@ def summed_nll(
     0. `head` has no bias.
     """
     chosen = weights_BT != 0
-    return _SummedNLL.apply(hidden_BTD[chosen], head.weight, targets_BT[chosen], weights_BT[chosen])  # type: ignore[no-any-return]
+    targets_N = targets_BT[chosen]
+    total, _ = summed(
+        hidden_BTD[chosen],
+        head.weight,
+        weights_BT[chosen],
+        lambda logits, part: cross_entropy(logits, targets_N[part]),
+    )
+    return total
+
+
+def cross_entropy(logits_nV: Tensor, targets_n: Tensor) -> Measured:
+    """-log softmax(logits)[target] of every token, in nats."""
+    logprobs_nV = logits_nV.log_softmax(1)
+    target = targets_n[:, None]
+    nll_n = -logprobs_nV.gather(1, target)[:, 0]
+    slope_nV = logprobs_nV.exp_()
+    slope_nV.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=slope_nV.dtype))
+    return Measured(nll_n, slope_nV)
 
 
 def chosen_logprobs(
@@ -81,7 +93,7 @@ def chosen_logprobs(
     differentiable.
 
     Positions where `mask_BT` is 0 are left out before the head: 0 there, and exactly zero gradient.
-    `head` has no bias. Forward and backward hold `ELEMENTS` logits at once.
+    `head` has no bias. Forward and backward hold one chunk of logits at once.
     """
     chosen = mask_BT != 0
     said = _ChosenLogprobs.apply(hidden_BTD[chosen], head.weight, ids_BT[chosen], temperature)
@@ -96,62 +108,9 @@ def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: nn.Linear) -> Tensor:
     """
     parts = [
         nn.functional.cross_entropy(head(hidden_ND[part]), targets_N[part], reduction="none")
-        for part in _chunks(len(targets_N), head.weight.shape[0])
+        for part in chunks(len(targets_N), head.weight.shape[0])
     ]
-    return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=wide(hidden_ND.dtype))
-
-
-class _SummedNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor
-    ) -> Tensor:
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        low = _product_dtype(hidden_ND)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            total, grads = _forward(hidden_ND, weight_VD, targets_N, weights_N, low, wanted)
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scale = upstream[0]
-        hidden_grad, weight_grad = (
-            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return hidden_grad, weight_grad, None, None
-
-
-def _forward(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    weights_N: Tensor,
-    low: torch.dtype,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """The sum, and the gradients of hidden states and head, as far as they are `wanted`: a frozen
-    head (LoRA) costs none.
-    """
-    high = wide(hidden_ND.dtype)
-    hidden, weight = hidden_ND.detach().to(low), weight_VD.detach().to(low)
-    total = torch.zeros((), dtype=high, device=hidden.device)
-    hidden_grad = torch.empty_like(hidden_ND) if wanted[0] else None
-    weight_grad = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted[1] else None
-    for part in _chunks(len(targets_N), len(weight)):
-        logprobs = (hidden[part] @ weight.T).log_softmax(1, dtype=high)
-        target, scale = targets_N[part, None], weights_N[part, None].to(high)
-        total -= (logprobs.gather(1, target) * scale).sum()
-        if not any(wanted):
-            continue
-        slope = logprobs.exp_()
-        slope.scatter_add_(1, target, torch.full_like(scale, -1.0))
-        slope = slope.mul_(scale).to(low)
-        if hidden_grad is not None:
-            hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
-        if weight_grad is not None:
-            weight_grad += slope.T @ hidden[part]
-    return total, (hidden_grad, None if weight_grad is None else weight_grad.to(weight_VD.dtype))
+    return torch.cat(parts)
 
 
 class _ChosenLogprobs(torch.autograd.Function):
@@ -159,12 +118,12 @@ class _ChosenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float
     ) -> Tensor:
-        ctx.low, ctx.temperature = _product_dtype(hidden_ND), temperature
+        ctx.low, ctx.temperature = product_dtype(hidden_ND), temperature
         high = wide(hidden_ND.dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             hidden, weight = hidden_ND.detach().to(ctx.low), weight_VD.detach().to(ctx.low)
             said_N = torch.empty(len(ids_N), dtype=high, device=hidden.device)
-            for part in _chunks(len(ids_N), len(weight)):
+            for part in chunks(len(ids_N), len(weight)):
                 logits = (hidden[part] @ weight.T).to(high) / temperature
                 said_N[part] = token_logprobs(logits, ids_N[part])
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N)
@@ -177,23 +136,12 @@ class _ChosenLogprobs(torch.autograd.Function):
             hidden, weight = hidden_ND.to(ctx.low), weight_VD.to(ctx.low)
             hidden_grad = torch.empty_like(hidden_ND)
             weight_grad = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype))
-            for part in _chunks(len(ids_N), len(weight)):
+            for part in chunks(len(ids_N), len(weight)):
                 scale = upstream[0][part, None] / ctx.temperature
                 logits = (hidden[part] @ weight.T).to(scale.dtype) / ctx.temperature
                 slope = logits.softmax(1).mul_(-scale)
                 slope.scatter_add_(1, ids_N[part, None], scale)
                 slope = slope.to(ctx.low)
                 hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
-                weight_grad += slope.T @ hidden[part]
+                add_product(weight_grad, slope.T, hidden[part])
         return hidden_grad, weight_grad.to(weight_VD.dtype), None, None
-
-
-def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The precision of the surrounding autocast, for products with the head."""
-    kind = hidden_ND.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-
-
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -17,6 +17,8 @@ from tinsmith.objectives.base import (
     with_aux,
 )
 from tinsmith.objectives.logprobs import summed_nll
+from tinsmith.objectives.tags import Tags, TagWeights
+from tinsmith.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +30,31 @@ class Pretrain(ObjectiveConfigBase):
 
     def build(self) -> "CrossEntropy":
         """The objective."""
-        return CrossEntropy()
+        return CrossEntropy(TagWeights())
 
 
 class CrossEntropy(Objective):
-    """sum over the batch's masked-in targets of -log p(target); the unit is a target token."""
+    """sum over the batch's masked-in targets of weight * -log p(target); the unit is a target's
+    weight, which is 1 but for tags.
+    """
+
+    def __init__(self, weights: TagWeights):
+        super().__init__()
+        self.tags = Tags(weights)
+
+    def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
+        """Look up the tags' ids."""
+        self.tags.prepare(tokenizer)
 
     def weight(self, batch: Batch) -> Tensor:
-        """Target tokens that count."""
-        return batch.mask.sum()
+        """The sum of the targets' weights."""
+        return self.tags(batch).sum()
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """One forward pass over packed rows."""
         out = policy(batch.ids, batch.positions, batch.segments, logits=False)
-        total = summed_nll(out.hidden, batch.targets, batch.mask, policy.head)
-        count = self.weight(batch)
+        weights = self.tags(batch)
+        total = summed_nll(out.hidden, batch.targets, weights, policy.head)
+        count = weights.sum()
         metrics = {"loss": Metric(total.detach(), count)} | aux_metrics(out.losses, count)
         return Loss(with_aux(total, out.losses, count), metrics, out.stats, out.probes)

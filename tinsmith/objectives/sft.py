@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from tinsmith.data.config import Shape
 from tinsmith.objectives.base import ObjectiveConfigBase
 from tinsmith.objectives.pretrain import CrossEntropy
+from tinsmith.objectives.tags import TagWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,8 @@ class SFT(ObjectiveConfigBase):
 
     kind: Literal["sft"] = "sft"
     shape: ClassVar[Shape] = "chats"
+    weights: TagWeights = TagWeights()
 
     def build(self) -> CrossEntropy:
         """The objective."""
-        return CrossEntropy()
+        return CrossEntropy(self.weights)

@@ -4,6 +4,7 @@ The resolved recipe with the type of every value, a parameter table, cost, memor
 estimates, a look at the data, and one real step of the real model on a few random tokens.
 """
 
+import copy
 import time
 from typing import Any
 
@@ -157,6 +158,8 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     if config.lora is not None:
         lora.add(lm, config.lora)
     lm.checkpointing = config.train.checkpointing
+    judge = copy.deepcopy(lm).eval().requires_grad_(False)
+    objective.frozen = dict.fromkeys(config.objective.judges(), judge)
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)

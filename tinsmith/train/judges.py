@@ -10,6 +10,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.model import LM
+from tinsmith.nn.quant import quantise
 from tinsmith.objectives import ObjectiveConfig
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -22,15 +23,26 @@ def judges(
     Where that is what is left when its adapters are off, no copy is made, and the judge is not
     among those found (see `objectives.reference`).
 
-    Raises UserError where a folder's model reads other ids than the policy.
+    Weights are held as the config says. UserError where a folder's model reads other ids than the
+    policy.
     """
     found = {}
     for name, folder in config.judges().items():
         if folder is None and lora.adapters(policy):
             continue
         lm = copy.deepcopy(policy) if folder is None else _loaded(name, folder, tokenizer, device)
-        found[name] = lm.eval().requires_grad_(False)
+        _check_head(name, lm, policy)
+        found[name] = quantise(lm.eval(), config.judge_weights())
     return found
+
+
+def _check_head(name: str, lm: LM, policy: LM) -> None:
+    ids, wanted = lm.config.vocab_size, policy.config.vocab_size
+    if ids != wanted:
+        raise UserError(
+            f"objective.{name}: its head has {ids} ids and that of this run's model {wanted}; both "
+            "must have the same model.vocab_size"
+        )
 
 
 def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:

@@ -35,14 +35,15 @@ class Candidate(NamedTuple):
 
 def chosen(model: nn.Module, targets: Sequence[str]) -> list[Candidate]:
     """Everything that some target names; UserError where one names nothing."""
-    candidates = list(_candidates(model))
+    known = list(candidates(model))
     for target in targets:
-        if not any(candidate.meant(target) for candidate in candidates):
-            raise UserError(_unknown(model, target, candidates))
-    return [each for each in candidates if any(each.meant(target) for target in targets)]
+        if not any(candidate.meant(target) for candidate in known):
+            raise UserError(_unknown(model, target, known))
+    return [each for each in known if any(each.meant(target) for target in targets)]
 
 
-def _candidates(model: nn.Module) -> Iterator[Candidate]:
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """All that a target could name."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if not isinstance(module, Head):

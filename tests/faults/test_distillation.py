@@ -1,0 +1,150 @@
+"""T2 and T3 for distillation: kills and ranks change nothing; a teacher must read the same ids."""
+
+import signal
+import socket
+
+import pytest
+
+KINDS = ("kd", "on_policy_kd")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def teacher(shared_place, recipe) -> dict:
+    """A teacher wider than the students, and the recipe that made it."""
+    data = recipe | {
+        "model": {**recipe["model"], "dim": 48},
+        "train": {**recipe["train"], "steps": 3},
+        "objective": {"kind": "sft"},
+    }
+    code, said = shared_place.train(data, "teacher")
+    assert code == 0, said
+    return data
+
+
+@pytest.fixture(scope="module")
+def students(shared_place, recipe, teacher) -> dict[str, dict]:
+    """A recipe of each kind, with dropout; half of the second's answers are its own."""
+    folder = str(shared_place.runs / "teacher")
+    objectives = {
+        "kd": {"temperature": 2, "hard": 0.3, "weights": {"think": 5}, "teacher_weights": "int8"},
+        "on_policy_kd": {
+            **{"max_new": 6, "hint": "It is {answer}.", "share": {"begin": 0.5, "end": 0.5}},
+            **{"decode_rows": 3},
+        },
+    }
+    own = {
+        "tokenizer": {"path": f"{folder}/final"},
+        "train": {**recipe["train"], "steps": STEPS, "save_every": 2, "eval_every": 3},
+        "log": {"every": 1},
+    }
+    return {
+        kind: recipe | own | {"objective": {"kind": kind, "teacher": folder} | keys}
+        for kind, keys in objectives.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def wholes(shared_place, students) -> dict[str, tuple[dict[str, object], list[str]]]:
+    """What the runs leave that nothing happened to, and their events in order."""
+    found = {}
+    for kind, data in students.items():
+        code, said = shared_place.call("prepare", shared_place.write(f"{kind}-whole", data))
+        assert code == 0, said
+        events = shared_place.folder / f"{kind}-events"
+        code, said = shared_place.train(data, f"{kind}-whole", TINSMITH_COUNT_EVENTS=str(events))
+        assert code == 0, said
+        left = shared_place.result(f"{kind}-whole")
+        found[kind] = left, events.read_text(encoding="utf-8").splitlines()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "which"),
+    [
+        ("kd", "micro-step", 7),
+        ("kd", "manifest", 1),
+        ("on_policy_kd", "rollout", -3),
+        ("on_policy_kd", "micro-step", 9),
+        ("on_policy_kd", "manifest", 1),
+    ],
+)
+def test_T2_distillation_killed_and_resumed_ends_in_the_same_bits(
+    kind, name, which, shared_place, students, wholes
+):
+    left, events = wholes[kind]
+    point = [place for place, event in enumerate(events, 1) if event == name][which]
+    run = f"{kind}-{name}"
+    code, said = shared_place.train(students[kind], run, TINSMITH_KILL_AT=str(point))
+    assert code == -signal.SIGKILL, said
+    code, said = shared_place.train(students[kind], run, "--resume")
+    assert code == 0, said
+    assert shared_place.result(run) == left
+
+
+def pair(place, data: dict, name: str) -> None:
+    """Train on two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = place.write(name, data | {"parallel": {"kind": "replicate"}})
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        place.start("train", path, "--name", name, RANK=str(rank), **common) for rank in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_T3_two_ranks_have_the_losses_and_gradients_of_one_process(kind, shared_place, students):
+    """Without dropout, which depends on the split, and with AdamW, as in test_ranks.py."""
+    data = students[kind]
+    data = data | {
+        "model": {**data["model"], "dropout": {}},
+        "optim": {"matrices": {"kind": "adamw", "lr": 1.0e-3}},
+    }
+    code, said = shared_place.train(data, f"{kind}-one")
+    assert code == 0, said
+    pair(shared_place, data, f"{kind}-two")
+    one, two = (
+        [row for row in shared_place.metrics(f"{kind}-{name}") if row["kind"] == "train"]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == STEPS
+    for alone, both in zip(one, two, strict=True):
+        for name in ("loss", "nll", "grad_norm"):
+            assert both[name] == pytest.approx(alone[name], rel=1e-4), (name, alone["step"])
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(shared_place, recipe, teacher):
+    data = recipe | {"tokenizer": {"train": {"vocab_size": 310}}}
+    data |= {"objective": {"kind": "kd", "teacher": str(shared_place.runs / "teacher")}}
+    code, said = shared_place.train(data, "foreign")
+    assert code == 2, said
+    last = said.strip().splitlines()[-1]
+    assert "objective.teacher:" in last
+    assert "another vocabulary than this run's tokenizer" in last
+    assert "Traceback" not in said
+
+
+def test_a_teacher_with_a_head_of_another_size_is_refused_in_one_line(
+    shared_place, students, recipe
+):
+    data = students["kd"]
+    code, said = shared_place.train(
+        data | {"model": {**data["model"], "vocab_size": 384}}, "padded"
+    )
+    assert code == 2, said
+    last = said.strip().splitlines()[-1]
+    assert "its head has 320 ids and that of this run's model 384" in last
+    assert "Traceback" not in said
+
+
+def test_a_teacher_that_is_not_there_is_refused_in_one_line(shared_place, students):
+    data = students["on_policy_kd"]
+    objective = {**data["objective"], "teacher": "/nowhere/at/all"}
+    code, said = shared_place.train(data | {"objective": objective}, "alone")
+    assert code == 2, said
+    assert "/nowhere/at/all: no such folder" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said

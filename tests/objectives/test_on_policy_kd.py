@@ -1,0 +1,193 @@
+"""Students that answer: what is sampled, what the teacher reads, and the ramp between."""
+
+import pytest
+import torch
+
+from tinsmith.core.parse import parse
+from tinsmith.data.prompts import Prompt
+from tinsmith.objectives import ObjectiveConfig
+from tinsmith.objectives.base import Feed
+from tinsmith.objectives.kd import generalized_jsd
+from tinsmith.objectives.on_policy_kd import OnPolicyKD, Ramp
+from tinsmith.text.bpe import train_bpe
+from tinsmith.text.chat import encode_prompt, normalise
+
+VOCAB = 330
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["what is one and two, it is three"] * 3, VOCAB)
+
+
+class Prompts:
+    """Questions without end, each with an answer of its own, but for every fifth."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def prompts(self, start: int, count: int) -> list[Prompt]:
+        return [self.prompt(number) for number in range(start, start + count)]
+
+    def prompt(self, number: int) -> Prompt:
+        answer = None if number % 5 == 4 else f"it is {number}"
+        record = {"prompt": f"what is {number * 'one '}?", "answer": answer}
+        asked = normalise(
+            {"messages": [{"role": "user", "content": record["prompt"]}]}, answered=False
+        )
+        return Prompt(encode_prompt(self.tokenizer, asked), number, answer, record)
+
+
+@pytest.fixture
+def made(tokenizer, small):
+    """(settings) -> objective, student, feed of four prompts."""
+
+    def make(world: int = 1, rank: int = 0, teacher: dict | None = None, **keys):
+        objective = OnPolicyKD(teacher="x", max_new=6, **keys).build()
+        objective.frozen = {"teacher": small(vocab_size=VOCAB, **(teacher or {})).eval()}
+        student = small(vocab_size=VOCAB)
+        objective.prepare(student, tokenizer)
+        return objective, student, Feed(Prompts(tokenizer), 4, rank, world)
+
+    return make
+
+
+def batches(made, count: int, **keys):
+    objective, student, feed = made(**keys)
+    given = objective.batches(feed, student)
+    return [next(given) for _ in range(count)]
+
+
+def test_the_ramp_goes_from_begin_to_end():
+    ramp = Ramp(begin=0.0, end=0.7, after=20, over=60)
+    assert [ramp.at(batch) for batch in (0, 20, 50, 80, 1000)] == pytest.approx(
+        [0, 0, 0.35, 0.7, 0.7]
+    )
+    assert Ramp(begin=0.0, end=1.0, after=3).at(2) == 0
+    assert Ramp(begin=0.0, end=1.0, after=3).at(3) == 1
+    assert Ramp().at(0) == 1
+
+
+def test_own_answers_come_as_often_as_the_ramp_says(made):
+    share = Ramp(begin=0.5, end=0.5)
+    drawn = [bool(lesson.sampled.all()) for lesson in batches(made, 40, share=share)]
+    assert 10 <= sum(drawn) <= 30
+    assert not any(
+        bool(lesson.sampled.all()) for lesson in batches(made, 5, share=Ramp(begin=0, end=0))
+    )
+
+
+def test_answers_of_the_data_are_whole_and_end_their_turn(made, tokenizer):
+    (lesson,) = batches(made, 1, share=Ramp(begin=0, end=0))
+    said = lesson.student.targets[1][lesson.student.mask[1]].tolist()
+    assert tokenizer.decode(said) == "it is 1<|im_end|>"
+    assert lesson.sampled.tolist() == [False] * 4
+
+
+def test_a_prompt_without_an_answer_is_always_answered_by_the_student(made):
+    _, lesson = batches(made, 2, share=Ramp(begin=0, end=0))
+    assert lesson.sampled.tolist() == [True, False, False, False]
+    assert bool(lesson.student.mask[0].any())
+
+
+def test_without_a_hint_both_read_the_same(made):
+    (lesson,) = batches(made, 1)
+    assert torch.equal(lesson.student.ids, lesson.teacher.ids)
+    assert torch.equal(lesson.student.mask, lesson.teacher.mask)
+
+
+def test_only_the_teacher_reads_the_hint_and_both_the_same_answer(made, tokenizer):
+    (lesson,) = batches(made, 1, hint="psst: {answer}, <|im_end|>!")
+    for row in range(4):
+        theirs = tokenizer.decode(lesson.teacher.ids[row].tolist())
+        ours = tokenizer.decode(lesson.student.ids[row].tolist())
+        assert f"<|im_start|>system\npsst: it is {row}" in theirs
+        assert "psst" not in ours
+        assert torch.equal(
+            lesson.student.targets[row][lesson.student.mask[row]],
+            lesson.teacher.targets[row][lesson.teacher.mask[row]],
+        )
+    assert int((lesson.teacher.ids[0] == tokenizer.end_of_turn).sum()) == 2
+
+
+def test_a_hint_joins_the_system_message_that_is_there(made, tokenizer):
+    objective, _, _ = made(hint="psst")
+    record = {"system": "be kind", "prompt": "one?"}
+    told = objective.told(Prompt([], 0, None, record))
+    assert "<|im_start|>system\nbe kind\n\npsst<|im_end|>" in tokenizer.decode(told)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_loss_is_the_divergence_at_the_answers_tokens(beta, made):
+    objective, student, feed = made(
+        beta=beta, temperature=1.3, hint="it is {answer}", teacher={"dim": 48}
+    )
+    lesson = next(objective.batches(feed, student))
+    found = objective.loss(student, lesson)
+    ours = student(lesson.student.ids, segments=lesson.student.segments).logits
+    theirs = objective.frozen["teacher"](
+        lesson.teacher.ids, segments=lesson.teacher.segments
+    ).logits
+    both = (ours[lesson.student.mask][None], theirs[lesson.teacher.mask][None])
+    mean = generalized_jsd(*both, torch.ones(1, both[0].shape[1]), beta, 1.3)
+    assert torch.allclose(found.total / objective.weight(lesson), mean, atol=1e-10)
+    found.total.backward()
+    assert all(p.grad is None for p in objective.frozen["teacher"].parameters())
+    assert any(bool((p.grad != 0).any()) for p in student.parameters())
+
+
+def test_a_teacher_that_is_the_student_and_knows_no_more_teaches_nothing(made):
+    objective, student, feed = made()
+    loss = objective.loss(student, next(objective.batches(feed, student)))
+    loss.total.backward()
+    assert abs(loss.total.item()) < 1e-12
+    assert all(bool((p.grad.abs() < 1e-12).all()) for p in student.parameters())
+
+
+def test_two_ranks_answer_what_one_process_would(made):
+    whole = batches(made, 2)
+    for rank in range(2):
+        for one, part in zip(whole, batches(made, 2, world=2, rank=rank), strict=True):
+            rows = one.student.rows(torch.arange(2 * rank, 2 * rank + 2))
+            width = part.student.ids.shape[1]
+            assert torch.equal(rows.ids[:, :width], part.student.ids)
+            assert torch.equal(rows.mask[:, :width], part.student.mask)
+
+
+def test_an_answer_that_does_not_fit_behind_the_teachers_prompt_is_cut_for_both(made):
+    for lesson in batches(made, 3, teacher={"max_context": 60}, hint="a long hint"):
+        assert lesson.teacher.ids.shape[1] < 60
+        assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
+
+
+def test_a_batch_without_answers_is_zero(made):
+    objective, student, feed = made(teacher={"max_context": 1})
+    lesson = next(objective.batches(feed, student))
+    loss = objective.loss(student, lesson)
+    loss.total.backward()
+    assert int(objective.weight(lesson)) == 0
+    assert loss.total.item() == 0
+
+
+def test_sampling_leaves_global_randomness_and_the_students_mode_alone(made):
+    objective, student, feed = made()
+    student.train()
+    before = torch.get_rng_state()
+    next(objective.batches(feed, student))
+    assert torch.equal(before, torch.get_rng_state())
+    assert student.training
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"beta": 2}, r"beta=2\.0 must be from 0 to 1"),
+        ({"max_new": 0}, "max_new=0 must be at least 1"),
+        ({"sampling": 0}, r"sampling=0\.0 must be a number above 0"),
+        ({"share": {"end": 1.5}}, r"end=1\.5 must be from 0 to 1"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(keys, said):
+    with pytest.raises(Exception, match=said) as refused:
+        parse(ObjectiveConfig, {"kind": "on_policy_kd", "teacher": "x"} | keys, "objective")
+    assert "\n" not in str(refused.value)
