@@ -7,8 +7,13 @@ Legend: B rows, T tokens, P pieces of the state, Q pieces made of them, F pieces
 said, D width of a piece.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tinsmith.nn.parts.norm import trains_eagerly
 
 
 def expand(x_BTD: Tensor, streams: int) -> Tensor:
@@ -27,14 +32,48 @@ def project_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     A norm is a number per vector, so it can be taken after the product: the normed vectors are
     never written down.
     """
+    project = _Project.apply if trains_eagerly() else _project
+    said: tuple[Tensor, Tensor] = project(x, weight, eps)  # type: ignore[assignment]
+    return said[0]
+
+
+def _project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """With the factor that norms, (..., 1)."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     shrink = (size.square() / x.shape[-1] + eps).rsqrt()
-    return (x @ weight) * shrink
+    return (x @ weight) * shrink, shrink
+
+
+class _Project(torch.autograd.Function):
+    """Its gradient in few passes over x: with y = r x W and r = 1 / sqrt(mean(x^2) + eps),
+    dx = r dy W^T - x r^2 (dy . y) / D and dW = x^T r dy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, shrink = _project(x, weight, eps)
+        ctx.save_for_backward(x, weight, y, shrink)
+        ctx.mark_non_differentiable(shrink)
+        return y, shrink
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y, shrink = ctx.saved_tensors
+        along = (upstream[0] * y).sum(-1, keepdim=True).mul_(shrink.square()).div_(x.shape[-1])
+        moved = upstream[0] * shrink
+        dx = (moved @ weight.mT).addcmul_(x, along, value=-1)
+        return dx, (moved.flatten(0, -2).mT @ x.flatten(0, -2)).mT, None
 
 
 def mix(weights_BTQP: Tensor, h_BTPD: Tensor) -> Tensor:
-    """Q weighted sums of the P pieces of every token, (B, T, Q, D)."""
-    return weights_BTQP @ h_BTPD
+    """Q weighted sums of the P pieces of every token, (B, T, Q, D). A compiler fuses what is not
+    called a product, and reads the pieces once for several such sums.
+    """
+    if torch.compiler.is_compiling():
+        return (weights_BTQP.unsqueeze(-1) * h_BTPD.unsqueeze(-3)).sum(-2)
+    # A batch of strided matrices is multiplied one by one.
+    return weights_BTQP.contiguous() @ h_BTPD
 
 
 def add(kept_BTQD: Tensor, weights_BTQF: Tensor, y_BTFD: Tensor) -> Tensor:

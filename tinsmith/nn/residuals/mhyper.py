@@ -17,15 +17,17 @@ Legend: B rows, T tokens, D width, n streams.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Residual, ResidualKind, Site
-from tinsmith.nn.parts.norm import exactly, wide
+from tinsmith.nn.parts.norm import exactly, trains_eagerly, wide
 from tinsmith.nn.parts.streams import add, collapse, expand, mix, project_normed
 
 READ = 0.88
@@ -86,8 +88,7 @@ class MHyperResidual(Residual):
         with exactly(h.device):
             h_BTnD = h.to(wide(h.dtype))
             pre_BTn, post_BTn, res_BTnn = self._weights(h_BTnD)
-            taken = torch.cat((pre_BTn.unsqueeze(2), res_BTnn), 2)
-            x_BT1D, kept_BTnD = mix(taken, h_BTnD).split([1, self.streams], 2)
+            x_BT1D, kept_BTnD = mix(pre_BTn.unsqueeze(2), h_BTnD), mix(res_BTnn, h_BTnD)
         return x_BT1D.squeeze(2).to(h.dtype), (kept_BTnD, post_BTn.unsqueeze(-1))
 
     def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
@@ -123,12 +124,49 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     least 1/n^2, and goes on having one, so that no sum vanishes whatever the logits were.
     """
     # Tokens last: sums over n numbers that lie side by side would take several times as long.
-    logs_nnBT = logits.movedim((-2, -1), (0, 1)).contiguous().log_softmax(0)
-    mix_nnBT = logs_nnBT.softmax(1)
-    for _ in range(iterations - 1):
-        mix_nnBT = mix_nnBT / mix_nnBT.sum(0, keepdim=True)
-        mix_nnBT = mix_nnBT / mix_nnBT.sum(1, keepdim=True)
+    logits_nnBT = logits.movedim((-2, -1), (0, 1)).contiguous()
+    balance = _Balance.apply if trains_eagerly() else _balance
+    mix_nnBT: Tensor = balance(logits_nnBT, iterations)  # type: ignore[assignment]
     return mix_nnBT.movedim((0, 1), (-2, -1))
+
+
+def _balance(logits_nnBT: Tensor, iterations: int) -> Tensor:
+    first_nnBT = logits_nnBT.log_softmax(0).softmax(1)
+    halves = [(first_nnBT,), *_rounds(first_nnBT, iterations - 1)]
+    return halves[-1][0]
+
+
+def _rounds(mix_nnBT: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Every half of every round: the divided matrix, by which sums, over which axis."""
+    for _ in range(count):
+        for axis in (0, 1):
+            sums = mix_nnBT.sum(axis, keepdim=True)
+            mix_nnBT = mix_nnBT / sums
+            yield mix_nnBT, sums, axis
+
+
+class _Balance(torch.autograd.Function):
+    """The rounds are made once more for the gradient, which of M = X / sum(X) is
+    dX = (dM - sum(dM M)) / sum(X): a third of what autograd does, and nothing is kept of a round.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_nnBT: Tensor, iterations: int) -> Tensor:
+        ctx.save_for_backward(logits_nnBT)
+        ctx.rounds = iterations - 1
+        return _balance(logits_nnBT, iterations)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (logits_nnBT,) = ctx.saved_tensors
+        columns_nnBT = logits_nnBT.softmax(0)
+        first_nnBT = logits_nnBT.log_softmax(0).softmax(1)
+        slope_nnBT = upstream[0].clone(memory_format=torch.contiguous_format)
+        for mix_nnBT, sums, axis in reversed(list(_rounds(first_nnBT, ctx.rounds))):
+            slope_nnBT.sub_((slope_nnBT * mix_nnBT).sum(axis, keepdim=True)).div_(sums)
+        slope_nnBT.sub_((slope_nnBT * first_nnBT).sum(1, keepdim=True)).mul_(first_nnBT)
+        return slope_nnBT.sub_(columns_nnBT * slope_nnBT.sum(0, keepdim=True)), None
 
 
 def _logit(share: float) -> float:
