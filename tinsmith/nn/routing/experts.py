@@ -11,7 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.nn.parts.grouped import grouped
+from tinsmith.nn.parts.grouped import grouped, lowered
 from tinsmith.nn.parts.init import OutputStack, Stack
 from tinsmith.nn.routing.dispatch import Plan
 
@@ -29,7 +29,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """(P, D): of each pair what its expert says to its token."""
-        x_PD = plan.gather(x_ND)
+        x_PD = plan.gather(lowered(x_ND))
         up_PH = grouped(x_PD, self.up_proj.weight, plan.ends_E)
         if self.gate_proj is None:
             inner_PH = F.relu(up_PH).square()
