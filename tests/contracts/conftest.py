@@ -57,7 +57,7 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": 4, "experts": 4},
         {
             **{"heads": 4, "experts": 3, "kv_heads": 2, "head_dim": 6, "window": 5},
-            **{"qk_norm": True, "combine": "sum", "fallback": "none"},
+            **{"qk_norm": True, "combine": "sum"},
         },
     ],
     "dyn_lora": [

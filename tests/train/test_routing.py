@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tinsmith import load
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
 from tinsmith.nn.model import LM, ModelConfig
@@ -155,6 +156,11 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
     assert set(found["layers"]) == {"0.mixer", "0.feed", "1.mixer", "1.feed", "all"}
     assert 0 <= found["layers"]["all"]["share"] <= 1
     assert 0 <= found["layers"]["all"]["jaccard"] <= 1
+    for place in (whole, whole / "checkpoints" / "step-00000007"):
+        lm, _ = load(place, dtype="bfloat16")
+        gate = lm.get_submodule("blocks.0.mixer.gate")
+        assert not gate.window.load.is_meta
+        assert int(gate.window.tokens) == 0, "a model of its own, not in the middle of a window"
     said = capsys.readouterr().out
     evaluate(str(whole), "routing", Text(None, None, 8), "cpu", None, True)
     again = json.loads(capsys.readouterr().out)

@@ -21,7 +21,8 @@ from tinsmith.train.run import Run
 
 def finish(run: Run) -> None:
     """Write all of it; every rank must call it. Doing it twice changes nothing."""
-    state = parallel.full_tensors(run.policy)
+    own = run.policy.state_dict().keys()
+    state = {name: t for name, t in parallel.full_tensors(run.policy).items() if name in own}
     if not run.ranks.first:
         return
     plot = plot_run(run.folder)

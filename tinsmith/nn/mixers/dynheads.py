@@ -8,9 +8,10 @@ each token, which experts project it, and weighs what they say (c, `nn.routing.t
 norms, rotation, window and cache are gqa's. One expert is gqa, one head is how Tiny-ONN had it.
 Unlike there, no matrix is made per token: pairs of token and expert are sorted by expert.
 
-A token that no expert works on (`fallback: none`) has zeros for its query, key and value, and adds
-nothing. An expert that is born anew adds nothing to y before it has learned, but its keys and
-queries count from the first token that it fires for.
+A token that no expert works on (`fallback: none`) has zeros for its query, key and value, adds
+nothing and looks at nobody: what only the tokens before it tell cannot be learned there. An expert
+that is born anew adds nothing to y before it has learned, but its keys and queries count from the
+first token that it fires for.
 
 Legend: B rows, T tokens, N = B T, E experts, P pairs, D width, I queries, J keys or values.
 """
