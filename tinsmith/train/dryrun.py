@@ -111,10 +111,13 @@ def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
     train = config.train
     tokens = train.rows * train.context
     wide = 2 if train.precision != "fp32" else 4
-    kept = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
+    inside = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
+    residuals = [x for b in shape.blocks for x in (b.mix_residual, b.feed_residual)]
+    kept = inside * wide + sum(residual.kept() for residual in residuals)
     if train.checkpointing:
-        kept = 2 * model.dim * len(shape.blocks) + kept / len(shape.blocks)
-    return 16.0 * shape.parameter_count() + tokens * kept * wide + 12.0 * 2**23
+        state = model.residual.expand(torch.empty(1, 1, model.dim, device="meta")).numel()
+        kept = 2 * state * len(shape.blocks) * wide + kept / len(shape.blocks)
+    return 16.0 * shape.parameter_count() + tokens * kept + 12.0 * 2**23
 
 
 def _disk(shape: LM, config: RunConfig, name: str) -> None:
