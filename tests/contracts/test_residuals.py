@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.contract import Ctx
@@ -116,6 +117,39 @@ def test_depth_does_not_make_the_stream_grow(make, residual):
 
 def test_it_compiles_whole(make, residual, agrees_compiled):
     agrees_compiled(make(residual=residual, depth=2))
+
+
+def test_its_work_is_counted_exactly(lm):
+    """By torch's own count of products."""
+    h = lm.config.residual.expand(noise(2, 5, 32))
+    for part in (lm.blocks[1].mix_residual, lm.blocks[1].feed_residual):
+        with FlopCounterMode(display=False) as counter:
+            x, kept = part.read(h)
+            part.write(h, x, kept)
+        assert counter.get_total_flops() == 10 * part.flops()
+    block = lm.blocks[0]
+    parts = block.mixer.flops(9) + block.feed.flops()
+    streams = block.mix_residual.flops() + block.feed_residual.flops()
+    assert lm.flops(9) == 3 * (parts + streams) + 2 * 32 * 48
+
+
+def test_what_it_keeps_for_its_gradient_is_about_what_it_says(make, residual):
+    lm = make(residual=residual, dim=256, dtype=torch.float32)
+    part, held = lm.blocks[1].mix_residual, {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in part.parameters()}
+
+    def pack(x):
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in own:
+            held[memory.data_ptr()] = (memory.nbytes(), x)
+        return x
+
+    h = lm.config.residual.expand(torch.randn(1, 64, 256))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        x, kept = part.read(h.requires_grad_())
+        part.write(h, x + 1, kept)
+    total = sum(size for size, _ in held.values()) / 64
+    assert part.kept() <= total <= 1.4 * part.kept()
 
 
 def test_the_config_goes_round(lm):

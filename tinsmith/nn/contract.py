@@ -201,6 +201,16 @@ class Residual(nn.Module):
         """The residual state after the sub-layer said y (B, T, D)."""
         raise NotImplementedError
 
+    def flops(self) -> int:
+        """Floating-point operations per token of a read and a write, products only."""
+        raise NotImplementedError
+
+    def kept(self) -> int:
+        """Bytes per token that a read and a write keep for the backward pass, beside what every
+        sub-layer keeps.
+        """
+        raise NotImplementedError
+
 
 class Reset(NamedTuple):
     """The optimizer forgets what it remembered of these rows of a parameter."""

@@ -68,6 +68,11 @@ class Block(nn.Module):
         losses, stats, probes = said
         return Out(h, losses, stats, probes, mixed.value)
 
+    def flops(self, context: int) -> int:
+        """Floating-point operations per token of a forward pass over `context` tokens."""
+        streams = self.mix_residual.flops() + self.feed_residual.flops()
+        return self.mixer.flops(context) + self.feed.flops() + streams
+
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
@@ -189,7 +194,7 @@ class LM(nn.Module):
         """Floating-point operations per token of a forward pass over `context` tokens, head
         included.
         """
-        body = sum(block.mixer.flops(context) + block.feed.flops() for block in self.blocks)
+        body = sum(block.flops(context) for block in self.blocks)
         return body + 2 * self.config.dim * self.config.vocab_size
 
     def parameter_count(self) -> int:

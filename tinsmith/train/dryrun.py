@@ -121,11 +121,14 @@ def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
     train = config.train
     tokens = train.rows * train.context
     wide = 2 if train.precision != "fp32" else 4
-    kept = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
+    inside = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
+    residuals = [x for b in shape.blocks for x in (b.mix_residual, b.feed_residual)]
+    kept = inside * wide + sum(residual.kept() for residual in residuals)
     if train.checkpointing:
-        kept = 2 * model.dim * len(shape.blocks) + kept / len(shape.blocks)
+        state = model.residual.expand(torch.empty(1, 1, model.dim, device="meta")).numel()
+        kept = 2 * state * len(shape.blocks) * wide + kept / len(shape.blocks)
     held = 4.0 * shape.parameter_count() + 12.0 * _trained(shape)
-    return held + tokens * kept * wide + 12.0 * 2**23
+    return held + tokens * kept + 12.0 * 2**23
 
 
 def _trained(shape: LM) -> int:

@@ -80,7 +80,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: int) -
 
 def _sizes(heads: int, width: int, size: int) -> dict[str, int]:
     rounded = {
-        name: max(LEAST, triton.next_power_of_2(number))
+        name: max(LEAST, 1 << (number - 1).bit_length())
         for name, number in (("JP", heads), ("DP", width), ("KP", size))
     }
     return {"J": heads, "D": width, "SIZE": size} | rounded

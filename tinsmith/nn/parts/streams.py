@@ -26,6 +26,18 @@ def collapse(h_BTnD: Tensor) -> Tensor:
     return h_BTnD.mean(2)
 
 
+def product_flops(made: int, pieces: int, heard: int, width: int) -> int:
+    """Per token: `made` numbers of the whole state, and sums of `width` numbers, of the state's
+    pieces (`heard` for the sub-layer, and all anew) and of what it says.
+    """
+    return 2 * made * pieces * width + 2 * width * pieces * (heard + pieces + heard)
+
+
+def kept_bytes(state: int, dim: int) -> int:
+    """Per token: the state, and what was said, in float32."""
+    return 4 * (state + dim)
+
+
 def project_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm(x) W over the last axis, (..., D) and (D, K) to (..., K); the norm has no gain.
 

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Residual, ResidualKind, Site
 from tinsmith.nn.parts.norm import exactly, wide
-from tinsmith.nn.parts.streams import add, collapse, expand, mix, project_normed
+from tinsmith.nn.parts.streams import (
+    add,
+    collapse,
+    expand,
+    kept_bytes,
+    mix,
+    product_flops,
+    project_normed,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +80,11 @@ class HyperResidual(Residual):
         self.streams, self.fracs, self.eps = config.streams, config.fracs, site.norm_eps
         self.dynamic = config.dynamic
         self.pieces = self.streams * self.fracs
+        self.width = site.dim // self.fracs
         self.static = nn.Parameter(self._start(site.sub_layer % self.streams))
         if self.dynamic:
             columns = self.static.shape[1]
-            self.projection = nn.Parameter(torch.zeros(site.dim // self.fracs, columns))
+            self.projection = nn.Parameter(torch.zeros(self.width, columns))
             self.scale = nn.Parameter(torch.full((2,), 0.01))
 
     def read(self, h: Tensor) -> tuple[Tensor, Any]:
@@ -98,6 +107,15 @@ class HyperResidual(Residual):
             onto_BTPF = pairs.mT.flatten(2, 3)
             after_BTPD = add(kept_BTPD, onto_BTPF, y.unflatten(-1, (self.fracs, -1)))
         return after_BTPD.view(h.shape).to(h.dtype)
+
+    def flops(self) -> int:
+        """Of the projection, which is of every piece alone, and the mixes."""
+        made = self.static.shape[1] if self.dynamic else 0
+        return product_flops(made, self.pieces, self.fracs, self.width)
+
+    def kept(self) -> int:
+        """The streams and what was said."""
+        return kept_bytes(self.pieces * self.width, self.fracs * self.width)
 
     def _weights(self, h_BTPD: Tensor) -> Tensor:
         """(B, T, P, C): for every piece its columns of A_m and of A_r, and its row of B."""

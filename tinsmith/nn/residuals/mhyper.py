@@ -28,7 +28,15 @@ from torch.autograd.function import once_differentiable
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Residual, ResidualKind, Site
 from tinsmith.nn.parts.norm import exactly, trains_eagerly, wide
-from tinsmith.nn.parts.streams import add, collapse, expand, mix, project_normed
+from tinsmith.nn.parts.streams import (
+    add,
+    collapse,
+    expand,
+    kept_bytes,
+    mix,
+    product_flops,
+    project_normed,
+)
 
 READ = 0.88
 """The share of its first stream in what a sub-layer reads at first."""
@@ -96,6 +104,15 @@ class MHyperResidual(Residual):
         kept_BTnD, post_BTn1 = kept
         with exactly(h.device):
             return add(kept_BTnD, post_BTn1, y.unsqueeze(2)).to(h.dtype)
+
+    def flops(self) -> int:
+        """Of the projection and the mixes; Sinkhorn's sums are few."""
+        return product_flops(sum(self.sizes), self.streams, 1, len(self.projection) // self.streams)
+
+    def kept(self) -> int:
+        """The streams and what was said."""
+        width = len(self.projection)
+        return kept_bytes(width, width // self.streams)
 
     def _weights(self, h_BTnD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""

@@ -37,3 +37,11 @@ class PlainResidual(Residual):
     def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
         """h + y."""
         return h + y
+
+    def flops(self) -> int:
+        """No product."""
+        return 0
+
+    def kept(self) -> int:
+        """A sum keeps nothing."""
+        return 0
