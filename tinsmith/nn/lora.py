@@ -36,8 +36,9 @@ from tinsmith.nn.parts.targets import chosen
 class LoRA(Config):
     """Which weights are adapted, and how.
 
-    A target, of one or several, is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack of
-    experts, or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is every linear layer.
+    A target, one or several, is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`)
+    or of a stack of experts, or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is
+    every linear layer.
     """
 
     targets: str | tuple[str, ...] = "all"
