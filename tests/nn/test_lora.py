@@ -354,6 +354,7 @@ def test_stacks_are_trained_by_what_trains_matrices():
     [
         ("all", 14),
         (("all",), 14),
+        ("up_proj", 2),
         (("q_proj", "v_proj"), 4),
         (("mixer.*",), 8),
         (("blocks.0.*_proj",), 7),

@@ -36,11 +36,12 @@ from tinsmith.nn.parts.targets import chosen
 class LoRA(Config):
     """Which weights are adapted, and how.
 
-    A target is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack of
-    experts, or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is every linear layer.
+    A target, one or several, is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`)
+    or of a stack of experts, or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is
+    every linear layer.
     """
 
-    targets: Literal["all"] | tuple[str, ...] = "all"
+    targets: str | tuple[str, ...] = "all"
     rank: Size = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -158,7 +159,7 @@ def add(model: nn.Module, config: LoRA) -> None:
     can be adapted, or where dropout is asked of a stack of experts, which has no place for it.
     """
     assert not adapters(model), "the model has adapters already"
-    targets = ("all",) if config.targets == "all" else config.targets
+    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
     found = chosen(model, targets)
     stacks = [each for each in found if not isinstance(each.module, nn.Linear)]
     if config.dropout and stacks:
