@@ -132,6 +132,29 @@ class TestLimits:
         only(mixer, "select")
         close(heard(mixer, x).y, self.dense(mixer, x, mixer.select_k, mixer.select_v))
 
+    def test_where_every_block_would_be_chosen_no_choice_is_made(self, monkeypatch):
+        """And nothing is gathered: up to the last token of the last block, in documents too."""
+        mixer, found = alone(select_count=5), []
+        monkeypatch.setattr(module, "choose_blocks", lambda *a, **k: found.append(k["keys"]))
+        monkeypatch.setattr(module, "attend_selected", lambda q, *_, **__: q)
+        segments = torch.tensor([[0] * 13 + [1] * 27])
+        for length in (1, 39, 40, 41):
+            heard(mixer, noise(1, length, 16))
+        assert found == [41]
+        only(mixer, "select")
+        ctx = Ctx(
+            torch.arange(40)[None],
+            segments,
+            None,
+            {8: tables(Rope(), 8, torch.arange(40)[None], torch.float64)},
+        )
+        x = noise(1, 40, 16)
+        close(mixer(x, ctx).y[:, :13], heard(mixer, x[:, :13]).y)
+        monkeypatch.undo()
+        chosen = alone(select_count=4)
+        only(chosen, "select")
+        close(mixer(x, ctx).y, chosen(x, ctx).y)
+
     @pytest.mark.parametrize("window", [40, 41])
     def test_a_window_of_all_tokens(self, window):
         mixer, x = alone(window=window), noise(2, 40, 16)

@@ -170,30 +170,29 @@ class NSAMixer(Mixer):
         cut = self.config.blocks.cut
         pooled = self._pool(cut(raw[0], seen), cut(raw[1], seen))
         window = reach(segments_BT, length, self.config.window, device)
-        return Held(spots(seen, length, length, device), pooled, far, near, window)
+        return Held(spots(seen, length, length, device), seen, pooled, far, near, window)
 
     def _branches(self, q_BTHD: Tensor, turned_BTHD: Tensor, held: "Held") -> list[Tensor]:
         """What each branch says, (B, T, H, D) each."""
-        config, at = self.config, held.at
-        begins_BGTC = choose_blocks(
-            q_BTHD,
-            held.pooled[0],
-            config.blocks,
-            at,
-            keys=held.far[0].shape[1],
-            size=config.select_block,
-            count=config.select_count,
-        )
         kind, dropout = self.attention, self.dropout if self.training else 0.0
+        blocks, at = self.config.blocks, held.at
         return [
-            attend_blocks(q_BTHD, *held.pooled, config.blocks, at, kind=kind, dropout=dropout),
-            attend_selected(
-                *(turned_BTHD, *held.far, begins_BGTC, at.place_BT, config.select_block),
-                kind=kind,
-                dropout=dropout,
-            ),
+            attend_blocks(q_BTHD, *held.pooled, blocks, at, kind=kind, dropout=dropout),
+            self._selected(q_BTHD, turned_BTHD, held, kind, dropout),
             attend(turned_BTHD, *held.near, held.window, kind=kind, dropout=dropout),
         ]
+
+    def _selected(
+        self, q_BTHD: Tensor, turned_BTHD: Tensor, held: "Held", kind: str, dropout: float
+    ) -> Tensor:
+        """Of so few tokens that every block is chosen, no choice is made."""
+        keys, size, count = held.far[0].shape[1], self.config.select_block, self.config.select_count
+        if keys <= count * size:
+            return attend(turned_BTHD, *held.far, held.seen, kind=kind, dropout=dropout)
+        k_BNGD, blocks, at = held.pooled[0], self.config.blocks, held.at
+        begins = choose_blocks(q_BTHD, k_BNGD, blocks, at, keys=keys, size=size, count=count)
+        given = (turned_BTHD, *held.far, begins, at.place_BT, size)
+        return attend_selected(*given, kind=kind, dropout=dropout)
 
     def _gated(self, x: Tensor, branches: list[Tensor]) -> Tensor:
         """The sum of the branches, each times its gate."""
@@ -249,6 +248,8 @@ class Held(NamedTuple):
     """What the queries of a call attend to."""
 
     at: Spots
+    seen: Reach
+    """All earlier tokens of the document, of those to choose from."""
     pooled: Pair
     """Compressed keys and values, (B, N, G, D) each."""
     far: Pair
@@ -296,7 +297,7 @@ class NSACache:
         pooled_k, pooled_v = pool(*(tokens.to(raw[0].dtype) for tokens in ended.tokens))
         k_BNGD, v_BNGD = self.blocks.keep(ended, pooled_k, pooled_v)
         (near_k, near_v), window = self.near.append(segments_BT, *near)
-        return Held(at, (k_BNGD, v_BNGD), (far_k, far_v), (near_k, near_v), window)
+        return Held(at, seen, (k_BNGD, v_BNGD), (far_k, far_v), (near_k, near_v), window)
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows."""

@@ -94,9 +94,8 @@ class HyperResidual(Residual):
         with exactly(h.device):
             h_BTPD = h.to(wide(h.dtype)).unflatten(-1, (self.fracs, -1)).flatten(2, 3)
             weights_BTPC = self._weights(h_BTPD)
-            sizes = [self.fracs, self.pieces, self.fracs]
-            read_BTPF, stay_BTPP, back_BTPF = weights_BTPC.split(sizes, -1)
-            x_BTFD, kept_BTPD = mix(read_BTPF.mT, h_BTPD), mix(stay_BTPP.mT, h_BTPD)
+            taken, back_BTPF = weights_BTPC.split([self.fracs + self.pieces, self.fracs], -1)
+            x_BTFD, kept_BTPD = mix(taken.mT, h_BTPD).split([self.fracs, self.pieces], 2)
         return x_BTFD.flatten(2).to(h.dtype), (kept_BTPD, back_BTPF)
 
     def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:

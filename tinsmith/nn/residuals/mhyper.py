@@ -96,7 +96,8 @@ class MHyperResidual(Residual):
         with exactly(h.device):
             h_BTnD = h.to(wide(h.dtype))
             pre_BTn, post_BTn, res_BTnn = self._weights(h_BTnD)
-            x_BT1D, kept_BTnD = mix(pre_BTn.unsqueeze(2), h_BTnD), mix(res_BTnn, h_BTnD)
+            taken = torch.cat((pre_BTn.unsqueeze(2), res_BTnn), 2)
+            x_BT1D, kept_BTnD = mix(taken, h_BTnD).split([1, self.streams], 2)
         return x_BT1D.squeeze(2).to(h.dtype), (kept_BTnD, post_BTn.unsqueeze(-1))
 
     def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
