@@ -13,7 +13,7 @@ GROUPED = {"kind": "gqa", "heads": 4, "kv_heads": 2}
 
 
 def _model(mixer: dict[str, Any] | None = None, **changes: Any) -> LM:
-    """A tiny model in eval mode whose weights are all random, biases and norms too."""
+    """A tiny model in eval mode whose weights are all random, biases (a gate's too) and norms."""
     layer = {
         "mixer": mixer if mixer and "kind" in mixer else GROUPED | (mixer or {}),
         "feed_forward": {"kind": "swiglu", "hidden": 48},
@@ -25,7 +25,8 @@ def _model(mixer: dict[str, Any] | None = None, **changes: Any) -> LM:
 def _randomised(model: torch.nn.Module) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        gates = [(name, held) for name, held in model.named_buffers() if name.endswith("bias")]
+        for name, parameter in [*model.named_parameters(), *gates]:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
     return model

@@ -97,6 +97,14 @@ def written_out(config):
     return layers, sizes, config.tie_embeddings, config.rope, config.norm_eps, config.norm
 
 
+def routed(one, **keys):
+    return one | {"feed_forward": {"kind": "topk_moe", "hidden": 48} | keys}
+
+
+def deep(one, **keys):
+    return one | {"feed_forward": {"kind": "deepseek_moe", "hidden": 48} | keys}
+
+
 @pytest.mark.parametrize(
     ("layers", "changes", "family"),
     [
@@ -109,6 +117,10 @@ def written_out(config):
         ([layer(bias="qkv")], {}, "qwen2"),
         ([layer(bias="qkv"), layer(bias="qkv", window=5)], {}, "qwen2"),
         ([layer(qk_norm=True)], {}, "qwen3"),
+        ([routed(layer(qk_norm=True))], {}, "qwen3_moe"),
+        ([routed(layer(qk_norm=True)), layer(qk_norm=True)], {}, "qwen3_moe"),
+        ([routed(layer(), balance="squared"), routed(layer())], {}, "mixtral"),
+        ([deep(mla())], {"first": [mla()]}, "deepseek_v3"),
         ([layer(qk_norm=True, bias="all", window=5), layer(qk_norm=True, bias="all")], {}, "qwen3"),
         ([layer(kv_heads=None), layer(kv_heads=4, head_dim=8)], {}, "llama"),
         ([layer()], {"dropout": {"embedding": 0.1, "residual": 0.2}}, "llama"),
@@ -137,6 +149,31 @@ def biased(one):
         ([mla(), mla(v_dim=4)], {}, "layer 1 is of another shape than layer 0"),
         ([relu2(mla())], {}, "layer 0 has feed_forward relu2"),
         ([layer(sinks=True)], {}, "layer 0 has sinks"),
+        ([deep(layer())], {}, "layer 0 has feed_forward deepseek_moe"),
+        ([routed(mla())], {}, "layer 0 has feed_forward topk_moe"),
+        ([routed(layer()), routed(layer(), experts=5)], {}, "layer 1 is of another shape"),
+        ([routed(layer(qk_norm=True), shared=1)], {}, "shared experts beside grouped-query"),
+        ([routed(layer(), activation="relu2")], {}, "experts of relu2"),
+        ([routed(layer()), layer()], {}, "dense layers beside experts, without q/k norms"),
+        ([routed(layer(), top_k=1)], {}, "raw weights of experts, without q/k norms"),
+        ([routed(layer(), renormalise=False)], {}, "raw weights of experts, without q/k norms"),
+        ([routed(layer(bias="all"))], {}, "biases beside experts, without q/k norms"),
+        (
+            [routed(layer(qk_norm=True)), routed(layer(qk_norm=True, window=5))],
+            {},
+            "windows on some layers only, beside experts",
+        ),
+        (
+            [routed(layer(qk_norm=True)), biased(layer(qk_norm=True))],
+            {},
+            "feed_forward.bias beside experts",
+        ),
+        ([routed(layer(qk_norm=True, bias="qkv"))], {}, "q/k norms beside q/k/v biases"),
+        ([deep(mla()), mla()], {}, "layer 1 is dense after layers of experts"),
+        ([deep(mla()), deep(mla(), scale=2)], {}, "layer 1 is of another shape than layer 0"),
+        ([deep(mla(), score="softmax")], {}, "a softmax score beside latent attention"),
+        ([deep(mla(), shared=0)], {}, "no shared experts beside latent attention"),
+        ([deep(mla(), groups=8)], {}, "groups of one expert"),
         ([layer(value_residual=True)], {}, "layer 0 has value_residual"),
         ([layer(), layer(rope=False)], {}, "layer 1 has rope: false"),
         ([layer(), layer(), layer(heads=2)], {}, "layer 2 is of another shape than layer 0"),
@@ -169,6 +206,10 @@ def test_otherwise_the_folder_is_tinsmiths_own_and_says_why(layers, changes, rea
         ("mistral", {"sliding_window": None}, [None] * 4),
         ("mistral", {"sliding_window": 7}, [7] * 4),
         ("qwen2", {"sliding_window": 7}, [None] * 4),
+        ("mixtral", {}, [None] * 4),
+        ("mixtral", {"sliding_window": 7}, [7] * 4),
+        ("qwen3_moe", {"sliding_window": 7}, [None] * 4),
+        ("qwen3_moe", {"sliding_window": 7, "use_sliding_window": True}, [7] * 4),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 4096]),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None}, [None] * 4),
         (
@@ -187,7 +228,7 @@ def test_windows_are_those_that_transformers_would_use(kind, given_keys, windows
     assert [one.mixer.window for one in read.layers] == windows
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
 def test_silence_means_what_it_means_to_transformers(kind):
     from transformers import AutoConfig
 
@@ -202,6 +243,10 @@ def test_silence_means_what_it_means_to_transformers(kind):
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    feed = ours.layers[0].feed_forward
+    if feed.kind == "topk_moe":
+        assert (feed.experts, feed.top_k) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+        assert feed.balance_weight == theirs.router_aux_loss_coef
     assert mixer.window == (4096 if kind == "mistral" else None)
 
 
@@ -211,7 +256,7 @@ DENSE = {"first_k_dense_replace": 4}
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("gpt2", {}, "model_type: 'gpt2' is not one of llama, mistral, qwen2, qwen3, d"),
+        ("gpt2", {}, "model_type: 'gpt2' is not one of llama, mistral, qwen2, qwen3, q"),
         ("qwen4", {}, "Did you mean 'qwen"),
         (None, {}, "model_type: None is not one of"),
         (["llama"], {}, "model_type: ['llama'] is not one of"),
@@ -243,7 +288,16 @@ DENSE = {"first_k_dense_replace": 4}
         ("qwen2", {"layer_types": [[]] * 4}, "layer_types: [] is not one of"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "but no sliding_window is in use"),
         ("qwen2", {"max_window_layers": "x"}, "max_window_layers: must be a whole number"),
-        ("deepseek_v3", {}, "first_k_dense_replace: 3 of 4 layers: experts are not read"),
+        ("deepseek_v2", {}, "first_k_dense_replace: 0 of 4 layers: V2's experts are not read"),
+        ("deepseek_v3", {"first_k_dense_replace": "3"}, "first_k_dense_replace: must be a number"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: 'greedy' is not supported"),
+        ("deepseek_v3", {"n_group": 7}, "groups=7 must divide experts=256"),
+        ("deepseek_v3", {"num_experts_per_tok": 1}, "norm_topk_prob: one expert a token"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok: one expert a token, ren"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported"),
+        ("mixtral", {"num_local_experts": 1}, "top_k=2 must be at most experts=1"),
+        ("qwen3_moe", {"num_experts": 4}, "top_k=8 must be at most experts=4"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers: must be a list of layers (got 3)"),
         ("deepseek_v3", DENSE | {"rope_interleave": False}, "rope_interleave: False is not"),
         ("deepseek_v3", DENSE | {"attention_bias": True}, "attention_bias: True is not supported"),
         ("deepseek_v2", DENSE | {"qk_rope_head_dim": 7}, "rope_dim=7 must be even"),

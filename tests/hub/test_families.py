@@ -33,6 +33,22 @@ LATENT = {
     "first_k_dense_replace": 3,
     "num_nextn_predict_layers": 0,
 }
+QWEN3_MOE = {
+    "head_dim": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}
+DEEPSEEK_MOE = LATENT | {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_group": 4,
+    "topk_group": 2,
+}
 SCALED = {"mscale": 0.707, "mscale_all_dim": 0.707}
 CASES = {
     "llama": ("llama", {}),
@@ -68,6 +84,35 @@ CASES = {
     "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
     "qwen3 alternating windows": ("qwen3", {"head_dim": 8} | ALTERNATING),
     "qwen3 yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN | THETA}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE),
+    "qwen3_moe raw weights, tied": (
+        "qwen3_moe",
+        QWEN3_MOE
+        | {"norm_topk_prob": False, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe dense layers, windows, biases": (
+        "qwen3_moe",
+        QWEN3_MOE
+        | {"mlp_only_layers": [1], "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 5},
+    ),
+    "qwen3_moe every second": ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}),
+    "qwen3_moe yarn": ("qwen3_moe", QWEN3_MOE | {"rope_parameters": YARN | THETA}),
+    "mixtral": ("mixtral", {"num_local_experts": 5}),
+    "mixtral windows, tied": (
+        "mixtral",
+        {
+            **{"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 5},
+            **{"head_dim": 16, "tie_word_embeddings": True},
+        },
+    ),
+    "deepseek_v3 experts": ("deepseek_v3", DEEPSEEK_MOE),
+    "deepseek_v3 experts everywhere, raw": (
+        "deepseek_v3",
+        DEEPSEEK_MOE
+        | {"first_k_dense_replace": 0, "norm_topk_prob": False, "n_group": 1}
+        | {"topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 1},
+    ),
     "deepseek_v3": ("deepseek_v3", LATENT),
     "deepseek_v3 straight, tied": (
         "deepseek_v3",
@@ -157,7 +202,42 @@ MLA = {
     "rope_dim": 8,
     "v_dim": 10,
 }
+
+
+def routed(mixer, feed_forward, **more):
+    """A pattern instead of the usual one."""
+    return {"pattern": [{"mixer": mixer, "feed_forward": feed_forward}]} | more
+
+
+def dense(mixer):
+    return {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden": 48}}
+
+
+GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 20}
+DEEPSEEK = {"kind": "deepseek_moe", "experts": 8, "top_k": 3, "hidden": 20}
 OURS = {
+    "qwen3_moe": ("qwen3_moe", None, routed(GQA | {"qk_norm": True}, TOP_K)),
+    "qwen3_moe one expert, dense first": (
+        "qwen3_moe",
+        None,
+        routed(
+            GQA | {"qk_norm": True, "bias": "all"},
+            TOP_K | {"top_k": 1, "balance": "sequence", "z_weight": 0.1},
+            first=[dense(GQA | {"qk_norm": True, "bias": "all"})],
+        ),
+    ),
+    "mixtral": ("mixtral", None, routed(GQA | {"window": 5}, TOP_K, tie_embeddings=False)),
+    "deepseek_v3 experts": (
+        "deepseek_v3",
+        None,
+        routed(
+            MLA,
+            DEEPSEEK | {"groups": 4, "kept_groups": 2, "scale": 2.5, "noise": 0.1, "shared": 2},
+            first=[dense(MLA)],
+        ),
+    ),
+    "deepseek_v3 one expert": ("deepseek_v3", None, routed(MLA, DEEPSEEK | {"top_k": 1})),
     "llama": ("llama", {"kv_heads": 1}, {}),
     "llama tied biases": ("llama", {"bias": "all", "head_dim": 16}, {"tie_embeddings": True}),
     "mistral": ("mistral", {"window": 5}, {}),
@@ -252,6 +332,7 @@ def test_a_stretching_asked_for_at_loading_is_that_of_transformers(tmp_path, ran
         ("minimind2-26m", 25_829_888, "llama"),
         ("minimind2-104m", 104_030_976, "llama"),
         ("minimind3-64m", 63_912_192, "qwen3"),
+        ("minimind3-198m-moe", 198_416_640, "qwen3_moe"),
     ],
 )
 def test_presets_are_stock_models_of_exactly_their_published_size(name, count, family):

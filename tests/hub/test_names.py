@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tinsmith.hub.names import NAMES
 
@@ -13,6 +14,25 @@ def test_every_tensor_of_a_model_has_a_name_of_its_own_and_the_way_back_is_exact
     assert [names.ours(name) for name in theirs] == ours
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen3_moe", "topk_moe"), ("mixtral", "topk_moe"), ("deepseek_v3", "deepseek_moe")],
+)
+def test_experts_lie_apart_and_come_together(family, kind, model):
+    mixer = {"kind": "mla", "heads": 4} if family == "deepseek_v3" else {"kind": "gqa", "heads": 4}
+    feed = {"kind": kind, "experts": 11, "hidden": 8}
+    lm = model(depth=12, pattern=[{"mixer": mixer, "feed_forward": feed}])
+    names, state = NAMES[family], lm.state_dict()
+    parts = names.apart(state)
+    assert len(parts) == len(state) + 12 * 3 * (11 - 1)
+    theirs = [names.theirs(name) for name in parts]
+    assert len(set(theirs)) == len(theirs)
+    assert [names.ours(name) for name in theirs] == list(parts)
+    whole = names.together(dict(reversed(parts.items())))
+    assert whole.keys() == state.keys()
+    assert all(torch.equal(whole[name], value) for name, value in state.items())
+
+
 def test_the_names_are_those_of_hugging_face():
     names = NAMES["qwen3"]
     assert names.theirs("embed.weight") == "model.embed_tokens.weight"
@@ -20,6 +40,13 @@ def test_the_names_are_those_of_hugging_face():
     assert (
         names.theirs("blocks.11.mixer.q_norm.weight") == "model.layers.11.self_attn.q_norm.weight"
     )
+    mixtral = NAMES["mixtral"].theirs
+    expert = "model.layers.2.block_sparse_moe.experts.10"
+    assert mixtral("blocks.2.feed.experts.10.gate_proj.weight") == f"{expert}.w1.weight"
+    assert mixtral("blocks.2.feed.experts.10.up_proj.weight") == f"{expert}.w3.weight"
+    bias = "model.layers.4.mlp.gate.e_score_correction_bias"
+    assert NAMES["deepseek_v3"].theirs("blocks.4.feed.bias") == bias
+    assert NAMES["deepseek_v3"].ours(bias) == "blocks.4.feed.bias"
     assert names.ours("model.layers.3.mlp.down_proj.weight") == "blocks.3.feed.down_proj.weight"
 
 
@@ -32,3 +59,5 @@ def test_a_name_without_counterpart_is_an_error(name):
         NAMES["llama"].ours(name)
     with pytest.raises(KeyError):
         NAMES["tinsmith"].ours(name)
+    with pytest.raises(KeyError):
+        NAMES["deepseek_v3"].ours(name)

@@ -1,20 +1,24 @@
-"""DeepSeek-V2 and V3, as far as their layers are dense: latent attention and SwiGLU.
+"""DeepSeek-V3, and V2 as far as its layers are dense: latent attention, then SwiGLU in the first
+layers and experts in the others.
 
 Written folders are V3's. Their turned parts come in pairs (`hub.names` reorders them).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tinsmith.hub import experts
 from tinsmith.hub.keys import Keys
 from tinsmith.hub.rope import read_latent_scaling as read_scaling
 from tinsmith.hub.rope import write_latents
 from tinsmith.nn.config import Layer, ModelConfig
+from tinsmith.nn.feedforwards.deepseek import DeepSeekMoE
 from tinsmith.nn.feedforwards.dense import SwiGLU
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.parts.rope import Yarn
 
-__all__ = ["FAMILIES", "kind_of", "problem", "read_pattern", "read_scaling", "write_keys"]
+__all__ = ["FAMILIES", "kind_of", "problem", "read_layers", "read_scaling", "write_keys"]
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (True,),
@@ -29,6 +33,8 @@ class Family(NamedTuple):
     architecture: str
     max_context: int
     first_experts: int
+    theta: float = 10000.0
+    norm_eps: float = 1e-6
 
 
 FAMILIES = {
@@ -37,14 +43,16 @@ FAMILIES = {
 }
 
 
-def read_pattern(kind: str, keys: Keys) -> list[Layer]:
-    """The one layer that is repeated; UserError for what Tinsmith cannot build."""
+def read_layers(kind: str, keys: Keys) -> tuple[Sequence[Layer], Sequence[Layer]]:
+    """The first layers and the one that is repeated; UserError for what Tinsmith cannot build."""
     for key, allowed in _ONLY.items():
         keys.only(key, allowed)
     depth = keys.size("num_hidden_layers")
     dense = keys.data.get("first_k_dense_replace", FAMILIES[kind].first_experts)
-    if type(dense) is not int or dense < depth:
-        keys.fail("first_k_dense_replace", f"{dense!r:.60} of {depth} layers: experts are not read")
+    if type(dense) is not int or dense < 0:
+        keys.fail("first_k_dense_replace", f"must be a number of layers (got {dense!r:.60})")
+    if kind == "deepseek_v2" and dense < depth:
+        keys.fail("first_k_dense_replace", f"{dense} of {depth} layers: V2's experts are not read")
     rank = 1536 if "q_lora_rank" not in keys.data else None
     mixer = MLA(
         heads=keys.size("num_attention_heads"),
@@ -54,7 +62,11 @@ def read_pattern(kind: str, keys: Keys) -> list[Layer]:
         rope_dim=keys.size("qk_rope_head_dim", 64),
         v_dim=keys.size("v_head_dim", 128),
     )
-    return [Layer(mixer=mixer, feed_forward=SwiGLU(hidden=keys.size("intermediate_size")))]
+    plain = [SwiGLU(hidden=keys.size("intermediate_size"))] if dense else []
+    first = [Layer(mixer=mixer, feed_forward=feed) for feed in plain * min(dense, depth)]
+    if dense >= depth:
+        return (), first[:1]
+    return first, [Layer(mixer=mixer, feed_forward=experts.read_deepseek(keys))]
 
 
 def kind_of(config: ModelConfig) -> str:
@@ -64,7 +76,8 @@ def kind_of(config: ModelConfig) -> str:
 
 def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
     """The keys of latent attention."""
-    mixer = _mixers(config)[0]
+    mixer, feeds = _mixers(config)[0], [layer.feed_forward for layer in config.layers]
+    routed = [feed for feed in feeds if isinstance(feed, DeepSeekMoE)]
     return write_latents(config.rope) | {
         "num_key_value_heads": mixer.heads,
         "kv_lora_rank": mixer.kv_rank,
@@ -75,18 +88,31 @@ def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
         "head_dim": mixer.rope_dim,
         "rope_interleave": True,
         "attention_bias": False,
-        "first_k_dense_replace": config.depth,
+        "first_k_dense_replace": config.depth - len(routed),
         "num_nextn_predict_layers": 0,
+        **(experts.write_deepseek(routed[0]) if routed else {}),
     }
 
 
 def problem(config: ModelConfig) -> str | None:
-    """What stands against DeepSeek-V3, of a model of latent attention and SwiGLU."""
+    """What stands against DeepSeek-V3, of a model of latent attention with SwiGLU or
+    `deepseek_moe`.
+    """
+    routed = False
     for index, layer in enumerate(config.layers):
-        if layer != config.layers[0]:
+        feed = layer.feed_forward
+        if layer.mixer != config.layers[0].mixer:
             return f"layer {index} is of another shape than layer 0"
-        if layer.feed_forward.bias:
+        if isinstance(feed, SwiGLU) and feed.bias:
             return "feed_forward.bias beside latent attention"
+        if isinstance(feed, SwiGLU) and routed:
+            return f"layer {index} is dense after layers of experts"
+        if isinstance(feed, DeepSeekMoE):
+            routed = True
+            if (said := experts.problem(feed)) is not None:
+                return said
+    if (said := experts.another_shape(config)) is not None:
+        return said
     scaling = config.rope.scaling
     if isinstance(scaling, Yarn) and scaling.turn != 1 and math.log(scaling.factor) == 0:
         return "an attention_factor without a stretching"

@@ -31,7 +31,7 @@ def fill(
     """
     with torch.device("meta"):
         lm = LM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
+    shapes = {name: tuple(part.shape) for name, part in names.apart(lm.state_dict()).items()}
     if config.tie_embeddings:
         del shapes[_HEAD]
     wanted = {name: names.theirs(name) for name in shapes}
@@ -44,7 +44,7 @@ def fill(
     ours = {name: names.received(name, state[theirs], config) for name, theirs in wanted.items()}
     if config.tie_embeddings:
         ours[_HEAD] = ours[_EMBED]
-    lm.load_state_dict(ours, assign=True)
+    lm.load_state_dict(names.together(ours), assign=True)
     if config.tie_embeddings:
         lm.head.weight = lm.embed.weight
     return lm.eval()

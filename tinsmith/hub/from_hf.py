@@ -1,5 +1,5 @@
-"""`config.json` to `ModelConfig`: Llama, Mistral, Qwen2, Qwen3, DeepSeek without experts, and
-Tinsmith's own.
+"""`config.json` to `ModelConfig`: Llama, Mistral, Qwen2, Qwen3, their kin with experts, DeepSeek,
+and Tinsmith's own.
 """
 
 from typing import Any
@@ -67,16 +67,18 @@ def _own(data: dict[str, Any], where: str) -> ModelConfig:
 
 def _stock(kind: str, keys: Keys) -> ModelConfig:
     side = FAMILIES[kind]
-    pattern = side.read_pattern(kind, keys)
-    context = keys.size("max_position_embeddings", side.FAMILIES[kind].max_context)
+    family = side.FAMILIES[kind]
+    first, pattern = side.read_layers(kind, keys)
+    context = keys.size("max_position_embeddings", family.max_context)
     return ModelConfig(
         vocab_size=keys.size("vocab_size"),
         dim=keys.size("hidden_size"),
         depth=keys.size("num_hidden_layers"),
+        first=tuple(first),
         pattern=tuple(pattern),
         max_context=context,
         tie_embeddings=keys.flag("tie_word_embeddings", False),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope=read_rope(keys.data, context, keys.where, side.read_scaling),
+        norm_eps=keys.number("rms_norm_eps", family.norm_eps),
+        rope=read_rope(keys.data, context, keys.where, side.read_scaling, family.theta),
         dropout=Dropout(attention=keys.number("attention_dropout", 0.0, above=-1)),
     )

@@ -1,15 +1,20 @@
-"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and SwiGLU in every layer."""
+"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and SwiGLU in every layer; Mixtral and
+Qwen3-MoE: experts.
+"""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from tinsmith.hub import experts
 from tinsmith.hub.keys import Keys
 from tinsmith.hub.rope import read_scaling, write_rope
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.feedforwards.dense import SwiGLU
+from tinsmith.nn.feedforwards.topk import TopKMoE
 from tinsmith.nn.mixers.gqa import GQA
 
-__all__ = ["FAMILIES", "kind_of", "problem", "read_pattern", "read_scaling", "write_keys"]
+__all__ = ["FAMILIES", "kind_of", "problem", "read_layers", "read_scaling", "write_keys"]
 
 
 class Family(NamedTuple):
@@ -21,6 +26,8 @@ class Family(NamedTuple):
     head_dim: int | None = None
     layer_types: bool = False
     """Each layer says whether it has the window; otherwise all or none have it."""
+    theta: float = 10000.0
+    norm_eps: float = 1e-6
 
 
 FAMILIES = {
@@ -28,39 +35,54 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", 131072, kv_heads=8),
     "qwen2": Family("Qwen2ForCausalLM", 32768, kv_heads=32, layer_types=True),
     "qwen3": Family("Qwen3ForCausalLM", 32768, kv_heads=32, head_dim=128, layer_types=True),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", 32768, kv_heads=4),
+    "mixtral": Family("MixtralForCausalLM", 131072, kv_heads=8, theta=1e6, norm_eps=1e-5),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_pattern(kind: str, keys: Keys) -> list[Layer]:
-    """The pattern of a family with grouped-query attention."""
+def read_layers(kind: str, keys: Keys) -> tuple[Sequence[Layer], Sequence[Layer]]:
+    """The first layers and the pattern of a family with grouped-query attention."""
     family = FAMILIES[kind]
     heads, depth = keys.size("num_attention_heads"), keys.size("num_hidden_layers")
     kv_heads = keys.optional_size("num_key_value_heads", family.kv_heads)
     if heads % (kv_heads or heads):
         keys.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads={heads}")
-    biased = keys.flag("attention_bias", False) and kind in ("llama", "qwen3")
+    biased = keys.flag("attention_bias", False) and kind in ("llama", "qwen3", "qwen3_moe")
     mixer = GQA(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=keys.optional_size("head_dim", family.head_dim),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
         bias="qkv" if kind == "qwen2" else "all" if biased else "none",
     )
-    feed = SwiGLU(
-        hidden=keys.size("intermediate_size"),
-        bias=keys.flag("mlp_bias", False) and kind == "llama",
-    )
-    windows = _period(_windows(kind, keys, depth))
-    return [Layer(mixer=replace(mixer, window=window), feed_forward=feed) for window in windows]
+    layers = [
+        Layer(mixer=replace(mixer, window=window), feed_forward=feed)
+        for window, feed in zip(_windows(kind, keys, depth), _feeds(kind, keys, depth), strict=True)
+    ]
+    return (), _period(layers)
+
+
+def _feeds(kind: str, keys: Keys, depth: int) -> Sequence[experts.Feed]:
+    """The feed-forward of every layer."""
+    if kind == "qwen3_moe":
+        return experts.read_qwen3(keys, depth)
+    if kind == "mixtral":
+        return [experts.read_mixtral(keys)] * depth
+    biased = keys.flag("mlp_bias", False) and kind == "llama"
+    return [SwiGLU(hidden=keys.size("intermediate_size"), bias=biased)] * depth
 
 
 def _windows(kind: str, keys: Keys, depth: int) -> list[int | None]:
     """The window of every layer."""
     if kind == "llama":
         width, sliding = None, [False] * depth
-    elif kind == "mistral":
-        width = keys.optional_size("sliding_window", 4096)
+    elif kind in ("mistral", "mixtral"):
+        width = keys.optional_size("sliding_window", 4096 if kind == "mistral" else None)
+        sliding = [width is not None] * depth
+    elif kind == "qwen3_moe":
+        used = keys.flag("use_sliding_window", False)
+        width = keys.optional_size("sliding_window", 4096) if used else None
         sliding = [width is not None] * depth
     else:
         used = keys.flag("use_sliding_window", False)
@@ -92,17 +114,19 @@ def _told(types: Any, default: list[bool], keys: Keys, free: bool) -> list[bool]
     return told
 
 
-def _period(windows: list[int | None]) -> list[int | None]:
-    """The shortest pattern that gives `windows` when it is tiled."""
-    for length in range(1, len(windows)):
-        if windows[length:] == windows[:-length]:
-            return windows[:length]
-    return windows
+def _period(layers: list[Layer]) -> list[Layer]:
+    """The shortest pattern that gives `layers` when it is tiled."""
+    for length in range(1, len(layers)):
+        if layers[length:] == layers[:-length]:
+            return layers[:length]
+    return layers
 
 
 def kind_of(config: ModelConfig) -> str:
     """The family that a model without `problem` is written as."""
     mixer = _mixers(config)[0]
+    if _routed(config) is not None:
+        return "qwen3_moe" if mixer.qk_norm else "mixtral"
     if mixer.qk_norm:
         return "qwen3"
     if mixer.bias == "qkv":
@@ -112,17 +136,21 @@ def kind_of(config: ModelConfig) -> str:
 
 def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
     """The keys of grouped-query attention, and those that only some of the families have."""
-    mixers, feed = _mixers(config), config.layers[0].feed_forward
+    mixers, routed = _mixers(config), _routed(config)
     mixer, windows = mixers[0], [mixer.window for mixer in mixers]
     width = max((window for window in windows if window is not None), default=None)
     data: dict[str, Any] = write_rope(config.rope)
     data |= {"num_key_value_heads": mixer.groups, "head_dim": mixer.width(config.dim)}
     if kind == "llama":
-        data["mlp_bias"] = feed.bias
-    if kind in ("llama", "qwen3"):
+        data["mlp_bias"] = _biased(config)
+    if kind in ("llama", "qwen3", "qwen3_moe"):
         data["attention_bias"] = mixer.bias == "all"
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral", "qwen3_moe"):
         data["sliding_window"] = width
+    if routed is not None and kind == "mixtral":
+        data |= experts.write_mixtral(routed)
+    if routed is not None and kind == "qwen3_moe":
+        data |= {"use_sliding_window": width is not None} | experts.write_qwen3(routed, config)
     if FAMILIES[kind].layer_types:
         first = next((i for i, window in enumerate(windows) if window is not None), config.depth)
         data |= {
@@ -135,7 +163,9 @@ def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def problem(config: ModelConfig) -> str | None:
-    """What stands against all these families, of a model of grouped-query attention and SwiGLU."""
+    """What stands against all these families, of a model of grouped-query attention with SwiGLU
+    or `topk_moe`.
+    """
     mixers = _mixers(config)
     for index, mixer in enumerate(mixers):
         for name in ("sinks", "value_residual"):
@@ -145,28 +175,44 @@ def problem(config: ModelConfig) -> str | None:
             return f"layer {index} has rope: false"
         if _alike(config, index) != _alike(config, 0):
             return f"layer {index} is of another shape than layer 0"
-    return _no_family(config)
+    routed = _routed(config)
+    return (
+        experts.another_shape(config)
+        or (_no_family(config) if routed is None else experts.problem(routed))
+        or (None if routed is None else _no_routed_family(config, routed))
+    )
+
+
+def _routed(config: ModelConfig) -> TopKMoE | None:
+    """The experts that some or all layers have."""
+    feeds = (layer.feed_forward for layer in config.layers)
+    return next((feed for feed in feeds if isinstance(feed, TopKMoE)), None)
+
+
+def _biased(config: ModelConfig) -> bool:
+    """Whether the dense feed-forwards have biases."""
+    feeds = (layer.feed_forward for layer in config.layers)
+    return any(isinstance(feed, SwiGLU) and feed.bias for feed in feeds)
 
 
 def _mixers(config: ModelConfig) -> list[GQA]:
     return [layer.mixer for layer in config.layers if isinstance(layer.mixer, GQA)]
 
 
-def _alike(config: ModelConfig, index: int) -> Layer:
-    """A layer with its window set aside and its derived sizes written out."""
+def _alike(config: ModelConfig, index: int) -> GQA:
+    """A layer's mixer with its window set aside and its derived sizes written out."""
     mixer = _mixers(config)[index]
-    same = replace(mixer, kv_heads=mixer.groups, head_dim=mixer.width(config.dim), window=None)
-    return replace(config.layers[index], mixer=same)
+    return replace(mixer, kv_heads=mixer.groups, head_dim=mixer.width(config.dim), window=None)
 
 
 def _no_family(config: ModelConfig) -> str | None:
     """What no family has, of a model whose layers are alike but for their windows."""
-    mixers, feed = _mixers(config), config.layers[0].feed_forward
+    mixers, feed_biased = _mixers(config), _biased(config)
     mixer, windows = mixers[0], {mixer.window for mixer in mixers}
     if len(windows - {None}) > 1:
         return f"windows of {len(windows - {None})} widths"
     plain_llama = not mixer.qk_norm and mixer.bias != "qkv"
-    if feed.bias and not plain_llama:
+    if feed_biased and not plain_llama:
         return "feed_forward.bias beside q/k norms or q/k/v biases"
     if mixer.qk_norm:
         return "q/k norms beside q/k/v biases" if mixer.bias == "qkv" else None
@@ -174,9 +220,27 @@ def _no_family(config: ModelConfig) -> str | None:
         return None
     if len(windows) > 1:
         return "windows on some layers only, without q/k norms or q/k/v biases"
-    biased = mixer.bias == "all" or feed.bias
+    biased = mixer.bias == "all" or feed_biased
     if biased and windows != {None}:
         return "windows beside biases"
     if biased and config.dim % mixer.heads:
         return f"biases, and dim={config.dim} is no multiple of heads={mixer.heads}"
+    return None
+
+
+def _no_routed_family(config: ModelConfig, routed: TopKMoE) -> str | None:
+    """What neither Qwen3-MoE nor Mixtral has, of a model with experts."""
+    mixer = _mixers(config)[0]
+    if len({mixer.window for mixer in _mixers(config)}) > 1:
+        return "windows on some layers only, beside experts"
+    if _biased(config):
+        return "feed_forward.bias beside experts"
+    if mixer.qk_norm:
+        return "q/k norms beside q/k/v biases" if mixer.bias == "qkv" else None
+    if mixer.bias != "none":
+        return "biases beside experts, without q/k norms"
+    if not all(isinstance(layer.feed_forward, TopKMoE) for layer in config.layers):
+        return "dense layers beside experts, without q/k norms"
+    if not routed.renormalise or routed.top_k == 1:
+        return "raw weights of experts, without q/k norms"
     return None

@@ -63,9 +63,9 @@ def export_folder(
 ) -> Exported:
     """Write a model as a Hugging Face folder, weights in their own dtype, whole or not at all.
 
-    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3) wherever it computes the
-    same, else `model_type: tinsmith`. `attach` are files to lie beside, such as the picture a card
-    shows.
+    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V3)
+    wherever it computes the same, else `model_type: tinsmith`. `attach` are files to lie beside,
+    such as the picture a card shows.
     UserError where `folder` is there already (unless `overwrite`).
     """
     return write_folder(
@@ -99,7 +99,7 @@ def write_folder(
     tied = {"head.weight"} if config.tie_embeddings else set()
     theirs = {
         names.theirs(name): names.sent(name, tensor, config)
-        for name, tensor in state.items()
+        for name, tensor in names.apart(state).items()
         if name not in tied
     }
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")

@@ -1,8 +1,9 @@
 """Tensor names: Tinsmith's and those of Hugging Face's families, one to one.
 
-A table lists modules; `{}` stands for a number (of a block), and `.weight` and `.bias` are the same
-on both sides. Tensors are also equal in content, but for DeepSeek's turned parts, whose rows come
-in another order.
+A table lists modules; `{}` stands for a number (of a block, of an expert), and `.weight` and
+`.bias` are the same on both sides; `WHOLE` lists tensors. Stacks of experts lie apart in their
+files (`hub.stacks`). Tensors are also equal in content, but for DeepSeek's turned parts, whose rows
+come in another order.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinsmith.hub import stacks
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.mixers.mla import MLA
 
@@ -33,6 +35,23 @@ DECODER = {
 }
 """Llama, Mistral, Qwen2 and Qwen3."""
 
+
+def _experts(theirs: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """The router and the experts of a family that keeps them in its module `theirs`."""
+    ours, place = "blocks.{}.feed", f"model.layers.{{}}.{theirs}"
+    matrices = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {f"{ours}.router": f"{place}.gate"} | {
+        f"{ours}.experts.{{}}.{mine}": f"{place}.experts.{{}}.{name}"
+        for mine, name in matrices.items()
+    }
+
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+QWEN3_MOE = DECODER | _experts("mlp", *_PROJECTIONS)
+MIXTRAL = {ours: theirs for ours, theirs in DECODER.items() if ".feed." not in ours} | _experts(
+    "block_sparse_moe", "w1", "w3", "w2"
+)
+
 LATENT = {ours: theirs for ours, theirs in DECODER.items() if ".mixer." not in ours} | {
     "blocks.{}.mixer.queries.straight": "model.layers.{}.self_attn.q_proj",
     "blocks.{}.mixer.queries.down": "model.layers.{}.self_attn.q_a_proj",
@@ -42,8 +61,15 @@ LATENT = {ours: theirs for ours, theirs in DECODER.items() if ".mixer." not in o
     "blocks.{}.mixer.keys.norm": "model.layers.{}.self_attn.kv_a_layernorm",
     "blocks.{}.mixer.keys.up": "model.layers.{}.self_attn.kv_b_proj",
     "blocks.{}.mixer.o_proj": "model.layers.{}.self_attn.o_proj",
+    **_experts("mlp", *_PROJECTIONS),
+    **{
+        f"blocks.{{}}.feed.shared.{name}": f"model.layers.{{}}.mlp.shared_experts.{name}"
+        for name in _PROJECTIONS
+    },
 }
-"""DeepSeek-V2 and V3, as far as their layers are dense."""
+"""DeepSeek-V2 and V3."""
+WHOLE = {"blocks.{}.feed.bias": "model.layers.{}.mlp.gate.e_score_correction_bias"}
+"""Tensors that are no module's weight or bias on one of the sides."""
 
 
 def _same(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
@@ -51,37 +77,54 @@ def _same(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 
 Convert = Callable[[str, Tensor, ModelConfig], Tensor]
+State = dict[str, Tensor]
+
+
+def _whole(state: State) -> State:
+    return state
 
 
 class Names(NamedTuple):
     """A family's names, and what becomes of a tensor (by Tinsmith's name) on the way. The first
-    two raise KeyError on a name that has no counterpart.
+    two raise KeyError on a name that has no counterpart. They name what `apart` gives.
     """
 
     theirs: Callable[[str], str]
     ours: Callable[[str], str]
     sent: Convert = _same
     received: Convert = _same
+    apart: Callable[[State], State] = _whole
+    together: Callable[[State], State] = _whole
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def _mapped(table: dict[str, str]) -> Callable[[str], str]:
+def _mapped(table: dict[str, str], whole: dict[str, str]) -> Callable[[str], str]:
     def convert(name: str) -> str:
+        numbers = _NUMBER.findall(name)
+        if (tensor := whole.get(_NUMBER.sub("{}", name))) is not None and "{" not in name:
+            return tensor.format(*numbers)
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias") or "{" in module:
             raise KeyError(name)
-        numbers = _NUMBER.findall(module)
         return f"{table[_NUMBER.sub('{}', module)].format(*numbers)}.{leaf}"
 
     return convert
 
 
-def _from_table(table: dict[str, str]) -> Names:
+def _from_table(table: dict[str, str], whole: dict[str, str] | None = None) -> Names:
+    """Stacks of experts lie apart in the files of every family."""
+    tensors = whole or {}
+    theirs = _mapped(table, tensors)
+    ours = _mapped(_inverse(table), _inverse(tensors))
+    return Names(theirs, ours, apart=stacks.apart, together=stacks.together)
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
     inverse = {theirs: ours for ours, theirs in table.items()}
     assert len(inverse) == len(table)
-    return Names(_mapped(table), _mapped(inverse))
+    return inverse
 
 
 def _without_prefix(name: str) -> str:
@@ -125,9 +168,11 @@ def _to_halves(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return _reordered(name, tensor, config, lambda width: torch.arange(width).view(-1, 2))
 
 
-_DEEPSEEK = _from_table(LATENT)._replace(sent=_to_pairs, received=_to_halves)
+_DEEPSEEK = _from_table(LATENT, WHOLE)._replace(sent=_to_pairs, received=_to_halves)
 
 NAMES = {family: _from_table(DECODER) for family in ("llama", "mistral", "qwen2", "qwen3")} | {
+    "qwen3_moe": _from_table(QWEN3_MOE),
+    "mixtral": _from_table(MIXTRAL),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "tinsmith": Names(lambda name: _PREFIX + name, _without_prefix),

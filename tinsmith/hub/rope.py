@@ -40,8 +40,15 @@ Read = Callable[[dict[str, Any], int, str], Scaling | None]
 _ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
-def read_rope(data: dict[str, Any], context: int, where: str, read: Read | None = None) -> Rope:
-    """The rotary positions of a `config.json` of `context` tokens; `read` its stretching.
+def read_rope(
+    data: dict[str, Any],
+    context: int,
+    where: str,
+    read: Read | None = None,
+    theta: float = 10000.0,
+) -> Rope:
+    """The rotary positions of a `config.json` of `context` tokens; `read` its stretching; `theta`
+    is what a silent file means.
 
     UserError for kinds that Tinsmith does not have, and where the file contradicts itself.
     """
@@ -63,8 +70,8 @@ def read_rope(data: dict[str, Any], context: int, where: str, read: Read | None 
         raise UserError(f"{where}: rope_theta: given twice and differently ({given})")
     if any(other != stretchings[0] for other in stretchings):
         raise UserError(f"{where}: rope_scaling: contradicts rope_parameters; remove one of them")
-    theta = given[0] if given else 10000.0
-    return Rope(theta=theta, scaling=stretchings[0] if stretchings else None)
+    base = given[0] if given else theta
+    return Rope(theta=base, scaling=stretchings[0] if stretchings else None)
 
 
 def _theta(data: dict[str, Any], where: str) -> float | None:

@@ -6,15 +6,18 @@ description inside.
 from typing import Any, NamedTuple
 
 from tinsmith.core.parse import plain
-from tinsmith.hub import deepseek, grouped
+from tinsmith.hub import deepseek, experts, grouped
 from tinsmith.hub.from_hf import OWN, SCHEMA
 from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.feedforwards.deepseek import DeepSeekMoE
 from tinsmith.nn.feedforwards.dense import SwiGLU
+from tinsmith.nn.feedforwards.topk import TopKMoE
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.residuals.plain import Plain
 
 _SIDES = {GQA: grouped, MLA: deepseek}
+_FEEDS = {GQA: (SwiGLU, TopKMoE), MLA: (SwiGLU, DeepSeekMoE)}
 
 
 class Translation(NamedTuple):
@@ -42,7 +45,7 @@ def config_to_hf(config: ModelConfig) -> Translation:
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": layer.feed_forward.hidden,
+        "intermediate_size": experts.width(config),
         "num_hidden_layers": config.depth,
         "num_attention_heads": layer.mixer.heads,
         "hidden_act": "silu",
@@ -80,10 +83,11 @@ def why_not_stock(config: ModelConfig) -> str | None:
             return f"{key} is {value}"
     first = type(config.layers[0].mixer)
     for index, layer in enumerate(config.layers):
-        for part, known in ((layer.mixer, tuple(_SIDES)), (layer.feed_forward, SwiGLU)):
-            if not isinstance(part, known):
-                slot = "mixer" if part is layer.mixer else "feed_forward"
-                return f"layer {index} has {slot} {part.kind}"
+        feeds = _FEEDS.get(type(layer.mixer))
+        if feeds is None:
+            return f"layer {index} has mixer {layer.mixer.kind}"
+        if not isinstance(layer.feed_forward, feeds):
+            return f"layer {index} has feed_forward {layer.feed_forward.kind}"
         if type(layer.mixer) is not first:
             return f"layer {index} is of another shape than layer 0"
     return _SIDES[first].problem(config)
