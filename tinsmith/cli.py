@@ -120,7 +120,7 @@ def train(
 def evaluate(
     model: ModelPath,
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated: bpb, or multiple-choice .jsonl files.")
+        str, typer.Option(help="Comma-separated: bpb, routing, or files of questions.")
     ] = "bpb",
     data: Annotated[
         Path | None, typer.Option(help="Text to measure bits per byte on (default: the run's own).")
@@ -136,7 +136,7 @@ def evaluate(
     rope_scaling: Scaling = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: bits per byte, multiple choice.
+    """Measure a model: bits per byte, multiple choice, how much its experts specialise.
 
     \b
     tinsmith eval runs/first

@@ -53,6 +53,20 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
             **{"select_block": 8, "select_count": 3, "window": 6, "qk_norm": True},
         },
     ],
+    "dyn_heads": [
+        {"heads": 4, "experts": 4},
+        {
+            **{"heads": 4, "experts": 3, "kv_heads": 2, "head_dim": 6, "window": 5},
+            **{"qk_norm": True, "combine": "sum"},
+        },
+    ],
+    "dyn_lora": [
+        {"base": {"kind": "gqa", "heads": 4, "kv_heads": 2}, "experts": 4, "rank": 3},
+        {
+            "base": {"kind": "gqa", "heads": 4, "value_residual": True, "bias": "all"},
+            **{"experts": 3, "rank": 2, "combine": "rescaled_sum"},
+        },
+    ],
     "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
     "topk_moe": [
@@ -75,14 +89,18 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def _heads(mixer: Any, capacity: int) -> int:
+    return 2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
+
+
 def _own(mixer: Any) -> int:
     return mixer.heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
 
 
 HELD: dict[str, Callable[[Any, int], int]] = {
-    "gqa": lambda mixer, capacity: (
-        2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
-    ),
+    "gqa": _heads,
+    "dyn_heads": lambda mixer, capacity: _heads(mixer.shape, capacity),
+    "dyn_lora": lambda mixer, capacity: _heads(mixer.base, capacity),
     "dsa": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim + mixer.index_dim) * capacity,
     "hybrid": lambda mixer, capacity: sum(
         {
@@ -108,12 +126,15 @@ HELD: dict[str, Callable[[Any, int], int]] = {
 }
 """Numbers that a layer's cache holds for one row: (config, capacity) -> count."""
 
-CHOOSERS = {"dsa", "nsa", "hybrid", "topk_moe", "deepseek_moe", "dyn_moe"}
+CHOOSERS = {
+    *("dsa", "nsa", "hybrid", "dyn_heads", "dyn_lora"),
+    *("topk_moe", "deepseek_moe", "dyn_moe"),
+}
 """Kinds that choose among tokens, or experts: rounding may turn a choice, and what was not chosen
 has no influence.
 """
 
-STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale"}
+STILL_AT_FIRST: dict[str, str] = {"hyper": "residual.scale", "dyn_lora": "_delta.down"}
 """Kind -> how the names end of parameters that have a gradient of exactly 0 in the first step, by
 mathematics.
 
@@ -123,9 +144,10 @@ else stands still: A_m and A_r are free (no rows or columns that must sum to 1, 
 even where all streams are equal each weight scales what is read or kept.
 `mhyper`: H_res of the first and last sub-layer has no say, but its weights are rows of parameters
 whose other rows have; nn/test_mhyper.py looks at the rows.
+`dyn_lora`: a change is B A x with B = 0, so dA = B' dy x' = 0 until B has moved.
 """
 
-GROUPED = {"nsa"}
+GROUPED = {"nsa", "dyn_heads", "dyn_lora"}
 """Kinds that group tokens by what they choose. The shape of a product then depends on later tokens,
 which may change the last bits of earlier ones: causal to 1e-10, where all others are to the bit.
 """
@@ -288,12 +310,14 @@ def held() -> Callable[[Any, int], int]:
 
 
 @pytest.fixture
-def still() -> Callable[[dict[str, Any], str], bool]:
-    """Whether the parameter `name` of a model with this residual stands still in the first step."""
+def still() -> Callable[[tuple[dict[str, Any], ...], str], bool]:
+    """Whether the parameter `name` of a model with these parts stands still in the first step."""
 
-    def stands(residual: dict[str, Any], name: str) -> bool:
-        ending = STILL_AT_FIRST.get(residual["kind"])
-        return ending is not None and name.endswith(ending)
+    def stands(parts: tuple[dict[str, Any], ...], name: str) -> bool:
+        endings = [
+            STILL_AT_FIRST[kind] for part in parts if (kind := part["kind"]) in STILL_AT_FIRST
+        ]
+        return any(name.endswith(ending) for ending in endings)
 
     return stands
 

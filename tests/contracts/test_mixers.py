@@ -124,14 +124,14 @@ def test_packed_documents_are_isolated(lm, draw):
     assert found.isfinite().all()
 
 
-def test_another_document_leaves_no_trace(lm, draw):
+def test_another_document_leaves_no_trace(lm, draw, exact):
     segments = torch.tensor([[7] * 4 + [3] * 8 + [7] * 6])
     ids = draw(1, 18)
     changed = torch.where(segments == 3, (ids + 7) % 48, ids)
     before, after = lm(ids, segments=segments).logits, lm(changed, segments=segments).logits
     outside = segments != 3
     close(after[outside], before[outside])
-    assert torch.equal(after[:, :4], before[:, :4])
+    assert not exact or torch.equal(after[:, :4], before[:, :4])
 
 
 def test_batch_invariance(lm, draw):
@@ -195,7 +195,7 @@ def test_every_parameter_gets_a_gradient(make, mixer, residual, draw, still):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         size = parameter.grad.abs().max()
-        assert size == 0 if still(residual, name) else size > 1e-9, name
+        assert size == 0 if still((mixer, residual), name) else size > 1e-9, name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

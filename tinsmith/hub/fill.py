@@ -36,6 +36,8 @@ def fill(
         del shapes[_HEAD]
     wanted = {name: names.theirs(name) for name in shapes}
     head = names.theirs(_HEAD) if config.tie_embeddings else None
+    counters = {names.theirs(name) for name, part in lm.named_buffers() if name not in shapes}
+    found = {name: part for name, part in found.items() if name not in counters}
     _compare({wanted[name]: shape for name, shape in shapes.items()}, found, head, where)
     stored = {name: found[name] for name in [*wanted.values(), head] if name in found}
     state = read_tensors(stored, dtype, device)
@@ -47,7 +49,17 @@ def fill(
     lm.load_state_dict(names.together(ours), assign=True)
     if config.tie_embeddings:
         lm.head.weight = lm.embed.weight
+    _from_zero(lm, device)
     return lm.eval()
+
+
+def _from_zero(lm: LM, device: torch.device | str | None) -> None:
+    """Counters that belong to a run, and not to its model, begin anew."""
+    for module in lm.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                zero = torch.zeros_like(buffer, device=device or "cpu")
+                module.register_buffer(name, zero, persistent=False)
 
 
 def _compare(
@@ -59,6 +71,8 @@ def _compare(
         if found[name].shape != shape:
             file, has = found[name].file, list(found[name].shape)
             raise UserError(f"{file}: tensor {name} is {has}; the config asks for {list(shape)}")
+        if not found[name].weight:
+            raise UserError(f"{found[name].file}: {name} holds whole numbers and no weights")
     for name in sorted(found):
         if name not in wanted and name != head and not _REDUNDANT.fullmatch(name):
             raise UserError(f"{found[name].file}: tensor {name} is not part of this model")

@@ -18,6 +18,8 @@ from tinsmith.core.jsonfile import read_object
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_COUNTERS = {"I64", "BOOL"}
+"""What a checkpoint holds beside weights; `Stored.weight` is False for them."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -27,6 +29,7 @@ class Stored(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
+    weight: bool = True
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -91,10 +94,10 @@ def _header(file: Path) -> dict[str, Stored]:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
-                if part.get_dtype() not in _FLOATS:
-                    kind = part.get_dtype()
+                kind = part.get_dtype()
+                if kind not in _FLOATS | _COUNTERS:
                     raise UserError(f"{file}: {name} is {kind}; quantised weights cannot be read")
-                found[name] = Stored(file, tuple(part.get_shape()))
+                found[name] = Stored(file, tuple(part.get_shape()), kind in _FLOATS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file: {error}") from None
     return found

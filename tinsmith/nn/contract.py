@@ -226,6 +226,14 @@ class Routed:
         """
         return []
 
+    def watched(self) -> dict[str, Tensor]:
+        """What people watch drift while it trains, (E,) each: thresholds, biases; 0 at first."""
+        return {}
+
+    def chosen(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """(B, T, E) bool: which experts work on which tokens of this input, none on padding."""
+        raise NotImplementedError
+
     def idle_parameters(self) -> int:
         """How many of its parameters one token does not meet, on average."""
         return 0

@@ -197,14 +197,16 @@ class LM(nn.Module):
 
     def active_parameter_count(self) -> int:
         """All parameters but those of the experts that a token does not choose."""
-        return self.parameter_count() - sum(part.idle_parameters() for _, part in self._routed())
+        return self.parameter_count() - sum(
+            part.idle_parameters() for part in self.routed().values()
+        )
 
     def after_backward(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Routers that learn from gradients add theirs; the statistics that only backward knows."""
         return {
-            name + key: value
-            for name, part in self._routed()
-            for key, value in part.after_backward(_stripped(name, probes)).items()
+            f"{name}.{key}": value
+            for name, part in self.routed().items()
+            for key, value in part.after_backward(_stripped(f"{name}.", probes)).items()
         }
 
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
@@ -213,17 +215,18 @@ class LM(nn.Module):
         """
         return [
             reset
-            for name, part in self._routed()
-            for reset in part.post_step(_stripped(name, stats))
+            for name, part in self.routed().items()
+            for reset in part.post_step(_stripped(f"{name}.", stats))
         ]
 
-    def _routed(self) -> list[tuple[str, Routed]]:
-        parts = [
-            (f"{i}.{slot}.", part)
+    def routed(self) -> dict[str, Routed]:
+        """Mixers and feed-forwards with a router, by "layer.slot"."""
+        parts = {
+            f"{i}.{slot}": part
             for i, block in enumerate(self.blocks)
             for slot, part in (("mixer", block.mixer), ("feed", block.feed))
-        ]
-        return [(name, part) for name, part in parts if isinstance(part, Routed)]
+        }
+        return {name: part for name, part in parts.items() if isinstance(part, Routed)}
 
 
 def _positions(ids: Tensor, segments: Tensor | None, lengths: Tensor | None) -> Tensor:

@@ -10,10 +10,13 @@ import torch
 
 from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
+from tinsmith.data.sources import Source
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.routing import Specialisation, evaluate_routing, token_classes
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
+from tinsmith.train.routing import sentence
 from tinsmith.train.run import Interrupted, Run
 from tinsmith.train.samples import draw
 
@@ -59,7 +62,16 @@ def log(run: Run) -> None:
     place = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
     norm = f"norm {means.get('grad_norm', math.nan):.2f}  lr {rate:.2f}{extra}"
     run.log.line(f" step {place}  {norm}  {count(speed)} tok/s  eta {duration(left)}")
+    _experts(run)
     _spike(run, means.get("loss", math.nan))
+
+
+def _experts(run: Run) -> None:
+    """What the experts did since the last line, where there are any."""
+    found = run.routing.take(run.policy)
+    if found:
+        run.log.metrics({"step": run.state.step, "kind": "routing"} | found)
+        run.log.line(f" experts {sentence(found)}")
 
 
 def _spike(run: Run, loss: float) -> None:
@@ -93,6 +105,7 @@ def evaluate(run: Run) -> None:
     if len(found) > 2:
         values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
     values |= _choices(run)
+    special = _specialisation(run, run.validation)
     run.log.metrics(values)
     run.state.evaluation = {"step": run.state.step, "loss": whole.loss, "bpb": whole.bpb}
     better = run.state.best is None or whole.loss < run.state.best["loss"]
@@ -101,7 +114,31 @@ def evaluate(run: Run) -> None:
         run.save_now = run.config.train.keep.best
     mark = " (best)" if better else ""
     run.log.line(f" eval   step {run.state.step}  loss {whole.loss:.3f}  bpb {whole.bpb:.3f}{mark}")
+    _tell_specialisation(run, special)
     run.clock.pause(time.monotonic() - began)
+
+
+def _specialisation(run: Run, source: Source) -> dict[str, Specialisation]:
+    """How much the experts of a run that ends have come to differ; empty where there are none."""
+    if run.state.step < run.config.train.steps:
+        return {}
+    with autocast(run.config.train.precision, run.ranks.device):
+        return evaluate_routing(
+            run.policy,
+            source,
+            token_classes(run.tokenizer),
+            rows=run.config.eval.rows,
+            batch_rows=max(1, run.config.train.rows // run.ranks.world),
+            device=run.ranks.device,
+            poll=run.poll,
+        )
+
+
+def _tell_specialisation(run: Run, found: dict[str, Specialisation]) -> None:
+    if found:
+        layers = {name: one.to_dict() for name, one in found.items()}
+        run.log.metrics({"step": run.state.step, "kind": "specialisation", "layers": layers})
+        run.log.line(f" experts {found['all']}")
 
 
 def _choices(run: Run) -> Metrics:

@@ -1,65 +1,27 @@
-"""Pictures of runs. Equal metrics give equal bytes: no dates, no random ids, fonts and style that
-do not depend on the user's settings.
-"""
+"""Pictures of runs: one in four panels, or several side by side."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinsmith.core.units import count
+from tinsmith.train.canvas import (
+    BAD,
+    COLOURS,
+    NORM,
+    RATE,
+    TRAIN,
+    VALIDATION,
+    dot,
+    heading,
+    nothing,
+    step_axis,
+    titled,
+)
 from tinsmith.train.history import History, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-INK, FAINT = "#24292f", "#8c959f"
-TRAIN, VALIDATION, RATE, NORM, BAD = "#1f6feb", "#d1572b", "#8250df", "#57606a", "#cf222e"
-COLOURS = ("#1f6feb", "#d1572b", "#2da44e", "#8250df", "#bf8700", "#0a7f8c", "#bf3989", "#57606a")
-METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-STYLE: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#d0d7de",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eaeef2",
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": NORM,
-    "ytick.labelcolor": NORM,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-    "legend.frameon": False,
-    "svg.hashsalt": "tinsmith",
-    "svg.fonttype": "path",
-    "savefig.dpi": 160,
-}
-
-
-def run_pictures(history: History, kinds: Sequence[str]) -> dict[str, bytes]:
-    """The picture of one run as a file of each of `kinds` (png, svg)."""
-    from matplotlib import style
-
-    with style.context(["default", STYLE]):
-        figure = draw_run(history)
-        return {kind: _file(figure, kind) for kind in kinds}
-
-
-def runs_picture(histories: Sequence[History], kind: str) -> bytes:
-    """Several runs in one picture."""
-    from matplotlib import style
-
-    with style.context(["default", STYLE]):
-        return _file(draw_runs(histories), kind)
 
 
 def draw_run(history: History) -> "Figure":
@@ -71,7 +33,7 @@ def draw_run(history: History) -> "Figure":
         3, 2, width_ratios=(1.5, 1), height_ratios=(2, 1, 1), left=0.062, right=0.975, top=0.83
     )
     grid.update(bottom=0.09, hspace=0.5, wspace=0.17)
-    _heading(figure, history.name, _summary(history))
+    heading(figure, history.name, _summary(history))
     loss = figure.add_subplot(grid[:, 0])
     panels = [figure.add_subplot(grid[row, 1]) for row in range(3)]
     _draw_loss(loss, history)
@@ -79,7 +41,7 @@ def draw_run(history: History) -> "Figure":
     _draw_rate(panels[1], history.series("train", "lr_multiplier"))
     _draw_norm(panels[2], history.series("train", "grad_norm"))
     for axes in (loss, *panels):
-        _steps(axes, history.step)
+        step_axis(axes, history.step)
     for axes in panels[:-1]:
         axes.set_xlabel("")
         axes.tick_params(labelbottom=False)
@@ -97,8 +59,8 @@ def draw_runs(histories: Sequence[History]) -> "Figure":
     grid = figure.add_gridspec(1, 2, left=0.062, right=0.975, top=top, bottom=0.105, wspace=0.17)
     loss, validation = (figure.add_subplot(grid[0, column]) for column in range(2))
     key, unit = _measure(histories)
-    _label(loss, "Training loss, smoothed", "nats per token")
-    _label(validation, f"Validation {unit}", unit if key == "bpb" else "nats per token")
+    titled(loss, "Training loss, smoothed", "nats per token")
+    titled(validation, f"Validation {unit}", unit if key == "bpb" else "nats per token")
     ends = []
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": name}
@@ -109,21 +71,21 @@ def draw_runs(histories: Sequence[History]) -> "Figure":
         ends.append(line)
     last = max((history.step for history in histories), default=0)
     for axes in (loss, validation):
-        _steps(axes, last)
+        step_axis(axes, last)
     shape = {"ncols": 4, "borderaxespad": 0.0, "handlelength": 1.6, "columnspacing": 1.6}
     figure.legend(ends, names, loc="upper left", bbox_to_anchor=(0.062, 0.985), **shape)
     return figure
 
 
 def _draw_loss(axes: "Axes", history: History) -> None:
-    _label(axes, "Loss", "nats per token")
+    titled(axes, "Loss", "nats per token")
     train, held = history.series("train", "loss"), history.series("eval", "loss")
     if not len(train) and not len(held):
-        return _nothing(axes, "no step logged yet")
+        return nothing(axes, "no step logged yet")
     smooth = train.smooth()
     if len(train):
         axes.plot(train.steps, train.values, color=TRAIN, alpha=0.28, linewidth=0.9)
-        look = {"color": TRAIN, "linewidth": 2.0, "marker": _dot(train)}
+        look = {"color": TRAIN, "linewidth": 2.0, "marker": dot(train)}
         axes.plot(train.steps, smooth, label="training", **look)
     if len(held):
         look = {"markersize": 4, "linewidth": 1.2, "markeredgecolor": "white"}
@@ -144,10 +106,10 @@ def _draw_loss(axes: "Axes", history: History) -> None:
 
 def _draw_validation(axes: "Axes", history: History) -> None:
     key, unit = _measure([history])
-    _label(axes, f"Validation {unit}", unit if key == "bpb" else "nats per token")
+    titled(axes, f"Validation {unit}", unit if key == "bpb" else "nats per token")
     found = history.series("eval", key)
     if not len(found):
-        return _nothing(axes, "no evaluation yet")
+        return nothing(axes, "no evaluation yet")
     names = [name for name in history.keys("eval") if name.startswith("bpb.") and key == "bpb"]
     for number, name in enumerate(names):
         part = history.series("eval", name)
@@ -164,26 +126,21 @@ def _draw_validation(axes: "Axes", history: History) -> None:
 
 
 def _draw_rate(axes: "Axes", rate: Series) -> None:
-    _label(axes, "Learning rate, times its peak", "multiplier")
+    titled(axes, "Learning rate, times its peak", "multiplier")
     if not len(rate):
-        return _nothing(axes, "no step logged yet")
+        return nothing(axes, "no step logged yet")
     axes.fill_between(rate.steps, rate.values, color=RATE, alpha=0.12, linewidth=0)
-    axes.plot(rate.steps, rate.values, color=RATE, linewidth=1.5, marker=_dot(rate))
+    axes.plot(rate.steps, rate.values, color=RATE, linewidth=1.5, marker=dot(rate))
     axes.set_ylim(0, 1.08 * max(1.0, rate.values.max()))
 
 
 def _draw_norm(axes: "Axes", norm: Series) -> None:
-    _label(axes, "Gradient norm, before clipping", "L2 norm")
+    titled(axes, "Gradient norm, before clipping", "L2 norm")
     if not len(norm):
-        return _nothing(axes, "no step logged yet")
-    axes.plot(norm.steps, norm.values, color=NORM, linewidth=1.1, marker=_dot(norm))
+        return nothing(axes, "no step logged yet")
+    axes.plot(norm.steps, norm.values, color=NORM, linewidth=1.1, marker=dot(norm))
     usual = sorted(norm.values)[int(0.98 * (len(norm) - 1))]
     axes.set_ylim(0, 1.25 * usual or 1.0)
-
-
-def _heading(figure: "Figure", title: str, summary: str) -> None:
-    figure.text(0.015, 0.955, title, size=15, weight="bold", va="center")
-    figure.text(0.0155, 0.905, summary, size=9.5, color=NORM, va="center")
 
 
 def _summary(history: History) -> str:
@@ -206,32 +163,6 @@ def _measure(histories: Sequence[History]) -> tuple[str, str]:
     return "loss", "loss"
 
 
-def _label(axes: "Axes", title: str, unit: str) -> None:
-    axes.set_title(title, loc="left")
-    axes.set_ylabel(unit, fontsize=8.5, color=NORM)
-
-
-def _steps(axes: "Axes", last: int) -> None:
-    """The horizontal axis: whole steps from 0."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.set_xlim(0, 1.015 * max(last, 1))
-    axes.set_xlabel("step", fontsize=8.5, color=NORM)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.tick_params(length=0, labelsize=8.5)
-
-
-def _nothing(axes: "Axes", why: str) -> None:
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=FAINT)
-    axes.set_yticks([])
-
-
-def _dot(series: Series) -> str:
-    """A marker for a line of a single point, which would not be seen."""
-    return "o" if len(series) == 1 else ""
-
-
 def _labels(histories: Sequence[History]) -> list[str]:
     """The runs' names, numbered where two are equal."""
     names = [history.name for history in histories]
@@ -239,11 +170,3 @@ def _labels(histories: Sequence[History]) -> list[str]:
         f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
         for i, name in enumerate(names)
     ]
-
-
-def _file(figure: "Figure", kind: str) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format=kind, metadata=METADATA[kind])
-    return buffer.getvalue()

@@ -18,10 +18,12 @@ from tinsmith.train.run import Run
 
 def finish(run: Run) -> None:
     """Write all of it; every rank must call it. Doing it twice changes nothing."""
-    state = parallel.full_tensors(run.policy)
+    own = run.policy.state_dict().keys()
+    state = {name: t for name, t in parallel.full_tensors(run.policy).items() if name in own}
     if not run.ranks.first:
         return
     plot = plot_run(run.folder)
+    pictures = [path for path in (plot, plot.with_name("experts.png")) if path.exists()]
     write_samples(run.folder)
     final = run.folder / "final"
     done = write_folder(
@@ -30,13 +32,14 @@ def finish(run: Run) -> None:
         run.tokenizer,
         final,
         card=lambda exported: model_card(facts(run, exported)),
-        attach=[plot],
+        attach=pictures,
         overwrite=True,
     )
     best = run.state.best
     said = f"bpb {best['bpb']:.3f} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
-    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), loss.png, samples.md")
+    drawn = ", ".join(path.name for path in pictures)
+    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
 
 
 def facts(run: Run, exported: Exported) -> Facts:

@@ -16,7 +16,7 @@ class Meters:
     def add(self, metrics: dict[str, Metric]) -> None:
         """Add one micro-batch's totals and counts."""
         for name, metric in metrics.items():
-            pair = torch.stack([_exact(metric.total), _exact(metric.count)])
+            pair = torch.stack([exact(metric.total), exact(metric.count)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def merge(self, other: "Meters") -> None:
@@ -53,6 +53,7 @@ class Meters:
         }
 
 
-def _exact(value: Tensor) -> Tensor:
+def exact(value: Tensor) -> Tensor:
+    """In float64, where that exists."""
     value = value.detach()
     return (value.cpu() if value.device.type == "mps" else value).double()

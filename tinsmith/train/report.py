@@ -1,4 +1,4 @@
-"""What a run leaves for people: `loss.png`, `loss.svg` and `samples.md`, all made of
+"""What a run leaves for people: pictures (`loss`, `experts`) and `samples.md`, all made of
 `metrics.jsonl` alone, and the table of `tinsmith runs`. A killed run can be reported like any
 other.
 """
@@ -6,26 +6,34 @@ other.
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.parse import read_yaml
-from tinsmith.train.figure import run_pictures, runs_picture
+from tinsmith.train.canvas import pictures
+from tinsmith.train.figure import draw_run, draw_runs
+from tinsmith.train.heatmap import draw_experts
 from tinsmith.train.history import History
 
 _STEP = re.compile(r"step-(\d+)")
 
 
 def plot_run(folder: Path) -> Path:
-    """Write `loss.png` and `loss.svg` into a run's folder; returns the path of the first.
+    """Write `loss.png` and `loss.svg` into a run's folder, and where it has experts `experts.png`
+    and `experts.svg`; returns the path of the first.
 
     Equal metrics of equally named runs give equal files. UserError where there is no such folder.
     """
-    pictures = run_pictures(History.read(folder), ("png", "svg"))
-    for kind, data in pictures.items():
-        atomic_write(folder / f"loss.{kind}", data)
+    history = History.read(folder)
+    drawn = {"loss": draw_run}
+    if history.of_kind("routing"):
+        drawn["experts"] = draw_experts
+    for name, draw in drawn.items():
+        for kind, data in pictures(partial(draw, history), ("png", "svg")).items():
+            atomic_write(folder / f"{name}.{kind}", data)
     return folder / "loss.png"
 
 
@@ -36,7 +44,8 @@ def plot_runs(folders: Sequence[Path], out: Path) -> Path:
         raise UserError(f"{out}: pictures are written as .png or .svg; choose one of these endings")
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist")
-    atomic_write(out, runs_picture([History.read(folder) for folder in folders], kind))
+    histories = [History.read(folder) for folder in folders]
+    atomic_write(out, pictures(partial(draw_runs, histories), [kind])[kind])
     return out
 
 

@@ -31,6 +31,7 @@ from tinsmith.train.guard import Guard, Spikes
 from tinsmith.train.meters import Meters
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.precision import LossScale
+from tinsmith.train.routing import RoutingMeter
 from tinsmith.train.state import State
 
 
@@ -70,6 +71,7 @@ class Run:
         self.batches: Iterator[Batch] = self.objective.batches(self.feed, policy)
         self.state = State()
         self.meters = Meters()
+        self.routing = RoutingMeter()
         self.guard = Guard(config.train.bad_steps)
         self.spikes = Spikes()
         self.scale = LossScale(config.train.precision)
@@ -103,6 +105,7 @@ class Run:
         state = self.state.plain() | {
             "cursor": self.feed.cursor,
             "meters": self.meters.state(),
+            "routing": self.routing.state(),
             "guard": self.guard.state(),
             "spikes": self.spikes.state(),
             "loss_scale": self.scale.state(),
@@ -152,6 +155,7 @@ class Run:
         self.clock = Clock(self.state.tokens)
         self.feed.cursor = saved.state["cursor"]
         self.meters.restore(saved.state["meters"], self.meter_device)
+        self.routing.restore(saved.state.get("routing", {}), self.meter_device)
         self.guard.restore(saved.state["guard"])
         self.spikes.restore(saved.state.get("spikes", []))
         self.scale.restore(saved.state["loss_scale"])

@@ -163,6 +163,7 @@ def update(run: Run, gathered: Meters, stats: dict[str, Tensor]) -> bool:
     )
     run.optimizers.step()
     summed = {key: run.ranks.all_sum(value) for key, value in stats.items()}
+    run.routing.add(summed)
     run.optimizers.forget(run.policy.post_step(summed))
     one = torch.ones((), dtype=torch.float64, device=run.meter_device)
     gathered.add({"grad_norm": Metric(norm.to(one), one)})

@@ -11,9 +11,10 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import finite, say
 from tinsmith.core.parse import read_yaml
 from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.sources import Source, open_source
 from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.routing import evaluate_routing, token_classes
 from tinsmith.hub.load import load
 from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
@@ -57,13 +58,15 @@ def evaluate(
             raise UserError(f"--tasks '{tasks}': a name is missing; try bpb")
         if task == "bpb":
             results |= _bits_per_byte(model, lm, tokenizer, text)
+        elif task == "routing":
+            results |= _routing(model, lm, tokenizer, text)
         elif Path(task).exists():
             found = evaluate_choice(
                 lm, tokenizer, task, limit=text.limit, batch_rows=BATCH_ROWS, say=_aside
             )
             results[task] = found.to_dict()
         else:
-            raise UserError(f"--tasks {task}: neither bpb nor a file of questions")
+            raise UserError(f"--tasks {task}: neither bpb nor routing nor a file of questions")
     if as_json:
         say(json.dumps(finite(results), indent=1))
     else:
@@ -87,9 +90,7 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
         return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
     if config is None:
         raise UserError(f"{model}: is not part of a run; say with --data what text to measure")
-    shape, train = config.objective.shape, config.train
-    prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
-    validation = open_source(prepared.folder, shape, "validation", train.context, train.seed)
+    validation = _validation(config, tokenizer)
     parts = evaluate_bpb(
         lm,
         validation,
@@ -100,6 +101,32 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
         poll=lambda: None,
     )
     return {f"bpb {name}": each.to_dict() for name, each in parts.items()}
+
+
+def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+    """How much experts specialise, on the validation split of the run."""
+    config = _recipe(model)
+    if config is None or text.data is not None:
+        raise UserError("--tasks routing: measures the validation split of a run; name its folder")
+    if not lm.routed():
+        raise UserError(f"{model}: has no experts, so --tasks routing has nothing to measure")
+    validation = _validation(config, tokenizer)
+    found = evaluate_routing(
+        lm,
+        validation,
+        token_classes(tokenizer),
+        rows=text.limit or validation.size,
+        batch_rows=BATCH_ROWS,
+        device=lm.embed.weight.device,
+        poll=lambda: None,
+    )
+    return {f"routing {name}": each.to_dict() for name, each in found.items()}
+
+
+def _validation(config: RunConfig, tokenizer: Tokenizer) -> Source:
+    shape, train = config.objective.shape, config.train
+    prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
+    return open_source(prepared.folder, shape, "validation", train.context, train.seed)
 
 
 def _recipe(model: str) -> RunConfig | None:

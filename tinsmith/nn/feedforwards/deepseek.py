@@ -104,6 +104,10 @@ class DeepSeekFeedForward(ChosenExperts):
         value = sequence(probabilities_BTE, top(probabilities_BTE, self.top_k), valid_BT)
         return {"balance": Cost(value, self.config.balance_weight)}
 
+    def watched(self) -> dict[str, Tensor]:
+        """The bias."""
+        return {"bias": self.bias}
+
     @torch.no_grad()
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
         """The bias moves against the load of the global batch."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardKind, Out, Reset, Routed, Site
+from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardKind, Out, Reset, Site
 from tinsmith.nn.routing.dispatch import combine, plan_of_mask
 from tinsmith.nn.routing.experts import Activation, Experts
+from tinsmith.nn.routing.gated import Gated
 from tinsmith.nn.routing.learning import Learning, learn
 from tinsmith.nn.routing.rebirth import births
 from tinsmith.nn.routing.surprise import Listen, listen
@@ -46,7 +47,7 @@ class DynMoE(Threshold, Learning, FeedForwardKind):
         return DynMoEFeedForward(self, site)
 
 
-class DynMoEFeedForward(FeedForward, Routed):
+class DynMoEFeedForward(FeedForward, Gated):
     """The module of `DynMoE`."""
 
     def __init__(self, config: DynMoE, site: Site):
@@ -62,8 +63,7 @@ class DynMoEFeedForward(FeedForward, Routed):
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
         """x (B, T, D) -> Out.y (B, T, D); stats and losses are the gate's."""
         x_ND = x.flatten(0, 1)
-        valid_N = None if ctx.segments is None else (ctx.segments >= 0).flatten()
-        choice = self.gate(x_ND, valid_N, learns=self.config.from_task)
+        choice = self.choose(x, ctx, learns=self.config.from_task)
         if self.training and torch.is_grad_enabled() and self.config.from_surprise:
             return self._listening(x, choice)
         plan = plan_of_mask(choice.mask_NE)

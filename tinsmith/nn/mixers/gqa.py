@@ -53,8 +53,10 @@ class GQA(GroupedHeads):
         return GQAMixer(self, site)
 
 
-class GQAMixer(Mixer):
-    """The module of `GQA`."""
+class HeadsMixer(Mixer):
+    """What is done with queries, keys and values, however they were projected: norms, rotation,
+    the value residual, the cache, attention.
+    """
 
     def __init__(self, config: GQA, site: Site):
         super().__init__()
@@ -63,11 +65,6 @@ class GQAMixer(Mixer):
         self.attention, self.dropout = site.attention, site.attention_dropout
         self.rotary_dim = self.width if config.rope and site.rotary else None
         self.dim = site.dim
-        qkv_bias, out_bias = config.bias != "none", config.bias == "all"
-        self.q_proj = nn.Linear(site.dim, self.heads * self.width, bias=qkv_bias)
-        self.k_proj = nn.Linear(site.dim, self.groups * self.width, bias=qkv_bias)
-        self.v_proj = nn.Linear(site.dim, self.groups * self.width, bias=qkv_bias)
-        self.o_proj = Output(self.heads * self.width, site.dim, bias=out_bias)
         self.q_norm = RMSNorm(self.width, site.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.width, site.norm_eps) if config.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
@@ -75,12 +72,14 @@ class GQAMixer(Mixer):
         mixes = config.value_residual and not site.first_value
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
 
-    def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
-        rows, count, _ = x.shape
-        q_BTHD = self.q_norm(self.q_proj(x).view(rows, count, self.heads, self.width))
-        k_BTGD = self.k_norm(self.k_proj(x).view(rows, count, self.groups, self.width))
-        v_BTGD = self.v_proj(x).view(rows, count, self.groups, self.width)
+    def look(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, ctx: Ctx, cache: Any) -> Out:
+        """Out.y (B, T, I) is what the heads saw, before the output projection; I = heads head_dim,
+        J = kv_heads head_dim.
+        """
+        rows, count, _ = q_BTI.shape
+        q_BTHD = self.q_norm(q_BTI.view(rows, count, self.heads, self.width))
+        k_BTGD = self.k_norm(k_BTJ.view(rows, count, self.groups, self.width))
+        v_BTGD = v_BTJ.view(rows, count, self.groups, self.width)
         if self.rotary_dim:
             rotary = ctx.rotary[self.rotary_dim]
             q_BTHD, k_BTGD = rotate(q_BTHD, rotary), rotate(k_BTGD, rotary)
@@ -88,14 +87,14 @@ class GQAMixer(Mixer):
         if self.value_mix is not None and ctx.value is not None:
             v_BTGD = (self.value_mix[0] * ctx.value + self.value_mix[1] * v_BTGD).to(v_BTGD.dtype)
         if cache is None:
-            seen = reach(ctx.segments, count, self.window, x.device)
+            seen = reach(ctx.segments, count, self.window, q_BTI.device)
         else:
             (k_BTGD, v_BTGD), seen = cache.append(ctx.segments, k_BTGD, v_BTGD)
         dropout = self.dropout if self.training else 0.0
         y_BTHD = attend(
             q_BTHD, k_BTGD, v_BTGD, seen, kind=self.attention, dropout=dropout, sinks_H=self.sinks
         )
-        return Out(self.o_proj(y_BTHD.flatten(2)), value=offered)
+        return Out(y_BTHD.flatten(2), value=offered)
 
     def new_cache(
         self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -108,10 +107,38 @@ class GQAMixer(Mixer):
             return Ring(rows, capacity, self.window, shapes, dtype, device)
         return Append(rows, capacity, shapes, dtype, device)
 
-    def flops(self, context: int) -> int:
-        """Projections, and scores and sums over the keys that are seen on average."""
-        inner = self.heads * self.width
-        projections = 2 * self.dim * (2 * inner + 2 * self.groups * self.width)
+    @property
+    def inner(self) -> tuple[int, int]:
+        """Widths of all queries, and of all keys or all values."""
+        return self.heads * self.width, self.groups * self.width
+
+    def projecting(self) -> int:
+        """Operations per token of projections to queries, keys, values and back."""
+        return 4 * self.dim * sum(self.inner)
+
+    def looking(self, context: int) -> float:
+        """Operations per token of scores and sums over the keys that are seen on average."""
         window = min(self.window or context, context)
-        seen = window - window * (window - 1) / (2 * context)
-        return int(projections + 4 * inner * seen)
+        return 4 * self.inner[0] * (window - window * (window - 1) / (2 * context))
+
+
+class GQAMixer(HeadsMixer):
+    """The module of `GQA`."""
+
+    def __init__(self, config: GQA, site: Site):
+        super().__init__(config, site)
+        qkv_bias, out_bias = config.bias != "none", config.bias == "all"
+        queries, keys = self.inner
+        self.q_proj = nn.Linear(site.dim, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(site.dim, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(site.dim, keys, bias=qkv_bias)
+        self.o_proj = Output(queries, site.dim, bias=out_bias)
+
+    def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
+        """x (B, T, D) -> Out.y (B, T, D)."""
+        seen = self.look(self.q_proj(x), self.k_proj(x), self.v_proj(x), ctx, cache)
+        return seen._replace(y=self.o_proj(seen.y))
+
+    def flops(self, context: int) -> int:
+        """Projections and attention."""
+        return int(self.projecting() + self.looking(context))

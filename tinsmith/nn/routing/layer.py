@@ -91,6 +91,13 @@ class ChosenExperts(FeedForward, Routed):
         stats |= {name: cost.value.detach() * tokens for name, cost in costs.items()}
         return Out(y, {name: cost.value * cost.weight for name, cost in costs.items()}, stats)
 
+    @torch.no_grad()
+    def chosen(self, x: Tensor, ctx: Ctx) -> Tensor:
+        """(B, T, E) bool: which routed experts work on which tokens."""
+        choices_BTK = self.route(x.flatten(0, 1)).choices_NK.unflatten(0, x.shape[:2])
+        chosen_BTE = x.new_zeros(*x.shape[:2], self.count, dtype=torch.bool)
+        return chosen_BTE.scatter(-1, choices_BTK, True) & _valid(x, ctx)[..., None]
+
     def flops(self) -> int:
         """The gate, the chosen experts, the shared ones."""
         shared = 0 if self.shared is None else self.shared.flops()

@@ -8,7 +8,8 @@ optimizer forgets the rows.
 
 Counts are sums over micro-batches and ranks, and random rows come from a generator of their own:
 all ranks do the same, and training's random numbers stay as they were. All counters are buffers,
-so a resumed run looks at the same step with the same counts.
+so a resumed run looks at the same step with the same counts; they belong to the run and not to the
+model, so a folder for others does not have them.
 
 Legend: E experts, D width.
 """
@@ -49,11 +50,14 @@ class Window(nn.Module):
     def __init__(self, experts: int, dim: int, layer: int, interval: int | None):
         super().__init__()
         self.layer, self.interval = layer, interval
-        self.register_buffer("load", torch.zeros(experts, dtype=torch.long))
-        self.register_buffer("unrouted", torch.zeros(dim))
-        for name in ("tokens", "steps", "looks"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.long))
-        self.register_buffer("newborn", torch.zeros(experts, dtype=torch.bool))
+        counters = {
+            "load": torch.zeros(experts, dtype=torch.long),
+            "unrouted": torch.zeros(dim),
+            **{name: torch.zeros((), dtype=torch.long) for name in ("tokens", "steps", "looks")},
+            "newborn": torch.zeros(experts, dtype=torch.bool),
+        }
+        for name, zero in counters.items():
+            self.register_buffer(name, zero, persistent=False)
 
     @torch.no_grad()
     def close(

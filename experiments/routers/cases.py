@@ -1,0 +1,111 @@
+"""The models that are compared: routers, what keeps experts alive, sizes of experts, and mixers,
+all with equal numbers of parameters that a token meets.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tinsmith import LM, ModelConfig
+
+Section = dict[str, Any]
+
+GQA: Section = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+REBIRTH = 50
+"""Optimizer steps between looks for dead experts: the published 1,000 are more than a run has."""
+
+
+def dense(hidden: int) -> Section:
+    """What everything is compared with."""
+    return {"kind": "swiglu", "hidden": hidden}
+
+
+def topk(experts: int = 8, top_k: int = 2, balance: str = "switch") -> Callable[[int], Section]:
+    """MiniMind's kind, without shared experts."""
+    keys = {"experts": experts, "top_k": top_k, "balance": balance}
+    return lambda hidden: {"kind": "topk_moe", "hidden": hidden, "shared": 0, **keys}
+
+
+def deepseek(hidden: int) -> Section:
+    """Three of sixteen, and a shared one."""
+    return {"kind": "deepseek_moe", "hidden": hidden, "experts": 16, "top_k": 3, "shared": 1}
+
+
+def dyn(experts: int = 16, **keys: Any) -> Callable[[int], Section]:
+    """A quarter of the experts, as SDL asks for."""
+    usual = {"experts": experts, "reset_interval": REBIRTH}
+    return lambda hidden: {"kind": "dyn_moe", "hidden": hidden} | usual | keys
+
+
+FEEDS: dict[str, Callable[[int], Section]] = {
+    "dense": dense,
+    "topk_moe": topk(),
+    "deepseek_moe": deepseek,
+    "dyn_moe": dyn(),
+    "dyn_moe smk": dyn(router_grad="smk"),
+    "dyn_moe sml": dyn(router_grad="sml"),
+    "dyn_moe both": dyn(router_grad="both"),
+    "topk_moe unbalanced": topk(balance="none"),
+    "dyn_moe re-birth": dyn(sdl_weight=0.0),
+    "dyn_moe sdl": dyn(reset_interval=None),
+    "dyn_moe neither": dyn(sdl_weight=0.0, reset_interval=None),
+    "topk_moe 1 of 4": topk(4, 1),
+    "topk_moe 4 of 16": topk(16, 4),
+    "topk_moe 8 of 32": topk(32, 8),
+    "dyn_moe 2 of 8": dyn(8),
+    "dyn_moe 8 of 32": dyn(32),
+}
+MIXERS: dict[str, Section] = {
+    "dyn_heads": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2, "experts": 4}
+    | {"reset_interval": REBIRTH},
+    "dyn_lora": {"kind": "dyn_lora", "base": GQA, "experts": 8, "rank": 8}
+    | {"reset_interval": REBIRTH},
+}
+CASES = (*FEEDS, *MIXERS)
+GROUPS = {
+    "Routers": (
+        *("dense", "topk_moe", "deepseek_moe"),
+        *("dyn_moe", "dyn_moe smk", "dyn_moe sml", "dyn_moe both"),
+    ),
+    "What keeps experts alive": (
+        *("topk_moe", "topk_moe unbalanced"),
+        *("dyn_moe", "dyn_moe re-birth", "dyn_moe sdl", "dyn_moe neither"),
+    ),
+    "Few large or many small experts": (
+        *("topk_moe 1 of 4", "topk_moe", "topk_moe 4 of 16", "topk_moe 8 of 32"),
+        *("dyn_moe 2 of 8", "dyn_moe", "dyn_moe 8 of 32"),
+    ),
+    "Routed attention": ("dense", "dyn_heads", "dyn_lora"),
+}
+"""Title -> cases; some stand in several."""
+
+
+def model(case: str, sizes: Section, budget: int) -> Section:
+    """The `model:` section of a case, its feed-forwards as wide as `budget` parameters that a token
+    meets allow.
+    """
+    feed = FEEDS.get(case, dense)
+
+    def section(hidden: int) -> Section:
+        layer = {"mixer": MIXERS.get(case, GQA), "feed_forward": feed(hidden)}
+        return sizes | {"pattern": [layer]}
+
+    step = 2
+    first, second = (active(section(hidden)) for hidden in (step, 2 * step))
+    return section(step * max(1, 1 + round((budget - first) / (second - first))))
+
+
+def active(section: Section) -> int:
+    """Parameters that a token meets."""
+    return _shape(section).active_parameter_count()
+
+
+def total(section: Section) -> int:
+    """All parameters."""
+    return _shape(section).parameter_count()
+
+
+def _shape(section: Section) -> LM:
+    with torch.device("meta"):
+        return LM(ModelConfig.from_dict(section))

@@ -1,0 +1,108 @@
+"""Attention whose projections are experts (Tiny-ONN's DynSMHA, in its merge mode).
+
+    z_t = sum over the experts e of token t of  c_te W_e x_t        z one of q, k, v
+    y_t = sum over e of  c_te O_e a_t                               a = attention(q, k, v)
+
+An expert is a whole set of projections, to all heads and back. A gate of thresholds chooses, for
+each token, which experts project it, and weighs what they say (c, `nn.routing.threshold`); heads,
+norms, rotation, window and cache are gqa's. One expert is gqa, one head is how Tiny-ONN had it.
+Unlike there, no matrix is made per token: pairs of token and expert are sorted by expert.
+
+A token that no expert works on (`fallback: none`) has zeros for its query, key and value, adds
+nothing and looks at nobody: what only the tokens before it tell cannot be learned there. An expert
+that is born anew adds nothing to y before it has learned, but its keys and queries count from the
+first token that it fires for.
+
+Legend: B rows, T tokens, N = B T, E experts, P pairs, D width, I queries, J keys or values.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tinsmith.core.parse import Size
+from tinsmith.nn.contract import Ctx, MixerKind, Out, Reset, Site
+from tinsmith.nn.mixers.gqa import GQA, HeadsMixer
+from tinsmith.nn.parts.grouped import grouped
+from tinsmith.nn.parts.init import OutputStack, Stack
+from tinsmith.nn.routing.gated import Gated, Mixture
+from tinsmith.nn.routing.rebirth import births
+from tinsmith.nn.routing.threshold import Gate, Threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynHeads(Threshold, MixerKind):
+    """Attention whose projections are experts that each token chooses."""
+
+    kind: Literal["dyn_heads"] = "dyn_heads"
+    heads: Size = 4
+    kv_heads: Size | None = None  # = heads
+    head_dim: Size | None = None  # = dim // heads
+    qk_norm: bool = False
+    window: int | None = None
+    rope: bool = True
+    router_grad: Literal["task"] = "task"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.shape.heads == self.heads  # GQA refuses sizes that do not fit
+
+    @property
+    def shape(self) -> GQA:
+        """The attention that every expert could be alone."""
+        return GQA(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            qk_norm=self.qk_norm,
+            window=self.window,
+            rope=self.rope,
+        )
+
+    def check(self, dim: int) -> None:
+        """As gqa."""
+        self.shape.check(dim)
+
+    def build(self, site: Site) -> "DynHeadsMixer":
+        """The module."""
+        return DynHeadsMixer(self, site)
+
+
+class DynHeadsMixer(HeadsMixer, Gated):
+    """The module of `DynHeads`."""
+
+    def __init__(self, config: DynHeads, site: Site):
+        super().__init__(config.shape, site)
+        self.active = config.active
+        queries, keys = self.inner
+        self.gate = Gate(config, site.dim, site.layer)
+        self.q_proj = Stack(config.experts, site.dim, queries)
+        self.k_proj = Stack(config.experts, site.dim, keys)
+        self.v_proj = Stack(config.experts, site.dim, keys)
+        self.o_proj = OutputStack(config.experts, queries, site.dim)
+
+    def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
+        """x (B, T, D) -> Out.y (B, T, D)."""
+        choice = self.choose(x, ctx)
+        mixture = Mixture.of(choice)
+
+        def mixed(x_BTI: Tensor, stack: Stack) -> Tensor:
+            return mixture(x_BTI, lambda x_PI, ends_E: grouped(x_PI, stack.weight, ends_E))
+
+        q_BTI, k_BTJ, v_BTJ = (mixed(x, stack) for stack in (self.q_proj, self.k_proj, self.v_proj))
+        seen_BTI = self.look(q_BTI, k_BTJ, v_BTJ, ctx, cache).y
+        return Out(mixed(seen_BTI, self.o_proj), choice.losses, choice.stats)
+
+    def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
+        """Count, and let experts that never fire begin anew."""
+        return self.gate.post_step(stats, births(self))
+
+    def flops(self, context: int) -> int:
+        """Projections by as many experts as a token is to have, the gate, attention."""
+        return int(self.active * self.projecting() + self.gate.flops() + self.looking(context))
+
+    def idle_parameters(self) -> int:
+        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
+        held = sum(s.weight.numel() for s in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        return round(held * (1 - self.active / self.gate.config.experts))
