@@ -5,7 +5,8 @@ more name below.
 from typing import Annotated
 
 from tinsmith.core.parse import Kind
+from tinsmith.objectives.dpo import DPO
 from tinsmith.objectives.pretrain import Pretrain
 from tinsmith.objectives.sft import SFT
 
-ObjectiveConfig = Annotated[Pretrain | SFT, Kind()]
+ObjectiveConfig = Annotated[Pretrain | SFT | DPO, Kind()]
