@@ -7,6 +7,7 @@ from typing import Annotated
 from tinsmith.core.parse import Kind
 from tinsmith.objectives.dpo import DPO
 from tinsmith.objectives.pretrain import Pretrain
+from tinsmith.objectives.reward import Reward
 from tinsmith.objectives.sft import SFT
 
-ObjectiveConfig = Annotated[Pretrain | SFT | DPO, Kind()]
+ObjectiveConfig = Annotated[Pretrain | SFT | DPO | Reward, Kind()]

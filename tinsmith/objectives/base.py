@@ -112,6 +112,9 @@ class Objective(nn.Module):
         self.frozen: dict[str, LM] = {}
         """The config's `judges()`, in eval mode and without gradients; brought by the trainer."""
 
+    def adopt(self, policy: LM) -> None:
+        """Make what depends on the policy's sizes, such as heads; called once, before training."""
+
     def batches(self, feed: Feed, policy: LM) -> Iterator[Batch]:
         """What to train on, endlessly: here, the feed as it is."""
         return iter(feed)

@@ -4,14 +4,18 @@ interval.
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
+from tinsmith.data.config import Shape
+from tinsmith.data.sources import Source
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.heldback import evaluate_objective
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Interrupted, Run
@@ -73,35 +77,65 @@ def _spike(run: Run, loss: float) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Bits per byte on validation data."""
-    if run.validation is None or not _due(run, run.config.train.eval_every):
+    """What the shape of the data is measured by, on validation data."""
+    measure = MEASURES.get(run.config.objective.shape)
+    if run.validation is None or measure is None or not _due(run, run.config.train.eval_every):
         return
     began = time.monotonic()
+    found = measure(run, run.validation)
+    run.log.metrics({"step": run.state.step, "kind": "eval"} | found | _choices(run))
+    whole = {name: value for name, value in found.items() if "." not in name}
+    run.state.evaluation = {"step": run.state.step, **whole}
+    loss = whole["loss"]
+    better = run.state.best is None or loss < run.state.best["loss"]
+    if better and math.isfinite(loss):
+        run.state.best = dict(run.state.evaluation)
+        run.save_now = run.config.train.keep.best
+    mark = " (best)" if better else ""
+    numbers = "".join(f"  {name} {value:.3f}" for name, value in list(whole.items())[:3])
+    run.log.line(f" eval   step {run.state.step}{numbers}{mark}")
+    run.clock.pause(time.monotonic() - began)
+
+
+def _text(run: Run, validation: Source) -> dict[str, float]:
+    """Nats per token and bits per byte; of several sources, bits per byte of each."""
     lengths = torch.from_numpy(run.tokenizer.byte_lengths()).to(run.ranks.device)
     with autocast(run.config.train.precision, run.ranks.device):
         found = evaluate_bpb(
             run.policy,
-            run.validation,
+            validation,
             lengths,
             rows=run.config.eval.rows,
             batch_rows=max(1, run.config.train.rows // run.ranks.world),
             device=run.ranks.device,
             poll=run.poll,
         )
-    whole = found["all"]
-    values: Metrics = {"step": run.state.step, "kind": "eval", "loss": whole.loss, "bpb": whole.bpb}
+    values = {"loss": found["all"].loss, "bpb": found["all"].bpb}
     if len(found) > 2:
         values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
-    values |= _choices(run)
-    run.log.metrics(values)
-    run.state.evaluation = {"step": run.state.step, "loss": whole.loss, "bpb": whole.bpb}
-    better = run.state.best is None or whole.loss < run.state.best["loss"]
-    if better and math.isfinite(whole.loss):
-        run.state.best = dict(run.state.evaluation)
-        run.save_now = run.config.train.keep.best
-    mark = " (best)" if better else ""
-    run.log.line(f" eval   step {run.state.step}  loss {whole.loss:.3f}  bpb {whole.bpb:.3f}{mark}")
-    run.clock.pause(time.monotonic() - began)
+    return values
+
+
+def _pairs(run: Run, validation: Source) -> dict[str, float]:
+    """The objective's own metrics: loss, margin, accuracy."""
+    with autocast(run.config.train.precision, run.ranks.device):
+        return evaluate_objective(
+            run.objective,
+            run.policy,
+            validation,
+            rows=run.config.eval.rows,
+            batch_rows=max(1, run.config.train.rows // run.ranks.world),
+            device=run.ranks.device,
+            poll=run.poll,
+        )
+
+
+MEASURES: dict[Shape, Callable[[Run, Source], dict[str, float]]] = {
+    "documents": _text,
+    "chats": _text,
+    "pairs": _pairs,
+}
+"""Numbers by name for a shape of data, `loss` among them, by which the best checkpoint is found."""
 
 
 def _choices(run: Run) -> Metrics:

@@ -59,7 +59,9 @@ class Run:
         self.config, self.folder, self.ranks, self.log, self.flag = config, folder, ranks, log, flag
         self.policy, self.tokenizer = policy, tokenizer
         self.source, self.validation = source, validation
-        self.objective = config.objective.build().to(ranks.device)
+        self.objective = config.objective.build()
+        self.objective.adopt(policy)
+        self.objective.to(ranks.device)
         self.objective.frozen = frozen
         policy.checkpointing = config.train.checkpointing
         parallel.apply(policy, self.objective, ranks)
