@@ -5,10 +5,12 @@ more name below.
 from typing import Annotated
 
 from tinsmith.core.parse import Kind
+from tinsmith.objectives.dpo import DPO
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.ppo import PPO
 from tinsmith.objectives.pretrain import Pretrain
+from tinsmith.objectives.reward import Reward
 from tinsmith.objectives.sft import SFT
 from tinsmith.objectives.spo import SPO
 
-ObjectiveConfig = Annotated[Pretrain | SFT | PPO | GRPO | SPO, Kind()]
+ObjectiveConfig = Annotated[Pretrain | SFT | DPO | Reward | PPO | GRPO | SPO, Kind()]

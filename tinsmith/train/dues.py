@@ -4,14 +4,18 @@ interval.
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tinsmith.core.log import Metrics
 from tinsmith.core.units import count, duration
+from tinsmith.data.config import Shape
+from tinsmith.data.sources import Source
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.heldback import evaluate_objective
 from tinsmith.optim.schedule import multiplier
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Interrupted, Run
@@ -73,50 +77,72 @@ def _spike(run: Run, loss: float) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """What the objective measures on validation data, or else bits per byte."""
-    if run.validation is None or not _due(run, run.config.train.eval_every):
+    """What the shape of the data is measured by, on validation data."""
+    measure = MEASURES.get(run.config.objective.shape)
+    if run.validation is None or measure is None or not _due(run, run.config.train.eval_every):
         return
     began = time.monotonic()
-    values = _answered(run) if run.config.objective.shape == "prompts" else _predicted(run)
-    run.log.metrics({"step": run.state.step, "kind": "eval", **values, **_choices(run)})
-    whole = {name: value for name, value in values.items() if "." not in name}
-    run.state.evaluation, loss = {"step": run.state.step, **whole}, whole["loss"]
+    found = measure(run, run.validation)
+    run.log.metrics({"step": run.state.step, "kind": "eval"} | found | _choices(run))
+    whole = {name: value for name, value in found.items() if "." not in name}
+    run.state.evaluation = {"step": run.state.step, **whole}
+    loss = whole["loss"]
     better = run.state.best is None or loss < run.state.best["loss"]
     if better and math.isfinite(loss):
         run.state.best = dict(run.state.evaluation)
         run.save_now = run.config.train.keep.best
     mark = " (best)" if better else ""
-    said = "".join(f"  {name} {value:.3f}" for name, value in whole.items())
-    run.log.line(f" eval   step {run.state.step}{said}{mark}")
+    numbers = "".join(f"  {name} {value:.3f}" for name, value in list(whole.items())[:3])
+    run.log.line(f" eval   step {run.state.step}{numbers}{mark}")
     run.clock.pause(time.monotonic() - began)
 
 
-def _answered(run: Run) -> dict[str, float]:
-    """What answers to held-back prompts earn."""
-    assert run.validation is not None
-    with autocast(run.config.train.precision, run.ranks.device):
-        return run.objective.examine(run.policy, run.validation, run.config.eval.rows)
-
-
-def _predicted(run: Run) -> dict[str, float]:
-    """Loss and bits per byte, those of every source too where there are several."""
-    assert run.validation is not None
+def _text(run: Run, validation: Source) -> dict[str, float]:
+    """Nats per token and bits per byte; of several sources, bits per byte of each."""
     lengths = torch.from_numpy(run.tokenizer.byte_lengths()).to(run.ranks.device)
     with autocast(run.config.train.precision, run.ranks.device):
         found = evaluate_bpb(
             run.policy,
-            run.validation,
+            validation,
             lengths,
             rows=run.config.eval.rows,
             batch_rows=max(1, run.config.train.rows // run.ranks.world),
             device=run.ranks.device,
             poll=run.poll,
         )
-    whole = found["all"]
-    values = {"loss": whole.loss, "bpb": whole.bpb}
+    values = {"loss": found["all"].loss, "bpb": found["all"].bpb}
     if len(found) > 2:
         values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
     return values
+
+
+def _pairs(run: Run, validation: Source) -> dict[str, float]:
+    """The objective's own metrics: loss, margin, accuracy."""
+    with autocast(run.config.train.precision, run.ranks.device):
+        return evaluate_objective(
+            run.objective,
+            run.policy,
+            validation,
+            rows=run.config.eval.rows,
+            batch_rows=max(1, run.config.train.rows // run.ranks.world),
+            device=run.ranks.device,
+            poll=run.poll,
+        )
+
+
+def _prompts(run: Run, validation: Source) -> dict[str, float]:
+    """What greedy answers earn."""
+    with autocast(run.config.train.precision, run.ranks.device):
+        return run.objective.examine(run.policy, validation, run.config.eval.rows)
+
+
+MEASURES: dict[Shape, Callable[[Run, Source], dict[str, float]]] = {
+    "documents": _text,
+    "chats": _text,
+    "pairs": _pairs,
+    "prompts": _prompts,
+}
+"""Numbers by name for a shape of data, `loss` among them, by which the best checkpoint is found."""
 
 
 def _choices(run: Run) -> Metrics:
