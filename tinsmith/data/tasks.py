@@ -76,17 +76,24 @@ def generate(name: str, seed: int, index: int, *, digits: int = 3, length: int =
 def check(task: Task, text: str) -> bool:
     """Whether a reply answers the task.
 
-    What counts is what follows `</think>`, and there the last `<answer>` span where there is one.
-    Blanks do not matter; of a sum the last number counts, so that "The answer is 42." is right.
+    What counts is `final(text)`. Blanks do not matter; of a sum the last number counts, so that
+    "The answer is 42." is right.
     """
-    said = text.rpartition("</think>")[2]
-    spans = re.findall(r"<answer>(.*?)</answer>", said, flags=re.DOTALL)
-    said = spans[-1] if spans else said
-    said = said.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
+    said = final(text)
     if task.name == "arithmetic":
         found = re.findall(r"-?\d+", said)
         return bool(found) and found[-1] == task.answer
     return said.split() == task.answer.split()
+
+
+def final(text: str) -> str:
+    """What a reply says in the end: what follows `</think>`, and there the last `<answer>` span
+    where there is one; without marks of ends.
+    """
+    said = text.rpartition("</think>")[2]
+    spans = re.findall(r"<answer>(.*?)</answer>", said, flags=re.DOTALL)
+    said = spans[-1] if spans else said
+    return said.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
 
 
 def _arithmetic(numbers: random.Random, digits: int, length: int) -> Task:
