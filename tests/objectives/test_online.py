@@ -399,3 +399,30 @@ def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):
     assert objective.score(prompts, episodes) == [1.5, 0.5]
     with pytest.raises(UserError, match="low=9 and high=3"):
         parse(GRPO, {"kind": "grpo", "rewards": [{"kind": "length", "low": 9, "high": 3}]})
+
+
+# other numbers of processes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_T3_a_rollout_of_two_processes_goes_on_in_one_and_back(name, small, ready):
+    lm = small()
+    whole = ready(CONFIGS[name], lm)
+    next(whole.batches(Prompts(), lm))
+    parts = []
+    for rank in range(2):
+        half = ready(CONFIGS[name], lm)
+        half.rollout = whole.rollout.rows(
+            torch.arange(2 * whole.config.answers) + rank * 2 * whole.config.answers
+        )
+        half.place = 1
+        parts.append(half.carried() | {k: v for k, v in whole.carried().items() if "." in k})
+    found = whole.shared_out(parts, 0, 1)
+    assert found.keys() == whole.carried().keys()
+    for key, value in whole.carried().items():
+        assert torch.equal(found[key], value), key
+    for rank in range(2):
+        again = whole.shared_out([whole.carried()], rank, 2)
+        for key, value in parts[rank].items():
+            assert torch.equal(again[key], value), key
+    assert not {k for k in whole.shared_out([{}, {}], 0, 1) if "." not in k}
