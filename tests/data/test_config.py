@@ -55,7 +55,7 @@ def test_what_is_written_out_reads_back():
         ({"kind": "stdlib", "validation": "x"}, "data.validation"),
         ({"kind": "stdlib", "limit": 0}, "limit=0 must be at least 1"),
         ({"kind": "tasks", "tasks": []}, "tasks must name at least one of"),
-        ({"kind": "tasks", "tasks": ["sorting"]}, "'arithmetic', 'sort' or 'copy'"),
+        ({"kind": "tasks", "tasks": ["sorting"]}, "'arithmetic', 'sort', 'copy' or 'calculator'"),
         ({"kind": "tasks", "digits": 20}, "digits=20 must be from 1 to 9"),
         ({"kind": "text", "path": "x", "on_bad_line": "skip"}, "'reject' or 'fail'"),
     ],

@@ -111,18 +111,18 @@ def test_earlier_answers_are_not_learned(tokenizer):
 
 def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, pair):
     prompt = len(encode_prompt(tokenizer, pair.asked))
-    chosen, rejected = encode_pair(tokenizer, pair, prompt)
+    chosen, rejected = encode_pair(tokenizer, pair, prompt + 1)
     assert len(chosen.ids) == len(rejected.ids) == prompt + 1
     assert (sum(chosen.mask), sum(rejected.mask)) == (1, 1)
-    with pytest.raises(BadRecord, match=f"the prompt is {prompt} tokens, longer than"):
-        encode_pair(tokenizer, pair, prompt - 1)
+    with pytest.raises(BadRecord, match=f"the prompt is {prompt} tokens; the context"):
+        encode_pair(tokenizer, pair, prompt)
 
 
 def test_sides_that_differ_beyond_the_context_only_are_refused(tokenizer):
     pair = read_pair({"prompt": "a", "chosen": "b c d e f g", "rejected": "b c d e f h"})
     prompt = len(encode_prompt(tokenizer, pair.asked))
     with pytest.raises(BadRecord, match="equal as far as"):
-        encode_pair(tokenizer, pair, prompt)
+        encode_pair(tokenizer, pair, prompt + 1)
 
 
 @pytest.fixture
@@ -142,7 +142,9 @@ def test_a_batch_holds_both_sides_of_a_pair_one_after_the_other(found, tokenizer
             used = int((batch.segments[row] == 0).sum())
             assert bool((batch.segments[row, used:] == -1).all())
             assert torch.equal(batch.positions[row, :used], torch.arange(used))
-            assert batch.targets[row, used - 1] == tokenizer.end_of_turn
+            assert batch.ids[row, used - 1] == tokenizer.end_of_turn
+            assert batch.mask[row, used - 2]
+            assert not batch.mask[row, used - 1 :].any()
             learned = batch.mask[row, : used - 1]
             follows = batch.ids[row, 1:used].where(learned, 0)
             assert torch.equal(batch.targets[row, : used - 1], follows)
@@ -186,7 +188,7 @@ def test_bad_pairs_are_reported_with_their_row_and_survived(prepared, rejects_of
     reasons = {line: reason for _, line, reason in rejects_of(found)}
     assert "equal" in reasons[2]
     assert "empty" in reasons[3]
-    assert "longer than the context" in reasons[4]
+    assert "has no room" in reasons[4]
     assert found.report["sources"][0]["rejected"] == 4
     assert found.report["sources"][0]["train"]["documents"] == 2
 

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from tinsmith.data.tasks import check, generate
+from tinsmith.objectives.calculator import calculate
 
 NAMES = ("arithmetic", "sort", "copy")
 
@@ -25,6 +26,18 @@ def test_the_answer_of_every_task_is_right(name):
     for index in range(2000):
         task = generate(name, 1, index, digits=1 + index % 6, length=1 + index % 12)
         assert task.answer == solve(task.question), task
+
+
+def test_a_calculator_task_is_an_expression_in_the_words_of_its_question():
+    for index in range(500):
+        task = generate("calculator", 1, index, digits=1 + index % 4)
+        assert calculate(task.expression) == task.answer
+        used, named = (sorted(re.findall(r"\d+", s)) for s in (task.expression, task.question))
+        assert used == named
+        assert check(task, f"It is {task.answer}.")
+        called = task.chat()["messages"][1]["tool_calls"][0]["function"]
+        assert called == {"name": "calculator", "arguments": {"expression": task.expression}}
+        assert task.prompt()["tools"] == task.chat()["tools"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,12 @@ OBJECTIVES = {
     "ppo": {"kind": "ppo", "beta": 0.1, "max_moved": 0.05},
     "spo": {"kind": "spo", "first_answers": 2},
 }
-COMMON = {"rewards": {"length": 1.0}, "max_new": 6, "minibatches": 2, "updates": 2}
+COMMON = {
+    "rewards": [{"kind": "length", "low": 20, "high": 40}],
+    "max_new": 6,
+    "minibatches": 2,
+    "updates": 2,
+}
 
 
 def recipe_of(kind: str, recipe: dict) -> dict:

@@ -6,6 +6,7 @@ high, so it knows its sums and does not know which to say.
 
 import json
 import random
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 
 from tinsmith.config import from_dict
+from tinsmith.data import tasks
 from tinsmith.data.prepare import prepare
 from tinsmith.data.sources import open_source
 from tinsmith.hub.load import load
-from tinsmith.objectives.grpo import GRPO
 from tinsmith.train.trainer import train
 
 FORMS = ("{} + {} = ?", "{} plus {}?")
@@ -49,8 +50,8 @@ def adamw(lr: float) -> dict[str, Any]:
 class School:
     """Sums in a folder, and runs of one seed."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, room: int = 64, steps: int = 120):
+        self.folder, self.seed, self.room, self.steps = folder, seed, room, steps
         numbers = random.Random(0)
         every = list(product(FORMS, range(10), range(10)))
         numbers.shuffle(every)
@@ -79,12 +80,12 @@ class School:
         return self.run(
             "taught",
             {
-                "model": MODEL,
-                "tokenizer": {"train": {"vocab_size": 300}},
+                "model": MODEL | {"max_context": self.room, "vocab_size": self.room + 256},
+                "tokenizer": {"train": {"vocab_size": self.room + 256}},
                 "data": self.data("taught", validation=0.0),
                 "objective": {"kind": "sft"},
                 "optim": optim | {"schedule": {"kind": "wsd", "warmup": 10, "decay": 0.4}},
-                "train": {"steps": 120, "context": 128, "rows": 8},
+                "train": {"steps": self.steps, "context": 2 * self.room, "rows": 8},
             },
         )
 
@@ -99,7 +100,8 @@ class School:
                 "data": self.data("right", validation=str(self.folder / "held.jsonl")),
                 "objective": section,
                 "optim": rates,
-                "train": {"steps": steps, "context": 64, "rows": ROWS[kind], "accumulate": batches},
+                "train": {"steps": steps, "context": self.room, "rows": ROWS[kind]}
+                | {"accumulate": batches},
             },
         )
 
@@ -107,12 +109,12 @@ class School:
         """Of greedy answers to all the sums that were held back."""
         lm, tokenizer = load(run / "final")
         assert tokenizer is not None
-        held = from_dict(
-            {"init_from": str(run), "data": self.data("held"), "objective": {"kind": "grpo"}}
-        ).data
-        made = prepare(held, tokenizer, "prompts", self.folder / "exam", print, context=64)
-        source = open_source(made.folder, "prompts", "train", 64, 0)
-        objective = GRPO(max_new=4).build()
+        section = {"max_new": 4} | KINDS["grpo"]
+        told = {"init_from": str(run), "data": self.data("held"), "objective": section}
+        config, place = from_dict(told), self.folder / "exam"
+        made = prepare(config.data, tokenizer, "prompts", place, print, context=self.room)
+        source = open_source(made.folder, "prompts", "train", self.room, 0)
+        objective = config.objective.build()
         objective.prepare(lm, tokenizer)
         return objective.examine(lm, source, HELD_BACK)["reward"]
 
@@ -143,3 +145,40 @@ def test_T11_grpo_ppo_and_spo_raise_accuracy_by_20_points_over_three_seeds(schoo
             gains[kind].append(one.accuracy(one.practised(kind, start, 25)) - before)
     for kind, gained in gains.items():
         assert sum(gained) / 3 >= 0.2, (kind, gained)
+
+
+class ToolSchool(School):
+    """Half of what is taught calls the calculator, half says a wrong number at once."""
+
+    def chat(self, index: int) -> dict[str, Any]:
+        task = tasks.generate("calculator", 0, index, digits=1)
+        record = task.chat()
+        if index % 20 < 11:
+            guess = {"role": "assistant", "content": task.mistake()}
+            record["messages"] = [record["messages"][0], guess]
+        return record
+
+    def lines(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        text = "\n".join(map(json.dumps, records))
+        (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+    def write(self, name: str, sums: list, wrong: Any) -> None:
+        """Tasks instead of sums: the first are held back."""
+        places = {"held": range(60), "right": range(60, 1500), "taught": range(60, 3000)}[name]
+        if name == "taught":
+            self.lines(name, (self.chat(place) for place in places))
+        else:
+            made = (tasks.generate("calculator", 0, place, digits=1) for place in places)
+            self.lines(name, (task.prompt() for task in made))
+
+
+@pytest.mark.slow
+def test_T11_grpo_teaches_to_ask_the_calculator(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setitem(KINDS, "grpo", KINDS["grpo"] | {"tools": ["calculator"], "max_new": 40})
+    monkeypatch.setitem(ROWS, "grpo", 16)
+    one = ToolSchool(tmp_path, 0, room=256, steps=300)
+    start = one.taught()
+    before = one.accuracy(start)
+    assert 0.1 <= before <= 0.6
+    assert one.accuracy(one.practised("grpo", start, 25)) >= before + 0.2

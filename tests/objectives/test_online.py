@@ -2,15 +2,20 @@
 
 import math
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.objectives.conftest import Prompts, liked
+from tests.objectives.conftest import END, TOKENIZER, Prompts, liked
 from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse
+from tinsmith.data.prompts import Prompt
 from tinsmith.objectives.base import Alone
 from tinsmith.objectives.grpo import GRPO, group_advantages
 from tinsmith.objectives.ppo import PPO, at_the_end, gae
+from tinsmith.objectives.rewards import Rule
+from tinsmith.objectives.rollout import Episode
 from tinsmith.objectives.spo import SPO
 from tinsmith.objectives.whiten import whitened
 
@@ -355,3 +360,69 @@ def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
     found = objective.normalised(rewards)
     assert found[:4].tolist() == [0.0, 0.0, 0.5, 1.0]
     assert math.isnan(found[4])
+
+
+# rewards
+
+
+def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small, ready, capsys):
+    lm = small()
+    objective = ready(GRPO(answers=3, **SMALL), lm)
+    del objective.score
+    objective.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+
+    def broken(prompt, text):
+        if prompt.number == 1:
+            raise KeyError("gone")
+        return math.nan if prompt.number == 2 else len(text) / 20
+
+    objective.rules = [Rule("broken", broken)]
+    rows = next(objective.batches(Prompts(), lm))
+    assert rows.rewards.view(4, 3).isnan().all(1).tolist() == [False, True, True, False]
+    assert not rows.mask.view(4, -1)[1:3].any()
+    said = capsys.readouterr().err
+    assert said.count("no reward: broken of prompt 1: KeyError") == 3
+    assert said.count("no reward: broken of prompt 2: gave nan") == 3
+
+
+def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):
+    rewards = [{"kind": "exact"}, {"kind": "length", "low": 3, "high": 9, "weight": 0.5}]
+    config = parse(GRPO, {"kind": "grpo", "rewards": rewards})
+    objective = config.build()
+    objective.prepare(small(), TOKENIZER)
+    objective.tokenizer = SimpleNamespace(decode=lambda ids: f"It is {ids[0]}.")
+    prompts = [Prompt([5], 0, "7", {}), Prompt([5], 1, "8", {})]
+    episodes = [Episode([5], seed=0), Episode([5], seed=0)]
+    for episode in episodes:
+        episode.say(7, 0.0)
+        episode.say(END, 0.0)
+    assert objective.score(prompts, episodes) == [1.5, 0.5]
+    with pytest.raises(UserError, match="low=9 and high=3"):
+        parse(GRPO, {"kind": "grpo", "rewards": [{"kind": "length", "low": 9, "high": 3}]})
+
+
+# other numbers of processes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_T3_a_rollout_of_two_processes_goes_on_in_one_and_back(name, small, ready):
+    lm = small()
+    whole = ready(CONFIGS[name], lm)
+    next(whole.batches(Prompts(), lm))
+    parts = []
+    for rank in range(2):
+        half = ready(CONFIGS[name], lm)
+        half.rollout = whole.rollout.rows(
+            torch.arange(2 * whole.config.answers) + rank * 2 * whole.config.answers
+        )
+        half.place = 1
+        parts.append(half.carried() | {k: v for k, v in whole.carried().items() if "." in k})
+    found = whole.shared_out(parts, 0, 1)
+    assert found.keys() == whole.carried().keys()
+    for key, value in whole.carried().items():
+        assert torch.equal(found[key], value), key
+    for rank in range(2):
+        again = whole.shared_out([whole.carried()], rank, 2)
+        for key, value in parts[rank].items():
+            assert torch.equal(again[key], value), key
+    assert not {k for k in whole.shared_out([{}, {}], 0, 1) if "." not in k}

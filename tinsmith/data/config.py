@@ -11,6 +11,7 @@ Shape = Literal["documents", "chats", "pairs", "prompts"]
 pairs of answers to one prompt, and reinforcement wants prompts with an answer to check."""
 
 OnBadLine = Literal["reject", "fail"]
+TaskName = Literal["arithmetic", "sort", "copy", "calculator"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,11 @@ class Tasks(DataSection):
 
     kind: Literal["tasks"] = "tasks"
     validation: float = 0.05
-    tasks: tuple[Literal["arithmetic", "sort", "copy"], ...] = ("arithmetic", "sort", "copy")
+    tasks: tuple[Literal["arithmetic", "sort", "copy", "calculator"], ...] = (
+        "arithmetic",
+        "sort",
+        "copy",
+    )
     count: Count = 20_000
     seed: int = 0
     digits: int = 3
@@ -61,7 +66,7 @@ class Tasks(DataSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tasks:
-            raise ValueError("tasks must name at least one of arithmetic, sort, copy")
+            raise ValueError("tasks must name at least one of arithmetic, sort, copy, calculator")
         for name, value, highest in (
             ("count", self.count, 10**9),
             ("digits", self.digits, 9),

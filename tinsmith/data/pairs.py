@@ -71,14 +71,14 @@ def asked_messages(record: dict[str, Any]) -> list[Any]:
 
 
 def encode_pair(tokenizer: Tokenizer, pair: Pair, context: int) -> tuple[Encoded, Encoded]:
-    """Ids and mask of both sides, chosen first, cut so that `context` positions predict the rest.
+    """Ids and mask of both sides, chosen first, each cut to `context` ids.
 
     BadRecord where the prompt is too long for a single token of an answer to be left, or nothing
     is left in which the sides differ.
     """
     prompt = len(encode_prompt(tokenizer, pair.asked))
-    if prompt > context:
-        raise BadRecord(f"the prompt is {prompt} tokens, longer than the context of {context}")
+    if prompt >= context:
+        raise BadRecord(f"the prompt is {prompt} tokens; the context of {context} has no room")
     chosen, rejected = (
         _answer_only(encode_chat(tokenizer, side), prompt, context)
         for side in (pair.chosen, pair.rejected)
@@ -131,11 +131,9 @@ def _plain(conversation: Conversation) -> list[dict[str, str]]:
 
 
 def _answer_only(encoded: Encoded, prompt: int, context: int) -> Encoded:
-    """The ids up to the last that is learned, of which `context` are predicted at most; the mask
-    on the answer alone.
-    """
-    ids = encoded.ids[: context + 1]
-    mask = [said and place >= prompt for place, said in enumerate(encoded.mask[: context + 1])]
+    """At most `context` ids, up to the last that is learned; the mask on the answer alone."""
+    ids = encoded.ids[:context]
+    mask = [said and place >= prompt for place, said in enumerate(encoded.mask[:context])]
     if not any(mask):
         raise BadRecord(f"nothing is left of an answer within the context of {context}")
     end = len(mask) - mask[::-1].index(True)

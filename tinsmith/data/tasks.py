@@ -1,4 +1,5 @@
-"""Generated tasks whose answer can be checked: arithmetic, sorting, copying.
+"""Generated tasks whose answer can be checked: arithmetic, sorting, copying, and arithmetic in
+words for a calculator.
 
 A task is a pure function of (name, seed, index, digits, length): the same everywhere, and there is
 no end of them. The reasoning is a worked solution that a small model can learn to follow, one short
@@ -11,6 +12,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CALCULATOR: dict[str, Any] = {
+    "name": "calculator",
+    "parameters": {"expression": "numbers, + - * / and brackets"},
+}
+"""What a prompt says of the tool that `calculator` tasks are solved with."""
 
 
 class Task(NamedTuple):
@@ -20,13 +26,28 @@ class Task(NamedTuple):
     question: str
     reasoning: str
     answer: str
+    expression: str = ""
+    """What a calculator is to be asked, where there is one."""
 
     def text(self) -> str:
         """The task as a document."""
         return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
 
     def chat(self) -> dict[str, Any]:
-        """The task as a chat record: the reasoning becomes the assistant's thoughts."""
+        """The task as a chat record: the reasoning becomes the assistant's thoughts, or a call of
+        the calculator what it says first.
+        """
+        if self.expression:
+            call = {"name": CALCULATOR["name"], "arguments": {"expression": self.expression}}
+            return {
+                "tools": [CALCULATOR],
+                "messages": [
+                    {"role": "user", "content": self.question},
+                    {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+                    {"role": "tool", "content": self.answer},
+                    {"role": "assistant", "content": self.answer},
+                ],
+            }
         return {
             "messages": [
                 {"role": "user", "content": self.question},
@@ -36,7 +57,8 @@ class Task(NamedTuple):
 
     def prompt(self) -> dict[str, Any]:
         """The task as a prompt record, with the answer and the kind of task."""
-        return {"prompt": self.question, "answer": self.answer, "task": self.name}
+        tools = {"tools": [CALCULATOR]} if self.expression else {}
+        return {"prompt": self.question, "answer": self.answer, "task": self.name} | tools
 
     def pair(self) -> dict[str, Any]:
         """The task as a record of a pair: the right answer against a wrong one after the same
@@ -53,7 +75,7 @@ class Task(NamedTuple):
         function of the task.
         """
         numbers = random.Random(f"{self.question}/{self.answer}")
-        if self.name == "arithmetic":
+        if self.name in ("arithmetic", "calculator"):
             return str(int(self.answer) + numbers.choice((-10, -2, -1, 1, 2, 10)))
         items = self.answer.split()
         places = [i for i in range(len(items) - 1) if items[i] != items[i + 1]]
@@ -65,7 +87,7 @@ class Task(NamedTuple):
 
 
 def generate(name: str, seed: int, index: int, *, digits: int = 3, length: int = 8) -> Task:
-    """Task number `index` of kind `name` (`arithmetic`, `sort` or `copy`).
+    """Task number `index` of kind `name` (`arithmetic`, `sort`, `copy` or `calculator`).
 
     `digits`: of a number, at most; `length`: numbers to sort or letters to copy, at most.
     """
@@ -76,17 +98,24 @@ def generate(name: str, seed: int, index: int, *, digits: int = 3, length: int =
 def check(task: Task, text: str) -> bool:
     """Whether a reply answers the task.
 
-    What counts is what follows `</think>`, and there the last `<answer>` span where there is one.
-    Blanks do not matter; of a sum the last number counts, so that "The answer is 42." is right.
+    What counts is `final(text)`. Blanks do not matter; of a sum the last number counts, so that
+    "The answer is 42." is right.
+    """
+    said = final(text)
+    if task.name in ("arithmetic", "calculator"):
+        found = re.findall(r"-?\d+", said)
+        return bool(found) and found[-1] == task.answer
+    return said.split() == task.answer.split()
+
+
+def final(text: str) -> str:
+    """What a reply says in the end: what follows `</think>`, and there the last `<answer>` span
+    where there is one; without marks of ends.
     """
     said = text.rpartition("</think>")[2]
     spans = re.findall(r"<answer>(.*?)</answer>", said, flags=re.DOTALL)
     said = spans[-1] if spans else said
-    said = said.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
-    if task.name == "arithmetic":
-        found = re.findall(r"-?\d+", said)
-        return bool(found) and found[-1] == task.answer
-    return said.split() == task.answer.split()
+    return said.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
 
 
 def _arithmetic(numbers: random.Random, digits: int, length: int) -> Task:
@@ -97,6 +126,21 @@ def _arithmetic(numbers: random.Random, digits: int, length: int) -> Task:
     )
     steps, answer = {"+": _add, "-": _subtract, "*": _multiply}[sign](left, right)
     return Task("arithmetic", asked.format(left, sign, right), steps, str(answer))
+
+
+def _calculator(numbers: random.Random, digits: int, length: int) -> Task:
+    """Words whose order is not always that of the expression."""
+    a, b, c = (_number(numbers, digits) for _ in range(3))
+    question, expression, answer = numbers.choice(
+        [
+            (f"What is {a} plus {b}?", f"{a} + {b}", a + b),
+            (f"Take {a} away from {b}.", f"{b} - {a}", b - a),
+            (f"How much is {a} times {b}?", f"{a} * {b}", a * b),
+            (f"Add {a} and {b}, then multiply by {c}.", f"({a} + {b}) * {c}", (a + b) * c),
+            (f"Take {a} times {b} away from {c}.", f"{c} - {a} * {b}", c - a * b),
+        ]
+    )
+    return Task("calculator", question, f"{expression} = {answer}", str(answer), expression)
 
 
 def _add(left: int, right: int) -> tuple[str, int]:
@@ -184,4 +228,5 @@ _MAKERS: dict[str, Callable[[random.Random, int, int], Task]] = {
     "arithmetic": _arithmetic,
     "sort": _sort,
     "copy": _copy,
+    "calculator": _calculator,
 }

@@ -20,7 +20,7 @@ class PairRows:
         assert len(shards.documents) % 2 == 0, "every pair has two sides"
         self._shards, self._context = shards, context
         self.size = len(shards.documents) // 2
-        self.positions = shards.tokens_total - len(shards.documents)
+        self.positions = shards.tokens_total
         self.cut = self.skipped = 0
 
     def sample(self, place: int) -> tuple[Row, ...]:
@@ -30,9 +30,9 @@ class PairRows:
     def _side(self, document: int) -> Row:
         span = _span(self._shards, document)
         ids, mask = self._shards.tokens(*span), self._shards.mask(*span)
-        used = len(ids) - 1
-        assert used <= self._context, "pairs were prepared for a longer context"
-        return _row(ids[:-1], np.where(mask[1:], ids[1:], 0), mask[1:])
+        assert len(ids) <= self._context, "pairs were prepared for a longer context"
+        follows, learned = np.append(ids[1:], 0), np.append(mask[1:], False)
+        return _row(ids, np.where(learned, follows, 0), learned)
 
 
 class PromptRows:

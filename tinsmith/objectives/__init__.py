@@ -5,12 +5,16 @@ more name below.
 from typing import Annotated
 
 from tinsmith.core.parse import Kind
+from tinsmith.objectives.dpo import DPO
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.kd import KD
 from tinsmith.objectives.on_policy_kd import OnPolicyKD
 from tinsmith.objectives.ppo import PPO
 from tinsmith.objectives.pretrain import Pretrain
+from tinsmith.objectives.reward import Reward
 from tinsmith.objectives.sft import SFT
 from tinsmith.objectives.spo import SPO
 
-ObjectiveConfig = Annotated[Pretrain | SFT | PPO | GRPO | SPO | KD | OnPolicyKD, Kind()]
+ObjectiveConfig = Annotated[
+    Pretrain | SFT | DPO | Reward | PPO | GRPO | SPO | KD | OnPolicyKD, Kind()
+]

@@ -10,13 +10,14 @@ however many processes there are. The rollout in hand and the place in it are sa
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tinsmith.core.errors import UserError
+from tinsmith.core.log import warn
 from tinsmith.core.parse import Count
 from tinsmith.core.rng import derive
 from tinsmith.data.batch import Batch
@@ -28,8 +29,9 @@ from tinsmith.objectives.base import Feed, Metric, Objective, ObjectiveConfigBas
 from tinsmith.objectives.logprobs import chosen_logprobs, kl
 from tinsmith.objectives.ratio import clipped, log_ratio
 from tinsmith.objectives.reference import reference
-from tinsmith.objectives.rewards import REWARDS
+from tinsmith.objectives.rewards import judge
 from tinsmith.objectives.rollout import Episode, Limits, Rollout, collate, join, roll_out
+from tinsmith.objectives.rules import Exact, RewardConfig
 from tinsmith.objectives.tools import ToolName, Tools
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -40,8 +42,8 @@ class Online(ObjectiveConfigBase):
 
     shape: ClassVar[Shape] = "prompts"
     answers_itself: ClassVar[bool] = True
-    rewards: dict[str, float] = field(default_factory=lambda: {"exact": 1.0})
-    """Rewards and their weights."""
+    rewards: tuple[RewardConfig, ...] = (Exact(),)
+    """What answers are judged by; the reward is their weighted sum."""
     answers: Count = 1
     """Answers to one prompt."""
     max_new: Count = 256
@@ -74,6 +76,8 @@ class Online(ObjectiveConfigBase):
         for name in ("answers", "max_new", "decode_rows", "minibatches", "updates", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.rewards:
+            raise ValueError("rewards must name at least one")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be above 0, and finite")
         if not 0 <= self.clip_low <= 1:
@@ -107,6 +111,7 @@ class OnlineObjective(Objective):
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """Rewards read text, and answers have an end."""
         self.tokenizer = tokenizer
+        self.rules = [each.rule() for each in self.config.rewards]
         tools = self.config.tools
         self.reply = Tools(tokenizer, tools, self.config.turns).reply if tools else None
         self.limits = Limits(
@@ -183,14 +188,15 @@ class OnlineObjective(Objective):
         return torch.where(torch.isfinite(given), given - self.config.penalty * cut, math.nan)
 
     def score(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
-        """The reward of each answer; NaN where it has none."""
-        said = [self.tokenizer.decode(self.words(episode)) for episode in episodes]
-        return [
-            sum(
-                weight * REWARDS[name](prompt, text) for name, weight in self.config.rewards.items()
-            )
-            for prompt, text in zip(prompts, said, strict=True)
-        ]
+        """The reward of each answer; NaN, and a word about it, where it has none."""
+        found = []
+        for prompt, episode in zip(prompts, episodes, strict=True):
+            text = self.tokenizer.decode(self.words(episode))
+            judged = judge(self.rules, [prompt], [text])
+            found.append(math.nan if judged.failures else judged.rewards[0])
+            for failure in judged.failures:
+                warn(f"no reward: {failure.rule} of prompt {prompt.number}: {failure.reason}")
+        return found
 
     def words(self, episode: Episode) -> list[int]:
         """What was said last, without its end."""

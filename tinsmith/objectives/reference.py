@@ -19,7 +19,9 @@ def reference(policy: LM, frozen: LM | None) -> Iterator[LM]:
     ValueError where there is neither.
     """
     if frozen is not None:
-        with torch.no_grad():
+        # no parameter of it wants a gradient, so none is kept; where gradients are off, norms and
+        # attention have other ways to compute, which round differently
+        with torch.enable_grad():
             yield frozen
         return
     if not lora.adapters(policy):

@@ -1,22 +1,209 @@
-"""Rewards as plain functions of a prompt and what was said to it."""
+"""What an answer is worth: plain functions of a prompt and an answer's text.
 
+Every one here but a classifier's is from 0 to 1. `judge` adds several up by weight, and bears with
+those that fail: a reward that raises, or is not a finite number, counts as its `lowest` and is
+reported with its row.
+"""
+
+import math
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
-from tinsmith.data.prompts import Prompt
+from tinsmith.core.sandbox import Limits, run_python
+from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.data.tasks import Task, check, final
 
 Reward = Callable[[Prompt, str], float]
+"""A prompt, and the text of one answer to it (without its end of turn), to a number."""
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_CODE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)```", re.DOTALL)
+LIMITS = Limits()
+"""Of programs that are tested."""
 
 
-def exact(prompt: Prompt, said: str) -> float:
-    """1 where the last number of the answer is the right one."""
-    found = re.findall(r"-?\d+", said.rpartition("</think>")[2])
-    return float(bool(found) and found[-1] == prompt.answer)
+class Rule(NamedTuple):
+    """One reward of several."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    lowest: float = 0.0
+    """What it counts as where it fails."""
 
 
-def length(prompt: Prompt, said: str) -> float:
-    """Characters over 100, at most 1."""
-    return min(len(said) / 100, 1.0)
+class Failure(NamedTuple):
+    """A reward that could not be had."""
+
+    number: int
+    """The prompt's number in its source."""
+    rule: str
+    reason: str
 
 
-REWARDS: dict[str, Reward] = {"exact": exact, "length": length}
+class Judged(NamedTuple):
+    """N answers, judged."""
+
+    rewards: list[float]
+    """(N,): weighted sums, all finite."""
+    parts: dict[str, list[float]]
+    """By rule, (N,), not weighted."""
+    failures: list[Failure]
+
+
+def judge(rules: Sequence[Rule], prompts: Sequence[Prompt], texts: Sequence[str]) -> Judged:
+    """Judge one answer to each prompt (N,), (N,) by every rule."""
+    failures: list[Failure] = []
+    parts = {
+        rule.name: [_bear(rule, *pair, failures) for pair in zip(prompts, texts, strict=True)]
+        for rule in rules
+    }
+    rewards = [
+        math.fsum(rule.weight * parts[rule.name][place] for rule in rules)
+        for place in range(len(texts))
+    ]
+    return Judged(rewards, parts, failures)
+
+
+def _bear(rule: Rule, prompt: Prompt, text: str, failures: list[Failure]) -> float:
+    try:
+        found = float(rule.reward(prompt, text))
+        reason = "" if math.isfinite(found) else f"gave {found}"
+    except Exception as error:  # a reward is somebody's code: whatever it does, training goes on
+        found, reason = math.nan, f"{type(error).__name__}: {error}"
+    if not reason:
+        return found
+    failures.append(Failure(prompt.number, rule.name, reason))
+    return rule.lowest
+
+
+def exact_answer(prompt: Prompt, text: str) -> float:
+    """1 where the answer is right, else 0.
+
+    A generated task is checked by its own rule. Otherwise what counts is what follows `</think>`,
+    there the last `<answer>` span: of a numeric answer its last number, compared as a number; of
+    any other all of it, blanks and case aside. ValueError where the prompt has no answer.
+    """
+    if prompt.answer is None:
+        raise ValueError("the row has no answer to compare with")
+    kind = prompt.record.get("task")
+    if kind in ("arithmetic", "sort", "copy"):
+        return float(check(Task(kind, "", "", prompt.answer), text))
+    said, right = final(text), _number(prompt.answer)
+    if right is not None:
+        numbers = _NUMBER.findall(said)
+        return float(bool(numbers) and _number(numbers[-1]) == right)
+    return float(_bare(said) == _bare(prompt.answer))
+
+
+def think_format(prompt: Prompt, text: str) -> float:
+    """1 where the text is one non-empty `<think>` span, then one non-empty `<answer>` span and
+    nothing else; otherwise 1/8 for each of the four marks that occurs exactly once.
+    """
+    marks = ("<think>", "</think>", "<answer>", "</answer>")
+    once = sum(text.count(mark) == 1 for mark in marks)
+    whole = re.fullmatch(
+        r"\s*<think>(.*\S.*)</think>\s*<answer>(.*\S.*)</answer>\s*", text, flags=re.DOTALL
+    )
+    return 1.0 if whole and once == len(marks) else once / 8
+
+
+def length(prompt: Prompt, text: str, *, low: int, high: int) -> float:
+    """1 from `low` to `high` characters, falling to 0 at none, and at twice `high`."""
+    count = len(text.strip())
+    if count < low:
+        return count / low
+    return 1.0 if count <= high else max(0.0, 2 - count / high)
+
+
+def variety(prompt: Prompt, text: str, *, words: int = 3) -> float:
+    """The share of sequences of so many words that are different: 1 where nothing repeats itself,
+    and for texts that are too short to.
+    """
+    said = text.split()
+    runs = [tuple(said[start : start + words]) for start in range(len(said) - words + 1)]
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def unit_tests(prompt: Prompt, text: str, *, limits: Limits = LIMITS) -> float:
+    """1 where the answer's program passes all tests of the row, else 0.
+
+    The program is the last fenced block of what follows `</think>`, or all of it. Tests are Python
+    statements in `test_list` or `tests` (a list or a text), after `test_setup_code`. They run in
+    the sandbox; whatever the program does there, it has failed if it did not come to their end.
+    ValueError where the row has no tests.
+    """
+    tests = prompt.record.get("test_list") or prompt.record.get("tests")
+    if not tests:
+        raise ValueError("the row has neither `test_list` nor `tests`")
+    said = text.rpartition("</think>")[2]
+    blocks = _CODE.findall(said)
+    setup = prompt.record.get("test_setup_code") or ""
+    listed = [tests] if isinstance(tests, str) else tests
+    program = "\n".join([setup, blocks[-1] if blocks else said, *listed])
+    # exit code 0 says nothing of a program that ends itself before its tests
+    passed = secrets.token_hex(16)
+    outcome = run_python(f"{program}\nprint({passed!r})\n", limits)
+    return float(outcome.status == "ok" and outcome.output.rstrip().endswith(passed))
+
+
+def sized(low: int, high: int) -> Reward:
+    """`length` with its bounds."""
+    if not 1 <= low <= high:
+        raise ValueError(f"low={low} and high={high} must be 1 <= low <= high")
+    return partial(length, low=low, high=high)
+
+
+class Classifier:
+    """A Hugging Face sequence classifier's opinion: its only logit, or, of two, the second minus
+    the first.
+
+    It reads the conversation by its tokenizer's chat template, or, where it has none, prompt and
+    answer as a pair of texts. Nothing is fetched and no code of the folder is run.
+    """
+
+    def __init__(self, folder: str):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        local = {"local_files_only": True, "trust_remote_code": False}
+        self._model = AutoModelForSequenceClassification.from_pretrained(folder, **local).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        if self._model.config.num_labels not in (1, 2):
+            labels = self._model.config.num_labels
+            raise ValueError(f"{folder}: a classifier of {labels} labels is no reward; 1 or 2 are")
+
+    def __call__(self, prompt: Prompt, text: str) -> float:
+        """The score of one answer."""
+        import torch
+
+        messages = _messages(prompt)
+        said = {"role": "assistant", "content": text}
+        if self._tokenizer.chat_template:
+            rendered = self._tokenizer.apply_chat_template([*messages, said], tokenize=False)
+            read = self._tokenizer(rendered, add_special_tokens=False, return_tensors="pt")
+        else:
+            asked = "\n\n".join(message["content"] for message in messages)
+            read = self._tokenizer(asked, text, return_tensors="pt")
+        with torch.no_grad():
+            logits = self._model(**read).logits[0].double()
+        return float(logits[0] if len(logits) == 1 else logits[1] - logits[0])
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    """What a prompt's row asks, as role and content."""
+    asked = read_prompt(prompt.record).asked.messages
+    return [{"role": message.role, "content": message.content} for message in asked]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(".")

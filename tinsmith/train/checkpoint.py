@@ -25,6 +25,8 @@ from tinsmith.core.units import size
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.config import Keep
 
+HEADS = "objective.safetensors"
+"""What an objective has trained or remembers beside the model; also the file's name in `final/`."""
 NEEDS = ("model.safetensors", "optim.safetensors", "state.json", "config.yaml")
 
 

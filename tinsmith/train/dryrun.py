@@ -52,7 +52,9 @@ def dry_run(config: RunConfig, name: str) -> None:
     for line in check_data(config.data, config.objective.shape):
         say(f" data      {line}")
     _disk(shape, config, name)
-    if shape.parameter_count() <= LARGEST:
+    if config.objective.shape == "prompts":
+        warn("no step was tried: its answers are still to be generated")
+    elif shape.parameter_count() <= LARGEST:
         _one_step(model, config)
     else:
         warn(
@@ -160,25 +162,30 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     lm, objective = LM(model), config.objective.build()
     if config.lora is not None:
         lora.add(lm, config.lora)
+    judge = copy.deepcopy(lm).eval().requires_grad_(False)
+    objective.frozen = dict.fromkeys(config.objective.judges(), judge)
     lm.checkpointing = config.train.checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
     objective.frozen = dict.fromkeys(config.objective.judges(), judge)
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.vocab_size, (1, TOKENS + 1), generator=generator)
-    positions = torch.arange(TOKENS)[None]
-    everything = torch.ones(1, TOKENS, dtype=torch.bool)
-    nowhere, source = torch.zeros(1, TOKENS, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    rows = 2 if config.objective.shape == "pairs" else 1
+    ids = torch.randint(0, model.vocab_size, (rows, TOKENS + 1), generator=generator)
+    positions = torch.arange(TOKENS).expand(rows, TOKENS)
+    everything = torch.ones(rows, TOKENS, dtype=torch.bool)
+    nowhere, source = torch.zeros_like(positions), torch.zeros(rows, dtype=torch.long)
     row = Batch(ids[:, :-1], ids[:, 1:], everything, positions, nowhere, source)
     batch: Any = objective.example(row)
     loss = objective.loss(lm, batch)
-    (loss.total / TOKENS).backward()
+    units = objective.weight(batch)
+    (loss.total / units).backward()
     optimizers.set_multiplier(multiplier(config.optim.schedule, 0, config.train.steps))
     optimizers.step()
-    mean = float(loss.total.detach()) / TOKENS
-    expected = torch.tensor(float(model.vocab_size)).log().item()
-    said = f"loss {mean:.3f} (ln of {model.vocab_size} ids is {expected:.3f})"
+    said = f"loss {float(loss.total.detach() / units):.3f}"
+    if rows == 1:
+        expected = torch.tensor(float(model.vocab_size)).log().item()
+        said += f" (ln of {model.vocab_size} ids is {expected:.3f})"
     say(
         f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
         f"s, {said}"

@@ -6,14 +6,19 @@ import shlex
 import sys
 from pathlib import Path
 
+from safetensors.torch import save as bytes_of
+
 from tinsmith.config import dump
 from tinsmith.core.errors import UserError
+from tinsmith.core.files import atomic_write
 from tinsmith.core.log import read_metrics
+from tinsmith.data.config import Shape
 from tinsmith.hub.adapters import Adapters, write_adapters
 from tinsmith.hub.card import Data, Facts, Sample, Score, model_card
 from tinsmith.hub.hf import Exported, write_folder
 from tinsmith.nn import lora
 from tinsmith.train import parallel
+from tinsmith.train.checkpoint import HEADS
 from tinsmith.train.folder import environment
 from tinsmith.train.report import plot_run, write_samples
 from tinsmith.train.run import Run
@@ -23,6 +28,8 @@ def finish(run: Run) -> None:
     """Write all of it; every rank must call it. Doing it twice changes nothing."""
     own = run.policy.state_dict().keys()
     state = {name: t for name, t in parallel.full_tensors(run.policy).items() if name in own}
+    trained = dict(run.objective.named_parameters()).keys()
+    heads = {k: v for k, v in parallel.full_tensors(run.objective).items() if k in trained}
     if not run.ranks.first:
         return
     plot = plot_run(run.folder)
@@ -41,9 +48,10 @@ def finish(run: Run) -> None:
         overwrite=True,
         also=None if config is None else lambda place: leave(run, Adapters(config, pairs), place),
     )
+    if heads:  # a reward model is no model without its head
+        atomic_write(final / HEADS, bytes_of(heads))
     best = run.state.best
-    shown = next((name for name in ("bpb", "reward") if name in (best or {})), "loss")
-    said = f"{shown} {best[shown]:.3f} (best, step {int(best['step'])})  " if best else ""
+    said = f"{_first(best)} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
     drawn = ", ".join(path.name for path in pictures)
     run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
@@ -98,30 +106,31 @@ def _data(source: dict) -> Data:
     )
 
 
+_MEASURED: dict[Shape, dict[str, str]] = {
+    "documents": {"bpb": "bits per byte", "loss": "nats per token"},
+    "chats": {"bpb": "bits per byte", "loss": "nats per token"},
+    "prompts": {"reward": "reward of greedy answers", "truncated": "answers cut off"},
+    "pairs": {"accuracy": "pairs ranked right", "margin": "margin", "loss": "loss per pair"},
+}
+"""What a card says of the newest evaluation."""
+
+
+def _first(evaluation: dict[str, float]) -> str:
+    name = next(name for name in ("bpb", "accuracy", "reward", "loss") if name in evaluation)
+    return f"{name} {evaluation[name]:.3f}"
+
+
 def _scores(run: Run) -> list[Score]:
     last = run.state.evaluation
     if last is None:
         return []
-    rows = min(run.config.eval.rows, run.validation.size if run.validation else 0)
-    if "bpb" not in last:
-        named = {name: value for name, value in last.items() if name not in ("step", "loss")}
-        return [
-            Score(task="validation", metric=name, value=value, items=rows)
-            for name, value in named.items()
-        ]
+    items = min(run.config.eval.rows, run.validation.size if run.validation else 0)
+    shape = run.config.objective.shape
+    if shape not in ("pairs", "prompts"):
+        items *= run.config.train.context
     return [
-        Score(
-            task="validation",
-            metric="bits per byte",
-            value=last["bpb"],
-            items=rows * run.config.train.context,
-        ),
-        Score(
-            task="validation",
-            metric="nats per token",
-            value=last["loss"],
-            items=rows * run.config.train.context,
-        ),
+        Score(task="validation", metric=metric, value=last[name], items=items)
+        for name, metric in _MEASURED.get(shape, {}).items()
     ]
 
 

@@ -5,14 +5,17 @@ anew, and they are never part of a checkpoint.
 import copy
 
 import torch
+from safetensors.torch import load_file
 
 from tinsmith.core.errors import UserError
-from tinsmith.hub.load import load
+from tinsmith.hub.load import load, locate
 from tinsmith.nn import lora
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import quantise
 from tinsmith.objectives import ObjectiveConfig
+from tinsmith.objectives.reward import Scorer
 from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train.checkpoint import HEADS
 
 
 def judges(
@@ -43,6 +46,19 @@ def _check_head(name: str, lm: LM, policy: LM) -> None:
             f"objective.{name}: its head has {ids} ids and that of this run's model {wanted}; both "
             "must have the same model.vocab_size"
         )
+
+
+def scorer(folder: str, tokenizer: Tokenizer, device: torch.device) -> Scorer:
+    """The reward model of a run of `objective: {kind: reward}`, by its folder or one inside it.
+
+    UserError where there is no such model, or it reads other ids than `tokenizer` writes.
+    """
+    lm = _loaded("reward", folder, tokenizer, device)
+    heads = locate(folder) / HEADS
+    tensors = load_file(heads) if heads.is_file() else {}
+    if "head.weight" not in tensors:
+        raise UserError(f"{folder}: no reward model; train one with objective: {{kind: reward}}")
+    return Scorer(lm, tensors["head.weight"])
 
 
 def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:

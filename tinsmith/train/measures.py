@@ -10,6 +10,7 @@ from tinsmith.data.config import Shape
 from tinsmith.data.sources import Source
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.heldback import evaluate_objective
 from tinsmith.evals.routing import Specialisation, evaluate_routing, token_classes
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Run
@@ -38,6 +39,19 @@ def _text(run: Run, validation: Source) -> dict[str, float]:
     return values
 
 
+def _pairs(run: Run, validation: Source) -> dict[str, float]:
+    """The objective's own metrics: loss, margin, accuracy."""
+    return evaluate_objective(
+        run.objective,
+        run.policy,
+        validation,
+        rows=run.config.eval.rows,
+        batch_rows=_batch_rows(run),
+        device=run.ranks.device,
+        poll=run.poll,
+    )
+
+
 def _answers(run: Run, validation: Source) -> dict[str, float]:
     """What answers to held-back prompts earn."""
     return run.objective.examine(run.policy, validation, run.config.eval.rows)
@@ -46,6 +60,7 @@ def _answers(run: Run, validation: Source) -> dict[str, float]:
 MEASURES: dict[Shape, Callable[[Run, Source], dict[str, float]]] = {
     "documents": _text,
     "chats": _text,
+    "pairs": _pairs,
     "prompts": _answers,
 }
 

@@ -13,7 +13,7 @@ class State:
     tokens: int = 0
     """Positions seen, over all ranks."""
     best: dict[str, float] | None = None
-    """Step, loss and bits per byte of the best evaluation."""
+    """Step, loss and other measures of the best evaluation."""
     evaluation: dict[str, float] | None = None
     """The newest evaluation."""
     pending: list[str] = field(default_factory=list)

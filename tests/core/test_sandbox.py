@@ -1,0 +1,170 @@
+"""Programs that go wrong in every way: survived, and said how they ended."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.sandbox import Limits, run_python
+
+QUICK = Limits(seconds=2.0, strict=True)
+
+
+def confined() -> bool:
+    """Whether this system has all fences."""
+    try:
+        return run_python("pass", Limits(strict=True)).status == "ok"
+    except UserError:
+        return False
+
+
+FENCED = pytest.mark.skipif(not confined(), reason="this system lacks Landlock or seccomp")
+
+
+def children() -> list[str]:
+    """Processes below this one."""
+    found = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True
+    )
+    return [line for line in found.stdout.splitlines() if "ps" not in line.split()]
+
+
+def test_a_sound_program_says_what_it_says():
+    found = run_python("import sys\nprint('hällo', 6 * 7)\nprint('aside', file=sys.stderr)")
+    assert (found.status, found.code) == ("ok", 0)
+    assert found.output.splitlines() == ["hällo 42", "aside"]
+
+
+def test_a_failing_program_fails_with_its_traceback():
+    found = run_python("assert 1 == 2, 'no'")
+    assert (found.status, found.code) == ("failed", 1)
+    assert "AssertionError: no" in found.output
+
+
+def test_a_wrong_syntax_and_odd_characters_fail():
+    assert run_python("def f(:").status == "failed"
+    assert run_python("x = '\ud800'\n").status == "ok"
+    assert run_python("\0").status == "failed"
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "input()"])
+def test_a_program_that_goes_on_is_ended_in_time(program):
+    began = time.monotonic()
+    found = run_python(program, Limits(seconds=1.0))
+    assert time.monotonic() - began < 10
+    assert found.status == ("failed" if program == "input()" else "timeout")
+    assert not children()
+
+
+def test_a_program_that_wants_all_memory_gets_none():
+    found = run_python("x = bytearray(4 << 30)\nprint('got it')", QUICK)
+    assert found.status == "failed"
+    assert "MemoryError" in found.output
+
+
+def test_a_program_that_prints_a_gigabyte_is_ended(tmp_path):
+    began = time.monotonic()
+    program = "import sys\nfor _ in range(1024): sys.stdout.write('x' * 2**20)"
+    found = run_python(program, Limits(seconds=30.0))
+    assert found.status == "flood"
+    assert len(found.output) == Limits().output_bytes
+    assert time.monotonic() - began < 20
+
+
+@FENCED
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nos.fork()\nprint('two of us')",
+        "import os\nwhile True: os.fork()",
+        "import subprocess\nsubprocess.run(['true'])\nprint('ran')",
+        "import threading\nthreading.Thread(target=print).start()\nprint('started')",
+    ],
+)
+def test_a_program_that_forks_is_refused(program):
+    found = run_python(program, QUICK)
+    assert found.status == "failed"
+    assert not {"two of us", "ran", "started"} & set(found.output.splitlines())
+    assert not children()
+
+
+@FENCED
+def test_a_program_cannot_write_make_or_remove_files(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("here")
+    os.chmod(tmp_path, 0o777)
+    os.chmod(kept, 0o666)
+    for program in (
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"open({str(kept)!r}, 'w').write('gone')",
+        f"open({str(kept)!r}, 'a').write('more')",
+        f"import os; os.remove({str(kept)!r})",
+        f"import os; os.rename({str(kept)!r}, {str(tmp_path / 'moved')!r})",
+        f"import os; os.mkdir({str(tmp_path / 'folder')!r})",
+        f"import os; os.symlink('/', {str(tmp_path / 'link')!r})",
+        "open('/tmp/tinsmith-sandbox-test', 'w')",
+    ):
+        found = run_python(program, QUICK)
+        assert found.status == "failed", program
+        assert "PermissionError" in found.output, program
+    assert kept.read_text() == "here"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert not Path("/tmp/tinsmith-sandbox-test").exists()
+
+
+@FENCED
+@pytest.mark.parametrize("call", ["os.kill(os.getppid(), 9)", "os.kill(-1, 9)", "os.killpg(1, 9)"])
+def test_a_program_cannot_signal_others(call):
+    found = run_python(f"import os\n{call}\nprint('sent')", QUICK)
+    assert found.status == "failed"
+    assert "PermissionError" in found.output
+
+
+@FENCED
+def test_a_program_has_no_network():
+    found = run_python("import socket\nsocket.socket()\nprint('open')", QUICK)
+    assert found.status == "failed"
+    assert "open" not in found.output.splitlines()
+
+
+def test_limits_cannot_be_raised_again():
+    program = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(4 << 30)"
+    )
+    assert run_python(program, QUICK if confined() else Limits()).status == "failed"
+
+
+def test_a_program_sees_nothing_of_the_environment(monkeypatch):
+    monkeypatch.setenv("SECRET", "hidden")
+    found = run_python("import os\nprint(sorted(os.environ), os.getcwd())")
+    assert "SECRET" not in found.output
+    assert found.output.endswith("/\n")
+
+
+def test_hashes_and_so_orders_are_the_same_every_time():
+    program = "print(hash('tinsmith'), list({'a', 'b', 'c', 'd'}))"
+    assert run_python(program).output == run_python(program).output
+
+
+def test_a_file_limit_holds_without_landlock_too(monkeypatch):
+    """The kernel's limit on the bytes of a file is there on every system."""
+    program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_FSIZE))"
+    assert run_python(program, Limits(file_bytes=1000)).output.strip() == "(1000, 1000)"
+
+
+def test_missing_fences_are_said_where_they_are_asked_for(monkeypatch, tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import confine\n"
+        "confine.fence = lambda libc: ['landlock']\n"
+        'confine.main(\'{"seconds": 1, "memory_bytes": 9, "file_bytes": 0, "strict": true}\')'
+    )
+    core = Path(__file__).resolve().parents[2] / "tinsmith" / "core"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(core)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "not confined: this system has no landlock" in done.stderr

@@ -1,0 +1,192 @@
+"""Rewards: what each is worth, and that none of them can end a run."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tinsmith.core.sandbox import Limits
+from tinsmith.data import tasks
+from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.objectives.rewards import (
+    Classifier,
+    Failure,
+    Rule,
+    exact_answer,
+    judge,
+    sized,
+    think_format,
+    unit_tests,
+    variety,
+)
+from tinsmith.text.specials import our_template
+
+
+def asked(answer=None, number=0, **record):
+    return Prompt([1, 2], number, answer, {"prompt": "What?", **record})
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "worth"),
+    [
+        ("72", "72", 1),
+        ("72", "She sold 48, so in all it is 72.", 1),
+        ("72", "<think>71</think>\n\n72", 1),
+        ("72", "<think>72</think>\n\n71", 0),
+        ("72", "<answer>72</answer>, not 71", 1),
+        ("72", "72 or 71", 0),
+        ("1200", "It costs $1,200.00", 1),
+        ("0.5", ".5", 1),
+        ("-3", "-3<|im_end|>", 1),
+        ("72", "", 0),
+        ("72", "seventy-two", 0),
+        ("The green wood", "the  green wood.", 1),
+        ("The green wood", "not the green wood", 0),
+    ],
+)
+def test_an_exact_answer_is_right_or_wrong(answer, text, worth):
+    assert exact_answer(asked(answer), text) == worth
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
+def test_generated_tasks_are_checked_by_their_own_rule(name):
+    for index in range(50):
+        task = tasks.generate(name, 1, index, digits=2, length=4)
+        prompt = asked(task.answer, task=name)
+        assert exact_answer(prompt, f"<think>\nhm\n</think>\n\n{task.answer}") == 1
+        assert exact_answer(prompt, task.mistake()) == 0
+
+
+def test_format_wants_one_span_of_each_in_order():
+    good = "<think>\nwell\n</think>\n<answer>\n5\n</answer>"
+    assert think_format(asked(), good) == 1
+    for bad in (
+        "5",
+        good + " and more",
+        good + good,
+        "<think></think><answer>5</answer>",
+        "<answer>5</answer><think>well</think>",
+        "<think>a<think>b</think><answer>5</answer>",
+    ):
+        assert think_format(asked(), bad) <= 0.5
+    assert think_format(asked(), "") == 0
+    assert think_format(asked(), "<think>well</think> 5") == 0.25
+
+
+def test_length_is_whole_within_its_bounds_and_falls_outside():
+    worth = sized(10, 20)
+    assert [worth(asked(), "x" * n) for n in (0, 5, 10, 20, 30, 40, 99)] == [
+        0,
+        0.5,
+        1,
+        1,
+        0.5,
+        0,
+        0,
+    ]
+    with pytest.raises(ValueError, match="low=5 and high=4"):
+        sized(5, 4)
+
+
+def test_repetition_costs():
+    assert variety(asked(), "one two three four five") == 1
+    assert variety(asked(), "a b c " * 20) == pytest.approx(3 / 58)
+    assert variety(asked(), "too short") == 1
+
+
+TESTS = ["assert double(2) == 4", "assert double(0) == 0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "worth"),
+    [
+        ("def double(x):\n    return 2 * x", 1),
+        ("<think>easy</think>Here:\n```python\ndef double(x):\n    return 2 * x\n```\nDone.", 1),
+        ("```python\ndef double(x):\n    return x + 2\n```", 0),
+        ("def double(x) return", 0),
+        ("import sys\nsys.exit(0)", 0),
+        ("import os\nos._exit(0)", 0),
+        ("while True: pass", 0),
+        ("def double(x):\n    return 2 * x\nwhile True: print('x' * 10**6)", 0),
+        ("import os\nwhile True: os.fork()", 0),
+        ("x = [0] * 10**10", 0),
+    ],
+)
+def test_unit_tests_are_passed_or_not_whatever_the_program_does(text, worth):
+    assert unit_tests(asked(test_list=TESTS), text, limits=Limits(seconds=2.0)) == worth
+
+
+def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
+    def fails(prompt, text):
+        if text == "raise":
+            raise RuntimeError("no idea")
+        return {"nan": math.nan, "inf": math.inf}.get(text, 0.5)
+
+    prompts = [asked("5", number) for number in (7, 8, 9, 10)]
+    rules = [Rule("exact", exact_answer, 2.0), Rule("odd", fails, 1.0, lowest=-1.0)]
+    found = judge(rules, prompts, ["5", "nan", "inf", "raise"])
+    assert found.rewards == [2.5, -1.0, -1.0, -1.0]
+    assert found.parts == {"exact": [1, 0, 0, 0], "odd": [0.5, -1.0, -1.0, -1.0]}
+    assert found.failures == [
+        Failure(8, "odd", "gave nan"),
+        Failure(9, "odd", "gave inf"),
+        Failure(10, "odd", "RuntimeError: no idea"),
+    ]
+
+
+def test_rows_without_what_a_reward_needs_are_reported():
+    found = judge([Rule("exact", exact_answer), Rule("tests", unit_tests)], [asked()], ["5"])
+    assert found.rewards == [0.0]
+    assert [failure.rule for failure in found.failures] == ["exact", "tests"]
+    assert "has no answer" in found.failures[0].reason
+
+
+@pytest.fixture(params=[1, 2])
+def folder(request, tmp_path):
+    """A small random classifier of one or two labels that reads our chats."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    words = ["<unk>", *map(str, range(10)), "What?", "user", "assistant"]
+    model = tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    fast.chat_template = our_template()
+    fast.save_pretrained(tmp_path)
+    config = transformers.LlamaConfig(
+        **{"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_labels": request.param, "pad_token_id": 0},
+    )
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_sequence_classifier_gives_its_score(folder):
+    transformers = pytest.importorskip("transformers")
+    reward = Classifier(str(folder))
+    found = [reward(asked("5"), text) for text in ("1 2", "7")]
+    assert found[0] != found[1]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    text = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n"
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**ids).logits[0]
+    expected = logits[0] if len(logits) == 1 else logits[1] - logits[0]
+    assert found[1] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_real_questions_and_programs(real_data):
+    lines = (real_data / "svamp" / "val.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines[:50]:
+        question = read_prompt(json.loads(line))
+        prompt = Prompt([], 0, question.answer, question.record)
+        assert exact_answer(prompt, f"So it is {question.answer}.") == 1
+        assert exact_answer(prompt, f"So it is {question.answer}1.") == 0
+    passed = 0
+    lines = (real_data / "mbpp" / "val.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines[:8]:
+        record = json.loads(line)
+        passed += unit_tests(Prompt([], 0, None, record), f"```python\n{record['code']}\n```")
+    assert passed == 8
