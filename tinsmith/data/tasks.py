@@ -25,12 +25,15 @@ class Task(NamedTuple):
         """The task as a document."""
         return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
 
-    def chat(self) -> dict[str, Any]:
-        """The task as a chat record: the reasoning becomes the assistant's thoughts."""
+    def chat(self, *, tagged: bool = False) -> dict[str, Any]:
+        """The task as a chat record: the reasoning becomes the assistant's thoughts; `tagged` puts
+        the answer into `<answer>`.
+        """
+        said = f"<answer>{self.answer}</answer>" if tagged else self.answer
         return {
             "messages": [
                 {"role": "user", "content": self.question},
-                {"role": "assistant", "reasoning_content": self.reasoning, "content": self.answer},
+                {"role": "assistant", "reasoning_content": self.reasoning, "content": said},
             ]
         }
 
