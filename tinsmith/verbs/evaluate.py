@@ -111,9 +111,7 @@ def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, A
     """Greedy answers to the held-back prompts of the model's own run."""
     config = _recipe(model)
     if config is None:
-        raise UserError(
-            f"{model}: is not part of a run: no prompts for --tasks format"
-        )
+        raise UserError(f"{model}: is not part of a run: no prompts for --tasks format")
     context, seed = config.train.context, config.train.seed
     place = runs_root() / ".data"
     prepared = prepare(config.data, tokenizer, "prompts", place, _aside, context=context)
