@@ -33,9 +33,9 @@ class Task(NamedTuple):
         """The task as a document."""
         return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
 
-    def chat(self) -> dict[str, Any]:
+    def chat(self, *, tagged: bool = False) -> dict[str, Any]:
         """The task as a chat record: the reasoning becomes the assistant's thoughts, or a call of
-        the calculator what it says first.
+        the calculator what it says first; `tagged` puts the answer into `<answer>`.
         """
         if self.expression:
             call = {"name": CALCULATOR["name"], "arguments": {"expression": self.expression}}
@@ -48,10 +48,11 @@ class Task(NamedTuple):
                     {"role": "assistant", "content": self.answer},
                 ],
             }
+        said = f"<answer>{self.answer}</answer>" if tagged else self.answer
         return {
             "messages": [
                 {"role": "user", "content": self.question},
-                {"role": "assistant", "reasoning_content": self.reasoning, "content": self.answer},
+                {"role": "assistant", "reasoning_content": self.reasoning, "content": said},
             ]
         }
 

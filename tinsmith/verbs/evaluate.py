@@ -14,6 +14,7 @@ from tinsmith.data.prepare import prepare
 from tinsmith.data.sources import Source, open_source
 from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
 from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.format import evaluate_format
 from tinsmith.evals.routing import evaluate_routing, token_classes
 from tinsmith.hub.load import load
 from tinsmith.nn.model import LM
@@ -60,13 +61,15 @@ def evaluate(
             results |= _bits_per_byte(model, lm, tokenizer, text)
         elif task == "routing":
             results |= _routing(model, lm, tokenizer, text)
+        elif task == "format":
+            results["format"] = _format(model, lm, tokenizer, text)
         elif Path(task).exists():
             found = evaluate_choice(
                 lm, tokenizer, task, limit=text.limit, batch_rows=BATCH_ROWS, say=_aside
             )
             results[task] = found.to_dict()
         else:
-            raise UserError(f"--tasks {task}: neither bpb nor routing nor a file of questions")
+            raise UserError(f"--tasks {task}: neither bpb, format, routing nor a file of questions")
     if as_json:
         say(json.dumps(finite(results), indent=1))
     else:
@@ -129,6 +132,19 @@ def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> Source:
         raise UserError(f"{model}: was trained on {shape}; say with --data what text to measure")
     prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
     return open_source(prepared.folder, shape, "validation", train.context, train.seed)
+
+
+def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+    """Greedy answers to the held-back prompts of the model's own run."""
+    config = _recipe(model)
+    if config is None:
+        raise UserError(f"{model}: is not part of a run: no prompts for --tasks format")
+    context, seed = config.train.context, config.train.seed
+    place = runs_root() / ".data"
+    prepared = prepare(config.data, tokenizer, "prompts", place, _aside, context=context)
+    source = open_source(prepared.folder, "prompts", "validation", context, seed)
+    prompts = [source.prompts(int(i), 1)[0] for i in source.spread(text.limit or source.size)]
+    return evaluate_format(lm, tokenizer, prompts, rows=BATCH_ROWS).to_dict()
 
 
 def _recipe(model: str) -> RunConfig | None:

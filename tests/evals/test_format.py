@@ -1,0 +1,78 @@
+"""What counts as an answer of the right form, and how many there are."""
+
+import pytest
+
+from tinsmith.data.prompts import Prompt
+from tinsmith.data.tasks import check, generate
+from tinsmith.evals import format as form
+from tinsmith.evals.format import evaluate_format, well_formed
+from tinsmith.infer.generate import Completion
+from tinsmith.text.bpe import train_bpe
+from tinsmith.text.chat import encode_chat, normalise
+from tinsmith.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["one and one is two"], 300)
+
+
+def ids(tokenizer: Tokenizer, *parts: str) -> list[int]:
+    """Names of special tokens as ids, the rest as text."""
+    known = tokenizer.added_tokens
+    pieces = ([known[p]] if p in known else tokenizer.encode_inside(p) for p in parts)
+    return [number for piece in pieces for number in piece]
+
+
+RIGHT = ("<think>", "\na\n", "</think>", "\n\n", "<answer>", "4 2", "</answer>", "<|im_end|>")
+
+
+def test_the_right_form_gives_what_is_inside(tokenizer):
+    assert well_formed(tokenizer, ids(tokenizer, *RIGHT)) == "4 2"
+
+
+@pytest.mark.parametrize("left_out", [0, 2, 4, 6, 7])
+def test_nothing_may_be_missing(left_out, tokenizer):
+    parts = [part for place, part in enumerate(RIGHT) if place != left_out]
+    assert well_formed(tokenizer, ids(tokenizer, *parts)) is None
+
+
+@pytest.mark.parametrize("place", [0, 2, 4, 6])
+def test_a_tag_written_in_ordinary_text_is_none(place, tokenizer):
+    said = ids(tokenizer, *RIGHT[:place])
+    said += tokenizer.encode_inside(RIGHT[place]) + ids(tokenizer, *RIGHT[place + 1 :])
+    assert well_formed(tokenizer, said) is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("<think>", "</think>", "<answer>", "4", "</answer>", "<|im_end|>"),
+        ("<think>", "a", "</think>", "<answer>", "</answer>", "<|im_end|>"),
+        ("<answer>", "4", "</answer>", "<think>", "a", "</think>", "<|im_end|>"),
+        (*RIGHT[:-1], "more", "<|im_end|>"),
+        (*RIGHT[:-1], "<answer>", "4", "</answer>", "<|im_end|>"),
+        (),
+    ],
+)
+def test_empty_doubled_or_swapped_is_not_the_form(parts, tokenizer):
+    assert well_formed(tokenizer, ids(tokenizer, *parts)) is None
+
+
+def test_a_tagged_task_has_the_form_and_is_checked(tokenizer):
+    task = generate("arithmetic", 0, 5)
+    record = task.chat(tagged=True)
+    whole, mask = encode_chat(tokenizer, normalise(record))
+    said = [number for number, own in zip(whole, mask, strict=True) if own]
+    assert well_formed(tokenizer, said) == task.answer
+    assert check(task, record["messages"][1]["content"])
+    assert "<answer>" not in task.chat()["messages"][1]["content"]
+
+
+def test_shares_are_of_all_answers(tokenizer, monkeypatch):
+    good, other = ids(tokenizer, *RIGHT), ids(tokenizer, "<think>", "a", "<|im_end|>")
+    answers = [Completion(each, "", "stop", []) for each in (good, good, other, good)]
+    monkeypatch.setattr(form, "generate", lambda *rest, **settings: answers)
+    prompts = [Prompt([1], n, answer, {}) for n, answer in enumerate(("4 2", "5", "4 2", None))]
+    found = evaluate_format(None, tokenizer, prompts).to_dict()  # type: ignore[arg-type]
+    assert found == {"format": 0.75, "accuracy": 0.25, "answers": 4}

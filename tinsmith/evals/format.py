@@ -1,0 +1,71 @@
+"""Do answers have the form that a program can read?
+
+Of greedy answers to prompts, the share that thinks and then answers, each once and inside its tags,
+and ends its turn: `<think>...</think> ... <answer>...</answer><|im_end|>`. Tags are ids of their
+own, so text that only looks like one does not count.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tinsmith.core.errors import UserError
+from tinsmith.data.prompts import Prompt
+from tinsmith.infer.generate import generate
+from tinsmith.infer.sample import Sampling
+from tinsmith.nn.model import LM
+from tinsmith.text.tokenizer import Tokenizer
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+"""In the order in which they must come."""
+
+
+class FormatRate(NamedTuple):
+    """What was counted."""
+
+    right: int
+    """Answers of the right form."""
+    exact: int
+    """Of those, the ones that say the prompt's own answer, blanks aside."""
+    answers: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Shares of all answers, and how many there were."""
+        return {
+            "format": self.right / self.answers,
+            "accuracy": self.exact / self.answers,
+            "answers": self.answers,
+        }
+
+
+def evaluate_format(
+    lm: LM, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, max_new: int = 512, rows: int = 16
+) -> FormatRate:
+    """Answer every prompt greedily and look at the form; UserError without prompts."""
+    if not prompts:
+        raise UserError("format: there are no prompts to answer")
+    asked = [prompt.ids for prompt in prompts]
+    greedy = Sampling(temperature=0.0)
+    said = generate(lm, tokenizer, asked, sampling=greedy, max_new=max_new, rows=rows)
+    found = [well_formed(tokenizer, answer.ids) for answer in said]
+    exact = [
+        inside is not None and inside.split() == (prompt.answer or "").split()
+        for inside, prompt in zip(found, prompts, strict=True)
+    ]
+    return FormatRate(sum(each is not None for each in found), sum(exact), len(found))
+
+
+def well_formed(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
+    """What an answer of the right form says inside `<answer>`; None for any other.
+
+    Every tag comes once and in order, something stands inside both pairs, and the turn ends right
+    after the last tag.
+    """
+    tags = [tokenizer.special(tag) for tag in TAGS]
+    places = [place for place, token in enumerate(ids) if token in tags]
+    if [ids[place] for place in places] != tags:
+        return None
+    opened, thought, begun, ended = places
+    empty = thought == opened + 1 or ended == begun + 1
+    if empty or list(ids[ended + 1 :]) != [tokenizer.end_of_turn]:
+        return None
+    return tokenizer.decode(ids[begun + 1 : ended])
