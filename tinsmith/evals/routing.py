@@ -68,7 +68,7 @@ def evaluate_routing(
     rows: int,
     batch_rows: int,
     device: torch.device | str,
-    poll: Callable[[], None],
+    poll: Callable[[], object],
 ) -> dict[str, Specialisation]:
     """By "layer.slot" of every routed part, and `all`, their mean; empty for a model without.
 

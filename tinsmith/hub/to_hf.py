@@ -37,8 +37,9 @@ def config_to_hf(config: ModelConfig) -> Translation:
     reason = why_not_stock(config)
     if reason is not None:
         return Translation(_write_own(config), OWN, reason)
-    layer = config.layers[0]
-    side = _SIDES[type(layer.mixer)]
+    mixer = config.layers[0].mixer
+    assert isinstance(mixer, GQA | MLA), "others are refused above"
+    side = _SIDES[type(mixer)]
     kind = side.kind_of(config)
     data = {
         "architectures": [side.FAMILIES[kind].architecture],
@@ -47,7 +48,7 @@ def config_to_hf(config: ModelConfig) -> Translation:
         "hidden_size": config.dim,
         "intermediate_size": experts.width(config),
         "num_hidden_layers": config.depth,
-        "num_attention_heads": layer.mixer.heads,
+        "num_attention_heads": mixer.heads,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,

@@ -24,7 +24,6 @@ from tinsmith.infer.generate import ends, evaluating
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import Weights
 from tinsmith.objectives.base import (
-    Exam,
     Feed,
     Loss,
     Metric,
@@ -180,7 +179,7 @@ class OnPolicyDistillation(Objective):
         both = collate(rows, batch.ids.device)
         return Lesson(both, both, torch.ones(len(rows), dtype=torch.bool))
 
-    def examine(self, policy: LM, source: Source, rows: int) -> Exam:
+    def examine(self, policy: LM, source: Source, rows: int) -> dict[str, float]:
         """The divergence at greedy answers to held-back prompts, spread evenly over them."""
         count = min(rows, source.size)
         prompts = [source.prompts(i * source.size // count, 1)[0] for i in range(count)]
@@ -192,7 +191,7 @@ class OnPolicyDistillation(Objective):
             found = self.loss(policy, lesson).metrics["loss"]
         cut = sum(each.finish != "stop" for each in episodes) / count
         apart = float(found.total / found.count.clamp(min=1))
-        return Exam({"divergence": apart, "truncated": cut}, apart)
+        return {"divergence": apart, "truncated": cut, "loss": apart}
 
     def given(self, prompt: Prompt) -> list[int]:
         """The answer of the data as ids, its end of turn included, at most `max_new`."""
