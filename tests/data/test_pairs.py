@@ -1,14 +1,18 @@
 """Pairs: what is read, what is refused, and what a batch of them holds."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
 from tinsmith.data import tasks
 from tinsmith.data.config import Chats, Stdlib, Tasks, Text
 from tinsmith.data.pairs import encode_pair, read_pair
+from tinsmith.data.prompts import read_prompt
 from tinsmith.data.sources import open_source
 from tinsmith.text.chat import BadRecord, encode_chat, encode_prompt
 
@@ -251,3 +255,26 @@ def test_real_pairs_are_read(real_data, file):
         except BadRecord:
             refused += 1
     assert read > 10 * refused
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.just("Human: a"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "user", "assistant"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["prompt", "question", "chosen", "rejected", "messages", "instruction", "system", "answer"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(FIELDS, JSON))
+@pytest.mark.parametrize("read", [read_pair, read_prompt])
+def test_T9_any_row_is_read_or_refused_with_a_reason(read, record):
+    with suppress(BadRecord):
+        read(record)

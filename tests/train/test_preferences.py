@@ -16,6 +16,7 @@ from tinsmith.text.chat import encode_chat, normalise
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.judges import scorer
 from tinsmith.train.trainer import train
+from tinsmith.verbs.evaluate import Text, evaluate
 
 KIND = ["Gladly.", "Here you are.", "Of course.", "With pleasure."]
 RUDE = ["Go away.", "No way.", "Stop that.", "I will not."]
@@ -164,6 +165,8 @@ def test_a_finished_run_opens_and_its_card_says_what_was_measured(run):
     card = (folder / "final" / "README.md").read_text(encoding="utf-8")
     assert "pairs ranked right" in card
     assert not (folder / "final" / "objective.safetensors").exists()
+    with pytest.raises(UserError, match="was trained on pairs; say with --data"):
+        evaluate(str(folder), "bpb", Text(None, None, None), "cpu", None, True)
     assert rows(folder, "samples")[-1]["samples"][0]["prompt"].endswith("<|im_start|>assistant\n")
 
 

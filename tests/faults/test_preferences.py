@@ -1,0 +1,70 @@
+"""T1 to T4 for objectives on pairs: killed, resumed, and spread over two processes."""
+
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.faults.test_ranks import torchrun
+
+OBJECTIVES = {
+    "dpo": {"kind": "dpo", "beta": 0.5},
+    "kto": {"kind": "dpo", "loss": "kto", "beta": 0.5},
+    "reward": {"kind": "reward"},
+}
+
+
+def of_pairs(recipe: dict, objective: str, **train: object) -> dict:
+    """The tiny recipe on generated pairs, long enough for whole answers."""
+    settings = {**recipe["train"], "context": 160, "rows": 2, "steps": 6, **train}
+    data = {"kind": "tasks", "tasks": ["copy"], "count": 200, "length": 3}
+    return recipe | {"objective": OBJECTIVES[objective], "data": data, "train": settings}
+
+
+@pytest.mark.parametrize(("objective", "part"), [("dpo", 0.4), ("reward", 0.6)])
+def test_T1_a_killed_run_on_pairs_ends_in_the_same_bits(objective, part, shared_place, recipe):
+    data = of_pairs(recipe, objective, save_every=2)
+    code, said = shared_place.train(data, f"first-{objective}")
+    assert code == 0, said
+    events = shared_place.folder / f"events-{objective}"
+    code, said = shared_place.train(data, f"whole-{objective}", TINSMITH_COUNT_EVENTS=str(events))
+    assert code == 0, said
+    point = int(part * len(events.read_text(encoding="utf-8").splitlines()))
+    name = f"killed-{objective}"
+    code, said = shared_place.train(data, name, TINSMITH_KILL_AT=str(point))
+    assert code == -signal.SIGKILL, said
+    code, said = shared_place.train(data, name, "--resume")
+    assert code == 0, said
+    assert "from" in said
+    found = shared_place.result(name)
+    for key, value in shared_place.result(f"whole-{objective}").items():
+        assert found[key] == value, key
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_T3_two_ranks_give_the_gradients_of_one_process(objective, shared_place, recipe):
+    """Nearly plain gradient descent (`eps` outweighs all second moments), so that weights differ by
+    what gradients differ: not at all, but for the order of float32 sums.
+    """
+    plain = recipe | {"model": {**recipe["model"], "dropout": {}}, "log": {"every": 1}}
+    adam = {"kind": "adamw", "lr": 1.0e-2, "eps": 1.0, "weight_decay": 0.0}
+    optim = {"matrices": adam, "others": adam, "clip": None}
+    data = of_pairs(plain, objective, rows=4, accumulate=1, steps=4, save_every=4)
+    data |= {"optim": optim}
+    code, said = shared_place.train(data, f"one-{objective}")
+    assert code == 0, said
+    code, said = torchrun(shared_place, data, f"two-{objective}", "replicate")
+    assert code == 0, said
+    runs = [shared_place.runs / f"{count}-{objective}" for count in ("one", "two")]
+    for file in ("model", "objective"):
+        one, two = (
+            load_file(run / "checkpoints" / "step-00000004" / f"{file}.safetensors") for run in runs
+        )
+        for name in one:
+            assert float((one[name] - two[name]).abs().max()) < 1e-6, name
+    losses = [
+        [row["loss"] for row in shared_place.metrics(run.name) if row["kind"] == "train"]
+        for run in runs
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # sums of some 60 logs in float32
+    assert losses[0][-1] < losses[0][0]
