@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tinsmith.train import checkpoint
 
@@ -122,6 +123,29 @@ def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, on
     assert code == 0, said
     assert "from" in said
     assert_same(losses(shared_place, name), one_process)
+
+
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_T3_the_bias_of_experts_moves_on_the_load_of_all_ranks(kind, shared_place, plain_recipe):
+    """To the bit: it moves by whole steps on counts of the global batch."""
+    feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 16}
+    feed |= {"bias_rate": 0.01, "balance_weight": 0.0}
+    layers = [layer | {"feed_forward": feed} for layer in plain_recipe["model"]["pattern"]]
+    data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=6)
+    if not (shared_place.runs / "routed").exists():
+        code, said = shared_place.train(data, "routed")
+        assert code == 0, said
+    code, said = torchrun(shared_place, data, f"routed-{kind}", kind)
+    assert code == 0, said
+    assert_same(losses(shared_place, f"routed-{kind}"), losses(shared_place, "routed"), 1e-4)
+    expected, found = (
+        load_file(shared_place.runs / name / "checkpoints" / "step-00000006" / "model.safetensors")
+        for name in ("routed", f"routed-{kind}")
+    )
+    for layer in range(2):
+        bias = expected[f"blocks.{layer}.feed.bias"]
+        assert bias.abs().max() >= 0.01
+        assert torch.equal(found[f"blocks.{layer}.feed.bias"], bias)
 
 
 def test_muon_reaches_the_same_losses_on_two_ranks(shared_place, plain_recipe):

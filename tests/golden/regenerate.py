@@ -63,6 +63,24 @@ MODELS: dict[str, dict[str, Any]] = {
             },
         ],
     },
+    "experts": {
+        "pattern": [
+            {
+                "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
+                "feed_forward": {
+                    **{"kind": "topk_moe", "experts": 4, "top_k": 2, "shared": 1},
+                    "hidden": 24,
+                },
+            },
+            {
+                "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
+                "feed_forward": {
+                    **{"kind": "deepseek_moe", "experts": 8, "top_k": 3, "groups": 4},
+                    **{"kept_groups": 2, "hidden": 12},
+                },
+            },
+        ]
+    },
     "learned positions, layer norm": {
         "positions": "learned",
         "norm": "layer",

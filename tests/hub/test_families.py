@@ -332,6 +332,7 @@ def test_a_stretching_asked_for_at_loading_is_that_of_transformers(tmp_path, ran
         ("minimind2-26m", 25_829_888, "llama"),
         ("minimind2-104m", 104_030_976, "llama"),
         ("minimind3-64m", 63_912_192, "qwen3"),
+        ("minimind3-198m-moe", 198_416_640, "qwen3_moe"),
     ],
 )
 def test_presets_are_stock_models_of_exactly_their_published_size(name, count, family):

@@ -26,7 +26,12 @@ def test_a_section_goes_round(section):
 
 
 def test_presets_are_there_and_may_be_overridden():
-    assert presets() == ["minimind2-104m", "minimind2-26m", "minimind3-64m", "tiny-r2-dense"]
+    minimind = ["104m", "145m-moe", "26m"], ["198m-moe", "64m"]
+    assert presets() == [
+        *(f"minimind2-{size}" for size in minimind[0]),
+        *(f"minimind3-{size}" for size in minimind[1]),
+        *("tiny-r2", "tiny-r2-dense"),
+    ]
     config = ModelConfig.from_dict({"preset": "minimind3-64m", "depth": 2, "max_context": 64})
     base = ModelConfig.preset("minimind3-64m")
     assert (config.depth, config.max_context, config.dim) == (2, 64, 768)

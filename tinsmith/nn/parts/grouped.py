@@ -26,12 +26,14 @@ def grouped(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     `ends` (E,) int32, ascending, at most P. Under autocast both sides are cast, as `F.linear`'s
     are.
     """
-    device = x_PI.device.type
+    return _grouped(lowered(x_PI), lowered(weight_EOI), ends_E)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """As autocast would have a product read it; float64 and no autocast: as it is."""
+    device = x.device.type
     mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if mixed and x_PI.dtype != torch.float64:
-        kind = torch.get_autocast_dtype(device)
-        x_PI, weight_EOI = x_PI.to(kind), weight_EOI.to(kind)
-    return _grouped(x_PI, weight_EOI, ends_E)
+    return x.to(torch.get_autocast_dtype(device)) if mixed and x.dtype != torch.float64 else x
 
 
 def outer(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.nn.parts.grouped import grouped
+from tinsmith.nn.parts.grouped import grouped, lowered
 from tinsmith.nn.parts.init import OutputStack, Stack
 from tinsmith.nn.routing.dispatch import Plan
 
@@ -32,7 +32,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, plan: Plan) -> Tensor:
         """(P, D): of each pair what its expert says to its token."""
-        inner_PH = self.inner(plan.gather(x_ND), plan.ends_E)
+        inner_PH = self.inner(plan.gather(lowered(x_ND)), plan.ends_E)
         return grouped(inner_PH, self.down_proj.weight, plan.ends_E)
 
     def inner(self, x_PD: Tensor, ends_E: Tensor, product: Product = grouped) -> Tensor:

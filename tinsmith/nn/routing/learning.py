@@ -87,9 +87,10 @@ def learn(
     if found is None:
         return {}
     surprise_NE, size_NE, known_NE = _candidates(config, experts, found)
-    stats = _report(surprise_NE, size_NE, known_NE, found.upstream_N)
-    if config.dark_room_guard and bool(known_NE.any()):
-        known_NE = known_NE & (size_NE >= DIM * size_NE[known_NE].median())
+    usual = _median(size_NE[known_NE])
+    stats = _report(surprise_NE, size_NE, known_NE, usual, found.upstream_N)
+    if config.dark_room_guard:
+        known_NE = known_NE & (size_NE >= DIM * usual)
     known_NE = known_NE & ~gate.window.newborn
     known_NE = known_NE & (known_NE.sum(-1, keepdim=True) > 1)
     prototypes, thresholds = (
@@ -143,8 +144,8 @@ def _softmax(logits_NE: Tensor, known_NE: Tensor) -> Tensor:
 
 
 def _mean(lost_NE: Tensor, known_NE: Tensor) -> Tensor:
-    """Over tokens that have candidates; 0 without any."""
-    return lost_NE.where(known_NE, 0).sum() / known_NE.any(-1).sum().clamp(min=1)
+    """Over tokens that have candidates; 0 without any. `lost` is 0 where not known."""
+    return lost_NE.sum() / known_NE.any(-1).sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -193,24 +194,24 @@ def _learn_locally(
 
 @torch.no_grad()
 def _report(
-    surprise_NE: Tensor, size_NE: Tensor, known_NE: Tensor, upstream_N: Tensor
+    surprise_NE: Tensor, size_NE: Tensor, known_NE: Tensor, usual: Tensor, upstream_N: Tensor
 ) -> dict[str, Tensor]:
     """ "surprise": S / |g|, summed over "pairs"; "dark": tokens, of "compared" with two candidates
-    or more, whose least surprised one says nothing; "alike": corr(S, |y|) times "compared".
+    or more, whose least surprised one says nothing beside `usual` |y|; "alike": corr(S, |y|) times
+    "compared".
     """
-    seen_NE = known_NE & (upstream_N > 0)[:, None]
-    relative_NE = surprise_NE / upstream_N.where(upstream_N > 0, 1)[:, None]
-    surprise_P, size_P = surprise_NE[seen_NE], size_NE[seen_NE]
+    pairs = known_NE.sum()
+    relative_NE = surprise_NE / upstream_N.where(upstream_N > 0, torch.inf)[:, None]
     compared_N = known_NE.sum(-1) > 1
     least_N1 = surprise_NE.masked_fill(~known_NE, torch.inf).argmin(-1, keepdim=True)
-    silent_N = size_NE.gather(-1, least_N1)[:, 0] < DARK * _median(size_P)
-    pair = torch.stack((surprise_P, size_P))
-    pair = pair - pair.mean(-1, keepdim=True) if len(surprise_P) else pair
-    spread = pair.square().sum(-1).prod().sqrt()
-    alike = pair.prod(0).sum() / spread.where(spread > 0, 1)
+    silent_N = size_NE.gather(-1, least_N1)[:, 0] < DARK * usual
+    centred = [x_NE - x_NE.sum() / pairs.clamp(min=1) for x_NE in (surprise_NE, size_NE)]
+    one, other = (x_NE * known_NE for x_NE in centred)
+    spread = one.norm() * other.norm()
+    alike = (one * other).sum() / spread.where(spread > 0, 1)
     return {
-        "surprise": relative_NE[seen_NE].sum(),
-        "pairs": seen_NE.sum(),
+        "surprise": relative_NE.sum(),
+        "pairs": pairs,
         "dark": (silent_N & compared_N).sum(),
         "alike": alike * compared_N.sum(),
         "compared": compared_N.sum(),

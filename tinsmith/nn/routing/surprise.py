@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.nn.parts.grouped import grouped
+from tinsmith.nn.parts.grouped import grouped, lowered
 from tinsmith.nn.parts.norm import wide
 from tinsmith.nn.routing.dispatch import combine, plan_of_mask
 from tinsmith.nn.routing.experts import Experts
@@ -89,7 +89,7 @@ def listen(
     def product(x_PD: Tensor, weight_EHD: Tensor, ends_E: Tensor) -> Tensor:
         return watched(grouped(x_PD, weight_EHD, ends_E), inner_P)
 
-    h_PH = experts.inner(plan.gather(x_ND), plan.ends_E, product)
+    h_PH = experts.inner(plan.gather(lowered(x_ND)), plan.ends_E, product)
     y_PD = grouped(h_PH, experts.down_proj.weight, plan.ends_E)
     weights_P = plan.weights(weight_NE)
     out_ND = watched(combine(y_PD, weights_P, plan, len(x_ND)), upstream_N)

@@ -184,10 +184,10 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
 
 
-def _straight_through(u: Tensor, decided: Tensor) -> Tensor:
+def _straight_through(u: Tensor, decision: Tensor) -> Tensor:
     """Forward the decision, to the bit; backward a sigmoid."""
     soft = torch.sigmoid(KAPPA * u)
-    return decided.to(u.dtype) + (soft - soft.detach())
+    return decision.to(u.dtype) + (soft - soft.detach())
 
 
 @torch.no_grad()

@@ -1,0 +1,215 @@
+"""A training step of routed models beside dense ones, and beside transformers' Qwen3-MoE.
+
+    python benchmarks/experts.py [--rounds 7] [--rows 8] [--only NAME]
+
+Of a dense step with the same active parameters: 2 of 4 experts and a shared one (the 145M preset)
+at least 0.75; 6 of 64 and 2 shared ones of width 256 at least 0.55; 32 of 96 by dyn_moe, 8 wanted,
+at least 0.4. All three faster than a dense step of the same total parameters. At least 1.3 times
+transformers' Qwen3-MoE of the same sizes with bf16 weights on both sides. Peak memory (in processes
+of their own) does not grow with experts that are not chosen beyond what is kept for their weights.
+All sides take turns in one run, with the same AdamW.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from common import interleave, table, write
+from torch import nn
+
+from tinsmith import LM, ModelConfig
+from tinsmith.objectives.logprobs import summed_nll
+
+CONTEXT = 512
+TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "shared": 1, "hidden": 1728}
+MANY = {"kind": "deepseek_moe", "experts": 64, "top_k": 6, "shared": 2, "hidden": 256}
+DYNAMIC = {"kind": "dyn_moe", "experts": 32, "hidden": 96, "target_active": 8}
+
+
+class Case(NamedTuple):
+    """A routed feed-forward in a model of `dim` and `depth`, and the share of the dense step that
+    it must reach.
+    """
+
+    dim: int
+    depth: int
+    feed: dict[str, Any]
+    active: int
+    total: int
+    """Widths of the dense feed-forwards with as many parameters as a token meets, and in all."""
+    bound: float
+
+
+CASES = {
+    "topk": Case(640, 8, TOP_K, 3 * 1728, 5 * 1728, 0.75),
+    "many": Case(512, 8, MANY, 8 * 256, 66 * 256, 0.55),
+    "dynamic": Case(512, 8, DYNAMIC, 8 * 96, 32 * 96, 0.4),
+}
+
+
+def model(case: Case, feed: dict[str, Any]) -> LM:
+    """A model of the case with another feed-forward."""
+    layer = {"mixer": {"kind": "gqa", "heads": 8, "kv_heads": 2}, "feed_forward": feed}
+    section = {"vocab_size": 6400, "dim": case.dim, "depth": case.depth, "pattern": [layer]}
+    torch.manual_seed(0)
+    return LM(ModelConfig.from_dict(section)).train()
+
+
+def swiglu(hidden: int) -> dict[str, Any]:
+    """A dense feed-forward."""
+    return {"kind": "swiglu", "hidden": hidden}
+
+
+def step_of(lm: LM, rows: int) -> Callable[[], None]:
+    """A training step in bf16 autocast; of a model in bf16, in its own precision."""
+    optimizer, ids = _adamw(lm), _ids(rows)
+    everything = torch.ones(rows, CONTEXT, dtype=torch.bool)
+    mixed = lm.embed.weight.dtype == torch.float32
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = lm(ids[:, :-1], logits=False)
+            total = summed_nll(out.hidden, ids[:, 1:], everything, lm.head)
+        (total / everything.numel() + sum(out.losses.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lm.post_step(out.stats)
+
+    return step
+
+
+def theirs(rows: int) -> Callable[[], None]:
+    """A step of transformers' Qwen3-MoE with the sizes of `qwen`, weights in bf16."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    case = CASES["topk"]
+    config = Qwen3MoeConfig(
+        vocab_size=6400,
+        hidden_size=case.dim,
+        num_hidden_layers=case.depth,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=case.dim // 8,
+        moe_intermediate_size=1728,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        output_router_logits=True,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3MoeForCausalLM(config).bfloat16().train()
+    optimizer, ids = _adamw(model), _ids(rows)[:, :-1].contiguous()
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def qwen() -> LM:
+    """Qwen3-MoE's form of the first case, weights in bf16."""
+    case = CASES["topk"]
+    gqa = {"kind": "gqa", "heads": 8, "kv_heads": 2, "qk_norm": True}
+    layer = {"mixer": gqa, "feed_forward": TOP_K | {"shared": 0}}
+    section = {"vocab_size": 6400, "dim": case.dim, "depth": case.depth, "pattern": [layer]}
+    return LM(ModelConfig.from_dict(section)).bfloat16().train()
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def _ids(rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 6400, (rows, CONTEXT + 1), generator=generator)
+
+
+def peak(experts: int, rows: int) -> float:
+    """Bytes at most of a process that takes three steps of the second case with so many experts,
+    less 16 for each parameter: weight, gradient, two moments.
+    """
+    command = [sys.executable, __file__, "--peak", str(experts), "--rows", str(rows)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(experts: int, rows: int) -> None:
+    """What `peak` reads."""
+    lm = model(CASES["many"], MANY | {"experts": experts})
+    step = step_of(lm, rows)
+    for _ in range(3):
+        step()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(most - 16 * lm.parameter_count())
+
+
+def compare(name: str, rounds: int, rows: int) -> dict[str, Any]:
+    """One case beside its two dense ones."""
+    case = CASES[name]
+    sides = {"routed": case.feed, "active": swiglu(case.active), "total": swiglu(case.total)}
+    steps = {side: step_of(model(case, feed), rows) for side, feed in sides.items()}
+    seconds = interleave(steps, rounds, warmup=2)
+    shares = {side: _ratio(seconds[side], seconds["routed"]) for side in ("active", "total")}
+    return {"seconds": seconds, "of_dense": shares, "bounds": {"active": case.bound, "total": 1.0}}
+
+
+def beside_transformers(rounds: int, rows: int) -> dict[str, Any]:
+    """Qwen3-MoE's form of the first case on both sides."""
+    torch.manual_seed(0)
+    steps = {"tinsmith": step_of(qwen(), rows), "transformers": theirs(rows)}
+    seconds = interleave(steps, rounds, warmup=2)
+    ratio = _ratio(seconds["transformers"], seconds["tinsmith"])
+    return {"seconds": seconds, "times_as_fast": ratio, "bound": 1.3}
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    """The median over rounds."""
+    each = sorted(a / b for a, b in zip(slow, fast, strict=True))
+    return each[len(each) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Routed models beside dense ones.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--only", choices=[*CASES, "transformers", "memory"])
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    rounds, rows = arguments.rounds, arguments.rows
+    if arguments.peak:
+        print_peak(arguments.peak, rows)
+        return
+    wanted = [arguments.only] if arguments.only else ["memory", *CASES, "transformers"]
+    found: dict[str, Any] = {}
+    if "memory" in wanted:  # first, while this process is small: a child begins with its peak
+        found["memory"] = {str(experts): peak(experts, rows) for experts in (8, 64)}
+    found |= {name: compare(name, rounds, rows) for name in wanted if name in CASES}
+    if "transformers" in wanted:
+        found["transformers"] = beside_transformers(rounds, rows)
+    report(found)
+    print(write("experts", {"rows": rows, "context": CONTEXT, "results": found}))
+
+
+def report(found: dict[str, Any]) -> None:
+    """A table of ratios and bounds."""
+    lines = []
+    for name in CASES:
+        for side, share in found.get(name, {}).get("of_dense", {}).items():
+            bound = found[name]["bounds"][side]
+            lines.append({"case": f"{name}, of dense {side}", "ratio": share, "at least": bound})
+    if "transformers" in found:
+        ratio = found["transformers"]["times_as_fast"]
+        lines.append({"case": "transformers' Qwen3-MoE", "ratio": ratio, "at least": 1.3})
+    if lines:
+        table(lines)
+    for experts, most in found.get("memory", {}).items():
+        print(f"{experts} experts: {most / 1e6:.0f} MB beside weights, gradients and moments")
+
+
+if __name__ == "__main__":
+    main()
