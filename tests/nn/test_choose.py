@@ -1,9 +1,13 @@
 """Choices: by score, then by index, whatever the last bits say."""
 
+import importlib
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.choose import top
 
 
@@ -36,3 +40,33 @@ def test_scores_beyond_the_grid_are_ties_and_nothing_overflows():
 
 def test_more_than_there_are_is_all():
     assert top(torch.tensor([[1.0, 2.0]]), 5).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["topk", "deepseek"])
+def test_checkpointing_keeps_a_decision_that_would_come_out_otherwise(kind, section, monkeypatch):
+    """The second time it is asked, the worst experts are the best: nobody must listen."""
+    module = importlib.import_module(f"tinsmith.nn.feedforwards.{kind}")
+    feed = {"kind": f"{kind}_moe", "experts": 6, "top_k": 2, "hidden": 16}
+    layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed}
+    ids = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(1))
+    found, asked = [], []
+
+    def turning(scores, count):
+        asked.append(count)
+        return top(scores * (1 if len(asked) <= expected else -1), count)
+
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        lm = LM(ModelConfig.from_dict(section(depth=2, pattern=[layer]))).train()
+        lm.checkpointing = checkpointing
+        if checkpointing:
+            expected = len(asked)
+            asked.clear()
+        else:
+            expected = 10**9
+        monkeypatch.setattr(module, "top", turning)
+        out = lm(ids)
+        out.logits.square().sum().backward()
+        found.append([p.grad for n, p in lm.named_parameters() if "experts" in n])
+    assert len(asked) > expected
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import FeedForwardKind, Reset, Site
-from tinsmith.nn.parts.choose import top
+from tinsmith.nn.parts.choose import decided, top
 from tinsmith.nn.routing.balance import push, sequence
 from tinsmith.nn.routing.experts import Activation
 from tinsmith.nn.routing.gates import Route, weights_of, within_groups
@@ -94,7 +94,7 @@ class DeepSeekFeedForward(ChosenExperts):
             scores_NE = logits_NE.sigmoid()
             probabilities_NE = scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)
         open_NE = within_groups(scores_NE.detach() + self.bias, config.groups, config.kept)
-        choices_NK = top(open_NE, self.top_k)
+        choices_NK = decided(top(open_NE, self.top_k))
         weights_NK = config.scale * weights_of(scores_NE, choices_NK, config.renormalise)
         return Route(logits_NE, probabilities_NE, choices_NK, weights_NK)
 

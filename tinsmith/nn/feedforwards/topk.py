@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import FeedForwardKind, Site
-from tinsmith.nn.parts.choose import top
+from tinsmith.nn.parts.choose import decided, top
 from tinsmith.nn.routing.balance import LOSSES, z_loss
 from tinsmith.nn.routing.experts import Activation
 from tinsmith.nn.routing.gates import Route, weights_of
@@ -59,7 +59,7 @@ class TopKFeedForward(ChosenExperts):
         """By probability."""
         logits_NE = self.router(x_ND)
         probabilities_NE = logits_NE.softmax(-1)
-        choices_NK = top(probabilities_NE, self.top_k)
+        choices_NK = decided(top(probabilities_NE, self.top_k))
         weights_NK = weights_of(probabilities_NE, choices_NK, self.config.renormalise)
         return Route(logits_NE, probabilities_NE, choices_NK, weights_NK)
 
