@@ -52,9 +52,7 @@ def dry_run(config: RunConfig, name: str) -> None:
     for line in check_data(config.data, config.objective.shape):
         say(f" data      {line}")
     _disk(shape, config, name)
-    if config.objective.shape == "prompts":
-        warn("no step was tried: its answers are still to be generated")
-    elif shape.parameter_count() <= LARGEST:
+    if shape.parameter_count() <= LARGEST:
         _one_step(model, config)
     else:
         warn(

@@ -1,0 +1,73 @@
+"""Recipes of objectives that answer their own prompts: tried, run, refused."""
+
+import pytest
+
+from tinsmith.config import from_dict
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import read_metrics
+from tinsmith.train.dryrun import dry_run
+from tinsmith.train.trainer import train
+
+KINDS = ("grpo", "ppo", "spo")
+RECIPE = {
+    "model": {
+        "vocab_size": 320,
+        "dim": 32,
+        "depth": 1,
+        "max_context": 64,
+        "pattern": [
+            {
+                "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
+                "feed_forward": {"kind": "swiglu", "hidden": 48},
+            }
+        ],
+    },
+    "tokenizer": {"train": {"vocab_size": 320}},
+    "data": {"kind": "tasks", "tasks": ["arithmetic"], "count": 100, "digits": 1},
+    "train": {
+        **{"steps": 2, "context": 64, "rows": 4, "precision": "bf16"},
+        **{"save_every": 2, "eval_every": 1, "sample_every": 2},
+    },
+    "eval": {"rows": 3, "new_tokens": 4},
+    "log": {"every": 1},
+}
+
+
+def recipe(kind: str, **objective):
+    section = {"kind": kind, "max_new": 6, "rewards": [{"kind": "variety"}]} | objective
+    return from_dict(RECIPE | {"objective": section})
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_tries_a_step(kind, capsys):
+    dry_run(recipe(kind, beta=0.1), "dry")
+    assert "one step of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
+    folder = train(recipe(kind, beta=0.1), kind)
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    exams = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in exams] == [1, 2]
+    assert all(0 <= line["reward"] <= 1 and line["length"] <= 6 for line in exams)
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert {"reward", "reward_std", "length", "clipped", "moved_k2", "kl_k3"} <= steps[0].keys()
+    assert "reward of greedy answers" in (folder / "final" / "README.md").read_text()
+
+
+def test_a_policy_spread_over_processes_is_refused():
+    with pytest.raises(UserError, match=r"parallel\.kind=fsdp cannot be"):
+        from_dict(RECIPE | {"objective": {"kind": "grpo"}, "parallel": {"kind": "fsdp"}})
+
+
+def test_unknown_rewards_and_tools_are_refused_by_name():
+    with pytest.raises(UserError, match=r"objective.grpo.rewards.0|objective.rewards.0"):
+        recipe("grpo", rewards=[{"kind": "exactly"}])
+    with pytest.raises(UserError, match="tools"):
+        recipe("grpo", tools=["shell"])
