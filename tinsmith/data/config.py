@@ -62,6 +62,8 @@ class Tasks(DataSection):
     """Digits of a number, at most."""
     length: int = 8
     """Numbers to sort or letters to copy, at most."""
+    thoughts: bool = True
+    """Whether the assistant of a chat works the task out before it answers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -152,15 +152,19 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
     for index in range(config.count):
         name = config.tasks[index % len(config.tasks)]
         task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
-        content = task.text() if shape == "documents" else _READERS[shape](_row(task, shape))
+        content = (
+            task.text() if shape == "documents" else _READERS[shape](_row(task, shape, config))
+        )
         # the split goes by what is asked, in whatever words
         solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
         yield Document(content, solution.encode(), "tasks", index)
 
 
-def _row(task: tasks.Task, shape: Shape) -> dict[str, Any]:
+def _row(task: tasks.Task, shape: Shape, config: Tasks) -> dict[str, Any]:
     """A task as a record of chats, pairs or prompts."""
-    return {"chats": task.chat, "pairs": task.pair, "prompts": task.prompt}[shape]()
+    if shape == "chats":
+        return task.chat(config.thoughts)
+    return task.pair() if shape == "pairs" else task.prompt()
 
 
 def _files(config: Text | Chats, shape: Shape, key: str) -> Origin:

@@ -33,9 +33,9 @@ class Task(NamedTuple):
         """The task as a document."""
         return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
 
-    def chat(self) -> dict[str, Any]:
-        """The task as a chat record: the reasoning becomes the assistant's thoughts, or a call of
-        the calculator what it says first.
+    def chat(self, thoughts: bool = True) -> dict[str, Any]:
+        """The task as a chat record: the reasoning becomes the assistant's thoughts, if it is to
+        have any, or a call of the calculator what it says first.
         """
         if self.expression:
             call = {"name": CALCULATOR["name"], "arguments": {"expression": self.expression}}
@@ -48,10 +48,11 @@ class Task(NamedTuple):
                     {"role": "assistant", "content": self.answer},
                 ],
             }
+        thinks = {"reasoning_content": self.reasoning} if thoughts else {}
         return {
             "messages": [
                 {"role": "user", "content": self.question},
-                {"role": "assistant", "reasoning_content": self.reasoning, "content": self.answer},
+                {"role": "assistant", **thinks, "content": self.answer},
             ]
         }
 
