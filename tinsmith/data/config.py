@@ -64,6 +64,8 @@ class Tasks(DataSection):
     """Numbers to sort or letters to copy, at most."""
     tagged: bool = False
     """Whether chats say the answer inside `<answer>`."""
+    thoughts: bool = True
+    """Whether the assistant of a chat or pair works the task out before it answers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -163,8 +163,8 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
 def _row(task: tasks.Task, shape: Shape, config: Tasks) -> dict[str, Any]:
     """A task as a record of chats, pairs or prompts."""
     if shape == "chats":
-        return task.chat(tagged=config.tagged)
-    return {"pairs": task.pair, "prompts": task.prompt}[shape]()
+        return task.chat(thoughts=config.thoughts, tagged=config.tagged)
+    return task.pair(thoughts=config.thoughts) if shape == "pairs" else task.prompt()
 
 
 def _files(config: Text | Chats, shape: Shape, key: str) -> Origin:

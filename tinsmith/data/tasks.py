@@ -33,9 +33,10 @@ class Task(NamedTuple):
         """The task as a document."""
         return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
 
-    def chat(self, *, tagged: bool = False) -> dict[str, Any]:
-        """The task as a chat record: the reasoning becomes the assistant's thoughts, or a call of
-        the calculator what it says first; `tagged` puts the answer into `<answer>`.
+    def chat(self, *, thoughts: bool = True, tagged: bool = False) -> dict[str, Any]:
+        """The task as a chat record: the reasoning becomes the assistant's `thoughts`, if it is to
+        have any, or a call of the calculator what it says first; `tagged` puts the answer into
+        `<answer>`.
         """
         if self.expression:
             call = {"name": CALCULATOR["name"], "arguments": {"expression": self.expression}}
@@ -52,7 +53,7 @@ class Task(NamedTuple):
         return {
             "messages": [
                 {"role": "user", "content": self.question},
-                {"role": "assistant", "reasoning_content": self.reasoning, "content": said},
+                self._answered(said, thoughts),
             ]
         }
 
@@ -61,15 +62,16 @@ class Task(NamedTuple):
         tools = {"tools": [CALCULATOR]} if self.expression else {}
         return {"prompt": self.question, "answer": self.answer, "task": self.name} | tools
 
-    def pair(self) -> dict[str, Any]:
+    def pair(self, *, thoughts: bool = True) -> dict[str, Any]:
         """The task as a record of a pair: the right answer against a wrong one after the same
         thoughts.
         """
-        right, wrong = (
-            {"role": "assistant", "reasoning_content": self.reasoning, "content": answer}
-            for answer in (self.answer, self.mistake())
-        )
+        right, wrong = (self._answered(said, thoughts) for said in (self.answer, self.mistake()))
         return {"prompt": self.question, "chosen": right, "rejected": wrong}
+
+    def _answered(self, said: str, thoughts: bool) -> dict[str, str]:
+        thinks = {"reasoning_content": self.reasoning} if thoughts else {}
+        return {"role": "assistant", **thinks, "content": said}
 
     def mistake(self) -> str:
         """A wrong answer that is nearly right: off by a little, or two neighbours swapped. A pure
