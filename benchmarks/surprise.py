@@ -4,8 +4,8 @@
 
 dyn_moe, 32 experts of width 96 at width 512: `router_grad: smk` and `both` beside `task`, taking
 turns; medians of their ratios, and quartiles. The bound is 5 %. `both` is all that `task` does and
-surprise; `smk` saves the gradient of the gate. Gates keep still: otherwise each way soon has another
-number of experts per token, which costs more than anything compared here.
+surprise; `smk` saves the gradient of the gate. Gates keep still: otherwise each way soon has
+another number of experts per token, which costs more than anything compared here.
 `--cpu-time` counts this process's seconds only, for a machine that is busy with other things.
 """
 
