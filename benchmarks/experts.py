@@ -93,7 +93,6 @@ def theirs(rows: int) -> Callable[[], None]:
         num_hidden_layers=case.depth,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=case.dim // 8,
         moe_intermediate_size=1728,
         num_experts=4,
         num_experts_per_tok=2,

@@ -14,6 +14,10 @@ Section = dict[str, Any]
 GQA: Section = {"kind": "gqa", "heads": 4, "kv_heads": 2}
 REBIRTH = 50
 """Optimizer steps between looks for dead experts: the published 1,000 are more than a run has."""
+SDL = 0.1
+"""Weight of the loss that pulls the number of experts to its aim: ten times the published one, for
+runs this short; the page says how far they came.
+"""
 
 
 def dense(hidden: int) -> Section:
@@ -34,7 +38,7 @@ def deepseek(hidden: int) -> Section:
 
 def dyn(experts: int = 16, **keys: Any) -> Callable[[int], Section]:
     """A quarter of the experts, as SDL asks for."""
-    usual = {"experts": experts, "reset_interval": REBIRTH}
+    usual = {"experts": experts, "reset_interval": REBIRTH, "sdl_weight": SDL}
     return lambda hidden: {"kind": "dyn_moe", "hidden": hidden} | usual | keys
 
 
@@ -58,9 +62,9 @@ FEEDS: dict[str, Callable[[int], Section]] = {
 }
 MIXERS: dict[str, Section] = {
     "dyn_heads": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2, "experts": 4}
-    | {"reset_interval": REBIRTH},
+    | {"reset_interval": REBIRTH, "sdl_weight": SDL},
     "dyn_lora": {"kind": "dyn_lora", "base": GQA, "experts": 8, "rank": 8}
-    | {"reset_interval": REBIRTH},
+    | {"reset_interval": REBIRTH, "sdl_weight": SDL},
 }
 CASES = (*FEEDS, *MIXERS)
 GROUPS = {

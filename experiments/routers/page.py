@@ -45,7 +45,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     base = _mean(_of(rows, "dense"), "step_s") if _of(rows, "dense") else 0.0
     parts = [
         INTRO.format(
-            met=round(statistics.mean(row["met"] for row in rows), -4),
+            met=round(int(statistics.mean(row["met"] for row in rows)), -4),
             steps=rows[0]["steps"],
             seeds=len({row["seed"] for row in rows}),
         )

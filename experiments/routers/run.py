@@ -98,7 +98,7 @@ def main() -> None:
         for seed, name in product(range(asked.seeds), asked.only):
             if (name, seed) in known:
                 continue
-            done.append(case(name, seed, asked.steps))
+            done.append(case(str(name), int(seed), asked.steps))
             results.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(done[-1]), flush=True)
     page.write(done, out)

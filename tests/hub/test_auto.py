@@ -17,6 +17,7 @@ STRANGE = {
         },
         {},
     ),
+    "experts": ({"kind": "dyn_heads", "experts": 3}, {}),
     "untied": ({"window": 5, "bias": "all"}, {"tie_embeddings": False}),
 }
 
@@ -34,6 +35,8 @@ def pair(request, tmp_path, model):
 def test_a_model_that_is_no_stock_one_opens_in_transformers_with_equal_logits(pair, ids):
     ours, theirs = pair
     assert torch.equal(theirs(ids).logits, ours(ids).logits)
+    for name, counter in ours.named_buffers():
+        assert torch.equal(theirs.lm.get_buffer(name), counter), name
     tied = theirs.lm.head.weight is theirs.lm.embed.weight
     assert tied == ours.config.tie_embeddings
 

@@ -70,7 +70,7 @@ def same(found, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
+def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
     feed, x = build(**CASES[case]), draw(ROWS, TOKENS, DIM).requires_grad_()
     real = torch.ones(ROWS, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
     dy = draw(ROWS, TOKENS, DIM, seed=2) * real[..., None]

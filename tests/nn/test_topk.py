@@ -64,7 +64,7 @@ def same(found, expected, tolerance=1e-12):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
+def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
     feed, x = build(**CASES[case]), draw(ROWS, TOKENS, DIM).requires_grad_()
     real = torch.ones(ROWS, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
     dy = draw(ROWS, TOKENS, DIM, seed=2) * real[..., None]
@@ -80,7 +80,7 @@ def test_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
 
 
 @pytest.mark.parametrize("name", ["switch", "sequence", "squared"])
-def test_balance_losses_and_their_gradients_are_their_formulas(name):
+def test_A6_balance_losses_and_their_gradients_are_their_formulas(name):
     feed = build(experts=5, top_k=2, balance=name, balance_weight=0.3, z_weight=0.2).train()
     x, real = draw(ROWS, TOKENS, DIM), SEGMENTS >= 0
     out = feed(x, context(SEGMENTS))
@@ -136,7 +136,7 @@ def test_balance_is_at_its_floor_when_every_expert_gets_the_same():
         assert loss(crowd, same_two, everyone) > floor + 0.1
 
 
-def test_nothing_but_padding_has_no_loss_and_no_load():
+def test_G8_nothing_but_padding_has_no_loss_and_no_load():
     feed = build(experts=5, top_k=2, z_weight=1.0).train()
     for name in ("switch", "sequence", "squared"):
         feed.config = TopKMoE(hidden=HIDDEN, experts=5, balance=name, z_weight=1.0)
@@ -171,7 +171,7 @@ def test_equal_scores_go_to_the_first_experts():
     assert load.tolist() == [ROWS * TOKENS] * 2 + [0] * 3
 
 
-def test_permuted_experts_give_the_same_with_permuted_loads():
+def test_G7_permuted_experts_give_the_same_with_permuted_loads():
     feed, other = build(experts=5, top_k=2, shared=1), build(experts=5, top_k=2, shared=1)
     order = torch.tensor([3, 0, 4, 1, 2])
     with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from tinsmith.hub.from_hf import OWN, config_from_hf
 from tinsmith.nn.model import LM
+from tinsmith.nn.routing.rebirth import Window
 
 
 class TinsmithConfig(PretrainedConfig):
@@ -79,7 +80,12 @@ class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `LM` has given its weights their first values."""
+        """Counters of a run, which no folder has, from 0; `LM` has given weights their first
+        values.
+        """
+        if isinstance(module, Window):
+            for counter in module.buffers(recurse=False):
+                counter.zero_()
 
 
 AutoConfig.register(OWN, TinsmithConfig)

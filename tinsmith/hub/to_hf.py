@@ -38,6 +38,7 @@ def config_to_hf(config: ModelConfig) -> Translation:
     if reason is not None:
         return Translation(_write_own(config), OWN, reason)
     layer = config.layers[0]
+    assert isinstance(layer.mixer, GQA | MLA)
     side = _SIDES[type(layer.mixer)]
     kind = side.kind_of(config)
     data = {
