@@ -130,7 +130,8 @@ def test_a_split_into_micro_batches_counts_the_same(planted, run):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_it_trains_in_half_precision(precision, run):
-    saved = run("half", feed={"router_grad": "smk"}, precision=precision)
+    feed = {"router_grad": "sml", "sml_local": True, "candidates": "active+r"}
+    saved = run("half", feed=feed, precision=precision)
     first, last = saved["step-00000001"].model, saved["step-00000012"].model
     name = "blocks.0.feed.gate.prototypes"
     assert last[name].dtype == torch.float32

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from tinsmith.core.parse import Config, Size
 from tinsmith.nn.parts.choose import top
+from tinsmith.nn.parts.init import Stack
+from tinsmith.nn.parts.norm import wide
 from tinsmith.nn.parts.spread import add_gradient, whole
 from tinsmith.nn.routing.experts import Experts
 from tinsmith.nn.routing.surprise import Heard, Weights, closed_form, heard
@@ -166,12 +168,14 @@ def _candidates(config: Learning, experts: Experts, found: Heard) -> tuple[Tenso
 
 
 def _weights(experts: Experts) -> Weights:
-    gate = experts.gate_proj
-    return Weights(
-        None if gate is None else whole(gate.weight),
-        whole(experts.up_proj.weight),
-        whole(experts.down_proj.weight),
-    )
+    """Detached, at least float32."""
+
+    def wanted(stack: Stack) -> Tensor:
+        weight = whole(stack.weight)
+        return weight.to(wide(weight.dtype))
+
+    gate = None if experts.gate_proj is None else wanted(experts.gate_proj)
+    return Weights(gate, wanted(experts.up_proj), wanted(experts.down_proj))
 
 
 def _learn_locally(

@@ -147,8 +147,8 @@ def closed_form(
     """S and |y| (N, E) of the masked pairs, 0 elsewhere, by the formula alone: also of experts that
     did not work, and differentiable by the weights.
     """
-    plan = plan_of_mask(mask_NE)
-    x_PD, g_PD = plan.gather(x_ND), plan.gather(gradient_ND)
+    plan, kind = plan_of_mask(mask_NE), experts.up_EHD.dtype
+    x_PD, g_PD = plan.gather(x_ND).to(kind), plan.gather(gradient_ND).to(kind)
     b_PH = grouped(x_PD, experts.up_EHD, plan.ends_E)
     dh_PH = grouped(g_PD, experts.down_EDH.mT, plan.ends_E)
     if experts.gate_EHD is None:
