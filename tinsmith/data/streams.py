@@ -3,6 +3,7 @@ again and again."""
 
 import itertools
 import platform
+import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -160,10 +161,11 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
         yield Document(content, solution.encode(), "tasks", index)
 
 
-def _row(task: tasks.Task, shape: Shape, config: Tasks) -> dict[str, Any]:
+def _row(task: tasks.Task, index: int, shape: Shape, config: Tasks) -> dict[str, Any]:
     """A task as a record of chats, pairs or prompts."""
     if shape == "chats":
-        return task.chat(config.thoughts)
+        slips = random.Random(f"slip/{config.seed}/{index}").random() < config.mistakes
+        return (task.slipped() if slips else task).chat(config.thoughts)
     return task.pair() if shape == "pairs" else task.prompt()
 
 
