@@ -153,9 +153,8 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
     for index in range(config.count):
         name = config.tasks[index % len(config.tasks)]
         task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
-        content = (
-            task.text() if shape == "documents" else _READERS[shape](_row(task, shape, config))
-        )
+        row = task.text() if shape == "documents" else _row(task, index, shape, config)
+        content = row if isinstance(row, str) else _READERS[shape](row)
         # the split goes by what is asked, in whatever words
         solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
         yield Document(content, solution.encode(), "tasks", index)
