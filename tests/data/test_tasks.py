@@ -121,3 +121,16 @@ def test_chats_show_the_steps_as_reasoning():
     assert (user["content"], assistant["content"]) == (task.question, task.answer)
     assert assistant["reasoning_content"] == task.reasoning
     assert task.text().startswith(f"{task.question}\n{task.reasoning}\n")
+
+
+def test_a_slip_is_one_too_many_and_no_answer():
+    task = generate("arithmetic", 0, 3)
+    assert (task.answer, task.slipped().answer) == ("50", "51")
+    assert not check(task, task.slipped().answer)
+    assert generate("sort", 0, 2).slipped() == generate("sort", 0, 2)
+
+
+def test_thoughts_can_be_left_out():
+    task = generate("arithmetic", 0, 3)
+    assert task.chat()["messages"][1]["reasoning_content"] == task.reasoning
+    assert task.chat(thoughts=False)["messages"][1] == {"role": "assistant", "content": "50"}

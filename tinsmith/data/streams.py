@@ -3,6 +3,7 @@ again and again."""
 
 import itertools
 import platform
+import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -152,18 +153,19 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
     for index in range(config.count):
         name = config.tasks[index % len(config.tasks)]
         task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
-        content = (
-            task.text() if shape == "documents" else _READERS[shape](_row(task, shape, config))
-        )
+        row = task.text() if shape == "documents" else _row(task, index, shape, config)
+        content = row if isinstance(row, str) else _READERS[shape](row)
         # the split goes by what is asked, in whatever words
         solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
         yield Document(content, solution.encode(), "tasks", index)
 
 
-def _row(task: tasks.Task, shape: Shape, config: Tasks) -> dict[str, Any]:
+def _row(task: tasks.Task, index: int, shape: Shape, config: Tasks) -> dict[str, Any]:
     """A task as a record of chats, pairs or prompts."""
     if shape == "chats":
-        return task.chat(thoughts=config.thoughts, tagged=config.tagged)
+        slips = random.Random(f"slip/{config.seed}/{index}").random() < config.mistakes
+        said = task.slipped() if slips else task
+        return said.chat(thoughts=config.thoughts, tagged=config.tagged)
     return task.pair(thoughts=config.thoughts) if shape == "pairs" else task.prompt()
 
 

@@ -57,6 +57,11 @@ class Task(NamedTuple):
             ]
         }
 
+    def slipped(self) -> "Task":
+        """The same task, with one too many for its answer if that is a number."""
+        number = self.name in ("arithmetic", "calculator")
+        return self._replace(answer=str(int(self.answer) + 1)) if number else self
+
     def prompt(self) -> dict[str, Any]:
         """The task as a prompt record, with the answer and the kind of task."""
         tools = {"tools": [CALCULATOR]} if self.expression else {}
