@@ -1,10 +1,12 @@
 """Recipes of objectives that answer their own prompts: tried, run, refused."""
 
 import pytest
+import torch
 
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
+from tinsmith.train import checkpoint
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.trainer import train
 
@@ -59,6 +61,21 @@ def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
     steps = [line for line in lines if line["kind"] == "train"]
     assert {"reward", "reward_std", "length", "clipped", "moved_k2", "kl_k3"} <= steps[0].keys()
     assert "reward of greedy answers" in (folder / "final" / "README.md").read_text()
+
+
+def test_ppo_takes_no_step_that_has_moved_too_far():
+    """The second pass over the first rollout, after the step of the first."""
+    objective = {"kind": "ppo", "max_new": 6, "rewards": [{"kind": "variety"}], "updates": 2}
+    section = {**RECIPE["train"], "precision": "fp32", "steps": 3, "save_every": 1}
+    limited = objective | {"max_moved": 1e-9}
+    folder = train(from_dict(RECIPE | {"objective": limited, "train": section}), "early")
+    first, second, third = (
+        checkpoint.load(folder / "checkpoints" / f"step-{step:08d}") for step in (1, 2, 3)
+    )
+    for part in ("model", "optim", "objective"):
+        one, two = getattr(first, part), getattr(second, part)
+        assert all(torch.equal(one[name], two[name]) for name in one), part
+    assert any(not torch.equal(second.model[name], third.model[name]) for name in first.model)
 
 
 def test_a_policy_spread_over_processes_is_refused():
