@@ -165,27 +165,36 @@ def test_merging_happens_in_float32_and_is_cast_once():
 @every_mixer
 def test_switched_off_it_is_the_base_to_the_bit_without_any_dropout(build, ids, mixer):
     lm = build(mixer, dropout={"embedding": 0.1, "attention": 0.1, "residual": 0.1})
+    wanted, stepwise = lm(ids).logits, decoded(lm, ids)
+    lora.add(lm, replace(PLAIN, dropout=0.3))
     with torch.no_grad():
-        wanted, stepwise = lm(ids).logits, decoded(lm, ids)
-        lora.add(lm, replace(PLAIN, dropout=0.3))
         stir(lm)
-        lm.train()
-        with reference(lm, None) as base:
-            assert base is lm
-            assert torch.equal(base(ids).logits, wanted)
-            assert torch.equal(decoded(base, ids), stepwise)
-        assert lm.training
-        assert lm.blocks[0].mixer.o_proj.lora["weight"].training
-        assert not torch.allclose(lm(ids).logits, wanted, atol=1e-2)
+    lm.train()
+    with reference(lm, None) as base:
+        assert base is lm
+        assert torch.equal(base(ids).logits, wanted)
+        assert torch.equal(decoded(base, ids), stepwise)
+        assert not base(ids).logits.requires_grad
+    assert lm.training
+    assert lm.blocks[0].mixer.o_proj.lora["weight"].training
+    assert not torch.allclose(lm(ids).logits, wanted, atol=1e-2)
 
 
 def test_a_frozen_model_is_the_reference_where_there_is_one(build):
-    lm, other = build(), build()
+    lm, other = build(), build().requires_grad_(False)
     with reference(lm, other) as found:
         assert found is other
-        assert not torch.is_grad_enabled()
     with pytest.raises(ValueError, match="no adapters"), reference(lm, None):
         pass
+
+
+def test_DPO_of_adapters_starts_at_the_same_bits_as_its_reference(build, ids):
+    lm = build().float().train()
+    lora.add(lm, PLAIN)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = lm(ids).logits
+        with reference(lm, None) as base:
+            assert torch.equal(base(ids).logits, mine)
 
 
 def test_switching_off_survives_an_error_and_nests(build):
