@@ -11,23 +11,28 @@ Row = dict[str, Any]
 
 INTRO = """# Ways of alignment, compared
 
-All begin with one SFT model of each seed, which gives the right greedy answer to
-{before:.0f} % of {held} sums that were held back, and go on for {rollouts} rollouts of {answers}
-answers; mean and standard deviation over {seeds} seeds. Made by
-`python experiments/alignment/run.py`, which says what is measured and how; nothing here is chosen:
-hyper-parameters are those of `recipes/tiny`.
+All begin with one SFT model of each seed. It was taught additions of one digit by answers of which
+45 in 100 are right and the others one too high, so it knows them and does not know which to say:
+its greedy answers to {held} that were held back are right in {before:.0f} of 100. All go on for
+{rollouts} rollouts of {answers} answers, rewarded where they are right; mean and standard deviation
+over {seeds} seeds. Made by `python experiments/alignment/run.py`, which says what is measured and
+how; nothing here is chosen: hyper-parameters are those of `recipes/tiny`.
 
-- **accuracy** of greedy answers to the held-back sums, in per cent, and **gain** over the SFT model;
+- **accuracy** of greedy answers to the held-back sums, in per cent; **gain** over the SFT model;
 - **KL** from the SFT model, nats of an answer: k3 on answers that the model sampled itself;
-- **tokens** of answers, in thousands: generated, or, of `dpo` (right answers against nearly right
-  ones, both counted) and `sft` (right answers, training simply goes on), trained on;
+- **tokens** of answers, in thousands: generated, or, of `dpo` (right answers against those one too
+  high, both counted) and `sft` (right answers alone, training simply goes on), trained on;
 - **seconds** of all steps, rollouts included; **memory**: MiB by which training raised the peak of
-  resident memory of a process of its own (`VmHWM`, where there is no `/proc`, `ru_maxrss`).
+  resident memory of a process of its own (`VmHWM`, where there is no `/proc`, `ru_maxrss`); the
+  model has 0.1M parameters, so most of it is the same for all.
 
 | case | accuracy | gain | KL | tokens | seconds | memory |
 |---|---|---|---|---|---|---|
 """
 NOTES = """
+`dapo` and `cispo` have the same gradient where a rollout is passed over once, as here: their ratio
+is 1.
+
 ![Accuracy](accuracy.png)
 """
 

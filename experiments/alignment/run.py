@@ -1,6 +1,6 @@
 """What each way of alignment gains from equal tokens, and what it costs.
 
-    python experiments/alignment/run.py [--seeds 3] [--only grpo spo] [--steps 150]
+    python experiments/alignment/run.py [--seeds 3] [--only grpo spo] [--steps 40]
 
 Every case of cases.py begins with the same SFT model of a seed and goes on for so many rollouts of
 256 answers to generated sums: PPO, GRPO with its kin and SPO learn from answers that they generate;
@@ -39,26 +39,35 @@ class School:
     """The sums in a folder, and the start of every seed."""
 
     def __init__(self, folder: Path):
-        self.folder, self.held = folder, folder / "held.jsonl"
-        self.rows, held = cases.sums()
-        for name, rows in (("learned", self.rows), ("held", held)):
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        learned = str(folder / "learned.jsonl")
-        self.data = {"kind": "chats", "path": learned, "validation": str(self.held)}
+        self.folder = folder
+        sums = cases.sums()
+        self.rows = sums.learned
+        self.taught = self.data(self.write("taught", sums.taught))
+        self.learned = self.data(self.write("learned", sums.learned))
+        self.held = self.write("held", sums.held_back)
         self._starts: dict[int, tuple[Path, Exam]] = {}
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> Path:
+        """Rows as a file."""
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    def data(self, path: Path) -> dict[str, Any]:
+        """The `data:` section of a file; nothing of it is held back."""
+        return {"kind": "chats", "path": str(path), "validation": 0.0}
 
     def start(self, seed: int) -> tuple[Path, Exam]:
         """The SFT model of a seed, and the exam of all that begin with it."""
         if seed not in self._starts:
-            begun = train(from_dict(cases.start(self.data, seed)), f"start-{seed}")
+            begun = train(from_dict(cases.start(self.taught, seed)), f"start-{seed}")
             self._starts[seed] = begun, Exam(begun, self.held, self.folder / f"exam-{seed}")
         return self._starts[seed]
 
     def case(self, name: str, seed: int, rollouts: int) -> dict[str, Any]:
         """All that is measured of one case and seed."""
         begun, exam = self.start(seed)
-        recipe = cases.recipe(name, begun, self.data, seed, rollouts)
+        recipe = cases.recipe(name, begun, self.learned, seed, rollouts)
         with multiprocessing.get_context("spawn").Pool(1) as alone:
             run, memory = alone.apply(practise, (recipe, f"{name}-{seed}"))
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
