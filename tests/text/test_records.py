@@ -25,6 +25,20 @@ def test_messages():
     assert said(record) == [("system", "S"), ("user", "1+1?"), ("assistant", "2")]
 
 
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"question": "Q", "final": "1", "equation": "x"}, "1"),
+        ({"prompt": "Q", "answer": "so 1", "final": "1"}, "so 1"),
+        ({"question": "Q", "answer": 2}, "2"),
+    ],
+)
+def test_questions_with_an_answer_are_chats(record, answer):
+    assert said(record) == [("user", "Q"), ("assistant", answer)]
+    assert said({"system": "S"} | record)[0] == ("system", "S")
+    assert said({"question": "Q"}, answered=False) == [("user", "Q")]
+
+
 def test_developer_is_system_and_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     record = {"messages": [{"role": "developer", "content": parts}, ASK, ANSWER]}
@@ -189,6 +203,10 @@ def messages(*items):
         (messages(ASK, ANSWER) | {"tools": "[" * 80 + "]" * 80}, "nested more than 64"),
         (messages(ASK, ANSWER) | {"system": 4}, "`system` is not text"),
         ({"instruction": "I"}, "`output` is missing"),
+        ({"question": "Q"}, "no text in any of `answer`, `output`, `final`"),
+        ({"prompt": ["Q"], "answer": "A"}, "`prompt` is not text"),
+        ({"question": "Q", "answer": " "}, "message 2: empty content"),
+        ({"question": "Q", "answer": True}, "no text in any of"),
         ({"instruction": 3, "output": "O"}, "`instruction` is not text"),
         ({"instruction": "", "output": "O"}, "message 1: empty content"),
         ({"instruction": "I", "output": None}, "message 2: `content` is missing"),

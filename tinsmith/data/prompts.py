@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from tinsmith.data.pairs import asked_messages
 from tinsmith.text.chat import BadRecord, Conversation, encode_prompt, normalise
+from tinsmith.text.records import answer_of
 from tinsmith.text.tokenizer import Tokenizer
 
 NOTES = "notes"
 """The folder, inside that of a prepared part, of what is known of its prompts beside their ids."""
 _ANSWERS = ("final", "answer", "output")
-"""Fields of a record that hold the answer, the first that is there."""
+"""Fields of a record that hold what an answer is checked by: the bare result, if there is one."""
 
 
 class Prompt(NamedTuple):
@@ -57,7 +58,7 @@ def read_prompt(record: Any) -> Question:
     asked = whole.prompt()
     if not asked.messages:
         raise BadRecord("nobody asks anything")
-    answer = _answer(record)
+    answer = answer_of(record, _ANSWERS)
     if answer is None and len(asked.messages) < len(whole.messages):
         answer = whole.messages[-1].content
     if answer is not None and not answer.strip():
@@ -77,13 +78,3 @@ def note(question: Question) -> bytes:
     """What is kept of a prompt beside its ids."""
     kept = {"answer": question.answer, "record": question.record}
     return json.dumps(kept, ensure_ascii=False, default=str).encode()
-
-
-def _answer(record: dict[str, Any]) -> str | None:
-    for key in _ANSWERS:
-        value = record.get(key)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
-    return None

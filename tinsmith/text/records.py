@@ -1,6 +1,7 @@
 """Chat records as people write them, made into one form, or refused with a reason."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ _ROLES: dict[str, Role] = {
 }
 
 
+ANSWERS = ("answer", "output", "final")
+"""Fields that hold what is said to a question: worked out, if it is, before the bare result."""
 DEEPEST = 64
 """Levels of nesting in tools and in arguments."""
 
@@ -63,7 +66,8 @@ class Conversation:
 
 
 def normalise(record: Any, *, answered: bool = True) -> Conversation:
-    """Read `messages` (OpenAI), `conversations` (ShareGPT, MiniMind) or `instruction` (Alpaca).
+    """Read `messages` (OpenAI), `conversations` (ShareGPT, MiniMind), `instruction` (Alpaca), or a
+    `question` or `prompt` with its answer in one of `ANSWERS`.
 
     Tools come from the record's `tools` or those of its system message, as a list or as JSON text.
     A blank system message is left out. With `answered` the assistant must speak; without, the
@@ -100,9 +104,12 @@ def _items(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
                 _from_sharegpt(item) if item.get("from") is not None else _from_parts(item)
                 for item in items
             ]
-    if "instruction" not in record:
-        raise BadRecord("has none of `messages`, `conversations`, `instruction`")
-    return _from_alpaca(record, answered)
+    if "instruction" in record:
+        return _from_alpaca(record, answered)
+    for key in ("question", "prompt"):
+        if key in record:
+            return _from_question(record, key, answered)
+    raise BadRecord("has none of `messages`, `conversations`, `instruction`, `question`, `prompt`")
 
 
 def _from_sharegpt(item: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +152,25 @@ def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]
         {"role": ("user", "assistant")[place % 2], "content": text}
         for place, text in enumerate(said)
     ]
+
+
+def _from_question(record: dict[str, Any], asks: str, answered: bool) -> list[dict[str, Any]]:
+    items = [{"role": "user", "content": _text(record[asks], f"`{asks}`")}]
+    said = answer_of(record, ANSWERS)
+    if said is None and answered:
+        raise BadRecord(f"no text in any of {', '.join(f'`{key}`' for key in ANSWERS)}")
+    return items if said is None else [*items, {"role": "assistant", "content": said}]
+
+
+def answer_of(record: dict[str, Any], fields: Sequence[str]) -> str | None:
+    """The first of these fields that holds a text or a number, as text."""
+    for field in fields:
+        value = record.get(field)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+    return None
 
 
 def _message(item: dict[str, Any], where: str) -> Message:
