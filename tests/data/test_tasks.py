@@ -1,9 +1,14 @@
 import re
+from pathlib import Path
+from typing import cast
 
 import pytest
 
+from tinsmith.data.config import Tasks
+from tinsmith.data.streams import Document, open_origin
 from tinsmith.data.tasks import check, generate
 from tinsmith.objectives.calculator import calculate
+from tinsmith.text.chat import Conversation
 
 NAMES = ("arithmetic", "sort", "copy")
 
@@ -121,3 +126,46 @@ def test_chats_show_the_steps_as_reasoning():
     assert (user["content"], assistant["content"]) == (task.question, task.answer)
     assert assistant["reasoning_content"] == task.reasoning
     assert task.text().startswith(f"{task.question}\n{task.reasoning}\n")
+
+
+def documents(config, shape):
+    found = list(open_origin(config, shape, "data", lambda hub: Path(hub.name)).train())
+    assert all(isinstance(each, Document) for each in found)
+    return cast(list[Document], found)
+
+
+def chats(config):
+    """What is said last in every chat of a section, and what is asked."""
+    said = [cast(Conversation, document.content) for document in documents(config, "chats")]
+    return [(chat.messages[0].content, chat.messages[-1]) for chat in said]
+
+
+@pytest.mark.parametrize("shape", ["chats", "pairs"])
+def test_tasks_that_are_not_worked_show_no_steps_and_are_split_alike(shape):
+    keys = []
+    for worked in (True, False):
+        found = documents(Tasks(count=50, worked=worked), shape)
+        keys.append([each.key for each in found])
+        assert any("take" in text for each in found for text in each.texts()[1:]) == worked
+    assert keys[0] == keys[1]
+
+
+def test_a_careless_teacher_is_one_too_high_as_often_as_asked_and_no_question_says_when():
+    config = Tasks(count=2000, tasks=("arithmetic",), digits=1, careless=0.4)
+    off = [(asked, int(said.content) - int(solve(asked))) for asked, said in chats(config)]
+    assert {difference for _, difference in off} == {0, 1}
+    assert 0.35 < sum(difference for _, difference in off) / len(off) < 0.45
+    seen = {}
+    for asked, difference in off:
+        seen.setdefault(asked, set()).add(difference)
+    assert sum(len(each) == 2 for each in seen.values()) > 100
+    assert {difference for _, difference in off[:50]} == {0, 1}
+    plain = [said.content for _, said in chats(Tasks(count=2000, tasks=("arithmetic",), digits=1))]
+    assert plain == [solve(asked) for asked, _ in off]
+
+
+def test_a_careless_share_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Tasks(careless=1.5)
+    with pytest.raises(ValueError, match="makes no mistakes"):
+        Tasks(tasks=("calculator",), careless=0.1)

@@ -64,11 +64,20 @@ class Tasks(DataSection):
     """Numbers to sort or letters to copy, at most."""
     tagged: bool = False
     """Whether chats say the answer inside `<answer>`."""
+    worked: bool = True
+    """Whether chats and pairs show the work in `<think>` before the answer."""
+    careless: float = 0.0
+    """The share of chats with a wrong answer (a number one too high): a careless teacher, whose
+    pupil has something to learn from preferences and rewards."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tasks:
             raise ValueError("tasks must name at least one of arithmetic, sort, copy, calculator")
+        if not 0 <= self.careless <= 1:
+            raise ValueError(f"careless={self.careless} must be a share from 0 to 1")
+        if self.careless and "calculator" in self.tasks:
+            raise ValueError(f"careless={self.careless}: a calculator makes no mistakes; leave out")
         for name, value, highest in (
             ("count", self.count, 10**9),
             ("digits", self.digits, 9),

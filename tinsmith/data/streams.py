@@ -3,6 +3,7 @@ again and again."""
 
 import itertools
 import platform
+import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -153,17 +154,22 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
         name = config.tasks[index % len(config.tasks)]
         task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
         content = (
-            task.text() if shape == "documents" else _READERS[shape](_row(task, shape, config))
+            task.text()
+            if shape == "documents"
+            else _READERS[shape](_row(task, index, shape, config))
         )
         # the split goes by what is asked, in whatever words
         solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
         yield Document(content, solution.encode(), "tasks", index)
 
 
-def _row(task: tasks.Task, shape: Shape, config: Tasks) -> dict[str, Any]:
-    """A task as a record of chats, pairs or prompts."""
+def _row(task: tasks.Task, index: int, shape: Shape, config: Tasks) -> dict[str, Any]:
+    """Task number `index` as a record of chats, pairs or prompts."""
+    task = task if config.worked else task._replace(reasoning="")
     if shape == "chats":
-        return task.chat(tagged=config.tagged)
+        chance = random.Random(f"careless/{config.seed}/{index}").random()
+        said = task.careless() if chance < config.careless else task
+        return said.chat(tagged=config.tagged)
     return {"pairs": task.pair, "prompts": task.prompt}[shape]()
 
 

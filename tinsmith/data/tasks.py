@@ -71,6 +71,11 @@ class Task(NamedTuple):
         )
         return {"prompt": self.question, "chosen": right, "rejected": wrong}
 
+    def careless(self) -> "Task":
+        """The task with a wrong answer, of numbers the one above."""
+        wrong = str(int(self.answer) + 1) if self.name == "arithmetic" else self.mistake()
+        return self._replace(answer=wrong)
+
     def mistake(self) -> str:
         """A wrong answer that is nearly right: off by a little, or two neighbours swapped. A pure
         function of the task.
