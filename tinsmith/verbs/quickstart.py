@@ -127,7 +127,6 @@ def _what_now(runs: dict[str, Path]) -> list[str]:
         f'tinsmith generate {base} -p "def main():"': "the base model goes on writing",
         f"tinsmith chat {chat}": "talk to it",
         f"tinsmith chat {grpo} --temperature 0": "ask it: What is 7 + 8?",
-        f"tinsmith plot {runs['sums']} {runs['dpo']} {grpo}": "how the models of sums learned",
         "tinsmith runs": "all runs so far",
     }
     return [f"{what:<60} {why}" for what, why in lines.items()]
