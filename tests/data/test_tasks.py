@@ -1,9 +1,14 @@
 import re
+from pathlib import Path
+from typing import cast
 
 import pytest
 
+from tinsmith.data.config import Tasks
+from tinsmith.data.streams import Document, open_origin
 from tinsmith.data.tasks import check, generate
 from tinsmith.objectives.calculator import calculate
+from tinsmith.text.chat import Conversation
 
 NAMES = ("arithmetic", "sort", "copy")
 
@@ -127,10 +132,54 @@ def test_a_slip_is_one_too_many_and_no_answer():
     task = generate("arithmetic", 0, 3)
     assert (task.answer, task.slipped().answer) == ("50", "51")
     assert not check(task, task.slipped().answer)
-    assert generate("sort", 0, 2).slipped() == generate("sort", 0, 2)
+    task = generate("sort", 0, 2)
+    assert not check(task, task.slipped().answer)
 
 
 def test_thoughts_can_be_left_out():
     task = generate("arithmetic", 0, 3)
     assert task.chat()["messages"][1]["reasoning_content"] == task.reasoning
     assert task.chat(thoughts=False)["messages"][1] == {"role": "assistant", "content": "50"}
+
+
+def documents(config, shape):
+    found = list(open_origin(config, shape, "data", lambda hub: Path(hub.name)).train())
+    assert all(isinstance(each, Document) for each in found)
+    return cast(list[Document], found)
+
+
+def chats(config):
+    """What is said last in every chat of a section, and what is asked."""
+    said = [cast(Conversation, document.content) for document in documents(config, "chats")]
+    return [(chat.messages[0].content, chat.messages[-1]) for chat in said]
+
+
+@pytest.mark.parametrize("shape", ["chats", "pairs"])
+def test_tasks_without_thoughts_show_no_steps_and_are_split_alike(shape):
+    keys = []
+    for thoughts in (True, False):
+        found = documents(Tasks(count=50, thoughts=thoughts), shape)
+        keys.append([each.key for each in found])
+        assert any("take" in text for each in found for text in each.texts()[1:]) == thoughts
+    assert keys[0] == keys[1]
+
+
+def test_a_careless_teacher_is_one_too_high_as_often_as_asked_and_no_question_says_when():
+    config = Tasks(count=2000, tasks=("arithmetic",), digits=1, mistakes=0.4)
+    off = [(asked, int(said.content) - int(solve(asked))) for asked, said in chats(config)]
+    assert {difference for _, difference in off} == {0, 1}
+    assert 0.35 < sum(difference for _, difference in off) / len(off) < 0.45
+    seen = {}
+    for asked, difference in off:
+        seen.setdefault(asked, set()).add(difference)
+    assert sum(len(each) == 2 for each in seen.values()) > 100
+    assert {difference for _, difference in off[:50]} == {0, 1}
+    plain = [said.content for _, said in chats(Tasks(count=2000, tasks=("arithmetic",), digits=1))]
+    assert plain == [solve(asked) for asked, _ in off]
+
+
+def test_a_share_of_mistakes_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Tasks(mistakes=1.5)
+    with pytest.raises(ValueError, match="makes none"):
+        Tasks(tasks=("calculator",), mistakes=0.1)

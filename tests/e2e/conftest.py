@@ -14,8 +14,10 @@ class Shell:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def __call__(self, *words: object, code: int = 0, stdin: str = "") -> str:
-        """Both streams; the exit code must be `code`, and only bugs show tracebacks."""
+    def __call__(self, *words: object, code: int = 0, stdin: str = "", limit: int = 300) -> str:
+        """Both streams; the exit code must be `code` within `limit` seconds, and only bugs show
+        tracebacks.
+        """
         done = subprocess.run(
             [sys.executable, "-m", "tinsmith", *map(str, words)],
             cwd=self.folder,
@@ -23,7 +25,7 @@ class Shell:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=limit,
         )
         said = done.stdout + done.stderr
         assert done.returncode == code, said

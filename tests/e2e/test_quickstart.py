@@ -8,11 +8,18 @@ import torch
 
 import tinsmith
 
+RUNS = [f"quickstart{ending}" for ending in ("", "-chat", "-sums", "-dpo", "-grpo")]
+
+
+def marks(said: str) -> dict[str, int]:
+    """Sums right in 100, by what was learned."""
+    return {what: int(right) for what, right in re.findall(r"after (\S+) +(\d+)% right", said)}
+
 
 def test_quickstart_tells_the_whole_story(shell, quickstart):
     assert quickstart.count("\n> ") == 3, "three questions"
     assert "eta" in quickstart
-    for run in ("quickstart", "quickstart-chat"):
+    for run in RUNS:
         folder = shell.folder / "runs" / run
         for name in ("loss.png", "samples.md", "metrics.jsonl", "config.yaml", "env.json"):
             assert (folder / name).stat().st_size > 0, name
@@ -28,6 +35,20 @@ def test_quickstart_learns(shell, quickstart):
     bits = [row["bpb"] for row in rows if row["kind"] == "eval"]
     assert bits[-1] < bits[0] < 4.5
     assert bits[-1] > 1.0
+
+
+def test_quickstart_learns_sums_from_pairs_and_from_its_own_answers(quickstart):
+    right = marks(quickstart)
+    assert list(right) == ["fine-tuning", "DPO", "GRPO"]
+    assert right["GRPO"] >= right["fine-tuning"]
+
+
+@pytest.mark.slow
+def test_the_full_quickstart_raises_the_accuracy_of_sums(shell):
+    right = marks(shell("quickstart", "--name", "full", limit=3600))
+    assert 20 <= right["fine-tuning"] <= 60
+    assert right["DPO"] > right["fine-tuning"]
+    assert right["GRPO"] >= right["fine-tuning"] + 10
 
 
 def test_final_folder_opens_with_transformers_and_agrees(shell, quickstart):
@@ -128,7 +149,7 @@ def newest(shell) -> str:
 
 def test_runs_plot_doctor_config(shell, quickstart):
     table = json.loads(shell("runs", "--json"))
-    assert {row["name"] for row in table} >= {"quickstart", "quickstart-chat"}
+    assert {row["name"] for row in table} >= set(RUNS)
     assert "quickstart-chat" in shell("runs")
     shell("plot", "runs/quickstart", "runs/quickstart-chat", "-o", "both.png")
     assert (shell.folder / "both.png").read_bytes()[:4] == b"\x89PNG"

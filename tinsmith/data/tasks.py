@@ -58,9 +58,9 @@ class Task(NamedTuple):
         }
 
     def slipped(self) -> "Task":
-        """The same task, with one too many for its answer if that is a number."""
-        number = self.name in ("arithmetic", "calculator")
-        return self._replace(answer=str(int(self.answer) + 1)) if number else self
+        """The task with a wrong answer: of numbers the one above."""
+        wrong = str(int(self.answer) + 1) if self.name == "arithmetic" else self.mistake()
+        return self._replace(answer=wrong)
 
     def prompt(self) -> dict[str, Any]:
         """The task as a prompt record, with the answer and the kind of task."""

@@ -1,23 +1,48 @@
-"""`tinsmith quickstart`: the whole story on this machine, on text that every Python has."""
+"""`tinsmith quickstart`: the whole story on this machine, on text that every Python has and on sums
+that are made here."""
 
 import sys
 import time
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinsmith.config import RunConfig, from_dict, merge
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import say
 from tinsmith.core.parse import read_yaml
 from tinsmith.core.units import duration
+from tinsmith.data.prepare import prepare
+from tinsmith.data.sources import open_source
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
-from tinsmith.train.folder import run_folder
+from tinsmith.train.folder import run_folder, runs_root
 from tinsmith.train.precision import fastest
 from tinsmith.train.trainer import train
 from tinsmith.verbs.generate import prompt_ids, sampling
 
+
+class Part(NamedTuple):
+    """A run of the story."""
+
+    recipe: str
+    """Its file in `quickstart_recipes`."""
+    ending: str
+    """What the name of the run has after that of the story."""
+    story: str
+    start: str | None = None
+    """The recipe of the part whose model it begins with."""
+
+
+PARTS = (
+    Part("pretrain", "", "a tokenizer and a model of Python's own source code"),
+    Part("chat", "-chat", "the same model learns to answer", start="pretrain"),
+    Part("sums", "-sums", "a smaller model learns sums from a careless teacher"),
+    Part("dpo", "-dpo", "it learns to prefer right sums to nearly right ones", start="sums"),
+    Part("grpo", "-grpo", "instead, it learns from its own answers, each checked", start="sums"),
+)
+EXAMINED = {"sums": "fine-tuning", "dpo": "DPO", "grpo": "GRPO"}
+"""Parts whose sums are counted, and what is said of them."""
 QUESTIONS = (
     "Write a Python function `is_even(n)`. Return True if n is even.",
     "Implement the method `Stack.push(self, item)` in Python. Add an item to the stack.",
@@ -27,34 +52,44 @@ ANSWER_TOKENS = 120
 
 
 def quickstart(tiny: bool, name: str) -> None:
-    """Pretrain, fine-tune, answer; two runs, `NAME` (the base model) and `NAME-chat`."""
+    """Train every part, in a run that is named `NAME` and its ending, then ask and examine."""
     began = time.monotonic()
     name = _free(name)
-    say(f"Part 1 of 3: a tokenizer and a model of Python's own source code ({name})")
-    base = train(_recipe("pretrain", tiny, {}), name, recipe="quickstart")
-    say(f"\nPart 2 of 3: the same model learns to answer ({name}-chat)")
-    chat = train(_recipe("chat", tiny, {"init_from": str(base)}), f"{name}-chat")
-    say("\nPart 3 of 3: three questions")
-    _answer(chat)
+    runs: dict[str, Path] = {}
+    for number, part in enumerate(PARTS, 1):
+        run = name + part.ending
+        say(f"\nPart {number} of {len(PARTS)}: {part.story} ({run})")
+        start = {} if part.start is None else {"init_from": str(runs[part.start])}
+        runs[part.recipe] = train(_recipe(part.recipe, tiny, start), run, recipe="quickstart")
+    say("\nThree questions to the model of part 2")
+    _answer(runs["chat"])
+    say("\nSums that were held back, answered greedily by the models of parts 3 to 5")
+    for recipe, learned in EXAMINED.items():
+        exam = _recipe("grpo", tiny, {"init_from": str(runs[recipe])})
+        say(f" {f'after {learned}':<18} {_mark(runs[recipe], exam):>4.0%} right")
     said = f"\nDone in {duration(time.monotonic() - began)}. What is there now:"
-    say(f"{said}\n" + "\n".join(f"  {line}" for line in _what_now(base, chat)))
+    say(f"{said}\n" + "\n".join(f"  {line}" for line in _what_now(runs)))
 
 
 def _free(name: str) -> str:
-    """The name, or the name with the first number for which neither run exists."""
+    """The name, or the name with the first number for which no run exists."""
     for number in range(1, 10_000):
         candidate = name if number == 1 else f"{name}-{number}"
-        if not any(run_folder(each).exists() for each in (candidate, f"{candidate}-chat")):
+        if not any(run_folder(candidate + part.ending).exists() for part in PARTS):
             return candidate
     raise UserError(f"--name {name}: too many runs of this name; choose another")
 
 
 def _recipe(part: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
-    """A recipe of the package, with its own `tiny` changes on top if asked."""
+    """A recipe of the package, with its own `tiny` changes on top if asked; its bf16 is meant for
+    machines that are faster with it.
+    """
     where = resources.files("tinsmith.verbs") / "quickstart_recipes" / f"{part}.yaml"
     data = read_yaml(Path(str(where)))
     smaller = data.pop("tiny")
-    chosen = merge(data, smaller if tiny else {"train": {"precision": fastest()}})
+    chosen = merge(data, smaller) if tiny else data
+    if chosen["train"]["precision"] == "bf16":
+        chosen["train"]["precision"] = fastest()
     return from_dict(chosen | extra, f"quickstart {part}")
 
 
@@ -71,12 +106,27 @@ def _answer(chat: Path) -> None:
         say("")
 
 
-def _what_now(base: Path, chat: Path) -> list[str]:
+def _mark(run: Path, exam: RunConfig) -> float:
+    """The share of the exam's held-back sums that a model gets right, as its objective counts."""
+    lm, tokenizer = load(run)
+    assert tokenizer is not None
+    shape, context = exam.objective.shape, exam.train.context
+    place = runs_root() / ".data"
+    prepared = prepare(exam.data, tokenizer, shape, place, lambda line: None, context=context)
+    held_back = open_source(prepared.folder, shape, "validation", context, exam.train.seed)
+    objective = exam.objective.build()
+    objective.prepare(lm, tokenizer)
+    return objective.examine(lm, held_back, exam.eval.rows)["reward"]
+
+
+def _what_now(runs: dict[str, Path]) -> list[str]:
+    base, chat, grpo = runs["pretrain"], runs["chat"], runs["grpo"]
     lines = {
         f"{chat}/loss.png, samples.md, metrics.jsonl": "how it learned",
         f"{chat}/final": "opens with transformers; README.md is its card",
         f'tinsmith generate {base} -p "def main():"': "the base model goes on writing",
         f"tinsmith chat {chat}": "talk to it",
+        f"tinsmith chat {grpo} --temperature 0": "ask it: What is 7 + 8?",
         "tinsmith runs": "all runs so far",
     }
     return [f"{what:<60} {why}" for what, why in lines.items()]
