@@ -105,6 +105,14 @@ class Place:
         return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
+@pytest.fixture(scope="session")
+def steady_model(recipe) -> dict:
+    """The recipe's model without dropout and noise, which depend on how a batch is split; without
+    experts, among which the last bits of a sum of another order may turn a choice.
+    """
+    return {**recipe["model"], "dropout": {}, "pattern": recipe["model"]["pattern"][:1]}
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)

@@ -272,6 +272,7 @@ class Talking(FeedForward, Routed):
 
     def after_backward(self, probes):
         self.heard.append(probes)
+        return {"heard": probes["norms"]}
 
     def post_step(self, stats):
         self.heard.append(stats)
@@ -288,7 +289,8 @@ def test_what_layers_say_carries_their_name_and_comes_back_to_them(small, ids):
         "2.feed.balance": 2,
     }
     assert set(out.stats) == {"0.feed.load", "2.feed.load"}
-    lm.after_backward(out.probes)
+    said = lm.after_backward(out.probes)
+    assert said == {"0.feed.heard": 20, "2.feed.heard": 22}
     resets = lm.post_step(out.stats)
     assert [reset.rows.item() for reset in resets] == [0, 2]
     for layer in (0, 2):

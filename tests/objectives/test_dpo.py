@@ -14,7 +14,7 @@ from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.feedforwards import SwiGLU
 from tinsmith.nn.mixers import GQA
 from tinsmith.nn.model import LM
-from tinsmith.objectives import ObjectiveConfig, logprobs
+from tinsmith.objectives import ObjectiveConfig, chunked, logprobs
 from tinsmith.objectives.dpo import DPO, dpo_loss, sides
 from tinsmith.objectives.preferences import ipo_loss, kto_loss, orpo_loss, simpo_loss
 from tinsmith.objectives.reference import reference
@@ -241,9 +241,10 @@ def test_masked_positions_get_exactly_zero_gradient(loss, batch, monkeypatch):
 def test_chunked_loss_and_gradient_equal_the_whole(loss, batch, monkeypatch):
     policy, objective = tiny(), built(loss, frozen(1))
     whole, expected = gradients(objective, policy, batch)
-    monkeypatch.setattr(logprobs, "ELEMENTS", 120)
-    chunked, found = gradients(objective, policy, batch)
-    assert torch.allclose(chunked.total, whole.total, atol=1e-12)
+    monkeypatch.setattr(chunked, "ELEMENTS", 120)
+    monkeypatch.setattr(chunked, "TOKENS", 1)
+    parts, found = gradients(objective, policy, batch)
+    assert torch.allclose(parts.total, whole.total, atol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 

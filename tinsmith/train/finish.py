@@ -109,14 +109,22 @@ def _data(source: dict) -> Data:
 _MEASURED: dict[Shape, dict[str, str]] = {
     "documents": {"bpb": "bits per byte", "loss": "nats per token"},
     "chats": {"bpb": "bits per byte", "loss": "nats per token"},
-    "prompts": {"reward": "reward of greedy answers", "truncated": "answers cut off"},
+    "prompts": {
+        "reward": "reward of greedy answers",
+        "divergence": "divergence from the teacher at greedy answers",
+        "truncated": "answers cut off",
+    },
     "pairs": {"accuracy": "pairs ranked right", "margin": "margin", "loss": "loss per pair"},
 }
 """What a card says of the newest evaluation."""
 
 
+FIRST = ("bpb", "accuracy", "reward", "divergence", "loss")
+"""What is told first of an evaluation, as far as it is there."""
+
+
 def _first(evaluation: dict[str, float]) -> str:
-    name = next(name for name in ("bpb", "accuracy", "reward", "loss") if name in evaluation)
+    name = next(name for name in FIRST if name in evaluation)
     return f"{name} {evaluation[name]:.3f}"
 
 
@@ -130,7 +138,8 @@ def _scores(run: Run) -> list[Score]:
         items *= run.config.train.context
     return [
         Score(task="validation", metric=metric, value=last[name], items=items)
-        for name, metric in _MEASURED.get(shape, {}).items()
+        for name, metric in _MEASURED[shape].items()
+        if name in last
     ]
 
 
