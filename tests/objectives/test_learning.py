@@ -50,7 +50,7 @@ def adamw(lr: float) -> dict[str, Any]:
 class School:
     """Sums in a folder, and runs of one seed."""
 
-    def __init__(self, folder: Path, seed: int, room: int = 64, steps: int = 120):
+    def __init__(self, folder: Path, seed: int, room: int = 64, steps: int = 200):
         self.folder, self.seed, self.room, self.steps = folder, seed, room, steps
         numbers = random.Random(0)
         every = list(product(FORMS, range(10), range(10)))
@@ -92,7 +92,7 @@ class School:
     def practised(self, kind: str, start: Path, steps: int) -> Path:
         section = {"max_new": 4, "decode_rows": 256, "seed": self.seed} | KINDS[kind]
         batches = section.get("minibatches", 1)
-        rates = {"matrices": adamw(1e-3), "others": adamw(1e-3), "schedule": {"kind": "constant"}}
+        rates = {"matrices": adamw(3e-4), "others": adamw(3e-4), "schedule": {"kind": "constant"}}
         return self.run(
             kind,
             {
