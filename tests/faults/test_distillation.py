@@ -63,10 +63,10 @@ def wholes(shared_place, students) -> dict[str, tuple[dict[str, object], list[st
     ("kind", "name", "which"),
     [
         ("kd", "micro-step", 7),
-        ("kd", "manifest", 1),
+        pytest.param("kd", "manifest", 1, marks=pytest.mark.slow),
         ("on_policy_kd", "rollout", -3),
-        ("on_policy_kd", "micro-step", 9),
-        ("on_policy_kd", "manifest", 1),
+        pytest.param("on_policy_kd", "micro-step", 9, marks=pytest.mark.slow),
+        pytest.param("on_policy_kd", "manifest", 1, marks=pytest.mark.slow),
     ],
 )
 def test_T2_distillation_killed_and_resumed_ends_in_the_same_bits(

@@ -29,7 +29,14 @@ def whole(shared_place, adapting) -> tuple[dict[str, object], list[str]]:
     return shared_place.result("lora-whole"), events.read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(("name", "which"), [("micro-step", 7), ("manifest", 1), ("in sample", 0)])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        ("micro-step", 7),
+        pytest.param("manifest", 1, marks=pytest.mark.slow),
+        pytest.param("in sample", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_T2_adapters_killed_and_resumed_end_in_the_same_bits(
     name, which, shared_place, adapting, whole
 ):

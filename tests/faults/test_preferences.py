@@ -21,7 +21,10 @@ def of_pairs(recipe: dict, objective: str, **train: object) -> dict:
     return recipe | {"objective": OBJECTIVES[objective], "data": data, "train": settings}
 
 
-@pytest.mark.parametrize(("objective", "part"), [("dpo", 0.4), ("reward", 0.6)])
+@pytest.mark.parametrize(
+    ("objective", "part"),
+    [("dpo", 0.4), pytest.param("reward", 0.6, marks=pytest.mark.slow)],
+)
 def test_T1_a_killed_run_on_pairs_ends_in_the_same_bits(objective, part, shared_place, recipe):
     data = of_pairs(recipe, objective, save_every=2)
     code, said = shared_place.train(data, f"first-{objective}")
@@ -41,7 +44,10 @@ def test_T1_a_killed_run_on_pairs_ends_in_the_same_bits(objective, part, shared_
         assert found[key] == value, key
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "reward"))],
+)
 def test_T3_two_ranks_give_the_gradients_of_one_process(
     objective, shared_place, recipe, steady_model
 ):
