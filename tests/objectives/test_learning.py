@@ -6,7 +6,6 @@ high, so it knows its sums and does not know which to say.
 
 import json
 import random
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 from tinsmith.config import from_dict
-from tinsmith.data import tasks
 from tinsmith.data.prepare import prepare
 from tinsmith.data.sources import open_source
 from tinsmith.hub.load import load
@@ -145,40 +143,3 @@ def test_T11_grpo_ppo_and_spo_raise_accuracy_by_20_points_over_three_seeds(schoo
             gains[kind].append(one.accuracy(one.practised(kind, start, 25)) - before)
     for kind, gained in gains.items():
         assert sum(gained) / 3 >= 0.2, (kind, gained)
-
-
-class ToolSchool(School):
-    """Half of what is taught calls the calculator, half says a wrong number at once."""
-
-    def chat(self, index: int) -> dict[str, Any]:
-        task = tasks.generate("calculator", 0, index, digits=1)
-        record = task.chat()
-        if index % 20 < 11:
-            guess = {"role": "assistant", "content": task.mistake()}
-            record["messages"] = [record["messages"][0], guess]
-        return record
-
-    def lines(self, name: str, records: Iterable[dict[str, Any]]) -> None:
-        text = "\n".join(map(json.dumps, records))
-        (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-    def write(self, name: str, sums: list, wrong: Any) -> None:
-        """Tasks instead of sums: the first are held back."""
-        places = {"held": range(60), "right": range(60, 1500), "taught": range(60, 3000)}[name]
-        if name == "taught":
-            self.lines(name, (self.chat(place) for place in places))
-        else:
-            made = (tasks.generate("calculator", 0, place, digits=1) for place in places)
-            self.lines(name, (task.prompt() for task in made))
-
-
-@pytest.mark.slow
-def test_T11_grpo_teaches_to_ask_the_calculator(tmp_path, monkeypatch):
-    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setitem(KINDS, "grpo", KINDS["grpo"] | {"tools": ["calculator"], "max_new": 40})
-    monkeypatch.setitem(ROWS, "grpo", 16)
-    one = ToolSchool(tmp_path, 0, room=256, steps=300)
-    start = one.taught()
-    before = one.accuracy(start)
-    assert 0.1 <= before <= 0.6
-    assert one.accuracy(one.practised("grpo", start, 25)) >= before + 0.2
