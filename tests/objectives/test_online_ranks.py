@@ -1,41 +1,19 @@
 """Two gloo ranks, each with its share of the prompts, have the single process's gradients."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from tests.ranks import run
 
 WORKER = Path(__file__).with_name("online_worker.py")
-
-
-def run(world: int, folder: Path) -> dict[str, torch.Tensor]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [rank.communicate(timeout=240)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
-    return load_file(folder / f"{world}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return run(1, folder), run(2, folder)
+    return run(WORKER, 1, folder), run(WORKER, 2, folder)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "ppo", "critic", "spo"])
