@@ -7,14 +7,14 @@ pairs.
 import pytest
 import torch
 
+from tests.oracles.close import close_to
+
+close = close_to(1e-10)
+
 
 @pytest.fixture
 def lm(make, mixer, feed_forward):
     return make(mixer=mixer, feed_forward=feed_forward, depth=2)
-
-
-def close(found, expected, tolerance=1e-10):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()

@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracles import experts as oracle
+from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.feedforwards import DeepSeekMoE
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.init import initialise
 from tinsmith.nn.routing.balance import push
+
+same = close_to(1e-12)
 
 DIM, HIDDEN, ROWS, TOKENS = 16, 12, 3, 11
 SITE = Site(dim=DIM, layer=0, depth=2)
@@ -62,10 +65,6 @@ def dense(feed, x):
     if feed.shared is not None:
         y = y + feed.shared(x[None], context()).y[0]
     return y, mask
-
-
-def same(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])

@@ -3,20 +3,19 @@
 import pytest
 import torch
 
+from tests.oracles.close import close_to
 from tinsmith.nn.parts.grouped import grouped, loop_grouped, loop_outer, outer
 from tinsmith.nn.parts.init import initialise
 from tinsmith.nn.routing.dispatch import Plan, combine, plan_of_choices, plan_of_mask
 from tinsmith.nn.routing.experts import Experts
+
+same = close_to(1e-12)
 
 N, E, K, D, H = 23, 5, 2, 8, 12
 
 
 def draw(*shape, seed=1, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def same(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture

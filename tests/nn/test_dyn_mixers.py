@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.oracles.close import close_to
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.mixers.dynheads import DynHeads
 from tinsmith.nn.mixers.dynlora import DynLoRA
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.parts.rope import Rope, tables
+
+close = close_to(1e-12)
 
 D, T, E = 24, 11, 3
 HEADS = {"heads": 3, "kv_heads": 1, "head_dim": 8}
@@ -54,10 +57,6 @@ def context(rows=2, segments=None, start=0, count=T):
 def noise(*shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def only(mixer, *experts):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracles import experts as oracle
+from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.feedforwards import SwiGLU, TopKMoE
@@ -12,6 +13,8 @@ from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.init import initialise
 from tinsmith.nn.routing import balance
 from tinsmith.optim.groups import partition
+
+same = close_to(1e-12)
 
 DIM, HIDDEN, ROWS, TOKENS = 16, 24, 3, 11
 SITE = Site(dim=DIM, layer=0, depth=2)
@@ -56,10 +59,6 @@ def dense(feed, x):
     if feed.shared is not None:
         y = y + feed.shared(x[None], context()).y[0]
     return y, probabilities, mask
-
-
-def same(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])

@@ -156,7 +156,12 @@ def test_a_run_can_begin_from_a_checkpoint_with_adapters(runs, monkeypatch):
     monkeypatch.setenv("TINSMITH_RUNS", str(runs[0].parent))
     newest = max((runs[1] / "checkpoints").glob("step-*"))
     short = COMMON | {"train": COMMON["train"] | {"steps": 1}}
-    train(from_dict(short | {"init_from": str(newest), "lora": SECTION}), "third")
+    third = train(from_dict(short | {"init_from": str(newest), "lora": SECTION}), "third")
+    began, _ = tinsmith.load(newest)
+    left = load_file(third / "checkpoints" / "step-00000001" / "model.safetensors")
+    for name, tensor in began.state_dict().items():
+        assert torch.equal(left.get(name, tensor), tensor), name
+    assert set(left) > set(began.state_dict()) - {"head.weight"}
 
 
 def test_the_header_and_the_dry_run_say_what_is_trained(runs, monkeypatch, capsys):
