@@ -38,10 +38,10 @@ HERE = Path(__file__).parent
 RESULTS, SPEED = HERE / "results.json", HERE / "speed.json"
 TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 1024, "rope": {"theta": 1e4}}
 TEXT_REACH, TEXT_PARAMETERS = 64, 1_000_000
-CONTEXT, ROWS, STEPS = 256, 8, 300
+CONTEXT, ROWS, STEPS = 256, 8, 200
 RECALL = {"vocab_size": recall.VOCABULARY, "dim": 64, "depth": 2, "max_context": 1024}
-RECALL_REACH, RECALL_PARAMETERS, RECALL_STEPS, LENGTH = 32, 150_000, 500, 128
-DEPTHS, LENGTHS, PAIRS = (0.0, 0.25, 0.5, 0.75, 1.0), (64, 128, 256), (4, 8, 16)
+RECALL_REACH, RECALL_PARAMETERS, RECALL_STEPS, LENGTH = 32, 150_000, 400, 128
+DEPTHS, LENGTHS, PAIRS = (0.0, 0.25, 0.5, 0.75, 1.0), (64, 128, 256), (2, 4, 8)
 
 
 def on_text(section: dict[str, Any], seed: int, text: str) -> float:
@@ -72,7 +72,7 @@ def on_recall(section: dict[str, Any], seed: int) -> dict[str, Any]:
     """Accuracies by length and depth of a needle, and by number of pairs."""
     torch.manual_seed(seed)
     lm = LM(ModelConfig.from_dict(section))
-    loss = recall.learn(lm, RECALL_STEPS, LENGTH, seed)
+    loss = recall.learn(lm, RECALL_STEPS, seed)
     needle = {
         f"{length} {depth}": recall.accuracy(lm, length, 1, depth)
         for length, depth in product(LENGTHS, DEPTHS)
