@@ -17,30 +17,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
 from tinsmith.nn.parts.attend import reach
 from tinsmith.nn.parts.cache import Append
 from tinsmith.nn.parts.chosen import Choice, attend_chosen
-from tinsmith.nn.parts.indexer import Indexer, check_index
+from tinsmith.nn.parts.indexer import IndexedHeads
 from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentHeads, linear_flops
+from tinsmith.nn.parts.latent import linear_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSA(LatentHeads):
+class DSA(IndexedHeads):
     """Latent attention to the tokens that an indexer chooses."""
 
     kind: Literal["dsa"] = "dsa"
-    index_heads: Size = 4
-    index_dim: Size = 32
-    keep: Size = 64
-    index_weight: float = 1.0
-    index_target: Literal["dense", "selected"] = "dense"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_index(self)
 
     def build(self, site: Site) -> "DSAMixer":
         """The module."""
@@ -57,8 +47,7 @@ class DSAMixer(Mixer):
         self.nope_factor = site.rotary_factor**2
         self.attention, self.dropout = site.attention, site.attention_dropout
         self.queries, self.keys = config.queries(site.dim), config.keys(site.dim)
-        source = config.query_source(site.dim)
-        self.indexer = Indexer(site.dim, source, config.index_heads, config.index_dim)
+        self.indexer = config.indexer(site.dim)
         self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:

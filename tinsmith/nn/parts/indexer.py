@@ -11,17 +11,46 @@ Legend: B rows, T tokens, S keys, J index heads, E their width, H heads, G key h
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Rotary
+from tinsmith.nn.parts.latent import LatentHeads
 from tinsmith.nn.parts.norm import LayerNorm, exactly, wide
 from tinsmith.nn.parts.rope import rotate
 
 EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedHeads(LatentHeads):
+    """Sizes of a mixer whose latent queries attend to the tokens that an indexer chooses."""
+
+    keep: Size = 64
+    index_heads: Size = 4
+    index_dim: Size = 32
+    index_weight: float = 1.0
+    index_target: Literal["dense", "selected"] = "dense"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("index_heads", "index_dim", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        width, turned = self.index_dim, self.rope_dim
+        if width < turned and (turned % width or width % 2):
+            raise ValueError(f"index_dim={width} must be even and divide rope_dim={turned}")
+        if self.index_weight < 0:
+            raise ValueError(f"index_weight={self.index_weight} must be at least 0")
+
+    def indexer(self, dim: int) -> "Indexer":
+        """What scores earlier tokens, at model width `dim`."""
+        return Indexer(dim, self.query_source(dim), self.index_heads, self.index_dim)
 
 
 class Index(NamedTuple):
@@ -145,15 +174,3 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
-
-
-def check_index(config: Any) -> None:
-    """ValueError where the indexer of a mixer's config cannot be built."""
-    for name in ("index_heads", "index_dim", "keep"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    width, turned = config.index_dim, config.rope_dim
-    if width < turned and (turned % width or width % 2):
-        raise ValueError(f"index_dim={width} must be even and divide rope_dim={turned}")
-    if config.index_weight < 0:
-        raise ValueError(f"index_weight={config.index_weight} must be at least 0")
