@@ -100,6 +100,33 @@ def test_T4_compile_changes_nothing(shared_place, plain_recipe, one_process):
     assert_same(losses(shared_place, "compiled"), one_process)
 
 
+@pytest.mark.slow
+def test_T4_compile_changes_nothing_where_gates_learn_from_surprise(shared_place, plain_recipe):
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 16, "router_grad": "both"}
+    layers = [layer | {"feed_forward": feed} for layer in plain_recipe["model"]["pattern"]]
+    data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=4)
+    for name, compiled in (("smk", False), ("smk-compiled", True)):
+        code, said = shared_place.train(changed(data, "train", compile=compiled), name)
+        assert code == 0, said
+    assert_same(losses(shared_place, "smk-compiled"), losses(shared_place, "smk"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+def test_T3_two_ranks_train_routed_mixers_as_one_process_does(kind, shared_place, plain_recipe):
+    lora = {"kind": "dyn_lora", "base": {"kind": "gqa", "heads": 4}, "experts": 4, "rank": 2}
+    mixers = ({"kind": "dyn_heads", "experts": 4, "heads": 4}, lora)
+    layer = plain_recipe["model"]["pattern"][0]
+    layers = [layer | {"mixer": mixer | {"reset_interval": 4}} for mixer in mixers]
+    data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=6)
+    if not (shared_place.runs / "mixers").exists():
+        code, said = shared_place.train(data, "mixers")
+        assert code == 0, said
+    code, said = torchrun(shared_place, data, f"mixers-{kind}", kind)
+    assert code == 0, said
+    assert_same(losses(shared_place, f"mixers-{kind}"), losses(shared_place, "mixers"), 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["replicate", "fsdp"])
 def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
     kind, shared_place, plain_recipe, one_process
