@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import warm
+
 TIMINGS = ("tokens_per_second", "eta_seconds")
 
 
@@ -68,20 +70,26 @@ class Place:
         own = {"TINSMITH_RUNS": str(self.runs), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return os.environ | own | extra
 
-    def start(self, *arguments: object, **extra: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tinsmith", *map(str, arguments)],
-            env=self.environment(**extra),
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, *arguments: object, **extra: str) -> warm.Process:
+        return warm.Process(arguments, self.environment(**extra), self.folder)
 
     def call(self, *arguments: object, **extra: str) -> tuple[int, str]:
         process = self.start(*arguments, **extra)
         said, _ = process.communicate(timeout=300)
         return process.returncode, said
+
+    def cold(self, *arguments: object) -> tuple[int, str]:
+        """In a process that imports everything anew, with a seed of hashes of its own."""
+        done = subprocess.run(
+            [sys.executable, "-m", "tinsmith", *map(str, arguments)],
+            env=self.environment(),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout
 
     def train(self, data: dict, name: str, *more: object, **extra: str) -> tuple[int, str]:
         return self.call("train", self.write(name, data), "--name", name, *more, **extra)
@@ -128,7 +136,7 @@ def reference(shared_place: Place, recipe: dict) -> dict[str, object]:
     """The run that nothing happened to, its events in order, and what it left."""
     twin = Place(shared_place.folder)
     twin.runs = shared_place.folder / "twin"
-    code, said = twin.train(recipe, "whole")
+    code, said = twin.cold("train", twin.write("whole", recipe), "--name", "whole")
     assert code == 0, said
     code, said = shared_place.call("prepare", shared_place.write("whole", recipe))
     assert code == 0, said  # so that every run finds its shards, and passes the same events

@@ -7,6 +7,7 @@ choose among them.
 """
 
 import atexit
+import functools
 import itertools
 import os
 import signal
@@ -14,11 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def _make() -> Callable[[str], None]:
+def event(name: str) -> None:
+    """Call with a name where a sudden death would be interesting; nearly free outside of tests."""
+    if passed := _watcher():
+        passed(name)
+
+
+@functools.cache
+def _watcher() -> Callable[[str], None] | None:
+    """What the environment asks for, at the first event."""
     limit = int(os.environ.get("TINSMITH_KILL_AT", "0"))
     report = os.environ.get("TINSMITH_COUNT_EVENTS")
     if not limit and not report:
-        return lambda name: None
+        return None
     sent = signal.Signals[os.environ.get("TINSMITH_KILL_BY", "SIGKILL")]
     counter = itertools.count(1)
     names: list[str] = []
@@ -31,7 +40,3 @@ def _make() -> Callable[[str], None]:
     if report:
         atexit.register(lambda: Path(report).write_text("\n".join(names), encoding="utf-8"))
     return passed
-
-
-event = _make()
-"""Call with a name where a sudden death would be interesting; free of cost outside of tests."""

@@ -1,0 +1,82 @@
+"""`tinsmith` in a process of its own, without the seconds that importing torch takes: a fork of a
+server that has imported it (the standard library's forkserver).
+
+It has its own environment, folder and streams, and dies of signals like any other. Two things are
+shared: imports and the seed of hashes. Where those matter, start `python -m tinsmith`.
+"""
+
+import atexit
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import tinsmith
+from tinsmith.cli import main
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+class Process:
+    """What tests use of subprocess.Popen: both streams in `stdout`, text in, an exit code."""
+
+    def __init__(
+        self, words: Sequence[object], environment: Mapping[str, str], folder: Path, said: str = ""
+    ):
+        reader, writer = _SERVER.Pipe(duplex=False)
+        given = [str(word) for word in words]
+        self._process = _SERVER.Process(
+            target=_run, args=(given, dict(environment), str(folder), said, writer)
+        )
+        self._process.start()
+        writer.close()
+        self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8")
+        reader.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """Negative where a signal ended it; None while it runs."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """The rest of what it says, and its end: killed after `timeout` seconds."""
+        watch = threading.Timer(timeout, self._process.kill)  # which ends the reading, too
+        watch.start()
+        said = self.stdout.read()
+        self.stdout.close()
+        self._process.join()
+        watch.cancel()
+        return said, None
+
+    def send_signal(self, number: int) -> None:
+        """As subprocess.Popen."""
+        os.kill(self._process.pid or 0, number)
+
+
+def _run(
+    words: list[str], environment: dict[str, str], folder: str, said: str, writer: Connection
+) -> None:
+    """In the fork."""
+    reader, feeder = os.pipe()
+    os.write(feeder, said.encode())
+    os.close(feeder)
+    os.dup2(reader, 0)
+    os.dup2(writer.fileno(), 1)
+    os.dup2(writer.fileno(), 2)
+    writer.close()
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [str(Path(tinsmith.__file__).with_name("__main__.py")), *words]
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
