@@ -107,9 +107,9 @@ def same_shape(ids: Sequence[int], start: int, stop: int) -> bool:
     last input before it.
     """
     before = list(ids[:start])
-    if _PROBLEM not in before:
+    begin = len(before) - before[::-1].index(_PROBLEM) if _PROBLEM in before else len(before)
+    if _END not in before[begin:]:
         return False
-    begin = len(before) - before[::-1].index(_PROBLEM)
     asked = before[begin : before.index(_END, begin) + 1]
     places = [[i for i, n in enumerate(run) if n == NEW_LINE] for run in (asked, ids[start:stop])]
     return len(asked) == stop - start and places[0] == places[1]

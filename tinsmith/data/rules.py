@@ -232,9 +232,11 @@ KINDS: dict[str, Callable[[random.Random, list[int]], Change]] = {
 HELD_BACK = (
     *("swap+mirror", "recolour+gravity", "fill+rotate", "keep+shift", "ray+mirror"),
     *("crop+recolour", "gravity+frame", "ray+rotate", "keep+crop", "swap+tile"),
+    *("recolour+fill", "keep+recolour"),
 )
 SEEN = (
     *KINDS,
     *("recolour+mirror", "swap+gravity", "fill+mirror", "keep+rotate", "fill+shift"),
     *("crop+swap", "gravity+fill", "ray+recolour", "keep+gravity", "recolour+tile"),
+    *("swap+fill", "keep+fill"),
 )
