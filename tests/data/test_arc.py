@@ -222,7 +222,7 @@ def test_every_way_of_writing_tasks_is_read(write):
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     folder = list(read_tasks(find_tasks(str(many.parent / "one")), {}))
     assert [task.puzzles[0].name for task in folder] == ["a", "b"]
-    assert [list(read_tasks([path], {}))[0].puzzles[0].name for path in (lines, packed)] == [
+    assert [next(iter(read_tasks([path], {}))).puzzles[0].name for path in (lines, packed)] == [
         "r"
     ] * 2
     x, y = read_tasks([many], solved)
@@ -302,7 +302,7 @@ def test_what_cannot_be_tasks_is_one_line(
 def test_grids_want_their_own_ids_and_text_does_not_have_them(
     prepared, tokenizer, symbols, story_file
 ):
-    with pytest.raises(UserError, match="set tokenizer: {symbols: grids}"):
+    with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
         prepared(Arc(count=4), "chats", tokenizer)
     with pytest.raises(UserError, match="cannot write"):
         prepared(Text(path=str(story_file)), "documents", symbols)

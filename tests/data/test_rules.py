@@ -83,6 +83,12 @@ def made(steps, grids):
     return tuple(grids)
 
 
+def moves(steps, grids):
+    """Whether every step matters: no other puzzle is generated."""
+    stages = [made(steps[:count], grids) for count in range(len(steps) + 1)]
+    return len(set(stages)) == len(stages)
+
+
 def test_no_view_of_a_rule_that_is_seen_does_what_one_held_back_does():
     """As functions, on grids drawn for the purpose: names alone could hide the same rule."""
     assert not set(SEEN) & set(HELD_BACK)
@@ -100,7 +106,8 @@ def test_no_view_of_a_rule_that_is_seen_does_what_one_held_back_does():
             known.add(tuple(map(view.of, seen)))
     for rule in HELD_BACK:
         for steps in changes(rule, 100, palette):
-            assert made(steps, probes) not in known, rule
+            if moves(steps, probes):
+                assert made(steps, probes) not in known, rule
 
 
 def test_a_known_puzzle_never_changes():

@@ -9,7 +9,7 @@ A puzzle is a pure function of (rules, seed, index, sizes): the same everywhere,
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from tinsmith.data.grids import LARGEST, Grid, Pair, Puzzle, turned
@@ -42,6 +42,18 @@ def generate(rule: str, seed: int, index: int, sizes: Sizes) -> Puzzle:
         if len(found) == len(pairs) and len({pair.input for pair in found}) == len(found):
             *shown, (asked, answer) = found
             return Puzzle(f"{rule}-{index}", 0, tuple(shown), asked, answer)
+
+
+def generated(rules: Sequence[str], seed: int, count: int, sizes: Sizes) -> Iterator[Puzzle]:
+    """Puzzles of all the rules in turn."""
+    for index in range(count):
+        yield generate(rules[index % len(rules)], seed, index, sizes)
+
+
+def held_back_beside(rules: Sequence[str]) -> list[str]:
+    """The rules that are held back and made of no other kinds than these."""
+    kinds = {kind for rule in rules for kind in rule.split("+")}
+    return [rule for rule in HELD_BACK if kinds.issuperset(rule.split("+"))]
 
 
 def _pair(

@@ -18,7 +18,7 @@ from tinsmith.data.grids import drawn
 from tinsmith.data.lessons import Lesson
 from tinsmith.data.pairs import Pair, read_pair
 from tinsmith.data.prompts import Question, read_prompt
-from tinsmith.data.rules import SEEN, generate
+from tinsmith.data.rules import SEEN, generated
 from tinsmith.text.chat import BadRecord, Conversation, Message, normalise
 
 VALIDATION_NAMES = ("valid", "val", "validation")
@@ -198,9 +198,8 @@ def _arc(config: Arc, key: str) -> Origin:
 
 
 def _generated(config: Arc) -> Iterator[Task]:
-    rules = config.rules or SEEN
-    for index in range(config.count):
-        puzzle = generate(rules[index % len(rules)], config.seed, index, config.sizes)
+    found = generated(config.rules or SEEN, config.seed, config.count, config.sizes)
+    for index, puzzle in enumerate(found):
         yield Task((puzzle,), "arc", index)
 
 
