@@ -185,6 +185,12 @@ def test_a_puzzle_beyond_the_context_is_not_answered_and_is_no_error():
     assert found.to_dict()["outputs"] == 2
 
 
+def test_an_answer_may_be_kept_short():
+    """A grid needs its end of turn: what is cut off is no answer."""
+    lm, one = make(), generate("recolour", 0, 0, Sizes(3, 3, 1))
+    assert evaluate_arc(lm, GRIDS, [one], max_new=1).outcomes[0].attempts == ()
+
+
 def test_another_tokenizer_is_refused_in_one_line(tokenizer):
     with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
         evaluate_arc(make(), tokenizer, [puzzle()])

@@ -12,6 +12,7 @@ from tinsmith.core.parse import plain
 from tinsmith.hub.load import load
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.trainer import train
+from tinsmith.verbs.evaluate import Text, evaluate
 
 NSA = {
     **{"kind": "nsa", "heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 4},
@@ -101,6 +102,22 @@ def test_the_second_stage_begins_where_the_first_ends_and_tells_both_halves(stag
     assert tokenizer.vocab_size == lm.config.vocab_size == 18
     sample = lines(second, "samples")[-1]["samples"][0]["prompt"]
     assert sample.endswith("<|im_start|><|solution|>")
+
+
+def test_eval_tells_of_seen_and_held_back_rules_and_draws(stages, tmp_path, capsys, real_data):
+    """As `tinsmith eval RUN --tasks arc_agi`; rules held back are of the kinds that were seen."""
+    run = stages["second"][0]
+    evaluate(str(run), "arc_agi", Text(None, None, 3), "cpu", None, True)
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["arc_agi seen", "arc_agi held back"]
+    assert found["arc_agi seen"]["outputs"] == 3
+    assert found["arc_agi seen"]["by_task"].keys() == {"recolour-0", "mirror-1", "fill-2"}
+    held_back = {f"recolour+fill-{number}" for number in range(3)}
+    assert found["arc_agi held back"]["by_task"].keys() == held_back
+    assert (run / "arc_agi.png").read_bytes().startswith(b"\x89PNG")
+    tasks = real_data / "arc_agi1" / "training_small10.jsonl"
+    evaluate(str(run / "final"), "arc_agi", Text(tasks, None, 2), "cpu", None, False)
+    assert "arc_agi training_small10" in capsys.readouterr().out
 
 
 def test_the_exported_tokenizer_opens_in_transformers(stages):

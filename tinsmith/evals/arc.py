@@ -74,22 +74,24 @@ def evaluate_arc(
     puzzles: Sequence[Puzzle],
     *,
     rows: int = 64,
+    max_new: int = LONGEST,
     poll: Callable[[], object] = lambda: None,
 ) -> ArcResult:
     """Two attempts at every puzzle, which must have its answer to be compared with; the answer is
     never part of what the model is asked.
 
-    `rows` answers at the same time; `poll` is called before every batch of puzzles and may raise.
-    Views that leave the model's context no room are not asked. UserError where the tokenizer is
-    not that of grids.
+    `rows` answers of at most `max_new` ids at the same time; `poll` is called before every batch of
+    puzzles and may raise. Views that leave the model's context no room are not asked. UserError
+    where the tokenizer is not that of grids.
     """
     check_grids(tokenizer)
     outcomes = []
     together = max(1, rows // len(VIEWS))
+    asker = _Asker(lm, tokenizer, rows, max_new)
     with evaluating(lm):
         for start in range(0, len(puzzles), together):
             poll()
-            outcomes += _attempt(lm, tokenizer, puzzles[start : start + together], rows)
+            outcomes += _attempt(puzzles[start : start + together], asker)
     return ArcResult(outcomes)
 
 
@@ -119,42 +121,47 @@ def aug_scores(lm: LM, puzzle: Puzzle, candidates: Sequence[Grid]) -> list[float
     return scores
 
 
-def _attempt(
-    lm: LM, tokenizer: Tokenizer, puzzles: Sequence[Puzzle], rows: int
-) -> Iterator[Outcome]:
+class _Asker(NamedTuple):
+    """A model, and how it is asked."""
+
+    lm: LM
+    tokenizer: Tokenizer
+    rows: int
+    max_new: int
+
+    def answers(
+        self, puzzles: Sequence[Puzzle], numbers: Sequence[int], temperature: float
+    ) -> Iterator[tuple[int, Grid]]:
+        """Answers that are grids to every view of some puzzles, turned back."""
+        asked = [
+            (number, view, prompt)
+            for number in numbers
+            for view in VIEWS
+            if len(prompt := _prompt(puzzles[number], view)) < self.lm.config.max_context
+        ]
+        seeds = [derive(0, puzzles[n].name, puzzles[n].number, v.symmetry) for n, v, _ in asked]
+        said = generate(
+            *(self.lm, self.tokenizer, [prompt for _, _, prompt in asked]),
+            sampling=[Sampling(temperature=temperature, seed=seed) for seed in seeds],
+            max_new=self.max_new,
+            rows=self.rows,
+        )
+        for (number, view, _), answer in zip(asked, said, strict=True):
+            grid = parse_answer(answer.ids)
+            if grid is not None:
+                yield number, view.back(grid)
+
+
+def _attempt(puzzles: Sequence[Puzzle], asker: _Asker) -> Iterator[Outcome]:
     pools: list[list[Grid]] = [[] for _ in puzzles]
     for temperature in (0.0, 1.0):
         lacking = [n for n, pool in enumerate(pools) if len(pool) < ATTEMPTS]
-        for number, grid in _answers(lm, tokenizer, puzzles, lacking, temperature, rows):
+        for number, grid in asker.answers(puzzles, lacking, temperature):
             if grid not in pools[number]:
                 pools[number].append(grid)
     for puzzle, pool in zip(puzzles, pools, strict=True):
-        yield Outcome(puzzle, tuple(grid for grid, _ in ranked(lm, puzzle, pool)[:ATTEMPTS]))
-
-
-def _answers(
-    lm: LM,
-    tokenizer: Tokenizer,
-    puzzles: Sequence[Puzzle],
-    numbers: Sequence[int],
-    temperature: float,
-    rows: int,
-) -> Iterator[tuple[int, Grid]]:
-    """Answers that are grids to every view of some puzzles, turned back."""
-    asked = [
-        (number, view, prompt)
-        for number in numbers
-        for view in VIEWS
-        if len(prompt := _prompt(puzzles[number], view)) < lm.config.max_context
-    ]
-    seeds = [derive(0, puzzles[n].name, puzzles[n].number, v.symmetry) for n, v, _ in asked]
-    samplings = [Sampling(temperature=temperature, seed=seed) for seed in seeds]
-    prompts = [prompt for _, _, prompt in asked]
-    said = generate(lm, tokenizer, prompts, sampling=samplings, max_new=LONGEST, rows=rows)
-    for (number, view, _), answer in zip(asked, said, strict=True):
-        grid = parse_answer(answer.ids)
-        if grid is not None:
-            yield number, view.back(grid)
+        best = ranked(asker.lm, puzzle, pool)[:ATTEMPTS]
+        yield Outcome(puzzle, tuple(grid for grid, _ in best))
 
 
 def _prompt(puzzle: Puzzle, view: View) -> list[int]:
