@@ -31,9 +31,10 @@ top-k gate, `dense` full attention without experts; a token meets feed-forwards 
 | model | way | seen | held back | teacher | align | tasks | seconds |
 |---|---|---|---|---|---|---|---|
 """
-NOTES = """
+MATCH = """
 ![Exact match](match.png)
-
+"""
+SAID = """
 What `minutes` says after soft excursions (seed 0):
 
 ![Puzzles](arc_agi.png)
@@ -62,7 +63,10 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         for way in WAYS
         if _of(rows, model=model, way=way)
     ]
-    (folder / "README.md").write_text(intro + "\n".join(lines) + "\n" + NOTES, encoding="utf-8")
+    said = SAID if (folder / "arc_agi.png").exists() else ""
+    (folder / "README.md").write_text(
+        intro + "\n".join(lines) + "\n" + MATCH + said, encoding="utf-8"
+    )
     _draw(rows, folder / "match.png")
 
 
@@ -97,15 +101,15 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         panels, (("seen", "new tasks of seen rules"), ("held", "rules held back")), strict=True
     ):
         for place, way in enumerate(WAYS):
+            color = f"C{place}"
+            axes.plot([], [], "s", color=color, alpha=0.5, label=way)
             for number, model in enumerate(cases.MODELS):
                 found = [100 * row[key] for row in _of(rows, model=model, way=way)]
                 if not found:
                     continue
                 at = number + (place - (len(WAYS) - 1) / 2) * width
-                label = way if number == 0 else None
-                mean = statistics.mean(found)
-                axes.bar(at, mean, 0.9 * width, color=f"C{place}", alpha=0.5, label=label)
-                axes.plot([at] * len(found), found, "o", color=f"C{place}", markersize=4)
+                axes.bar(at, statistics.mean(found), 0.9 * width, color=color, alpha=0.5)
+                axes.plot([at] * len(found), found, "o", color=color, markersize=4)
         axes.set(title=title, ylim=(0, 100), xticks=range(len(cases.MODELS)))
         axes.set_xticklabels(list(cases.MODELS))
         axes.grid(axis="y", alpha=0.3)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Puzzles of a picture: half of them solved, where there are as many."""
+TOP, EACH, BOTTOM = 1.0, 1.35, 0.1
+"""Inches: the heading, a puzzle, the rest."""
 SHADES = (
     *("#16191d", "#1f6feb", "#d1372b", "#2da44e", "#e3b341"),
     *("#8c959f", "#bf3989", "#d1672b", "#79c0ff", "#7d1f2b"),
@@ -35,13 +37,13 @@ def draw_puzzles(outcomes: Sequence[Outcome]) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = chosen(outcomes)
-    height = 1.1 + 1.35 * len(shown)
+    height = TOP + EACH * len(shown) + BOTTOM
     figure = Figure(figsize=(9.0, height))
     right = sum(each.right for each in outcomes)
     heading(figure, "ARC-AGI", f"{right} of {len(outcomes)} test outputs right, two attempts each")
     grid = figure.add_gridspec(
         *(len(shown), len(COLUMNS)),
-        **{"left": 0.17, "right": 0.985, "top": 1 - 1.0 / height, "bottom": 0.1 / height},
+        **{"left": 0.17, "right": 0.985, "top": 1 - TOP / height, "bottom": BOTTOM / height},
         **{"wspace": 0.15, "hspace": 0.15},
     )
     for row, outcome in enumerate(shown):
@@ -55,7 +57,7 @@ def draw_puzzles(outcomes: Sequence[Outcome]) -> "Figure":
                 axes.set_title(COLUMNS[column], fontsize=8.5, color=INK)
             if column > 3 and each is not None and each == puzzle.answer:
                 _framed(axes)
-        place = 1 - (1.0 + 1.35 * (row + 0.5) * (height - 1.1) / (height - 1.1)) / height
+        place = 1 - (TOP + EACH * (row + 0.5)) / height
         colour = COLOURS[2] if outcome.right else BAD
         name = f"{puzzle.name}\n{'right' if outcome.right else 'wrong'}"
         figure.text(0.015, place, name, fontsize=8, color=colour, va="center")
@@ -75,7 +77,7 @@ def _draw(axes: "Axes", grid: Grid | None) -> None:
         return
     axes.set_aspect("equal")
     axes.pcolormesh(
-        *([list(row) for row in reversed(grid)],),
+        [list(row) for row in reversed(grid)],
         **{"cmap": ListedColormap(SHADES), "vmin": -0.5, "vmax": 9.5},
         **{"edgecolors": "#57606a", "linewidth": 0.4},
     )
