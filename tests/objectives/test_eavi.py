@@ -370,3 +370,24 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
 def test_a_bad_setting_is_one_line_that_names_it(settings, said):
     with pytest.raises(ValueError, match=said):
         replace(EAVI(), **settings)
+
+
+def test_a_one_hot_row_reads_as_its_ids_do_in_half_precision_too(small):
+    lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[MODELS["dense"]]).eval()
+    ids = batch_of().ids
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        read, mixed = lm(ids), lm(F.one_hot(ids, VOCAB).float())
+    assert read.hidden.dtype == mixed.hidden.dtype
+    assert torch.equal(read.hidden, mixed.hidden)
+
+
+def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
+    lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[MODELS["dense"]])
+    batch = batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = SFT(reads="answers").build().loss(lm, batch).total
+        none = ready(align=0.0).loss(lm, batch)
+        found = ready().loss(lm, batch)
+    assert float(none.total.detach()) == pytest.approx(float(alone.detach()), rel=1e-3)
+    found.total.backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters() if p.grad is not None)

@@ -34,7 +34,8 @@ def find_tasks(path: str, key: str = "data.path") -> list[Path]:
     """The files of tasks that `path` stands for; UserError, naming `key`, where there are none."""
     start = files.local(path)
     if start.is_dir():
-        found = sorted(each for each in start.rglob("*") if each.name.endswith(SUFFIXES))
+        below = (each for each in start.rglob("*") if not each.name.startswith("."))
+        found = sorted(each for each in below if each.name.endswith(SUFFIXES))
         if not found:
             raise UserError(f"{key}: no {', '.join(SUFFIXES)} file in the folder {start}")
         return found

@@ -15,7 +15,8 @@ Excursion, not variational inference: no posterior, no divergence. Bias: P is he
 gradient is not that of the loss as a function of the weights, which move P too; it is exact for
 the surrogate with P frozen, as in scheduled sampling (Bengio et al., 1506.03099). Targets stay in
 place: after an excursion of another row width they are wrong positions, so `align_equal` is told
-apart, of answers with the shape of their input. The true length is known only in training.
+apart, of answers with the shape of their input. The true length is known only in training. Rows
+are held as (2B, T, V) numbers, which is meant for small vocabularies.
 
 Legend: B rows, T positions, V vocabulary.
 """
