@@ -121,10 +121,14 @@ def train(
 def evaluate(
     model: ModelPath,
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated: bpb, routing, or files of questions.")
+        str, typer.Option(help="Comma-separated: bpb, routing, arc_agi, or files of questions.")
     ] = "bpb",
     data: Annotated[
-        Path | None, typer.Option(help="Text to measure bits per byte on (default: the run's own).")
+        Path | None,
+        typer.Option(help="Text for bits per byte, or tasks for arc_agi (default: the run's own)."),
+    ] = None,
+    solutions: Annotated[
+        Path | None, typer.Option(help="Outputs of the tests of --data, for arc_agi.")
     ] = None,
     context: Annotated[
         int | None,
@@ -146,7 +150,7 @@ def evaluate(
     from tinsmith.verbs.evaluate import Text
     from tinsmith.verbs.evaluate import evaluate as run
 
-    run(model, tasks, Text(data, context, limit), device, rope_scaling, as_json)
+    run(model, tasks, Text(data, context, limit, solutions), device, rope_scaling, as_json)
 
 
 @app.command()

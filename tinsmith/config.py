@@ -9,7 +9,7 @@ from typing import Any
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, json_schema, nearest, parse, plain, read_yaml, write_yaml
-from tinsmith.data.config import DataConfig
+from tinsmith.data.config import Arc, DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
 from tinsmith.nn.lora import LoRA
 from tinsmith.objectives import ObjectiveConfig
@@ -28,7 +28,9 @@ class RunConfig(Config):
     model: ModelConfig | None = None
     """May be left out where `init_from` brings a model."""
     tokenizer: TokenizerConfig | None = None
-    """Without it, that of `init_from`, or one trained to the size of the model's vocabulary."""
+    """Without it, that of `init_from`, of grids the symbols they are written in, or one trained to
+    the size of the model's vocabulary.
+    """
     data: tuple[DataConfig, ...]
     """One source, or a list of them with weights."""
     objective: ObjectiveConfig
@@ -58,8 +60,10 @@ class RunConfig(Config):
                 learned = f"model.max_context={most}, learned positions"
                 raise ValueError(f"train.context={context} is beyond {learned}")
         if self.init_from is None and self.model is not None and self.tokenizer is None:
-            fitting = TrainTokenizerConfig(vocab_size=self.model.vocab_size)
-            object.__setattr__(self, "tokenizer", TokenizerConfig(train=fitting))
+            grids = any(isinstance(source, Arc) for source in self.data)
+            trained = TrainTokenizerConfig(vocab_size=self.model.vocab_size)
+            fitting = TokenizerConfig(symbols="grids") if grids else TokenizerConfig(train=trained)
+            object.__setattr__(self, "tokenizer", fitting)
 
 
 def load(

@@ -31,6 +31,8 @@ def one_line(said: str) -> str:
         (["train", RECIPE, "model.positions=learned", "train.context=10k"], "train.context=10000"),
         (["train", RECIPE, "model.vocab_size=600"], "model.vocab_size: 600 is smaller than"),
         (["train", RECIPE, "data={kind: text, path: nowhere}"], "nowhere does not exist"),
+        (["train", RECIPE, "data={kind: arc, path: nowhere}"], "nowhere does not exist"),
+        (["train", RECIPE, "data={kind: arc, smallest: 2}"], "smallest=2 must be from 3 to 6"),
         (["train", RECIPE, "nonsense"], "overrides look like train.steps=100"),
         (["train", RECIPE, "--name", "../up"], "a run's name is one word"),
         (["train", RECIPE, "--resume"], "--name"),

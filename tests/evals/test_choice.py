@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.evals.bpb import evaluating
 from tinsmith.evals.choice import Line, encode_question, evaluate_choice, log_likelihoods
 from tinsmith.evals.questions import parse_question
+from tinsmith.infer.generate import evaluating
 
 ROWS = [
     {"context": "the cat", "choices": ["sat on the mat", "off", "ran off."], "answer": 0},

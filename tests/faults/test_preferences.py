@@ -1,4 +1,6 @@
-"""T1 to T4 for objectives on pairs: killed, resumed, and spread over two processes."""
+"""T1 to T4 for objectives on pairs, and on whole chats: killed, resumed, and spread over two
+processes.
+"""
 
 import signal
 
@@ -11,11 +13,13 @@ OBJECTIVES = {
     "dpo": {"kind": "dpo", "beta": 0.5},
     "kto": {"kind": "dpo", "loss": "kto", "beta": 0.5},
     "reward": {"kind": "reward"},
+    "eavi": {"kind": "eavi"},
+    "eavi-hard": {"kind": "eavi", "excursion": "hard", "align": 0.8},
 }
 
 
 def of_pairs(recipe: dict, objective: str, **train: object) -> dict:
-    """The tiny recipe on generated pairs, long enough for whole answers."""
+    """The tiny recipe on generated pairs or answers, long enough for whole ones."""
     settings = {**recipe["train"], "context": 160, "rows": 2, "steps": 6, **train}
     data = {"kind": "tasks", "tasks": ["copy"], "count": 200, "length": 3}
     return recipe | {"objective": OBJECTIVES[objective], "data": data, "train": settings}
@@ -23,7 +27,12 @@ def of_pairs(recipe: dict, objective: str, **train: object) -> dict:
 
 @pytest.mark.parametrize(
     ("objective", "part"),
-    [("dpo", 0.4), pytest.param("reward", 0.6, marks=pytest.mark.slow)],
+    [
+        ("dpo", 0.4),
+        ("eavi", 0.7),
+        pytest.param("reward", 0.6, marks=pytest.mark.slow),
+        pytest.param("eavi-hard", 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_T1_a_killed_run_on_pairs_ends_in_the_same_bits(objective, part, shared_place, recipe):
     data = of_pairs(recipe, objective, save_every=2)
@@ -46,7 +55,10 @@ def test_T1_a_killed_run_on_pairs_ends_in_the_same_bits(objective, part, shared_
 
 @pytest.mark.parametrize(
     "objective",
-    ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "reward"))],
+    [
+        *("dpo", "eavi"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "reward", "eavi-hard")),
+    ],
 )
 def test_T3_two_ranks_give_the_gradients_of_one_process(
     objective, shared_place, recipe, steady_model
@@ -64,10 +76,13 @@ def test_T3_two_ranks_give_the_gradients_of_one_process(
     code, said = torchrun(shared_place, data, f"two-{objective}", "replicate")
     assert code == 0, said
     runs = [shared_place.runs / f"{count}-{objective}" for count in ("one", "two")]
-    for file in ("model", "objective"):
-        one, two = (
-            load_file(run / "checkpoints" / "step-00000004" / f"{file}.safetensors") for run in runs
-        )
+    ends = [run / "checkpoints" / "step-00000004" for run in runs]
+    files = [
+        {path.name for path in end.glob("*.safetensors") if "rng" not in path.name} for end in ends
+    ]
+    assert files[0] == files[1]
+    for file in files[0] - {"optim.safetensors"}:
+        one, two = (load_file(end / file) for end in ends)
         for name in one:
             assert float((one[name] - two[name]).abs().max()) < 1e-6, name
     losses = [

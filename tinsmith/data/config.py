@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tinsmith.core.parse import Config, Count, Kind
+from tinsmith.core.parse import Config, Count, Kind, nearest
+from tinsmith.data.rules import SEEN, Sizes
 
-Shape = Literal["documents", "chats", "pairs", "prompts"]
-"""What an objective reads: pretraining wants documents, fine-tuning wants chats, preferences want
-pairs of answers to one prompt, and reinforcement wants prompts with an answer to check."""
+Shape = Literal["documents", "chats", "answers", "pairs", "prompts"]
+"""What an objective reads: pretraining wants documents, fine-tuning wants chats, alignment with its
+own excursions wants chats one to a row, preferences want pairs of answers to one prompt, and
+reinforcement wants prompts with an answer to check."""
 
 OnBadLine = Literal["reject", "fail"]
 TaskName = Literal["arithmetic", "sort", "copy", "calculator"]
@@ -124,4 +126,56 @@ class Hub(DataSection):
     on_bad_line: OnBadLine = "reject"
 
 
-DataConfig = Annotated[Stdlib | Tasks | Text | Chats | Hub, Kind()]
+@dataclass(frozen=True, kw_only=True)
+class Arc(DataSection):
+    """Puzzles of grids: your own in ARC-AGI's JSON format, or generated ones."""
+
+    kind: Literal["arc"] = "arc"
+    validation: float = 0.05
+    path: str | None = None
+    """A file of one task or of many, or a folder of them; null generates tasks."""
+    solutions: str | None = None
+    """A file with the outputs of tests, where the tasks lack them."""
+    on_bad_line: OnBadLine = "reject"
+    loss: Literal["test_only", "all_outputs"] = "all_outputs"
+    """Which outputs are learned: the test's, or those of the demonstrations too."""
+    views: Count = 1
+    """How many times a task is taken, each time in a view of its own."""
+    symmetries: bool = True
+    """Whether a view turns and mirrors."""
+    colours: Literal["all", "keep_0", "none"] = "keep_0"
+    """Which colours a view exchanges."""
+    order: bool = True
+    """Whether a view shuffles the demonstrations."""
+    seed: int = 0
+    rules: tuple[str, ...] = ()
+    """Of generated tasks: names of `data.rules.SEEN`; none stands for all of them."""
+    count: Count = 10_000
+    """How many tasks are generated."""
+    smallest: int = 3
+    largest: int = 6
+    """Rows and columns of a generated input."""
+    demonstrations: int = 3
+    """Of a generated task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solutions is not None and self.path is None:
+            raise ValueError("solutions are of tasks at a path; name it with data.path")
+        for name in self.rules:
+            if name not in SEEN:
+                raise ValueError(f"rules: '{name}' is none to train on{nearest(name, list(SEEN))}")
+        for name, lowest, highest in (
+            *(("views", 1, 10**6), ("count", 1, 10**9), ("smallest", 3, self.largest)),
+            *(("largest", 3, 10), ("demonstrations", 1, 10)),
+        ):
+            if not lowest <= (value := getattr(self, name)) <= highest:
+                raise ValueError(f"{name}={value} must be from {lowest} to {highest}")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of generated tasks."""
+        return Sizes(self.smallest, self.largest, self.demonstrations)
+
+
+DataConfig = Annotated[Stdlib | Tasks | Arc | Text | Chats | Hub, Kind()]

@@ -9,6 +9,7 @@ import numpy as np
 
 from tinsmith.data.config import Shape
 from tinsmith.data.files import Reject
+from tinsmith.data.lessons import Lesson, check_grids, encode_lesson
 from tinsmith.data.pairs import Pair, encode_pair
 from tinsmith.data.progress import Progress
 from tinsmith.data.prompts import NOTES, Question, encode_question, note
@@ -21,7 +22,7 @@ BATCH = 4_000_000
 """Bytes of text encoded at a time."""
 
 
-MASKED: tuple[Shape, ...] = ("chats", "pairs")
+MASKED: tuple[Shape, ...] = ("chats", "answers", "pairs")
 """Shapes that say of every token whether it is trained."""
 
 
@@ -89,6 +90,8 @@ class Encoder:
             if isinstance(content, Question):
                 ids = encode_question(self._tokenizer, content, self._context)
                 return [Encoded(ids, None, self._bytes(ids), note(content))]
+            if isinstance(content, Lesson):
+                return [self._lesson(content)]
             assert isinstance(content, Conversation)
             return [self._chat(content)]
         except BadRecord as error:
@@ -100,7 +103,20 @@ class Encoder:
             return Encoded([*ids, self._tokenizer.end_of_text], None, self._bytes(ids))
         if not any(mask[1:]):
             raise BadRecord("nothing in it is to be learned")
-        return Encoded(ids, mask, self._bytes(ids))
+        return self._whole(Encoded(ids, mask, self._bytes(ids)))
+
+    def _lesson(self, lesson: Lesson) -> Encoded:
+        check_grids(self._tokenizer)
+        ids, mask = encode_lesson(lesson)
+        learned = None if self._shape == "documents" else mask
+        return self._whole(Encoded(ids, learned, self._bytes(ids)))
+
+    def _whole(self, encoded: Encoded) -> Encoded:
+        """The same, where an answer is never without its prompt; BadRecord where it has no room."""
+        if self._shape == "answers" and len(encoded.ids) > self._context:
+            size = f"{len(encoded.ids)} tokens are beyond the context of {self._context}"
+            raise BadRecord(f"{size}, and what is to be answered is never cut off")
+        return encoded
 
     def _bytes(self, ids: list[int]) -> int:
         return int(self._byte_lengths[np.asarray(ids)].sum())

@@ -35,7 +35,7 @@ from tinsmith.text.tokenizer import Tokenizer
 
 FORMAT = 1
 """Part of the hash: raised whenever the same data would be written differently."""
-SIZED: tuple[Shape, ...] = ("pairs", "prompts")
+SIZED: tuple[Shape, ...] = ("answers", "pairs", "prompts")
 """Shapes that are prepared for rows of one length."""
 
 Stop = Callable[[], bool]
@@ -53,7 +53,8 @@ def prepare(
 ) -> Prepared:
     """Prepare `data` below `root`, or find it there.
 
-    Pairs and prompts are cut to fit, and so depend on the `context` of the run: positions of a row.
+    Answers, pairs and prompts are made to fit, and so depend on the `context` of the run: positions
+    of a row.
 
     UserError for anything that the user can mend; Stopped where `stop()` turns true. Whatever
     happens, a folder named by its hash is complete, and what was there before stays.

@@ -21,7 +21,7 @@ from tinsmith.data.pack import ChatRows, DocumentRows, Packed
 from tinsmith.data.prepared import read_report
 from tinsmith.data.prompts import NOTES, Prompt
 from tinsmith.data.shards import Shards
-from tinsmith.data.unpacked import PairRows, PromptRows
+from tinsmith.data.unpacked import AnswerRows, PairRows, PromptRows
 
 Part = Literal["train", "validation"]
 
@@ -38,8 +38,8 @@ class Member(NamedTuple):
 
 
 class Source:
-    """Samples by global number: packed rows of documents or chats, pairs (two rows each, the chosen
-    answer before the rejected one), or prompts.
+    """Samples by global number: packed rows of documents or chats, whole chats, pairs (two rows
+    each, the chosen answer before the rejected one), or prompts.
 
     `train` rows come shuffled, every epoch of every member anew, members mixed by weight, without
     end. `validation` rows come once, in order, member after member: there are `size` of them.
@@ -161,7 +161,12 @@ class Source:
         return members, places
 
 
-_ROWS = {"documents": DocumentRows, "chats": ChatRows, "pairs": PairRows}
+_ROWS = {
+    "documents": DocumentRows,
+    "chats": ChatRows,
+    "answers": AnswerRows,
+    "pairs": PairRows,
+}
 
 
 def open_source(

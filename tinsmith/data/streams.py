@@ -11,18 +11,23 @@ from typing import Any, NamedTuple, cast
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import plain
 from tinsmith.data import files, hub, stdlib, tasks
-from tinsmith.data.config import Chats, DataConfig, Hub, Shape, Stdlib, Tasks, Text
+from tinsmith.data.arc import Task, find_tasks, read_solutions, read_tasks
+from tinsmith.data.config import Arc, Chats, DataConfig, Hub, Shape, Stdlib, Tasks, Text
 from tinsmith.data.files import Reject
+from tinsmith.data.grids import drawn
+from tinsmith.data.lessons import Lesson
 from tinsmith.data.pairs import Pair, read_pair
 from tinsmith.data.prompts import Question, read_prompt
+from tinsmith.data.rules import SEEN, generated
 from tinsmith.text.chat import BadRecord, Conversation, Message, normalise
 
 VALIDATION_NAMES = ("valid", "val", "validation")
 
-Content = str | Conversation | Pair | Question
+Content = str | Conversation | Pair | Question | Lesson
 _READERS: dict[Shape, Callable[[Any], Content]] = {
     "documents": normalise,
     "chats": normalise,
+    "answers": normalise,
     "pairs": read_pair,
     "prompts": read_prompt,
 }
@@ -56,6 +61,8 @@ class Document(NamedTuple):
         content = self.content
         if isinstance(content, str):
             return [content]
+        if isinstance(content, Lesson):
+            return [content.text()]
         if isinstance(content, Question):
             return [*_said(content.asked.messages), *([content.answer] if content.answer else [])]
         if isinstance(content, Pair):
@@ -83,12 +90,14 @@ class Origin(NamedTuple):
     def described(self) -> str:
         """What the recipe names: the path, or else the name."""
         config = self.config
-        return config.path if isinstance(config, Text | Chats) else self.name
+        path = config.path if isinstance(config, Text | Chats | Arc) else None
+        return path or self.name
 
     @property
     def fails(self) -> bool:
         """Whether a bad line ends everything instead of being left out."""
-        return isinstance(self.config, Text | Chats | Hub) and self.config.on_bad_line == "fail"
+        config = self.config
+        return isinstance(config, Text | Chats | Hub | Arc) and config.on_bad_line == "fail"
 
 
 def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) -> Origin:
@@ -104,11 +113,15 @@ def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) ->
     if isinstance(config, Tasks):
         stream = _limited(lambda: _tasks(config, shape), config.limit)
         return Origin("tasks", config, plain(config), stream)
+    if isinstance(config, Arc):
+        if shape in ("pairs", "prompts"):
+            raise UserError(f"{key}.kind: 'arc' has no {shape}; use chats, tasks or hub")
+        return _arc(config, key)
     if isinstance(config, Hub):
         return _hub(config, shape, fetched)
     if isinstance(config, Text) and shape != "documents":
         fitting = "chats, tasks or hub" if shape == "pairs" else "chats, tasks, stdlib or hub"
-        aim = " to fine-tune on" if shape == "chats" else ""
+        aim = " to fine-tune on" if shape in ("chats", "answers") else ""
         raise UserError(f"{key}.kind: 'text' has no {shape}{aim}; use {fitting}")
     return _files(config, shape, key)
 
@@ -162,11 +175,52 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
 
 def _row(task: tasks.Task, index: int, shape: Shape, config: Tasks) -> dict[str, Any]:
     """A task as a record of chats, pairs or prompts."""
-    if shape == "chats":
+    if shape in ("chats", "answers"):
         slips = random.Random(f"slip/{config.seed}/{index}").random() < config.mistakes
         said = task.slipped() if slips else task
         return said.chat(thoughts=config.thoughts, tagged=config.tagged)
     return task.pair(thoughts=config.thoughts) if shape == "pairs" else task.prompt()
+
+
+def _arc(config: Arc, key: str) -> Origin:
+    if config.path is None:
+        stream = _limited(lambda: _lessons(config, _generated(config)), config.limit)
+        return Origin("arc", config, plain(config), stream)
+    found = find_tasks(config.path, f"{key}.path")
+    solutions: dict[str, list[Any]] = {}
+    if config.solutions is not None:
+        solutions = read_solutions(config.solutions, f"{key}.solutions")
+        aside = files.local(config.solutions).resolve()
+        found = [path for path in found if path.resolve() != aside]
+    stream = _limited(lambda: _lessons(config, read_tasks(found, solutions)), config.limit)
+    identity = [plain(config), *map(_stamp, found), solutions]
+    return Origin(_name(files.local(config.path)), config, identity, stream)
+
+
+def _generated(config: Arc) -> Iterator[Task]:
+    found = generated(config.rules or SEEN, config.seed, config.count, config.sizes)
+    for index, puzzle in enumerate(found):
+        yield Task((puzzle,), "arc", index)
+
+
+def _lessons(config: Arc, found: Iterable[Task | Reject]) -> Iterator[Document | Reject]:
+    """Every view of every test input of a task; a task is split as a whole."""
+    for task in found:
+        if isinstance(task, Reject):
+            yield task
+            continue
+        for puzzle in task.puzzles:
+            for view in range(config.views):
+                numbers = random.Random(f"{config.seed}/{puzzle.name}/{puzzle.number}/{view}")
+                seen = drawn(
+                    puzzle,
+                    numbers,
+                    symmetries=config.symmetries,
+                    colours=config.colours,
+                    order=config.order,
+                )
+                lesson = Lesson(seen, every_output=config.loss == "all_outputs")
+                yield Document(lesson, repr(puzzle.shown).encode(), task.file, task.line)
 
 
 def _files(config: Text | Chats, shape: Shape, key: str) -> Origin:

@@ -1,5 +1,5 @@
-"""Samples that share their rows with nothing: both sides of a pair, prompts. None is padded;
-`collate` makes a batch's rows as long as its longest.
+"""Samples that share their rows with nothing: answers, both sides of a pair, prompts. None is
+padded; `collate` makes a batch's rows as long as its longest.
 """
 
 import json
@@ -12,27 +12,37 @@ from tinsmith.data.prompts import Prompt
 from tinsmith.data.shards import Shards
 
 
+class AnswerRows:
+    """Chats by number, one to a row."""
+
+    def __init__(self, shards: Shards, context: int):
+        assert shards.masked, "chats carry a mask"
+        assert shards.lengths.max(initial=0) <= context, "answers were prepared for more context"
+        self._shards = shards
+        self.size = len(shards.documents)
+        self.positions = shards.tokens_total
+        self.cut = self.skipped = 0
+
+    def sample(self, place: int) -> tuple[Row, ...]:
+        """Chat number `place`, not padded."""
+        return (_learned(self._shards, place),)
+
+
 class PairRows:
     """Pairs by number, as two rows each: the chosen answer, then the rejected one."""
 
     def __init__(self, shards: Shards, context: int):
         assert shards.masked, "pairs carry a mask"
         assert len(shards.documents) % 2 == 0, "every pair has two sides"
-        self._shards, self._context = shards, context
+        assert shards.lengths.max(initial=0) <= context, "pairs were prepared for a longer context"
+        self._shards = shards
         self.size = len(shards.documents) // 2
         self.positions = shards.tokens_total
         self.cut = self.skipped = 0
 
     def sample(self, place: int) -> tuple[Row, ...]:
         """Both sides of pair number `place`, neither padded."""
-        return self._side(2 * place), self._side(2 * place + 1)
-
-    def _side(self, document: int) -> Row:
-        span = _span(self._shards, document)
-        ids, mask = self._shards.tokens(*span), self._shards.mask(*span)
-        assert len(ids) <= self._context, "pairs were prepared for a longer context"
-        follows, learned = np.append(ids[1:], 0), np.append(mask[1:], False)
-        return _row(ids, np.where(learned, follows, 0), learned)
+        return _learned(self._shards, 2 * place), _learned(self._shards, 2 * place + 1)
 
 
 class PromptRows:
@@ -56,6 +66,14 @@ class PromptRows:
         """The ids of prompt number `place` as a row without targets, not padded."""
         ids = self._shards.tokens(*_span(self._shards, place))
         return (_row(ids, np.zeros_like(ids), np.zeros(len(ids), dtype=bool)),)
+
+
+def _learned(shards: Shards, document: int) -> Row:
+    """A document with its targets, as far as they are to be learned."""
+    span = _span(shards, document)
+    ids, mask = shards.tokens(*span), shards.mask(*span)
+    follows, learned = np.append(ids[1:], 0), np.append(mask[1:], False)
+    return _row(ids, np.where(learned, follows, 0), learned)
 
 
 def _span(shards: Shards, document: int) -> tuple[int, int]:

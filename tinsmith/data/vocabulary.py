@@ -8,6 +8,7 @@ from tinsmith.data.split import sampled
 from tinsmith.data.streams import Document
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
+from tinsmith.text.symbols import grid_tokenizer
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -17,6 +18,8 @@ def ready(tokenizer: TokenizerConfig | Tokenizer) -> Tokenizer | TrainTokenizerC
         return tokenizer
     if tokenizer.path:
         return Tokenizer.load(tokenizer.path)
+    if tokenizer.symbols:
+        return grid_tokenizer()
     return tokenizer.train or TrainTokenizerConfig()
 
 

@@ -8,13 +8,12 @@ that stand for no bytes (`<|endoftext|>` and its like) count for the loss and no
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinsmith.core.errors import UserError
 from tinsmith.data import files
@@ -23,6 +22,7 @@ from tinsmith.data.files import Reject
 from tinsmith.data.sources import Source
 from tinsmith.data.streams import unique_names
 from tinsmith.evals.windows import TextReader, batches, windows
+from tinsmith.infer.generate import evaluating
 from tinsmith.nn.model import LM
 from tinsmith.objectives.logprobs import token_nll
 from tinsmith.text.tokenizer import Tokenizer
@@ -140,18 +140,6 @@ def evaluate_text(
     rejects = [reject for reader in readers for reject in reader.rejects]
     report_rejects(f"{path}", "text", documents, rejects, say)
     return TextResult(tally.results(names), documents, len(rejects), context, stride)
-
-
-@contextmanager
-def evaluating(lm: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in lm.modules()]
-    lm.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_limit(limit: int | None) -> None:

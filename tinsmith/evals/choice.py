@@ -19,9 +19,10 @@ from torch import Tensor
 from tinsmith.core.errors import UserError
 from tinsmith.data import files
 from tinsmith.data.files import Reject, Row
-from tinsmith.evals.bpb import check_limit, evaluating, report_rejects
+from tinsmith.evals.bpb import check_limit, report_rejects
 from tinsmith.evals.questions import Question, parse_question
 from tinsmith.evals.windows import opening
+from tinsmith.infer.generate import evaluating
 from tinsmith.nn.model import LM
 from tinsmith.objectives.logprobs import token_nll
 from tinsmith.text.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from tinsmith.data.sources import Source
-from tinsmith.evals.bpb import evaluating
+from tinsmith.infer.generate import evaluating
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import Objective
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.data.sources import Source
-from tinsmith.evals.bpb import evaluating
+from tinsmith.infer.generate import evaluating
 from tinsmith.nn.contract import Routed
 from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+from torch import nn
+
 from tinsmith.core.rng import derive
 from tinsmith.infer.engine import Engine, Event
 from tinsmith.infer.sample import Sampling
@@ -138,11 +140,12 @@ def ends(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 @contextmanager
-def evaluating(lm: LM) -> Iterator[None]:
-    """Eval mode for a while."""
-    training = lm.training
+def evaluating(lm: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again afterwards."""
+    modes = [(module, module.training) for module in lm.modules()]
     lm.eval()
     try:
         yield
     finally:
-        lm.train(training)
+        for module, training in modes:
+            module.training = training

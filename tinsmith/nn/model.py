@@ -163,16 +163,18 @@ class LM(nn.Module):
         return block(h, ctx, cache)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        x = (
-            self.embed(ids)
-            if ids.dim() == 2
-            else ids.to(self.embed.weight.dtype) @ self.embed.weight
-        )
+        x = self.embed(ids) if ids.dim() == 2 else self._mixture(ids)
         if self.places is not None:
             x = x + self.places(positions)
         elif self.config.positions == "sinusoidal":
             x = x + _sinusoids(positions, self.config.dim, x.dtype)
         return F.dropout(x, self.config.dropout.embedding, self.training)
+
+    def _mixture(self, probabilities: Tensor) -> Tensor:
+        """(B, T, V) -> (B, T, D), as precise as an id's row is under autocast."""
+        weight = self.embed.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return probabilities.to(weight.dtype) @ weight
 
     def _logits(self, hidden: Tensor, wanted: bool | str) -> Tensor | None:
         if wanted == "last":

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from tinsmith.core.parse import Kind
 from tinsmith.objectives.dpo import DPO
+from tinsmith.objectives.eavi import EAVI
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.kd import KD
 from tinsmith.objectives.on_policy_kd import OnPolicyKD
@@ -16,5 +17,5 @@ from tinsmith.objectives.sft import SFT
 from tinsmith.objectives.spo import SPO
 
 ObjectiveConfig = Annotated[
-    Pretrain | SFT | DPO | Reward | PPO | GRPO | SPO | KD | OnPolicyKD, Kind()
+    Pretrain | SFT | DPO | Reward | PPO | GRPO | SPO | KD | OnPolicyKD | EAVI, Kind()
 ]

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: next-token cross-entropy on exactly the assistant's tokens of chats."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from tinsmith.data.config import Shape
 from tinsmith.objectives.base import ObjectiveConfigBase
@@ -14,8 +14,16 @@ class SFT(ObjectiveConfigBase):
     """Predict what the assistant says, its end of turn included; the mask comes with the chats."""
 
     kind: Literal["sft"] = "sft"
-    shape: ClassVar[Shape] = "chats"
+    reads: Literal["chats", "answers"] = "chats"
+    """Chats packed into rows, where the end of one may go on in another row; or one whole chat to a
+    row, where an answer is never without its prompt.
+    """
     weights: TagWeights = TagWeights()
+
+    @property
+    def shape(self) -> Shape:
+        """What it reads."""
+        return self.reads
 
     def build(self) -> CrossEntropy:
         """The objective."""

@@ -1,6 +1,7 @@
 """The `tokenizer:` section of a recipe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tinsmith.core.parse import Config, Count
 
@@ -15,11 +16,15 @@ class TrainTokenizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Config):
-    """Either `train` one, or take the one at `path`: a file, a folder, or a name on the Hub."""
+    """`train` one, or take the one at `path`: a file, a folder, or a name on the Hub; or one of
+    fixed `symbols`: the 18 of grids, see `text.symbols`.
+    """
 
     train: TrainTokenizerConfig | None = None
     path: str | None = None
+    symbols: Literal["grids"] | None = None
 
     def __post_init__(self) -> None:
-        if (self.train is None) == (self.path is None):
-            raise ValueError("give exactly one of `tokenizer.train` and `tokenizer.path`")
+        given = [each for each in (self.train, self.path, self.symbols) if each is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of `tokenizer.train`, `.path` and `.symbols`")

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD = "<|pad|>"
+"""Fills rows, in a vocabulary that has it; else the end of a text does."""
 TAGS = (
     "<think>",
     "</think>",

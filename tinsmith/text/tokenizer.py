@@ -22,7 +22,9 @@ from tinsmith.text.specials import (
     CHAT_TOKENS,
     END_OF_TEXT,
     END_OF_TURN,
+    PAD,
     SPECIALS,
+    START_OF_TURN,
     as_added,
     our_template,
 )
@@ -62,7 +64,8 @@ class Tokenizer:
     ):
         parsed, self._whole = _open(settings)
         self.bos, self.eos, self.chat_template = bos, eos, chat_template
-        _add_missing(self._whole, [name for name in (*CHAT_TOKENS, bos, eos) if name])
+        if not _is_complete(parsed):
+            _add_missing(self._whole, [name for name in (*CHAT_TOKENS, bos, eos) if name])
         self._spelling = spelling_of(parsed)
         self._text = tokenizers.Tokenizer.from_str(json.dumps(text_only(parsed, self._spelling)))
         pieces = self._whole.get_vocab(with_added_tokens=False)
@@ -92,8 +95,8 @@ class Tokenizer:
     def load(path_or_name: str | Path) -> "Tokenizer":
         """Open a `tokenizer.json`, a folder with one (or with GPT-2's two files), or a Hub name.
 
-        Chat tokens that it lacks are added behind its last id. UserError where there is no
-        tokenizer.
+        Chat tokens that it lacks are added behind its last id, but for a vocabulary of symbols
+        that ends texts and turns. UserError where there is no tokenizer.
         """
         from tinsmith.text.loading import find
 
@@ -188,7 +191,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos,
             "eos_token": self.eos,
-            "pad_token": END_OF_TEXT,
+            "pad_token": PAD if PAD in self._added else END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 10**30,
         }
@@ -270,6 +273,15 @@ def _open(settings: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
         return parsed, tokenizers.Tokenizer.from_str(json.dumps(parsed))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from None
+
+
+def _is_complete(settings: dict[str, Any]) -> bool:
+    """Whether it is a fixed vocabulary of symbols that has ends of texts and turns: what it cannot
+    write besides, tags for example, has no meaning in it.
+    """
+    added = {token["content"] for token in settings.get("added_tokens", [])}
+    symbols = settings["model"].get("type") == "WordLevel"
+    return symbols and added.issuperset((END_OF_TEXT, START_OF_TURN, END_OF_TURN))
 
 
 def _add_missing(whole: tokenizers.Tokenizer, names: list[str]) -> None:

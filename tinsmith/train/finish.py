@@ -114,6 +114,10 @@ _MEASURED: dict[Shape, dict[str, str]] = {
         "divergence": "divergence from the teacher at greedy answers",
         "truncated": "answers cut off",
     },
+    "answers": {
+        "loss": "nats per learned token",
+        "align": "nats per token of answers after the model's own beginnings",
+    },
     "pairs": {"accuracy": "pairs ranked right", "margin": "margin", "loss": "loss per pair"},
 }
 """What a card says of the newest evaluation."""

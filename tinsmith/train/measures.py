@@ -39,8 +39,8 @@ def _text(run: Run, validation: Source) -> dict[str, float]:
     return values
 
 
-def _pairs(run: Run, validation: Source) -> dict[str, float]:
-    """The objective's own metrics: loss, margin, accuracy."""
+def _own(run: Run, validation: Source) -> dict[str, float]:
+    """The objective's own metrics: of pairs loss, margin, accuracy."""
     return evaluate_objective(
         run.objective,
         run.policy,
@@ -60,7 +60,8 @@ def _answers(run: Run, validation: Source) -> dict[str, float]:
 MEASURES: dict[Shape, Callable[[Run, Source], dict[str, float]]] = {
     "documents": _text,
     "chats": _text,
-    "pairs": _pairs,
+    "answers": _own,
+    "pairs": _own,
     "prompts": _answers,
 }
 

@@ -12,6 +12,7 @@ from tinsmith.core.log import finite, say
 from tinsmith.core.parse import read_yaml
 from tinsmith.data.prepare import prepare
 from tinsmith.data.sources import Source, open_source
+from tinsmith.evals.arc import evaluate_arc
 from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
 from tinsmith.evals.choice import evaluate_choice
 from tinsmith.evals.format import evaluate_format
@@ -22,6 +23,7 @@ from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.folder import runs_root
 from tinsmith.train.parallel import pick_device
 from tinsmith.verbs.exchange import scaling
+from tinsmith.verbs.puzzles import picture_place, puzzles_of, run_of, save_puzzles
 
 BATCH_ROWS = 16
 
@@ -34,7 +36,9 @@ class Text(NamedTuple):
     context: int | None
     """Tokens of a window of `data`; None: what the run trained on, else the model's context."""
     limit: int | None
-    """At most so many rows, or questions per task."""
+    """At most so many rows, or questions per task; of generated puzzles so many, else 100."""
+    solutions: Path | None = None
+    """Outputs of the tests of `data`, where they are in a file of their own."""
 
 
 def evaluate(
@@ -63,13 +67,16 @@ def evaluate(
             results |= _routing(model, lm, tokenizer, text)
         elif task == "format":
             results["format"] = _format(model, lm, tokenizer, text)
+        elif task == "arc_agi":
+            results |= _arc(model, lm, tokenizer, text)
         elif Path(task).exists():
             found = evaluate_choice(
                 lm, tokenizer, task, limit=text.limit, batch_rows=BATCH_ROWS, say=_aside
             )
             results[task] = found.to_dict()
         else:
-            raise UserError(f"--tasks {task}: neither bpb, format, routing nor a file of questions")
+            known = "arc_agi, bpb, format, routing"
+            raise UserError(f"--tasks {task}: neither of {known} nor a file of questions")
     if as_json:
         say(json.dumps(finite(results), indent=1))
     else:
@@ -147,11 +154,18 @@ def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, A
     return evaluate_format(lm, tokenizer, prompts, rows=BATCH_ROWS).to_dict()
 
 
+def _arc(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+    """Puzzles, and a picture of some of them in the run's folder, or beside the model."""
+    groups = puzzles_of(model, _recipe(model), text.data, text.solutions, text.limit, _aside)
+    found = {name: evaluate_arc(lm, tokenizer, each) for name, each in groups.items()}
+    outcomes = [outcome for result in found.values() for outcome in result.outcomes]
+    _aside(f" picture {save_puzzles(picture_place(model), outcomes)}")
+    return {f"arc_agi {name}": result.to_dict() for name, result in found.items()}
+
+
 def _recipe(model: str) -> RunConfig | None:
     """The recipe of the run that `model` is, or whose `final` or checkpoint it is."""
-    path = Path(model)
-    run = {"final": path.parent}.get(path.name, path)
-    run = path.parent.parent if path.parent.name == "checkpoints" else run
+    run = run_of(Path(model))
     recipe = run / "config.yaml"
     whole = recipe.exists() and (run / "checkpoints").is_dir()
     return from_dict(read_yaml(recipe), str(recipe)) if whole else None

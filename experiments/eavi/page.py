@@ -1,0 +1,119 @@
+"""results.json as one page: README.md with a table, and a picture."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cases
+
+Row = dict[str, Any]
+
+WAYS = ("start", "teacher", "teacher, longer", "soft", "hard")
+INTRO = """# EAVI and teacher forcing, compared
+
+Puzzles of generated rules on grids of {size} x {size}, {shown} demonstrations each. Stage one
+teaches {start} tasks of the rules {rules} by teacher forcing. Stage two goes on at a constant rate:
+`teacher` for {tasks} more tasks, `soft` and `hard` (EAVI, lambda 0.5, with soft and with hard
+excursions) for as many, and `teacher, longer` for as long as `soft` took. Mean and standard
+deviation over {seeds} seeds, one thread. Made by `python experiments/eavi/run.py`.
+
+- **seen**: exact match, two attempts by AugScore, of {seen_tasks} new tasks of those rules, in per
+  cent; **held back**: of {held_tasks} tasks of the rules {held}, which no run is trained on;
+- **teacher** and **align**: nats of a token of true answers to the tasks of seen rules, after the
+  truth's beginnings and after the model's own (soft), by the same measure for all; all answers
+  have the shape of their input, so there is no `align_equal` beside it;
+- **tasks** of the stage, and its **seconds**, excursions included.
+
+`minutes` is native sparse attention with dynamic experts, `topk` the same attention with a plain
+top-k gate, `dense` full attention without experts; a token meets feed-forwards of one width.
+
+| model | way | seen | held back | teacher | align | tasks | seconds |
+|---|---|---|---|---|---|---|---|
+"""
+MATCH = """
+![Exact match](match.png)
+"""
+SAID = """
+What `minutes` says after soft excursions (seed 0):
+
+![Puzzles](arc_agi.png)
+"""
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """README.md and its picture."""
+    if not rows:
+        return
+    starts, others = _of(rows, way="start"), _of(rows, way="soft")
+    intro = INTRO.format(
+        size=cases.SIZES.largest,
+        shown=cases.SIZES.demonstrations,
+        start=f"{starts[0]['tasks']:,}",
+        tasks=f"{others[0]['tasks']:,}",
+        rules=", ".join(cases.RULES),
+        held=", ".join(cases.HELD),
+        seeds=len({row["seed"] for row in rows}),
+        seen_tasks=cases.SEEN_TASKS,
+        held_tasks=cases.HELD_TASKS,
+    )
+    lines = [
+        _line(model, way, _of(rows, model=model, way=way))
+        for model in cases.MODELS
+        for way in WAYS
+        if _of(rows, model=model, way=way)
+    ]
+    said = SAID if (folder / "arc_agi.png").exists() else ""
+    (folder / "README.md").write_text(
+        intro + "\n".join(lines) + "\n" + MATCH + said, encoding="utf-8"
+    )
+    _draw(rows, folder / "match.png")
+
+
+def _line(model: str, way: str, mine: Sequence[Row]) -> str:
+    cells = [
+        _spread([100 * row["seen"] for row in mine], 1),
+        _spread([100 * row["held"] for row in mine], 1),
+        _spread([row["teacher.seen"] for row in mine], 3),
+        _spread([row["align.seen"] for row in mine], 3),
+        f"{statistics.mean(row['tasks'] for row in mine):,.0f}",
+        _spread([row["seconds"] for row in mine], 1),
+    ]
+    return f"| {model} | {way} | {' | '.join(cells)} |"
+
+
+def _of(rows: Sequence[Row], **wanted: str) -> list[Row]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    around = statistics.stdev(values) if values[1:] else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {around:.{digits}f}"
+
+
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    """Exact match of every model and way: means as bars, seeds as points."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
+    width = 0.8 / len(WAYS)
+    for axes, (key, title) in zip(
+        panels, (("seen", "new tasks of seen rules"), ("held", "rules held back")), strict=True
+    ):
+        for place, way in enumerate(WAYS):
+            color = f"C{place}"
+            axes.plot([], [], "s", color=color, alpha=0.5, label=way)
+            for number, model in enumerate(cases.MODELS):
+                found = [100 * row[key] for row in _of(rows, model=model, way=way)]
+                if not found:
+                    continue
+                at = number + (place - (len(WAYS) - 1) / 2) * width
+                axes.bar(at, statistics.mean(found), 0.9 * width, color=color, alpha=0.5)
+                axes.plot([at] * len(found), found, "o", color=color, markersize=4)
+        axes.set(title=title, ylim=(0, 100), xticks=range(len(cases.MODELS)))
+        axes.set_xticklabels(list(cases.MODELS))
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("exact match, % of test outputs")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

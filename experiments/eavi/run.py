@@ -1,0 +1,102 @@
+"""Does EAVI beat teacher forcing, at equal tokens and at equal time, on rules that were held back?
+
+    python experiments/eavi/run.py [--seeds 3] [--only minutes dense] [--steps 60]
+
+Every model of cases.py is taught generated puzzles by teacher forcing (stage one), and goes on from
+there (stage two) by EAVI with soft and with hard excursions, and by teacher forcing: for as many
+tasks, and on for as long as the soft excursions took. All are examined on new tasks of the rules
+they were taught, and of rules that are held back. One thread, three seeds by default.
+
+Results go to results.json as they come, and a case that is there is not run again, so an
+interrupted run goes on. At the end page.py draws README.md and its pictures. With another number
+of steps, stage one is as much shorter or longer, and results and page go to a folder of their own.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cases
+import page
+import torch
+from exam import Exam
+
+from tinsmith.config import from_dict
+from tinsmith.core.log import read_metrics
+from tinsmith.train.trainer import train
+from tinsmith.verbs.puzzles import save_puzzles
+
+HERE = Path(__file__).parent
+Row = dict[str, Any]
+
+
+class School:
+    """Runs in a folder, each of them once."""
+
+    def __init__(self, folder: Path, out: Path, steps: int):
+        self._exam, self._out, self._steps = Exam(folder / "exam"), out, steps
+
+    def rows(self, model: str, seed: int) -> list[Row]:
+        """All that is measured of one model and seed."""
+        name, steps = f"{model}-{seed}", self._steps
+        first = max(1, cases.START * steps // cases.STEPS)
+        begun = train(from_dict(cases.start(model, seed, first)), name)
+        each = _seconds(begun) / first
+        rows = [self._row(begun, model, seed, "start", first, each * first)]
+        for way in ("soft", "hard"):
+            run = self._second(way, begun, name, seed, steps)
+            rows.append(self._row(run, model, seed, way, steps, _seconds(run)))
+        longer = max(steps, round(rows[1]["seconds"] / each))
+        run = self._second("teacher", begun, name, seed, longer)
+        equal = run / "checkpoints" / f"step-{steps:08d}"
+        rows.append(self._row(equal, model, seed, "teacher", steps, _seconds(run, steps)))
+        rows.append(self._row(run, model, seed, "teacher, longer", longer, _seconds(run)))
+        return rows
+
+    def _second(self, way: str, begun: Path, name: str, seed: int, steps: int) -> Path:
+        recipe = cases.second(way, str(begun), seed, steps, save_every=self._steps)
+        return train(from_dict(recipe), f"{name}-{way}")
+
+    def _row(self, run: Path, model: str, seed: int, way: str, steps: int, seconds: float) -> Row:
+        marks, said = self._exam.marks(run)
+        if (model, seed, way) == ("minutes", 0, "soft"):
+            save_puzzles(self._out, said)
+        facts = {"model": model, "seed": seed, "way": way, "steps": steps}
+        return facts | {"tasks": steps * cases.ROWS, "seconds": round(seconds, 3)} | marks
+
+
+def _seconds(run: Path, steps: int | None = None) -> float:
+    """Spent on the first `steps` steps, or on all, saves aside."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+    return sum(cases.ROWS * cases.CONTEXT / line["tokens_per_second"] for line in lines[:steps])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="EAVI and teacher forcing, compared.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=cases.STEPS, help="steps of stage two")
+    parser.add_argument("--only", nargs="+", default=list(cases.MODELS), choices=cases.MODELS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    out = HERE if asked.steps == cases.STEPS else HERE / f"steps-{asked.steps}"
+    out.mkdir(exist_ok=True)
+    results = out / "results.json"
+    done = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    known = {(row["model"], row["seed"]) for row in done}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TINSMITH_RUNS"] = str(Path(folder) / "runs")
+        school = School(Path(folder), out, asked.steps)
+        for seed, model in product(range(asked.seeds), asked.only):
+            if (model, seed) in known:
+                continue
+            done += school.rows(str(model), int(seed))
+            results.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    page.write(done, out)
+
+
+if __name__ == "__main__":
+    main()

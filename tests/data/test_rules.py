@@ -1,0 +1,136 @@
+"""Generated puzzles: pure functions, right answers, and rules that are held back for good."""
+
+import random
+
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse
+from tinsmith.data.config import Arc
+from tinsmith.data.grids import View, turned
+from tinsmith.data.rules import HELD_BACK, KINDS, SEEN, Sizes, generate
+
+GRID = ((0, 1, 0), (2, 0, 1), (0, 0, 3))
+
+
+def outputs(kind, grid, palette=(1, 2, 3, 4), draws=60):
+    """All that a kind makes of a grid."""
+    return {KINDS[kind](random.Random(n), list(palette))(grid) for n in range(draws)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("recolour", ((0, 4, 0), (2, 0, 4), (0, 0, 3))),
+        ("swap", ((0, 2, 0), (1, 0, 2), (0, 0, 3))),
+        ("keep", ((0, 1, 0), (0, 0, 1), (0, 0, 0))),
+        ("fill", ((4, 1, 4), (2, 4, 1), (4, 4, 3))),
+        ("frame", ((2, 2, 2), (2, 0, 2), (2, 2, 2))),
+        ("most", ((1, 1, 1),) * 3),
+        ("count", ((1, 1),)),
+        ("mirror", ((0, 1, 0), (1, 0, 2), (3, 0, 0))),
+        ("rotate", ((3, 0, 0), (1, 0, 2), (0, 1, 0))),
+        ("shift", ((1, 0, 0), (0, 1, 2), (0, 3, 0))),
+        ("gravity", ((0, 0, 0), (0, 0, 1), (2, 1, 3))),
+        ("ray", ((0, 1, 1), (2, 2, 1), (0, 0, 3))),
+        ("half", ((0, 1), (2, 0), (0, 0))),
+        ("unfold", ((0, 1, 0, 0, 1, 0), (2, 0, 1, 1, 0, 2), (0, 0, 3, 3, 0, 0))),
+        ("tile", GRID * 2),
+        (
+            "enlarge",
+            ((0, 0, 1, 1, 0, 0),) * 2 + ((2, 2, 0, 0, 1, 1),) * 2 + ((0,) * 4 + (3, 3),) * 2,
+        ),
+    ],
+)
+def test_a_kind_does_what_it_says(kind, expected):
+    assert expected in outputs(kind, GRID)
+
+
+def test_crop_keeps_what_is_no_background():
+    assert outputs("crop", ((0, 0, 0), (0, 1, 0), (0, 0, 2))) == {((1, 0), (0, 2))}
+
+
+def test_there_are_more_than_ten_kinds_and_each_is_seen_alone():
+    assert len(KINDS) >= 10
+    assert set(KINDS) < set(SEEN)
+
+
+@pytest.mark.parametrize("rule", [*SEEN, *HELD_BACK])
+def test_a_puzzle_is_a_pure_function_in_which_the_rule_does_something(rule):
+    sizes = Sizes(3, 5, 3)
+    first = [generate(rule, 1, index, sizes) for index in range(30)]
+    assert [generate(rule, 1, index, sizes) for index in reversed(range(30))][::-1] == first
+    assert generate(rule, 2, 0, sizes) != first[0]
+    assert len({one.asked for one in first}) > 20
+    for one in first:
+        assert len(one.shown) == 3
+        assert one.asked not in [pair.input for pair in one.shown]
+        for before, after in [*one.shown, (one.asked, one.answer)]:
+            assert before != after
+            assert all(3 <= len(side) <= 5 for side in (before, before[0]))
+            assert 0 < len(after) <= 30
+
+
+def changes(rule, draws, palette):
+    for n in range(draws):
+        numbers = random.Random(f"{rule}/{n}")
+        yield [KINDS[kind](numbers, palette) for kind in rule.split("+")]
+
+
+def made(steps, grids):
+    for step in steps:
+        grids = [step(grid) for grid in grids]
+    return tuple(grids)
+
+
+def moves(steps, grids):
+    """Whether every step matters: no other puzzle is generated."""
+    stages = [made(steps[:count], grids) for count in range(len(steps) + 1)]
+    return len(set(stages)) == len(stages)
+
+
+def test_no_view_of_a_rule_that_is_seen_does_what_one_held_back_does():
+    """As functions, on grids drawn for the purpose: names alone could hide the same rule."""
+    assert not set(SEEN) & set(HELD_BACK)
+    numbers, palette = random.Random(0), [1, 2, 3, 4]
+    probes = [
+        tuple(tuple(numbers.choice((0, 0, *palette)) for _ in range(w)) for _ in range(h))
+        for h, w in ((3, 3), (3, 4), (4, 3), (5, 4), (4, 4), (5, 5), (3, 5))
+    ]
+    known = set()
+    for rule in SEEN:
+        for n, steps in enumerate(changes(rule, 200, palette)):
+            known.add(made(steps, probes))
+            view = View(n % 8, (0, *numbers.sample(palette, 4), 5, 6, 7, 8, 9))
+            seen = made(steps, [view.back(probe) for probe in probes])
+            known.add(tuple(map(view.of, seen)))
+    for rule in HELD_BACK:
+        for steps in changes(rule, 100, palette):
+            if moves(steps, probes):
+                assert made(steps, probes) not in known, rule
+
+
+def test_a_known_puzzle_never_changes():
+    one = generate("mirror", 0, 0, Sizes(3, 3, 1))
+    assert one.answer in [turned(one.asked, s) for s in (4, 5, 6, 7)]
+    assert one.asked == ((4, 0, 0), (7, 2, 3), (7, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rules": ["miror"]}, "'miror' is none to train on. Did you mean 'mirror'"),
+        ({"rules": ["swap+mirror"]}, "'swap+mirror' is none to train on"),
+        ({"smallest": 2}, "smallest=2 must be from 3 to 6"),
+        ({"largest": 11}, "largest=11 must be from 3 to 10"),
+        ({"demonstrations": 0}, "demonstrations=0 must be from 1 to 10"),
+        ({"views": 0}, "views=0 must be from 1"),
+        ({"solutions": "x.json"}, "solutions are of tasks at a path"),
+        ({"colours": "some"}, "'all', 'keep_0' or 'none'"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(given, said):
+    with pytest.raises(UserError) as caught:
+        parse(Arc, given, "data")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,239 @@
+"""Two attempts at puzzles: how they are found, ranked, scored and drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinsmith.core.errors import UserError
+from tinsmith.data.grids import Pair, Puzzle, View
+from tinsmith.data.lessons import encode_answer, encode_prompt
+from tinsmith.data.rules import SEEN, Sizes, generate, generated
+from tinsmith.evals import arc
+from tinsmith.evals.arc import ArcResult, Outcome, aug_scores, evaluate_arc, ranked
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.text.symbols import NAMES, grid_tokenizer
+from tinsmith.train.canvas import pictures
+from tinsmith.train.mosaic import chosen, draw_puzzles
+from tinsmith.verbs.puzzles import puzzles_of, save_puzzles
+
+ONE, TWO, WIDE = ((1,),), ((2,),), ((1, 1),)
+END = NAMES.index("<|im_end|>")
+GRIDS = grid_tokenizer()
+
+
+def puzzle(name="p", number=0, answer=ONE):
+    return Puzzle(name, number, (Pair(TWO, ONE),), TWO, answer)
+
+
+def make(seed=0, dim=32, **model) -> LM:
+    torch.manual_seed(seed)
+    mixer = {"kind": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 8}
+    layer = {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden": 48}}
+    section = {"vocab_size": 18, "dim": dim, "depth": 2, "max_context": 160, "pattern": [layer]}
+    return LM(ModelConfig.from_dict(section | model))
+
+
+@pytest.fixture
+def copier() -> LM:
+    """Says its last token again, surely: labels that are not shifted would make it perfect."""
+    lm = make(dim=20, tie_embeddings=True)
+    with torch.no_grad():
+        for block in lm.blocks:
+            for parameter in block.parameters():
+                parameter.zero_()
+        lm.embed.weight.copy_(torch.eye(18, 20) * 5)
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("attempts", "right"),
+    [
+        ((TWO, ONE), True),
+        ((ONE, TWO), True),
+        ((TWO,), False),
+        ((WIDE, TWO), False),
+        ((((1,), (1,)), WIDE), False),
+        ((), False),
+    ],
+)
+def test_D5_either_of_two_attempts_is_right_if_it_is_the_answer_cell_for_cell(attempts, right):
+    assert Outcome(puzzle(), attempts).right is right
+
+
+def test_D5_outputs_count_alike_and_a_tasks_share_is_of_its_own():
+    """One of three outputs of task a, and task b: 2 of 4, and not the mean of 1/3 and 1."""
+    outcomes = [Outcome(puzzle("a", n), (ONE,) if n == 1 else (TWO,)) for n in range(3)]
+    found = ArcResult([*outcomes, Outcome(puzzle("b"), (TWO, ONE))])
+    assert found.score == 0.5
+    assert found.tasks == {"a": pytest.approx(1 / 3), "b": 1.0}
+    assert found.to_dict()["tasks"] == 2
+    assert found.to_dict()["outputs"] == 4
+
+
+def test_D6_a_model_that_says_its_last_token_again_scores_0(copier):
+    logits = copier(torch.arange(18)[None]).logits
+    assert logits is not None
+    assert torch.equal(logits[0].argmax(-1), torch.arange(18))
+    puzzles = [generate(rule, 0, n, Sizes(3, 3, 1)) for n, rule in enumerate(SEEN)]
+    assert evaluate_arc(copier, GRIDS, puzzles).score == 0
+
+
+def naive_score(lm: LM, one: Puzzle, candidate) -> float:
+    """View by view, token by token, with no row beside another."""
+    total = 0.0
+    for symmetry in range(8):
+        seen = View(symmetry).of_puzzle(one)
+        ids = encode_prompt(seen.shown, seen.asked)
+        for token in encode_answer(View(symmetry).of(candidate)):
+            logits = lm(torch.tensor([ids])).logits
+            total += logits[0, -1].detach().log_softmax(-1)[token].item()
+            ids.append(token)
+    return total
+
+
+def test_D7_augscore_is_the_sum_over_the_eight_views():
+    lm = make().double().eval()
+    one = generate("half", 0, 0, Sizes(3, 3, 1))
+    candidates = [one.answer, one.asked, ((1,),), ((1, 2, 3, 4), (5, 6, 7, 8))]
+    expected = [naive_score(lm, one, candidate) for candidate in candidates]
+    assert aug_scores(lm, one, candidates) == pytest.approx(expected, abs=1e-9)
+    order = sorted(range(4), key=lambda place: -expected[place])
+    assert [grid for grid, _ in ranked(lm, one, candidates)] == [candidates[p] for p in order]
+    assert ranked(lm, one, [TWO, TWO])[0] == (TWO, aug_scores(lm, one, [TWO])[0])
+
+
+def test_D7_scores_do_not_depend_on_how_they_are_batched(monkeypatch):
+    lm = make().double().eval()
+    one = generate("crop", 0, 0, Sizes(3, 4, 1))
+    candidates = [one.answer, one.asked, ((1,),)]
+    whole = aug_scores(lm, one, candidates)
+    monkeypatch.setattr(arc, "TOKENS", 1)
+    assert aug_scores(lm, one, candidates) == pytest.approx(whole, abs=1e-10)
+
+
+def test_D4_the_answer_is_no_part_of_what_is_asked(monkeypatch):
+    """By construction: other answers, hidden answers, the same prompts and attempts."""
+    asked = []
+    real = arc.generate
+
+    def listening(lm, tokenizer, prompts, **settings):
+        asked.append(prompts)
+        return real(lm, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(arc, "generate", listening)
+    one = generate("swap", 0, 0, Sizes(3, 3, 1))
+    lm = make()
+    runs = [
+        evaluate_arc(lm, GRIDS, [one._replace(answer=answer)]).outcomes[0].attempts
+        for answer in (one.answer, ((7,),), None)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert asked[0] == asked[len(asked) // 3] == asked[2 * len(asked) // 3]
+    for prompt in asked[0]:
+        assert prompt[-2:] == [NAMES.index("<|im_start|>"), NAMES.index("<|solution|>")]
+
+
+class Always:
+    """Stands for `generate`: says one grid to every view, and another where it is to sample."""
+
+    def __init__(self, greedy, sampled):
+        self.greedy, self.sampled, self.seeds = greedy, sampled, []
+
+    def __call__(self, lm, tokenizer, prompts, *, sampling, max_new, rows):
+        said = []
+        for each in sampling:
+            self.seeds.append(each.seed)
+            grid = self.greedy if each.greedy else self.sampled
+            ids = [1, 1, 1] if grid is None else encode_answer(grid)
+            said.append(type("Said", (), {"ids": ids})())
+        return said
+
+
+@pytest.mark.parametrize(
+    ("greedy", "sampled", "attempts"),
+    [(WIDE, ONE, 3), (None, ONE, 1), (None, None, 0), (ONE, ONE, 1)],
+)
+def test_fewer_than_two_candidates_are_joined_by_sampled_ones(
+    greedy, sampled, attempts, monkeypatch
+):
+    """A 1 x 2 grid turned back from 8 views is two candidates: nothing is sampled then."""
+    always = Always(greedy, sampled)
+    monkeypatch.setattr(arc, "generate", always)
+    outcome = evaluate_arc(make(), GRIDS, [puzzle()]).outcomes[0]
+    assert len(outcome.attempts) == min(attempts, 2)
+    assert len(set(outcome.attempts)) == len(outcome.attempts)
+    assert len(always.seeds) == (8 if greedy == WIDE else 16)
+    assert len(set(always.seeds[:8])) == 8
+
+
+def test_modes_and_random_state_are_as_before():
+    lm = make(dropout={"residual": 0.5}).train()
+    lm.blocks[0].eval()
+    modes, state = [module.training for module in lm.modules()], torch.get_rng_state()
+    first = evaluate_arc(lm, GRIDS, [puzzle()])
+    assert evaluate_arc(lm, GRIDS, [puzzle()]) == first
+    assert [module.training for module in lm.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_puzzle_beyond_the_context_is_not_answered_and_is_no_error():
+    large = generate("recolour", 0, 0, Sizes(9, 10, 3))
+    found = evaluate_arc(make(), GRIDS, [large, puzzle()])
+    assert found.outcomes[0].attempts == ()
+    assert found.to_dict()["outputs"] == 2
+
+
+def test_an_answer_may_be_kept_short():
+    """A grid needs its end of turn: what is cut off is no answer."""
+    lm, one = make(), generate("recolour", 0, 0, Sizes(3, 3, 1))
+    assert evaluate_arc(lm, GRIDS, [one], max_new=1).outcomes[0].attempts == ()
+
+
+def test_another_tokenizer_is_refused_in_one_line(tokenizer):
+    with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
+        evaluate_arc(make(), tokenizer, [puzzle()])
+
+
+def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
+    pair = {"input": [[2]], "output": [[1]]}
+    good, hidden = {"train": [pair], "test": [pair]}, {"train": [pair], "test": [{"input": [[2]]}]}
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps({"a": good, "b": {"train": [], "test": []}, "c": hidden}))
+    solutions = tmp_path / "solutions.json"
+    solutions.write_text(json.dumps({"c": [[[3]]]}))
+    told: list[str] = []
+    groups = puzzles_of("m", None, path, solutions, None, told.append)
+    assert [each.answer for each in groups["tasks"]] == [ONE, ((3,),)]
+    assert len(told) == 1
+    assert f"{path}:2: task b: no demonstrations" in told[0]
+    path.write_text("[]")
+    with pytest.raises(UserError, match="no task in it can be used"):
+        puzzles_of("m", None, path, None, None, told.append)
+    with pytest.raises(UserError, match="say with --data what to solve"):
+        puzzles_of("m", None, None, None, None, told.append)
+
+
+def outcomes(right: int, wrong: int) -> list[Outcome]:
+    made = list(generated(SEEN, 0, right + wrong, Sizes(3, 6, 2)))
+    answers = [(each.answer,) if n < right else () for n, each in enumerate(made)]
+    return [Outcome(one, attempts) for one, attempts in zip(made, answers, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "shown"),
+    [(20, 20, (4, 4)), (0, 20, (0, 8)), (20, 1, (7, 1)), (2, 1, (2, 1))],
+)
+def test_a_picture_shows_what_was_solved_and_what_was_not(right, wrong, shown, tmp_path):
+    picked = chosen(outcomes(right, wrong))
+    assert (sum(each.right for each in picked), sum(not each.right for each in picked)) == shown
+
+
+def test_a_picture_is_the_same_bytes_each_time(tmp_path):
+    every = outcomes(3, 5)
+    path = save_puzzles(tmp_path, every)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert pictures(lambda: draw_puzzles(every), ["png"])["png"] == path.read_bytes()
+    with pytest.raises(UserError, match=r"arc_agi\.png"):
+        save_puzzles(Path(tmp_path / "nowhere"), every)

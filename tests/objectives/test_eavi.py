@@ -1,0 +1,393 @@
+"""EAVI: excursions, alignment, and what teacher forcing has in common with it."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tinsmith.data.batch import Batch, Row, collate
+from tinsmith.data.lessons import Lesson, encode_lesson
+from tinsmith.data.rules import Sizes, generate
+from tinsmith.nn.model import LM, ModelOut
+from tinsmith.objectives.eavi import EAVI
+from tinsmith.objectives.excursion import Span, after, excursion, last_span
+from tinsmith.objectives.logprobs import token_nll
+from tinsmith.objectives.sft import SFT
+from tinsmith.text.symbols import grid_tokenizer
+
+VOCAB = 18
+NSA = {
+    **{"kind": "nsa", "heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 2},
+    **{"select_block": 4, "select_count": 2, "window": 6},
+}
+DYN_MOE = {"kind": "dyn_moe", "experts": 4, "hidden": 16, "target_active": 2, "sdl_weight": 0.1}
+GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+SWIGLU = {"kind": "swiglu", "hidden": 48}
+MODELS = {
+    "dense": {"mixer": GQA, "feed_forward": SWIGLU},
+    "minutes": {"mixer": NSA, "feed_forward": DYN_MOE},
+}
+"""A dense model, and the model of the minutes."""
+
+
+@pytest.fixture(params=MODELS)
+def lm(small, request) -> LM:
+    made = small(vocab_size=VOCAB, pattern=[MODELS[request.param]], tie_embeddings=True)
+    return made
+
+
+def batch_of(rules=("mirror", "half", "recolour", "count"), every=True) -> Batch:
+    """One task of each rule, of different lengths."""
+    rows = []
+    for number, rule in enumerate(rules):
+        puzzle = generate(rule, 0, number, Sizes(3, 4, 1))
+        ids, mask = encode_lesson(Lesson(puzzle, every))
+        given, learned = np.array(ids), np.array([*mask[1:], False])
+        follows = np.append(given[1:], 0)
+        places, nowhere = np.arange(len(given)), np.zeros_like(given)
+        rows.append(Row(given, np.where(learned, follows, 0), learned, places, nowhere))
+    return collate(rows, [0] * len(rows))
+
+
+def ready(**settings: Any) -> Any:
+    objective = EAVI(**settings).build()
+    objective.prepare(cast(LM, None), grid_tokenizer())
+    return objective
+
+
+def alone(lm: LM, batch: Batch, span: Span, said, row: int):
+    """Logits of one row by itself, not padded, after what was said: at the answer's places."""
+    length = int((batch.segments[row] >= 0).sum())
+    ids = F.one_hot(batch.ids[row : row + 1, :length], VOCAB).double()
+    start, count = int(span.opener_B[row]), int(span.length_B[row])
+    ids[0, start + 1 : start + count] = said[row, : count - 1]
+    return lm(ids).logits[0, start : start + count]
+
+
+def one_hot(batch: Batch, span: Span):
+    """Excursions that say the truth."""
+    said = torch.zeros(len(batch.ids), int(span.length_B.max()), VOCAB, dtype=torch.float64)
+    for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
+        targets = batch.targets[row, start : start + count]
+        said[row, :count] = F.one_hot(targets, VOCAB).double()
+    return said
+
+
+def gradients(lm: LM, loss):
+    lm.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+
+
+def test_the_answer_is_the_last_run_of_learned_targets():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1], [1] * 8]).bool()
+    span = last_span(mask)
+    assert span.opener_B.tolist() == [4, 7, 0]
+    assert span.length_B.tolist() == [3, 1, 8]
+    assert span.inside(mask).int().tolist()[0] == [0, 0, 0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
+    batch = batch_of()
+    span = last_span(batch.mask)
+    said = excursion(lm, batch.ids, span, temperature=0.7, hard=hard)
+    true = F.one_hot(batch.ids, VOCAB).double()
+    with torch.no_grad():
+        logits = lm.eval()(after(true, span, said), batch.positions, batch.segments).logits
+        for row, count in enumerate(span.length_B.tolist()):
+            start = int(span.opener_B[row])
+            whole = logits[row, start : start + count]
+            torch.testing.assert_close(whole, alone(lm, batch, span, said, row), rtol=0, atol=1e-10)
+            if hard:
+                assert torch.equal(whole.argmax(-1), said[row, :count].argmax(-1))
+                assert set(said[row, :count].flatten().tolist()) == {0.0, 1.0}
+            else:
+                expected = (whole / 0.7).softmax(-1)
+                torch.testing.assert_close(said[row, :count], expected, rtol=0, atol=1e-12)
+            assert not said[row, count:].any()
+
+
+def test_E2_an_excursion_that_says_the_truth_is_teacher_forcing_to_the_bit(lm):
+    batch = batch_of()
+    span = last_span(batch.mask)
+    found = ready().aligned(lm, batch, span, one_hot(batch, span))
+    teacher, align = found.metrics["teacher"], found.metrics["align"]
+    assert teacher.total == align.total
+    assert teacher.count == align.count == span.length_B.sum()
+    true = F.one_hot(batch.ids, VOCAB).double()
+    assert torch.equal(after(true, span, one_hot(batch, span)), true)
+
+
+def frozen_loss(lm, batch, span, said):
+    """L_align of the equation, by rows: nats of the true answers after what was said."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
+        logprobs = alone(lm, batch, span, said, row).log_softmax(-1)
+        targets = batch.targets[row, start : start + count]
+        total = total - logprobs.gather(1, targets[:, None]).sum()
+    return total
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_is_the_formula_row_by_row(small, share):
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
+    batch = batch_of(every=False)
+    span = last_span(batch.mask)
+    said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+    found = ready(align=share).loss(lm, batch)
+    taught = frozen_loss(lm, batch, span, one_hot(batch, span))
+    expected = (1 - share) * taught + share * frozen_loss(lm, batch, span, said)
+    torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=0)
+    assert ready().weight(batch) == span.length_B.sum()
+    mine, theirs = gradients(lm, found.total), gradients(lm, expected)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small):
+    """The bias that the docstring tells of, seen by finite differences."""
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
+    batch = batch_of(("mirror",), every=False)
+    span = last_span(batch.mask)
+
+    def said():
+        return excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+
+    objective, start = ready(align=1.0), said()
+    weight = lm.blocks[0].mixer.q_proj.weight
+    gradient = gradients(lm, objective.loss(lm, batch).total)["blocks.0.mixer.q_proj.weight"]
+    direction = torch.randn_like(weight)
+    exact = float((gradient * direction).sum())
+
+    def difference(excursed, step=1e-5):
+        found = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight.add_(sign * step * direction)
+                total = objective.aligned(lm, batch, span, excursed()).total
+                weight.sub_(sign * step * direction)
+            found.append(float(total))
+        return (found[0] - found[1]) / (2 * step)
+
+    assert difference(lambda: start) == pytest.approx(exact, rel=1e-6)
+    assert abs(difference(said) - exact) > 1e-3 * abs(exact)
+
+
+def test_E4_an_excursion_has_no_graph_and_keeps_modes_and_random_state(lm):
+    batch = batch_of()
+    span = last_span(batch.mask)
+    lm.train()
+    lm.blocks[1].eval()
+    modes = [module.training for module in lm.modules()]
+    before = torch.get_rng_state()
+    said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+    assert not said.requires_grad
+    assert said.grad_fn is None
+    assert [module.training for module in lm.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursion(small):
+    dropout = {"dropout": {"residual": 0.3, "embedding": 0.3, "attention": 0.3}}
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]], **dropout).train()
+    batch = batch_of()
+    span = last_span(batch.mask)
+    settings = {"temperature": 1.0, "hard": False}
+    said = excursion(lm, batch.ids, span, **settings)
+    assert torch.equal(excursion(lm, batch.ids, span, **settings), said)
+    drawn = []
+    for run in (lambda: ready().loss(lm, batch), lambda: ready().aligned(lm, batch, span, said)):
+        torch.manual_seed(1)
+        run()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_E5_an_excursion_knows_of_the_answer_but_its_length(lm):
+    batch = batch_of()
+    span = last_span(batch.mask)
+    ids = batch.ids.clone()
+    for row, start in enumerate(span.opener_B.tolist()):
+        ids[row, start + 1 :] = (ids[row, start + 1 :] + 5) % VOCAB
+    assert not torch.equal(ids, batch.ids)
+    said = [excursion(lm, each, span, temperature=1.0, hard=False) for each in (batch.ids, ids)]
+    assert torch.equal(*said)
+
+
+class Copier:
+    """A policy that is sure its last token comes again."""
+
+    def __init__(self, sure: float = 20.0):
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.head = nn.Linear(VOCAB, VOCAB, bias=False).double()
+        self.head.weight.data = sure * torch.eye(VOCAB, dtype=torch.float64)
+        self.embed = SimpleNamespace(weight=torch.zeros(1, dtype=torch.float64))
+
+    def __call__(self, ids, positions=None, segments=None, caches=None, logits=True) -> ModelOut:
+        hidden = ids.double() if ids.dim() == 3 else F.one_hot(ids, VOCAB).double()
+        said = self.head(hidden[:, -1:] if logits == "last" else hidden)
+        return ModelOut(said if logits else None, {}, {}, {}, hidden)
+
+    def new_caches(self, rows: int, capacity: int) -> list:
+        return []
+
+    def modules(self) -> list:
+        return []
+
+    def eval(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("objective", ["sft", "eavi"])
+def test_E6_a_model_that_copies_its_last_token_is_worse_than_chance(objective):
+    """With labels that are not shifted it would be perfect."""
+    ids = torch.randint(0, VOCAB, (8, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(39).expand(8, 39)
+    mask = (positions > 10).clone()
+    batch = Batch(
+        *(ids[:, :-1], ids[:, 1:] * mask, mask, positions, torch.zeros_like(positions)),
+        torch.zeros(8, dtype=torch.long),
+    )
+    made = SFT().build() if objective == "sft" else ready()
+    policy = cast(LM, Copier())
+    nats = float(made.loss(policy, batch).total.detach() / made.weight(batch))
+    assert nats > math.log(VOCAB)
+    unshifted = batch._replace(targets=batch.ids * mask)
+    total = SFT().build().loss(policy, unshifted).total.detach()
+    assert float(total) == pytest.approx(0, abs=1e-4)
+
+
+def test_E7_the_taught_rows_are_a_step_of_teacher_forcing(lm):
+    batch = batch_of()
+    teacher = SFT(reads="answers").build()
+    alone = teacher.loss(lm.eval(), batch)
+    none = ready(align=0.0).loss(lm, batch)
+    torch.testing.assert_close(none.total, alone.total, rtol=1e-12, atol=0)
+    mine, theirs = gradients(lm, none.total), gradients(lm, alone.total)
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-11)
+    answers = last_span(batch.mask).inside(batch.mask)
+    hidden = lm(batch.ids, batch.positions, batch.segments, logits=False).hidden
+    expected = token_nll(hidden[answers], batch.targets[answers], lm.head).sum()
+    told = ready().loss(lm, batch).metrics["teacher"]
+    torch.testing.assert_close(told.total, expected, rtol=1e-12, atol=0)
+
+
+def test_outputs_of_demonstrations_count_once_whatever_the_share(small):
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
+    every, last = batch_of(every=True), batch_of(every=False)
+    told = []
+    for share in (0.2, 0.7):
+        totals = [ready(align=share).loss(lm, each).total for each in (every, last)]
+        told.append(float((totals[0] - totals[1]).detach()))
+    assert told[0] == pytest.approx(told[1], rel=1e-12)
+    assert told[0] > 1
+    assert ready().weight(every) == every.mask.sum() > ready().weight(last)
+
+
+def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["minutes"]]).train()
+    batch = batch_of()
+    span = last_span(batch.mask)
+    said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+    found = ready().aligned(lm, batch, span, said)
+    true = F.one_hot(batch.ids, VOCAB).double()
+    both = torch.cat((true, after(true, span, said)))
+    out = lm(both, batch.positions.repeat(2, 1), batch.segments.repeat(2, 1), logits=False)
+    routers = sum(float(value) for value in out.losses.values())
+    weight = float(batch.mask.sum())
+    plain = found.metrics["loss"].total
+    assert routers > 0
+    assert float(found.total) == pytest.approx(float(plain) + routers * weight, rel=1e-12)
+    tokens = [value for name, value in found.stats.items() if name.endswith("feed.tokens")]
+    assert tokens[0] == 2 * (batch.segments >= 0).sum()
+
+
+def test_answers_shaped_as_their_inputs_are_told_apart(small):
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
+    batch = batch_of(("recolour", "count", "fill", "tile"))
+    found = ready(align=1.0).loss(lm, batch).metrics
+    pair = [ready(align=1.0).loss(lm, batch.rows(n, n + 1)).metrics["align"] for n in (0, 2)]
+    equal = found["align_equal"]
+    assert equal.count == sum(each.count for each in pair)
+    assert float(equal.total) == pytest.approx(sum(float(each.total) for each in pair), rel=1e-10)
+    assert equal.count < found["align"].count
+    none = ready().loss(lm, batch.rows(1, 2)).metrics["align_equal"]
+    assert none.count == none.total == 0
+
+
+def test_rows_do_not_depend_on_what_else_is_in_the_batch(lm):
+    """T4: sums over micro-batches are the sum over the batch."""
+    lm.eval()
+    batch = batch_of()
+    whole = gradients(lm, ready().loss(lm, batch).total)
+    parts = [gradients(lm, ready().loss(lm, part).total) for part in batch.split(1)]
+    for name, gradient in whole.items():
+        summed = torch.stack([part[name] for part in parts]).sum(0)
+        torch.testing.assert_close(summed, gradient, rtol=1e-8, atol=1e-9)
+
+
+def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
+    """T11: on a few tasks, alignment falls as teacher forcing does, and hard answers come right."""
+    layer = {"mixer": GQA, "feed_forward": SWIGLU}
+    torch.manual_seed(0)
+    lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[layer]).train()
+    batch = batch_of(("mirror", "recolour", "half"), every=False)
+    objective, optimizer = ready(), torch.optim.AdamW(lm.parameters(), lr=3e-3)
+    first = None
+    for _ in range(120):
+        found = objective.loss(lm, batch)
+        first = first or {name: float(m.total / m.count) for name, m in found.metrics.items()}
+        optimizer.zero_grad()
+        (found.total / objective.weight(batch)).backward()
+        optimizer.step()
+    last = {name: float(m.total / m.count) for name, m in found.metrics.items()}
+    assert last["align"] < 0.2 * first["align"]
+    assert last["teacher"] < 0.2 * first["teacher"]
+    span = last_span(batch.mask)
+    said = excursion(lm, batch.ids, span, temperature=1.0, hard=True).argmax(-1)
+    for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
+        assert torch.equal(said[row, :count], batch.targets[row, start : start + count])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"align": 1.1}, "align=1.1 must be a share from 0 to 1"),
+        ({"align": -0.1}, "align=-0.1"),
+        ({"temperature": 0}, "temperature=0 must be a number above 0"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(settings, said):
+    with pytest.raises(ValueError, match=said):
+        replace(EAVI(), **settings)
+
+
+def test_a_one_hot_row_reads_as_its_ids_do_in_half_precision_too(small):
+    lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[MODELS["dense"]]).eval()
+    ids = batch_of().ids
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        read, mixed = lm(ids), lm(F.one_hot(ids, VOCAB).float())
+    assert read.hidden.dtype == mixed.hidden.dtype
+    assert torch.equal(read.hidden, mixed.hidden)
+
+
+def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
+    lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[MODELS["dense"]])
+    batch = batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = SFT(reads="answers").build().loss(lm, batch).total
+        none = ready(align=0.0).loss(lm, batch)
+        found = ready().loss(lm, batch)
+    assert float(none.total.detach()) == pytest.approx(float(alone.detach()), rel=1e-3)
+    found.total.backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters() if p.grad is not None)

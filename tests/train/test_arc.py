@@ -1,0 +1,190 @@
+"""Two stages on puzzles as whole runs: teacher forcing, then EAVI from its model."""
+
+import json
+
+import pytest
+import torch
+
+from tinsmith.config import from_dict
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import read_metrics
+from tinsmith.core.parse import plain
+from tinsmith.hub.load import load
+from tinsmith.train.dryrun import dry_run
+from tinsmith.train.trainer import train
+from tinsmith.verbs.evaluate import Text, evaluate
+
+NSA = {
+    **{"kind": "nsa", "heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 4},
+    **{"select_block": 4, "select_count": 3, "window": 16},
+}
+DYN_MOE = {"kind": "dyn_moe", "experts": 4, "hidden": 16, "target_active": 2, "reset_interval": 2}
+STAGES = {"first": {"kind": "sft", "reads": "answers"}, "second": {"kind": "eavi"}}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The model of the minutes with dropout, experts that are born again, looks in between."""
+    return {
+        "model": {
+            **{"vocab_size": 18, "dim": 32, "depth": 2, "max_context": 128},
+            "pattern": [{"mixer": NSA, "feed_forward": DYN_MOE}],
+            "dropout": {"residual": 0.1},
+        },
+        "data": {
+            **{"kind": "arc", "count": 60, "largest": 3, "demonstrations": 2, "validation": 0.2},
+            "rules": ["recolour", "mirror", "fill", "half"],
+        },
+        "objective": STAGES["first"],
+        "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
+        "train": {
+            **{"steps": 6, "context": 96, "rows": 4, "accumulate": 2, "precision": "fp32"},
+            **{"save_every": 2, "eval_every": 3, "sample_every": 3},
+        },
+        "eval": {"rows": 8, "new_tokens": 8},
+        "log": {"every": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, recipe):
+    def go(stage, name, start=None, resume_from=None, **changed):
+        data = recipe | {"objective": STAGES[stage]} | changed
+        if start is not None:
+            del data["model"]
+            data |= {"init_from": str(start)}
+        return train(from_dict(data), name, resume_from=resume_from)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINSMITH_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield go
+
+
+def lines(folder, *kinds):
+    timings = ("tokens_per_second", "eta_seconds")
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] in kinds]
+    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def stages(run):
+    """Both stages run whole: their folders, and what the second began with."""
+    first = run("first", "first")
+    return {"first": (first, None), "second": (run("second", "second", first), first)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_T2_resume_is_bit_exact(stage, stages, run):
+    whole, start = stages[stage]
+    begun = whole / "checkpoints" / "step-00000004"
+    resumed = run(stage, f"resumed-{stage}", start, resume_from=begun)
+    for name in ("model", "optim", "rng-00000"):
+        files = [
+            folder / "checkpoints" / "step-00000006" / f"{name}.safetensors"
+            for folder in (whole, resumed)
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    kinds = ("train", "eval", "samples", "routing")
+    expected = [row for row in lines(whole, *kinds) if row["step"] > 4]
+    assert lines(resumed, *kinds) == expected
+
+
+def test_the_second_stage_begins_where_the_first_ends_and_tells_both_halves(stages):
+    (first, _), (second, _) = stages["first"], stages["second"]
+    told = lines(second, "train")
+    assert {"teacher", "align", "align_equal", "sdl"} <= told[0].keys()
+    ends = [row["loss"] for row in lines(first, "eval")]
+    assert abs(lines(second, "eval")[0]["loss"] - ends[-1]) < abs(ends[0] - ends[-1]) + 0.5
+    card = (second / "final" / "README.md").read_text(encoding="utf-8")
+    assert "nats per token of answers after the model's own beginnings" in card
+    lm, tokenizer = load(second)
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == lm.config.vocab_size == 18
+    sample = lines(second, "samples")[-1]["samples"][0]["prompt"]
+    assert sample.endswith("<|im_start|><|solution|>")
+
+
+def test_eval_tells_of_seen_and_held_back_rules_and_draws(stages, tmp_path, capsys, real_data):
+    """As `tinsmith eval RUN --tasks arc_agi`; rules held back are of the kinds that were seen."""
+    run = stages["second"][0]
+    evaluate(str(run), "arc_agi", Text(None, None, 3), "cpu", None, True)
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["arc_agi seen", "arc_agi held back"]
+    assert found["arc_agi seen"]["outputs"] == 3
+    assert found["arc_agi seen"]["by_task"].keys() == {"recolour-0", "mirror-1", "fill-2"}
+    held_back = {f"recolour+fill-{number}" for number in range(3)}
+    assert found["arc_agi held back"]["by_task"].keys() == held_back
+    assert (run / "arc_agi.png").read_bytes().startswith(b"\x89PNG")
+    tasks = real_data / "arc_agi1" / "training_small10.jsonl"
+    evaluate(str(run / "final"), "arc_agi", Text(tasks, None, 2), "cpu", None, False)
+    assert "arc_agi training_small10" in capsys.readouterr().out
+
+
+def test_the_exported_tokenizer_opens_in_transformers(stages):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(stages["second"][0] / "final")
+    assert theirs("<|solution|>01\n2<|im_end|>").input_ids == [13, 0, 1, 15, 2, 11]
+
+
+def test_grids_bring_their_tokenizer_and_a_recipe_round_trips(recipe):
+    config = from_dict(recipe)
+    assert config.tokenizer is not None
+    assert config.tokenizer.symbols == "grids"
+    assert from_dict(plain(config)) == config
+    with pytest.raises(UserError, match=r"give exactly one of `tokenizer.train`"):
+        from_dict(recipe | {"tokenizer": {"symbols": "grids", "path": "x"}})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_tries_a_step(stage, recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "none"))
+    dry_run(from_dict(recipe | {"objective": STAGES[stage]}), "x")
+    assert "dry run   ok" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_eavi_reads_any_chats(run, recipe):
+    model = {**recipe["model"], "vocab_size": 320, "max_context": 160}
+    data = {"kind": "tasks", "tasks": ["copy"], "count": 60, "length": 3, "thoughts": False}
+    train_section = {**recipe["train"], "context": 160}
+    folder = run("second", "chats", model=model, data=data, train=train_section)
+    told = lines(folder, "train")[-1]
+    assert "align" in told
+    assert "align_equal" not in told
+
+
+def test_eavi_wants_the_whole_policy_in_every_process(recipe):
+    with pytest.raises(UserError, match=r"parallel.kind=fsdp cannot be"):
+        from_dict(recipe | {"objective": {"kind": "eavi"}, "parallel": {"kind": "fsdp"}})
+
+
+def test_a_bad_task_leaves_no_run_behind(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"train": [], "test": []}), encoding="utf-8")
+    with pytest.raises(UserError, match="task bad: no demonstrations"):
+        run("first", "bad", data={"kind": "arc", "path": str(path)})
+    runs = tmp_path / "runs"
+    assert not (runs / "bad").exists()
+    assert not [each for each in (runs / ".data").iterdir() if not each.name.startswith(".")]
+
+
+def test_the_excursion_leaves_the_training_generator_untouched(run, monkeypatch):
+    """A run whose excursions are skipped draws the same dropout: its generators end alike."""
+    from tinsmith.objectives import eavi
+
+    whole = run("second", "whole")
+
+    def nothing(lm, ids, span, *, temperature, hard):
+        shape = (len(ids), int(span.length_B.max()), lm.config.vocab_size)
+        return torch.full(shape, 1 / lm.config.vocab_size)
+
+    monkeypatch.setattr(eavi, "excursion", nothing)
+    skipped = run("second", "skipped")
+    files = [
+        folder / "checkpoints" / "step-00000006" / "rng-00000.safetensors"
+        for folder in (whole, skipped)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert lines(whole, "train") != lines(skipped, "train")

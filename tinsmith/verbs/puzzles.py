@@ -1,0 +1,84 @@
+"""What `tinsmith eval --tasks arc_agi` asks, and where its picture goes."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tinsmith.config import RunConfig
+from tinsmith.core.errors import UserError
+from tinsmith.core.files import atomic_write
+from tinsmith.core.rng import derive
+from tinsmith.data.arc import find_tasks, read_solutions, read_tasks
+from tinsmith.data.config import Arc
+from tinsmith.data.files import Reject
+from tinsmith.data.grids import Puzzle
+from tinsmith.data.rules import SEEN, generated, held_back_beside
+from tinsmith.evals.arc import Outcome
+from tinsmith.evals.bpb import report_rejects
+from tinsmith.train.canvas import pictures
+from tinsmith.train.mosaic import draw_puzzles
+
+TASKS = 100
+"""Generated of each group where nobody says otherwise."""
+
+
+def puzzles_of(
+    model: str,
+    config: RunConfig | None,
+    data: Path | None,
+    solutions: Path | None,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> dict[str, list[Puzzle]]:
+    """Puzzles by name of their group: those of `data`; else, for a run on generated ones, new
+    puzzles of the rules that it has seen, and of those that are held back.
+
+    UserError where there are none.
+    """
+    if data is not None:
+        return {data.name.split(".")[0]: _read(data, solutions, limit, say)}
+    sections = () if config is None else config.data
+    mine = [each for each in sections if isinstance(each, Arc) and each.path is None]
+    if not mine:
+        raise UserError(f"{model}: is no run on generated puzzles; say with --data what to solve")
+    section, count = mine[0], limit or TASKS
+    rules = section.rules or SEEN
+    seed = derive(section.seed, "examination")
+    groups = {"seen": rules, "held back": held_back_beside(rules)}
+    return {
+        name: list(generated(each, seed, count, section.sizes))
+        for name, each in groups.items()
+        if each
+    }
+
+
+def _read(
+    data: Path, solutions: Path | None, limit: int | None, say: Callable[[str], None]
+) -> list[Puzzle]:
+    solved = {} if solutions is None else read_solutions(str(solutions), "--solutions")
+    found = list(read_tasks(find_tasks(str(data), "--data"), solved))
+    rejects = [each for each in found if isinstance(each, Reject)]
+    tasks = [each for each in found if not isinstance(each, Reject)][:limit]
+    report_rejects(str(data), "task", len(tasks), rejects, say)
+    return [puzzle for task in tasks for puzzle in task.puzzles]
+
+
+def run_of(path: Path) -> Path:
+    """The folder of the run that `path` is, or whose `final` or checkpoint it is; else `path`."""
+    run = {"final": path.parent}.get(path.name, path)
+    return path.parent.parent if path.parent.name == "checkpoints" else run
+
+
+def picture_place(model: str) -> Path:
+    """The run's folder, or the model's where it is no run; else this one."""
+    run = run_of(Path(model))
+    return run if run.is_dir() else Path()
+
+
+def save_puzzles(folder: Path, outcomes: Sequence[Outcome]) -> Path:
+    """A picture of some outcomes in `folder`; its path. UserError where it cannot be written."""
+    path = folder / "arc_agi.png"
+    try:
+        atomic_write(path, pictures(lambda: draw_puzzles(outcomes), ["png"])["png"])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return path
