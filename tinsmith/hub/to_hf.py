@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.parse import plain
 from tinsmith.hub import deepseek, experts, grouped
-from tinsmith.hub.from_hf import OWN, SCHEMA
+from tinsmith.hub.from_hf import OWN, SCHEMA, TRAINED
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.feedforwards.deepseek import DeepSeekMoE
 from tinsmith.nn.feedforwards.dense import SwiGLU
 from tinsmith.nn.feedforwards.topk import TopKMoE
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.mixers.mla import MLA
+from tinsmith.nn.parts.trained import EVERYTHING
 from tinsmith.nn.residuals.plain import Plain
 
 _SIDES = {GQA: grouped, MLA: deepseek}
@@ -57,6 +58,8 @@ def config_to_hf(config: ModelConfig) -> Translation:
         "initializer_range": 0.02,
         "use_cache": True,
     }
+    if config.trained != EVERYTHING:
+        data[TRAINED] = list(config.trained)
     return Translation(data | side.write_keys(kind, config), kind)
 
 
