@@ -54,7 +54,9 @@ def test_it_builds_without_memory_and_survives_a_change_of_dtype():
 def test_adapters_freeze_what_the_config_trains():
     lm = model("blocks.*.feed")
     lora.add(lm, LoRA(targets="q_proj", rank=2))
-    assert names(lm) == {f"blocks.{i}.mixer.q_proj.lora.weight.{half}" for i in (0, 1) for half in "AB"}
+    assert names(lm) == {
+        f"blocks.{i}.mixer.q_proj.lora.weight.{half}" for i in (0, 1) for half in "AB"
+    }
 
 
 def test_a_frozen_base_of_dyn_lora_stays_frozen():
