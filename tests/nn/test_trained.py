@@ -71,5 +71,5 @@ def test_patterns_that_name_nothing_are_refused_in_one_line():
         model("bloks.*.feed")
     with pytest.raises(UserError, match="trained must name at least one tensor"):
         model()
-    with pytest.raises(UserError, match="Did you mean 'embed.weight'"):
+    with pytest.raises(UserError, match=r"Did you mean 'embed\.weight'"):
         model("embed.weigth")

@@ -1,4 +1,4 @@
-"""`tinsmith transplant`: a dense model's skeleton with experts in the place of its feed-forwards."""
+"""`tinsmith transplant`: experts in the place of a dense model's feed-forwards."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tinsmith.verbs.exchange import check_free
 def transplant(
     source: str, out: Path, keys: list[str], init: Init, train_norms: bool, seed: int, dry: bool
 ) -> None:
-    """Write the sparse model to `out`, whole or not at all; with `dry`, count what it would have."""
+    """Write the sparse model to `out`, whole or not at all; with `dry`, only count."""
     plan = Plan(_section(keys), init, train_norms)
     check_free(out)
     dense = config_of(source)
@@ -34,8 +34,9 @@ def transplant(
 
     def card(done: Exported) -> str:
         facts = Facts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
-        kept = "the skeleton of its base, frozen"
-        return model_card(facts | {"base": source, "architecture": f"{feeds} ({init}) in {kept}"})
+        facts["base"] = source
+        facts["architecture"] = f"{feeds} ({init}) in the skeleton of its base, frozen"
+        return model_card(facts)
 
     export_folder(student, tokenizer, out, card=card)
     said = "" if tokenizer else ", without a tokenizer"

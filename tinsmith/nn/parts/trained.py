@@ -3,7 +3,8 @@
 A model's config names them (`trained`), so a frozen skeleton is remembered wherever the config is:
 in recipes, checkpoints and folders. A pattern names a tensor (`blocks.0.feed_norm.weight`) or all
 of a module (`blocks.*.feed`); `*` stands for any letters, dots too. Adapters (`nn.lora`) freeze
-everything else, and `dyn_lora` may freeze its base. A frozen tensor has no gradient and no optimizer state.
+everything else, and `dyn_lora` may freeze its base. A frozen tensor has no gradient and no
+optimizer state.
 """
 
 from collections.abc import Sequence
