@@ -213,6 +213,15 @@ def test_keys_of_training_that_no_stock_family_has_are_kept(model, tmp_path):
     assert load(tmp_path / "sparse")[0].config == sparse.config
 
 
+def test_a_new_dense_layer_in_the_same_skeleton_begins_at_random(dense):
+    made = transplanted(dense, Plan({"kind": "swiglu", "hidden": 24}))
+    assert made.blocks[0].feed.up_proj.weight.shape == (24, 32)
+    same = transplanted(dense, Plan({"kind": "swiglu"}))
+    old, new = (dict(lm.named_parameters()) for lm in (dense, same))
+    assert old.keys() == new.keys()
+    assert {n for n in old if not torch.equal(old[n], new[n])} == {n for n in old if ".feed." in n}
+
+
 def test_the_same_seed_makes_the_same_experts(dense):
     made = []
     for seed in (0, 0, 1):
@@ -225,7 +234,9 @@ def test_the_same_seed_makes_the_same_experts(dense):
 @pytest.mark.parametrize(
     ("feed", "init", "expected"),
     [
-        ({"kind": "swiglu"}, "random", "kind='swiglu' is not one of dyn_moe, topk_moe"),
+        ({"kind": "swiglu"}, "slice", "kind='swiglu' is not one of dyn_moe, topk_moe"),
+        ({"kind": "relu2"}, "random", "kind='relu2' is not one of dyn_moe, topk_moe"),
+        ({"kind": "swiglu", "experts": 4}, "random", "experts: unknown key"),
         ({"experts": 0}, "random", "experts=0 must be at least 1"),
         ({"experts": "many"}, "random", "experts='many' must be at least 1"),
         ({"expertz": 3}, "random", "expertz: unknown key"),

@@ -5,7 +5,8 @@ new, and all that is trained. No tensor of a dense feed-forward remains. By defa
 the width of the dense layer, and half of them are to work on a token (`dyn_moe`: half of them do at
 first). Experts begin as `random` (the model's own initialisation) or as `slice`: expert e is the
 e-th slice of the dense layer's hidden units, so that all experts together, each counted once
-(`combine: sum`; with all of them on also `rescaled_sum`), say exactly what the dense layer said.
+(`combine: sum`; with all of them on also `rescaled_sum`), say exactly what the dense layer said. A
+new dense layer (`kind` is the model's own) is what experts are compared with; it begins at random.
 
 Legend: I hidden units of a dense layer, E experts, H hidden units of an expert, D width.
 """
@@ -43,7 +44,7 @@ _USUAL: dict[str, Callable[[int], Section]] = {
     "topk_moe": lambda experts: {"top_k": max(1, experts // 2)},
     "deepseek_moe": lambda experts: {"top_k": max(1, experts // 2), "shared": 0},
 }
-"""The keys of each kind beside `experts`, `hidden` and `activation`."""
+"""The keys of each kind of experts beside `experts`, `hidden` and `activation`."""
 
 
 class Plan(NamedTuple):
@@ -59,7 +60,7 @@ def transplanted_config(dense: ModelConfig, plan: Plan) -> ModelConfig:
     """The sparse model's config; UserError where there is no such transplant."""
 
     def layers(each: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        return tuple(replace(layer, feed_forward=_experts_for(layer, plan)) for layer in each)
+        return tuple(replace(layer, feed_forward=_feed_for(layer, plan)) for layer in each)
 
     trained = (FEEDS, NORMS) if plan.train_norms else (FEEDS,)
     return replace(
@@ -71,16 +72,22 @@ def transplanted_config(dense: ModelConfig, plan: Plan) -> ModelConfig:
     )
 
 
-def _experts_for(layer: Layer, plan: Plan) -> Sparse:
-    dense = layer.feed_forward
+def _feed_for(layer: Layer, plan: Plan) -> Sparse | Dense:
+    dense, kind = layer.feed_forward, plan.feed.get("kind", "dyn_moe")
     if not isinstance(dense, Dense):
         raise UserError(f"transplant: the model's feed-forward is {dense.kind}, not a dense one")
     if dense.bias:
         raise UserError("transplant: the model's feed-forward has biases, experts have none")
-    asked = {"kind": "dyn_moe", "experts": EXPERTS} | plan.feed
-    kind, experts = asked["kind"], asked["experts"]
+    if kind == dense.kind and plan.init == "random":  # what sparse ones are compared with
+        return parse(FeedForwardConfig, {"hidden": dense.hidden} | plan.feed, "transplant")
     if kind not in _USUAL:
         raise UserError(f"transplant: kind={kind!r:.60} is not one of {', '.join(_USUAL)}")
+    return _experts_for(dense, plan, kind)
+
+
+def _experts_for(dense: Dense, plan: Plan, kind: str) -> Sparse:
+    asked = {"kind": kind, "experts": EXPERTS} | plan.feed
+    experts = asked["experts"]
     if type(experts) is not int or experts < 1:
         raise UserError(f"transplant: experts={experts!r:.60} must be at least 1")
     usual = {"hidden": dense.hidden // experts, "activation": dense.kind} | _USUAL[kind](experts)
