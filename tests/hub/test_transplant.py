@@ -235,6 +235,7 @@ def test_the_same_seed_makes_the_same_experts(dense):
     ("feed", "init", "expected"),
     [
         ({"kind": "swiglu"}, "slice", "kind='swiglu' is not one of dyn_moe, topk_moe"),
+        ({"kind": ["dyn_moe"]}, "random", "kind=['dyn_moe'] is not one of dyn_moe, topk_moe"),
         ({"kind": "relu2"}, "random", "kind='relu2' is not one of dyn_moe, topk_moe"),
         ({"kind": "swiglu", "experts": 4}, "random", "experts: unknown key"),
         ({"experts": 0}, "random", "experts=0 must be at least 1"),

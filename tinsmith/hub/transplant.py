@@ -80,7 +80,7 @@ def _feed_for(layer: Layer, plan: Plan) -> Sparse | Dense:
         raise UserError("transplant: the model's feed-forward has biases, experts have none")
     if kind == dense.kind and plan.init == "random":  # what sparse ones are compared with
         return parse(FeedForwardConfig, {"hidden": dense.hidden} | plan.feed, "transplant")
-    if kind not in _USUAL:
+    if not isinstance(kind, str) or kind not in _USUAL:
         raise UserError(f"transplant: kind={kind!r:.60} is not one of {', '.join(_USUAL)}")
     return _experts_for(dense, plan, kind)
 

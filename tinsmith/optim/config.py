@@ -12,7 +12,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tinsmith.core.parse import Config, Count, Kind
 
@@ -52,6 +52,9 @@ class MuonConfig(Config):
     AdamW's rate and decay fit (Moonlight, 2502.16982).
     """
 
+    REMEMBERED: ClassVar[int] = 4
+    """Bytes of optimizer state for each weight; so in the others."""
+
     kind: Literal["muon"] = "muon"
     lr: float = 0.02
     momentum: float = 0.95
@@ -77,6 +80,8 @@ class AdamWConfig(Config):
     Norms, biases and other vectors never decay.
     """
 
+    REMEMBERED: ClassVar[int] = 8
+
     kind: Literal["adamw"] = "adamw"
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -94,6 +99,8 @@ class AdamW8bitConfig(Config):
     bitsandbytes.
     """
 
+    REMEMBERED: ClassVar[int] = 2
+
     kind: Literal["adamw8bit"] = "adamw8bit"
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -110,6 +117,8 @@ class AdafactorConfig(Config):
     only the sums of its rows and columns. The step is `lr` times the weight's own root mean square,
     and `lr` never above 1 / sqrt(step); a step's root mean square is cut to `clip_update`.
     """
+
+    REMEMBERED: ClassVar[int] = 0
 
     kind: Literal["adafactor"] = "adafactor"
     lr: float = 0.01

@@ -113,8 +113,8 @@ def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
 
 
 def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
-    """Bytes, roughly: 16 per parameter (4 per frozen one), and per token and layer what a block
-    keeps for its backward pass.
+    """Bytes, roughly: 8 per parameter (4 per frozen one), what optimizers remember, and per token
+    and layer what a block keeps for its backward pass.
     """
     train = config.train
     tokens = train.rows * train.context
@@ -125,12 +125,20 @@ def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
     if train.checkpointing:
         state = model.residual.expand(torch.empty(1, 1, model.dim, device="meta")).numel()
         kept = 2 * state * len(shape.blocks) * wide + kept / len(shape.blocks)
-    held = 4.0 * shape.parameter_count() + 12.0 * counts(shape).trained
+    held = 4.0 * (shape.parameter_count() + counts(shape).trained) + _moments(shape, config)
     return held + tokens * kept + 12.0 * 2**23
 
 
+def _moments(shape: LM, config: RunConfig) -> float:
+    """Bytes of optimizer state."""
+    sizes = {role: sum(p.numel() for _, p in named) for role, named in partition(shape).items()}
+    matrices = sizes.pop("matrix")
+    optim = config.optim
+    return matrices * optim.matrices.REMEMBERED + sum(sizes.values()) * optim.others.REMEMBERED
+
+
 def _disk(shape: LM, config: RunConfig, name: str) -> None:
-    each = 4 * shape.parameter_count() + 8 * counts(shape).trained
+    each = 4 * shape.parameter_count() + _moments(shape, config)
     kept = config.train.keep.last + config.train.keep.best + 1
     place = run_folder(name)
     free = free_space(runs_root().resolve())
