@@ -66,6 +66,16 @@ def test_a_frozen_base_of_dyn_lora_stays_frozen():
     assert counts(lm).frozen > 0
 
 
+@pytest.mark.parametrize("trained", ["*", "blocks.*.mixer"])
+def test_a_gate_that_is_frozen_learns_nothing_from_surprise(trained):
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 8, "router_grad": "smk"}
+    lm = model(trained, pattern=[LAYER | {"feed_forward": feed}]).train()
+    out = lm(torch.arange(8)[None])
+    (out.logits.square().mean() + sum(out.losses.values())).backward()
+    lm.after_backward(out.probes)
+    assert all((block.feed.gate.prototypes.grad is None) == (trained != "*") for block in lm.blocks)
+
+
 def test_patterns_that_name_nothing_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"model.trained: 'bloks.\*.feed' names no tensor"):
         model("bloks.*.feed")
