@@ -95,7 +95,10 @@ def test_counts_that_are_none_are_refused(value):
         ({"model": {"preset": "minimind2-26m", "depth": True}}, "model.depth: Input should be a"),
         ({"train": {"seed": False}}, "train.seed: Input should be a valid integer (got False)"),
         ({"optim": {"clip": True}}, "optim.clip: Input should be a valid number (got True)"),
-        ({"optim": {"matrices": {"lr": 1}}}, "optim.matrices: needs a `kind` (known: muon, adamw)"),
+        (
+            {"optim": {"matrices": {"lr": 1}}},
+            "optim.matrices: needs a `kind` (known: muon, adamw, adamw8bit, adafactor)",
+        ),
         ({"model": {"preset": "minimind2-26m", "vocab_size": 2**70}}, "equal to 16777216"),
         ({"train": {"keep": {"last": 0}}}, "train.keep: last=0 must be at least 1"),
     ],

@@ -69,7 +69,7 @@ def test_third_party_imports_are_the_listed_ones(package):
             top = name.split(".")[0]
             known = {"tinsmith", *sys.stdlib_module_names, *THIRD_PARTY[package]}
             known |= {"triton"} if path.parent.name == "kernels" else set()
-            known |= {"bitsandbytes"} if path.name == "quant.py" else set()
+            known |= {"bitsandbytes"} if path.name in ("quant.py", "memory.py") else set()
             assert top in known, f"{path.relative_to(PACKAGE)} imports {name}"
 
 

@@ -280,6 +280,42 @@ def import_(
     run(source, out, rope_scaling)
 
 
+@app.command()
+def transplant(
+    model: ModelPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Of the new feed-forward: experts=64, router_grad=smk, kind=topk_moe.",
+        ),
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help="How experts begin: random, or slice (parts of the dense layer).")
+    ] = "random",
+    train_norms: Annotated[
+        bool, typer.Option("--train-norms", help="Train the norms too; else they are frozen.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count parameters from the config alone.")
+    ] = False,
+) -> None:
+    """Put experts in the place of a dense model's feed-forwards.
+
+    All else is kept and frozen: embedding, attention, norms. Train it with objective kd.
+
+    \b
+    tinsmith transplant Qwen/Qwen3-0.6B runs/hyper-smoe router_grad=smk
+    tinsmith transplant runs/first/final sparse/ experts=16 --init slice --dry-run
+    """
+    from tinsmith.verbs.transplant import check_init
+    from tinsmith.verbs.transplant import transplant as run
+
+    run(model, out, keys or [], check_init(init), train_norms, seed, dry_run)
+
+
 @config_app.command()
 def show(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
     """Print the whole resolved recipe; what is not a default says where it comes from.

@@ -1,6 +1,7 @@
 """Every recipe is complete: it validates and survives a dry run."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ def test_recipe_survives_a_dry_run(path, monkeypatch, tmp_path, capsys, request)
     config = load(path)
     if config.init_from is not None:
         assert not Path(config.init_from).exists()
-        pytest.skip("begins from a run that another recipe makes")
+        if config.model is None:
+            pytest.skip("begins from a run that another recipe makes")
+        config = replace(config, init_from=None)
     dry_run(config, path.stem)
     said = capsys.readouterr().out
     assert "dry run   ok" in said

@@ -32,7 +32,7 @@ def test_presets_are_there_and_may_be_overridden():
     assert presets() == [
         *(f"minimind2-{size}" for size in minimind[0]),
         *(f"minimind3-{size}" for size in minimind[1]),
-        *("tiny-r2", "tiny-r2-dense"),
+        *("tiny-onn-0.6b", "tiny-r2", "tiny-r2-dense"),
     ]
     config = ModelConfig.from_dict({"preset": "minimind3-64m", "depth": 2, "max_context": 64})
     base = ModelConfig.preset("minimind3-64m")

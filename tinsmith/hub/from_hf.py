@@ -10,9 +10,12 @@ from tinsmith.hub import deepseek, grouped
 from tinsmith.hub.keys import Keys
 from tinsmith.hub.rope import read_rope
 from tinsmith.nn.config import Dropout, ModelConfig
+from tinsmith.nn.parts.trained import EVERYTHING
 
 OWN = "tinsmith"
 SCHEMA = 1
+TRAINED = "tinsmith_trained"
+"""Tinsmith's own key in the `config.json` of a stock family: which tensors training may change."""
 SIDES = (grouped, deepseek)
 """Modules, one for each kind of attention, that read and write what only its families have."""
 FAMILIES = {kind: side for side in SIDES for kind in side.FAMILIES}
@@ -81,4 +84,12 @@ def _stock(kind: str, keys: Keys) -> ModelConfig:
         norm_eps=keys.number("rms_norm_eps", family.norm_eps),
         rope=read_rope(keys.data, context, keys.where, side.read_scaling, family.theta),
         dropout=Dropout(attention=keys.number("attention_dropout", 0.0, above=-1)),
+        trained=_trained(keys),
     )
+
+
+def _trained(keys: Keys) -> tuple[str, ...]:
+    patterns = keys.data.get(TRAINED, list(EVERYTHING))
+    if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
+        keys.fail(TRAINED, f"must be a list of patterns of names (got {patterns!r:.60})")
+    return tuple(patterns)

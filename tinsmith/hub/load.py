@@ -60,6 +60,16 @@ def load(
     return import_folder(folder, kind, place, rope_scaling)
 
 
+def config_of(path: str | Path) -> ModelConfig:
+    """The config of the model at `path`, as for `load`; of a Hugging Face folder no weights need to
+    be there.
+    """
+    folder = locate(path)
+    if _is_checkpoint(folder):
+        return _recipe(folder)[0]
+    return config_from_hf(read_object(folder / "config.json"), str(folder / "config.json"))
+
+
 def locate(path: str | Path) -> Path:
     """The folder that holds the weights `path` stands for: a checkpoint or a Hugging Face folder.
 

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.parse import plain
 from tinsmith.hub import deepseek, experts, grouped
-from tinsmith.hub.from_hf import OWN, SCHEMA
+from tinsmith.hub.from_hf import OWN, SCHEMA, TRAINED, config_from_hf
 from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.feedforwards.deepseek import DeepSeekMoE
 from tinsmith.nn.feedforwards.dense import SwiGLU
 from tinsmith.nn.feedforwards.topk import TopKMoE
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.mixers.mla import MLA
+from tinsmith.nn.parts.trained import EVERYTHING
 from tinsmith.nn.residuals.plain import Plain
 
 _SIDES = {GQA: grouped, MLA: deepseek}
@@ -57,7 +59,16 @@ def config_to_hf(config: ModelConfig) -> Translation:
         "initializer_range": 0.02,
         "use_cache": True,
     }
-    return Translation(data | side.write_keys(kind, config), kind)
+    data |= side.write_keys(kind, config)
+    if config.trained != EVERYTHING:  # made to be trained, so nothing that says how may be lost
+        data[TRAINED] = list(config.trained)
+        if _feeds(config_from_hf(data)) != _feeds(config):
+            return Translation(_write_own(config), OWN, "no stock class says how it is trained")
+    return Translation(data, kind)
+
+
+def _feeds(config: ModelConfig) -> list[FeedForwardConfig]:
+    return [layer.feed_forward for layer in config.layers]
 
 
 def _write_own(config: ModelConfig) -> dict[str, Any]:

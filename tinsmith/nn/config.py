@@ -10,6 +10,7 @@ from tinsmith.core.parse import Config, Size, nearest, parse, plain, read_yaml
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig
 from tinsmith.nn.parts.rope import Rope
+from tinsmith.nn.parts.trained import EVERYTHING
 from tinsmith.nn.residuals import ResidualConfig
 from tinsmith.nn.residuals.plain import Plain
 
@@ -57,6 +58,8 @@ class ModelConfig(Config):
     residual: ResidualConfig = Plain()
     dropout: Dropout = Dropout()
     attention: Literal["sdpa", "naive"] = "sdpa"
+    trained: tuple[str, ...] = EVERYTHING
+    """Which tensors training may change, by names and patterns (`parts.trained`)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "depth", "max_context"):
@@ -71,6 +74,8 @@ class ModelConfig(Config):
             raise ValueError("pattern must hold at least one layer")
         if self.positions == "sinusoidal" and self.dim % 2:
             raise ValueError(f"dim={self.dim} must be even for sinusoidal positions")
+        if not self.trained:
+            raise ValueError("trained must name at least one tensor; '*' is all of them")
         self.residual.check(self.dim)
         shapes: set[tuple[int, int]] = set()
         for layer in self.layers:

@@ -30,6 +30,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, Size
 from tinsmith.nn.parts.norm import exactly, wide
 from tinsmith.nn.parts.targets import chosen
+from tinsmith.nn.parts.trained import counts, train_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def add(model: nn.Module, config: LoRA) -> None:
             f"lora.dropout: {config.dropout:g}, but {stacks[0].name} is a stack of experts, whose "
             "inputs are not seen here; set it to 0"
         )
-    model.requires_grad_(False)
+    train_only(model, ())
     for module in dict.fromkeys(each.module for each in found):
         names = [each.parameter for each in found if each.module is module]
         made = {name: Adapter(_stored(module, name), config) for name in names}
@@ -190,12 +191,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
 
 def described(model: nn.Module, config: LoRA) -> str:
     """What is trained and what is not, for people."""
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
     kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
-    trained = f"{counts[True]:,} trained, {counts[False]:,} frozen"
-    return f"{trained} | rank {config.rank}, alpha {config.alpha:g} on {', '.join(kinds)}"
+    return f"{counts(model)} | rank {config.rank}, alpha {config.alpha:g} on {', '.join(kinds)}"
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from tinsmith.nn.parts.choose import keeping_decisions
 from tinsmith.nn.parts.init import Head, initialise
 from tinsmith.nn.parts.norm import NORMS, wide
 from tinsmith.nn.parts.rope import tables
+from tinsmith.nn.parts.trained import train_only
 
 __all__ = ["LM", "Block", "ModelConfig", "ModelOut"]
 
@@ -113,6 +114,7 @@ class LM(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         initialise(self, config.depth)
+        train_only(self, config.trained)
 
     def forward(
         self,

@@ -131,7 +131,8 @@ class ActorCritic(OnlineObjective):
         nn.init.zeros_(self.value.bias)
         if self.config.critic == "model":
             self.trunk = copy.deepcopy(policy)
-            self.trunk.head.requires_grad_(policy.config.tie_embeddings)
+            if not policy.config.tie_embeddings:  # nothing asks it for logits
+                self.trunk.head.requires_grad_(False)
 
     def values(self, out: ModelOut, rows: Rollout) -> Tensor:
         """(B, T): V before the token that position t is to predict."""

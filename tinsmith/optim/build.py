@@ -1,4 +1,4 @@
-"""One object over all optimizers of a run: Muon or AdamW for matrices, AdamW for the rest."""
+"""One object over all optimizers of a run: one of several for matrices, AdamW for the rest."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,16 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.errors import UserError
-from tinsmith.optim.config import AdamWConfig, MuonConfig, OptimConfig
+from tinsmith.optim.config import AdamWConfig, MatrixConfig, OptimConfig
 from tinsmith.optim.groups import ROLES, Partition, Role, partition
-from tinsmith.optim.muon import Muon, blank_momentum
+from tinsmith.optim.memory import Memory, made
 from tinsmith.optim.sharding import local, part, whole
 
 EXTRA = "objective."
 """Stands before the names of the objective's own parameters."""
-
-MUON_STATE = ("momentum",)
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
@@ -25,13 +22,17 @@ class Optimizers:
     def __init__(self, groups: Partition, config: OptimConfig):
         """`groups`: role -> [(name, parameter)]; names are those of the saved state."""
         self.names = {parameter: name for role in ROLES for name, parameter in groups[role]}
-        made = [
+        found = [
             _make(["matrix"], groups, config.matrices),
             _make([role for role in ROLES if role != "matrix"], groups, config.others),
         ]
-        self.optimizers = [optimizer for optimizer in made if optimizer is not None]
-        self.owners = {
-            p: o for o in self.optimizers for group in o.param_groups for p in group["params"]
+        memories = [memory for memory in found if memory is not None]
+        self.optimizers = [memory.optimizer for memory in memories]
+        self.memories = {
+            parameter: memory
+            for memory in memories
+            for group in memory.optimizer.param_groups
+            for parameter in group["params"]
         }
 
     @classmethod
@@ -78,14 +79,13 @@ class Optimizers:
     def forget(self, resets: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Zero what is remembered of (parameter, rows): indices (N,) of its first dimension."""
         for parameter, rows in resets:
-            for state in self._state(parameter).values():
-                if state.dim():
-                    mask = _row_mask(parameter, rows.to(state.device))
-                    local(state).masked_fill_(part(mask, state), 0)
+            memory = self.memories.get(parameter)
+            for state, nothing in memory.by_row(parameter) if memory else ():
+                mask = _row_mask(state, rows.to(state.device))
+                local(state).masked_fill_(part(mask, state), nothing)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`NAME|momentum`, or `NAME|exp_avg`, `NAME|exp_avg_sq`, `NAME|step` -> the full tensor, on
-        the CPU.
+        """`NAME|momentum`, or what else `optim.memory` lists -> the full tensor, on the CPU.
 
         Nothing before the first step; after it, zeros for a parameter that never had a gradient.
         Gathers where parameters are spread, so every rank must call it. A tensor that is whole and
@@ -96,9 +96,7 @@ class Optimizers:
         return {
             f"{name}|{key}": whole(tensor).detach().cpu()
             for parameter, name in self.names.items()
-            for key, tensor in (
-                self._state(parameter) or _blank(parameter, self.owners[parameter])
-            ).items()
+            for key, tensor in self._saved(parameter).items()
         }
 
     @torch.no_grad()
@@ -115,17 +113,17 @@ class Optimizers:
         if not tensors:
             return
         for parameter, name in self.names.items():
-            state = _blank(parameter, self.owners[parameter])
+            state = self.memories[parameter].blank(parameter)
             for key, blank in state.items():
                 local(blank).copy_(part(tensors[f"{name}|{key}"].to(blank.device), blank))
-            self.owners[parameter].state[parameter] = state
+            self.memories[parameter].put(parameter, state)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         cause = "it was saved by another model or another `optim` section"
         expected = {
-            f"{name}|{key}": () if key == "step" else tuple(parameter.shape)
+            f"{name}|{key}": tuple(blank.shape)
             for parameter, name in self.names.items()
-            for key in (MUON_STATE if isinstance(self.owners[parameter], Muon) else ADAMW_STATE)
+            for key, blank in self.memories[parameter].blank(parameter).items()
         }
         for name in [*expected, *tensors]:
             if name not in tensors:
@@ -138,17 +136,16 @@ class Optimizers:
                 continue
             raise UserError(f"optimizer state: '{name}' {problem}; {cause}")
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return self.owners[parameter].state.get(parameter, {}) if parameter in self.owners else {}
+    def _saved(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        memory = self.memories[parameter]
+        return memory.tensors(parameter) or memory.blank(parameter)
 
     def _param_groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self.optimizers:
             yield from optimizer.param_groups
 
 
-def _make(
-    roles: list[Role], groups: Partition, config: MuonConfig | AdamWConfig
-) -> torch.optim.Optimizer | None:
+def _make(roles: list[Role], groups: Partition, config: MatrixConfig) -> Memory | None:
     options = [
         {
             "params": [parameter for _, parameter in groups[role]],
@@ -159,49 +156,16 @@ def _make(
         for role in roles
         if groups[role]
     ]
-    if not options:
-        return None
-    if isinstance(config, MuonConfig):
-        return Muon(
-            options,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            steps=config.ns_steps,
-            scale=config.scale,
-        )
-    parameters = [parameter for group in options for parameter in group["params"]]
-    return torch.optim.AdamW(
-        options, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fusible(parameters)
-    )
+    return made(options, config) if options else None
 
 
-def _decays(role: Role, config: MuonConfig | AdamWConfig) -> bool:
+def _decays(role: Role, config: MatrixConfig) -> bool:
     if isinstance(config, AdamWConfig) and config.decay == "all":
         return role != "vector"
     return role == "matrix"
 
 
-def _fusible(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch's fused AdamW runs there: one pass over memory, equal from run to run."""
-    return all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-
-
-def _blank(parameter: nn.Parameter, owner: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state from which `owner` makes the same first step as from none."""
-    if isinstance(owner, Muon):
-        return {"momentum": blank_momentum(parameter)}
-    step = torch.zeros(
-        (), device=parameter.device if _fusible([parameter]) else "cpu", dtype=torch.float32
-    )
-    return {
-        "step": step,
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def _row_mask(parameter: nn.Parameter, rows: Tensor) -> Tensor:
-    mask = torch.zeros(parameter.shape[0], dtype=torch.bool, device=rows.device)
+def _row_mask(state: Tensor, rows: Tensor) -> Tensor:
+    mask = torch.zeros(state.shape[0], dtype=torch.bool, device=rows.device)
     mask[rows] = True
-    return mask.view(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape).contiguous()
+    return mask.view(-1, *[1] * (state.dim() - 1)).expand(state.shape).contiguous()

@@ -1,7 +1,7 @@
 """What a recipe's `optim:` section may say.
 
     optim:
-      matrices: {kind: muon, lr: 0.02, momentum: 0.95}        # or adamw
+      matrices: {kind: muon, lr: 0.02, momentum: 0.95}        # or adamw, adamw8bit, adafactor
       others: {kind: adamw, lr: 3.0e-3, betas: [0.9, 0.95], weight_decay: 0.1}
       schedule: {kind: wsd, warmup: 100, decay: 0.3}          # or cosine, constant
       clip: 1.0
@@ -12,7 +12,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tinsmith.core.parse import Config, Count, Kind
 
@@ -25,6 +25,15 @@ def _at_least_zero(name: str, value: float) -> None:
 def _below_one(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value} must be at least 0 and below 1")
+
+
+def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    _at_least_zero("lr", lr)
+    _at_least_zero("weight_decay", weight_decay)
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps={eps} must be above 0")
+    for index, beta in enumerate(betas):
+        _below_one(f"betas[{index}]", beta)
 
 
 def _check_schedule(warmup: int, final: float) -> None:
@@ -42,6 +51,9 @@ class MuonConfig(Config):
     sqrt(max(1, rows / columns)), `match_rms_adamw` by 0.2 sqrt(max(rows, columns)), which makes
     AdamW's rate and decay fit (Moonlight, 2502.16982).
     """
+
+    REMEMBERED: ClassVar[int] = 4
+    """Bytes of optimizer state for each weight; so in the others."""
 
     kind: Literal["muon"] = "muon"
     lr: float = 0.02
@@ -68,6 +80,8 @@ class AdamWConfig(Config):
     Norms, biases and other vectors never decay.
     """
 
+    REMEMBERED: ClassVar[int] = 8
+
     kind: Literal["adamw"] = "adamw"
     lr: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.95)
@@ -76,12 +90,49 @@ class AdamWConfig(Config):
     decay: Literal["matrices", "all"] = "matrices"
 
     def __post_init__(self) -> None:
+        _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bitConfig(Config):
+    """AdamW whose moments are kept in 8 bits, in blocks of 256 (Dettmers et al., 2110.02861); needs
+    bitsandbytes.
+    """
+
+    REMEMBERED: ClassVar[int] = 2
+
+    kind: Literal["adamw8bit"] = "adamw8bit"
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdafactorConfig(Config):
+    """Adafactor (Shazeer and Stern, 1804.04235): no momentum, and of the second moments of a matrix
+    only the sums of its rows and columns. The step is `lr` times the weight's own root mean square,
+    and `lr` never above 1 / sqrt(step); a step's root mean square is cut to `clip_update`.
+    """
+
+    REMEMBERED: ClassVar[int] = 0
+
+    kind: Literal["adafactor"] = "adafactor"
+    lr: float = 0.01
+    beta2_decay: float = -0.8
+    clip_update: float = 1.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
         _at_least_zero("lr", self.lr)
         _at_least_zero("weight_decay", self.weight_decay)
-        if not (self.eps > 0 and math.isfinite(self.eps)):
-            raise ValueError(f"eps={self.eps} must be above 0")
-        for index, beta in enumerate(self.betas):
-            _below_one(f"betas[{index}]", beta)
+        if not -math.inf < self.beta2_decay <= 0:
+            raise ValueError(f"beta2_decay={self.beta2_decay} must be at most 0")
+        if not self.clip_update >= 1:
+            raise ValueError(f"clip_update={self.clip_update} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +175,8 @@ class Constant(Config):
         _check_schedule(self.warmup, 1.0)
 
 
-OptimizerConfig = Annotated[MuonConfig | AdamWConfig, Kind()]
+MatrixConfig = MuonConfig | AdamWConfig | AdamW8bitConfig | AdafactorConfig
+OptimizerConfig = Annotated[MatrixConfig, Kind()]
 ScheduleConfig = Annotated[WSD | Cosine | Constant, Kind()]
 
 

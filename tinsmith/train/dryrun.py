@@ -23,6 +23,7 @@ from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
+from tinsmith.nn.parts.trained import counts
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import multiplier
@@ -30,7 +31,7 @@ from tinsmith.text.bpe import SMALLEST, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.folder import run_folder, runs_root
 from tinsmith.train.parallel import pick_device
-from tinsmith.train.start import check_questions
+from tinsmith.train.start import agreed_model, check_questions
 
 LARGEST = 1_000_000_000
 """Parameters of a model whose step is still tried."""
@@ -67,12 +68,7 @@ def _model_config(config: RunConfig) -> ModelConfig:
         assert config.model is not None
         return config.model
     lm, _ = load(config.init_from)
-    if config.model is not None and config.model != lm.config:
-        raise UserError(
-            f"model: differs from that of init_from: {config.init_from}; leave it out, or make "
-            "them agree"
-        )
-    return lm.config
+    return agreed_model(config, lm.config)
 
 
 def _recipe(config: RunConfig) -> None:
@@ -95,6 +91,8 @@ def _parameters(shape: LM, config: RunConfig) -> None:
     say(f" model     {total:,} parameters{idle}")
     if config.lora is not None:
         say(f" lora      {lora.described(shape, config.lora)}")
+    elif counts(shape).frozen:
+        say(f" frozen    {counts(shape)}")
     for role, members in partition(shape).items():
         if members:
             say(
@@ -115,8 +113,8 @@ def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
 
 
 def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
-    """Bytes, roughly: 16 per parameter (4 per frozen one), and per token and layer what a block
-    keeps for its backward pass.
+    """Bytes, roughly: 8 per parameter (4 per frozen one), what optimizers remember, and per token
+    and layer what a block keeps for its backward pass.
     """
     train = config.train
     tokens = train.rows * train.context
@@ -127,16 +125,20 @@ def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
     if train.checkpointing:
         state = model.residual.expand(torch.empty(1, 1, model.dim, device="meta")).numel()
         kept = 2 * state * len(shape.blocks) * wide + kept / len(shape.blocks)
-    held = 4.0 * shape.parameter_count() + 12.0 * _trained(shape)
+    held = 4.0 * (shape.parameter_count() + counts(shape).trained) + _moments(shape, config)
     return held + tokens * kept + 12.0 * 2**23
 
 
-def _trained(shape: LM) -> int:
-    return sum(parameter.numel() for parameter in shape.parameters() if parameter.requires_grad)
+def _moments(shape: LM, config: RunConfig) -> float:
+    """Bytes of optimizer state."""
+    sizes = {role: sum(p.numel() for _, p in named) for role, named in partition(shape).items()}
+    matrices = sizes.pop("matrix")
+    optim = config.optim
+    return matrices * optim.matrices.REMEMBERED + sum(sizes.values()) * optim.others.REMEMBERED
 
 
 def _disk(shape: LM, config: RunConfig, name: str) -> None:
-    each = 4 * shape.parameter_count() + 8 * _trained(shape)
+    each = 4 * shape.parameter_count() + _moments(shape, config)
     kept = config.train.keep.last + config.train.keep.best + 1
     place = run_folder(name)
     free = free_space(runs_root().resolve())
@@ -160,8 +162,6 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     lm, objective = LM(model), config.objective.build()
     if config.lora is not None:
         lora.add(lm, config.lora)
-    judge = copy.deepcopy(lm).eval().requires_grad_(False)
-    objective.frozen = dict.fromkeys(config.objective.judges(), judge)
     lm.checkpointing = config.train.checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
     objective.frozen = dict.fromkeys(config.objective.judges(), judge)

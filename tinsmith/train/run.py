@@ -20,7 +20,7 @@ from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import size
 from tinsmith.data.sources import Source
-from tinsmith.nn.model import LM
+from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.objectives.base import Feed
 from tinsmith.optim.build import Optimizers
 from tinsmith.text.tokenizer import Tokenizer
@@ -227,20 +227,27 @@ def grown(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
     if tokenizer.vocab_size <= old:
         return lm
     new = math.ceil(tokenizer.vocab_size / 64) * 64
-    larger = LM(replace(lm.config, vocab_size=new)).to(
-        lm.embed.weight.device, lm.embed.weight.dtype
-    )
     tensors = lm.state_dict()
     for name in ("embed.weight", "head.weight"):
         rows = tensors[name]
         mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
         tensors[name] = torch.cat((rows, mean.expand(new - old, -1)))
-    larger.load_state_dict(tensors)
     log.line(
         f"  vocabulary grown from {old} to {new} ids (tokenizer has {tokenizer.vocab_size}); new "
         "rows are the mean"
     )
-    return larger
+    return _made(replace(lm.config, vocab_size=new), lm, tensors)
+
+
+def rebuilt(config: ModelConfig, lm: LM) -> LM:
+    """The same weights in a model of `config`, which differs in what acts in training only."""
+    return _made(config, lm, lm.state_dict())
+
+
+def _made(config: ModelConfig, like: LM, tensors: dict[str, Tensor]) -> LM:
+    made = LM(config).to(like.embed.weight.device, like.embed.weight.dtype)
+    made.load_state_dict(tensors)
+    return made
 
 
 def check_vocabulary(config_vocab: int, tokenizer: Tokenizer) -> None:

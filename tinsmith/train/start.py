@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,13 +20,15 @@ from tinsmith.data.prepared import Prepared
 from tinsmith.data.sources import Source, open_source
 from tinsmith.hub.load import load
 from tinsmith.nn import lora
+from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
+from tinsmith.nn.parts.trained import counts
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, folder, parallel, track
 from tinsmith.train.judges import judges
 from tinsmith.train.parallel import Ranks
-from tinsmith.train.run import Run, check_vocabulary, grown
+from tinsmith.train.run import Run, check_vocabulary, grown, rebuilt
 
 
 def start(
@@ -133,12 +136,24 @@ def _given(config: RunConfig, ranks: Ranks) -> tuple[LM | None, Tokenizer | None
     if config.init_from is None:
         return None, None
     lm, tokenizer = load(config.init_from, device=str(ranks.device), dtype=torch.float32)
-    if config.model is not None and config.model != lm.config:
+    agreed = agreed_model(config, lm.config)
+    if agreed != lm.config:  # it trains other tensors than its folder says
+        lm = rebuilt(agreed, lm)
+    return lm, tokenizer
+
+
+def agreed_model(config: RunConfig, given: ModelConfig) -> ModelConfig:
+    """The model of a run from `init_from`, whose own is `given`. A recipe that repeats it must
+    agree, but for what is trained, where it has the last word.
+    """
+    if config.model is None:
+        return given
+    if replace(config.model, trained=given.trained) != given:
         raise UserError(
             f"model: differs from that of init_from: {config.init_from}; leave it out, or make "
             "them agree"
         )
-    return lm, tokenizer
+    return config.model
 
 
 def prepared_for(
@@ -197,6 +212,8 @@ def introduce(run: Run) -> None:
     log.line(f"  model      {size} params   {kinds} | {feeds} | {run.policy.config.residual.kind}")
     if config.lora is not None:
         log.line(f"  lora       {lora.described(run.policy, config.lora)}")
+    elif counts(run.policy).frozen:
+        log.line(f"  frozen     {counts(run.policy)}")
     per_token = run.source.bytes / max(1, run.source.tokens)
     names = " + ".join(run.source.names)
     log.line(f"  data       {names}: {count(run.source.tokens)} tokens, {per_token:.2f} B/token")

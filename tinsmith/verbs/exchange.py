@@ -32,7 +32,7 @@ def import_(source: str, out: Path, rope_scaling: str | None) -> None:
 def _write(
     model: str, out: Path, rope_scaling: dict[str, object] | None, adapter: Path | None
 ) -> None:
-    _check_free(out)
+    check_free(out)
     lm, tokenizer = load(model, rope_scaling=rope_scaling)
     if adapter is not None:
         fold(lm, read_adapters(adapter, lm.config))
@@ -42,14 +42,15 @@ def _write(
 
 
 def _write_adapters(model: str, out: Path) -> None:
-    _check_free(out)
+    check_free(out)
     config, made, base = adapters_of(model)
     write_adapters(out, config, made, base)
     numbers = sum(tensor.numel() for pair in made.pairs.values() for tensor in pair)
     say(f" written  {out} ({count(numbers)} parameters of adapters, for {base or 'its base'})")
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """UserError where a folder that is to be written holds something."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; choose another folder")
 

@@ -27,8 +27,10 @@ def write_rows(parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
 @torch.no_grad()
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add this rank's gradient of the whole parameter to `.grad`: as it is where every rank holds
-    all of it (the trainer averages), the mean over ranks where it is spread.
+    all of it (the trainer averages), the mean over ranks where it is spread; none to a frozen one.
     """
+    if not parameter.requires_grad:
+        return
     gradient = gradient.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh

@@ -1,0 +1,85 @@
+"""Which tensors are trained: what patterns name, and nothing else."""
+
+import pytest
+import torch
+
+from tinsmith.core.errors import UserError
+from tinsmith.nn import lora
+from tinsmith.nn.lora import LoRA
+from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.parts.trained import counts
+
+LAYER = {
+    "mixer": {"kind": "gqa", "heads": 2, "qk_norm": True},
+    "feed_forward": {"kind": "swiglu", "hidden": 24},
+}
+MODEL = {"vocab_size": 40, "dim": 16, "depth": 2, "max_context": 32, "pattern": [LAYER]}
+
+
+def model(*trained, **changes):
+    return LM(ModelConfig.from_dict(MODEL | {"trained": list(trained)} | changes))
+
+
+def names(lm):
+    return {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+
+
+def test_everything_is_trained_where_nothing_is_said():
+    lm = LM(ModelConfig.from_dict(MODEL))
+    assert names(lm) == {name for name, _ in lm.named_parameters()}
+    assert counts(lm) == (lm.parameter_count(), 0)
+
+
+def test_a_pattern_names_modules_with_all_inside_and_single_tensors():
+    lm = model("blocks.*.feed", "blocks.1.feed_norm.weight", "norm")
+    inside = {name for name, _ in lm.named_parameters() if ".feed." in name}
+    assert names(lm) == inside | {"blocks.1.feed_norm.weight", "norm.weight"}
+    assert counts(lm).trained == 2 * 3 * 16 * 24 + 16 + 16
+    assert sum(counts(lm)) == lm.parameter_count()
+    assert str(counts(lm)) == f"{counts(lm).trained:,} trained, {counts(lm).frozen:,} frozen"
+
+
+def test_frozen_tensors_have_no_gradient_and_what_lies_below_them_has():
+    lm = model("blocks.0.feed")
+    lm(torch.arange(8)[None]).logits.sum().backward()
+    assert {name for name, p in lm.named_parameters() if p.grad is not None} == names(lm)
+
+
+def test_it_builds_without_memory_and_survives_a_change_of_dtype():
+    with torch.device("meta"):
+        shape = model("blocks.*.feed")
+    assert names(shape) == names(model("blocks.*.feed").to(torch.bfloat16))
+
+
+def test_adapters_freeze_what_the_config_trains():
+    lm = model("blocks.*.feed")
+    lora.add(lm, LoRA(targets="q_proj", rank=2))
+    assert names(lm) == {
+        f"blocks.{i}.mixer.q_proj.lora.weight.{half}" for i in (0, 1) for half in "AB"
+    }
+
+
+def test_a_frozen_base_of_dyn_lora_stays_frozen():
+    base = LAYER["mixer"]
+    mixer = {"kind": "dyn_lora", "base": base, "experts": 4, "rank": 2, "freeze_base": True}
+    lm = model("*", pattern=[LAYER | {"mixer": mixer}])
+    assert counts(lm).frozen > 0
+
+
+@pytest.mark.parametrize("trained", ["*", "blocks.*.mixer"])
+def test_a_gate_that_is_frozen_learns_nothing_from_surprise(trained):
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 8, "router_grad": "smk"}
+    lm = model(trained, pattern=[LAYER | {"feed_forward": feed}]).train()
+    out = lm(torch.arange(8)[None])
+    (out.logits.square().mean() + sum(out.losses.values())).backward()
+    lm.after_backward(out.probes)
+    assert all((block.feed.gate.prototypes.grad is None) == (trained != "*") for block in lm.blocks)
+
+
+def test_patterns_that_name_nothing_are_refused_in_one_line():
+    with pytest.raises(UserError, match=r"model.trained: 'bloks.\*.feed' names no tensor"):
+        model("bloks.*.feed")
+    with pytest.raises(UserError, match="trained must name at least one tensor"):
+        model()
+    with pytest.raises(UserError, match=r"Did you mean 'embed\.weight'"):
+        model("embed.weigth")

@@ -1,0 +1,70 @@
+"""`tinsmith transplant`: experts in the place of a dense model's feed-forwards."""
+
+from pathlib import Path
+
+from tinsmith.config import set_key
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import say
+from tinsmith.core.rng import seed_all
+from tinsmith.hub.card import Facts, model_card
+from tinsmith.hub.hf import Exported, export_folder
+from tinsmith.hub.load import config_of, load
+from tinsmith.hub.transplant import Init, Plan, table, transplanted, transplanted_config
+from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.parts.trained import counts
+from tinsmith.verbs.exchange import check_free
+
+
+def transplant(
+    source: str, out: Path, keys: list[str], init: Init, train_norms: bool, seed: int, dry: bool
+) -> None:
+    """Write the sparse model to `out`, whole or not at all; with `dry`, only count."""
+    plan = Plan(_section(keys), init, train_norms)
+    check_free(out)
+    dense = config_of(source)
+    sparse = transplanted_config(dense, plan)
+    _print_table(dense, sparse)
+    if dry:
+        say(" dry run   ok; nothing was written")
+        return
+    teacher, tokenizer = load(source)
+    seed_all(seed)
+    student = transplanted(teacher, plan)
+    feeds = ", ".join(dict.fromkeys(layer.feed_forward.kind for layer in sparse.layers))
+
+    def card(done: Exported) -> str:
+        facts = Facts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
+        facts["base"] = source
+        facts["architecture"] = f"{feeds} ({init}) in the skeleton of its base, frozen"
+        return model_card(facts)
+
+    export_folder(student, tokenizer, out, card=card)
+    said = "" if tokenizer else ", without a tokenizer"
+    say(f" written   {out} ({counts(student)}{said})")
+
+
+def _section(keys: list[str]) -> dict:
+    section: dict = {}
+    for key in keys:
+        set_key(section, key)
+    return section
+
+
+def _print_table(dense: ModelConfig, sparse: ModelConfig) -> None:
+    lines = table(sparse)
+    for line in lines:
+        state = "trained" if line.trained else "frozen"
+        say(f" model     {line.name:<12} {line.parameters:>14,}  {state}")
+    trained = sum(line.parameters for line in lines if line.trained)
+    total = sum(line.parameters for line in lines)
+    before = sum(line.parameters for line in table(dense))
+    say(f" model     {'frozen':<12} {total - trained:>14,}")
+    say(f" model     {'trained':<12} {trained:>14,}")
+    say(f" model     {'all':<12} {total:>14,}  (the dense model: {before:,})")
+
+
+def check_init(init: str) -> Init:
+    """The value of --init."""
+    if init not in ("random", "slice"):
+        raise UserError(f"--init {init}: only random and slice are known")
+    return "slice" if init == "slice" else "random"
