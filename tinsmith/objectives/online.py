@@ -226,6 +226,8 @@ class OnlineObjective(Objective):
         cut = sum(episode.finish != "stop" for episode in episodes)
         reward = float(rewards.nanmean())
         told = {"reward": reward, "length": said / count, "truncated": cut / count}
+        if self.config.tools:
+            told["turns"] = sum(episode.turns for episode in episodes) / count
         return told | {"loss": -reward}
 
     def logprobs(self, lm: LM, rows: Rollout) -> tuple[Tensor, ModelOut]:
@@ -259,6 +261,8 @@ class OnlineObjective(Objective):
             "moved_k2": Metric(moved.sum(), tokens),
             "entropy": Metric(-(rows.old * mask).sum(), tokens),
         }
+        if config.tools:
+            metrics["turns"] = Metric(turns(mask).sum(), mask.any(1).sum())
         if config.judges():
             away = log_ratio(new, rows.reference, mask)
             metrics["kl_k3"] = Metric(kl(away, torch.zeros_like(away), "k3").sum(), tokens)
@@ -307,6 +311,11 @@ def spread(rewards: Tensor) -> Tensor:
     known = torch.where(there, rewards, 0)
     mean = known.sum(1, keepdim=True) / count[:, None]
     return (torch.where(there, known - mean, 0).square().sum(1) / count).sqrt()
+
+
+def turns(mask: Tensor) -> Tensor:
+    """(B,) how often the policy spoke: stretches of a mask (B, T) that are True."""
+    return mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
 
 
 def _count(rows: Tensor) -> Tensor:
