@@ -14,7 +14,7 @@ from tinsmith.data.prompts import Prompt
 from tinsmith.objectives.base import Alone
 from tinsmith.objectives.grpo import GRPO, group_advantages
 from tinsmith.objectives.ppo import PPO, at_the_end, gae
-from tinsmith.objectives.rewards import Rule
+from tinsmith.objectives.rewards import Rule, each
 from tinsmith.objectives.rollout import Episode
 from tinsmith.objectives.spo import SPO
 from tinsmith.objectives.whiten import whitened
@@ -376,7 +376,7 @@ def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small,
             raise KeyError("gone")
         return math.nan if prompt.number == 2 else len(text) / 20
 
-    objective.rules = [Rule("broken", broken)]
+    objective.rules = [Rule("broken", each(broken))]
     rows = next(objective.batches(Prompts(), lm))
     assert rows.rewards.view(4, 3).isnan().all(1).tolist() == [False, True, True, False]
     assert not rows.mask.view(4, -1)[1:3].any()

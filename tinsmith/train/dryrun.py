@@ -23,6 +23,7 @@ from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
+from tinsmith.objectives.score import Scorer
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import multiplier
@@ -160,11 +161,11 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     lm, objective = LM(model), config.objective.build()
     if config.lora is not None:
         lora.add(lm, config.lora)
-    judge = copy.deepcopy(lm).eval().requires_grad_(False)
-    objective.frozen = dict.fromkeys(config.objective.judges(), judge)
     lm.checkpointing = config.train.checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
     objective.frozen = dict.fromkeys(config.objective.judges(), judge)
+    scorer = Scorer(judge, torch.zeros(1, model.dim))
+    objective.scorers = dict.fromkeys(config.objective.reward_models(), scorer)
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)
