@@ -112,7 +112,7 @@ def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(j
 
 def test_what_is_no_reward_model_of_this_vocabulary_is_refused_in_one_line(place, judge):
     plain = run(place, "plain", {"kind": "dpo"}, 1)
-    other = {"model": MODEL | {"vocab_size": 270}, "tokenizer": {"train": {"vocab_size": 270}}}
+    other = {"model": MODEL | {"vocab_size": 274}, "tokenizer": {"train": {"vocab_size": 274}}}
     foreign = run(place, "foreign", {"kind": "reward"}, 1, **other)
     for folder, said in (
         (str(plain), "no reward model; train one with objective: {kind: reward}"),
