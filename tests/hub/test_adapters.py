@@ -347,3 +347,14 @@ def test_adapters_of_experts_come_back(model, ids, tmp_path, layer):
     attach(plain, back)
     with torch.no_grad():
         close(plain(ids).logits, lm(ids).logits)
+
+
+def test_peft_merges_adapters_of_our_own_experts(model, ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    lm = model(depth=2, pattern=[OWN])
+    export_folder(lm, None, tmp_path / "base")
+    made = trained(lm, LoRA(rank=3, alpha=5.0, targets=("experts.*",)))
+    write_adapters(tmp_path / "adapter", lm.config, made, str(tmp_path / "base"))
+    found = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        close(found.merge_and_unload()(ids).logits, lm(ids).logits)

@@ -1,6 +1,7 @@
 """Objectives that learn from their own answers: what a rollout becomes, part by part."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -196,6 +197,23 @@ def test_a_rollout_without_any_reward_changes_nothing(name, small, ready):
     loss.total.backward()
     assert loss.total.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in lm.parameters())
+
+
+@pytest.mark.parametrize("room", [4, 3, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small, ready):
+    """Prompts are of 2 to 4 tokens: of 4 the longest gets no answer, and of 2 none does."""
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    objective.limits = replace(objective.limits, context=room)
+    objective.score = lambda prompts, episodes: [float(len(each.answer)) for each in episodes]
+    for batch in islice(objective.batches(Prompts(), lm), 4):
+        assert bool(torch.isfinite(batch.advantages).all())
+        total = objective.loss(lm, batch).total
+        assert bool(torch.isfinite(total))
+        found = gradients(objective, lm, batch) if objective.weight(batch) else {}
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
+        assert room > 2 or not batch.mask.any()
 
 
 def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
