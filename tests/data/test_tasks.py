@@ -8,7 +8,8 @@ from tinsmith.data.config import Tasks
 from tinsmith.data.streams import Document, open_origin
 from tinsmith.data.tasks import check, generate
 from tinsmith.objectives.calculator import calculate
-from tinsmith.text.chat import Conversation
+from tinsmith.text.bpe import train_bpe
+from tinsmith.text.chat import Conversation, encode_prompt
 
 NAMES = ("arithmetic", "sort", "copy")
 
@@ -181,5 +182,37 @@ def test_a_careless_teacher_is_one_too_high_as_often_as_asked_and_no_question_sa
 def test_a_share_of_mistakes_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="from 0 to 1"):
         Tasks(mistakes=1.5)
-    with pytest.raises(ValueError, match="makes none"):
-        Tasks(tasks=("calculator",), mistakes=0.1)
+
+
+def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_asked():
+    config = Tasks(count=500, tasks=("calculator",), digits=1, mistakes=0.4)
+    guesses = 0
+    for index, document in enumerate(documents(config, "chats")):
+        chat = cast(Conversation, document.content)
+        task = generate("calculator", 0, index, digits=1, length=8)
+        asked = [call.arguments for message in chat.messages for call in message.calls]
+        off = int(chat.messages[-1].content) - int(task.answer)
+        assert chat.tools, "whether it is asked or not"
+        assert (asked, off) in (([{"expression": task.expression}], 0), ([], 1))
+        guesses += off
+    assert 0.3 < guesses / 500 < 0.5
+
+
+@pytest.mark.parametrize("shape", ["chats", "prompts"])
+def test_a_tokenizer_learns_the_words_that_tell_of_tools(shape):
+    (document,) = documents(Tasks(count=1, tasks=("calculator",)), shape)
+    learned = "".join(document.words())
+    assert '{"name": "calculator", "parameters"' in learned
+    assert ('"arguments": {"expression"' in learned) == (shape == "chats")
+    assert all(text in learned for text in document.texts() if shape == "chats")
+    assert "<|im_" not in learned
+    (plain,) = documents(Tasks(count=1, tasks=("copy",)), shape)
+    assert plain.words() == plain.texts()
+
+
+def test_a_prompt_with_a_tool_is_short_for_a_small_tokenizer_of_its_own():
+    found = documents(Tasks(count=300, tasks=("calculator",), digits=1), "chats")
+    tokenizer = train_bpe((text for each in found for text in each.words()), 512)
+    asked = [cast(Conversation, each.content) for each in found[:50]]
+    prompts = [Conversation(messages=chat.messages[:1], tools=chat.tools) for chat in asked]
+    assert max(len(encode_prompt(tokenizer, each)) for each in prompts) <= 110

@@ -267,3 +267,94 @@ def test_stacks_have_no_place_in_the_files_of_stock_families(experts, tmp_path):
     made = trained(lm, LoRA(targets=("experts.up",)))
     with pytest.raises(UserError, match=r"experts\.up is no weight of its own in .*llama"):
         write_adapters(tmp_path, lm.config, made, None)
+
+
+ROUTED = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 12}
+DEEP = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 12}
+LAYERS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"mixer": {"kind": "gqa", "heads": 4, "qk_norm": True}, "feed_forward": ROUTED},
+    "mixtral": {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": ROUTED},
+    "deepseek_v3": {"mixer": LATENT | {"q_rank": None}, "feed_forward": DEEP},
+}
+OWN = {"mixer": {"kind": "gqa", "heads": 4, "sinks": True}, "feed_forward": ROUTED}
+EXPERTS = {
+    "all": ("mixer.o_proj", "experts.*"),
+    "gate": ("experts.gate_proj.weight",),
+    "up and down": ("blocks.0.feed.experts.up_*", "blocks.1.feed.experts.down_*"),
+}
+
+
+def routed(model: Any, family: str) -> LM:
+    return model(depth=2, pattern=[LAYERS[family]])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("chosen", EXPERTS.values(), ids=list(EXPERTS))
+@pytest.mark.parametrize("family", LAYERS)
+def test_peft_opens_adapters_of_stock_experts(model, ids, tmp_path, family, chosen, rslora):
+    peft = pytest.importorskip("peft")
+    lm = routed(model, family)
+    base = copy.deepcopy(lm)
+    export_folder(lm, None, tmp_path / "base")
+    made = trained(lm, LoRA(rank=3, alpha=5.0, rslora=rslora, targets=chosen))
+    write_adapters(tmp_path / "adapter", lm.config, made, str(tmp_path / "base"))
+    found = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        wanted = lm(ids).logits
+        close(found(ids).logits, wanted)
+        assert not torch.allclose(wanted, base(ids).logits, atol=1e-3)
+        back = read_adapters(tmp_path / "adapter", base.config)
+        attach(base, back)
+        close(base(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_what_peft_writes_of_stock_experts_attaches_and_folds(model, ids, tmp_path, family):
+    peft = pytest.importorskip("peft")
+    lm = routed(model, family)
+    export_folder(lm, None, tmp_path / "base")
+    config = peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 7, "target_modules": ["o_proj"]},
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    adapted = peft.get_peft_model(theirs(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        wanted = adapted.eval()(ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    made = read_adapters(tmp_path / "adapter", lm.config)
+    assert (made.config.rank, made.config.alpha) == (4, 7)
+    assert "blocks.1.feed.experts.up_proj.weight" in made.pairs
+    folded = copy.deepcopy(lm)
+    attach(lm, made)
+    fold(folded, made)
+    with torch.no_grad():
+        assert not torch.allclose(theirs(tmp_path / "base")(ids).logits, wanted, atol=1e-3)
+        close(lm(ids).logits, wanted)
+        close(folded(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS.values(), OWN], ids=[*LAYERS, "tinsmith"])
+def test_adapters_of_experts_come_back(model, ids, tmp_path, layer):
+    lm = model(depth=2, pattern=[layer])
+    plain = copy.deepcopy(lm)
+    made = trained(lm, LoRA(rank=3, alpha=5.0, targets=("experts.*", "mixer.o_proj")))
+    write_adapters(tmp_path, lm.config, made, None)
+    back = read_adapters(tmp_path, lm.config)
+    assert back.pairs.keys() == made.pairs.keys()
+    attach(plain, back)
+    with torch.no_grad():
+        close(plain(ids).logits, lm(ids).logits)
+
+
+def test_peft_merges_adapters_of_our_own_experts(model, ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    lm = model(depth=2, pattern=[OWN])
+    export_folder(lm, None, tmp_path / "base")
+    made = trained(lm, LoRA(rank=3, alpha=5.0, targets=("experts.*",)))
+    write_adapters(tmp_path / "adapter", lm.config, made, str(tmp_path / "base"))
+    found = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), str(tmp_path / "adapter"))
+    with torch.no_grad():
+        close(found.merge_and_unload()(ids).logits, lm(ids).logits)

@@ -1,6 +1,7 @@
 """Objectives that learn from their own answers: what a rollout becomes, part by part."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from tinsmith.data.prompts import Prompt
 from tinsmith.objectives.base import Alone
 from tinsmith.objectives.grpo import GRPO, group_advantages
 from tinsmith.objectives.ppo import PPO, at_the_end, gae
-from tinsmith.objectives.rewards import Rule
+from tinsmith.objectives.rewards import Rule, each
 from tinsmith.objectives.rollout import Episode
 from tinsmith.objectives.spo import SPO
 from tinsmith.objectives.whiten import whitened
@@ -198,6 +199,23 @@ def test_a_rollout_without_any_reward_changes_nothing(name, small, ready):
     assert all(p.grad is None or not p.grad.any() for p in lm.parameters())
 
 
+@pytest.mark.parametrize("room", [4, 3, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small, ready):
+    """Prompts are of 2 to 4 tokens: of 4 the longest gets no answer, and of 2 none does."""
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    objective.limits = replace(objective.limits, context=room)
+    objective.score = lambda prompts, episodes: [float(len(each.answer)) for each in episodes]
+    for batch in islice(objective.batches(Prompts(), lm), 4):
+        assert bool(torch.isfinite(batch.advantages).all())
+        total = objective.loss(lm, batch).total
+        assert bool(torch.isfinite(total))
+        found = gradients(objective, lm, batch) if objective.weight(batch) else {}
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
+        assert room > 2 or not batch.mask.any()
+
+
 def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
     lm = small()
     keep = ready(GRPO(answers=3, **SMALL), lm)
@@ -376,7 +394,7 @@ def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small,
             raise KeyError("gone")
         return math.nan if prompt.number == 2 else len(text) / 20
 
-    objective.rules = [Rule("broken", broken)]
+    objective.rules = [Rule("broken", each(broken))]
     rows = next(objective.batches(Prompts(), lm))
     assert rows.rewards.view(4, 3).isnan().all(1).tolist() == [False, True, True, False]
     assert not rows.mask.view(4, -1)[1:3].any()

@@ -13,7 +13,8 @@ from tinsmith.nn.feedforwards import SwiGLU
 from tinsmith.nn.mixers import GQA
 from tinsmith.nn.model import LM
 from tinsmith.objectives import ObjectiveConfig
-from tinsmith.objectives.reward import Reward, Scorer, bradley_terry_loss
+from tinsmith.objectives.reward import Reward, bradley_terry_loss
+from tinsmith.objectives.score import Scorer
 
 LENGTHS = (9, 6, 4, 8)
 

@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 
+from tinsmith.core.errors import UserError
 from tinsmith.core.sandbox import Limits
 from tinsmith.data import tasks
 from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.objectives.classifier import Classifier
 from tinsmith.objectives.rewards import (
-    Classifier,
+    Answer,
     Failure,
     Rule,
+    each,
     exact_answer,
     judge,
     sized,
@@ -124,49 +127,70 @@ def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
         return {"nan": math.nan, "inf": math.inf}.get(text, 0.5)
 
     prompts = [asked("5", number) for number in (7, 8, 9, 10)]
-    rules = [Rule("exact", exact_answer, 2.0), Rule("odd", fails, 1.0, lowest=-1.0)]
-    found = judge(rules, prompts, ["5", "nan", "inf", "raise"])
+    rules = [Rule("exact", each(exact_answer), 2.0), Rule("odd", each(fails), 1.0, lowest=-1.0)]
+    texts = ["5", "nan", "inf", "raise"]
+    found = judge(rules, [Answer(*pair) for pair in zip(prompts, texts, strict=True)])
     assert found.rewards == [2.5, -1.0, -1.0, -1.0]
     assert found.parts == {"exact": [1, 0, 0, 0], "odd": [0.5, -1.0, -1.0, -1.0]}
     assert found.failures == [
-        Failure(8, "odd", "gave nan"),
-        Failure(9, "odd", "gave inf"),
-        Failure(10, "odd", "RuntimeError: no idea"),
+        Failure(1, 8, "odd", "gave nan"),
+        Failure(2, 9, "odd", "gave inf"),
+        Failure(3, 10, "odd", "RuntimeError: no idea"),
     ]
 
 
 def test_rows_without_what_a_reward_needs_are_reported():
-    found = judge([Rule("exact", exact_answer), Rule("tests", unit_tests)], [asked()], ["5"])
+    rules = [Rule("exact", each(exact_answer)), Rule("tests", each(unit_tests))]
+    found = judge(rules, [Answer(asked(), "5")])
     assert found.rewards == [0.0]
     assert [failure.rule for failure in found.failures] == ["exact", "tests"]
     assert "has no answer" in found.failures[0].reason
 
 
-@pytest.fixture(params=[1, 2])
-def folder(request, tmp_path):
-    """A small random classifier of one or two labels that reads our chats."""
+def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
+    def gone(answers):
+        raise RuntimeError("no memory")
+
+    found = judge([Rule("model", gone, 2.0, lowest=-1.0)], [Answer(asked(), "5")] * 2)
+    assert found.rewards == [-2.0, -2.0]
+    assert [failure.place for failure in found.failures] == [0, 1]
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A small tokenizer that reads our chats, saved to a folder."""
     transformers = pytest.importorskip("transformers")
     import tokenizers
 
-    words = ["<unk>", *map(str, range(10)), "What?", "user", "assistant"]
+    words = ["<unk>", *map(str, range(10)), "What?", "user", "assistant", "<pad>"]
     model = tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>")
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    special = {"unk_token": "<unk>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
     fast.chat_template = our_template()
     fast.save_pretrained(tmp_path)
-    config = transformers.LlamaConfig(
-        **{"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
-        **{"num_attention_heads": 2, "num_labels": request.param, "pad_token_id": 0},
-    )
-    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     return tmp_path
+
+
+LLAMA = {
+    **{"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "pad_token_id": 14},
+}
+
+
+@pytest.fixture(params=[1, 2])
+def folder(request, words):
+    """A small random classifier of one or two labels."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**LLAMA, num_labels=request.param)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(words)
+    return words
 
 
 def test_a_sequence_classifier_gives_its_score(folder):
     transformers = pytest.importorskip("transformers")
-    reward = Classifier(str(folder))
-    found = [reward(asked("5"), text) for text in ("1 2", "7")]
+    found = Classifier(str(folder))([Answer(asked("5"), text) for text in ("1 2", "7")])
     assert found[0] != found[1]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     text = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n"
@@ -175,6 +199,33 @@ def test_a_sequence_classifier_gives_its_score(folder):
         logits = model(**ids).logits[0]
     expected = logits[0] if len(logits) == 1 else logits[1] - logits[0]
     assert found[1] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_a_classifier_scores_alike_whatever_else_is_in_its_batch(folder):
+    answers = [Answer(asked(), " ".join("1234567"[: 1 + n % 7])) for n in range(20)]
+    alone = [Classifier(str(folder), rows=1)([answer])[0] for answer in answers[:7]]
+    found = Classifier(str(folder), rows=6)(answers)
+    assert found == pytest.approx([alone[n % 7] for n in range(20)], abs=1e-6)
+    assert len({round(score, 6) for score in found}) == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "said"),
+    [
+        ("LlamaForCausalLM", {}, "is no classifier: it has no score.weight"),
+        ("LlamaForSequenceClassification", {"num_labels": 3}, "of 3 labels is no reward"),
+        ("LlamaForSequenceClassification", {"vocab_size": 12, "pad_token_id": 0}, "more ids than"),
+    ],
+)
+def test_what_is_no_reward_is_refused_in_one_line(kind, changed, said, words):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**LLAMA | changed)
+    getattr(transformers, kind)(config).save_pretrained(words)
+    with pytest.raises(UserError, match=said) as refused:
+        Classifier(str(words))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"objective.rewards: .*nowhere"):
+        Classifier(str(words / "nowhere"))
 
 
 def test_real_questions_and_programs(real_data):

@@ -9,6 +9,7 @@ import torch
 
 from tinsmith.nn.model import LM
 from tinsmith.objectives.calculator import BadExpression, calculate
+from tinsmith.objectives.online import turns
 from tinsmith.objectives.rollout import Episode, Limits, collate, roll_out
 from tinsmith.objectives.tools import Tools
 from tinsmith.text.bpe import train_bpe
@@ -116,6 +117,11 @@ def test_a_call_is_answered_as_the_chat_template_would_write_it(tokenizer, tools
     assert rows.targets[0][rows.mask[0]].tolist() == [
         i for i, own in zip(talk.ids, talk.said, strict=True) if own
     ]
+
+
+def test_turns_are_counted_by_who_speaks():
+    spoken = [[0, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+    assert turns(torch.tensor(spoken).bool()).tolist() == [2, 3, 0, 1]
 
 
 def test_ids_that_were_sampled_stay_even_where_encoding_their_text_gives_others(tokenizer, tools):

@@ -63,6 +63,33 @@ def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
     assert "reward of greedy answers" in (folder / "final" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
+    """The reference is the policy with its adapters off; a rollout is two steps here."""
+    section = {"kind": kind, "max_new": 6, "beta": 0.1, "minibatches": 2, "updates": 2}
+    section |= {"rewards": [{"kind": "variety"}, {"kind": "length", "low": 4, "high": 9}]}
+    lora = {"targets": ["mixer.q_proj", "feed.*"], "rank": 2}
+    steps = {"steps": 6, "precision": "fp32", "save_every": 3, "eval_every": 6, "sample_every": 6}
+    data = RECIPE | {"objective": section, "lora": lora, "train": RECIPE["train"] | steps}
+    whole = train(from_dict(data), "whole")
+    middle = whole / "checkpoints" / "step-00000003"
+    resumed = train(from_dict(data), "resumed", resume_from=middle)
+    last = "checkpoints/step-00000006"
+    files = sorted((whole / last).glob("*.safetensors"))
+    assert len(files) >= 3, "weights, what optimizers remember, random states"
+    for file in files:
+        assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
+    rows = [
+        [
+            line["reward"]
+            for line in read_metrics(folder / "metrics.jsonl")
+            if line["kind"] == "train"
+        ]
+        for folder in (whole, resumed)
+    ]
+    assert rows[0][3:] == rows[1][-3:]
+
+
 def test_ppo_takes_no_step_that_has_moved_too_far():
     """The second pass over the first rollout, after the step of the first."""
     objective = {"kind": "ppo", "max_new": 6, "rewards": [{"kind": "variety"}], "updates": 2}

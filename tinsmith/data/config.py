@@ -69,8 +69,8 @@ class Tasks(DataSection):
     thoughts: bool = True
     """Whether the assistant of a chat or pair works the task out before it answers."""
     mistakes: float = 0.0
-    """The share of chats with a wrong answer (a number one too high): a careless teacher, whose
-    pupil has something to learn from preferences and rewards."""
+    """The share of chats with a wrong answer (a number one too high, the calculator not asked): a
+    careless teacher, whose pupil has something to learn from preferences and rewards."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,8 +78,6 @@ class Tasks(DataSection):
             raise ValueError("tasks must name at least one of arithmetic, sort, copy, calculator")
         if not 0 <= self.mistakes <= 1:
             raise ValueError(f"mistakes={self.mistakes} must be a share from 0 to 1")
-        if self.mistakes and "calculator" in self.tasks:
-            raise ValueError(f"mistakes={self.mistakes}: a calculator makes none; leave one out")
         for name, value, highest in (
             ("count", self.count, 10**9),
             ("digits", self.digits, 9),

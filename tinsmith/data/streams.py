@@ -19,7 +19,7 @@ from tinsmith.data.lessons import Lesson
 from tinsmith.data.pairs import Pair, read_pair
 from tinsmith.data.prompts import Question, read_prompt
 from tinsmith.data.rules import SEEN, generated
-from tinsmith.text.chat import BadRecord, Conversation, Message, normalise
+from tinsmith.text.chat import BadRecord, Conversation, Message, normalise, words
 
 VALIDATION_NAMES = ("valid", "val", "validation")
 
@@ -68,6 +68,15 @@ class Document(NamedTuple):
         if isinstance(content, Pair):
             return _said([*content.chosen.messages, content.rejected.messages[-1]])
         return _said(content.messages)
+
+    def words(self) -> list[str]:
+        """What a tokenizer learns from. Where there are tools, what a template says of them and of
+        calls is longer than what is said beside, and is learned too.
+        """
+        content = self.content.asked if isinstance(self.content, Question) else self.content
+        if isinstance(content, Conversation) and content.tools:
+            return words(content)
+        return self.texts()
 
 
 Stream = Callable[[], Iterator[Document | Reject]]

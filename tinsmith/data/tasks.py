@@ -38,33 +38,24 @@ class Task(NamedTuple):
         have any, or a call of the calculator what it says first; `tagged` puts the answer into
         `<answer>`.
         """
-        if self.expression:
-            call = {"name": CALCULATOR["name"], "arguments": {"expression": self.expression}}
-            return {
-                "tools": [CALCULATOR],
-                "messages": [
-                    {"role": "user", "content": self.question},
-                    {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
-                    {"role": "tool", "content": self.answer},
-                    {"role": "assistant", "content": self.answer},
-                ],
-            }
+        asked = {"role": "user", "content": self.question}
+        if self.name == "calculator":
+            said = {"role": "assistant", "content": self.answer}
+            return {"tools": [CALCULATOR], "messages": [asked, *self._called(), said]}
         said = f"<answer>{self.answer}</answer>" if tagged else self.answer
-        return {
-            "messages": [
-                {"role": "user", "content": self.question},
-                self._answered(said, thoughts),
-            ]
-        }
+        return {"messages": [asked, self._answered(said, thoughts)]}
 
     def slipped(self) -> "Task":
-        """The task with a wrong answer: of numbers the one above."""
-        wrong = str(int(self.answer) + 1) if self.name == "arithmetic" else self.mistake()
-        return self._replace(answer=wrong)
+        """The task with a wrong answer: of numbers the one above, and of a calculator's task with
+        nobody asked.
+        """
+        if self.name not in ("arithmetic", "calculator"):
+            return self._replace(answer=self.mistake())
+        return self._replace(answer=str(int(self.answer) + 1), expression="")
 
     def prompt(self) -> dict[str, Any]:
         """The task as a prompt record, with the answer and the kind of task."""
-        tools = {"tools": [CALCULATOR]} if self.expression else {}
+        tools = {"tools": [CALCULATOR]} if self.name == "calculator" else {}
         return {"prompt": self.question, "answer": self.answer, "task": self.name} | tools
 
     def pair(self, *, thoughts: bool = True) -> dict[str, Any]:
@@ -73,6 +64,16 @@ class Task(NamedTuple):
         """
         right, wrong = (self._answered(said, thoughts) for said in (self.answer, self.mistake()))
         return {"prompt": self.question, "chosen": right, "rejected": wrong}
+
+    def _called(self) -> list[dict[str, Any]]:
+        """The call of the calculator and what it says, if it is asked."""
+        if not self.expression:
+            return []
+        call = {"name": CALCULATOR["name"], "arguments": {"expression": self.expression}}
+        return [
+            {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+            {"role": "tool", "content": self.answer},
+        ]
 
     def _answered(self, said: str, thoughts: bool) -> dict[str, str]:
         thinks = {"reasoning_content": self.reasoning} if thoughts else {}

@@ -55,4 +55,4 @@ def _sample(
         if taken and taken + document.bytes > most:
             return
         taken += document.bytes
-        yield from document.texts()
+        yield from document.words()

@@ -4,7 +4,9 @@ Names are those of the Hugging Face model that `hub.hf` writes, with `base_model
 A linear layer has `NAME.lora_A.weight` (R, I) and `NAME.lora_B.weight` (O, R); where its family
 orders rows differently, B's rows are reordered as the weight's are. A stack of experts is one of
 PEFT's target parameters: A is (E R, I), B is (O, R E), and of several stacks in one module each but
-the last is one `base_layer` deeper than the next.
+the last is one `base_layer` deeper than the next. Of stock families the stacks are those of
+`hub.fused`; of Tinsmith's own architecture PEFT must merge them before they count, as its models
+read experts without a call of the module that PEFT watches.
 
 Legend: E experts, R rank, I and O the last two sides of a weight as it is stored.
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.jsonfile import read_object
+from tinsmith.hub import fused
 from tinsmith.hub.from_hf import OWN
 from tinsmith.hub.keys import Keys
 from tinsmith.hub.names import NAMES
@@ -59,14 +62,18 @@ def write_adapters(folder: Path, model: ModelConfig, made: Adapters, base: str |
     UserError where a weight has no counterpart in the Hugging Face family that `model` is written
     as, so that an adapter cannot have one.
     """
-    family = config_to_hf(model).family
-    names = [name for name in _shapes(model) if name in made.pairs]
-    assert len(names) == len(made.pairs), "adapters of another model"
+    family, shapes = config_to_hf(model).family, _shapes(model)
+    config, pairs = made.config, made.pairs
+    assert pairs.keys() <= shapes.keys(), "adapters of another model"
+    if family in fused.FAMILIES:
+        config, pairs = fused.together(config, pairs, shapes)
+        shapes = fused.shapes(shapes)
+    names = [name for name in shapes if name in pairs]
     tensors: dict[str, Tensor] = {}
     targets: dict[int, list[str]] = {2: [], 3: []}
     for name, module in _places(family, names).items():
-        A, B = made.pairs[name]
-        targets[A.dim()].append(module if A.dim() == 2 else NAMES[family].theirs(name))
+        A, B = pairs[name]
+        targets[A.dim()].append(module if A.dim() == 2 else _theirs(family, name))
         if A.dim() == 2:
             B = NAMES[family].sent(name, B, model)
         else:
@@ -74,7 +81,7 @@ def write_adapters(folder: Path, model: ModelConfig, made: Adapters, base: str |
         tensors |= dict(zip(_leaves(module), (A, B), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, tensors)
-    data = _described(made.config, base) | {
+    data = _described(config, base) | {
         "target_modules": targets[2],
         "target_parameters": targets[3] or None,
     }
@@ -110,6 +117,8 @@ def read_adapters(folder: Path, model: ModelConfig) -> Adapters:
         keys.only(key, allowed)
     family = config_to_hf(model).family
     shapes = _shapes(model)
+    if family in fused.FAMILIES:
+        shapes = fused.shapes(shapes)
     stored = header(_weights(folder))
     names = _adapted(folder, keys, family, shapes, list(stored))
     tensors = read_tensors(stored, None, None)
@@ -123,8 +132,12 @@ def read_adapters(folder: Path, model: ModelConfig) -> Adapters:
         pairs[name] = pair
     for name in tensors:
         raise UserError(f"{folder / WEIGHTS}: {name} is of no weight that is adapted here")
+    pairs = fused.apart(pairs)
     config = LoRA(
-        targets=tuple(name.removesuffix(".weight") for name in names),
+        targets=tuple(
+            name.removesuffix(".weight") if pair.A.dim() == 2 else name
+            for name, pair in pairs.items()
+        ),
         rank=rank,
         alpha=keys.number("lora_alpha", 8),
         dropout=keys.number("lora_dropout", 0.0, above=-1),
@@ -167,14 +180,18 @@ def _owner(name: str) -> str:
 
 def _theirs(family: str, name: str) -> str:
     try:
-        if not name.endswith(".weight") and family != OWN:
+        if not name.endswith(".weight") and family != OWN and fused.theirs(name) is None:
             raise KeyError(name)
-        return NAMES[family].theirs(name)
+        return _known(family, name)
     except KeyError:
         raise UserError(
             f"lora: {name} is no weight of its own in Hugging Face's {family}, so PEFT cannot have "
             "its adapter; the merged model has it"
         ) from None
+
+
+def _known(family: str, name: str) -> str:
+    return fused.theirs(name) or NAMES[family].theirs(name)
 
 
 def _leaves(module: str) -> tuple[str, str]:
@@ -203,7 +220,7 @@ def _adapted(
 
 def _has(family: str, name: str, sides: int, modules: set[str], stacks: list[str]) -> bool:
     try:
-        theirs = NAMES[family].theirs(name)
+        theirs = _known(family, name)
     except KeyError:
         return False
     if sides == 3:

@@ -14,6 +14,7 @@ from tinsmith.data.config import Shape
 from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import Weights
+from tinsmith.objectives.score import Scorer
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -136,6 +137,10 @@ class ObjectiveConfigBase(Config):
         """How the weights of these models are held in memory."""
         return "fp32"
 
+    def reward_models(self) -> tuple[str, ...]:
+        """The folders of the trained reward models that it asks."""
+        return ()
+
     def build(self) -> "Objective":
         """The objective."""
         raise NotImplementedError
@@ -153,6 +158,8 @@ class Objective(nn.Module):
         that is the policy before its first step is missing where the policy has adapters to switch
         off: `objectives.reference` knows both.
         """
+        self.scorers: dict[str, Scorer] = {}
+        """The config's `reward_models()` by their folders; brought by the trainer."""
         self.peers: Peers = Alone()
         """Brought by the trainer too."""
 

@@ -29,9 +29,9 @@ from tinsmith.objectives.base import Feed, Metric, Objective, ObjectiveConfigBas
 from tinsmith.objectives.logprobs import chosen_logprobs, kl
 from tinsmith.objectives.ratio import clipped, log_ratio
 from tinsmith.objectives.reference import reference
-from tinsmith.objectives.rewards import judge
+from tinsmith.objectives.rewards import Answer, judge
 from tinsmith.objectives.rollout import Episode, Limits, Rollout, collate, join, roll_out
-from tinsmith.objectives.rules import Exact, RewardConfig
+from tinsmith.objectives.rules import Exact, Learned, RewardConfig
 from tinsmith.objectives.tools import ToolName, Tools
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -95,6 +95,10 @@ class Online(ObjectiveConfigBase):
         """The reference, where anything is compared with it."""
         return {"reference": None} if self.beta > 0 else {}
 
+    def reward_models(self) -> tuple[str, ...]:
+        """Those among the rewards."""
+        return tuple(each.path for each in self.rewards if isinstance(each, Learned))
+
 
 class OnlineObjective(Objective):
     """Rolls out, scores, and gives the parts of a rollout as batches; what is learned from them is
@@ -111,7 +115,7 @@ class OnlineObjective(Objective):
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """Rewards read text, and answers have an end."""
         self.tokenizer = tokenizer
-        self.rules = [each.rule() for each in self.config.rewards]
+        self.rules = [each.rule(self.scorers) for each in self.config.rewards]
         tools = self.config.tools
         self.reply = Tools(tokenizer, tools, self.config.turns).reply if tools else None
         self.limits = Limits(
@@ -189,14 +193,15 @@ class OnlineObjective(Objective):
 
     def score(self, prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
         """The reward of each answer; NaN, and a word about it, where it has none."""
-        found = []
-        for prompt, episode in zip(prompts, episodes, strict=True):
-            text = self.tokenizer.decode(self.words(episode))
-            judged = judge(self.rules, [prompt], [text])
-            found.append(math.nan if judged.failures else judged.rewards[0])
-            for failure in judged.failures:
-                warn(f"no reward: {failure.rule} of prompt {prompt.number}: {failure.reason}")
-        return found
+        answers = [
+            Answer(prompt, self.tokenizer.decode(self.words(episode)), episode.ids)
+            for prompt, episode in zip(prompts, episodes, strict=True)
+        ]
+        judged = judge(self.rules, answers)
+        for failure in judged.failures:
+            judged.rewards[failure.place] = math.nan
+            warn(f"no reward: {failure.rule} of prompt {failure.number}: {failure.reason}")
+        return judged.rewards
 
     def words(self, episode: Episode) -> list[int]:
         """What was said last, without its end."""
@@ -226,6 +231,8 @@ class OnlineObjective(Objective):
         cut = sum(episode.finish != "stop" for episode in episodes)
         reward = float(rewards.nanmean())
         told = {"reward": reward, "length": said / count, "truncated": cut / count}
+        if self.config.tools:
+            told["turns"] = sum(episode.turns for episode in episodes) / count
         return told | {"loss": -reward}
 
     def logprobs(self, lm: LM, rows: Rollout) -> tuple[Tensor, ModelOut]:
@@ -259,6 +266,8 @@ class OnlineObjective(Objective):
             "moved_k2": Metric(moved.sum(), tokens),
             "entropy": Metric(-(rows.old * mask).sum(), tokens),
         }
+        if config.tools:
+            metrics["turns"] = Metric(turns(mask).sum(), mask.any(1).sum())
         if config.judges():
             away = log_ratio(new, rows.reference, mask)
             metrics["kl_k3"] = Metric(kl(away, torch.zeros_like(away), "k3").sum(), tokens)
@@ -307,6 +316,11 @@ def spread(rewards: Tensor) -> Tensor:
     known = torch.where(there, rewards, 0)
     mean = known.sum(1, keepdim=True) / count[:, None]
     return (torch.where(there, known - mean, 0).square().sum(1) / count).sqrt()
+
+
+def turns(mask: Tensor) -> Tensor:
+    """(B,) how often the policy spoke: stretches of a mask (B, T) that are True."""
+    return mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
 
 
 def _count(rows: Tensor) -> Tensor:

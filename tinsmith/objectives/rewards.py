@@ -13,11 +13,25 @@ from functools import partial
 from typing import NamedTuple
 
 from tinsmith.core.sandbox import Limits, run_python
-from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.data.prompts import Prompt
 from tinsmith.data.tasks import Task, check, final
 
 Reward = Callable[[Prompt, str], float]
 """A prompt, and the text of one answer to it (without its end of turn), to a number."""
+
+
+class Answer(NamedTuple):
+    """What is judged."""
+
+    prompt: Prompt
+    text: str
+    """What was said last, without its end."""
+    ids: Sequence[int] = ()
+    """The prompt and all that followed."""
+
+
+Panel = Callable[[Sequence[Answer]], Sequence[float | Exception]]
+"""Judges many answers (N,) at once: numbers (N,), or why there is none."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _CODE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -29,7 +43,7 @@ class Rule(NamedTuple):
     """One reward of several."""
 
     name: str
-    reward: Reward
+    reward: Panel
     weight: float = 1.0
     lowest: float = 0.0
     """What it counts as where it fails."""
@@ -38,6 +52,8 @@ class Rule(NamedTuple):
 class Failure(NamedTuple):
     """A reward that could not be had."""
 
+    place: int
+    """The answer's, among those that were judged."""
     number: int
     """The prompt's number in its source."""
     rule: str
@@ -54,30 +70,47 @@ class Judged(NamedTuple):
     failures: list[Failure]
 
 
-def judge(rules: Sequence[Rule], prompts: Sequence[Prompt], texts: Sequence[str]) -> Judged:
-    """Judge one answer to each prompt (N,), (N,) by every rule."""
+def judge(rules: Sequence[Rule], answers: Sequence[Answer]) -> Judged:
+    """Judge N answers by every rule."""
     failures: list[Failure] = []
-    parts = {
-        rule.name: [_bear(rule, *pair, failures) for pair in zip(prompts, texts, strict=True)]
-        for rule in rules
-    }
+    parts = {rule.name: _bear(rule, answers, failures) for rule in rules}
     rewards = [
         math.fsum(rule.weight * parts[rule.name][place] for rule in rules)
-        for place in range(len(texts))
+        for place in range(len(answers))
     ]
     return Judged(rewards, parts, failures)
 
 
-def _bear(rule: Rule, prompt: Prompt, text: str, failures: list[Failure]) -> float:
+def each(reward: Reward) -> Panel:
+    """Judges one answer after the other; one that makes `reward` raise harms no other."""
+    return lambda answers: [_tried(reward, answer) for answer in answers]
+
+
+def _tried(reward: Reward, answer: Answer) -> float | Exception:
     try:
-        found = float(rule.reward(prompt, text))
-        reason = "" if math.isfinite(found) else f"gave {found}"
+        return float(reward(answer.prompt, answer.text))
     except Exception as error:  # a reward is somebody's code: whatever it does, training goes on
-        found, reason = math.nan, f"{type(error).__name__}: {error}"
-    if not reason:
-        return found
-    failures.append(Failure(prompt.number, rule.name, reason))
-    return rule.lowest
+        return error
+
+
+def _bear(rule: Rule, answers: Sequence[Answer], failures: list[Failure]) -> list[float]:
+    try:
+        found = rule.reward(answers)
+    except Exception as error:  # as above
+        found = [error] * len(answers)
+    kept: list[float] = []
+    for place, value in enumerate(found):
+        if isinstance(value, float | int) and math.isfinite(value):
+            kept.append(float(value))
+        else:
+            kept.append(rule.lowest)
+            number = answers[place].prompt.number
+            failures.append(Failure(place, number, rule.name, _reason(value)))
+    return kept
+
+
+def _reason(value: float | Exception) -> str:
+    return f"{type(value).__name__}: {value}" if isinstance(value, Exception) else f"gave {value}"
 
 
 def exact_answer(prompt: Prompt, text: str) -> float:
@@ -155,47 +188,6 @@ def sized(low: int, high: int) -> Reward:
     if not 1 <= low <= high:
         raise ValueError(f"low={low} and high={high} must be 1 <= low <= high")
     return partial(length, low=low, high=high)
-
-
-class Classifier:
-    """A Hugging Face sequence classifier's opinion: its only logit, or, of two, the second minus
-    the first.
-
-    It reads the conversation by its tokenizer's chat template, or, where it has none, prompt and
-    answer as a pair of texts. Nothing is fetched and no code of the folder is run.
-    """
-
-    def __init__(self, folder: str):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        local = {"local_files_only": True, "trust_remote_code": False}
-        self._model = AutoModelForSequenceClassification.from_pretrained(folder, **local).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        if self._model.config.num_labels not in (1, 2):
-            labels = self._model.config.num_labels
-            raise ValueError(f"{folder}: a classifier of {labels} labels is no reward; 1 or 2 are")
-
-    def __call__(self, prompt: Prompt, text: str) -> float:
-        """The score of one answer."""
-        import torch
-
-        messages = _messages(prompt)
-        said = {"role": "assistant", "content": text}
-        if self._tokenizer.chat_template:
-            rendered = self._tokenizer.apply_chat_template([*messages, said], tokenize=False)
-            read = self._tokenizer(rendered, add_special_tokens=False, return_tensors="pt")
-        else:
-            asked = "\n\n".join(message["content"] for message in messages)
-            read = self._tokenizer(asked, text, return_tensors="pt")
-        with torch.no_grad():
-            logits = self._model(**read).logits[0].double()
-        return float(logits[0] if len(logits) == 1 else logits[1] - logits[0])
-
-
-def _messages(prompt: Prompt) -> list[dict[str, str]]:
-    """What a prompt's row asks, as role and content."""
-    asked = read_prompt(prompt.record).asked.messages
-    return [{"role": message.role, "content": message.content} for message in asked]
 
 
 def _number(text: str) -> float | None:

@@ -1,20 +1,24 @@
 """The `rewards:` list of a recipe: what answers are judged by, each with its weight."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tinsmith.core.parse import Config, Count, Kind
+from tinsmith.objectives.classifier import Classifier
 from tinsmith.objectives.rewards import (
-    Classifier,
+    Panel,
     Reward,
     Rule,
+    each,
     exact_answer,
     sized,
     think_format,
     unit_tests,
     variety,
 )
+from tinsmith.objectives.score import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +32,13 @@ class Judging(Config):
         if not math.isfinite(self.weight):
             raise ValueError(f"weight={self.weight} must be finite")
 
-    def rule(self) -> Rule:
-        """The reward with its weight."""
-        return Rule(self.kind, self.build(), self.weight)
+    def rule(self, models: Mapping[str, Scorer]) -> Rule:
+        """The reward with its weight; `models` are the trained reward models by their folders."""
+        return Rule(self.kind, self.panel(models), self.weight)
+
+    def panel(self, models: Mapping[str, Scorer]) -> Panel:
+        """What judges many answers: here, `build()` one after the other."""
+        return each(self.build())
 
     def build(self) -> Reward:
         """The function of a prompt and an answer's text."""
@@ -105,9 +113,26 @@ class Classified(Judging):
     kind: Literal["classifier"] = "classifier"
     path: str
 
-    def build(self) -> Reward:
+    def panel(self, models: Mapping[str, Scorer]) -> Panel:
         """Reads the folder."""
         return Classifier(self.path)
 
 
-RewardConfig = Annotated[Exact | Format | Length | Variety | UnitTests | Classified, Kind()]
+@dataclass(frozen=True, kw_only=True)
+class Learned(Judging):
+    """What a reward model says, a run of `objective: {kind: reward}` in the folder `path`. It reads
+    ids, so its tokenizer must be that of the run.
+    """
+
+    kind: Literal["model"] = "model"
+    path: str
+
+    def panel(self, models: Mapping[str, Scorer]) -> Panel:
+        """Its score of the whole conversation."""
+        model = models[self.path]
+        return lambda answers: model.score([answer.ids for answer in answers]).tolist()
+
+
+RewardConfig = Annotated[
+    Exact | Format | Length | Variety | UnitTests | Classified | Learned, Kind()
+]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tinsmith.core.errors import UserError
 from tinsmith.text.bounds import Refused
 from tinsmith.text.records import BadRecord, Call, Conversation, Message, normalise
-from tinsmith.text.specials import END_OF_TEXT, TAGS, our_template
+from tinsmith.text.specials import END_OF_TEXT, SPECIALS, TAGS, our_template
 from tinsmith.text.template import ChatTemplate, compiled
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -34,10 +34,12 @@ __all__ = [
     "encode_prompt",
     "normalise",
     "render",
+    "words",
 ]
 
 _OPENING = re.compile(r"<think>\n(?:\n</think>\n\n)?")
 """What a prompt may already hold of an answer: reasoning that is open, or closed at once."""
+_NAMES = re.compile("|".join(map(re.escape, SPECIALS)))
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 _Change = Callable[[str, str], str]
 
@@ -55,6 +57,13 @@ def render(conversation: Conversation, generate: bool = False, thinking: bool | 
     `generate` opens the assistant's next turn, `thinking` its `<think>` too.
     """
     return _script(None, conversation, lambda role, text: text).text(generate, thinking)
+
+
+def words(conversation: Conversation) -> list[str]:
+    """The text of a conversation in Tinsmith's ChatML, the template's own words included, between
+    the names that are ids of their own: what a tokenizer learns from that is to encode it.
+    """
+    return [piece for piece in _NAMES.split(render(conversation)) if piece]
 
 
 def encode_chat(tokenizer: Tokenizer, conversation: Conversation) -> Encoded:

@@ -24,6 +24,7 @@ from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
 from tinsmith.nn.parts.trained import counts
+from tinsmith.objectives.score import Scorer
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import multiplier
@@ -165,6 +166,8 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     lm.checkpointing = config.train.checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
     objective.frozen = dict.fromkeys(config.objective.judges(), judge)
+    scorer = Scorer(judge, torch.zeros(1, model.dim))
+    objective.scorers = dict.fromkeys(config.objective.reward_models(), scorer)
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)

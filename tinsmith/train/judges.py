@@ -13,7 +13,7 @@ from tinsmith.nn import lora
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import quantise
 from tinsmith.objectives import ObjectiveConfig
-from tinsmith.objectives.reward import Scorer
+from tinsmith.objectives.score import Scorer
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.checkpoint import HEADS
 
@@ -48,12 +48,19 @@ def _check_head(name: str, lm: LM, policy: LM) -> None:
         )
 
 
+def scorers(
+    config: ObjectiveConfig, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Scorer]:
+    """The reward models that `config.reward_models()` asks for, by their folders."""
+    return {folder: scorer(folder, tokenizer, device) for folder in config.reward_models()}
+
+
 def scorer(folder: str, tokenizer: Tokenizer, device: torch.device) -> Scorer:
     """The reward model of a run of `objective: {kind: reward}`, by its folder or one inside it.
 
     UserError where there is no such model, or it reads other ids than `tokenizer` writes.
     """
-    lm = _loaded("reward", folder, tokenizer, device)
+    lm = _loaded("rewards", folder, tokenizer, device)
     heads = locate(folder) / HEADS
     tensors = load_file(heads) if heads.is_file() else {}
     if "head.weight" not in tensors:

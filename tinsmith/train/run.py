@@ -22,6 +22,7 @@ from tinsmith.core.units import size
 from tinsmith.data.sources import Source
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.objectives.base import Feed
+from tinsmith.objectives.score import Scorer
 from tinsmith.optim.build import Optimizers
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel
@@ -58,12 +59,14 @@ class Run:
         source: Source,
         validation: Source | None,
         frozen: dict[str, LM],
+        scorers: dict[str, Scorer],
     ):
         self.config, self.folder, self.ranks, self.log, self.flag = config, folder, ranks, log, flag
         self.policy, self.tokenizer = policy, tokenizer
         self.source, self.validation = source, validation
         self.objective = config.objective.build().to(ranks.device)
-        self.objective.frozen, self.objective.peers = frozen, self
+        self.objective.frozen, self.objective.scorers = frozen, scorers
+        self.objective.peers = self
         self.objective.prepare(policy, tokenizer)
         policy.checkpointing = config.train.checkpointing
         parallel.apply(policy, self.objective, ranks)

@@ -26,7 +26,7 @@ from tinsmith.nn.parts.trained import counts
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, folder, parallel, track
-from tinsmith.train.judges import judges
+from tinsmith.train.judges import judges, scorers
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.run import Run, check_vocabulary, grown, rebuilt
 
@@ -125,7 +125,9 @@ def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: S
     source = open_source(prepared.folder, shape, "train", context, seed)
     validation = _validation(prepared, config)
     frozen = judges(config.objective, lm, tokenizer, ranks.device)
-    run = Run(config, place, ranks, log, flag, lm.train(), tokenizer, source, validation, frozen)
+    asked = scorers(config.objective, tokenizer, ranks.device)
+    told = (config, place, ranks, log, flag, lm.train(), tokenizer, source, validation)
+    run = Run(*told, frozen, asked)
     run.report = prepared.report
     introduce(run)
     return run

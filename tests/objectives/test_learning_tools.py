@@ -1,0 +1,49 @@
+"""T11: GRPO raises the accuracy of answers that a calculator may be asked for.
+
+The model it begins with is that of recipes/tiny/tools_sft.yaml, whose teacher asks in 40 of 100
+conversations and guesses wrong in the others.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tinsmith.config import RunConfig, load
+from tinsmith.data.prepare import prepare
+from tinsmith.data.sources import open_source
+from tinsmith.hub.load import load as load_model
+from tinsmith.objectives.online import OnlineObjective
+from tinsmith.train.trainer import train
+
+QUESTIONS = 200
+
+
+def exam(run: Path, practice: RunConfig, place: Path) -> tuple[float, float]:
+    """How many of the answers that are drawn for held-back questions are right, and how many of
+    them come of a call.
+    """
+    lm, tokenizer = load_model(run / "final")
+    assert tokenizer is not None
+    context = practice.train.context
+    made = prepare(practice.data, tokenizer, "prompts", place, print, context=context)
+    source = open_source(made.folder, "prompts", "validation", context, 0)
+    objective = practice.objective.build()
+    assert isinstance(objective, OnlineObjective)
+    objective.prepare(lm, tokenizer)
+    prompts = [source.prompts(number, 1)[0] for number in range(QUESTIONS)]
+    episodes = objective.answers(lm, prompts, list(range(QUESTIONS)))
+    rewards = objective.rewards(prompts, episodes)
+    return float(rewards.mean()), sum(each.turns > 1 for each in episodes) / QUESTIONS
+
+
+@pytest.mark.slow
+def test_T11_grpo_learns_to_ask_a_calculator_instead_of_guessing(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
+    start = train(load(root / "recipes/tiny/tools_sft.yaml"), "start")
+    practice = load(root / "recipes/tiny/tools.yaml", [f"init_from={start}"])
+    right, asked = exam(start, practice, tmp_path / "exam")
+    assert 0.2 <= right <= 0.6
+    assert 0.3 <= asked <= 0.5
+    then = exam(train(practice, "practised"), practice, tmp_path / "exam")
+    assert then[0] >= right + 0.2
+    assert then[1] >= 0.8

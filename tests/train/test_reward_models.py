@@ -1,0 +1,134 @@
+"""A trained reward model as one of the rewards of objectives that answer their own prompts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinsmith.config import from_dict
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import read_metrics
+from tinsmith.data.prompts import Prompt
+from tinsmith.hub.load import load
+from tinsmith.objectives.grpo import GRPO
+from tinsmith.objectives.rollout import Episode
+from tinsmith.objectives.rules import Learned
+from tinsmith.train.dryrun import dry_run
+from tinsmith.train.judges import scorer
+from tinsmith.train.trainer import train
+
+LAYER = {
+    "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
+    "feed_forward": {"kind": "swiglu", "hidden": 48},
+}
+MODEL = {"vocab_size": 320, "dim": 32, "depth": 1, "max_context": 64, "pattern": [LAYER]}
+OPTIM = {
+    "matrices": {"kind": "adamw", "lr": 2.0e-3},
+    "others": {"kind": "adamw", "lr": 2.0e-3},
+    "schedule": {"kind": "wsd", "warmup": 2},
+}
+TRAIN = {
+    **{"context": 64, "rows": 8, "precision": "fp32"},
+    **{"save_every": 10_000, "eval_every": 10_000, "sample_every": 10_000},
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pairs whose better answer is all a's; runs lie beside them."""
+    folder = tmp_path_factory.mktemp("judged")
+    rows = [
+        {"prompt": f"{n}?", "chosen": "a" * (1 + n % 3), "rejected": "zyxw"[: 1 + n % 4]}
+        for n in range(60)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINSMITH_RUNS", str(folder / "runs"))
+        yield folder
+
+
+def run(place: Path, name: str, objective: dict[str, Any], steps: int, **more: Any) -> Path:
+    data = {"kind": "chats", "path": str(place / "pairs.jsonl"), "validation": 0.2}
+    start = {"model": MODEL, "tokenizer": {"train": {"vocab_size": 320}}}
+    own = more or start
+    recipe = own | {"data": data, "objective": objective, "optim": OPTIM, "log": {"every": 1}}
+    recipe |= {"train": TRAIN | {"steps": steps}, "eval": {"rows": 8, "new_tokens": 4}}
+    return train(from_dict(recipe), name)
+
+
+@pytest.fixture(scope="module")
+def judge(place) -> Path:
+    return run(place, "judge", {"kind": "reward"}, 30)
+
+
+def answering(kind: str, *rewards: dict[str, Any], **objective: Any) -> dict[str, Any]:
+    return {"kind": kind, "max_new": 6, "rewards": list(rewards)} | objective
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "spo"])
+def test_a_policy_learns_from_a_reward_model_that_stays_as_it_is(kind, place, judge):
+    before = {file.name: file.read_bytes() for file in (judge / "final").iterdir()}
+    rewards = ({"kind": "model", "path": str(judge)}, {"kind": "variety", "weight": 0.1})
+    folder = run(place, kind, answering(kind, *rewards), 2, init_from=str(judge))
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 2
+    assert all(line["unrewarded"] == 0 for line in steps)
+    assert all(abs(line["reward"]) > 0 for line in steps)
+    assert before == {file.name: file.read_bytes() for file in (judge / "final").iterdir()}
+
+
+def test_T11_the_score_of_answers_goes_up(place, judge):
+    objective = answering("grpo", {"kind": "model", "path": str(judge)}, answers=8, decode_rows=128)
+    folder = run(place, "liked", objective, 40, init_from=str(judge))
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+    found = [line["reward"] for line in lines]
+    assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 0.15
+
+
+def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(judge):
+    lm, tokenizer = load(judge)
+    assert tokenizer is not None
+    model = scorer(str(judge), tokenizer, CPU)
+    objective = GRPO(rewards=(Learned(path=str(judge), weight=2.0),), answers=2).build()
+    objective.scorers = {str(judge): model}
+    objective.prepare(lm, tokenizer)
+    episodes = [Episode([20, 21, 22][: 1 + n % 3], seed=n) for n in range(5)]
+    for number, episode in enumerate(episodes):
+        for token in range(30, 31 + number):
+            episode.say(token, 0.0)
+    prompts = [Prompt(episode.ids, 0, None, {}) for episode in episodes]
+    alone = [2 * float(model.score([episode.ids])) for episode in episodes]
+    assert objective.score(prompts, episodes) == pytest.approx(alone, abs=1e-5)
+    model.rows = 2
+    assert objective.score(prompts, episodes) == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone)) == 5
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not dict(objective.named_parameters())
+
+
+def test_what_is_no_reward_model_of_this_vocabulary_is_refused_in_one_line(place, judge):
+    plain = run(place, "plain", {"kind": "dpo"}, 1)
+    other = {"model": MODEL | {"vocab_size": 274}, "tokenizer": {"train": {"vocab_size": 274}}}
+    foreign = run(place, "foreign", {"kind": "reward"}, 1, **other)
+    for folder, said in (
+        (str(plain), "no reward model; train one with objective: {kind: reward}"),
+        (str(foreign), "objective.rewards: .*another vocabulary"),
+        (str(place / "nowhere"), "nowhere: no such folder"),
+    ):
+        objective = answering("grpo", {"kind": "model", "path": folder})
+        with pytest.raises(UserError, match=said) as refused:
+            run(place, "refused", objective, 1, init_from=str(judge))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_dry_run_needs_no_reward_model(capsys):
+    objective = answering("grpo", {"kind": "model", "path": "runs/to-be-trained"})
+    start = {"model": MODEL, "tokenizer": {"train": {"vocab_size": 320}}}
+    data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 100}
+    recipe = start | {"data": data, "objective": objective, "train": TRAIN | {"steps": 1}}
+    dry_run(from_dict(recipe), "dry")
+    assert "one step of" in capsys.readouterr().out

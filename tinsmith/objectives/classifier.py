@@ -1,0 +1,75 @@
+"""A sequence classifier from Hugging Face, as a reward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinsmith.core.errors import UserError
+from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.objectives.rewards import Answer
+
+_WHERE = "objective.rewards:"
+
+
+class Classifier:
+    """A Hugging Face sequence classifier's opinion: its only logit, or, of two, the second minus
+    the first.
+
+    It reads the conversation by its tokenizer's chat template, or, where it has none, prompt and
+    answer as a pair of texts; `rows` at a time where it knows of padding, else one. Nothing is
+    fetched and no code of the folder is run. UserError where the folder holds no such thing.
+    """
+
+    def __init__(self, folder: str, rows: int = 64):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        local = {"local_files_only": True, "trust_remote_code": False}
+        opened = AutoModelForSequenceClassification.from_pretrained
+        try:
+            self._model, facts = opened(folder, output_loading_info=True, **local)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{_WHERE} {folder}: {str(error).strip().splitlines()[0]}") from None
+        config = self._model.eval().config
+        if facts["missing_keys"]:
+            missing = ", ".join(sorted(facts["missing_keys"]))
+            raise UserError(f"{_WHERE} {folder} is no classifier: it has no {missing}")
+        if config.num_labels not in (1, 2):
+            raise UserError(
+                f"{_WHERE} {folder}: a classifier of {config.num_labels} labels is no reward; 1 or "
+                "2 are"
+            )
+        if len(self._tokenizer) > config.get_text_config().vocab_size:
+            raise UserError(f"{_WHERE} {folder}: its tokenizer has more ids than its model")
+        pads = self._tokenizer.pad_token_id
+        self._rows = rows if pads is not None and pads == config.pad_token_id else 1
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """The score of every answer."""
+        starts = range(0, len(answers), self._rows)
+        return [one for start in starts for one in self._some(answers[start : start + self._rows])]
+
+    def _some(self, answers: Sequence[Answer]) -> list[float]:
+        import torch
+
+        with torch.no_grad():
+            logits = self._model(**self._read(answers)).logits.double()
+        return (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
+
+    def _read(self, answers: Sequence[Answer]) -> Any:
+        talks = [_messages(answer.prompt) for answer in answers]
+        told = {"return_tensors": "pt", "padding": len(answers) > 1}
+        if not self._tokenizer.chat_template:
+            asked = ["\n\n".join(message["content"] for message in talk) for talk in talks]
+            return self._tokenizer(asked, [answer.text for answer in answers], **told)
+        said = [{"role": "assistant", "content": answer.text} for answer in answers]
+        texts = [
+            self._tokenizer.apply_chat_template([*talk, last], tokenize=False)
+            for talk, last in zip(talks, said, strict=True)
+        ]
+        return self._tokenizer(texts, add_special_tokens=False, **told)
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    """What a prompt's row asks, as role and content."""
+    asked = read_prompt(prompt.record).asked.messages
+    return [{"role": message.role, "content": message.content} for message in asked]
