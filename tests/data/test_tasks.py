@@ -5,7 +5,8 @@ from typing import cast
 import pytest
 
 from tinsmith.data.config import Tasks
-from tinsmith.data.streams import Document, open_origin
+from tinsmith.data.documents import Document
+from tinsmith.data.streams import open_origin
 from tinsmith.data.tasks import check, generate
 from tinsmith.objectives.calculator import calculate
 from tinsmith.text.bpe import train_bpe

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinsmith.data.config import Shape
+from tinsmith.data.documents import Document
 from tinsmith.data.files import Reject
 from tinsmith.data.lessons import Lesson, check_grids, encode_lesson
 from tinsmith.data.pairs import Pair, encode_pair
 from tinsmith.data.progress import Progress
 from tinsmith.data.prompts import NOTES, Question, encode_question, note
 from tinsmith.data.shards import ShardWriter
-from tinsmith.data.streams import Document
 from tinsmith.text.chat import BadRecord, Conversation, encode_chat
 from tinsmith.text.tokenizer import Tokenizer
 

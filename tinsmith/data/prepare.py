@@ -24,10 +24,11 @@ from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
 from tinsmith.core.units import size
 from tinsmith.data import hub, vocabulary
 from tinsmith.data.config import DataConfig, Hub, Shape
+from tinsmith.data.documents import Fetched, Origin
 from tinsmith.data.encode import MASKED, Encoder
 from tinsmith.data.prepared import Prepared, Say, find_prepared, open_prepared, summarise
 from tinsmith.data.progress import Progress
-from tinsmith.data.streams import Fetched, Origin, open_origin, unique_names
+from tinsmith.data.streams import open_origin, unique_names
 from tinsmith.data.survey import Rejects, Surveyed, survey
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.specials import our_template

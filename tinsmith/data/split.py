@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from tinsmith.data.streams import Document
+from tinsmith.data.documents import Document
 
 _SPAN = 2**64
 

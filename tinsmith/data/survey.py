@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.data.config import Shape
+from tinsmith.data.documents import Document, Origin, Stream
 from tinsmith.data.files import Reject
 from tinsmith.data.progress import Progress
 from tinsmith.data.split import NO_SPLIT, Scan, Split, digest, plan
-from tinsmith.data.streams import Document, Origin, Stream
 
 
 class Rejects:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tinsmith.data.documents import Document
 from tinsmith.data.progress import Progress
 from tinsmith.data.split import sampled
-from tinsmith.data.streams import Document
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.symbols import grid_tokenizer

@@ -1,0 +1,122 @@
+"""A document, whatever it holds, and a source of them that can be read again and again."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from tinsmith.data.config import Arc, Chats, DataConfig, Hub, Shape, Text
+from tinsmith.data.files import Reject
+from tinsmith.data.lessons import Lesson
+from tinsmith.data.pairs import Pair, read_pair
+from tinsmith.data.prompts import Question, read_prompt
+from tinsmith.text.chat import Conversation, Message, normalise, words
+
+Content = str | Conversation | Pair | Question | Lesson
+READERS: dict[Shape, Callable[[Any], Content]] = {
+    "documents": normalise,
+    "chats": normalise,
+    "answers": normalise,
+    "pairs": read_pair,
+    "prompts": read_prompt,
+}
+"""What makes of a row what an objective reads."""
+
+
+class Document(NamedTuple):
+    """A text (or a piece of a long one), a conversation, a pair or a prompt, and where it came
+    from."""
+
+    content: Content
+    key: bytes
+    """What the split goes by; normally the content itself."""
+    file: str
+    line: int
+    first: bool = True
+    last: bool = True
+
+    @property
+    def text(self) -> str:
+        """The content of a text document."""
+        return cast(str, self.content)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its text."""
+        return sum(len(text.encode()) for text in self.texts())
+
+    def texts(self) -> list[str]:
+        """All that is said in it, none of it empty."""
+        content = self.content
+        if isinstance(content, str):
+            return [content]
+        if isinstance(content, Lesson):
+            return [content.text()]
+        if isinstance(content, Question):
+            return [*_said(content.asked.messages), *([content.answer] if content.answer else [])]
+        if isinstance(content, Pair):
+            return _said([*content.chosen.messages, content.rejected.messages[-1]])
+        return _said(content.messages)
+
+    def words(self) -> list[str]:
+        """What a tokenizer learns from. Where there are tools, what a template says of them and of
+        calls is longer than what is said beside, and is learned too.
+        """
+        content = self.content.asked if isinstance(self.content, Question) else self.content
+        if isinstance(content, Conversation) and content.tools:
+            return words(content)
+        return self.texts()
+
+
+Stream = Callable[[], Iterator[Document | Reject]]
+Fetched = Callable[[Hub], Path]
+"""Gives the file with the rows of a Hub data set, which it fetches at the first call."""
+
+
+class Origin(NamedTuple):
+    """One source of a recipe, ready to be read."""
+
+    name: str
+    config: DataConfig
+    identity: Any
+    """Plain data that changes when the content does."""
+    train: Stream
+    """All documents, or those to train on where `validation` is given."""
+    validation: Stream | None = None
+
+    @property
+    def described(self) -> str:
+        """What the recipe names: the path, or else the name."""
+        config = self.config
+        path = config.path if isinstance(config, Text | Chats | Arc) else None
+        return path or self.name
+
+    @property
+    def fails(self) -> bool:
+        """Whether a bad line ends everything instead of being left out."""
+        config = self.config
+        return isinstance(config, Text | Chats | Hub | Arc) and config.on_bad_line == "fail"
+
+
+def limited(stream: Stream, limit: int | None) -> Stream:
+    """The stream up to the end of its `limit`-th document."""
+    if limit is None:
+        return stream
+
+    def read() -> Iterator[Document | Reject]:
+        left = limit
+        for item in stream():
+            yield item
+            left -= isinstance(item, Document) and item.last
+            if not left:
+                return
+
+    return read
+
+
+def _said(messages: Iterable[Message]) -> list[str]:
+    return [text for message in messages for text in (message.reasoning, message.content) if text]
+
+
+def key_of(content: Content) -> bytes:
+    """Pairs and prompts are split by what they ask, so that no prompt is on both sides."""
+    return repr(content.asked if isinstance(content, Pair | Question) else content).encode()
