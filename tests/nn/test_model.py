@@ -25,6 +25,7 @@ COUNTS = {
     "tiny-r2": (47_130_900, 21_965_076),
 }
 """All parameters, and those that one token meets."""
+LARGE = ("tiny-onn-0.6b",)
 
 
 @pytest.mark.parametrize("name", presets())
@@ -34,7 +35,10 @@ def test_presets_have_exactly_the_published_number_of_parameters(name):
     assert (lm.parameter_count(), lm.active_parameter_count()) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in presets()],
+)
 def test_the_first_loss_of_presets_is_ln_v(name):
     torch.manual_seed(1)
     lm = LM(ModelConfig.preset(name)).eval()
