@@ -9,7 +9,7 @@ import torch
 
 from tinsmith.nn.model import LM
 from tinsmith.objectives.calculator import BadExpression, calculate
-from tinsmith.objectives.online import turns
+from tinsmith.objectives.outcomes import turns
 from tinsmith.objectives.rollout import Episode, Limits, collate, roll_out
 from tinsmith.objectives.tools import Tools
 from tinsmith.text.bpe import train_bpe

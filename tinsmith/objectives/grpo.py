@@ -20,6 +20,7 @@ from tinsmith.nn.model import LM
 from tinsmith.objectives.base import Loss, Metric, aux_metrics, with_aux
 from tinsmith.objectives.logprobs import LossEstimator, kl
 from tinsmith.objectives.online import Online, OnlineObjective
+from tinsmith.objectives.outcomes import told
 from tinsmith.objectives.ratio import log_ratio, per_token, surrogate
 from tinsmith.objectives.rollout import Rollout
 
@@ -178,6 +179,10 @@ class ClippedPolicy(OnlineObjective):
         metrics = {"loss": Metric(total.detach(), count)} | self.told(batch, logprobs)
         metrics |= aux_metrics(out.losses, count)
         return Loss(with_aux(total, out.losses, count), metrics, out.stats, out.probes)
+
+    def told(self, rows: Rollout, logprobs: Tensor) -> dict[str, Metric]:
+        """What is worth knowing."""
+        return told(self.config, rows, logprobs)
 
 
 class GroupRelative(ClippedPolicy):

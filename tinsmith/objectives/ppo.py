@@ -20,6 +20,7 @@ from tinsmith.infer.generate import evaluating
 from tinsmith.nn.model import LM, ModelOut
 from tinsmith.objectives.base import Loss, Metric, aux_metrics, with_aux
 from tinsmith.objectives.online import Online, OnlineObjective
+from tinsmith.objectives.outcomes import told
 from tinsmith.objectives.ratio import masked_mean, surrogate
 from tinsmith.objectives.rollout import Rollout
 from tinsmith.objectives.whiten import whitened
@@ -172,7 +173,7 @@ class ActorCritic(OnlineObjective):
             "policy_loss": Metric(acting.detach(), count),
             "value_loss": Metric(judging.detach(), count),
         }
-        metrics |= self.told(batch, logprobs) | aux_metrics(out.losses, count)
+        metrics |= told(self.config, batch, logprobs) | aux_metrics(out.losses, count)
         return Loss(with_aux(total, out.losses, count), metrics, out.stats, out.probes)
 
     def accept(self, means: dict[str, float]) -> bool:
