@@ -173,7 +173,8 @@ def test_the_kind_of_a_part_is_printed_first_then_what_kinds_share():
     assert {keys[0] for keys in names.values()} == {"kind"}
     sizes = ["heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim"]
     assert all(names[kind][1:7] == sizes for kind in ("mla", "dsa", "hybrid"))
-    assert names["hybrid"][7:9] == ["mode", "branches"]
+    index = ["keep", "index_heads", "index_dim", "index_weight", "index_target"]
+    assert all(names[kind][7:12] == index for kind in ("dsa", "hybrid"))
 
 
 def test_sections_that_are_no_sections():

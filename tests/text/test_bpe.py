@@ -115,7 +115,7 @@ def test_words_are_cut_where_they_should_be(tokenizer, text, expected):
 
 @pytest.mark.parametrize("data", [{}, {"train": {"vocab_size": 500}, "path": "x"}])
 def test_a_tokenizer_section_is_either_trained_or_taken(data):
-    with pytest.raises(UserError, match=r"`tokenizer.train` and `tokenizer.path`"):
+    with pytest.raises(UserError, match=r"exactly one of `tokenizer.train`"):
         parse(TokenizerConfig, data, "r.yaml")
 
 
