@@ -68,6 +68,24 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
         assert [event.finish for event in heard[number][:-1]] == [None] * (len(found) - 1)
 
 
+def test_many_rows_are_refilled_a_few_at_a_time(small, draw):
+    """Of 32 rows two must be free, or as many as there are prompts left to wait for them."""
+    engine = Engine(small(), rows=32)
+    for seed in range(35):
+        engine.add(draw(4, seed), GREEDY, 2 + seed)
+    free = []
+    while engine.waiting or engine.active:
+        before = engine.waiting
+        left = 32 - engine.active
+        engine.step()
+        if before and before < 35:
+            free.append((left, before, before - engine.waiting))
+    assert free[0] == (0, 3, 0)
+    assert all(bool(taken) == (left >= min(2, before)) for left, before, taken in free)
+    assert any(left == 1 and not taken for left, before, taken in free)
+    assert free[-1][1:] == (1, 1)
+
+
 def test_long_prompts_are_taken_in_bit_by_bit_while_others_go_on(
     small, draw, greedily, monkeypatch
 ):

@@ -27,6 +27,10 @@ from tinsmith.nn.model import LM
 
 ROOM = 256
 """Tokens that rows have room for at first; then it doubles."""
+SHARE = 16
+"""While others decode, prompts wait until one row in so many is free for them: every time that rows
+come, the caches of all are copied.
+"""
 
 
 class Event(NamedTuple):
@@ -202,6 +206,9 @@ class Engine:
 
     def _admitted(self) -> list[Request]:
         """Waiting requests to begin with: of a prompt that was kept, or of similar length."""
+        free = self.rows - len(self._rows)
+        if self._rows and free < min(len(self._waiting), self.rows // SHARE):
+            return []
         if self._kept is not None and not self._waits_for(self._kept[0]):
             self._kept = None
         members: list[Request] = []
@@ -218,12 +225,14 @@ class Engine:
 
     def _enter(self, members: list[Request], done: Prefill, logits: Tensor) -> Tensor:
         """Rows for requests whose prompts are in; of the prompts' (P, V) logits theirs, (M, V)."""
-        places = torch.tensor([done.row(member) for member in members], device=logits.device)
-        count = len(self._rows)
+        at, count = [done.row(member) for member in members], len(self._rows)
+        places = torch.tensor(at, device=logits.device)
         rows = torch.cat((torch.arange(count, device=logits.device), count + places))
+        every = at == list(range(len(done.prompts)))
         for mine, theirs in zip(self._caches, done.caches, strict=True):
             mine.join(theirs)
-            mine.select(rows)
+            if not every:
+                mine.select(rows)
         self._room = max(self._room, done.capacity)
         self._rows += members
         self._regroup()
