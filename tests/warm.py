@@ -9,6 +9,7 @@ import atexit
 import multiprocessing
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -43,13 +44,18 @@ class Process:
         return self._process.exitcode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """The rest of what it says, and its end: killed after `timeout` seconds."""
-        watch = threading.Timer(timeout, self._process.kill)  # which ends the reading, too
+        """The rest of what it says, and its end; TimeoutError, and it is killed, after `timeout`
+        seconds.
+        """
+        late = threading.Event()
+        watch = threading.Timer(timeout, lambda: (late.set(), self._process.kill()))
         watch.start()
-        said = self.stdout.read()
+        said = self.stdout.read()  # killing ends the reading, too
         self.stdout.close()
         self._process.join()
         watch.cancel()
+        if late.is_set():
+            raise TimeoutError(f"not over after {timeout} seconds: {said}")
         return said, None
 
     def send_signal(self, number: int) -> None:
@@ -61,10 +67,10 @@ def _run(
     words: list[str], environment: dict[str, str], folder: str, said: str, writer: Connection
 ) -> None:
     """In the fork."""
-    reader, feeder = os.pipe()
-    os.write(feeder, said.encode())
-    os.close(feeder)
-    os.dup2(reader, 0)
+    with tempfile.TemporaryFile() as typed:
+        typed.write(said.encode())
+        typed.seek(0)
+        os.dup2(typed.fileno(), 0)
     os.dup2(writer.fileno(), 1)
     os.dup2(writer.fileno(), 2)
     writer.close()

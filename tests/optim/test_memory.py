@@ -17,11 +17,6 @@ BOTH = pytest.mark.parametrize("config", [ADAFACTOR, EIGHT], ids=["adafactor", "
 E, H, D = 4, 40, 64
 
 
-@pytest.fixture(autouse=True)
-def installed():
-    pytest.importorskip("bitsandbytes")
-
-
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

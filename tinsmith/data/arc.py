@@ -57,6 +57,17 @@ def read_solutions(path: str, key: str = "data.solutions") -> Solutions:
     return found
 
 
+def open_tasks(
+    path: str, solutions: str | None, keys: tuple[str, str] = ("data.path", "data.solutions")
+) -> tuple[list[Path], Solutions]:
+    """The files of tasks, the one of solutions not among them, and the solutions."""
+    found = find_tasks(path, keys[0])
+    if solutions is None:
+        return found, {}
+    aside = files.local(solutions).resolve()
+    return [each for each in found if each.resolve() != aside], read_solutions(solutions, keys[1])
+
+
 def read_tasks(paths: list[Path], solutions: Solutions) -> Iterator[Task | Reject]:
     """The tasks of files; a Reject, with file and number of line or task, for each that is none."""
     for path in paths:

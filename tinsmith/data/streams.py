@@ -10,7 +10,7 @@ from typing import Any
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import plain
 from tinsmith.data import files, hub
-from tinsmith.data.arc import find_tasks, read_solutions, read_tasks
+from tinsmith.data.arc import open_tasks, read_tasks
 from tinsmith.data.config import Arc, Chats, DataConfig, Hub, Shape, Stdlib, Tasks, Text
 from tinsmith.data.documents import READERS, Document, Fetched, Origin, key_of, limited
 from tinsmith.data.files import Reject
@@ -46,12 +46,7 @@ def open_origin(config: DataConfig, shape: Shape, key: str, fetched: Fetched) ->
 
 
 def _arc(config: Arc, path: str, key: str) -> Origin:
-    found = find_tasks(path, f"{key}.path")
-    solutions: dict[str, list[Any]] = {}
-    if config.solutions is not None:
-        solutions = read_solutions(config.solutions, f"{key}.solutions")
-        aside = files.local(config.solutions).resolve()
-        found = [path for path in found if path.resolve() != aside]
+    found, solutions = open_tasks(path, config.solutions, (f"{key}.path", f"{key}.solutions"))
     stream = limited(lambda: lessons(config, read_tasks(found, solutions)), config.limit)
     identity = [plain(config), *map(_stamp, found), solutions]
     return Origin(_name(files.local(path)), config, identity, stream)

@@ -20,14 +20,16 @@ class Classifier:
     """
 
     def __init__(self, folder: str, rows: int = 64):
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         local = {"local_files_only": True, "trust_remote_code": False}
         opened = AutoModelForSequenceClassification.from_pretrained
         try:
-            self._model, facts = opened(folder, output_loading_info=True, **local)
+            told = {"output_loading_info": True, "use_safetensors": True}
+            self._model, facts = opened(folder, **told, **local)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{_WHERE} {folder}: {str(error).strip().splitlines()[0]}") from None
         config = self._model.eval().config
         if facts["missing_keys"]:

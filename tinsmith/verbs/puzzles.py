@@ -7,7 +7,7 @@ from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.rng import derive
-from tinsmith.data.arc import find_tasks, read_solutions, read_tasks
+from tinsmith.data.arc import open_tasks, read_tasks
 from tinsmith.data.config import Arc
 from tinsmith.data.files import Reject
 from tinsmith.data.grids import Puzzle
@@ -36,6 +36,8 @@ def puzzles_of(
     """
     if data is not None:
         return {data.name.split(".")[0]: _read(data, solutions, limit, say)}
+    if solutions is not None:
+        raise UserError("--solutions: are those of --data, which is not given")
     sections = () if config is None else config.data
     mine = [each for each in sections if isinstance(each, Arc) and each.path is None]
     if not mine:
@@ -54,8 +56,8 @@ def puzzles_of(
 def _read(
     data: Path, solutions: Path | None, limit: int | None, say: Callable[[str], None]
 ) -> list[Puzzle]:
-    solved = {} if solutions is None else read_solutions(str(solutions), "--solutions")
-    found = list(read_tasks(find_tasks(str(data), "--data"), solved))
+    answers = None if solutions is None else str(solutions)
+    found = list(read_tasks(*open_tasks(str(data), answers, ("--data", "--solutions"))))
     rejects = [each for each in found if isinstance(each, Reject)]
     tasks = [each for each in found if not isinstance(each, Reject)][:limit]
     report_rejects(str(data), "task", len(tasks), rejects, say)
@@ -64,8 +66,8 @@ def _read(
 
 def run_of(path: Path) -> Path:
     """The folder of the run that `path` is, or whose `final` or checkpoint it is; else `path`."""
-    run = {"final": path.parent}.get(path.name, path)
-    return path.parent.parent if path.parent.name == "checkpoints" else run
+    above = (path, path.parent, path.parent.parent)
+    return next((each for each in above if (each / "checkpoints").is_dir()), path)
 
 
 def picture_place(model: str) -> Path:
