@@ -213,6 +213,13 @@ def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
         puzzles_of("m", None, path, None, None, told.append)
     with pytest.raises(UserError, match="say with --data what to solve"):
         puzzles_of("m", None, None, None, None, told.append)
+    with pytest.raises(UserError, match="--solutions: are those of --data"):
+        puzzles_of("m", None, None, solutions, None, told.append)
+    path.write_text(json.dumps({"a": good, "c": hidden}))
+    told.clear()
+    (found,) = puzzles_of("m", None, tmp_path, solutions, None, told.append).values()
+    assert [each.answer for each in found] == [ONE, ((3,),)]
+    assert told == [], "the file of solutions is no task"
 
 
 def outcomes(right: int, wrong: int) -> list[Outcome]:

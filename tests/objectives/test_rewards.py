@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -226,6 +227,20 @@ def test_what_is_no_reward_is_refused_in_one_line(kind, changed, said, words):
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"objective.rewards: .*nowhere"):
         Classifier(str(words / "nowhere"))
+
+
+@pytest.mark.parametrize("torn", ["cut", "pickle"])
+def test_weights_that_are_torn_or_pickled_are_refused_in_one_line(torn, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    if torn == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        torch.save({}, weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+    with pytest.raises(UserError, match=r"objective.rewards: .*copy") as refused:
+        Classifier(str(tmp_path / "copy"))
+    assert "\n" not in str(refused.value)
 
 
 def test_real_questions_and_programs(real_data):
