@@ -215,6 +215,9 @@ def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
         puzzles_of("m", None, None, None, None, told.append)
     with pytest.raises(UserError, match="--solutions: are those of --data"):
         puzzles_of("m", None, None, solutions, None, told.append)
+    path.write_text(json.dumps({"a": good, "bad": [], "c": hidden}))
+    assert len(puzzles_of("m", None, path, solutions, None, told.append)["tasks"]) == 2
+    assert f"{path}:2: task bad: not a task" in told[-1]
     path.write_text(json.dumps({"a": good, "c": hidden}))
     told.clear()
     (found,) = puzzles_of("m", None, tmp_path, solutions, None, told.append).values()

@@ -143,7 +143,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any, int]]:
         yield path.stem, Reject(str(path), 1, str(error).removeprefix(f"{path}: ")), 1
         return
     many = isinstance(found, dict) and found and not {"train", "test"} & found.keys()
-    many = many and all(isinstance(each, dict) for each in found.values())
+    many = many and any(isinstance(each, dict) for each in found.values())
     for number, (name, record) in enumerate(found.items() if many else [(path.stem, found)], 1):
         yield name, record, number
 
