@@ -22,6 +22,7 @@ from common import interleave, table, write
 from torch import nn
 
 from tinsmith import LM, ModelConfig
+from tinsmith.core.memory import keep_freed_memory
 from tinsmith.objectives.logprobs import summed_nll
 
 CONTEXT = 512
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rounds, rows = arguments.rounds, arguments.rows
+    keep_freed_memory()  # as the trainer does; all sides gain
     if arguments.peak:
         print_peak(arguments.peak, rows)
         return
