@@ -44,6 +44,7 @@ def test_quickstart_learns_sums_from_pairs_and_from_its_own_answers(quickstart):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_full_quickstart_raises_the_accuracy_of_sums(shell):
     right = marks(shell("quickstart", "--name", "full", limit=3600))
     assert 20 <= right["fine-tuning"] <= 60
