@@ -40,6 +40,7 @@ def last_span(mask_BT: Tensor) -> Span:
     end_B = torch.where(mask_BT, index_T, -1).amax(1)
     gap_BT = ~mask_BT & (index_T < end_B[:, None])
     before_B = torch.where(gap_BT, index_T, -1).amax(1)
+    assert bool((end_B >= 0).all()), "every row needs a target"
     return Span(before_B + 1, end_B - before_B)
 
 

@@ -181,6 +181,7 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     loss = objective.loss(lm, batch)
     units = objective.weight(batch)
     (loss.total / units).backward()
+    lm.after_backward(loss.probes)
     optimizers.set_multiplier(multiplier(config.optim.schedule, 0, config.train.steps))
     optimizers.step()
     said = f"loss {float(loss.total.detach() / units):.3f}"
