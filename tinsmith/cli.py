@@ -121,7 +121,8 @@ def train(
 def evaluate(
     model: ModelPath,
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated: bpb, routing, arc_agi, or files of questions.")
+        str,
+        typer.Option(help="Comma-separated: bpb, routing, format, arc_agi, question files."),
     ] = "bpb",
     data: Annotated[
         Path | None,
@@ -135,13 +136,14 @@ def evaluate(
         typer.Option(help="Tokens of a window of --data (default: what the run trained on)."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="At most so many rows or questions per task.")
+        int | None, typer.Option(help="At most so many rows, questions, puzzles per task.")
     ] = None,
     device: Device = "auto",
     rope_scaling: Scaling = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: bits per byte, multiple choice, how much its experts specialise.
+    """Measure a model: bits per byte, multiple choice, how its experts specialise, the format of
+    its answers, puzzles of ARC-AGI.
 
     \b
     tinsmith eval runs/first

@@ -19,7 +19,7 @@ trained on equal tokens; mean and standard deviation over {seeds} seeds. Made by
 
 - **bits per byte** on held-back text, less is better;
 - **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1
-  (small models of their own, trained on 16 to 128 tokens);
+  (small models of their own, trained on 4 to 128 tokens);
 - **8 pairs**: multi-query associative recall;
 - **step**: time of a training step against `dense` with `plain`, all cases in turns
   (`--speed`); **cache**: bytes of a row of 1,024 tokens.

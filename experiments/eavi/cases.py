@@ -20,7 +20,7 @@ START = 300
 """Steps of stage one."""
 STEPS = 60
 """Steps of stage two, of teacher forcing as of EAVI."""
-SEEN_TASKS, HELD_TASKS = 42, 40
+SEEN_TASKS, HELD_TASKS = 140, 200
 """Of an examination."""
 
 NSA = {
@@ -64,10 +64,10 @@ def start(model: str, seed: int, steps: int) -> Section:
 
 
 def second(way: str, begun: str, seed: int, steps: int, save_every: int) -> Section:
-    """Stage two from the model in `begun`, on new tasks of the same rules."""
+    """Stage two from the model in `begun`, on new tasks of the same rules, none of them twice."""
     return {
         "init_from": begun,
-        "data": data(1000 + seed, 2 * STEPS * ROWS),
+        "data": data(1000 + seed, 2 * steps * ROWS),
         "objective": WAYS[way],
         "optim": rates(2.0e-3, 5.0e-4) | {"schedule": {"kind": "constant"}},
         **_run(steps, seed, save_every),

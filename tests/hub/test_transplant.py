@@ -234,7 +234,7 @@ def test_the_same_seed_makes_the_same_experts(dense):
 @pytest.mark.parametrize(
     ("feed", "init", "expected"),
     [
-        ({"kind": "swiglu"}, "slice", "kind='swiglu' is not one of dyn_moe, topk_moe"),
+        ({"kind": "swiglu"}, "slice", "init=slice: a dense layer of kind=swiglu has no experts"),
         ({"kind": ["dyn_moe"]}, "random", "kind=['dyn_moe'] is not one of dyn_moe, topk_moe"),
         ({"kind": "relu2"}, "random", "kind='relu2' is not one of dyn_moe, topk_moe"),
         ({"kind": "swiglu", "experts": 4}, "random", "experts: unknown key"),
@@ -242,9 +242,10 @@ def test_the_same_seed_makes_the_same_experts(dense):
         ({"experts": "many"}, "random", "experts='many' must be at least 1"),
         ({"expertz": 3}, "random", "expertz: unknown key"),
         ({"activation": "relu2"}, "random", "activation=relu2, the model's is swiglu"),
-        ({"experts": 100}, "random", "hidden=0 must be at least 1"),
+        ({"experts": 5}, "random", "5 experts do not share 48 hidden units evenly; give `hidden`"),
+        ({"experts": 100}, "slice", "100 experts do not share 48 hidden units evenly"),
         (
-            {"experts": 5},
+            {"experts": 5, "hidden": 9},
             "slice",
             "5 experts of width 9 have 45 hidden units, the dense layer has 48",
         ),
@@ -307,7 +308,8 @@ class Verb:
 
 @pytest.fixture
 def verb(model, tokenizer, tmp_path) -> Verb:
-    export_folder(model(vocab_size=320), tokenizer, tmp_path / "dense")
+    layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": {"kind": "swiglu", "hidden": 64}}
+    export_folder(model(vocab_size=320, pattern=[layer]), tokenizer, tmp_path / "dense")
     return Verb(tmp_path / "dense")
 
 
@@ -316,7 +318,7 @@ def test_the_verb_writes_a_folder_that_trains_its_experts_alone(verb, capsys, id
     sparse, tokenizer = load(verb.out)
     assert tokenizer is not None
     feed = sparse.config.layers[0].feed_forward
-    assert (feed.kind, feed.experts, feed.hidden, feed.router_grad) == ("dyn_moe", 4, 12, "smk")
+    assert (feed.kind, feed.experts, feed.hidden, feed.router_grad) == ("dyn_moe", 4, 16, "smk")
     assert f"{counts(sparse)}" in capsys.readouterr().out
     card = (verb.out / "README.md").read_text(encoding="utf-8")
     assert str(verb.folder) in card

@@ -1,7 +1,9 @@
 """EAVI: excursions, alignment, and what teacher forcing has in common with it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from tinsmith.data.batch import Batch, Row, collate
 from tinsmith.data.lessons import Lesson, encode_lesson
@@ -193,6 +196,31 @@ def test_E4_an_excursion_has_no_graph_and_keeps_modes_and_random_state(lm):
     assert [module.training for module in lm.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+def most_bytes(call: Callable[[], object]) -> int:
+    """Of all tensors that a call makes, at the same time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = call()
+    assert found.profiler is not None
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    del kept
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def test_E4_an_excursions_memory_is_flat_in_its_length_apart_from_caches_and_answers(lm):
+    ids = torch.randint(VOCAB, (4, 20 + 64), generator=torch.Generator().manual_seed(0))
+
+    def beside(length: int) -> int:
+        span = Span(torch.full((4,), 19), torch.full((4,), length))
+        answers = 4 * length * VOCAB * 8
+        caches = sum(cache.nbytes() for cache in lm.new_caches(4, 20 + length))
+        whole = most_bytes(lambda: excursion(lm, ids, span, temperature=1.0, hard=False))
+        return whole - answers - caches
+
+    beside(2)  # what is made once and kept
+    assert abs(beside(64) - beside(4)) < 1000
 
 
 def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursion(small):

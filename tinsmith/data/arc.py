@@ -7,6 +7,7 @@ A file holds one task, or many as {id: task}; a .jsonl or .jsonl.gz file a task 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,14 +70,19 @@ def open_tasks(
 
 
 def read_tasks(paths: list[Path], solutions: Solutions) -> Iterator[Task | Reject]:
-    """The tasks of files; a Reject, with file and number of line or task, for each that is none."""
+    """The tasks of files; a Reject, with file and number of line or task, for each that is none.
+    Of several tasks of one name the second is `name#2`.
+    """
+    told: Counter[str] = Counter()
     for path in paths:
         for name, record, line in _records(path):
+            if isinstance(record, Reject):
+                yield record
+                continue
+            told[name] += 1
+            own = name if told[name] == 1 else f"{name}#{told[name]}"
             try:
-                if isinstance(record, Reject):
-                    yield record
-                    continue
-                yield Task(read_task(record, name, solutions.get(name, [])), str(path), line)
+                yield Task(read_task(record, own, solutions.get(name, [])), str(path), line)
             except ValueError as error:
                 yield Reject(str(path), line, f"task {name}: {error}")
 

@@ -1,8 +1,9 @@
 """Generated puzzles: one drawn rule connects every input with its output.
 
 A rule is a kind with its parameters, or two kinds one after the other. `SEEN` are to train on,
-`HELD_BACK` are for examination only: no view of a puzzle of the one (see `grids.View`) follows a
-rule of the other, because kinds keep to themselves under symmetries and changes of colours.
+`HELD_BACK` are for examination only: no rule of the one explains what is shown of a puzzle of the
+other, nor any view of it (see `grids.View`), because kinds keep to themselves under symmetries and
+changes of colours.
 
 A puzzle is a pure function of (rules, seed, index, sizes): the same everywhere, without end.
 """
@@ -10,6 +11,8 @@ A puzzle is a pure function of (rules, seed, index, sizes): the same everywhere,
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import combinations, permutations, product
 from typing import NamedTuple
 
 from tinsmith.data.grids import LARGEST, Grid, Pair, Puzzle, turned
@@ -20,6 +23,7 @@ PALETTE = 4
 """Colours of a puzzle beside the background, at most."""
 
 Change = Callable[[Grid], Grid]
+Palette = Sequence[int]
 
 
 class Sizes(NamedTuple):
@@ -36,11 +40,13 @@ def generate(rule: str, seed: int, index: int, sizes: Sizes) -> Puzzle:
     numbers = random.Random(f"{rule}/{seed}/{index}/{sizes}")
     while True:
         palette = numbers.sample(range(1, 10), PALETTE)
-        changes = [KINDS[kind](numbers, palette) for kind in rule.split("+")]
+        changes = [numbers.choice(KINDS[kind](palette)) for kind in rule.split("+")]
         pairs = [_pair(changes, numbers, palette, sizes) for _ in range(sizes.demonstrations + 1)]
         found = [pair for pair in pairs if pair is not None]
-        if len(found) == len(pairs) and len({pair.input for pair in found}) == len(found):
-            *shown, (asked, answer) = found
+        if len(found) < len(pairs) or len({pair.input for pair in found}) < len(found):
+            continue
+        *shown, (asked, answer) = found
+        if rule not in HELD_BACK or not any(explains(seen, shown, palette) for seen in SEEN):
             return Puzzle(f"{rule}-{index}", 0, tuple(shown), asked, answer)
 
 
@@ -50,6 +56,15 @@ def generated(rules: Sequence[str], seed: int, count: int, sizes: Sizes) -> Iter
         yield generate(rules[index % len(rules)], seed, index, sizes)
 
 
+def explains(rule: str, shown: Sequence[Pair], palette: Palette) -> bool:
+    """Whether a rule, with some parameters from the palette, makes every output that is shown."""
+    kinds = [KINDS[kind](palette) for kind in rule.split("+")]
+    return any(
+        all(_made(changes, pair.input) == pair.output for pair in shown)
+        for changes in product(*kinds)
+    )
+
+
 def held_back_beside(rules: Sequence[str]) -> list[str]:
     """The rules that are held back and made of no other kinds than these."""
     kinds = {kind for rule in rules for kind in rule.split("+")}
@@ -57,7 +72,7 @@ def held_back_beside(rules: Sequence[str]) -> list[str]:
 
 
 def _pair(
-    changes: Sequence[Change], numbers: random.Random, palette: list[int], sizes: Sizes
+    changes: Sequence[Change], numbers: random.Random, palette: Palette, sizes: Sizes
 ) -> Pair | None:
     """An input that every change matters for; None where none was found."""
     for _ in range(TRIES):
@@ -71,7 +86,13 @@ def _pair(
     return None
 
 
-def _draw(numbers: random.Random, palette: list[int], sizes: Sizes) -> Grid:
+def _made(changes: Sequence[Change], grid: Grid) -> Grid:
+    for change in changes:
+        grid = change(grid)
+    return grid
+
+
+def _draw(numbers: random.Random, palette: Palette, sizes: Sizes) -> Grid:
     height, width = (numbers.randint(sizes.smallest, sizes.largest) for _ in range(2))
     share = numbers.uniform(0.3, 0.7)
     return tuple(
@@ -80,91 +101,89 @@ def _draw(numbers: random.Random, palette: list[int], sizes: Sizes) -> Grid:
     )
 
 
-def _always(change: Change) -> Callable[[random.Random, list[int]], Change]:
-    return lambda numbers, palette: change
+def _symmetries(found: Sequence[int]) -> Callable[[Palette], list[Change]]:
+    """Some symmetries of the square."""
+    return lambda palette: [partial(turned, symmetry=one) for one in found]
 
 
-def _turned(symmetries: Sequence[int]) -> Callable[[random.Random, list[int]], Change]:
-    """One of some symmetries of the square."""
-
-    def draw(numbers: random.Random, palette: list[int]) -> Change:
-        symmetry = numbers.choice(symmetries)
-        return lambda grid: turned(grid, symmetry)
-
-    return draw
-
-
-def _along(change: Change) -> Callable[[random.Random, list[int]], Change]:
+def _along(change: Change) -> Callable[[Palette], list[Change]]:
     """What is told of one side, done to any of the four."""
 
-    def draw(numbers: random.Random, palette: list[int]) -> Change:
-        side = numbers.randrange(4)
+    def turned_to(side: int) -> Change:
         return lambda grid: turned(change(turned(grid, side)), -side % 4)
 
-    return draw
+    return lambda palette: list(map(turned_to, range(4)))
 
 
-def _recolour(numbers: random.Random, palette: list[int]) -> Change:
+def _recolour(palette: Palette) -> list[Change]:
     """Every cell of one colour gets another."""
-    old, new = numbers.sample(palette, 2)
-    return lambda grid: _each(grid, lambda cell: new if cell == old else cell)
+    return [_painted({old: new}) for old, new in permutations(palette, 2)]
 
 
-def _swap(numbers: random.Random, palette: list[int]) -> Change:
+def _swap(palette: Palette) -> list[Change]:
     """Two colours change places."""
-    one, other = numbers.sample(palette, 2)
-    return lambda grid: _each(grid, lambda cell: {one: other, other: one}.get(cell, cell))
+    return [_painted({one: other, other: one}) for one, other in combinations(palette, 2)]
 
 
-def _keep(numbers: random.Random, palette: list[int]) -> Change:
+def _keep(palette: Palette) -> list[Change]:
     """Only one colour stays."""
-    kept = numbers.choice(palette)
-    return lambda grid: _each(grid, lambda cell: cell if cell == kept else 0)
+    return [_painted({cell: 0 for cell in range(10) if cell != kept}) for kept in palette]
 
 
-def _frame(numbers: random.Random, palette: list[int]) -> Change:
+def _fill(palette: Palette) -> list[Change]:
+    """The background gets a colour."""
+    return [_painted({0: colour}) for colour in palette]
+
+
+def _painted(colours: dict[int, int]) -> Change:
+    """Other colours for some."""
+    return lambda grid: _each(grid, lambda cell: colours.get(cell, cell))
+
+
+def _frame(palette: Palette) -> list[Change]:
     """The outermost cells get a colour."""
-    colour = numbers.choice(palette)
 
-    def change(grid: Grid) -> Grid:
+    def framed(colour: int, grid: Grid) -> Grid:
         inner = [(colour, *row[1:-1], colour)[-len(row) :] for row in grid[1:-1]]
         edge = (colour,) * len(grid[0])
         return (edge, *inner, edge)[: len(grid)]
 
-    return change
+    return [partial(framed, colour) for colour in palette]
 
 
-def _fill(numbers: random.Random, palette: list[int]) -> Change:
-    """The background gets a colour."""
-    colour = numbers.choice(palette)
-    return lambda grid: _each(grid, lambda cell: cell or colour)
-
-
-def _tile(numbers: random.Random, palette: list[int]) -> Change:
+def _tile(palette: Palette) -> list[Change]:
     """The grid is laid side by side, or below itself too."""
-    down, across = numbers.choice(((1, 2), (2, 1), (2, 2)))
-    return lambda grid: tuple(row * across for row in grid) * down
+
+    def tiled(down: int, across: int, grid: Grid) -> Grid:
+        return tuple(row * across for row in grid) * down
+
+    return [partial(tiled, *times) for times in ((1, 2), (2, 1), (2, 2))]
 
 
-def _enlarge(numbers: random.Random, palette: list[int]) -> Change:
+def _enlarge(palette: Palette) -> list[Change]:
     """Every cell becomes a square of 2 x 2 or 3 x 3."""
-    by = numbers.choice((2, 3))
-    return lambda grid: tuple(
-        row for cells in grid for row in (tuple(c for c in cells for _ in range(by)),) * by
-    )
+
+    def enlarged(by: int, grid: Grid) -> Grid:
+        wide = [tuple(cell for cell in row for _ in range(by)) for row in grid]
+        return tuple(row for row in wide for _ in range(by))
+
+    return [partial(enlarged, by) for by in (2, 3)]
 
 
-def _count(numbers: random.Random, palette: list[int]) -> Change:
-    """A bar of as many cells as the grid has of one colour; a cell of background where none. No
-    bar is longer than a grid may be: nothing changes then.
+def _count(palette: Palette) -> list[Change]:
+    """A bar, lying or standing, of as many cells as the grid has of one colour; a cell of
+    background where none. No bar is longer than a grid may be: nothing changes then.
     """
-    colour = numbers.choice(palette)
 
-    def change(grid: Grid) -> Grid:
+    def lying(colour: int, grid: Grid) -> Grid:
         found = sum(row.count(colour) for row in grid)
         return grid if found > LARGEST else ((colour,) * found or (0,),)
 
-    return change
+    def standing(colour: int, grid: Grid) -> Grid:
+        found = lying(colour, grid)
+        return grid if found == grid else tuple(zip(*found, strict=True))
+
+    return [partial(bar, colour) for colour in palette for bar in (lying, standing)]
 
 
 def _most(grid: Grid) -> Grid:
@@ -221,30 +240,30 @@ def _each(grid: Grid, change: Callable[[int], int]) -> Grid:
     return tuple(tuple(map(change, row)) for row in grid)
 
 
-KINDS: dict[str, Callable[[random.Random, list[int]], Change]] = {
+KINDS: dict[str, Callable[[Palette], list[Change]]] = {
     "recolour": _recolour,
     "swap": _swap,
     "keep": _keep,
     "fill": _fill,
     "frame": _frame,
-    "most": _always(_most),
+    "most": lambda palette: [_most],
     "count": _count,
-    "mirror": _turned((4, 5, 6, 7)),
-    "rotate": _turned((1, 2, 3)),
+    "mirror": _symmetries((4, 5, 6, 7)),
+    "rotate": _symmetries((1, 2, 3)),
     "shift": _along(_shift),
     "gravity": _along(_fall),
     "ray": _along(_ray),
     "half": _along(_half),
     "unfold": _along(_unfold),
-    "crop": _always(_crop),
+    "crop": lambda palette: [_crop],
     "tile": _tile,
     "enlarge": _enlarge,
 }
-"""Name -> draws the parameters of a rule, from a puzzle's palette."""
+"""Name -> all that the kind may do with a puzzle's palette."""
 HELD_BACK = (
     *("swap+mirror", "recolour+gravity", "fill+rotate", "keep+shift", "ray+mirror"),
     *("crop+recolour", "gravity+frame", "ray+rotate", "keep+crop", "swap+tile"),
-    *("recolour+fill", "keep+recolour"),
+    *("recolour+fill", "keep+recolour", "recolour+keep", "recolour+swap"),
 )
 SEEN = (
     *KINDS,

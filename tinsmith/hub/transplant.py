@@ -78,7 +78,9 @@ def _feed_for(layer: Layer, plan: Plan) -> Sparse | Dense:
         raise UserError(f"transplant: the model's feed-forward is {dense.kind}, not a dense one")
     if dense.bias:
         raise UserError("transplant: the model's feed-forward has biases, experts have none")
-    if kind == dense.kind and plan.init == "random":  # what sparse ones are compared with
+    if kind == dense.kind:  # what sparse ones are compared with
+        if plan.init == "slice":
+            raise UserError(f"transplant: init=slice: a dense layer of {kind=!s} has no experts")
         return parse(FeedForwardConfig, {"hidden": dense.hidden} | plan.feed, "transplant")
     if not isinstance(kind, str) or kind not in _USUAL:
         raise UserError(f"transplant: kind={kind!r:.60} is not one of {', '.join(_USUAL)}")
@@ -90,10 +92,13 @@ def _experts_for(dense: Dense, plan: Plan, kind: str) -> Sparse:
     experts = asked["experts"]
     if type(experts) is not int or experts < 1:
         raise UserError(f"transplant: experts={experts!r:.60} must be at least 1")
-    usual = {"hidden": dense.hidden // experts, "activation": dense.kind} | _USUAL[kind](experts)
-    sparse = parse(FeedForwardConfig, usual | asked, "transplant")
+    usual = {"hidden": max(1, dense.hidden // experts), "activation": dense.kind}
+    sparse = parse(FeedForwardConfig, usual | _USUAL[kind](experts) | asked, "transplant")
     if sparse.activation != dense.kind:
         raise UserError(f"transplant: activation={sparse.activation}, the model's is {dense.kind}")
+    if dense.hidden % experts and "hidden" not in asked:
+        units = f"{dense.hidden} hidden units"
+        raise UserError(f"transplant: {experts} experts do not share {units} evenly; give `hidden`")
     if plan.init == "slice":
         _check_slices(dense, sparse)
     return sparse

@@ -114,7 +114,7 @@ class OnPolicyKD(ObjectiveConfigBase):
         return OnPolicyDistillation(self)
 
 
-class Lesson(NamedTuple):
+class Answers(NamedTuple):
     """The same answers behind the student's prompts and behind the teacher's."""
 
     student: Rollout
@@ -122,10 +122,10 @@ class Lesson(NamedTuple):
     sampled: Tensor
     """(B,) bool: which answers are the student's."""
 
-    def to(self, device: torch.device | str) -> "Lesson":
+    def to(self, device: torch.device | str) -> "Answers":
         """The same on `device`."""
         student, teacher = self.student.to(device), self.teacher.to(device)
-        return Lesson(student, teacher, self.sampled.to(device))
+        return Answers(student, teacher, self.sampled.to(device))
 
 
 class OnPolicyDistillation(Objective):
@@ -149,11 +149,11 @@ class OnPolicyDistillation(Objective):
         )
 
     def batches(self, feed: Feed, policy: LM) -> Iterator[Any]:
-        """Lessons, endlessly."""
+        """Answers, endlessly."""
         while True:
-            yield self.lesson(feed, policy)
+            yield self.answered(feed, policy)
 
-    def lesson(self, feed: Feed, policy: LM) -> Lesson:
+    def answered(self, feed: Feed, policy: LM) -> Answers:
         """The next prompts, answered by the student or by the data; by the student too where the
         data has no answer.
         """
@@ -173,11 +173,11 @@ class OnPolicyDistillation(Objective):
         answers = [said[i] if i in said else self.given(p) for i, p in enumerate(prompts)]
         return self.paired(prompts, answers, torch.tensor(sampled), policy.embed.weight.device)
 
-    def example(self, batch: Batch) -> Lesson:
+    def example(self, batch: Batch) -> Answers:
         """The row as an answer to its first id, for both."""
         rows = [_episode(row[:1].tolist(), row[1:].tolist()) for row in batch.ids]
         both = collate(rows, batch.ids.device)
-        return Lesson(both, both, torch.ones(len(rows), dtype=torch.bool))
+        return Answers(both, both, torch.ones(len(rows), dtype=torch.bool))
 
     def examine(self, policy: LM, source: Source, rows: int) -> dict[str, float]:
         """The divergence at greedy answers to held-back prompts, spread evenly over them."""
@@ -186,9 +186,9 @@ class OnPolicyDistillation(Objective):
         asked, greedy = [prompt.ids for prompt in prompts], replace(self.limits, temperature=0.0)
         episodes = roll_out(policy, asked, [0] * count, greedy, poll=self.peers.poll)
         answers, sampled = [each.answer for each in episodes], torch.ones(count, dtype=torch.bool)
-        lesson = self.paired(prompts, answers, sampled, policy.embed.weight.device)
+        example = self.paired(prompts, answers, sampled, policy.embed.weight.device)
         with torch.no_grad(), evaluating(policy):
-            found = self.loss(policy, lesson).metrics["loss"]
+            found = self.loss(policy, example).metrics["loss"]
         cut = sum(each.finish != "stop" for each in episodes) / count
         apart = float(found.total / found.count.clamp(min=1))
         return {"divergence": apart, "truncated": cut, "loss": apart}
@@ -207,7 +207,7 @@ class OnPolicyDistillation(Objective):
         answers: list[list[int]],
         sampled: Tensor,
         device: torch.device,
-    ) -> Lesson:
+    ) -> Answers:
         """Rows for both; what of an answer does not fit behind the teacher's prompt is left out."""
         room = self.frozen["teacher"].config.max_context
         student, teacher = [], []
@@ -216,7 +216,7 @@ class OnPolicyDistillation(Objective):
             kept = answer[: room - len(told)]
             student.append(_episode(prompt.ids, kept))
             teacher.append(_episode(told, kept))
-        return Lesson(collate(student, device), collate(teacher, device), sampled.to(device))
+        return Answers(collate(student, device), collate(teacher, device), sampled.to(device))
 
     def told(self, prompt: Prompt) -> list[int]:
         """The teacher's prompt: the student's, or one with the hint."""

@@ -58,7 +58,10 @@ def evaluate(
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1")
     results: dict[str, Any] = {}
-    for task in (name.strip() for name in tasks.split(",")):
+    names = [name.strip() for name in tasks.split(",")]
+    if text.context is not None and "bpb" not in names:
+        raise UserError(f"--context {text.context}: belongs to --tasks bpb, which is not asked for")
+    for task in names:
         if not task:
             raise UserError(f"--tasks '{tasks}': a name is missing; try bpb")
         if task == "bpb":
@@ -82,6 +85,8 @@ def evaluate(
     else:
         for name, found in results.items():
             say(f" {name:<32} " + _numbers(found))
+            for task, score in found.get("by_task", {}).items():
+                say(f"   {task:<30} score {score:.4g}")
 
 
 def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
