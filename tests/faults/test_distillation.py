@@ -11,9 +11,9 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def teacher(shared_place, recipe) -> dict:
-    """A teacher wider than the students, and the recipe that made it."""
+    """A dense teacher wider than the students, and the recipe that made it."""
     data = recipe | {
-        "model": {**recipe["model"], "dim": 48},
+        "model": {**recipe["model"], "dim": 48, "pattern": recipe["model"]["pattern"][:1]},
         "train": {**recipe["train"], "steps": 3},
         "objective": {"kind": "sft"},
     }
@@ -24,7 +24,9 @@ def teacher(shared_place, recipe) -> dict:
 
 @pytest.fixture(scope="module")
 def students(shared_place, recipe, teacher) -> dict[str, dict]:
-    """A recipe of each kind, with dropout; half of the second's answers are its own."""
+    """A recipe of each kind, with dropout; half of the second's answers are its own. A third goes
+    on from experts in the teacher's own skeleton, which is frozen.
+    """
     folder = str(shared_place.runs / "teacher")
     objectives = {
         "kd": {"temperature": 2, "hard": 0.3, "weights": {"think": 5}, "teacher_weights": "int8"},
@@ -38,10 +40,17 @@ def students(shared_place, recipe, teacher) -> dict[str, dict]:
         "train": {**recipe["train"], "steps": STEPS, "save_every": 2, "eval_every": 3},
         "log": {"every": 1},
     }
-    return {
+    found = {
         kind: recipe | own | {"objective": {"kind": kind, "teacher": folder} | keys}
         for kind, keys in objectives.items()
     }
+    sparse = str(shared_place.folder / "sparse")
+    words = ("experts=4", "hidden=16", "router_grad=smk", "reset_interval=2")
+    code, said = shared_place.call("transplant", folder, sparse, *words)
+    assert code == 0, said
+    experts = found["kd"] | {"init_from": sparse}
+    del experts["model"], experts["tokenizer"]
+    return found | {"experts": experts}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,8 @@ def wholes(shared_place, students) -> dict[str, tuple[dict[str, object], list[st
     [
         ("kd", "micro-step", 7),
         pytest.param("kd", "manifest", 1, marks=pytest.mark.slow),
+        ("experts", "micro-step", 7),
+        pytest.param("experts", "manifest", 1, marks=pytest.mark.slow),
         ("on_policy_kd", "rollout", -3),
         pytest.param("on_policy_kd", "micro-step", 9, marks=pytest.mark.slow),
         pytest.param("on_policy_kd", "manifest", 1, marks=pytest.mark.slow),
