@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import cases
 import torch
 
+from experiments.alignment import cases
 from tinsmith import LM, Tokenizer
 from tinsmith.data.config import Chats
 from tinsmith.data.prepare import prepare

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cases
+from experiments.alignment import cases
 
 Row = dict[str, Any]
 
@@ -15,7 +15,7 @@ All begin with one SFT model of each seed. It was taught additions of one digit 
 45 in 100 are right and the others one too high, so it knows them and does not know which to say:
 its greedy answers to {held} that were held back are right in {before:.0f} of 100. All go on for
 {rollouts} rollouts of {answers} answers, rewarded where they are right; mean and standard deviation
-over {seeds} seeds. Made by `python experiments/alignment/run.py`, which says what is measured and
+over {seeds} seeds. Made by `python -m experiments.alignment.run`, which says what is measured and
 how; nothing here is chosen: hyper-parameters are those of `recipes/tiny`.
 
 - **accuracy** of greedy answers to the held-back sums, in per cent; **gain** over the SFT model;

@@ -1,6 +1,6 @@
 """What each way of alignment gains from equal tokens, and what it costs.
 
-    python experiments/alignment/run.py [--seeds 3] [--only grpo spo] [--steps 40]
+    python -m experiments.alignment.run [--seeds 3] [--only grpo spo] [--steps 40]
 
 Every case of cases.py begins with the same SFT model of a seed and goes on for so many rollouts of
 256 answers to generated sums: PPO, GRPO with its kin and SPO learn from answers that they generate;
@@ -11,28 +11,22 @@ README.md and its picture. With another number of steps, results and page go to 
 own.
 """
 
-import argparse
 import json
 import multiprocessing
-import os
 import resource
-import tempfile
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import cases
-import page
-from exam import Exam
-
+from experiments.alignment import cases, page
+from experiments.alignment.exam import Exam
+from experiments.common import Results, parser, place, workplace
 from tinsmith.config import from_dict
 from tinsmith.core.log import Metrics, read_metrics
 from tinsmith.data.pairs import encode_pair, read_pair
 from tinsmith.hub.load import load
 from tinsmith.text.chat import encode_chat, normalise
 from tinsmith.train.trainer import train
-
-HERE = Path(__file__).parent
 
 
 class School:
@@ -126,26 +120,16 @@ def seconds(lines: list[Metrics]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ways of alignment, compared.")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=cases.ROLLOUTS, help="rollouts of a run")
-    parser.add_argument("--only", nargs="+", default=list(cases.CASES), choices=cases.CASES)
-    asked = parser.parse_args()
-    out = HERE if asked.steps == cases.ROLLOUTS else HERE / f"steps-{asked.steps}"
-    out.mkdir(exist_ok=True)
-    results = out / "results.json"
-    done = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-    known = {(row["case"], row["seed"]) for row in done}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TINSMITH_RUNS"] = str(Path(folder) / "runs")
-        school = School(Path(folder))
-        for seed, name in product(range(asked.seeds), asked.only):
-            if (name, seed) in known:
-                continue
-            done.append(school.case(str(name), int(seed), asked.steps))
-            results.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-            print(json.dumps(done[-1]), flush=True)
-    page.write(done, out)
+    words = parser(__doc__, list(cases.CASES))
+    words.add_argument("--steps", type=int, default=cases.ROLLOUTS, help="rollouts of a run")
+    asked = words.parse_args()
+    out = place(__file__, asked.steps, cases.ROLLOUTS)
+    results = Results(out, "seed", "case")
+    with workplace() as folder:
+        school = School(folder)
+        for seed, name in results.missing(range(asked.seeds), asked.only):
+            results.add(school.case(name, seed, asked.steps))
+    page.write(results.rows, out)
 
 
 if __name__ == "__main__":

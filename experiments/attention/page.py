@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cases
+from experiments.attention import cases
 
 Row = dict[str, Any]
 
@@ -15,7 +15,7 @@ INTRO = """# Attention and residual streams, compared
 
 Every mixer with every residual, models of equal numbers of parameters (about {parameters:,})
 trained on equal tokens; mean and standard deviation over {seeds} seeds. Made by
-`python experiments/attention/run.py`, which says what is measured and how; nothing here is chosen.
+`python -m experiments.attention.run`, which says what is measured and how; nothing here is chosen.
 
 - **bits per byte** on held-back text, less is better;
 - **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1

@@ -1,7 +1,7 @@
 """What sparse attention and several residual streams gain, and what they cost.
 
-    python experiments/attention/run.py [--seeds 3] [--text FILE_OR_FOLDER] [--only hybrid]
-    python experiments/attention/run.py --speed         (on a quiet machine, a few minutes)
+    python -m experiments.attention.run [--seeds 3] [--text FILE_OR_FOLDER] [--only hybrid]
+    python -m experiments.attention.run --speed         (on a quiet machine, a few minutes)
 
 Every mixer with every residual, equal parameters and tokens, by default three seeds: bits per byte
 on real text; recall of a needle by depth and length, and of several pairs; bytes of a cache.
@@ -10,23 +10,20 @@ interrupted run goes on. `--speed` times a training step of all cases in turns, 
 the end page.py draws README.md and its pictures.
 """
 
-import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cases
-import page
-import recall
 import torch
 import torch.nn.functional as F
 
+from experiments.attention import cases, page, recall
+from experiments.common import Results, parser, workplace
 from tinsmith import LM, ModelConfig
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
@@ -35,7 +32,7 @@ from tinsmith.optim.config import OptimConfig
 from tinsmith.train.trainer import train
 
 HERE = Path(__file__).parent
-RESULTS, SPEED = HERE / "results.json", HERE / "speed.json"
+SPEED = HERE / "speed.json"
 TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 1024, "rope": {"theta": 1e4}}
 TEXT_REACH, TEXT_PARAMETERS = 64, 1_000_000
 CONTEXT, ROWS, STEPS = 256, 8, 200
@@ -135,28 +132,20 @@ def default_text() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Attention and residual streams, compared.")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--text")
-    parser.add_argument("--only", nargs="+", default=cases.MIXERS)
-    parser.add_argument("--speed", action="store_true")
-    asked = parser.parse_args()
+    words = parser(__doc__, cases.MIXERS)
+    words.add_argument("--text")
+    words.add_argument("--speed", action="store_true")
+    asked = words.parse_args()
+    results = Results(HERE, "seed", "mixer", "residual")
     if asked.speed:
         SPEED.write_text(json.dumps(speed(), indent=1) + "\n", encoding="utf-8")
-        page.write(json.loads(RESULTS.read_text(encoding="utf-8")), HERE)
-        return
-    text = asked.text or default_text()
-    done = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    known = {(row["mixer"], row["residual"], row["seed"]) for row in done}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TINSMITH_RUNS"] = folder
-        for seed, mixer, residual in product(range(asked.seeds), asked.only, cases.RESIDUALS):
-            if (mixer, residual, seed) in known:
-                continue
-            done.append(case(mixer, residual, seed, text))
-            RESULTS.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-            print(json.dumps(done[-1]), flush=True)
-    page.write(done, HERE)
+    else:
+        text = asked.text or default_text()
+        with workplace():
+            residuals = list(cases.RESIDUALS)
+            for seed, mixer, residual in results.missing(range(asked.seeds), asked.only, residuals):
+                results.add(case(mixer, residual, seed, text))
+    page.write(results.rows, HERE)
 
 
 if __name__ == "__main__":

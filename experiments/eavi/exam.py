@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cases
-
+from experiments.eavi import cases
 from tinsmith import LM, Tokenizer
 from tinsmith.core.rng import derive
 from tinsmith.data.grids import Puzzle

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cases
+from experiments.eavi import cases
 
 Row = dict[str, Any]
 
@@ -16,7 +16,7 @@ Puzzles of generated rules on grids of {size} x {size}, {shown} demonstrations e
 teaches {start} tasks of the rules {rules} by teacher forcing. Stage two goes on at a constant rate:
 `teacher` for {tasks} more tasks, `soft` and `hard` (EAVI, lambda 0.5, with soft and with hard
 excursions) for as many, and `teacher, longer` for as long as `soft` took. Mean and standard
-deviation over {seeds} seeds, one thread. Made by `python experiments/eavi/run.py`.
+deviation over {seeds} seeds, one thread. Made by `python -m experiments.eavi.run`.
 
 - **seen**: exact match, two attempts by AugScore, of {seen_tasks} new tasks of those rules, in per
   cent; **held back**: of {held_tasks} tasks of the rules {held}, which no run is trained on;

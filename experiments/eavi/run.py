@@ -1,6 +1,6 @@
 """Does EAVI beat teacher forcing, at equal tokens and at equal time, on rules that were held back?
 
-    python experiments/eavi/run.py [--seeds 3] [--only minutes dense] [--steps 60]
+    python -m experiments.eavi.run [--seeds 3] [--only minutes dense] [--steps 60]
 
 Every model of cases.py is taught generated puzzles by teacher forcing (stage one), and goes on from
 there (stage two) by EAVI with soft and with hard excursions, and by teacher forcing: for as many
@@ -12,25 +12,19 @@ interrupted run goes on. At the end page.py draws README.md and its pictures. Wi
 of steps, stage one is as much shorter or longer, and results and page go to a folder of their own.
 """
 
-import argparse
-import json
-import os
-import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cases
-import page
 import torch
-from exam import Exam
 
+from experiments.common import Results, parser, place, workplace
+from experiments.eavi import cases, page
+from experiments.eavi.exam import Exam
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
 from tinsmith.train.trainer import train
 from tinsmith.verbs.puzzles import save_puzzles
 
-HERE = Path(__file__).parent
 Row = dict[str, Any]
 
 
@@ -76,26 +70,17 @@ def _seconds(run: Path, steps: int | None = None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="EAVI and teacher forcing, compared.")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=cases.STEPS, help="steps of stage two")
-    parser.add_argument("--only", nargs="+", default=list(cases.MODELS), choices=cases.MODELS)
-    asked = parser.parse_args()
+    words = parser(__doc__, list(cases.MODELS))
+    words.add_argument("--steps", type=int, default=cases.STEPS, help="steps of stage two")
+    asked = words.parse_args()
     torch.set_num_threads(1)
-    out = HERE if asked.steps == cases.STEPS else HERE / f"steps-{asked.steps}"
-    out.mkdir(exist_ok=True)
-    results = out / "results.json"
-    done = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-    known = {(row["model"], row["seed"]) for row in done}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TINSMITH_RUNS"] = str(Path(folder) / "runs")
-        school = School(Path(folder), out, asked.steps)
-        for seed, model in product(range(asked.seeds), asked.only):
-            if (model, seed) in known:
-                continue
-            done += school.rows(str(model), int(seed))
-            results.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    page.write(done, out)
+    out = place(__file__, asked.steps, cases.STEPS)
+    results = Results(out, "seed", "model")
+    with workplace() as folder:
+        school = School(folder, out, asked.steps)
+        for seed, model in results.missing(range(asked.seeds), asked.only):
+            results.add(*school.rows(model, seed))
+    page.write(results.rows, out)
 
 
 if __name__ == "__main__":

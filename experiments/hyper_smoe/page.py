@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cases
+from experiments.hyper_smoe import cases
 
 Row = dict[str, Any]
 
@@ -14,7 +14,7 @@ INTRO = """# Hyper-SMoE: sparse students on a frozen skeleton
 A dense teacher of each seed reaches {teacher:.3f} bits per byte. Every student then learns for
 {steps:,} steps, equal tokens of the same text; all but those "from nothing" stand in the teacher's
 own skeleton, frozen, and learn their feed-forwards from its soft labels. Mean and standard
-deviation over {seeds} seeds. Made by `python experiments/hyper_smoe/run.py`, which says what is
+deviation over {seeds} seeds. Made by `python -m experiments.hyper_smoe.run`, which says what is
 measured and how; nothing here is chosen.
 
 - **bits per byte** of held-back modules, less is better; **gap**: above the teacher's own;

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cases
+from experiments.routers import cases
 
 Row = dict[str, Any]
 
@@ -13,7 +13,7 @@ INTRO = """# Routers of experts, compared
 
 Models of about {met:,} parameters that a token meets, trained for {steps:,} steps on the embedded
 corpus, equal tokens; mean and standard deviation over {seeds} seeds. Made by
-`python experiments/routers/run.py`, which says what is measured and how; nothing here is chosen.
+`python -m experiments.routers.run`, which says what is measured and how; nothing here is chosen.
 
 - **bits per byte** on held-back modules, less is better;
 - **met / all**: parameters that a token meets, if it has as many experts as its router aims at,
