@@ -77,6 +77,16 @@ def assert_same(found: list[float], expected: list[float], bound: float = 1e-5) 
     assert abs(sum(residuals)) / len(residuals) < bound / 2
 
 
+def beside_one(place, data: dict, name: str, kind: str, bound: float = 1e-5) -> None:
+    """The run `name-kind` of two ranks has the losses of the run `name` of one process."""
+    if not (place.runs / name).exists():
+        code, said = place.train(data, name)
+        assert code == 0, said
+    code, said = torchrun(place, data, f"{name}-{kind}", kind)
+    assert code == 0, said
+    assert_same(losses(place, f"{name}-{kind}"), losses(place, name), bound)
+
+
 @pytest.mark.parametrize(("rows", "accumulate"), [(8, 1), (2, 4), (1, 8)])
 def test_T4_split_into_micro_batches_changes_nothing(
     rows, accumulate, shared_place, plain_recipe, one_process
@@ -119,12 +129,7 @@ def test_T3_two_ranks_train_routed_mixers_as_one_process_does(kind, shared_place
     layer = plain_recipe["model"]["pattern"][0]
     layers = [layer | {"mixer": mixer | {"reset_interval": 4}} for mixer in mixers]
     data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=6)
-    if not (shared_place.runs / "mixers").exists():
-        code, said = shared_place.train(data, "mixers")
-        assert code == 0, said
-    code, said = torchrun(shared_place, data, f"mixers-{kind}", kind)
-    assert code == 0, said
-    assert_same(losses(shared_place, f"mixers-{kind}"), losses(shared_place, "mixers"), 1e-4)
+    beside_one(shared_place, data, "mixers", kind, 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["replicate", "fsdp"])
@@ -140,15 +145,10 @@ def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
 def test_T3_two_ranks_train_the_same_adapters_and_leave_the_base(kind, shared_place, plain_recipe):
     section = {"rank": 2, "alpha": 4}
     data = changed(plain_recipe, "train", steps=6) | {"lora": section}
-    if not (shared_place.runs / "lora-one").exists():
-        code, said = shared_place.train(data, "lora-one")
-        assert code == 0, said
-    code, said = torchrun(shared_place, data, f"lora-{kind}", kind)
-    assert code == 0, said
-    assert_same(losses(shared_place, f"lora-{kind}"), losses(shared_place, "lora-one"))
+    beside_one(shared_place, data, "lora", kind)
     one, two = (
         checkpoint.load(shared_place.runs / name / "checkpoints" / "step-00000006").model
-        for name in ("lora-one", f"lora-{kind}")
+        for name in ("lora", f"lora-{kind}")
     )
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -179,12 +179,7 @@ def test_T3_the_bias_of_experts_moves_on_the_load_of_all_ranks(kind, shared_plac
     feed |= {"bias_rate": 0.01, "balance_weight": 0.0}
     layers = [layer | {"feed_forward": feed} for layer in plain_recipe["model"]["pattern"]]
     data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=6)
-    if not (shared_place.runs / "routed").exists():
-        code, said = shared_place.train(data, "routed")
-        assert code == 0, said
-    code, said = torchrun(shared_place, data, f"routed-{kind}", kind)
-    assert code == 0, said
-    assert_same(losses(shared_place, f"routed-{kind}"), losses(shared_place, "routed"), 1e-4)
+    beside_one(shared_place, data, "routed", kind, 1e-4)
     expected, found = (
         load_file(shared_place.runs / name / "checkpoints" / "step-00000006" / "model.safetensors")
         for name in ("routed", f"routed-{kind}")
@@ -197,11 +192,7 @@ def test_T3_the_bias_of_experts_moves_on_the_load_of_all_ranks(kind, shared_plac
 
 def test_muon_reaches_the_same_losses_on_two_ranks(shared_place, plain_recipe):
     data = plain_recipe | {"optim": {"schedule": {"kind": "wsd", "warmup": 2}}}
-    code, said = shared_place.train(data, "muon-one")
-    assert code == 0, said
-    code, said = torchrun(shared_place, data, "muon-two", "fsdp")
-    assert code == 0, said
-    assert_same(losses(shared_place, "muon-two"), losses(shared_place, "muon-one"), bound=1e-3)
+    beside_one(shared_place, data, "muon", "fsdp", 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.nn.feeds import DIM, ROWS, SEGMENTS, SITE, TOKENS, context, dense, draw
 from tests.oracles import experts as oracle
 from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
-from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.feedforwards import DeepSeekMoE
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.init import initialise
@@ -15,9 +15,7 @@ from tinsmith.nn.routing.balance import push
 
 same = close_to(1e-12)
 
-DIM, HIDDEN, ROWS, TOKENS = 16, 12, 3, 11
-SITE = Site(dim=DIM, layer=0, depth=2)
-SEGMENTS = torch.tensor([[-1] * 3 + [0] * 8, [0] * 5 + [1] * 6, [0] * 9 + [-1] * 2])
+HIDDEN = 12
 
 CASES = {
     "sigmoid": {"experts": 6, "top_k": 2, "scale": 2.5},
@@ -27,10 +25,6 @@ CASES = {
     "the seed's": {"experts": 7, "top_k": 1, "score": "softmax", "activation": "relu2"},
     "one of sigmoid": {"experts": 4, "top_k": 1, "renormalise": True},
 }
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def build(seed=0, **keys):
@@ -44,27 +38,17 @@ def build(seed=0, **keys):
     return feed
 
 
-def context(segments=None, rows=ROWS, tokens=TOKENS):
-    return Ctx(torch.arange(tokens).expand(rows, tokens), segments)
-
-
 def scores_of(feed, x):
     logits = x @ feed.router.weight.T
     return logits.softmax(-1) if feed.config.score == "softmax" else 1 / (1 + (-logits).exp())
 
 
-def dense(feed, x):
+def answered(feed, x):
     """(N, D) -> what `feed` should say, and its mask."""
-    config, stacks, scores = feed.config, feed.experts, scores_of(feed, x)
+    config, scores = feed.config, scores_of(feed, x)
     opened = oracle.in_groups(scores + feed.bias, config.groups, config.kept)
     mask = oracle.chosen(opened, config.top_k)
-    gate = None if stacks.gate_proj is None else stacks.gate_proj.weight
-    said = oracle.every_expert(x, stacks.up_proj.weight, stacks.down_proj.weight, gate)
-    table = config.scale * oracle.weights(scores, mask, config.renormalise)
-    y = oracle.combined(table, said)
-    if feed.shared is not None:
-        y = y + feed.shared(x[None], context()).y[0]
-    return y, mask
+    return dense(feed, x, config.scale * oracle.weights(scores, mask, config.renormalise)), mask
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
@@ -74,7 +58,7 @@ def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
     real = torch.ones(ROWS, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
     dy = draw(ROWS, TOKENS, DIM, seed=2) * real[..., None]
     out = feed(x, context(segments))
-    expected, mask = dense(feed, x.flatten(0, 1))
+    expected, mask = answered(feed, x.flatten(0, 1))
     same(out.y[real], expected.view_as(x)[real])
     assert out.stats["load"].tolist() == mask[real.flatten()].sum(0).tolist()
     assert out.stats["tokens"] == real.sum()

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.nn.feeds import DIM, ROWS, SEGMENTS, SITE, TOKENS, context, dense, draw
 from tests.oracles import experts as oracle
 from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
-from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.feedforwards import SwiGLU, TopKMoE
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parts.init import initialise
@@ -16,9 +16,7 @@ from tinsmith.optim.groups import partition
 
 same = close_to(1e-12)
 
-DIM, HIDDEN, ROWS, TOKENS = 16, 24, 3, 11
-SITE = Site(dim=DIM, layer=0, depth=2)
-SEGMENTS = torch.tensor([[-1] * 3 + [0] * 8, [0] * 5 + [1] * 6, [0] * 9 + [-1] * 2])
+HIDDEN = 24
 
 CASES = {
     "swiglu": {"experts": 5, "top_k": 2},
@@ -30,10 +28,6 @@ CASES = {
 }
 
 
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def build(seed=0, **keys):
     torch.manual_seed(seed)
     feed = TopKMoE(hidden=HIDDEN, **keys).build(SITE).double()
@@ -43,22 +37,12 @@ def build(seed=0, **keys):
     return feed
 
 
-def context(segments=None, rows=ROWS, tokens=TOKENS):
-    return Ctx(torch.arange(tokens).expand(rows, tokens), segments)
-
-
-def dense(feed, x):
+def answered(feed, x):
     """(N, D) -> what `feed` should say, its probabilities and its mask."""
-    config = feed.config
     probabilities = (x @ feed.router.weight.T).softmax(-1)
-    mask = oracle.chosen(probabilities, config.top_k)
-    stacks = feed.experts
-    gate = None if stacks.gate_proj is None else stacks.gate_proj.weight
-    said = oracle.every_expert(x, stacks.up_proj.weight, stacks.down_proj.weight, gate)
-    y = oracle.combined(oracle.weights(probabilities, mask, config.renormalise), said)
-    if feed.shared is not None:
-        y = y + feed.shared(x[None], context()).y[0]
-    return y, probabilities, mask
+    mask = oracle.chosen(probabilities, feed.config.top_k)
+    table = oracle.weights(probabilities, mask, feed.config.renormalise)
+    return dense(feed, x, table), probabilities, mask
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
@@ -68,7 +52,7 @@ def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
     real = torch.ones(ROWS, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
     dy = draw(ROWS, TOKENS, DIM, seed=2) * real[..., None]
     out = feed(x, context(segments))
-    expected, _, mask = dense(feed, x.flatten(0, 1))
+    expected, _, mask = answered(feed, x.flatten(0, 1))
     same(out.y[real], expected.view_as(x)[real])
     assert out.stats["load"].tolist() == mask[real.flatten()].sum(0).tolist()
     assert out.stats["load"].sum() == feed.top_k * out.stats["tokens"]
@@ -83,7 +67,7 @@ def test_A6_balance_losses_and_their_gradients_are_their_formulas(name):
     feed = build(experts=5, top_k=2, balance=name, balance_weight=0.3, z_weight=0.2).train()
     x, real = draw(ROWS, TOKENS, DIM), SEGMENTS >= 0
     out = feed(x, context(SEGMENTS))
-    _, probabilities, mask = dense(feed, x.flatten(0, 1))
+    _, probabilities, mask = answered(feed, x.flatten(0, 1))
     tables = [table.view(ROWS, TOKENS, -1) for table in (probabilities, mask)]
     rows = [tuple(table[b][real[b]] for table in tables) for b in range(ROWS)]
     every = [torch.cat(parts) for parts in zip(*rows, strict=True)]
@@ -117,7 +101,7 @@ def test_the_switch_loss_is_that_of_transformers_layer_by_layer():
 def test_entropy_is_added_up_over_tokens():
     feed, x = build(experts=5, top_k=2), draw(ROWS, TOKENS, DIM)
     real = (SEGMENTS >= 0).flatten()
-    probabilities = dense(feed, x.flatten(0, 1))[1][real]
+    probabilities = answered(feed, x.flatten(0, 1))[1][real]
     expected = -(probabilities * probabilities.log()).sum()
     same(feed(x, context(SEGMENTS)).stats["entropy"], expected.detach())
 
