@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tinsmith.core.errors import UserError
 from tinsmith.hub.adapters import Adapters, attach, fold, read_adapters, write_adapters
@@ -71,6 +72,20 @@ def test_peft_opens_what_we_write_over_the_model_we_write(model, ids, tmp_path, 
         close(found.merge_and_unload()(ids).logits, lm(ids).logits)
 
 
+def written_by_peft(config, ids, folder) -> Tensor:
+    """What adapters of `folder`/base say that PEFT writes to `folder`/adapter."""
+    import peft
+
+    adapted = peft.get_peft_model(theirs(folder / "base"), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        wanted = adapted.eval()(ids).logits
+    adapted.save_pretrained(folder / "adapter")
+    return wanted
+
+
 @pytest.mark.parametrize("mixer", FAMILIES.values(), ids=list(FAMILIES))
 def test_what_peft_writes_attaches_and_folds(model, ids, tmp_path, mixer):
     peft = pytest.importorskip("peft")
@@ -79,13 +94,7 @@ def test_what_peft_writes_attaches_and_folds(model, ids, tmp_path, mixer):
     names = "q_proj|q_b_proj|kv_a_proj_with_mqa|o_proj"
     names += "" if "kind" in mixer else "|down_proj"
     config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=rf".*\.({names})", use_rslora=True)
-    adapted = peft.get_peft_model(theirs(tmp_path / "base"), config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-        wanted = adapted.eval()(ids).logits
-    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = written_by_peft(config, ids, tmp_path)
     made = read_adapters(tmp_path / "adapter", lm.config)
     assert (made.config.rank, made.config.alpha, made.config.rslora) == (4, 7, True)
     folded = copy.deepcopy(lm)
@@ -317,13 +326,7 @@ def test_what_peft_writes_of_stock_experts_attaches_and_folds(model, ids, tmp_pa
         **{"r": 4, "lora_alpha": 7, "target_modules": ["o_proj"]},
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
-    adapted = peft.get_peft_model(theirs(tmp_path / "base"), config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-        wanted = adapted.eval()(ids).logits
-    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = written_by_peft(config, ids, tmp_path)
     made = read_adapters(tmp_path / "adapter", lm.config)
     assert (made.config.rank, made.config.alpha) == (4, 7)
     assert "blocks.1.feed.experts.up_proj.weight" in made.pairs
