@@ -10,6 +10,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
 from tinsmith.core.parse import plain
 from tinsmith.hub.load import load
+from tinsmith.train import checkpoint
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.trainer import train
 from tinsmith.verbs.evaluate import Text, evaluate
@@ -93,8 +94,10 @@ def test_the_second_stage_begins_where_the_first_ends_and_tells_both_halves(stag
     (first, _), (second, _) = stages["first"], stages["second"]
     told = lines(second, "train")
     assert {"teacher", "align", "align_equal", "sdl"} <= told[0].keys()
-    ends = [row["loss"] for row in lines(first, "eval")]
-    assert abs(lines(second, "eval")[0]["loss"] - ends[-1]) < abs(ends[0] - ends[-1]) + 0.5
+    begun = checkpoint.load(first / "checkpoints" / "step-00000006").model["embed.weight"]
+    soon = checkpoint.load(second / "checkpoints" / "step-00000004").model["embed.weight"]
+    # AdamW moves a number by about its rate of 0.003 a step; another start is 0.06 away somewhere
+    assert 0 < (soon - begun).abs().max() < 0.015
     card = (second / "final" / "README.md").read_text(encoding="utf-8")
     assert "nats per token of answers after the model's own beginnings" in card
     lm, tokenizer = load(second)
