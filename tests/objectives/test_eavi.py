@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from tinsmith.core.errors import UserError
 from tinsmith.data.batch import Batch, Row, collate
 from tinsmith.data.lessons import Lesson, encode_lesson
 from tinsmith.data.rules import Sizes, generate
 from tinsmith.nn.model import LM, ModelOut
-from tinsmith.objectives.eavi import EAVI
+from tinsmith.objectives.eavi import EAVI, LARGEST
 from tinsmith.objectives.excursion import Span, after, excursion, last_span
 from tinsmith.objectives.logprobs import token_nll
 from tinsmith.objectives.sft import SFT
 from tinsmith.text.symbols import grid_tokenizer
+from tinsmith.text.tokenizer import Tokenizer
 
 VOCAB = 18
 NSA = {
@@ -419,3 +421,10 @@ def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
     assert float(none.total.detach()) == pytest.approx(float(alone.detach()), rel=1e-3)
     found.total.backward()
     assert all(p.grad.isfinite().all() for p in lm.parameters() if p.grad is not None)
+
+
+def test_a_vocabulary_that_is_too_large_is_refused_in_one_line():
+    tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=LARGEST + 1))
+    with pytest.raises(UserError, match="kind=eavi: 16,385 ids are too many") as caught:
+        EAVI().build().prepare(cast(LM, None), tokenizer)
+    assert "\n" not in str(caught.value)

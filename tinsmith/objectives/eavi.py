@@ -16,7 +16,7 @@ gradient is not that of the loss as a function of the weights, which move P too;
 the surrogate with P frozen, as in scheduled sampling (Bengio et al., 1506.03099). Targets stay in
 place: after an excursion of another row width they are wrong positions, so `align_equal` is told
 apart, of answers with the shape of their input. The true length is known only in training. Rows
-are held as (2B, T, V) numbers, which is meant for small vocabularies.
+are held as (2B, T, V) numbers, which is meant for small vocabularies: `LARGEST` at most.
 
 Legend: B rows, T positions, V vocabulary.
 """
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.core.errors import UserError
 from tinsmith.data.batch import Batch
 from tinsmith.data.config import Shape
 from tinsmith.data.lessons import same_shape, speaks_grids
@@ -43,6 +44,9 @@ from tinsmith.objectives.base import (
 from tinsmith.objectives.excursion import Span, after, excursion, last_span
 from tinsmith.objectives.logprobs import summed_nll, token_nll
 from tinsmith.text.tokenizer import Tokenizer
+
+LARGEST = 2**14
+"""Ids of a vocabulary; 8 rows of 512 tokens take half a gigabyte with so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,13 @@ class Alignment(Objective):
         self.grids = False
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """See whether answers are grids."""
+        """See whether answers are grids; UserError where there are too many ids."""
+        if tokenizer.vocab_size > LARGEST:
+            found, room = f"{tokenizer.vocab_size:,} ids", f"{LARGEST:,}"
+            raise UserError(
+                f"objective.kind=eavi: {found} are too many: positions hold a number for each id,"
+                f" at most {room}; use kd or sft"
+            )
         self.grids = speaks_grids(tokenizer)
 
     def weight(self, batch: Batch) -> Tensor:
