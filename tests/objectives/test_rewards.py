@@ -210,6 +210,20 @@ def test_a_classifier_scores_alike_whatever_else_is_in_its_batch(folder):
     assert len({round(score, 6) for score in found}) == 7
 
 
+def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}
+    config = transformers.GPT2Config(**sizes, num_labels=1, pad_token_id=14)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(words)
+    classifier = Classifier(str(words), rows=4)
+    short, long = Answer(asked(), "1 2"), Answer(asked(), "1 2 " * 10)
+    (alone,) = classifier([short])
+    found = classifier([long, short, long, long, short, long])
+    assert [math.isnan(score) for score in found] == [True, False, True, True, False, True]
+    assert [found[1], found[4]] == pytest.approx([alone] * 2, abs=1e-6)
+    assert all(map(math.isnan, classifier([long])))
+
+
 @pytest.mark.parametrize(
     ("kind", "changed", "said"),
     [

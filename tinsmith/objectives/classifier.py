@@ -1,5 +1,6 @@
 """A sequence classifier from Hugging Face, as a reward."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ class Classifier:
     the first.
 
     It reads the conversation by its tokenizer's chat template, or, where it has none, prompt and
-    answer as a pair of texts; `rows` at a time where it knows of padding, else one. Nothing is
-    fetched and no code of the folder is run. UserError where the folder holds no such thing.
+    answer as a pair of texts; `rows` at a time where it knows of padding, else one. What is longer
+    than it has positions for is no number. Nothing is fetched and no code of the folder is run.
+    UserError where the folder holds no such thing.
     """
 
     def __init__(self, folder: str, rows: int = 64):
@@ -43,6 +45,9 @@ class Classifier:
         if len(self._tokenizer) > config.get_text_config().vocab_size:
             raise UserError(f"{_WHERE} {folder}: its tokenizer has more ids than its model")
         pads = self._tokenizer.pad_token_id
+        # families name their positions as they like, and answer to this name
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self._room = min(positions, self._tokenizer.model_max_length)
         self._rows = rows if pads is not None and pads == config.pad_token_id else 1
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
@@ -53,8 +58,14 @@ class Classifier:
     def _some(self, answers: Sequence[Answer]) -> list[float]:
         import torch
 
+        read = self._read(answers)
+        fits = [length <= self._room for length in read["attention_mask"].sum(1).tolist()]
+        if not all(fits):
+            kept = [answer for answer, fit in zip(answers, fits, strict=True) if fit]
+            scores = iter(self(kept))
+            return [next(scores) if fit else math.nan for fit in fits]
         with torch.no_grad():
-            logits = self._model(**self._read(answers)).logits.double()
+            logits = self._model(**read).logits.double()
         return (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
 
     def _read(self, answers: Sequence[Answer]) -> Any:
