@@ -49,8 +49,9 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
             **{"select_block": 4, "select_count": 4, "window": 5, "value_residual": True},
         },
         {
-            **{"heads": 4, "kv_heads": 1, "compress_block": 4, "compress_stride": 4},
-            **{"select_block": 8, "select_count": 3, "window": 6, "qk_norm": True},
+            # three blocks are always chosen: here even short documents have a fourth to choose
+            **{"heads": 4, "kv_heads": 1, "compress_block": 2, "compress_stride": 1},
+            **{"select_block": 2, "select_count": 4, "window": 3, "qk_norm": True},
         },
     ],
     "dyn_heads": [
@@ -271,7 +272,7 @@ def make() -> Make:
             "vocab_size": VOCAB,
             "dim": DIM,
             "depth": 3,
-            "max_context": 128,
+            "max_context": 256,
             "residual": residual,
             "pattern": [{"mixer": mixer, "feed_forward": feed_forward}],
         }

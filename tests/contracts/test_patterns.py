@@ -15,7 +15,7 @@ HYBRID |= {"index_heads": 2, "index_dim": 6}
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True}
 NSA = {
     **{"kind": "nsa", "heads": 4, "kv_heads": 2, "value_residual": True, "window": 5},
-    **{"compress_block": 4, "compress_stride": 2, "select_block": 4, "select_count": 3},
+    **{"compress_block": 2, "compress_stride": 1, "select_block": 2, "select_count": 4},
 }
 PATTERNS = {
     "the issue's": [
@@ -33,7 +33,7 @@ PATTERNS = {
     "values offered by nsa": [NSA, LATENT | {"kind": "dsa", "keep": 5, "index_dim": 4}, GQA, NSA],
 }
 SPLITS = [[23], [1] * 23, [7, 7, 7, 2], [5, 1, 1, 9, 1, 6], [22, 1]]
-RUNS = [(-1, 2), (7, 4), (3, 1), (7, 6), (0, 7), (-1, 3)]
+RUNS = [(-1, 2), (7, 3), (3, 1), (7, 5), (0, 9), (-1, 3)]
 """Documents and padding of a packed row: (id, length)."""
 SEGMENTS = torch.tensor([[name for name, length in RUNS for _ in range(length)]])
 

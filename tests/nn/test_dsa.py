@@ -194,17 +194,29 @@ def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
     assert met == [shape for shape in ends for _ in range(2)]
 
 
-def test_equal_scores_choose_the_earliest_in_every_way_of_decoding():
-    """One token again and again: all scores are ties, and the first `keep` are chosen."""
+def test_equal_scores_choose_the_earliest():
+    """An indexer that says 0 of every token: tokens listen to the first `keep`, and to no other."""
+    mixer = mixer_of(DSA(**SMALL))
+    torch.nn.init.zeros_(mixer.indexer.weigh.weight)
+    x = noise(1, TOKENS, DIM).requires_grad_()
+    y = mixer(x, context(4, rows=1)).y
+    for t in range(TOKENS):
+        (slope,) = torch.autograd.grad(y[0, t].square().sum(), x, retain_graph=True)
+        heard = slope[0].abs().amax(-1).nonzero()[:, 0].tolist()
+        assert heard == sorted({*range(min(5, t + 1)), t})
+
+
+def test_equal_scores_choose_the_same_in_every_way_of_decoding():
     lm = stirred(model_of(keep=3)).eval()
-    ids = torch.full((1, 17), 7)
+    for block in lm.blocks:
+        torch.nn.init.zeros_(block.mixer.indexer.weigh.weight)
+    ids = torch.randint(0, 48, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = lm(ids, positions=torch.zeros_like(ids)).logits
+        expected = lm(ids).logits
         for splits in ([17], [1] * 17, [5, 1, 7, 4]):
-            caches, found, begin = lm.new_caches(1, 17), [], 0
+            caches, found, begin = lm.new_caches(2, 17), [], 0
             for length in splits:
-                part = ids[:, begin : begin + length]
-                found.append(lm(part, positions=torch.zeros_like(part), caches=caches).logits)
+                found.append(lm(ids[:, begin : begin + length], caches=caches).logits)
                 begin += length
             close(torch.cat(found, 1), expected)
 
@@ -304,7 +316,9 @@ def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
         ({"index_heads": 0}, "index_heads=0 must be at least 1"),
         ({"index_dim": 3, "rope_dim": 64}, "index_dim=3 must be even and divide rope_dim=64"),
         ({"index_dim": 24, "rope_dim": 64}, "index_dim=24 must be even and divide rope_dim=64"),
-        ({"index_weight": -1.0}, "index_weight=-1.0 must be at least 0"),
+        ({"index_weight": -1.0}, "index_weight=-1.0 must be a number from 0"),
+        ({"index_weight": float("nan")}, "index_weight=nan must be a number from 0"),
+        ({"index_weight": float("inf")}, "index_weight=inf must be a number from 0"),
         ({"rope_dim": 5}, "rope_dim=5 must be even"),
     ],
 )

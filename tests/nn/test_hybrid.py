@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.oracles.close import close_to
 from tests.oracles.hybrid import hybrid as oracle
@@ -150,6 +151,72 @@ def test_the_indexers_loss_is_there_in_training_where_tokens_are_chosen():
         assert set(mixer.train()(noise(1, TOKENS, DIM), context()).losses) == (
             {"indexer"} if "select" in names else set()
         )
+
+
+def asked_of(mixer, x, ctx):
+    """What the select branch is asked: queries, and what its keys and indexer read."""
+    heard = []
+    watch = mixer.branches["select"].register_forward_pre_hook(lambda _, a: heard.append(a[0]))
+    mixer(x, ctx)
+    watch.remove()
+    return heard[0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "selected"])
+def test_the_indexers_loss_is_the_divergence_written_out(kind):
+    config = Hybrid(**SMALL, mode="nsa", index_target=kind, index_weight=0.5)
+    mixer, x, ctx = mixer_of(config).train(), noise(1, TOKENS, DIM), context()
+    branch, asked = mixer.branches["select"], asked_of(mixer, x, ctx)
+    (k, _), q = branch.keys(asked), asked.q_BTHD
+    logits = torch.einsum("bthd,bshd->bhts", q, k) / 10**0.5
+    said = indexer.scores(branch.indexer(asked.x, asked.source, asked.rotary))[0]
+    total = 0.0
+    for t, chosen in enumerate(chosen_by(mixer, x, ctx)):
+        seen = chosen if kind == "selected" else list(range(t + 1))
+        wanted = logits[0, :, t, seen].softmax(-1).mean(0)
+        total += F.kl_div(said[t, seen].log_softmax(-1), wanted, reduction="sum")
+    close(mixer(x, ctx).losses["indexer"], 0.5 * total / TOKENS)
+
+
+def test_the_indexer_learns_from_its_own_loss_and_nothing_else_does():
+    lm = model_of(*MIXED[:2]).double().train()
+    ids = torch.randint(0, 48, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    out = lm(ids)
+    names, parameters = zip(*lm.named_parameters(), strict=True)
+    language, own = (
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for loss in (out.logits.square().sum(), sum(out.losses.values()))
+    )
+    assert any("indexer" in name for name in names)
+    for name, from_language, from_own in zip(names, language, own, strict=True):
+        assert (from_language is None) == ("indexer" in name), name
+        assert (from_own is None) == ("indexer" not in name), name
+
+
+def test_recall_of_the_true_mass_rises_under_the_loss():
+    """Of one head's attention, while only the indexer is trained."""
+    sizes = SMALL | {"heads": 1, "index_heads": 8, "index_dim": 16, "keep": 5}
+    mixer, ctx, held_out = mixer_of(Hybrid(**sizes)).train(), context(8), noise(8, TOKENS, DIM)
+    branch = mixer.branches["select"]
+    optimizer = torch.optim.Adam(branch.indexer.parameters(), 1e-2)
+
+    @torch.no_grad()
+    def recall():
+        asked = asked_of(mixer, held_out, ctx)
+        visible = torch.ones(8, TOKENS, TOKENS, dtype=torch.bool).tril()
+        truth = indexer.target(asked.q_BTHD, branch.keys(asked)[0], visible)
+        said = indexer.scores(branch.indexer(asked.x, asked.source, asked.rotary))
+        best = said.masked_fill(~visible, -torch.inf).topk(5, -1).indices
+        found, most = truth.gather(-1, best), truth.topk(5, -1).values
+        return found[:, 8:].sum() / most[:, 8:].sum()
+
+    begun = recall()
+    for step in range(300):
+        mixer(noise(8, TOKENS, DIM, seed=100 + step), ctx).losses["indexer"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert begun < 0.6
+    assert recall() > 0.85
 
 
 def model_of(*mixers, **more):

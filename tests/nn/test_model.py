@@ -164,8 +164,17 @@ def test_learned_positions_are_added_to_the_embedding(small, ids):
         lm(torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
         lm(torch.zeros(1, 17, dtype=torch.long), segments=torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(UserError, match="capacity=17 is beyond max_context=16"):
-        lm.new_caches(1, 17)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned", "none"])
+@pytest.mark.parametrize("capacity", [17, 0, -1])
+def test_decoding_past_the_maximum_context_is_refused_in_one_line(small, positions, capacity):
+    lm = small(positions=positions, max_context=16)
+    lm.new_caches(1, 16)
+    expected = f"capacity={capacity} tokens of a cache must be from 1 to max_context=16"
+    with pytest.raises(UserError) as refused:
+        lm.new_caches(1, capacity)
+    assert str(refused.value) == expected
 
 
 def test_sinusoids_are_those_of_the_paper(small, ids):

@@ -186,10 +186,12 @@ class LM(nn.Module):
     def new_caches(
         self, rows: int, capacity: int, dtype: torch.dtype | None = None
     ) -> list[LayerCache]:
-        """One empty cache per layer, for `rows` rows of up to `capacity` tokens."""
-        if self.config.positions == "learned" and capacity > self.config.max_context:
-            limit = self.config.max_context
-            raise UserError(f"capacity={capacity} is beyond max_context={limit}, learned positions")
+        """One empty cache per layer, for `rows` rows of up to `capacity` tokens, which is at most
+        the model's context: what is decoded beyond it would be noise.
+        """
+        if not 1 <= capacity <= self.config.max_context:
+            limit = f"max_context={self.config.max_context}"
+            raise UserError(f"capacity={capacity} tokens of a cache must be from 1 to {limit}")
         weight = self.embed.weight
         kind = dtype or weight.dtype
         return [block.mixer.new_cache(rows, capacity, kind, weight.device) for block in self.blocks]

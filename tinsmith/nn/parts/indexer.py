@@ -45,8 +45,8 @@ class IndexedHeads(LatentHeads):
         width, turned = self.index_dim, self.rope_dim
         if width < turned and (turned % width or width % 2):
             raise ValueError(f"index_dim={width} must be even and divide rope_dim={turned}")
-        if self.index_weight < 0:
-            raise ValueError(f"index_weight={self.index_weight} must be at least 0")
+        if not 0 <= self.index_weight < math.inf:
+            raise ValueError(f"index_weight={self.index_weight} must be a number from 0")
 
     def indexer(self, dim: int) -> "Indexer":
         """What scores earlier tokens, at model width `dim`."""
