@@ -150,6 +150,10 @@ WRONG = [
     ({"residual": {"kind": "mhyper", "streams": 0}}, r"residual: streams=0 must be at least 2"),
     ({"residual": {"kind": "hyper", "fracs": 5}}, r"dim=32 must be a multiple of fracs=5"),
     ({"tie_embeddings": "perhaps"}, r"tie_embeddings: "),
+    ({"residual": "hyper"}, r"residual: must be keys and values, \{\.\.\.\} \(got 'hyper'\)"),
+    ({"pattern": "gqa"}, r"pattern: must be a list, \[\.\.\.\] \(got 'gqa'\)"),
+    ({"mixer": {"kind": "hybrid", "branches": "compress"}}, r"mixer\.branches: must be a list"),
+    ({"mixer": {"kind": "dsa", "window": 4}}, r"mixer\.window: unknown key \(known: kind, heads"),
     ({"max_contxt": 9}, r"max_contxt: unknown key\. Did you mean 'max_context'\?"),
 ]
 

@@ -174,7 +174,7 @@ def write_yaml(data: Any) -> str:
 
 def nearest(name: str, names: list[str]) -> str:
     """`. Did you mean 'x'?` for the closest of `names`, or an empty string."""
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
     return f". Did you mean '{close[0]}'?" if close else ""
 
 
@@ -199,9 +199,19 @@ def _explain(kind: Any, problem: Any, where: str) -> str:
         known = [str(_tag(_bare(member))) for member in get_args(_bare(reached))]
         return f"{place}: needs a `kind`{_list(known)}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    message = _SHAPES.get(problem["type"], message)
     got = problem["input"]
     shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
     return f"{place}: {message}{'' if problem['type'] == 'value_error' else shown}"
+
+
+_SHAPES = {
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list, [...]"),
+    **dict.fromkeys(
+        ("model_attributes_type", "dataclass_type", "dict_type"), "must be keys and values, {...}"
+    ),
+}
+"""What a value of another shape should have been, in the words of YAML."""
 
 
 def _list(names: list[str]) -> str:
