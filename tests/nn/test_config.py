@@ -93,6 +93,7 @@ SPARSE = [
     ({"kind": "hybrid", "mode": "nsa", "branches": ["window"]}, "mode=nsa or branches, not both"),
 ]
 """Mixers whose sizes cannot work, and what is said."""
+HYBRID, WINDOWED = {"kind": "hybrid", "branches": "compress"}, {"kind": "dsa", "window": 4}
 WRONG = [
     ({"mixer": {"heads": 5, "kv_heads": None}}, r"dim=32 must be a multiple of heads=5"),
     ({"mixer": {"kv_heads": 3}}, r"pattern\.0\.mixer: heads=4 must be a multiple of kv_heads=3"),
@@ -152,8 +153,11 @@ WRONG = [
     ({"tie_embeddings": "perhaps"}, r"tie_embeddings: "),
     ({"residual": "hyper"}, r"residual: must be keys and values, \{\.\.\.\} \(got 'hyper'\)"),
     ({"pattern": "gqa"}, r"pattern: must be a list, \[\.\.\.\] \(got 'gqa'\)"),
-    ({"mixer": {"kind": "hybrid", "branches": "compress"}}, r"mixer\.branches: must be a list"),
-    ({"mixer": {"kind": "dsa", "window": 4}}, r"mixer\.window: unknown key \(known: kind, heads"),
+    ({"pattern": [LAYER | {"mixer": HYBRID}]}, r"mixer\.branches: must be a list"),
+    (
+        {"pattern": [LAYER | {"mixer": WINDOWED}]},
+        r"mixer\.window: unknown key \(known: kind, heads",
+    ),
     ({"max_contxt": 9}, r"max_contxt: unknown key\. Did you mean 'max_context'\?"),
 ]
 

@@ -15,6 +15,7 @@ from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.residuals import mhyper
 from tinsmith.nn.residuals.mhyper import MHyper, sinkhorn
 from tinsmith.optim.groups import partition
 
@@ -302,6 +303,34 @@ def test_streams_part_and_every_mixing_parameter_learns_but_two(section, ids):
     for one in range(4):
         for other in range(one):
             assert (states[0][:, :, one] - states[0][:, :, other]).abs().max() > 1e-3
+
+
+def test_after_ten_steps_mixes_are_doubly_stochastic_and_64_of_them_enlarge_nothing(
+    section, ids, monkeypatch
+):
+    """Those of a model in float32, at every token of every sub-layer."""
+    found = []
+
+    def heard(logits, iterations):
+        found.append(sinkhorn(logits, iterations))
+        return found[-1]
+
+    monkeypatch.setattr(mhyper, "sinkhorn", heard)
+    lm = lm_of(section, depth=3).float()
+    optimizer = torch.optim.AdamW(lm.parameters(), 1e-2)
+    for _ in range(11):
+        found.clear()
+        F.cross_entropy(lm(ids).logits.flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(found) == 6
+    mixes = torch.stack([mix.detach().flatten(0, -3) for mix in found], 1)
+    assert not torch.allclose(mixes[0, 0], mixes[-1, -1], atol=1e-4)
+    for axis in (-1, -2):
+        assert (mixes.sum(axis) - 1).abs().max() < 1e-3
+    assert torch.linalg.matrix_norm(mixes, 2).max() <= 1 + 1e-3
+    deep = torch.linalg.multi_dot([mixes[:, n % 6][0] for n in range(64)])
+    assert torch.linalg.matrix_norm(deep, 2) < 1.07
 
 
 def test_B06_nothing_in_a_block_normalises_the_streams(section):
