@@ -3,10 +3,11 @@
     python benchmarks/attention_scaling.py [--lengths 1k 2k 4k] [--dtype bfloat16] [--paper]
 
 One layer of width 512 with 8 query heads of 64, one row: forward and backward in training mode
-(with the loss of an indexer, where there is one), the peak of its memory in a process of its own,
-and one decoding step with a cache of that length. `dense` is Tinsmith's own, `torch` the same layer
-with torch's kernel. The bounds are on nsa in float32: 2.5 times as fast as the faster of the two at
-32k tokens, 4 times at 64k, and at most 2.5 times the time for twice the length from 8k to 32k.
+(with the loss of an indexer, where there is one), and one decoding step with a cache of that
+length; the peak of the memory of each, in processes of their own (Linux). `dense` is Tinsmith's
+own, `torch` the same layer with torch's kernel. The bounds are on nsa in float32: 2.5 times as fast
+as the faster of the two at 32k tokens, 4 times at 64k, and at most 2.5 times the time for twice the
+length from 8k to 32k.
 """
 
 import argparse
@@ -42,10 +43,13 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = ["1k", "2k", "4k", "8k", "16k", "32k", "64k"]
 PATIENCE = 5.0
-"""Seconds of one forward and backward pass beyond which longer contexts are not tried, but for
+"""Seconds of one forward and backward pass beyond which longer contexts are not trained on, but for
 those that the bounds are about.
 """
 BOUND = ("torch", "nsa")
+DECODED = 32768
+"""Tokens of a cache up to which all decode; beyond, those that are trained."""
+STEPS = 17
 
 
 def layer(name: str, dtype: torch.dtype, paper: bool) -> Mixer:
@@ -93,7 +97,7 @@ def train_step(name: str, length: int, dtype: torch.dtype, paper: bool) -> Any:
 
 @torch.no_grad()
 def decode_step(name: str, length: int, dtype: torch.dtype, paper: bool) -> Any:
-    """One token, with a cache that holds `length` of them; it is taken back every time."""
+    """One token after `length` others; each call adds one more to the cache."""
     mixer = layer(name, dtype, paper).eval()
     cache = mixer.new_cache(1, length + 64, dtype, torch.device("cpu"))
     source = torch.Generator().manual_seed(1)
@@ -120,22 +124,37 @@ def megabytes() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def alone(name: str, length: int, dtype: str, paper: bool) -> dict[str, float]:
-    """One case in a process of its own: memory of a training step, time of a decoding step."""
-    command = [sys.executable, __file__, "--alone", name, "--lengths", str(length)]
+def forget_peak() -> None:
+    """The most memory of this process is what it has now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def alone(what: str, name: str, length: int, dtype: str, paper: bool) -> dict[str, float]:
+    """One case in a process of its own."""
+    command = [sys.executable, __file__, "--alone", what, name, "--lengths", str(length)]
     command += ["--dtype", dtype, *(["--paper"] if paper else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def say_alone(name: str, length: int, dtype: torch.dtype, paper: bool) -> None:
-    """What `alone` reads."""
+def memory_of_training(name: str, length: int, dtype: torch.dtype, paper: bool) -> dict[str, float]:
+    """Of a first step, in megabytes."""
     before = megabytes()
     train_step(name, length, dtype, paper)()
-    peak = megabytes() - before
+    return {"peak_mb": megabytes() - before}
+
+
+def decoding(name: str, length: int, dtype: torch.dtype, paper: bool) -> dict[str, float]:
+    """Time of a step, what it takes beside the cache, and the cache."""
     work, held = decode_step(name, length, dtype, paper)
-    times = sorted(work() for _ in range(17))
-    print(json.dumps({"peak_mb": peak, "decode_ms": 1000 * times[8], "cache_mb": held / 2**20}))
+    forget_peak()
+    before = megabytes()
+    times = sorted(work() for _ in range(STEPS))
+    found = {"decode_ms": 1000 * times[STEPS // 2], "decode_mb": megabytes() - before}
+    return found | {"cache_mb": held / 2**20}
+
+
+ALONE = {"train": memory_of_training, "decode": decoding}
 
 
 def measure(lengths: list[int], dtype: str, paper: bool) -> list[dict[str, Any]]:
@@ -145,21 +164,27 @@ def measure(lengths: list[int], dtype: str, paper: bool) -> list[dict[str, Any]]
         contestants = {
             name: train_step(name, length, kind, paper) for name in MIXERS if name not in slow
         }
-        many = length <= 8192
-        seconds = medians(interleave(contestants, 3 if many else 1, warmup=int(many)))
-        for name, each in seconds.items():
-            row = {"tokens": length, "mixer": name, "train_s": each}
-            rows.append(row | alone(name, length, dtype, paper))
-            if each > PATIENCE and name not in BOUND:
-                slow.add(name)
-        table(rows[-len(seconds) :])
+        many = length <= DECODED
+        seconds = medians(interleave(contestants, 3 if many else 1, warmup=int(length <= 8192)))
+        here = []
+        for name in MIXERS if many else seconds:
+            row: dict[str, Any] = {"tokens": length, "mixer": name}
+            row |= {"train_s": None, "peak_mb": None}
+            if name in seconds:
+                row["train_s"] = seconds[name]
+                row |= alone("train", name, length, dtype, paper)
+            here.append(row | alone("decode", name, length, dtype, paper))
+        slow |= {name for name, each in seconds.items() if each > PATIENCE} - set(BOUND)
+        table(here)
+        rows += here
     return rows
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the bounds are about, as far as it was measured."""
-    time_of = {(row["mixer"], row["tokens"]): row["train_s"] for row in rows}
-    peak_of = {(row["mixer"], row["tokens"]): row["peak_mb"] for row in rows}
+    trained = [row for row in rows if row["train_s"] is not None]
+    time_of = {(row["mixer"], row["tokens"]): row["train_s"] for row in trained}
+    peak_of = {(row["mixer"], row["tokens"]): row["peak_mb"] for row in trained}
 
     def dense(length: int) -> float:
         return min(time_of.get((name, length), math.inf) for name in ("dense", "torch"))
@@ -188,6 +213,7 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for mixer in MIXERS:
             mine = [row for row in rows if row["mixer"] == mixer]
+            mine = [row for row in mine if row[key] is not None]
             axis.plot([r["tokens"] for r in mine], [r[key] for r in mine], "o-", label=mixer)
         axis.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
         ticks = sorted({row["tokens"] for row in rows})
@@ -204,11 +230,13 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=LENGTHS)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--paper", action="store_true", help="nsa with the paper's sizes")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     lengths = [int(each.removesuffix("k")) * (1024 if "k" in each else 1) for each in asked.lengths]
     if asked.alone:
-        say_alone(asked.alone, lengths[0], getattr(torch, asked.dtype), asked.paper)
+        what, name = asked.alone
+        case = (name, lengths[0], getattr(torch, asked.dtype), asked.paper)
+        print(json.dumps(ALONE[what](*case)))
         return
     rows = measure(lengths, asked.dtype, asked.paper)
     name = "attention_scaling" + ("_paper" if asked.paper else "")

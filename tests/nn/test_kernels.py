@@ -11,6 +11,7 @@ import torch
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 
 SIZES = [(2, 37, 2, 8, 3, 4), (1, 50, 4, 12, 4, 8), (3, 20, 1, 16, 2, 5), (1, 3, 3, 8, 5, 16)]
+SIZES += [(1, 150, 4, 64, 2, 64)]  # as in the benchmark
 """(rows, queries, heads, width, chosen blocks, size of a block)."""
 
 
