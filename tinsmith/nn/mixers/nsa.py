@@ -7,7 +7,8 @@
   A block is seen once its last token is; where none is seen yet the branch says 0.
 - select: the raw tokens of the `select_count` blocks of `select_block` tokens that the compress
   branch pays most attention to (`parts/importance.py`); the heads of a group choose together. The
-  query's own block, the first and the previous one are always among them.
+  query's own block, the first and the previous one are always among them, so there is something
+  to choose from 4 on.
 - window: the last `window` tokens, the query's own included.
 
 Each branch has its own keys and values; queries are shared. Blocks are counted from the first token
@@ -55,7 +56,9 @@ class NSA(GroupedHeads):
     compress_stride: Size = 16
     compress_hidden: Size | None = None  # of the pooling MLP, = 2 head_dim
     select_block: Size = 64
-    select_count: Size = 16  # own, first and previous block included; below 3, in this order
+    select_count: Size = (
+        16  # own, first and previous block always, in this order; the rest by choice
+    )
     window: Size = 512
     qk_norm: bool = False
     value_residual: bool = False
