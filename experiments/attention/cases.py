@@ -24,20 +24,20 @@ def mixer(name: str, dim: int, reach: int) -> dict[str, Any]:
         **{"rope_dim": dim // 8, "v_dim": dim // 4},
     }
     index = {"index_heads": 4, "index_dim": dim // 8}
-    block = reach // 8
+    block = reach // 4
     return {
         "dense": {"kind": "gqa", **heads},
         "window": {"kind": "gqa", **heads, "window": reach},
         "mla": {"kind": "mla", **latent},
         "nsa": {
             **{"kind": "nsa", **heads, "compress_block": block, "compress_stride": block // 2},
-            # three of the blocks are fixed: the first, the query's own and the one before it
-            **{"select_block": block, "select_count": 6, "window": reach // 2},
+            # the first, the query's own and the one before it are fixed: one is free to choose
+            **{"select_block": block, "select_count": 4, "window": reach // 2},
         },
         "dsa": {"kind": "dsa", **latent, **index, "keep": reach},
         "hybrid": {
             **{"kind": "hybrid", "mode": "nsa", **latent, **index},
-            **{"compress_block": block, "keep": reach // 2, "window": reach // 2},
+            **{"compress_block": block // 2, "keep": reach // 2, "window": reach // 2},
         },
     }[name]
 
