@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.oracles.surprise import causal_loss, said
 from tinsmith.core.errors import UserError
@@ -412,6 +414,71 @@ def test_M12_sml_local_is_the_double_backward_of_the_explicit_norm():
         torch.testing.assert_close(after[key] - before[key], value[0], rtol=1e-10, atol=1e-12)
     for name in ("gate.prototypes", "gate.thresholds"):
         assert torch.equal(before[name], after[name])
+
+
+class Sizes(TorchDispatchMode):
+    """Of everything that is made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        made = function(*arguments, **(named or {}))
+        sizes = [each.numel() for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return made
+
+
+WAYS = LOSSES | {
+    "both": {"router_grad": "both"},
+    "others": {"router_grad": "smk", "candidates": "active+r"},
+    "local": {"router_grad": "sml", "sml_local": True, "candidates": "all"},
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@every_way
+def test_no_weights_per_token_are_made_or_kept(way):
+    """An expert has 3 x 6 x 8 numbers; of a pair of token and expert there are never more than 8,
+    neither in what waits for the backward pass nor on the way.
+    """
+    kept, count = [], 32
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    feed, sizes = made(**WAYS[way]), Sizes()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), sizes:
+        step(feed, tokens(count))
+    assert max(kept) <= sizes.largest <= count * E * D
+    assert sizes.largest < count * 3 * 6 * D / 3
+
+
+@every_way
+def test_one_backward_pass_is_enough(way, monkeypatch):
+    """The graph of the losses is freed by it before the router learns, and none is built of
+    gradients.
+    """
+    flags, grad = [], torch.autograd.grad
+
+    def watched(*arguments, **named):
+        flags.append(named.get("create_graph", False) or named.get("retain_graph", False))
+        return grad(*arguments, **named)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    feed = made(**WAYS[way])
+    out = run(feed, tokens())
+    (causal_loss(out.y[0]) + sum(out.losses.values())).backward()
+    stats = feed.after_backward(out.probes)
+    assert stats["judged"] > 0
+    assert flags == [False] * (2 if way == "local" else 1)
+    held = [*gradients(feed).values(), *stats.values()]
+    held += [probe.grad for probe in out.probes.values() if probe.is_leaf and probe.requires_grad]
+    assert not any(tensor.requires_grad for tensor in held)
+    with pytest.raises(RuntimeError, match="second time"):
+        out.y.sum().backward()
 
 
 def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
