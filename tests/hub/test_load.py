@@ -14,16 +14,17 @@ from tinsmith.core.parse import write_yaml
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.load import locate
 from tinsmith.hub.tensors import save_tensors
+from tinsmith.nn import lora
 
 
-def save_checkpoint(folder, lm, tokenizer=None):
+def save_checkpoint(folder, lm, tokenizer=None, **sections):
     """A checkpoint as the trainer leaves it: own names, tied weights once, the resolved config."""
     folder.mkdir(parents=True)
     state = {name: tensor for name, tensor in lm.state_dict().items()}
     if lm.config.tie_embeddings:
         del state["head.weight"]
     save_tensors(folder / "model.safetensors", state)
-    recipe = {"schema": 1, "model": lm.config.to_dict(), "train": {"steps": 3}}
+    recipe = {"schema": 1, "model": lm.config.to_dict(), "train": {"steps": 3}} | sections
     (folder / "config.yaml").write_text(write_yaml(recipe))
     (folder / "state.json").write_text("{}")
     if tokenizer is not None:
@@ -118,6 +119,23 @@ def test_device_and_dtype_are_as_asked(tmp_path, model):
         load(tmp_path / "x", dtype="int8")
     with pytest.raises(UserError, match="device: "):
         load(tmp_path / "x", device="toaster")
+
+
+def test_the_bias_of_a_gate_is_never_rounded(tmp_path, model):
+    """As in transformers; adapters folded in beside it change nothing of that."""
+    latent = {"heads": 4, "kv_rank": 8, "q_rank": None, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
+    feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 12}
+    lm = model(pattern=[{"mixer": {"kind": "mla"} | latent, "feed_forward": feed}])
+    export_folder(lm, None, tmp_path / "x")
+    save_checkpoint(tmp_path / "y", lm)
+    section = {"targets": "o_proj", "rank": 2}
+    lora.add(lm, lora.LoRA(**section))
+    save_checkpoint(tmp_path / "z", lm, lora=section)
+    for folder in (tmp_path / "x", tmp_path / "y", tmp_path / "z"):
+        half, _ = load(folder, dtype="bf16")
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        for block, other in zip(half.blocks, lm.blocks, strict=True):
+            assert torch.equal(block.feed.bias, other.feed.bias)
 
 
 def test_a_checkpoint_takes_a_stretching_too(tmp_path, model):

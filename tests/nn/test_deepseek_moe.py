@@ -159,6 +159,23 @@ def test_post_step_moves_the_bias_by_its_rate_against_the_load():
     assert torch.equal(still.bias, before)
 
 
+def test_casts_leave_the_bias_as_exact_as_it_is():
+    """As transformers has it: rounded, it would choose others, and would no longer move."""
+    feed = build(experts=4, bias_rate=0.001).float()
+    feed.bias.copy_(torch.tensor([0.5, 0.501, -0.3333, 0.0]))
+    before = feed.bias.clone()
+    for cast in (feed.bfloat16, feed.half, lambda: feed.to(torch.bfloat16)):
+        cast()
+        assert feed.router.weight.dtype != torch.float32
+        assert feed.bias.dtype == torch.float32
+        assert torch.equal(feed.bias, before)
+    feed.post_step({"load": torch.tensor([9, 1, 5, 5])})
+    assert feed.bias.tolist() == pytest.approx([0.499, 0.502, -0.3333, 0.0], abs=1e-7)
+    assert feed.double().bias.dtype == torch.float64
+    assert "bias" in feed.state_dict()
+    assert feed.to("meta").bias.is_meta
+
+
 def test_it_is_deepseek_v3s_block():
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE

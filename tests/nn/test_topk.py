@@ -260,7 +260,7 @@ def test_weights_have_their_roles_and_the_inactive_are_counted():
         ({"hidden": 0}, "hidden=0 must be at least 1"),
         ({"shared": -1}, "shared=-1 must be at least 0"),
         ({"balance_weight": -0.1}, "balance_weight=-0.1 must be at least 0"),
-        ({"z_weight": float("nan")}, "z_weight=nan must be at least 0"),
+        ({"z_weight": -1}, "z_weight=-1.0 must be at least 0"),
         ({"balance": "swich"}, "swich"),
         ({"activation": "gelu"}, "gelu"),
         ({"topk": 2}, "topk"),

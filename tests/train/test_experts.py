@@ -7,16 +7,27 @@ import torch
 
 from tinsmith import load
 from tinsmith.config import from_dict
+from tinsmith.nn.routing.threshold import Gate
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.trainer import train
 
-ROUTED = {
-    "topk_moe": {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 24, "balance": "none"},
-    "deepseek_moe": {
-        **{"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden": 12},
-        **{"bias_rate": 0.01, "balance_weight": 0.0},
-    },
+GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+TOPK = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 24, "balance": "none"}
+DEEPSEEK = {
+    **{"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden": 12},
+    **{"bias_rate": 0.01, "balance_weight": 0.0},
 }
+NOISY = {"feed_forward": DEEPSEEK | {"noise": 0.1}}
+THRESHOLDS = {"experts": 4, "reset_interval": 5}
+SML = {"router_grad": "sml", "sml_local": True, "candidates": "all"}
+LAYERS = {
+    "topk_moe": {"feed_forward": TOPK},
+    "deepseek_moe": NOISY,
+    "dyn_moe": {"feed_forward": {"kind": "dyn_moe", "hidden": 12} | SML | THRESHOLDS},
+    "dyn_heads": {"mixer": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2} | THRESHOLDS},
+    "dyn_lora": {"mixer": {"kind": "dyn_lora", "base": GQA, "rank": 2} | THRESHOLDS},
+}
+"""Layers that choose experts, with all that has a state of its own."""
 
 
 @pytest.fixture
@@ -26,24 +37,24 @@ def run(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
 
-    def go(name, feed_forward, *, torn=False, **changes):
+    def go(name, layer, *, torn=False, **changes):
         last = tmp_path / name / "checkpoints" / "step-00000006"
         if torn:
             shutil.rmtree(last)
-        train(recipe(feed_forward, **changes), name, resume=torn)
+        train(recipe(layer, **changes), name, resume=torn)
         lm, _ = load(last)
         return lm.state_dict()
 
     return go
 
 
-def recipe(feed_forward, **changes):
-    gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+def recipe(layer, **changes):
+    plain = {"mixer": GQA, "feed_forward": {"kind": "swiglu", "hidden": 48}}
     return from_dict(
         {
             "model": {
                 **{"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64},
-                "pattern": [{"mixer": gqa, "feed_forward": feed_forward}],
+                "pattern": [plain | layer],
             },
             "tokenizer": {"train": {"vocab_size": 320}},
             "data": {"kind": "tasks", "count": 300, "digits": 2, "length": 4},
@@ -65,9 +76,9 @@ def recipe(feed_forward, **changes):
 
 def test_T4_splits_give_the_same_weights_and_the_same_bias(run):
     """The bias to the bit: it moves by whole steps on counts of the global batch."""
-    feed = ROUTED["deepseek_moe"]
-    whole = run("whole", feed, rows=8, accumulate=1)
-    parts = run("parts", feed, rows=2, accumulate=4)
+    layer = {"feed_forward": DEEPSEEK}
+    whole = run("whole", layer, rows=8, accumulate=1)
+    parts = run("parts", layer, rows=2, accumulate=4)
     for name, value in whole.items():
         if name.endswith("feed.bias"):
             assert value.abs().max() >= 0.01
@@ -76,24 +87,39 @@ def test_T4_splits_give_the_same_weights_and_the_same_bias(run):
             torch.testing.assert_close(parts[name], value, rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("kind", ROUTED)
-def test_T2_a_resumed_run_ends_in_the_same_bits(kind, run):
-    feed = ROUTED[kind] | ({"noise": 0.1} if kind == "deepseek_moe" else {})
-    whole = run("whole", feed)
-    run("torn", feed)
-    resumed = run("torn", feed, torn=True)
+@pytest.fixture
+def planted(monkeypatch):
+    """Every gate of thresholds begins with an expert that never fires."""
+    first = Gate.__init__
+
+    def init(self, *arguments):
+        first(self, *arguments)
+        with torch.no_grad():
+            self.thresholds[1] = 2.0
+
+    monkeypatch.setattr(Gate, "__init__", init)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_T2_a_resumed_run_ends_in_the_same_bits(kind, planted, run):
+    """Also where an expert is re-born between the resume and the end."""
+    layer = LAYERS[kind]
+    whole = run("whole", layer)
+    run("torn", layer)
+    resumed = run("torn", layer, torn=True)
+    assert all(value[1] < 1 for name, value in whole.items() if name.endswith("thresholds"))
+    assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_checkpointing_changes_no_bit(run):
-    feed = ROUTED["deepseek_moe"] | {"noise": 0.1}
-    kept, formed_again = run("kept", feed), run("again", feed, checkpointing=True)
+    kept, formed_again = run("kept", NOISY), run("again", NOISY, checkpointing=True)
     assert all(torch.equal(value, formed_again[name]) for name, value in kept.items())
 
 
 def test_a_dry_run_tells_how_many_parameters_a_token_meets(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
-    dry_run(recipe(ROUTED["topk_moe"]), "x")
+    dry_run(recipe(LAYERS["topk_moe"]), "x")
     idle = 2 * 2 * 3 * 32 * 24
     said = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
     total = int(said.split()[1].replace(",", ""))

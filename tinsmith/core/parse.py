@@ -108,6 +108,19 @@ Size = Annotated[int, _SizeBounds()]
 """The length of an axis of a tensor."""
 
 
+class _FiniteBounds:
+    """Lets neither NaN through, which is below no limit and above none, nor infinity."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.float_schema(allow_inf_nan=False)
+
+
+Finite = Annotated[float, _FiniteBounds()]
+"""A number of arithmetic."""
+
+
 def parse(kind: Any, data: Any, where: str = "") -> Any:
     """Validate plain data as `kind` (any type that pydantic understands).
 

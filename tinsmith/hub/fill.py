@@ -31,23 +31,27 @@ def fill(
     among them, they are folded into the weights.
 
     UserError, naming the first tensor, where one is missing, of another shape, or not wanted.
-    `dtype` None keeps what the files have.
+    `dtype` is that of weights, None what the files have; buffers always keep it.
     """
     with torch.device("meta"):
         lm, shapes = LM(config), _shapes(config, names, adapted)
     wanted = {name: names.theirs(name) for name in shapes}
     head = names.theirs(_HEAD) if config.tie_embeddings else None
-    counters = {names.theirs(name) for name, part in lm.named_buffers() if name not in shapes}
+    buffers = {name: names.theirs(name) for name, _ in lm.named_buffers()}
+    counters = {theirs for name, theirs in buffers.items() if name not in shapes}
     found = {name: part for name, part in found.items() if name not in counters}
     _compare({wanted[name]: shape for name, shape in shapes.items()}, found, head, where)
     stored = {name: found[name] for name in [*wanted.values(), head] if name in found}
-    state = read_tensors(stored, dtype if adapted is None else None, device)
+    kind = dtype if adapted is None else None
+    exact = {name: stored.pop(name) for name in buffers.values() if name in stored}
+    state = read_tensors(stored, kind, device) | read_tensors(exact, None, device)
     if head in state:
         _same(state.pop(head), state[wanted[_EMBED]], head, where)
     ours = {name: names.received(name, state[theirs], config) for name, theirs in wanted.items()}
     if adapted is not None:
         merged = lora.folded(*lora.split(ours), adapted.scale)
-        ours = {name: tensor.to(dtype or tensor.dtype) for name, tensor in merged.items()}
+        kinds = {name: dtype for name in merged if dtype and name not in buffers}
+        ours = {name: tensor.to(kinds.get(name, tensor.dtype)) for name, tensor in merged.items()}
     if config.tie_embeddings:
         ours[_HEAD] = ours[_EMBED]
     lm.load_state_dict(names.together(ours), assign=True)

@@ -2,9 +2,10 @@
 
     y = W x + s B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) (rsLoRA, 2312.03732)
 
-W is frozen, B is 0 at first. A linear layer computes the two small products. What reads a weight
-itself reads W + s B A: absorbed latents, oneDNN's order (`infer.packed`), and stacks of experts,
-every one of which has an A and a B of its own (PEFT's `target_parameters`).
+W is frozen, B is 0 at first. A linear layer computes the two small products, a gate in its own
+precision. What reads a weight itself reads W + s B A: absorbed latents, oneDNN's order
+(`infer.packed`), and stacks of experts, every one of which has an A and a B of its own (PEFT's
+`target_parameters`).
 
 An adapted module has its own class with an adapter in `module.lora[parameter]`, so that W keeps its
 name and place: state has `q_proj.weight` as before and `q_proj.lora.weight.A` and `.B` beside it.
@@ -27,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Size
+from tinsmith.core.parse import Config, Finite, Size
 from tinsmith.nn.parts.norm import exactly, wide
 from tinsmith.nn.parts.targets import chosen
 from tinsmith.nn.parts.trained import counts, train_only
+from tinsmith.nn.routing.gates import Scorer, scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,8 @@ class LoRA(Config):
 
     targets: str | tuple[str, ...] = "all"
     rank: Size = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    alpha: Finite = 32.0
+    dropout: Finite = 0.0
     rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -128,6 +130,19 @@ class AdaptedLinear(Adapted, nn.Linear):
         return y + adapter(input).to(y.dtype) if adapter.active else y
 
 
+class AdaptedGate(Adapted, Scorer):
+    """A gate with an adapter of its weight: as exact as without."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> logits (..., E)."""
+        logits = scored(input, _stored(self, "weight"))
+        adapter = _adapter(self, "weight")
+        if not adapter.active:
+            return logits
+        with exactly(input.device):
+            return logits + adapter(input)
+
+
 def _stored(module: nn.Module, name: str) -> nn.Parameter:
     """W itself: where it lies, not what `module.name` reads."""
     return cast(nn.Parameter, module._parameters[name])
@@ -145,12 +160,18 @@ def _reading(name: str) -> property:
     return property(read)
 
 
+def _adapted_base(kind: type[nn.Module]) -> type[Adapted]:
+    if issubclass(kind, Scorer):
+        return AdaptedGate
+    return AdaptedLinear if issubclass(kind, nn.Linear) else Adapted
+
+
 @cache
 def _adapted_kind(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class that reads `names` with their adapters, and is `kind` for the rest."""
-    base = AdaptedLinear if issubclass(kind, nn.Linear) else Adapted
     read = {name: _reading(name) for name in names}
-    return new_class(f"Adapted{kind.__name__}", (base, kind), None, lambda body: body.update(read))
+    bases = (_adapted_base(kind), kind)
+    return new_class(f"Adapted{kind.__name__}", bases, None, lambda body: body.update(read))
 
 
 def add(model: nn.Module, config: LoRA) -> None:

@@ -13,15 +13,17 @@ counts: a weight of 1 would teach the gate nothing.
 Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from tinsmith.core.parse import Size
+from tinsmith.core.parse import Finite, Size
 from tinsmith.nn.contract import FeedForwardKind, Reset, Site
 from tinsmith.nn.parts.choose import decided, top
+from tinsmith.nn.parts.norm import wide
 from tinsmith.nn.routing.balance import push, sequence
 from tinsmith.nn.routing.experts import Activation
 from tinsmith.nn.routing.gates import Route, weights_of, within_groups
@@ -40,12 +42,12 @@ class DeepSeekMoE(FeedForwardKind):
     activation: Activation = "swiglu"
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalise: bool = True
-    scale: float = 1.0
+    scale: Finite = 1.0
     groups: Size = 1
     kept_groups: Size | None = None  # null: all of them
-    bias_rate: float = 0.001
-    balance_weight: float = 0.0001
-    noise: float = 0.0
+    bias_rate: Finite = 0.001
+    balance_weight: Finite = 0.0001
+    noise: Finite = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(self.experts, self.top_k, self.hidden, self.shared)
@@ -82,6 +84,15 @@ class DeepSeekFeedForward(ChosenExperts):
         super().__init__(site, *sizes, config.activation)
         self.config = config
         self.register_buffer("bias", torch.zeros(config.experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts leave the bias in at least float32: rounded, it would choose others."""
+        exact = self.bias
+        super()._apply(fn, recurse)
+        kind = wide(self.bias.dtype)
+        if self.bias.dtype != kind:
+            self.bias = exact.to(self.bias.device, kind)
+        return self
 
     def route(self, x_ND: Tensor) -> Route:
         """By score and bias."""

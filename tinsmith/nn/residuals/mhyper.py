@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinsmith.core.parse import Size
+from tinsmith.core.parse import Finite, Size
 from tinsmith.nn.contract import Residual, ResidualKind, Site
 from tinsmith.nn.parts.norm import exactly, trains_eagerly, wide
 from tinsmith.nn.parts.streams import (
@@ -42,6 +42,8 @@ READ = 0.88
 """The share of its first stream in what a sub-layer reads at first."""
 STAY = 3.0
 """How much larger the logit on the diagonal of H_res is at first than those beside it."""
+COLDEST = 1e-6
+"""Logits over a smaller temperature may be beyond float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +53,16 @@ class MHyper(ResidualKind):
     kind: Literal["mhyper"] = "mhyper"
     streams: Size = 4
     sinkhorn_iterations: Size = 20
-    sinkhorn_temperature: float = 1.0
+    sinkhorn_temperature: Finite = 1.0
 
     def __post_init__(self) -> None:
         if self.streams < 2:
             raise ValueError(f"streams={self.streams} must be at least 2; one stream is `plain`")
         if self.sinkhorn_iterations < 1:
             raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1")
-        if not 0 < self.sinkhorn_temperature < math.inf:
+        if not self.sinkhorn_temperature >= COLDEST:
             given = f"sinkhorn_temperature={self.sinkhorn_temperature}"
-            raise ValueError(f"{given} must be a number above 0")
+            raise ValueError(f"{given} must be at least {COLDEST}")
 
     def build(self, site: Site) -> "MHyperResidual":
         """The module."""

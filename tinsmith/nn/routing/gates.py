@@ -40,10 +40,15 @@ class Scorer(nn.Linear):
         super().__init__(dim, experts, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) -> logits (..., E), at least float32, under autocast too."""
-        kind = wide(input.dtype)
-        with exactly(input.device):
-            return F.linear(input.to(kind), self.weight.to(kind))
+        """(..., D) -> logits (..., E), at least float32."""
+        return scored(input, self.weight)
+
+
+def scored(input: Tensor, weight_ED: Tensor) -> Tensor:
+    """(..., D) -> logits (..., E), at least float32, under autocast too."""
+    kind = wide(input.dtype)
+    with exactly(input.device):
+        return F.linear(input.to(kind), weight_ED.to(kind))
 
 
 def weights_of(scores_NE: Tensor, choices_NK: Tensor, renormalise: bool) -> Tensor:

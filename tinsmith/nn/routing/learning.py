@@ -12,8 +12,12 @@ a function of their weights, with the gradient g from above held fixed (first or
 second order is global, no layer knows it).
 
 Dark room: an expert that says nothing has no surprise and would win every token. The guard drops
-candidates whose |y| is below a tenth of the layer's median; the share of tokens that such an expert
-would have won, and the correlation of S with |y|, are always reported.
+candidates whose |y| is no more than a tenth of what is usual in the layer; the share of tokens that
+such an expert would have won, and the correlation of S with |y|, are always reported. Usual is the
+median weighted by |y| itself: half of all that is said is said in pairs of at least that size. The
+plain median would be nothing where half of the pairs are silent.
+
+Experts that the last window has born are no candidates: they have had no time to say anything.
 
 Legend: N tokens, E experts, P pairs of them, D width.
 """
@@ -24,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinsmith.core.parse import Config, Size
+from tinsmith.core.parse import Config, Finite, Size
 from tinsmith.nn.parts.choose import top
 from tinsmith.nn.parts.init import Stack
 from tinsmith.nn.parts.norm import wide
@@ -37,9 +41,9 @@ TEMPERATURE = 0.1
 """Of logits: cosines alone are too close to each other to tell one expert from thirty."""
 SOFTNESS = 0.2
 DARK = 1e-3
-"""Below this part of the median |y| an expert says nothing."""
+"""Up to this part of the usual |y| an expert says nothing."""
 DIM = 0.1
-"""Below this part the guard drops a candidate."""
+"""Up to this part the guard drops a candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class Learning(Config):
     """The keys of a router's own loss. `both` is task and smk."""
 
     router_grad: Literal["task", "smk", "sml", "both"] = "task"
-    router_weight: float = 1.0
+    router_weight: Finite = 1.0
     smk_target: Literal["hard", "soft"] = "hard"
     candidates: Literal["active", "active+r", "all"] = "active"
     extra_candidates: Size = 1  # r, drawn for each token
@@ -88,12 +92,12 @@ def learn(
     found = heard(probes)
     if found is None:
         return {}
-    surprise_NE, size_NE, known_NE = _candidates(config, experts, found)
-    usual = _median(size_NE[known_NE])
+    old_E = ~gate.window.newborn
+    surprise_NE, size_NE, known_NE = _candidates(config, experts, found, old_E)
+    usual = typical(size_NE[known_NE])
     stats = _report(surprise_NE, size_NE, known_NE, usual, found.upstream_N)
     if config.dark_room_guard:
-        known_NE = known_NE & (size_NE >= DIM * usual)
-    known_NE = known_NE & ~gate.window.newborn
+        known_NE = known_NE & (size_NE > DIM * usual)
     known_NE = known_NE & (known_NE.sum(-1, keepdim=True) > 1)
     prototypes, thresholds = (
         whole(parameter).requires_grad_() for parameter in (gate.prototypes, gate.thresholds)
@@ -132,6 +136,15 @@ def sml(logits_NE: Tensor, surprise_NE: Tensor, known_NE: Tensor) -> Tensor:
     return _mean(_softmax(logits_NE, known_NE) * relative_NE, known_NE)
 
 
+def typical(size_P: Tensor) -> Tensor:
+    """() the size at which half of the sum is reached from below; 0 without any."""
+    if not len(size_P):
+        return size_P.new_zeros(())
+    sorted_P = size_P.sort().values
+    below_P = sorted_P.cumsum(0)
+    return sorted_P[torch.searchsorted(below_P, below_P[-1] / 2)]
+
+
 def _relative(surprise_NE: Tensor, known_NE: Tensor) -> Tensor:
     """S over its mean among the candidates; 0 where all of them are 0."""
     kept_NE = surprise_NE.where(known_NE, 0)
@@ -151,18 +164,21 @@ def _mean(lost_NE: Tensor, known_NE: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _candidates(config: Learning, experts: Experts, found: Heard) -> tuple[Tensor, Tensor, Tensor]:
-    """S, |y| and whom they are known of, (N, E) each."""
+def _candidates(
+    config: Learning, experts: Experts, found: Heard, old_E: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S, |y|, 0 where not known, and whom they are known of among the old: (N, E) each."""
     active_NE = found.active_NE
     if config.candidates == "active" or found.gradient_ND is None:
-        return found.surprise_NE, found.size_NE, active_NE
+        known_NE = active_NE & old_E
+        return found.surprise_NE * known_NE, found.size_NE * known_NE, known_NE
     routed_N1 = active_NE.any(-1, keepdim=True)
-    known_NE = routed_N1.expand_as(active_NE)
+    known_NE = routed_N1 & old_E
     if config.candidates == "active+r":
-        drawn_NE = torch.rand_like(found.surprise_NE).masked_fill(active_NE, -1)
+        drawn_NE = torch.rand_like(found.surprise_NE).masked_fill(active_NE | ~old_E, -1)
         count = min(config.extra_candidates, drawn_NE.shape[1])
         extra_NE = torch.zeros_like(active_NE).scatter(-1, drawn_NE.topk(count, -1).indices, True)
-        known_NE = active_NE | (extra_NE & routed_N1)
+        known_NE = (active_NE | extra_NE) & known_NE
     said = closed_form(_weights(experts), found.x_ND, found.gradient_ND, known_NE)
     return *said, known_NE
 
@@ -208,7 +224,7 @@ def _report(
     relative_NE = surprise_NE / upstream_N.where(upstream_N > 0, torch.inf)[:, None]
     compared_N = known_NE.sum(-1) > 1
     least_N1 = surprise_NE.masked_fill(~known_NE, torch.inf).argmin(-1, keepdim=True)
-    silent_N = size_NE.gather(-1, least_N1)[:, 0] < DARK * usual
+    silent_N = size_NE.gather(-1, least_N1)[:, 0] <= DARK * usual
     centred = [x_NE - x_NE.sum() / pairs.clamp(min=1) for x_NE in (surprise_NE, size_NE)]
     one, other = (x_NE * known_NE for x_NE in centred)
     spread = one.norm() * other.norm()
@@ -220,7 +236,3 @@ def _report(
         "alike": alike * compared_N.sum(),
         "compared": compared_N.sum(),
     }
-
-
-def _median(x_P: Tensor) -> Tensor:
-    return x_P.median() if len(x_P) else x_P.new_zeros(())

@@ -1,0 +1,78 @@
+"""No number of a model's configuration may be NaN or infinite."""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse
+from tinsmith.nn.lora import LoRA
+from tinsmith.nn.mixers.dynlora import DynLoRA
+from tinsmith.nn.model import ModelConfig
+
+LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+REQUIRED = {
+    **{"vocab_size": 48, "dim": 64, "depth": 1, "pattern": [LAYER], "base": {"kind": "gqa"}},
+    **{"hidden": 8, "experts": 4, "factor": 2.0, "original_context": 64},
+}
+"""What has no default, wherever it is."""
+ELSEWHERE = {"index_weight"}
+"""Tested with the indexer."""
+
+
+def configs(kind: Any) -> Iterator[type]:
+    """Every config class inside of a type."""
+    if is_dataclass(kind):
+        yield kind  # type: ignore[misc]
+        for hint in get_type_hints(kind).values():
+            yield from configs(hint)
+    for inner in get_args(kind):
+        yield from configs(inner)
+
+
+def numbers() -> list[Any]:
+    """(class, key) of all numbers."""
+    kinds = dict.fromkeys([*configs(ModelConfig), LoRA])
+    found = [
+        (kind, key)
+        for kind in kinds
+        for key, hint in get_type_hints(kind).items()
+        if float in (hint, *get_args(hint))
+        and key in {field.name for field in fields(kind)} - ELSEWHERE
+    ]
+    return [pytest.param(*each, id=f"{each[0].__name__}-{each[1]}") for each in found]
+
+
+def smallest(kind: Any) -> dict[str, Any]:
+    """What `kind` can be made of."""
+    needs = [field.name for field in fields(kind) if field.default is MISSING]
+    return {name: REQUIRED[name] for name in needs if name in REQUIRED}
+
+
+def test_the_walk_finds_the_parts():
+    found = {case.id for case in numbers()}
+    assert found >= {
+        *("DynMoE-sdl_weight", "DynHeads-sdl_weight", "DynLoRA-alpha", "DynMoE-router_weight"),
+        *("DeepSeekMoE-noise", "TopKMoE-z_weight", "MHyper-sinkhorn_temperature", "LoRA-alpha"),
+        *("Dropout-attention", "ModelConfig-norm_eps", "Rope-theta", "Yarn-attention_factor"),
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "-inf", "nan"], ids=str)
+@pytest.mark.parametrize(("kind", "key"), numbers())
+def test_a_number_that_is_none_is_refused_in_one_line(kind, key, value):
+    parse(kind, smallest(kind), "here")
+    with pytest.raises(UserError) as error:
+        parse(kind, smallest(kind) | {key: value}, "here")
+    line = str(error.value)
+    assert line.startswith("here")
+    assert key in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0])
+def test_a_change_that_would_never_be_is_refused(alpha):
+    with pytest.raises(UserError, match=r"alpha=.* must be above 0"):
+        parse(DynLoRA, smallest(DynLoRA) | {"alpha": alpha}, "mixer")
