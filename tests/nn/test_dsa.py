@@ -316,9 +316,7 @@ def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
         ({"index_heads": 0}, "index_heads=0 must be at least 1"),
         ({"index_dim": 3, "rope_dim": 64}, "index_dim=3 must be even and divide rope_dim=64"),
         ({"index_dim": 24, "rope_dim": 64}, "index_dim=24 must be even and divide rope_dim=64"),
-        ({"index_weight": -1.0}, "index_weight=-1.0 must be a number from 0"),
-        ({"index_weight": float("nan")}, "index_weight=nan must be a number from 0"),
-        ({"index_weight": float("inf")}, "index_weight=inf must be a number from 0"),
+        ({"index_weight": -1.0}, "index_weight=-1.0 must be at least 0"),
         ({"rope_dim": 5}, "rope_dim=5 must be even"),
     ],
 )

@@ -18,8 +18,6 @@ REQUIRED = {
     **{"hidden": 8, "experts": 4, "factor": 2.0, "original_context": 64},
 }
 """What has no default, wherever it is."""
-ELSEWHERE = {"index_weight"}
-"""Tested with the indexer."""
 
 
 def configs(kind: Any) -> Iterator[type]:
@@ -39,8 +37,7 @@ def numbers() -> list[Any]:
         (kind, key)
         for kind in kinds
         for key, hint in get_type_hints(kind).items()
-        if float in (hint, *get_args(hint))
-        and key in {field.name for field in fields(kind)} - ELSEWHERE
+        if float in (hint, *get_args(hint)) and key in {field.name for field in fields(kind)}
     ]
     return [pytest.param(*each, id=f"{each[0].__name__}-{each[1]}") for each in found]
 

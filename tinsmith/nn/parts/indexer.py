@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinsmith.core.parse import Size
+from tinsmith.core.parse import Finite, Size
 from tinsmith.nn.contract import Rotary
 from tinsmith.nn.parts.latent import LatentHeads
 from tinsmith.nn.parts.norm import LayerNorm, exactly, wide
@@ -34,7 +34,7 @@ class IndexedHeads(LatentHeads):
     keep: Size = 64
     index_heads: Size = 4
     index_dim: Size = 32
-    index_weight: float = 1.0
+    index_weight: Finite = 1.0
     index_target: Literal["dense", "selected"] = "dense"
 
     def __post_init__(self) -> None:
@@ -45,8 +45,8 @@ class IndexedHeads(LatentHeads):
         width, turned = self.index_dim, self.rope_dim
         if width < turned and (turned % width or width % 2):
             raise ValueError(f"index_dim={width} must be even and divide rope_dim={turned}")
-        if not 0 <= self.index_weight < math.inf:
-            raise ValueError(f"index_weight={self.index_weight} must be a number from 0")
+        if not self.index_weight >= 0:
+            raise ValueError(f"index_weight={self.index_weight} must be at least 0")
 
     def indexer(self, dim: int) -> "Indexer":
         """What scores earlier tokens, at model width `dim`."""
