@@ -22,7 +22,8 @@ how; nothing here is chosen: hyper-parameters are those of `recipes/tiny`.
 - **KL** from the SFT model, nats of an answer: k3 on answers that the model sampled itself;
 - **tokens** of answers, in thousands: generated, or, of `dpo` (right answers against those one too
   high, both counted) and `sft` (right answers alone, training simply goes on), trained on;
-- **seconds** of all steps, rollouts included; **memory**: MiB by which training raised the peak of
+- **seconds** of all steps, rollouts included: a hint only, where other work shares the machine, as
+  their spread tells; **memory**: MiB by which training raised the peak of
   resident memory of a process of its own (`VmHWM`, where there is no `/proc`, `ru_maxrss`); the
   model has 0.1M parameters, so most of it is the same for all.
 
