@@ -121,6 +121,10 @@ class ObjectiveConfigBase(Config):
     """Whether the policy generates answers while it is trained; then each process needs all of
     it.
     """
+    still: ClassVar[bool] = False
+    """Whether the policy is compared with itself as it was, so that it is to have no dropout and no
+    router noise (`objectives.still`).
+    """
 
     @property
     def shape(self) -> Shape:

@@ -6,6 +6,9 @@ A rollout takes `train.rows` prompts over all processes, `answers` times each. I
 micro-batches of the trainer: with `train.accumulate` equal to `minibatches`, a pass is one
 optimizer step. Part k has every `minibatches`-th prompt, whole groups, so that parts are the same
 however many processes there are. The rollout in hand and the place in it are saved with the run.
+
+The policy has no dropout and no router noise (`still.py`), so at the first step after a rollout the
+new policy is the old one: every ratio is 1.
 """
 
 import math
@@ -31,6 +34,7 @@ from tinsmith.objectives.reference import reference
 from tinsmith.objectives.rewards import Answer, judge
 from tinsmith.objectives.rollout import Episode, Limits, Rollout, collate, join, roll_out
 from tinsmith.objectives.rules import Exact, Learned, RewardConfig
+from tinsmith.objectives.still import check_still
 from tinsmith.objectives.tools import ToolName, Tools
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -41,6 +45,7 @@ class Online(ObjectiveConfigBase):
 
     shape: ClassVar[Shape] = "prompts"
     answers_itself: ClassVar[bool] = True
+    still: ClassVar[bool] = True
     rewards: tuple[RewardConfig, ...] = (Exact(),)
     """What answers are judged by; the reward is their weighted sum."""
     answers: Count = 1
@@ -112,7 +117,8 @@ class OnlineObjective(Objective):
         """Parts of `rollout` that were given, over all passes."""
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Rewards read text, and answers have an end."""
+        """Rewards read text, and answers have an end; the policy must be still."""
+        check_still(policy)
         self.tokenizer = tokenizer
         self.rules = [each.rule(self.scorers) for each in self.config.rewards]
         tools = self.config.tools

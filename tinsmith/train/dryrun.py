@@ -32,7 +32,7 @@ from tinsmith.text.bpe import SMALLEST, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.folder import run_folder, runs_root
 from tinsmith.train.parallel import pick_device
-from tinsmith.train.start import agreed_model, check_questions
+from tinsmith.train.start import check_questions, policy_adapters, policy_model
 
 LARGEST = 1_000_000_000
 """Parameters of a model whose step is still tried."""
@@ -47,8 +47,8 @@ def dry_run(config: RunConfig, name: str) -> None:
     check_questions(config)
     with torch.device("meta"):
         shape = LM(model)
-        if config.lora is not None:
-            lora.add(shape, config.lora)
+        if (adapters := policy_adapters(config)) is not None:
+            lora.add(shape, adapters)
     _parameters(shape, config)
     _cost(shape, model, config)
     for line in check_data(config.data, config.objective.shape):
@@ -66,10 +66,9 @@ def dry_run(config: RunConfig, name: str) -> None:
 
 def _model_config(config: RunConfig) -> ModelConfig:
     if config.init_from is None:
-        assert config.model is not None
-        return config.model
+        return policy_model(config)
     lm, _ = load(config.init_from)
-    return agreed_model(config, lm.config)
+    return policy_model(config, lm.config)
 
 
 def _recipe(config: RunConfig) -> None:
@@ -161,8 +160,8 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     began = time.monotonic()
     seed_all(config.train.seed)
     lm, objective = LM(model), config.objective.build()
-    if config.lora is not None:
-        lora.add(lm, config.lora)
+    if (adapters := policy_adapters(config)) is not None:
+        lora.add(lm, adapters)
     lm.checkpointing = config.train.checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
     objective.frozen = dict.fromkeys(config.objective.judges(), judge)
