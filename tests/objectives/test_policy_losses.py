@@ -233,7 +233,7 @@ def test_an_unknown_loss_and_a_divergence_from_nothing_are_refused(case):
     new, old, reference, advantages, mask = case
     with pytest.raises(ValueError, match="loss=nope must be grpo, dapo, dr_grpo or cispo"):
         grpo_loss(new, old, reference, advantages, mask, **keywords("nope"))
-    with pytest.raises(ValueError, match="beta=0.04 wants reference_logprobs"):
+    with pytest.raises(ValueError, match=r"beta=0\.04 wants reference_logprobs"):
         grpo_loss(new, old, None, advantages, mask, **keywords("grpo"))
 
 

@@ -77,18 +77,19 @@ class Online(ObjectiveConfigBase):
     """Of sampling."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("answers", "max_new", "decode_rows", "minibatches", "updates", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.rewards:
             raise ValueError("rewards must name at least one")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be above 0, and finite")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low={self.clip_low} must be from 0 to 1")
         for name in ("clip_high", "beta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
     @property
     def longest(self) -> int:
