@@ -169,8 +169,8 @@ def unit_tests(prompt: Prompt, text: str, *, limits: Limits = LIMITS) -> float:
 
     The program is the last fenced block of what follows `</think>`, or all of it. Tests are Python
     statements in `test_list` or `tests` (a list or a text), after `test_setup_code`. They run in
-    the sandbox; whatever the program does there, it has failed if it did not come to their end. Only
-    one that searches Python's own frames could say that it did: the sandbox is no wall.
+    the sandbox; whatever the program does there, it has failed if it did not come to their end. (A
+    search through Python's own frames would find what to say there: the sandbox is no wall.)
     ValueError where the row has no tests.
     """
     tests = prompt.record.get("test_list") or prompt.record.get("tests")
