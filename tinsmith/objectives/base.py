@@ -154,6 +154,9 @@ class ObjectiveConfigBase(Config):
         """The folders of the trained reward models that it asks."""
         return ()
 
+    def check_share(self, prompts: int) -> None:
+        """UserError where `prompts`, a process's part of `train.rows`, do not come out even."""
+
     def build(self) -> "Objective":
         """The objective."""
         raise NotImplementedError

@@ -100,6 +100,14 @@ class Online(ObjectiveConfigBase):
         """The reference, where anything is compared with it."""
         return {"reference": None} if self.beta > 0 else {}
 
+    def check_share(self, prompts: int) -> None:
+        """Parts of a rollout are equal."""
+        if prompts % self.minibatches:
+            raise UserError(
+                f"objective.minibatches: {self.minibatches} must divide the {prompts} prompts of a "
+                "process (train.rows over the processes)"
+            )
+
     def reward_models(self) -> tuple[str, ...]:
         """Those among the rewards."""
         return tuple(each.path for each in self.rewards if isinstance(each, Learned))
@@ -138,11 +146,7 @@ class OnlineObjective(Objective):
         UserError where prompts do not come out even.
         """
         parts, total = self.config.minibatches, self.config.minibatches * self.config.updates
-        if feed.share % parts:
-            raise UserError(
-                f"objective.minibatches: {parts} must divide the {feed.share} prompts of a process "
-                "(train.rows over the processes)"
-            )
+        self.config.check_share(feed.share)
         while True:
             if self.rollout is None or self.place >= total:
                 self.rollout, self.place = self.fresh(feed, policy), 0
