@@ -1,5 +1,7 @@
 """What is compared with itself has nothing in it that is drawn at random."""
 
+from typing import Any
+
 import pytest
 
 from tinsmith.nn import lora
@@ -16,6 +18,8 @@ RESTLESS = [
     *({name: [LAYER]} for name in ("first", "pattern", "last")),
 ]
 DROPS = lora.LoRA(targets="q_proj", rank=2, dropout=0.1)
+NOBODY: Any = None
+"""The tokenizer; none is asked for."""
 
 
 @pytest.mark.parametrize("config", [DPO(), GRPO(), PPO(), SPO()], ids=lambda config: config.kind)
@@ -24,16 +28,16 @@ def test_a_restless_policy_is_refused(model, config, small):
     assert config.still
     lm = small(**model)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
-        config.build().prepare(lm, None)
+        config.build().prepare(lm, NOBODY)
     again = still_model(lm.config)
     assert again == still_model(again)
-    DPO().build().prepare(small(**again.to_dict()), None)
+    DPO().build().prepare(small(**again.to_dict()), NOBODY)
 
 
 def test_adapters_that_drop_are_refused_too(small):
     lm, calm = small(), small()
     lora.add(lm, DROPS)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
-        DPO().build().prepare(lm, None)
+        DPO().build().prepare(lm, NOBODY)
     lora.add(calm, still_adapters(DROPS))
-    DPO().build().prepare(calm, None)
+    DPO().build().prepare(calm, NOBODY)
