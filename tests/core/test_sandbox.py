@@ -40,6 +40,19 @@ def test_a_sound_program_says_what_it_says():
     assert found.output.splitlines() == ["hällo 42", "aside"]
 
 
+def test_a_program_does_not_have_its_own_text_on_stdin():
+    """As a file it could be read again."""
+    found = run_python("import os\nprint(os.read(0, 9), os.lseek(0, 0, 0), os.read(0, 9))")
+    assert found.output == "b'' 0 b''\n"
+
+
+def test_a_program_is_main_and_imports_for_itself():
+    named = "import sys\nprint(__name__, vars(sys.modules['__main__']) is globals())"
+    assert run_python(named).output == "__main__ True\n"
+    for name in ("os", "sys"):
+        assert f"NameError: name '{name}' is not defined" in run_python(name).output
+
+
 def test_a_failing_program_fails_with_its_traceback():
     found = run_python("assert 1 == 2, 'no'")
     assert (found.status, found.code) == ("failed", 1)

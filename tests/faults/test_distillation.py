@@ -108,7 +108,7 @@ def pair(place, data: dict, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_T3_two_ranks_have_the_losses_and_gradients_of_one_process(
+def test_T3_two_ranks_have_the_losses_and_gradient_norms_of_one_process(
     kind, shared_place, students, steady_model
 ):
     """With AdamW, as in test_ranks.py."""

@@ -22,12 +22,10 @@ COMMON = {
 
 def recipe_of(kind: str, recipe: dict) -> dict:
     """Steps in the middle of rollouts; 12 prompts, so that SPO meets them again."""
-    model = {**recipe["model"], "dropout": {}}
     train = {"steps": 10, "rows": 4, "accumulate": 1, "context": 64, "precision": "fp32"}
     train |= {"save_every": 3, "eval_every": 4, "sample_every": 5, "keep": recipe["train"]["keep"]}
     data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 14, "digits": 1, "validation": 0.15}
     return recipe | {
-        "model": model,
         "data": data,
         "train": train,
         "objective": OBJECTIVES[kind] | COMMON,

@@ -90,6 +90,25 @@ def test_a_prompt_without_an_answer_is_always_answered_by_the_student(made):
     assert bool(lesson.student.mask[0].any())
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_an_answer_of_the_data_ends_where_the_students_context_does(positions, tokenizer, small):
+    """The teacher has room for all of it, and the last prompt fills the student's context."""
+    source = Prompts(tokenizer)
+    room = len(source.prompt(3).ids)
+    objective = OnPolicyKD(teacher="x", max_new=200, share=Ramp(begin=0, end=0)).build()
+    objective.frozen = {"teacher": small(vocab_size=VOCAB, max_context=512).eval()}
+    student = small(vocab_size=VOCAB, max_context=room, positions=positions)
+    objective.prepare(student, tokenizer)
+    lesson = next(objective.batches(Feed(source, 4, 0, 1), student))
+    held = (lesson.student.segments >= 0).sum(1) + 1
+    assert held.tolist() == [
+        min(room, len(prompt.ids) + len(objective.given(prompt))) for prompt in source.prompts(0, 4)
+    ]
+    assert not bool(lesson.student.mask[3].any())
+    assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
+    assert bool(torch.isfinite(objective.loss(student, lesson).total))
+
+
 def test_without_a_hint_both_read_the_same(made):
     (lesson,) = batches(made, 1)
     assert torch.equal(lesson.student.ids, lesson.teacher.ids)

@@ -207,3 +207,38 @@ def test_k1_has_no_expected_gradient_k2_is_reverse_and_k3_forward_kl():
     assert torch.allclose(enumerated("k2")[0], reverse, atol=1e-14)
     assert torch.allclose(enumerated("k3")[0], forward, atol=1e-14)
     assert not torch.allclose(reverse, forward, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("apart", [100.0, -100.0])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ratios_beyond_float32_are_finite_and_clipped_ones_have_no_gradient(loss, apart, estimator):
+    """exp(89) is infinite in float32, and 0 * infinity no number."""
+    old = torch.tensor([[-1.0, -1.0, -1.0]])
+    new = (old + apart).requires_grad_()
+    advantages, mask = torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    told = keywords(loss, beta=0.04) | {"estimator": estimator}
+    total = grpo_loss(new, old, old, advantages, mask, **told)
+    (slope,) = torch.autograd.grad(total, new)
+    assert bool(torch.isfinite(total))
+    assert bool(torch.isfinite(slope).all())
+    total = policy_loss(new, old, advantages, mask, 0.2)
+    (slope,) = torch.autograd.grad(total, new)
+    assert bool(torch.isfinite(total))
+    assert slope[0, 1] == 0
+    assert slope[0, 0 if apart > 0 else 2] == 0, "clipped"
+
+
+def test_an_unknown_loss_and_a_divergence_from_nothing_are_refused(case):
+    new, old, reference, advantages, mask = case
+    with pytest.raises(ValueError, match="loss=nope must be grpo, dapo, dr_grpo or cispo"):
+        grpo_loss(new, old, reference, advantages, mask, **keywords("nope"))
+    with pytest.raises(ValueError, match=r"beta=0\.04 wants reference_logprobs"):
+        grpo_loss(new, old, None, advantages, mask, **keywords("grpo"))
+
+
+def test_whole_rewards_are_judged_like_others():
+    assert torch.equal(
+        group_advantages(torch.tensor([[1, 0, 0, 1]])),
+        group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])),
+    )

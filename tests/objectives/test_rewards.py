@@ -121,6 +121,21 @@ def test_unit_tests_are_passed_or_not_whatever_the_program_does(text, worth):
     assert unit_tests(asked(test_list=TESTS), text, limits=Limits(seconds=5.0)) == worth
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(os.lseek(0, 0, 0), os.read(0, 10**6))",
+        "open('/proc/self/fd/0').read()",
+        "sys._getframe().f_code.co_consts",
+    ],
+)
+def test_a_program_does_not_find_what_it_would_say_at_its_end(said):
+    """It would be a way to pass without passing."""
+    program = f"import os, re, sys\nsaid = str({said})\n"
+    program += "print(*re.findall('[0-9a-f]{32}', said))\nos._exit(0)"
+    assert unit_tests(asked(test_list=TESTS), program) == 0
+
+
 def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
     def fails(prompt, text):
         if text == "raise":
@@ -155,6 +170,37 @@ def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
     found = judge([Rule("model", gone, 2.0, lowest=-1.0)], [Answer(asked(), "5")] * 2)
     assert found.rewards == [-2.0, -2.0]
     assert [failure.place for failure in found.failures] == [0, 1]
+
+
+@pytest.mark.parametrize("given", [[1.0], [1.0] * 3, []], ids=len)
+def test_a_panel_that_gives_too_few_or_too_many_values_fails_for_every_answer(given):
+    found = judge([Rule("model", lambda answers: given)], [Answer(asked(), "5")] * 2)
+    assert found.rewards == [0.0, 0.0]
+    assert [failure.place for failure in found.failures] == [0, 1]
+    assert found.failures[0].reason == f"ValueError: {len(given)} rewards for 2 answers"
+
+
+def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():
+    def leaves(prompt, text):
+        raise SystemExit(3)
+
+    def panel(answers):
+        raise SystemExit(3)
+
+    for reward in (each(leaves), panel):
+        found = judge([Rule("odd", reward)], [Answer(asked(), "5")])
+        assert [failure.reason for failure in found.failures] == ["SystemExit: 3"]
+
+    def asks_to_stop(prompt, text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge([Rule("odd", each(asks_to_stop))], [Answer(asked(), "5")])
+
+
+def test_a_classifier_that_is_nowhere_is_said_to_be():
+    with pytest.raises(UserError, match=r"objective\.rewards: /nowhere: no such folder"):
+        Classifier("/nowhere")
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
 """What a dry run estimates."""
 
+import math
+
 import pytest
 import torch
 
 from tinsmith.config import from_dict
+from tinsmith.core.errors import UserError
 from tinsmith.nn.model import LM
-from tinsmith.train.dryrun import memory
+from tinsmith.objectives.pretrain import CrossEntropy
+from tinsmith.train.dryrun import dry_run, memory
 
 MODEL = {
     **{"vocab_size": 320, "dim": 64, "depth": 4},
@@ -69,3 +73,61 @@ def test_checkpointed_blocks_keep_all_streams_at_their_border():
     tokens = 8 * 128
     borders = tokens * 2 * 4 * (4 - 1) * 64 * wide
     assert several - plain == pytest.approx(borders + tokens * 2 * 4 * (4 * 64 + 64))
+
+
+def tried(objective, **train):
+    layer = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 32}}
+    model = {"vocab_size": 320, "dim": 32, "depth": 1, "max_context": 64, "pattern": [layer]}
+    data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 100}
+    recipe = {"model": model, "data": data, "objective": objective}
+    dry_run(from_dict(recipe | {"train": {"steps": 2, "context": 64, "rows": 4} | train}), "dry")
+
+
+@pytest.fixture
+def loss_of(monkeypatch):
+    """Makes the first loss of SFT any number, with its gradient or another."""
+
+    def make(number, slope=1.0):
+        own = CrossEntropy.loss
+
+        def loss(self, policy, batch):
+            said = own(self, policy, batch)
+            steep = (said.total - said.total.detach()) * slope
+            return said._replace(total=steep + number)
+
+        monkeypatch.setattr(CrossEntropy, "loss", loss)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("number", "slope"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.inf), (1.0, math.nan)]
+)
+def test_a_first_step_that_is_not_finite_is_refused_in_one_line(number, slope, loss_of, capsys):
+    loss_of(number, slope)
+    with pytest.raises(UserError, match=r"^the first step is not finite: loss .*gradient") as found:
+        tried({"kind": "sft"})
+    assert "\n" not in str(found.value)
+    assert "dry run   ok" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "kd", "teacher": "runs/nowhere"},
+        {"kind": "on_policy_kd", "teacher": "runs/nowhere"},
+        {"kind": "dpo", "reference": "runs/nowhere"},
+    ],
+    ids=lambda objective: objective["kind"],
+)
+def test_a_judge_that_is_nowhere_is_refused(objective):
+    with pytest.raises(UserError, match=r"objective\.(teacher|reference): .*runs/nowhere"):
+        tried(objective)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "spo"])
+def test_minibatches_that_do_not_divide_the_prompts_are_refused(kind):
+    objective = {"kind": kind, "max_new": 4, "minibatches": 3}
+    with pytest.raises(UserError, match=r"objective\.minibatches: 3 must divide the 4 prompts"):
+        tried(objective)
+    tried(objective, rows=6)

@@ -90,6 +90,29 @@ def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
     assert rows[0][3:] == rows[1][-3:]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_T2_the_first_ratio_is_1_where_the_model_could_drop_and_be_noisy(kind, noisy):
+    """Answers come from a policy in eval mode; a step later the same in training mode."""
+    section = {"kind": kind, "max_new": 6, "rewards": [{"kind": "variety"}]}
+    lora = {"targets": "mixer.q_proj", "rank": 2, "dropout": 0.3}
+    steps = {"steps": 2, "precision": "fp32", "save_every": 1}
+    data = RECIPE | {"model": noisy, "objective": section, "lora": lora}
+    data |= {"train": RECIPE["train"] | steps}
+    folder = train(from_dict(data), kind)
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 2
+    for line in steps:
+        assert line["moved_k2"] < 1e-10
+        assert line["clipped"] == 0
+    resumed = train(
+        from_dict(data), "resumed", resume_from=folder / "checkpoints" / "step-00000001"
+    )
+    last = "checkpoints/step-00000002"
+    for file in sorted((folder / last).glob("*.safetensors")):
+        assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
+
+
 def test_ppo_takes_no_step_that_has_moved_too_far():
     """The second pass over the first rollout, after the step of the first."""
     objective = {"kind": "ppo", "max_new": 6, "rewards": [{"kind": "variety"}], "updates": 2}

@@ -15,12 +15,14 @@ from tinsmith.hub.load import load
 from tinsmith.text.chat import encode_chat, normalise
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.judges import scorer
+from tinsmith.train.start import policy_model
 from tinsmith.train.trainer import train
 from tinsmith.verbs.evaluate import Text, evaluate
 
 KIND = ["Gladly.", "Here you are.", "Of course.", "With pleasure."]
 RUDE = ["Go away.", "No way.", "Stop that.", "I will not."]
 CPU = torch.device("cpu")
+OBJECTIVE = {"objective": {"kind": "dpo"}}
 
 
 @pytest.fixture
@@ -117,6 +119,38 @@ def test_T11_dpo_starts_at_ln_2_and_ends_in_its_band(run):
     assert last["loss"] < 0.45
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_a_policy_that_could_drop_and_be_noisy_is_its_reference_at_the_first_step(
+    loss, run, recipe, noisy
+):
+    """Dropout of model and adapters, and a noisy router, whose losses and statistics stay."""
+    recipe["model"] = noisy | {"vocab_size": 384}
+    recipe["lora"] = {"targets": "mixer.q_proj", "rank": 2, "dropout": 0.3}
+    folder = run(loss, {"kind": "dpo", "loss": loss}, steps=2)
+    first = rows(folder, "train")[0]
+    assert first["margin"] == first["accuracy"] == 0
+    assert first["loss"] == pytest.approx(math.log(2) if loss == "sigmoid" else 1.0, abs=1e-7)
+    assert first["balance"] > 0, "the router still has its loss"
+    lm, _ = load(folder)
+    assert lm.config.dropout.residual == lm.config.layers[0].feed_forward.noise == 0
+
+
+def test_a_model_that_was_still_may_have_dropout_again(run, recipe, noisy):
+    """`model` may repeat the one of `init_from`, whose last run had no use for dropout."""
+    told = {**recipe["model"], "pattern": noisy["pattern"]}
+    recipe["model"] = told
+    folder = run("still", {"kind": "dpo"}, steps=1)
+    again = from_dict(recipe | {"objective": {"kind": "reward"}, "init_from": str(folder)})
+    assert again.model is not None
+    found = policy_model(again, load(folder)[0].config)
+    assert found == again.model
+    assert found.dropout.residual == 0.1
+    assert found.layers[0].feed_forward.noise == 0.5
+    other = from_dict(recipe | {"model": told | {"dim": 64}, "init_from": str(folder)} | OBJECTIVE)
+    with pytest.raises(UserError, match="model: differs from that of init_from"):
+        policy_model(other, load(folder)[0].config)
+
+
 def test_T11_a_reward_model_ranks_held_back_pairs(run):
     folder = run("band", {"kind": "reward"}, steps=40, eval_every=40, save_every=40, plain=True)
     first, last = rows(folder, "train")[0], rows(folder, "eval")[-1]
@@ -202,4 +236,10 @@ def test_a_dry_run_tries_a_step_of_a_pair(objective, recipe, monkeypatch, tmp_pa
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "none"))
     model = {**recipe["model"], "dropout": {}}
     dry_run(from_dict(recipe | {"objective": objective, "model": model}), "x")
+    assert "loss 0.693" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_dpo_has_no_dropout_either(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "none"))
+    dry_run(from_dict(recipe | OBJECTIVE), "x")
     assert "loss 0.693" in capsys.readouterr().out

@@ -22,6 +22,17 @@ from typing import Literal, NamedTuple
 from tinsmith.core.errors import UserError
 
 Status = Literal["ok", "failed", "timeout", "flood"]
+_LOADER = """\
+def _load():
+    import os, sys
+    text = sys.stdin.buffer.read()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return compile(text, "<program>", "exec")
+exec(_load())
+"""
+"""Becomes the program that stdin holds, and leaves it nothing there to read again."""
 _KEPT = 4096
 """Bytes read at a time."""
 
@@ -76,7 +87,7 @@ def run_python(program: str, limits: Limits = Limits()) -> Outcome:
         source.write(program.encode("utf-8", "replace"))
         source.seek(0)
         process = subprocess.Popen(
-            [*python, confine, json.dumps(wanted), *python, "-"],
+            [*python, confine, json.dumps(wanted), *python, "-c", _LOADER],
             stdin=source,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -84,10 +95,10 @@ def run_python(program: str, limits: Limits = Limits()) -> Outcome:
             cwd="/",
             start_new_session=True,
         )
-        try:
-            status, said = _listen(process, began + limits.seconds, limits.output_bytes)
-        finally:
-            _end(process)
+    try:
+        status, said = _listen(process, began + limits.seconds, limits.output_bytes)
+    finally:
+        _end(process)
     code = process.returncode
     if status == "ok" and code:
         status = "failed"

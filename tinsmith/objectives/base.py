@@ -2,7 +2,9 @@
 the global units.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -114,13 +116,24 @@ class Alone:
         return [tensors]
 
 
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfigBase(Config):
-    """Base of every objective's config."""
+    """Base of every objective's config: none of its numbers is infinite, or none at all."""
 
     answers_itself: ClassVar[bool] = False
     """Whether the policy generates answers while it is trained; then each process needs all of
     it.
     """
+    still: ClassVar[bool] = False
+    """Whether the policy is compared with itself as it was, so that it is to have no dropout and no
+    router noise (`objectives.still`).
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be a finite number")
 
     @property
     def shape(self) -> Shape:
@@ -140,6 +153,9 @@ class ObjectiveConfigBase(Config):
     def reward_models(self) -> tuple[str, ...]:
         """The folders of the trained reward models that it asks."""
         return ()
+
+    def check_share(self, prompts: int) -> None:
+        """UserError where `prompts`, a process's part of `train.rows`, do not come out even."""
 
     def build(self) -> "Objective":
         """The objective."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
@@ -25,6 +26,8 @@ class Classifier:
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        if not Path(folder).is_dir():
+            raise UserError(f"{_WHERE} {folder}: no such folder")
         local = {"local_files_only": True, "trust_remote_code": False}
         opened = AutoModelForSequenceClassification.from_pretrained
         try:

@@ -7,8 +7,8 @@ Rafailov et al., 2305.18290, equation 7. Log-probabilities are sums over the ans
 the paper; `normalise: length` divides each by its answer's tokens, which is another objective: its
 reward is one per token, and its gradient smaller by the length, so that it wants a larger beta.
 
-Policy and reference read the same batch in the same precision, so a policy that is its reference
-has exactly ln 2 to pay.
+Policy and reference read the same batch in the same precision, and neither has dropout or router
+noise (`still.py`), so a policy that is its reference has exactly ln 2 to pay.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ from tinsmith.objectives.base import (
 from tinsmith.objectives.logprobs import chosen_logprobs, row_sums
 from tinsmith.objectives.preferences import Judged, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from tinsmith.objectives.reference import reference
+from tinsmith.objectives.still import check_still
+from tinsmith.text.tokenizer import Tokenizer
 
 _WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -42,6 +44,7 @@ class DPO(ObjectiveConfigBase):
 
     kind: Literal["dpo"] = "dpo"
     shape: ClassVar[Shape] = "pairs"
+    still: ClassVar[bool] = True
     loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     """`sigmoid` is DPO; `simpo` and `orpo` want no reference and are means over tokens; `kto`
     weighs both sides by themselves."""
@@ -58,6 +61,7 @@ class DPO(ObjectiveConfigBase):
     step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
@@ -129,6 +133,10 @@ class Preference(Objective):
         super().__init__()
         self.config = config
         self.register_buffer("drift", torch.zeros((), dtype=torch.float64))
+
+    def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
+        """The policy must be still."""
+        check_still(policy)
 
     def weight(self, batch: Batch) -> Tensor:
         """Pairs."""

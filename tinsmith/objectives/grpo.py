@@ -9,7 +9,7 @@ each + beta * KL(pi to the reference), by the estimator k3, which as a loss is t
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from tinsmith.objectives.base import Loss, Metric, aux_metrics, with_aux
 from tinsmith.objectives.logprobs import LossEstimator, kl
 from tinsmith.objectives.online import Online, OnlineObjective
 from tinsmith.objectives.outcomes import told
-from tinsmith.objectives.ratio import log_ratio, per_token, surrogate
+from tinsmith.objectives.ratio import log_ratio, per_token, ratio, surrogate
 from tinsmith.objectives.rollout import Rollout
 
 LossName = Literal["grpo", "dapo", "dr_grpo", "cispo"]
@@ -29,8 +29,11 @@ LossName = Literal["grpo", "dapo", "dr_grpo", "cispo"]
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """(P, G) rewards of G answers to each of P prompts -> (P, G) advantages: less the group's mean,
-    over its population standard deviation + 1e-4. Equal rewards give exactly 0.
+    over its population standard deviation + 1e-4. Equal rewards give exactly 0. Whole rewards are
+    taken as torch's default float.
     """
+    if not rewards.is_floating_point():
+        rewards = rewards.to(torch.get_default_dtype())
     centred = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.std(1, keepdim=True, correction=0) + 1e-4
     return torch.where(degenerate(rewards)[:, None], 0, centred / spread)
@@ -60,7 +63,7 @@ def grpo_loss(
     be None where `beta` is 0. `dr_grpo` wants `max_length`, the longest an answer may be.
 
     Masked positions get exactly zero gradient; no tokens at all give 0. ValueError for an unknown
-    `loss`, and for `dr_grpo` without `max_length`.
+    `loss`, for `dr_grpo` without `max_length`, and for a `beta` without `reference_logprobs`.
     """
     each = token_loss(
         logprobs,
@@ -106,14 +109,18 @@ def token_loss(
     loss: LossName,
     estimator: LossEstimator = "k3",
 ) -> Tensor:
-    """The loss (B, T) of every token, 0 where masked."""
+    """The loss (B, T) of every token, 0 where masked. ValueError as in `grpo_loss`."""
+    if loss not in get_args(LossName):
+        raise ValueError(f"loss={loss} must be grpo, dapo, dr_grpo or cispo")
     if loss == "cispo":
-        held = log_ratio(logprobs, old_logprobs, mask).exp().clamp(max=1 + clip_high).detach()
+        held = ratio(logprobs, old_logprobs, mask).clamp(max=1 + clip_high).detach()
         each = -held * per_token(advantages, mask) * torch.where(mask.bool(), logprobs, 0)
     else:
         each = surrogate(logprobs, old_logprobs, advantages, mask, clip_low, clip_high)
-    if beta == 0 or reference_logprobs is None:
+    if beta == 0:
         return each
+    if reference_logprobs is None:
+        raise ValueError(f"beta={beta} wants reference_logprobs, which are None")
     # the difference is all that an estimator looks at
     away = log_ratio(logprobs, reference_logprobs, mask)
     return each + beta * kl(away, torch.zeros_like(away), estimator)

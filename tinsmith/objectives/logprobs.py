@@ -21,6 +21,10 @@ LossEstimator = Literal["k2", "k3"]
 """Those that may be a loss: the gradient of k1 is zero in expectation, so configs whose KL is part
 of a loss take this type and refuse k1."""
 
+HIGHEST = 20.0
+"""The log-ratio at which a ratio of two probabilities stops: e^20 is 5e8. Float32 ends at e^88, and
+what is infinite there is no number once it is multiplied by 0."""
+
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits)[id], (B, T) in at least float32, in nats; differentiable.
@@ -38,7 +42,8 @@ def kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Te
     Both (B, T), in nats, of the sampled tokens; so is the result. With d = logprobs - reference:
     k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman, "Approximating KL divergence", 2020). As
     values k1 and k3 are unbiased. As losses, over samples of the policy, E[grad k1] = 0,
-    E[grad k2] = grad KL(policy || reference) and E[grad k3] = grad KL(reference || policy).
+    E[grad k2] = grad KL(policy || reference) and E[grad k3] = grad KL(reference || policy). Of k3,
+    -d is at most `HIGHEST`, and has no gradient beyond.
     ValueError for another name.
     """
     difference = logprobs - reference_logprobs
@@ -47,6 +52,7 @@ def kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Te
     if estimator == "k2":
         return difference.square() / 2
     if estimator == "k3":
+        difference = difference.clamp(min=-HIGHEST)
         return torch.expm1(-difference) + difference
     raise ValueError(f"estimator={estimator} must be k1, k2 or k3")
 

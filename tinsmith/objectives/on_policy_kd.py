@@ -94,11 +94,12 @@ class OnPolicyKD(ObjectiveConfigBase):
     """Of sampling."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_divergence(self.beta, self.temperature)
         for name in ("max_new", "decode_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.sampling < float("inf"):
+        if not self.sampling > 0:
             raise ValueError(f"sampling={self.sampling} must be a number above 0")
 
     def judges(self) -> dict[str, str | None]:
@@ -208,12 +209,12 @@ class OnPolicyDistillation(Objective):
         sampled: Tensor,
         device: torch.device,
     ) -> Answers:
-        """Rows for both; what of an answer does not fit behind the teacher's prompt is left out."""
+        """Rows for both; what of an answer does not fit behind both prompts is left out."""
         room = self.frozen["teacher"].config.max_context
         student, teacher = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
             told = self.told(prompt)[-room:]
-            kept = answer[: room - len(told)]
+            kept = answer[: max(0, min(room - len(told), self.limits.context - len(prompt.ids)))]
             student.append(_episode(prompt.ids, kept))
             teacher.append(_episode(told, kept))
         return Answers(collate(student, device), collate(teacher, device), sampled.to(device))

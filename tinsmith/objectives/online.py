@@ -6,6 +6,9 @@ A rollout takes `train.rows` prompts over all processes, `answers` times each. I
 micro-batches of the trainer: with `train.accumulate` equal to `minibatches`, a pass is one
 optimizer step. Part k has every `minibatches`-th prompt, whole groups, so that parts are the same
 however many processes there are. The rollout in hand and the place in it are saved with the run.
+
+The policy has no dropout and no router noise (`still.py`), so at the first step after a rollout the
+new policy is the old one: every ratio is 1.
 """
 
 import math
@@ -31,6 +34,7 @@ from tinsmith.objectives.reference import reference
 from tinsmith.objectives.rewards import Answer, judge
 from tinsmith.objectives.rollout import Episode, Limits, Rollout, collate, join, roll_out
 from tinsmith.objectives.rules import Exact, Learned, RewardConfig
+from tinsmith.objectives.still import check_still
 from tinsmith.objectives.tools import ToolName, Tools
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -41,6 +45,7 @@ class Online(ObjectiveConfigBase):
 
     shape: ClassVar[Shape] = "prompts"
     answers_itself: ClassVar[bool] = True
+    still: ClassVar[bool] = True
     rewards: tuple[RewardConfig, ...] = (Exact(),)
     """What answers are judged by; the reward is their weighted sum."""
     answers: Count = 1
@@ -72,18 +77,19 @@ class Online(ObjectiveConfigBase):
     """Of sampling."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("answers", "max_new", "decode_rows", "minibatches", "updates", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.rewards:
             raise ValueError("rewards must name at least one")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be above 0, and finite")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low={self.clip_low} must be from 0 to 1")
         for name in ("clip_high", "beta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
     @property
     def longest(self) -> int:
@@ -93,6 +99,14 @@ class Online(ObjectiveConfigBase):
     def judges(self) -> dict[str, str | None]:
         """The reference, where anything is compared with it."""
         return {"reference": None} if self.beta > 0 else {}
+
+    def check_share(self, prompts: int) -> None:
+        """Parts of a rollout are equal."""
+        if prompts % self.minibatches:
+            raise UserError(
+                f"objective.minibatches: {self.minibatches} must divide the {prompts} prompts of a "
+                "process (train.rows over the processes)"
+            )
 
     def reward_models(self) -> tuple[str, ...]:
         """Those among the rewards."""
@@ -112,7 +126,8 @@ class OnlineObjective(Objective):
         """Parts of `rollout` that were given, over all passes."""
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Rewards read text, and answers have an end."""
+        """Rewards read text, and answers have an end; the policy must be still."""
+        check_still(policy)
         self.tokenizer = tokenizer
         self.rules = [each.rule(self.scorers) for each in self.config.rewards]
         tools = self.config.tools
@@ -131,11 +146,7 @@ class OnlineObjective(Objective):
         UserError where prompts do not come out even.
         """
         parts, total = self.config.minibatches, self.config.minibatches * self.config.updates
-        if feed.share % parts:
-            raise UserError(
-                f"objective.minibatches: {parts} must divide the {feed.share} prompts of a process "
-                "(train.rows over the processes)"
-            )
+        self.config.check_share(feed.share)
         while True:
             if self.rollout is None or self.place >= total:
                 self.rollout, self.place = self.fresh(feed, policy), 0

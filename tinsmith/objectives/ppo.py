@@ -8,7 +8,6 @@ V_t is read at the state before action t, so it cannot see what it judges.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,8 +103,8 @@ class PPO(Online):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
         for name in ("value_coef", "value_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.max_moved is not None and not self.max_moved > 0:
             raise ValueError(f"max_moved={self.max_moved} must be above 0")
 

@@ -3,16 +3,24 @@
     ratio = pi(token) / pi_old(token)
     loss  = -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), of every token
 
-Everything is (B, T); what stands at a masked position has no part in any number or gradient.
+Everything is (B, T); what stands at a masked position has no part in any number or gradient. A
+ratio is at most e^20, so that it stays a number in float32, and has no gradient beyond.
 """
 
 import torch
 from torch import Tensor
 
+from tinsmith.objectives.logprobs import HIGHEST
+
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """ln(pi / pi_old) (B, T), 0 where masked."""
     return torch.where(mask.bool(), logprobs, 0) - torch.where(mask.bool(), old_logprobs, 0)
+
+
+def ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """pi / pi_old (B, T), 1 where masked."""
+    return log_ratio(logprobs, old_logprobs, mask).clamp(max=HIGHEST).exp()
 
 
 def surrogate(
@@ -25,8 +33,8 @@ def surrogate(
 ) -> Tensor:
     """The loss (B, T) of every token, 0 where masked; `advantages` (B,) or (B, T)."""
     advantages = per_token(advantages, mask)
-    ratio = log_ratio(logprobs, old_logprobs, mask).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    moved = ratio(logprobs, old_logprobs, mask)
+    return -torch.minimum(moved * advantages, moved.clamp(1 - low, 1 + high) * advantages)
 
 
 def clipped(
@@ -39,8 +47,8 @@ def clipped(
 ) -> Tensor:
     """Which tokens (B, T) get no gradient because their ratio has left its bounds."""
     advantages = per_token(advantages, mask)
-    ratio = log_ratio(logprobs, old_logprobs, mask).exp()
-    return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+    moved = ratio(logprobs, old_logprobs, mask)
+    return ((moved > 1 + high) & (advantages > 0)) | ((moved < 1 - low) & (advantages < 0))
 
 
 def per_token(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What an answer is worth: plain functions of a prompt and an answer's text.
 
 Every one here but a classifier's is from 0 to 1. `judge` adds several up by weight, and bears with
-those that fail: a reward that raises, or is not a finite number, counts as its `lowest` and is
+those that fail: a reward that raises, exits or is not a finite number counts as its `lowest` and is
 reported with its row.
 """
 
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
     """The prompt and all that followed."""
 
 
-Panel = Callable[[Sequence[Answer]], Sequence[float | Exception]]
+Panel = Callable[[Sequence[Answer]], Sequence[float | BaseException]]
 """Judges many answers (N,) at once: numbers (N,), or why there is none."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -86,17 +86,19 @@ def each(reward: Reward) -> Panel:
     return lambda answers: [_tried(reward, answer) for answer in answers]
 
 
-def _tried(reward: Reward, answer: Answer) -> float | Exception:
+def _tried(reward: Reward, answer: Answer) -> float | BaseException:
     try:
         return float(reward(answer.prompt, answer.text))
-    except Exception as error:  # a reward is somebody's code: whatever it does, training goes on
+    except (Exception, SystemExit) as error:  # it is somebody's code: training goes on
         return error
 
 
 def _bear(rule: Rule, answers: Sequence[Answer], failures: list[Failure]) -> list[float]:
     try:
         found = rule.reward(answers)
-    except Exception as error:  # as above
+        if len(found) != len(answers):
+            raise ValueError(f"{len(found)} rewards for {len(answers)} answers")
+    except (Exception, SystemExit) as error:  # as above
         found = [error] * len(answers)
     kept: list[float] = []
     for place, value in enumerate(found):
@@ -109,8 +111,9 @@ def _bear(rule: Rule, answers: Sequence[Answer], failures: list[Failure]) -> lis
     return kept
 
 
-def _reason(value: float | Exception) -> str:
-    return f"{type(value).__name__}: {value}" if isinstance(value, Exception) else f"gave {value}"
+def _reason(value: float | BaseException) -> str:
+    failed = isinstance(value, BaseException)
+    return f"{type(value).__name__}: {value}" if failed else f"gave {value}"
 
 
 def exact_answer(prompt: Prompt, text: str) -> float:
@@ -166,7 +169,8 @@ def unit_tests(prompt: Prompt, text: str, *, limits: Limits = LIMITS) -> float:
 
     The program is the last fenced block of what follows `</think>`, or all of it. Tests are Python
     statements in `test_list` or `tests` (a list or a text), after `test_setup_code`. They run in
-    the sandbox; whatever the program does there, it has failed if it did not come to their end.
+    the sandbox; whatever the program does there, it has failed if it did not come to their end. (A
+    search through Python's own frames would find what to say there: the sandbox is no wall.)
     ValueError where the row has no tests.
     """
     tests = prompt.record.get("test_list") or prompt.record.get("tests")
@@ -177,9 +181,11 @@ def unit_tests(prompt: Prompt, text: str, *, limits: Limits = LIMITS) -> float:
     setup = prompt.record.get("test_setup_code") or ""
     listed = [tests] if isinstance(tests, str) else tests
     program = "\n".join([setup, blocks[-1] if blocks else said, *listed])
-    # exit code 0 says nothing of a program that ends itself before its tests
+    # exit code 0 says nothing of a program that ends itself before its tests; what it must say at
+    # its end is no part of its own code, where it could be read
     passed = secrets.token_hex(16)
-    outcome = run_python(f"{program}\nprint({passed!r})\n", limits)
+    whole = f"exec(compile({program!r}, '<answer>', 'exec'))\nprint({passed!r})\n"
+    outcome = run_python(whole, limits)
     return float(outcome.status == "ok" and outcome.output.rstrip().endswith(passed))
 
 

@@ -53,7 +53,7 @@ class SPO(Clipped):
             raise ValueError(f"answers={self.answers} must be 1: spo has a single stream")
         if self.first_answers < 0:
             raise ValueError(f"first_answers={self.first_answers} must be at least 0")
-        if not -math.inf < self.lowest < self.highest < math.inf:
+        if not self.lowest < self.highest:
             raise ValueError(f"lowest={self.lowest} must be below highest={self.highest}")
         self.tracker()
 

@@ -5,10 +5,13 @@ estimates, a look at the data, and one real step of the real model on a few rand
 """
 
 import copy
+import math
 import time
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
 
 from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
@@ -31,8 +34,9 @@ from tinsmith.optim.schedule import multiplier
 from tinsmith.text.bpe import SMALLEST, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.folder import run_folder, runs_root
+from tinsmith.train.judges import check_judges
 from tinsmith.train.parallel import pick_device
-from tinsmith.train.start import agreed_model, check_questions
+from tinsmith.train.start import check_questions, policy_adapters, policy_model
 
 LARGEST = 1_000_000_000
 """Parameters of a model whose step is still tried."""
@@ -45,10 +49,11 @@ def dry_run(config: RunConfig, name: str) -> None:
     model = _model_config(config)
     pick_device(config.train.device)
     check_questions(config)
+    config.objective.check_share(config.train.rows)
     with torch.device("meta"):
         shape = LM(model)
-        if config.lora is not None:
-            lora.add(shape, config.lora)
+        if (adapters := policy_adapters(config)) is not None:
+            lora.add(shape, adapters)
     _parameters(shape, config)
     _cost(shape, model, config)
     for line in check_data(config.data, config.objective.shape):
@@ -61,15 +66,15 @@ def dry_run(config: RunConfig, name: str) -> None:
             f"no step was tried: {count(shape.parameter_count())} parameters are too many for a "
             "dry run"
         )
+    check_judges(config.objective, shape)
     say(" dry run   ok; nothing was written")
 
 
 def _model_config(config: RunConfig) -> ModelConfig:
     if config.init_from is None:
-        assert config.model is not None
-        return config.model
+        return policy_model(config)
     lm, _ = load(config.init_from)
-    return agreed_model(config, lm.config)
+    return policy_model(config, lm.config)
 
 
 def _recipe(config: RunConfig) -> None:
@@ -161,8 +166,8 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     began = time.monotonic()
     seed_all(config.train.seed)
     lm, objective = LM(model), config.objective.build()
-    if config.lora is not None:
-        lora.add(lm, config.lora)
+    if (adapters := policy_adapters(config)) is not None:
+        lora.add(lm, adapters)
     lm.checkpointing = config.train.checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
     objective.frozen = dict.fromkeys(config.objective.judges(), judge)
@@ -181,6 +186,7 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     loss = objective.loss(lm, batch)
     units = objective.weight(batch)
     (loss.total / units).backward()
+    _check_finite(float(loss.total.detach() / units), [*optimizers.parameters()])
     lm.after_backward(loss.probes)
     optimizers.set_multiplier(multiplier(config.optim.schedule, 0, config.train.steps))
     optimizers.step()
@@ -192,6 +198,15 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
         f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
         f"s, {said}"
     )
+
+
+def _check_finite(loss: float, parameters: list[nn.Parameter]) -> None:
+    norm = float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"the first step is not finite: loss {loss:g}, norm of its gradient {norm:g}; look at "
+            "the numbers of objective and model, and at the weights of init_from"
+        )
 
 
 def _stand_in(vocab_size: int) -> Tokenizer:

@@ -39,6 +39,13 @@ def judges(
     return found
 
 
+def check_judges(config: ObjectiveConfig, policy: LM) -> None:
+    """UserError where a folder of `config.judges()` holds no model of as many ids as `policy`."""
+    for name, folder in config.judges().items():
+        if folder is not None:
+            _check_head(name, _opened(name, folder, torch.device("cpu"))[0], policy)
+
+
 def _check_head(name: str, lm: LM, policy: LM) -> None:
     ids, wanted = lm.config.vocab_size, policy.config.vocab_size
     if ids != wanted:
@@ -69,10 +76,17 @@ def scorer(folder: str, tokenizer: Tokenizer, device: torch.device) -> Scorer:
 
 
 def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:
-    lm, own = load(folder, device=str(device), dtype=torch.float32)
+    lm, own = _opened(name, folder, device)
     if own is not None and own.fingerprint() != tokenizer.fingerprint():
         raise UserError(
             f"objective.{name}: {folder} has another vocabulary than this run's tokenizer; both "
             "must read the same ids"
         )
     return lm
+
+
+def _opened(name: str, folder: str, device: torch.device) -> tuple[LM, Tokenizer | None]:
+    try:
+        return load(folder, device=str(device), dtype=torch.float32)
+    except UserError as error:
+        raise UserError(f"objective.{name}: {error}") from None

@@ -21,8 +21,10 @@ from tinsmith.data.sources import Source, open_source
 from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM
 from tinsmith.nn.parts.trained import counts
+from tinsmith.objectives.still import still_adapters, still_model
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, folder, parallel, track
@@ -114,13 +116,13 @@ def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: S
     tokenizer = prepared.tokenizer
     rng.seed_all(config.train.seed)
     if lm is None:
-        assert config.model is not None
-        check_vocabulary(config.model.vocab_size, tokenizer)
-        lm = LM(config.model).to(ranks.device)
+        model = policy_model(config)
+        check_vocabulary(model.vocab_size, tokenizer)
+        lm = LM(model).to(ranks.device)
     else:
         lm = grown(lm, tokenizer, log)
-    if config.lora is not None:
-        lora.add(lm, config.lora)
+    if (adapters := policy_adapters(config)) is not None:
+        lora.add(lm, adapters)
     shape, context, seed = config.objective.shape, config.train.context, config.train.seed
     source = open_source(prepared.folder, shape, "train", context, seed)
     validation = _validation(prepared, config)
@@ -138,24 +140,33 @@ def _given(config: RunConfig, ranks: Ranks) -> tuple[LM | None, Tokenizer | None
     if config.init_from is None:
         return None, None
     lm, tokenizer = load(config.init_from, device=str(ranks.device), dtype=torch.float32)
-    agreed = agreed_model(config, lm.config)
-    if agreed != lm.config:  # it trains other tensors than its folder says
+    agreed = policy_model(config, lm.config)
+    if agreed != lm.config:  # it acts otherwise in training than its folder says
         lm = rebuilt(agreed, lm)
     return lm, tokenizer
 
 
-def agreed_model(config: RunConfig, given: ModelConfig) -> ModelConfig:
-    """The model of a run from `init_from`, whose own is `given`. A recipe that repeats it must
-    agree, but for what is trained, where it has the last word.
+def policy_model(config: RunConfig, given: ModelConfig | None = None) -> ModelConfig:
+    """The model that a run trains, as its objective wants it; `given` is that of `init_from`. A
+    recipe that repeats it must agree, but for what acts in training only (which tensors are
+    trained, dropout, router noise), where it has the last word.
     """
-    if config.model is None:
-        return given
-    if replace(config.model, trained=given.trained) != given:
+    model = config.model or given
+    assert model is not None, "a recipe has a model or an init_from"
+    repeated = model if given is None else replace(model, trained=given.trained)
+    if given is not None and still_model(repeated) != still_model(given):
         raise UserError(
             f"model: differs from that of init_from: {config.init_from}; leave it out, or make "
             "them agree"
         )
-    return config.model
+    return still_model(model) if config.objective.still else model
+
+
+def policy_adapters(config: RunConfig) -> LoRA | None:
+    """The adapters that a run trains, as its objective wants them."""
+    if config.lora is None or not config.objective.still:
+        return config.lora
+    return still_adapters(config.lora)
 
 
 def prepared_for(

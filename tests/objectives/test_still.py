@@ -1,0 +1,43 @@
+"""What is compared with itself has nothing in it that is drawn at random."""
+
+from typing import Any
+
+import pytest
+
+from tinsmith.nn import lora
+from tinsmith.objectives.dpo import DPO
+from tinsmith.objectives.grpo import GRPO
+from tinsmith.objectives.ppo import PPO
+from tinsmith.objectives.spo import SPO
+from tinsmith.objectives.still import still_adapters, still_model
+
+NOISY = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 24, "noise": 0.5}
+LAYER = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": NOISY}
+RESTLESS = [
+    *({"dropout": {name: 0.1}} for name in ("embedding", "attention", "residual")),
+    *({name: [LAYER]} for name in ("first", "pattern", "last")),
+]
+DROPS = lora.LoRA(targets="q_proj", rank=2, dropout=0.1)
+NOBODY: Any = None
+"""The tokenizer; none is asked for."""
+
+
+@pytest.mark.parametrize("config", [DPO(), GRPO(), PPO(), SPO()], ids=lambda config: config.kind)
+@pytest.mark.parametrize("model", RESTLESS, ids=str)
+def test_a_restless_policy_is_refused(model, config, small):
+    assert config.still
+    lm = small(**model)
+    with pytest.raises(ValueError, match="the policy has dropout or router noise"):
+        config.build().prepare(lm, NOBODY)
+    again = still_model(lm.config)
+    assert again == still_model(again)
+    DPO().build().prepare(small(**again.to_dict()), NOBODY)
+
+
+def test_adapters_that_drop_are_refused_too(small):
+    lm, calm = small(), small()
+    lora.add(lm, DROPS)
+    with pytest.raises(ValueError, match="the policy has dropout or router noise"):
+        DPO().build().prepare(lm, NOBODY)
+    lora.add(calm, still_adapters(DROPS))
+    DPO().build().prepare(calm, NOBODY)
