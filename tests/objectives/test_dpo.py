@@ -313,7 +313,7 @@ def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
     ("settings", "said"),
     [
         ({"beta": 0}, "beta=0"),
-        ({"beta": float("nan")}, "beta=nan"),
+        ({"beta": float("nan")}, "beta: Input should be a finite number"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for loss=sigmoid"),
         ({"gamma": 1.0}, "gamma is for loss=simpo"),

@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 
 class Config:
-    """Base of every config dataclass: unknown keys are refused, and `true` is no number."""
+    """Base of every config dataclass: unknown keys are refused, and neither `true` nor NaN nor
+    infinity is a number.
+    """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -106,19 +108,6 @@ class _SizeBounds:
 
 Size = Annotated[int, _SizeBounds()]
 """The length of an axis of a tensor."""
-
-
-class _FiniteBounds:
-    """Lets neither NaN through, which is below no limit and above none, nor infinity."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-
-        return core_schema.float_schema(allow_inf_nan=False)
-
-
-Finite = Annotated[float, _FiniteBounds()]
-"""A number of arithmetic."""
 
 
 def parse(kind: Any, data: Any, where: str = "") -> Any:

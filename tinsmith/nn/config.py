@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Finite, Size, nearest, parse, plain, read_yaml
+from tinsmith.core.parse import Config, Size, nearest, parse, plain, read_yaml
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig
 from tinsmith.nn.parts.rope import Rope
@@ -29,9 +29,9 @@ class Dropout(Config):
     sub-layer adds.
     """
 
-    embedding: Finite = 0.0
-    attention: Finite = 0.0
-    residual: Finite = 0.0
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("embedding", "attention", "residual"):
@@ -52,7 +52,7 @@ class ModelConfig(Config):
     max_context: Size = 2048
     tie_embeddings: bool = True
     norm: Literal["rms", "layer"] = "rms"
-    norm_eps: Finite = 1e-5
+    norm_eps: float = 1e-5
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope: Rope = Rope()
     residual: ResidualConfig = Plain()

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Finite, Size
+from tinsmith.core.parse import Config, Size
 from tinsmith.nn.parts.norm import exactly, wide
 from tinsmith.nn.parts.targets import chosen
 from tinsmith.nn.parts.trained import counts, train_only
@@ -46,8 +46,8 @@ class LoRA(Config):
 
     targets: str | tuple[str, ...] = "all"
     rank: Size = 16
-    alpha: Finite = 32.0
-    dropout: Finite = 0.0
+    alpha: float = 32.0
+    dropout: float = 0.0
     rslora: bool = False
 
     def __post_init__(self) -> None:

@@ -2,9 +2,7 @@
 the global units.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -116,9 +114,8 @@ class Alone:
         return [tensors]
 
 
-@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfigBase(Config):
-    """Base of every objective's config: none of its numbers is infinite, or none at all."""
+    """Base of every objective's config."""
 
     answers_itself: ClassVar[bool] = False
     """Whether the policy generates answers while it is trained; then each process needs all of
@@ -128,12 +125,6 @@ class ObjectiveConfigBase(Config):
     """Whether the policy is compared with itself as it was, so that it is to have no dropout and no
     router noise (`objectives.still`).
     """
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} must be a finite number")
 
     @property
     def shape(self) -> Shape:

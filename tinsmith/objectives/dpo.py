@@ -61,7 +61,6 @@ class DPO(ObjectiveConfigBase):
     step."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0")
         if not 0 <= self.label_smoothing < 0.5:

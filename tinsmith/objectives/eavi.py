@@ -64,7 +64,6 @@ class EAVI(ObjectiveConfigBase):
     """lambda: the share of alignment; 0 is teacher forcing."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 <= self.align <= 1:
             raise ValueError(f"align={self.align} must be a share from 0 to 1")
         if not self.temperature > 0:

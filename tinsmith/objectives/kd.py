@@ -88,7 +88,6 @@ class KD(ObjectiveConfigBase):
     weights: TagWeights = TagWeights()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_divergence(self.mix.beta, self.temperature)
         if self.beta is not None and (self.loss != "jsd" or self.beta in (0, 1)):
             raise ValueError(

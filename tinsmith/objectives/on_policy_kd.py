@@ -94,7 +94,6 @@ class OnPolicyKD(ObjectiveConfigBase):
     """Of sampling."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_divergence(self.beta, self.temperature)
         for name in ("max_new", "decode_rows"):
             if getattr(self, name) < 1:

@@ -77,7 +77,6 @@ class Online(ObjectiveConfigBase):
     """Of sampling."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("answers", "max_new", "decode_rows", "minibatches", "updates", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

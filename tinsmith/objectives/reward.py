@@ -40,7 +40,6 @@ class Reward(ObjectiveConfigBase):
     """Times the square of the sum of a pair's scores, added to its loss."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.center >= 0:
             raise ValueError(f"center={self.center} must be 0 or above")
 

@@ -20,7 +20,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from tinsmith.core.parse import Finite, Size
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import FeedForwardKind, Reset, Site
 from tinsmith.nn.parts.choose import decided, top
 from tinsmith.nn.parts.norm import wide
@@ -42,12 +42,12 @@ class DeepSeekMoE(FeedForwardKind):
     activation: Activation = "swiglu"
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalise: bool = True
-    scale: Finite = 1.0
+    scale: float = 1.0
     groups: Size = 1
     kept_groups: Size | None = None  # null: all of them
-    bias_rate: Finite = 0.001
-    balance_weight: Finite = 0.0001
-    noise: Finite = 0.0
+    bias_rate: float = 0.001
+    balance_weight: float = 0.0001
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(self.experts, self.top_k, self.hidden, self.shared)

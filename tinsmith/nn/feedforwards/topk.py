@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tinsmith.core.parse import Finite, Size
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import FeedForwardKind, Site
 from tinsmith.nn.parts.choose import decided, top
 from tinsmith.nn.routing.balance import LOSSES, z_loss
@@ -35,8 +35,8 @@ class TopKMoE(FeedForwardKind):
     activation: Activation = "swiglu"
     renormalise: bool = True
     balance: Literal["switch", "sequence", "squared", "none"] = "switch"
-    balance_weight: Finite = 0.01
-    z_weight: Finite = 0.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(self.experts, self.top_k, self.hidden, self.shared)

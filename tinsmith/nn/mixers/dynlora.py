@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinsmith.core.parse import Finite, Size
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Reset, Site
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.parts.grouped import grouped
@@ -35,7 +35,7 @@ class DynLoRA(Threshold, MixerKind):
     base: GQA
     freeze_base: bool = False
     rank: Size = 8
-    alpha: Finite = 8.0
+    alpha: float = 8.0
     fallback: Literal["none"] = "none"
     router_grad: Literal["task"] = "task"
 

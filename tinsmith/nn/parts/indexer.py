@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinsmith.core.parse import Finite, Size
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Rotary
 from tinsmith.nn.parts.latent import LatentHeads
 from tinsmith.nn.parts.norm import LayerNorm, exactly, wide
@@ -34,7 +34,7 @@ class IndexedHeads(LatentHeads):
     keep: Size = 64
     index_heads: Size = 4
     index_dim: Size = 32
-    index_weight: Finite = 1.0
+    index_weight: float = 1.0
     index_target: Literal["dense", "selected"] = "dense"
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinsmith.core.parse import Config, Finite, Kind
+from tinsmith.core.parse import Config, Kind
 from tinsmith.nn.contract import Rotary
 from tinsmith.nn.parts.norm import trains_eagerly, wide
 
@@ -26,11 +26,11 @@ class Yarn(Config):
     """
 
     kind: Literal["yarn"] = "yarn"
-    factor: Finite
+    factor: float
     original_context: int
-    beta_fast: Finite = 32.0
-    beta_slow: Finite = 1.0
-    attention_factor: Finite | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         _stretches(self.factor, self.original_context)
@@ -66,7 +66,7 @@ class Linear(Config):
     """Every frequency divided by `factor` (position interpolation, Chen et al., 2306.15595)."""
 
     kind: Literal["linear"] = "linear"
-    factor: Finite
+    factor: float
     turn: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
@@ -84,10 +84,10 @@ class Llama3(Config):
     """
 
     kind: Literal["llama3"] = "llama3"
-    factor: Finite
+    factor: float
     original_context: int
-    low_factor: Finite = 1.0
-    high_factor: Finite = 4.0
+    low_factor: float = 1.0
+    high_factor: float = 4.0
     turn: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ Scaling = Annotated[Yarn | Linear | Llama3, Kind()]
 class Rope(Config):
     """Base wavelength and an optional stretching for longer contexts."""
 
-    theta: Finite = 10000.0
+    theta: float = 10000.0
     scaling: Scaling | None = None
 
     def __post_init__(self) -> None:

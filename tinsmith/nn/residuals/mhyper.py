@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinsmith.core.parse import Finite, Size
+from tinsmith.core.parse import Size
 from tinsmith.nn.contract import Residual, ResidualKind, Site
 from tinsmith.nn.parts.norm import exactly, trains_eagerly, wide
 from tinsmith.nn.parts.streams import (
@@ -53,7 +53,7 @@ class MHyper(ResidualKind):
     kind: Literal["mhyper"] = "mhyper"
     streams: Size = 4
     sinkhorn_iterations: Size = 20
-    sinkhorn_temperature: Finite = 1.0
+    sinkhorn_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.streams < 2:

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinsmith.core.parse import Config, Finite, Size
+from tinsmith.core.parse import Config, Size
 from tinsmith.nn.parts.choose import top
 from tinsmith.nn.parts.init import Stack
 from tinsmith.nn.parts.norm import wide
@@ -51,7 +51,7 @@ class Learning(Config):
     """The keys of a router's own loss. `both` is task and smk."""
 
     router_grad: Literal["task", "smk", "sml", "both"] = "task"
-    router_weight: Finite = 1.0
+    router_weight: float = 1.0
     smk_target: Literal["hard", "soft"] = "hard"
     candidates: Literal["active", "active+r", "all"] = "active"
     extra_candidates: Size = 1  # r, drawn for each token

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.core.parse import Config, Count, Finite, Size
+from tinsmith.core.parse import Config, Count, Size
 from tinsmith.nn.contract import Reset
 from tinsmith.nn.parts.choose import GRID, decided, top
 from tinsmith.nn.parts.norm import exactly, wide
@@ -47,9 +47,9 @@ class Threshold(Config):
     experts: Size
     combine: Literal["mean", "sum", "rescaled_sum"] = "mean"
     fallback: Literal["top1", "none_in_training", "none"] = "top1"
-    target_active: Finite | None = None  # null: a quarter of the experts
+    target_active: float | None = None  # null: a quarter of the experts
     sdl: Literal["target", "dynmoe"] = "target"
-    sdl_weight: Finite = 0.01
+    sdl_weight: float = 0.01
     reset_interval: Count | None = 1000  # optimizer steps between re-births; null: never
 
     def __post_init__(self) -> None:
