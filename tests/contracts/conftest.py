@@ -51,7 +51,7 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
         {
             # three blocks are always chosen: here even short documents have a fourth to choose
             **{"heads": 4, "kv_heads": 1, "compress_block": 2, "compress_stride": 1},
-            **{"select_block": 2, "select_count": 4, "window": 3, "qk_norm": True},
+            **{"select_block": 2, "select_count": 4, "window": 5, "qk_norm": True},
         },
     ],
     "dyn_heads": [

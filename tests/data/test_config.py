@@ -50,7 +50,7 @@ def test_what_is_written_out_reads_back():
             "data.feld: unknown key. Did you mean 'field'",
         ),
         ({"kind": "stdlib", "weight": 0}, "weight=0.0 must be above 0"),
-        ({"kind": "stdlib", "weight": float("inf")}, "weight=inf must be above 0"),
+        ({"kind": "stdlib", "weight": float("inf")}, "data.weight: Input should be a finite"),
         ({"kind": "stdlib", "validation": 0.9}, "validation=0.9 must be a fraction from 0 to 0.5"),
         ({"kind": "stdlib", "validation": "x"}, "data.validation"),
         ({"kind": "stdlib", "limit": 0}, "limit=0 must be at least 1"),
