@@ -49,9 +49,8 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
             **{"select_block": 4, "select_count": 4, "window": 5, "value_residual": True},
         },
         {
-            # three blocks are always chosen: here even short documents have a fourth to choose
-            **{"heads": 4, "kv_heads": 1, "compress_block": 2, "compress_stride": 1},
-            **{"select_block": 2, "select_count": 4, "window": 5, "qk_norm": True},
+            **{"heads": 4, "kv_heads": 1, "compress_block": 4, "compress_stride": 4},
+            **{"select_block": 8, "select_count": 5, "window": 6, "qk_norm": True},
         },
     ],
     "dyn_heads": [
