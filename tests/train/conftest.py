@@ -1,8 +1,12 @@
 """What several tests of whole runs want."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+
+from tinsmith.nn.routing.threshold import Gate
 
 
 @pytest.fixture
@@ -16,3 +20,20 @@ def noisy() -> dict[str, Any]:
             {"mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2}, "feed_forward": feed},
         ],
     }
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Gates of thresholds that are made from now on begin with these experts never firing."""
+
+    def these(*experts: int) -> None:
+        first = Gate.__init__
+
+        def init(self: Gate, *arguments: Any) -> None:
+            first(self, *arguments)
+            with torch.no_grad():
+                self.thresholds[list(experts)] = 2.0
+
+        monkeypatch.setattr(Gate, "__init__", init)
+
+    return these

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tinsmith.config import from_dict
-from tinsmith.nn.routing.threshold import Gate
 from tinsmith.train import checkpoint
 from tinsmith.train.trainer import train
 
@@ -15,16 +14,9 @@ FEED = {"kind": "dyn_moe", "experts": 6, "hidden": 12, "reset_interval": INTERVA
 
 
 @pytest.fixture
-def planted(monkeypatch):
+def planted(silent):
     """Every model begins with two experts that never fire."""
-    first = Gate.__init__
-
-    def init(self, *arguments):
-        first(self, *arguments)
-        with torch.no_grad():
-            self.thresholds[[1, 4]] = 2.0
-
-    monkeypatch.setattr(Gate, "__init__", init)
+    silent(1, 4)
 
 
 @pytest.fixture
