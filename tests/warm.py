@@ -8,6 +8,7 @@ shared: imports and the seed of hashes. Where those matter, start `python -m tin
 import atexit
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 import threading
@@ -16,22 +17,30 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import tinsmith
-from tinsmith.cli import main
 
+TINSMITH = Path(tinsmith.__file__).with_name("__main__.py")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 class Process:
-    """What tests use of subprocess.Popen: both streams in `stdout`, text in, an exit code."""
+    """What tests use of subprocess.Popen: both streams in `stdout`, text in, an exit code.
+
+    `program`, a file and its first words, is run in the place of `tinsmith`.
+    """
 
     def __init__(
-        self, words: Sequence[object], environment: Mapping[str, str], folder: Path, said: str = ""
+        self,
+        words: Sequence[object],
+        environment: Mapping[str, str],
+        folder: Path,
+        said: str = "",
+        program: Sequence[object] = (TINSMITH,),
     ):
         reader, writer = _SERVER.Pipe(duplex=False)
-        given = [str(word) for word in words]
+        command = [str(word) for word in (*program, *words)]
         self._process = _SERVER.Process(
-            target=_run, args=(given, dict(environment), str(folder), said, writer)
+            target=_run, args=(command, dict(environment), str(folder), said, writer)
         )
         self._process.start()
         writer.close()
@@ -64,7 +73,7 @@ class Process:
 
 
 def _run(
-    words: list[str], environment: dict[str, str], folder: str, said: str, writer: Connection
+    command: list[str], environment: dict[str, str], folder: str, said: str, writer: Connection
 ) -> None:
     """In the fork."""
     with tempfile.TemporaryFile() as typed:
@@ -80,9 +89,9 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = [str(Path(tinsmith.__file__).with_name("__main__.py")), *words]
+    sys.argv = command
     try:
-        main()
+        runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()

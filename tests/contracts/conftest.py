@@ -168,21 +168,29 @@ and one routed feed-forward, and every residual and feed-forward this mixer, in 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for slots runs over all samples of all their kinds; with several, over all
-    pairs.
+    pairs. Of a test marked `costly` only the first sample of every kind is in the default suite.
     """
     slots = [slot for slot in SLOTS if slot in metafunc.fixturenames]
     samples = [[case for kind in _kinds(SLOTS[slot]) for case in _cases(kind)] for slot in slots]
     if not slots:
         return
+    costly = metafunc.definition.get_closest_marker("costly") is not None
     cases = [
         pytest.param(
             *(case.values[0] for case in pair),
             id="-".join(str(case.id) for case in pair),
-            marks=() if len(pair) < 2 or USUAL & {case.id for case in pair} else pytest.mark.slow,
+            marks=pytest.mark.slow if _rare({str(case.id) for case in pair}, costly) else (),
         )
         for pair in product(*samples)
     ]
     metafunc.parametrize(slots, cases, indirect=True)
+
+
+def _rare(pair: set[str], costly: bool) -> bool:
+    """Whether it is left to `make test-all`."""
+    unusual = len(pair) > 1 and not USUAL & pair
+    first = {_name(kind, samples[0]) for kind, samples in SAMPLES.items()}
+    return unusual or (costly and not pair <= USUAL | first)
 
 
 def _kinds(union: Any) -> list[str]:

@@ -160,5 +160,6 @@ def test_weights_go_round_through_a_state_dict(lm, make, feed_forward, draw):
     assert torch.equal(other(draw(2, 9)).logits, lm(draw(2, 9)).logits)
 
 
+@pytest.mark.costly
 def test_it_compiles_whole(make, feed_forward, agrees_compiled):
     agrees_compiled(make(feed_forward=feed_forward, depth=1))

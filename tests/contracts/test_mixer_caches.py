@@ -10,7 +10,7 @@ from tinsmith.nn.contract import CacheFull, CannotRewind
 
 close = close_to(1e-10)
 
-SIZES = [1, 3, 4, 5, 6, 33, 97, pytest.param(256, marks=pytest.mark.slow)]
+SIZES = [1, 3, 4, 5, 6, 97, *(pytest.param(size, marks=pytest.mark.slow) for size in (33, 256))]
 """One token, a block (4) and a window (5) and their neighbours, odd and long rows."""
 LENGTHS = [1, 5, 9, 12]
 LATER = [2, 0, 7, 4]

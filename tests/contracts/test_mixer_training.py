@@ -22,6 +22,7 @@ def steps(lm, batches, rate):
         yield loss.item()
 
 
+@pytest.mark.costly
 def test_random_tokens_are_never_predicted_better_than_chance(make, mixer, residual):
     """Fresh uniform tokens carry nothing: a loss below ln V is a leak from the future.
 

@@ -289,6 +289,7 @@ def test_weights_go_round_through_a_state_dict(lm, make, mixer, residual, draw):
     assert torch.equal(other(ids).logits, lm(ids).logits)
 
 
+@pytest.mark.costly
 def test_it_compiles_whole(make, mixer, agrees_compiled):
     """With the plain residual; test_residuals compiles each of the others with one mixer."""
     agrees_compiled(make(mixer=mixer, depth=2))

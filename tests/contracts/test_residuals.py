@@ -115,6 +115,7 @@ def test_depth_does_not_make_the_stream_grow(make, residual):
     assert sizes[1] < 3 * sizes[0]
 
 
+@pytest.mark.costly
 def test_it_compiles_whole(make, residual, agrees_compiled):
     agrees_compiled(make(residual=residual, depth=2))
 

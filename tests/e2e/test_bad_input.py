@@ -107,6 +107,7 @@ def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):
     assert "some.jsonl:11" in one_line(failing)
 
 
+@pytest.mark.xdist_group("quickstart")
 def test_resume_with_another_model_is_refused(shell, quickstart):
     said = shell(
         *("train", "runs/quickstart/config.yaml", "model.depth=3", "train.steps=70"),

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import warm
+from tests.ranks import ranks_environment
 
 TIMINGS = ("tokens_per_second", "eta_seconds")
 
@@ -72,6 +74,35 @@ class Place:
 
     def start(self, *arguments: object, **extra: str) -> warm.Process:
         return warm.Process(arguments, self.environment(**extra), self.folder)
+
+    def start_pair(
+        self,
+        data: dict,
+        name: str,
+        kind: str,
+        *more: object,
+        program: Sequence[object] = (warm.TINSMITH,),
+    ) -> list[warm.Process]:
+        """Both ranks of a run."""
+        path = self.write(name, data | {"parallel": {"kind": kind}})
+        arguments = ("train", path, "--name", name, *more)
+        return [
+            warm.Process(arguments, self.environment(**ours), self.folder, program=program)
+            for ours in ranks_environment(2)
+        ]
+
+    def train_pair(
+        self,
+        data: dict,
+        name: str,
+        kind: str,
+        *more: object,
+        program: Sequence[object] = (warm.TINSMITH,),
+    ) -> tuple[int, str]:
+        """The worse exit code, and what both said."""
+        pair = self.start_pair(data, name, kind, *more, program=program)
+        said = [rank.communicate(timeout=300)[0] for rank in pair]
+        return max(abs(rank.returncode or 0) for rank in pair), "".join(said)
 
     def call(self, *arguments: object, **extra: str) -> tuple[int, str]:
         process = self.start(*arguments, **extra)

@@ -7,8 +7,6 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults.test_ranks import torchrun
-
 OBJECTIVES = {
     "dpo": {"kind": "dpo", "beta": 0.5},
     "kto": {"kind": "dpo", "loss": "kto", "beta": 0.5},
@@ -73,7 +71,7 @@ def test_T3_two_ranks_give_the_gradients_of_one_process(
     data |= {"optim": optim}
     code, said = shared_place.train(data, f"one-{objective}")
     assert code == 0, said
-    code, said = torchrun(shared_place, data, f"two-{objective}", "replicate")
+    code, said = shared_place.train_pair(data, f"two-{objective}", "replicate")
     assert code == 0, said
     runs = [shared_place.runs / f"{count}-{objective}" for count in ("one", "two")]
     ends = [run / "checkpoints" / "step-00000004" for run in runs]

@@ -1,7 +1,6 @@
 """T3 and T4: how a batch is split never matters, over micro-batches, rows or processes."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.ranks import ranks_environment
 from tinsmith.train import checkpoint
 
 STEPS = 20
@@ -31,22 +31,14 @@ def changed(data: dict, section: str, **values: object) -> dict:
     return data | {section: {**data.get(section, {}), **values}}
 
 
-def torchrun(
-    place,
-    data: dict,
-    name: str,
-    kind: str,
-    *more: str,
-    program: tuple[str, ...] = ("-m", "tinsmith"),
-) -> tuple[int, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def torchrun(place, data: dict, name: str, kind: str) -> tuple[int, str]:
+    """As the README says, everything imported anew."""
+    port = ranks_environment(2)[0]["MASTER_PORT"]
     path = place.write(name, data | {"parallel": {"kind": kind}})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(port), *program, "train", str(path), "--name", name]
+    command += ["--master-port", port, "-m", "tinsmith", "train", str(path), "--name", name]
     done = subprocess.run(
-        [*command, *more],
+        command,
         env=place.environment(),
         cwd=place.folder,
         capture_output=True,
@@ -82,7 +74,7 @@ def beside_one(place, data: dict, name: str, kind: str, bound: float = 1e-5) -> 
     if not (place.runs / name).exists():
         code, said = place.train(data, name)
         assert code == 0, said
-    code, said = torchrun(place, data, f"{name}-{kind}", kind)
+    code, said = place.train_pair(data, f"{name}-{kind}", kind)
     assert code == 0, said
     assert_same(losses(place, f"{name}-{kind}"), losses(place, name), bound)
 
@@ -166,7 +158,7 @@ def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, on
         "train", shared_place.write(name, begun), "--name", name, TINSMITH_KILL_AT="90"
     )
     process.communicate(timeout=120)
-    code, said = torchrun(shared_place, begun, name, kind, "--resume")
+    code, said = shared_place.train_pair(begun, name, kind, "--resume")
     assert code == 0, said
     assert "from" in said
     assert_same(losses(shared_place, name), one_process)
@@ -202,8 +194,8 @@ def test_T8_not_finite_on_one_rank_is_skipped_by_both(where, kind, shared_place,
     keep = {"last": 20, "best": False}
     data = changed(plain_recipe, "train", steps=4, save_every=1, keep=keep)
     name = f"spoilt-{where}-{kind}"
-    program = (str(Path(__file__).with_name("poisoned.py")), where)
-    code, said = torchrun(shared_place, data, name, kind, program=program)
+    program = (Path(__file__).with_name("poisoned.py"), where)
+    code, said = shared_place.train_pair(data, name, kind, program=program)
     assert code == 0, said
     run = shared_place.runs / name
     saved = [checkpoint.load(run / "checkpoints" / f"step-{step:08d}").model for step in (2, 3, 4)]
@@ -216,15 +208,7 @@ def test_T8_not_finite_on_one_rank_is_skipped_by_both(where, kind, shared_place,
 
 def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
     long = changed(plain_recipe, "train", steps=100_000)
-    path = shared_place.write("pair", long | {"parallel": {"kind": "replicate"}})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    first, second = (
-        shared_place.start("train", path, "--name", "pair", RANK=str(rank), **common)
-        for rank in range(2)
-    )
+    first, second = shared_place.start_pair(long, "pair", "replicate")
     end = time.monotonic() + 120
     for line in first.stdout:
         assert time.monotonic() < end
@@ -239,15 +223,7 @@ def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
 
 def test_rows_that_the_world_size_does_not_divide_are_refused(shared_place, plain_recipe):
     data = changed(plain_recipe, "train", rows=3)
-    path = shared_place.write("odd", data | {"parallel": {"kind": "replicate"}})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pair = [
-        shared_place.start("train", path, "--name", "odd", RANK=str(rank), **common)
-        for rank in range(2)
-    ]
+    pair = shared_place.start_pair(data, "odd", "replicate")
     said = [process.communicate(timeout=120)[0] for process in pair]
     assert all(process.returncode == 2 for process in pair), said
     assert "train.rows: 3 must be a multiple of the world size 2" in said[0]

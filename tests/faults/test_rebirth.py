@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.test_ranks import torchrun
 from tinsmith.train import checkpoint
 
 DEAD = [1, 4]
@@ -22,11 +21,11 @@ def saved(shared_place, recipe) -> dict[str, list[checkpoint.Snapshot]]:
     model = {**recipe["model"], "dropout": {}, "pattern": [layer]}
     train = {**recipe["train"], "steps": 4, "save_every": 1, "eval_every": 9, "sample_every": 9}
     train["keep"] = {"last": 9, "best": False}
-    program = (str(Path(__file__).with_name("reborn.py")),)
+    program = (Path(__file__).with_name("reborn.py"),)
     found = {}
     for kind in ("replicate", "fsdp"):
         data, name = recipe | {"model": model, "train": train}, f"reborn-{kind}"
-        code, said = torchrun(shared_place, data, name, kind, program=program)
+        code, said = shared_place.train_pair(data, name, kind, program=program)
         assert code == 0, said
         assert "compared" in said
         assert "differs" not in said, said

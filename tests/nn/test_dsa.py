@@ -37,8 +37,8 @@ def mixer_of(config, dtype=torch.float64, **site):
     return stirred(config.build(Site(DIM, 0, 1, **site)).to(dtype)).eval()
 
 
-def context(width, rows=2, dtype=torch.float64, segments=None):
-    positions = torch.arange(TOKENS).expand(rows, -1)
+def context(width, rows=2, dtype=torch.float64, segments=None, tokens=TOKENS):
+    positions = torch.arange(tokens).expand(rows, -1)
     return Ctx(positions, segments, None, {width: tables(Rope(), width, positions, dtype)})
 
 
@@ -192,6 +192,29 @@ def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
     mixer(noise(2, TOKENS, DIM), context(4, segments=segments)).losses["indexer"].backward()
     ends = [(4, end) for end in range(4, TOKENS, 4)] + [(3, TOKENS)]
     assert met == [shape for shape in ends for _ in range(2)]
+
+
+def test_what_is_kept_for_gradients_grows_with_the_length_and_no_faster(monkeypatch):
+    """Bytes of all tensors that the backward pass waits for, in chunks of 4 queries."""
+    mixer = mixer_of(DSA(**SMALL)).train()
+    monkeypatch.setattr(chosen, "_queries_at_once", lambda keys: 4)
+
+    def kept(tokens):
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = noise(1, tokens, DIM).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = mixer(x, context(4, rows=1, tokens=tokens))
+        del out
+        return sum(storages.values())
+
+    short, longer, longest = (kept(tokens) for tokens in (64, 128, 192))
+    assert longest - longer == pytest.approx(longer - short, rel=0.02)
 
 
 def test_equal_scores_choose_the_earliest():

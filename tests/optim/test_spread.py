@@ -15,7 +15,7 @@ def alone(tmp_path_factory):
     return run(WORKER, 1, tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fsdp_equals_a_single_process(alone, tmp_path, world):
     spread = run(WORKER, world, tmp_path)
     assert spread.keys() == alone.keys()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinsmith.nn.parts.attend import Reach
 from tinsmith.nn.parts.choose import top
-from tinsmith.nn.parts.indexer import Index, divergence, scores, target
+from tinsmith.nn.parts.indexer import Divergence, Index, scores, target
 from tinsmith.nn.parts.norm import wide
 
 Target = Literal["dense", "selected"]
@@ -71,7 +71,8 @@ def attend_chosen(
     rows, queries, keys = *q_BTHD.shape[:2], k_BSGD.shape[1]
     whole = seen.spelled(rows, queries, keys, q_BTHD.device)
     counted_BT = _counted(segments_BT, q_BTHD)
-    step, said, lost = _queries_at_once(keys), [], []
+    step, said = _queries_at_once(keys), []
+    lost = None if choice.learns is None else Divergence(index)
     attend = _again if torch.is_grad_enabled() and queries > step else _attend
     for begin in range(0, max(queries, 1), step):
         part = slice(begin, min(begin + step, queries))
@@ -80,11 +81,11 @@ def attend_chosen(
         k_BNGD, v_BNGE = k_BSGD[:, :near], v_BSGE[:, :near]
         some = _choose(index_C, whole.part(part), choice)
         said.append(attend(q_BCHD, k_BNGD, v_BNGE, some))
-        if choice.learns is not None:
-            visible_BCS = _learned(some, near)
-            wanted_BCS = target(q_BCHD, k_BNGD, visible_BCS)
-            lost.append(divergence(index_C, wanted_BCS, visible_BCS, counted_BT[:, part]))
-    mean = torch.stack(lost).sum() / counted_BT.sum().clamp(min=1) if lost else None
+        if lost is not None:
+            visible_BCN = _learned(some, near)
+            wanted_BCN = target(q_BCHD, k_BNGD, visible_BCN)
+            lost.add(part, wanted_BCN, visible_BCN, counted_BT[:, part])
+    mean = None if lost is None else lost.sum() / counted_BT.sum().clamp(min=1)
     return torch.cat(said, 1), mean
 
 

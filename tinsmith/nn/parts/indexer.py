@@ -120,11 +120,41 @@ def target(q_BTHD: Tensor, k_BSGD: Tensor, visible_BTS: Tensor) -> Tensor:
     return logits_BGTJS.add_(hidden[:, None, :, None]).softmax(-1).mean((1, 3))
 
 
-def divergence(index: Index, target_BTS: Tensor, visible_BTS: Tensor, counted_BT: Tensor) -> Tensor:
-    """The sum over counted tokens of KL(target || softmax of the visible scores), at least float32;
-    `target` is 0 out of sight.
+class Divergence:
+    """The sum over counted tokens of KL(target || softmax of the visible scores), chunk by chunk of
+    the queries, at least float32.
+
+    The gradient is formed along with the sum, in three tensors of the index's own shapes, so that
+    nothing of (B, T, S) is kept and memory grows with T: d/dI_ts = softmax_s(I_ts) - target_ts, and
+    from there through the weights and the relu.
     """
-    return _Divergence.apply(*index, target_BTS, visible_BTS, counted_BT)  # type: ignore[return-value]
+
+    def __init__(self, index: Index):
+        self.index, kind = index, wide(index.q_BTJE.dtype)
+        self._slopes = Index(*(torch.zeros_like(tensor, dtype=kind) for tensor in index))
+        self._lost = index.q_BTJE.new_zeros((), dtype=kind)
+
+    @torch.no_grad()
+    def add(self, part: slice, target_BCN: Tensor, visible_BCN: Tensor, counted_BC: Tensor) -> None:
+        """Some of the queries, and the first N keys; `target` is 0 out of sight."""
+        keys = target_BCN.shape[-1]
+        q, weight, k = _wide(self.index.of(part, keys))
+        with exactly(q.device):
+            fired_BCJN, scores_BCN = _scores(q, weight, k)
+            said_BCN = scores_BCN.masked_fill_(~visible_BCN, -math.inf).log_softmax(-1)
+            lost_BCN = target_BCN * (target_BCN.log() - said_BCN)
+            lost_BC = lost_BCN.masked_fill_(target_BCN == 0, 0.0).sum(-1)
+            self._lost += (lost_BC * counted_BC).sum()
+            slope_BCN = (said_BCN.exp_() - target_BCN) * counted_BC[..., None]
+            self._slopes.weight_BTJ[:, part] = (fired_BCJN @ slope_BCN[..., None]).squeeze(-1)
+            slope_BCJN = (weight[..., None] * slope_BCN[:, :, None]).mul_(fired_BCJN > 0)
+            slope_BXN = slope_BCJN.flatten(1, 2)
+            self._slopes.q_BTJE[:, part] = (slope_BXN @ k).view_as(q)
+            self._slopes.k_BSE[:, :keys] += slope_BXN.mT @ q.flatten(1, 2)
+
+    def sum(self) -> Tensor:
+        """Of all chunks, with its gradient; ends the adding."""
+        return _Sum.apply(self._lost, *self._slopes, *self.index)  # type: ignore[return-value]
 
 
 def _wide(index: Index) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,39 +168,19 @@ def _scores(q_BTJE: Tensor, weight_BTJ: Tensor, k_BSE: Tensor) -> tuple[Tensor, 
     return fired_BTJS, (weight_BTJ[:, :, None] @ fired_BTJS).squeeze(2)
 
 
-class _Divergence(torch.autograd.Function):
-    """The gradient is formed together with the sum, so nothing of (B, T, S) has to be kept:
-    d/dI_ts = softmax_s(I_ts) - target_ts, and from there through the weights and the relu.
-    """
+class _Sum(torch.autograd.Function):
+    """A number whose gradient is known: (number, slopes, what they are slopes of)."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q_BTJE: Tensor,
-        weight_BTJ: Tensor,
-        k_BSE: Tensor,
-        target_BTS: Tensor,
-        visible_BTS: Tensor,
-        counted_BT: Tensor,
+        ctx: Any, lost: Tensor, dq: Tensor, dweight: Tensor, dk: Tensor, *index: Tensor
     ) -> Tensor:
-        index = Index(q_BTJE, weight_BTJ, k_BSE)
-        with exactly(q_BTJE.device):
-            q, weight, k = _wide(index)
-            fired_BTJS, scores_BTS = _scores(q, weight, k)
-            said_BTS = scores_BTS.masked_fill_(~visible_BTS, -math.inf).log_softmax(-1)
-            lost_BTS = target_BTS * (target_BTS.log() - said_BTS)
-            lost_BT = lost_BTS.masked_fill_(target_BTS == 0, 0.0).sum(-1)
-            slope_BTS = (said_BTS.exp_() - target_BTS) * counted_BT[..., None]
-            dweight_BTJ = (fired_BTJS @ slope_BTS[..., None]).squeeze(-1)
-            slope_BTJS = (weight[..., None] * slope_BTS[:, :, None]).mul_(fired_BTJS > 0)
-            slope_BXS = slope_BTJS.flatten(1, 2)
-            dq_BTJE = (slope_BXS @ k).view_as(q)
-            dk_BSE = slope_BXS.mT @ q.flatten(1, 2)
-        grads = zip((dq_BTJE, dweight_BTJ, dk_BSE), index, strict=True)
+        grads = zip((dq, dweight, dk), index, strict=True)
         ctx.save_for_backward(*(grad.to(of.dtype) for grad, of in grads))
-        return (lost_BT * counted_BT).sum()
+        return lost.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
+        slopes = (grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return None, None, None, None, *slopes
