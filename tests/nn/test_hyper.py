@@ -6,7 +6,6 @@ from hyper_connections import HyperConnections
 
 from tests.oracles import streams as oracle
 from tests.oracles.close import close_to
-from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Site
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.residuals.hyper import Hyper
@@ -207,35 +206,3 @@ def test_every_parameter_learns_after_the_first_step(section, ids):
     for one in range(4):
         for other in range(one):
             assert (h[:, :, one] - h[:, :, other]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"streams": 1}, "streams=1 must be at least 2; one stream is `plain`"),
-        ({"streams": 0}, "streams=0 must be at least 2; one stream is `plain`"),
-        ({"fracs": 0}, "fracs=0 must be at least 1"),
-        ({"fracs": 5}, "dim=32 must be a multiple of fracs=5"),
-        ({"stream": 4}, "unknown key. Did you mean 'streams'?"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_in_one_line(section, options, said):
-    with pytest.raises(UserError) as refused:
-        ModelConfig.from_dict(section(residual={"kind": "hyper"} | options))
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.slow
-def test_the_whole_model_compiles_and_says_the_same(section, ids):
-    torch.manual_seed(0)
-    lm = LM(ModelConfig.from_dict(section(depth=1, residual={"kind": "hyper"})))
-    torch.compiler.reset()
-    compiled = torch.compile(lm, fullgraph=True)
-    gradients = []
-    for model in (lm, compiled):
-        lm.zero_grad()
-        logits = model(ids).logits
-        logits.square().mean().backward()
-        gradients.append([logits, *(parameter.grad for parameter in lm.parameters())])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

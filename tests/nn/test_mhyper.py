@@ -12,7 +12,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 from tests.oracles import streams as oracle
 from tests.oracles.close import close_to
-from tinsmith.core.errors import UserError
 from tinsmith.nn.contract import Ctx, Site
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.residuals import mhyper
@@ -362,36 +361,3 @@ def test_all_its_parameters_are_vectors_for_the_optimizer(section):
     mixing = {name for name, _ in lm.named_parameters() if "_residual." in name}
     assert len(mixing) == 3 * 2 * 3
     assert mixing <= {name for name, _ in partition(lm)["vector"]}
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"streams": 1}, "streams=1 must be at least 2; one stream is `plain`"),
-        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations=0 must be at least 1"),
-        ({"sinkhorn_temperature": 0.0}, "sinkhorn_temperature=0.0 must be at least 1e-06"),
-        ({"sinkhorn_temperature": -1.0}, "sinkhorn_temperature=-1.0 must be at least 1e-06"),
-        ({"sinkhorn_temperature": 9e-7}, "sinkhorn_temperature=9e-07 must be at least 1e-06"),
-        ({"stream": 4}, "unknown key. Did you mean 'streams'?"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_in_one_line(section, options, said):
-    with pytest.raises(UserError) as refused:
-        ModelConfig.from_dict(section(residual={"kind": "mhyper"} | options))
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.slow
-def test_the_whole_model_compiles_and_says_the_same(section, ids):
-    torch.manual_seed(0)
-    lm = LM(ModelConfig.from_dict(section(depth=1, residual={"kind": "mhyper"})))
-    torch.compiler.reset()
-    compiled = torch.compile(lm, fullgraph=True)
-    gradients = []
-    for model in (lm, compiled):
-        lm.zero_grad()
-        logits = model(ids).logits
-        logits.square().mean().backward()
-        gradients.append([logits, *(parameter.grad for parameter in lm.parameters())])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -7,23 +7,35 @@ Legend: B rows, T tokens, P pieces of the state, Q pieces made of them, F pieces
 said, D width of a piece.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tinsmith.core.parse import Size
+from tinsmith.nn.contract import ResidualKind
 from tinsmith.nn.parts.norm import trains_eagerly
 
 
-def expand(x_BTD: Tensor, streams: int) -> Tensor:
-    """(B, T, D) -> (B, T, n, D), n copies."""
-    return x_BTD.unsqueeze(2).repeat(1, 1, streams, 1)
+@dataclass(frozen=True, kw_only=True)
+class Streams(ResidualKind):
+    """A residual state of several streams."""
 
+    streams: Size = 4
 
-def collapse(h_BTnD: Tensor) -> Tensor:
-    """(B, T, n, D) -> (B, T, D), the mean over the streams."""
-    return h_BTnD.mean(2)
+    def __post_init__(self) -> None:
+        if self.streams < 2:
+            raise ValueError(f"streams={self.streams} must be at least 2; one stream is `plain`")
+
+    def expand(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, n, D), n copies."""
+        return x.unsqueeze(2).repeat(1, 1, self.streams, 1)
+
+    def collapse(self, h: Tensor) -> Tensor:
+        """(B, T, n, D) -> (B, T, D), the mean over the streams."""
+        return h.mean(2)
 
 
 def product_flops(made: int, pieces: int, heard: int, width: int) -> int:

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Residual, ResidualKind, Site
+from tinsmith.nn.contract import Residual, Site
 from tinsmith.nn.parts.norm import exactly, wide
 from tinsmith.nn.parts.streams import (
+    Streams,
     add,
-    collapse,
-    expand,
     kept_bytes,
     mix,
     product_flops,
@@ -38,17 +37,15 @@ from tinsmith.nn.parts.streams import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyper(ResidualKind):
+class Hyper(Streams):
     """Several streams, mixed by learned weights that may depend on the token."""
 
     kind: Literal["hyper"] = "hyper"
-    streams: Size = 4
     fracs: Size = 1
     dynamic: bool = True
 
     def __post_init__(self) -> None:
-        if self.streams < 2:
-            raise ValueError(f"streams={self.streams} must be at least 2; one stream is `plain`")
+        super().__post_init__()
         if self.fracs < 1:
             raise ValueError(f"fracs={self.fracs} must be at least 1")
 
@@ -60,14 +57,6 @@ class Hyper(ResidualKind):
     def build(self, site: Site) -> "HyperResidual":
         """The module."""
         return HyperResidual(self, site)
-
-    def expand(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, n, D), n copies."""
-        return expand(x, self.streams)
-
-    def collapse(self, h: Tensor) -> Tensor:
-        """The mean over the streams."""
-        return collapse(h)
 
 
 class HyperResidual(Residual):

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Residual, ResidualKind, Site
+from tinsmith.nn.contract import Residual, Site
 from tinsmith.nn.parts.norm import exactly, trains_eagerly, wide
 from tinsmith.nn.parts.streams import (
+    Streams,
     add,
-    collapse,
-    expand,
     kept_bytes,
     mix,
     product_flops,
@@ -47,17 +46,15 @@ COLDEST = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class MHyper(ResidualKind):
+class MHyper(Streams):
     """Several streams, mixed by doubly stochastic matrices that depend on the token."""
 
     kind: Literal["mhyper"] = "mhyper"
-    streams: Size = 4
     sinkhorn_iterations: Size = 20
     sinkhorn_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.streams < 2:
-            raise ValueError(f"streams={self.streams} must be at least 2; one stream is `plain`")
+        super().__post_init__()
         if self.sinkhorn_iterations < 1:
             raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1")
         if not self.sinkhorn_temperature >= COLDEST:
@@ -67,14 +64,6 @@ class MHyper(ResidualKind):
     def build(self, site: Site) -> "MHyperResidual":
         """The module."""
         return MHyperResidual(self, site)
-
-    def expand(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, n, D), n copies."""
-        return expand(x, self.streams)
-
-    def collapse(self, h: Tensor) -> Tensor:
-        """The mean over the streams."""
-        return collapse(h)
 
 
 class MHyperResidual(Residual):
