@@ -57,7 +57,9 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     seeds = len({row["seed"] for row in rows})
     intro = INTRO.format(parameters=rows[0]["parameters"], seeds=seeds)
     (folder / "README.md").write_text(intro + "\n".join(lines) + "\n" + NOTES, encoding="utf-8")
-    _draw(rows, folder)
+    _draw_bits(rows, folder / "bpb.png")
+    _draw_needles(rows, folder / "needle.png")
+    _draw_pairs(rows, folder / "pairs.png")
 
 
 def _of(rows: Sequence[Row], mixer: str, residual: str) -> list[Row]:
@@ -77,7 +79,7 @@ def _spread(rows: Sequence[Row], value: Callable[[Row], float], form: str) -> st
     return form.format(statistics.mean(values), statistics.stdev(values) if rows[1:] else 0.0)
 
 
-def _draw(rows: Sequence[Row], folder: Path) -> None:
+def _draw_bits(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 4))
@@ -92,7 +94,11 @@ def _draw(rows: Sequence[Row], folder: Path) -> None:
     axis.set(ylabel="bits per byte, every seed")
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(figure, folder / "bpb.png")
+    _save(figure, path)
+
+
+def _draw_needles(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib.pyplot as plt
 
     lengths = sorted({int(key.split()[0]) for key in rows[0]["recall"]["needle"]})
     depths = sorted({float(key.split()[1]) for key in rows[0]["recall"]["needle"]})
@@ -109,7 +115,11 @@ def _draw(rows: Sequence[Row], folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="recalled, all residuals and seeds")
     axes[0].legend()
-    _save(figure, folder / "needle.png")
+    _save(figure, path)
+
+
+def _draw_pairs(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(cases.RESIDUALS), figsize=(12, 3.6), sharey=True)
     for axis, residual in zip(axes, cases.RESIDUALS, strict=True):
@@ -128,7 +138,7 @@ def _draw(rows: Sequence[Row], folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="recalled")
     axes[0].legend()
-    _save(figure, folder / "pairs.png")
+    _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
