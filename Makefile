@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder  # a file's tests share what takes long to make
+
 .PHONY: help quickstart install install-dev lint test test-all format clean
 
 help:
@@ -37,10 +39,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest $(SPREAD)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -8,8 +8,6 @@ import torch
 
 import tinsmith
 
-pytestmark = pytest.mark.xdist_group("quickstart")  # one worker makes it, once
-
 RUNS = [f"quickstart{ending}" for ending in ("", "-chat", "-sums", "-dpo", "-grpo")]
 
 
