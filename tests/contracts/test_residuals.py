@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tinsmith.core.parse import plain
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.contract import Ctx
 
@@ -113,6 +114,10 @@ def test_depth_does_not_make_the_stream_grow(make, residual):
         lm(ids)
         sizes.append(seen[0].square().mean().sqrt())
     assert sizes[1] < 3 * sizes[0]
+
+
+def test_its_kind_is_the_first_key_that_is_shown(lm):
+    assert next(iter(plain(lm.config.residual))) == "kind"
 
 
 @pytest.mark.costly
