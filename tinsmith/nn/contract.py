@@ -9,6 +9,7 @@ activation checkpointing and compilation change nothing.
 Shape suffixes: B rows, T tokens of this call, S keys, D width, V vocabulary, E experts.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -111,8 +112,11 @@ class LayerCache(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class PartKind(Config):
     """Base of the config of a mixer, feed-forward or residual."""
+
+    kind: str
 
     def check(self, dim: int) -> None:
         """Raise ValueError, with the key's name, where this part cannot be built at width `dim`."""

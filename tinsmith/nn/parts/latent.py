@@ -34,7 +34,6 @@ class LatentHeads(MixerKind):
     Tiny-R2's.
     """
 
-    kind: str
     heads: Size = 8
     kv_rank: Size = 32
     q_rank: Size | None = 96  # null: queries straight from x

@@ -23,7 +23,6 @@ from tinsmith.nn.parts.norm import trains_eagerly
 class Streams(ResidualKind):
     """A residual state of several streams."""
 
-    kind: str
     streams: Size = 4
 
     def __post_init__(self) -> None:
