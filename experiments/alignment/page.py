@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.alignment import cases
+from experiments.pages import publish, save, spread
 
 Row = dict[str, Any]
 
@@ -26,10 +27,11 @@ how; nothing here is chosen: hyper-parameters are those of `recipes/tiny`.
   their spread tells; **memory**: MiB by which training raised the peak of
   resident memory of a process of its own (`VmHWM`, where there is no `/proc`, `ru_maxrss`); the
   model has 0.1M parameters, so most of it is the same for all.
-
-| case | accuracy | gain | KL | tokens | seconds | memory |
-|---|---|---|---|---|---|---|
 """
+HEAD = (
+    "| case | accuracy | gain | KL | tokens | seconds | memory |",
+    "|---|---|---|---|---|---|---|",
+)
 NOTES = """
 `dapo` and `cispo` have the same gradient where a rollout is passed over once, as here: their ratio
 is 1.
@@ -50,15 +52,19 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         answers=cases.ANSWERS,
         seeds=len(starts),
     )
-    first = f"| SFT alone | {_spread(list(starts.values()), 1)} | | 0 | | | |"
-    lines = [first, *(_line(name, _of(rows, name)) for name in cases.CASES if _of(rows, name))]
-    (folder / "README.md").write_text(intro + "\n".join(lines) + "\n" + NOTES, encoding="utf-8")
+    first = f"| SFT alone | {spread(list(starts.values()), 1)} | | 0 | | | |"
+    lines = [
+        *HEAD,
+        first,
+        *(_line(name, _of(rows, name)) for name in cases.CASES if _of(rows, name)),
+    ]
+    publish(folder, intro, "\n".join(lines), NOTES)
     _draw(rows, folder / "accuracy.png")
 
 
 def _line(name: str, mine: Sequence[Row]) -> str:
     def cell(value: Callable[[Row], float], digits: int) -> str:
-        return _spread([value(row) for row in mine], digits)
+        return spread([value(row) for row in mine], digits)
 
     cells = [
         cell(lambda row: 100 * row["accuracy"], 1),
@@ -73,11 +79,6 @@ def _line(name: str, mine: Sequence[Row]) -> str:
 
 def _of(rows: Sequence[Row], case: str) -> list[Row]:
     return [row for row in rows if row["case"] == case]
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    around = statistics.stdev(values) if values[1:] else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {around:.{digits}f}"
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
@@ -106,5 +107,4 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     for axis in (way, end):
         axis.grid(alpha=0.3)
     way.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.attention import cases
+from experiments.pages import publish, save, spread
 
 Row = dict[str, Any]
 
@@ -23,7 +24,6 @@ trained on equal tokens; mean and standard deviation over {seeds} seeds. Made by
 - **8 pairs**: multi-query associative recall;
 - **step**: time of a training step against `dense` with `plain`, all cases in turns
   (`--speed`); **cache**: bytes of a row of 1,024 tokens.
-
 """
 NOTES = """
 ![Bits per byte](bpb.png)
@@ -47,16 +47,16 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         if not mine:
             continue
         cells = [
-            _spread(mine, lambda row: row["bpb"], "{:.3f} ± {:.3f}"),
-            _spread(mine, _needle, "{:.2f} ± {:.2f}"),
-            _spread(mine, lambda row: row["recall"]["pairs"]["8"], "{:.2f} ± {:.2f}"),
+            spread([row["bpb"] for row in mine], 3),
+            spread([_needle(row) for row in mine], 2),
+            spread([row["recall"]["pairs"]["8"] for row in mine], 2),
             f"{speed[f'{mixer} {residual}'] / speed['dense plain']:.1f}" if speed else "",
             f"{mine[0]['cache_bytes']:,}",
         ]
         lines.append(f"| {mixer} | {residual} | {' | '.join(cells)} |")
     seeds = len({row["seed"] for row in rows})
     intro = INTRO.format(parameters=rows[0]["parameters"], seeds=seeds)
-    (folder / "README.md").write_text(intro + "\n".join(lines) + "\n" + NOTES, encoding="utf-8")
+    publish(folder, intro, "\n".join(lines), NOTES)
     _draw_bits(rows, folder / "bpb.png")
     _draw_needles(rows, folder / "needle.png")
     _draw_pairs(rows, folder / "pairs.png")
@@ -74,11 +74,6 @@ def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
     return statistics.mean(map(value, rows)) if rows else 0.0
 
 
-def _spread(rows: Sequence[Row], value: Callable[[Row], float], form: str) -> str:
-    values = [value(row) for row in rows]
-    return form.format(statistics.mean(values), statistics.stdev(values) if rows[1:] else 0.0)
-
-
 def _draw_bits(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -94,7 +89,7 @@ def _draw_bits(rows: Sequence[Row], path: Path) -> None:
     axis.set(ylabel="bits per byte, every seed")
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_needles(rows: Sequence[Row], path: Path) -> None:
@@ -115,7 +110,7 @@ def _draw_needles(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="recalled, all residuals and seeds")
     axes[0].legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_pairs(rows: Sequence[Row], path: Path) -> None:
@@ -138,9 +133,4 @@ def _draw_pairs(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="recalled")
     axes[0].legend()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.eavi import cases
+from experiments.pages import publish, save, spread
 
 Row = dict[str, Any]
 
@@ -27,10 +28,11 @@ deviation over {seeds} seeds, one thread. Made by `python -m experiments.eavi.ru
 
 `minutes` is native sparse attention with dynamic experts, `topk` the same attention with a plain
 top-k gate, `dense` full attention without experts; a token meets feed-forwards of one width.
-
-| model | way | seen | held back | teacher | align | tasks | seconds |
-|---|---|---|---|---|---|---|---|
 """
+HEAD = (
+    "| model | way | seen | held back | teacher | align | tasks | seconds |",
+    "|---|---|---|---|---|---|---|---|",
+)
 MATCH = """
 ![Exact match](match.png)
 """
@@ -57,38 +59,31 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         seen_tasks=cases.SEEN_TASKS,
         held_tasks=cases.HELD_TASKS,
     )
-    lines = [
+    table = [
         _line(model, way, _of(rows, model=model, way=way))
         for model in cases.MODELS
         for way in WAYS
         if _of(rows, model=model, way=way)
     ]
-    said = SAID if (folder / "arc_agi.png").exists() else ""
-    (folder / "README.md").write_text(
-        intro + "\n".join(lines) + "\n" + MATCH + said, encoding="utf-8"
-    )
+    said = [SAID] if (folder / "arc_agi.png").exists() else []
+    publish(folder, intro, "\n".join([*HEAD, *table]), MATCH, *said)
     _draw(rows, folder / "match.png")
 
 
 def _line(model: str, way: str, mine: Sequence[Row]) -> str:
     cells = [
-        _spread([100 * row["seen"] for row in mine], 1),
-        _spread([100 * row["held"] for row in mine], 1),
-        _spread([row["teacher.seen"] for row in mine], 3),
-        _spread([row["align.seen"] for row in mine], 3),
+        spread([100 * row["seen"] for row in mine], 1),
+        spread([100 * row["held"] for row in mine], 1),
+        spread([row["teacher.seen"] for row in mine], 3),
+        spread([row["align.seen"] for row in mine], 3),
         f"{statistics.mean(row['tasks'] for row in mine):,.0f}",
-        _spread([row["seconds"] for row in mine], 1),
+        spread([row["seconds"] for row in mine], 1),
     ]
     return f"| {model} | {way} | {' | '.join(cells)} |"
 
 
 def _of(rows: Sequence[Row], **wanted: str) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    around = statistics.stdev(values) if values[1:] else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {around:.{digits}f}"
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
@@ -115,5 +110,4 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("exact match, % of test outputs")
     panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -12,6 +12,7 @@ interrupted run goes on. At the end page.py draws README.md and its pictures. Wi
 of steps, stage one is as much shorter or longer, and results and page go to a folder of their own.
 """
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,12 @@ class School:
 
 
 def _seconds(run: Path, steps: int | None = None) -> float:
-    """Spent on the first `steps` steps, or on all, saves aside."""
+    """Spent on the first `steps` steps, or on all: a step's median, so that neither saves nor other
+    work on the machine count.
+    """
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
-    return sum(cases.ROWS * cases.CONTEXT / line["tokens_per_second"] for line in lines[:steps])
+    speed = statistics.median(line["tokens_per_second"] for line in lines)
+    return len(lines[:steps]) * cases.ROWS * cases.CONTEXT / speed
 
 
 def main() -> None:

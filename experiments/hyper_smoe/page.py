@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.hyper_smoe import cases
+from experiments.pages import publish, save, spread
 
 Row = dict[str, Any]
 
@@ -40,19 +41,18 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     if not rows:
         return
     teachers = {row["seed"]: row["teacher"] for row in rows}
-    parts = [
-        INTRO.format(
-            teacher=statistics.mean(teachers.values()),
-            steps=rows[0]["steps"],
-            seeds=len(teachers),
-            experts=cases.EXPERTS,
-        )
-    ]
+    intro = INTRO.format(
+        teacher=statistics.mean(teachers.values()),
+        steps=rows[0]["steps"],
+        seeds=len(teachers),
+        experts=cases.EXPERTS,
+    )
+    parts: list[str] = []
     for title, names in cases.GROUPS.items():
         lines = [_line(name, _of(rows, name)) for name in names if _of(rows, name)]
         if lines:
             parts.append("\n".join([f"## {title}\n", *HEAD, *lines]) + "\n")
-    (folder / "README.md").write_text("\n".join(parts) + NOTES, encoding="utf-8")
+    publish(folder, intro, *parts, NOTES)
     _draw(rows, folder / "divergence.png")
 
 
@@ -82,11 +82,7 @@ def _of(rows: Sequence[Row], case: str) -> list[Row]:
 
 
 def _spread(rows: Sequence[Row], value: Callable[[Row], float | None], digits: int) -> str:
-    values = [found for row in rows if (found := value(row)) is not None]
-    if not values:
-        return ""
-    around = statistics.stdev(values) if values[1:] else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {around:.{digits}f}"
+    return spread([found for row in rows if (found := value(row)) is not None], digits)
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
@@ -117,5 +113,4 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     for axis in (way, end):
         axis.grid(alpha=0.3)
     end.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -1,10 +1,11 @@
 """results.json as one page: README.md with a table for each question, and two pictures."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.pages import publish, save, spread
 from experiments.routers import cases
 
 Row = dict[str, Any]
@@ -43,18 +44,17 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     if not rows:
         return
     base = _mean(_of(rows, "dense"), "step_s") if _of(rows, "dense") else 0.0
-    parts = [
-        INTRO.format(
-            met=round(int(statistics.mean(row["met"] for row in rows)), -4),
-            steps=rows[0]["steps"],
-            seeds=len({row["seed"] for row in rows}),
-        )
-    ]
+    intro = INTRO.format(
+        met=round(int(statistics.mean(row["met"] for row in rows)), -4),
+        steps=rows[0]["steps"],
+        seeds=len({row["seed"] for row in rows}),
+    )
+    parts: list[str] = []
     for title, names in cases.GROUPS.items():
         lines = [_line(name, _of(rows, name), base) for name in names if _of(rows, name)]
         if lines:
             parts.append("\n".join([f"## {title}\n", *HEAD, *lines]) + "\n")
-    (folder / "README.md").write_text("\n".join(parts) + NOTES, encoding="utf-8")
+    publish(folder, intro, *parts, NOTES)
     _draw_bits(rows, folder / "bpb.png")
     _draw_use(rows, folder / "use.png")
 
@@ -62,9 +62,9 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def _line(name: str, mine: Sequence[Row], base: float) -> str:
     routed = "use" in mine[0]
     cells = [
-        _spread(mine, lambda row: row["bpb"], "{:.3f} ± {:.3f}"),
+        spread([row["bpb"] for row in mine], 3),
         f"{mine[0]['met'] / 1e6:.2f} / {mine[0]['parameters'] / 1e6:.2f}",
-        _spread(mine, lambda row: row["active"], "{:.2f} ± {:.2f}") if routed else "",
+        spread([row["active"] for row in mine], 2) if routed else "",
         f"{100 * _mean(mine, 'dead') / mine[0]['experts']:.0f} %" if routed else "",
         f"{_mean(mine, 'entropy'):.2f}" if routed else "",
         f"{100 * _mean(mine, 'share'):.0f} %" if routed else "",
@@ -81,11 +81,6 @@ def _mean(rows: Sequence[Row], key: str) -> float:
     return statistics.mean(row[key] for row in rows)
 
 
-def _spread(rows: Sequence[Row], value: Callable[[Row], float], form: str) -> str:
-    values = [value(row) for row in rows]
-    return form.format(statistics.mean(values), statistics.stdev(values) if rows[1:] else 0.0)
-
-
 def _draw_bits(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -100,7 +95,7 @@ def _draw_bits(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="bits per byte, every seed")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_use(rows: Sequence[Row], path: Path) -> None:
@@ -123,9 +118,4 @@ def _draw_use(rows: Sequence[Row], path: Path) -> None:
         if axis.lines[1:]:
             axis.legend(fontsize=7)
     axes[0].set(ylabel="load / even share")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
