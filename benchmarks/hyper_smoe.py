@@ -1,13 +1,14 @@
 """One real training step of Hyper-SMoE at its published sizes: how long, and how much memory.
 
-    python benchmarks/hyper_smoe.py [--tokens 512] [--teacher nf4] [--matrices adamw8bit]
+    python benchmarks/hyper_smoe.py [--tokens 512] [--depth 28] [--teacher nf4]
 
 Random weights of Qwen3-0.6B's shape are the teacher; their transplant, 596,968,320 parameters of
 which 265,159,552 train, is the student: 32 experts of width 96 in each of 28 layers, whose router
 learns from surprise. Forward of both, the loss in chunks over 151,936 ids, backward with activation
 checkpointing, the optimizer's step; in a process of its own. Peak: resident memory on a CPU, what
 torch allocated on a GPU; `built` is the peak before the first step, while teacher and student are
-made side by side in float32. What is learned means nothing: the point is what a step takes.
+made side by side in float32. What is learned means nothing: the point is what a step takes. A long
+row of few layers (`--tokens 32768 --depth 2`) tells what each further layer adds.
 """
 
 import argparse
@@ -43,11 +44,11 @@ MATRICES = {
 HIDDEN = 3072
 
 
-def dense() -> ModelConfig:
-    """Qwen3-0.6B."""
+def dense(depth: int) -> ModelConfig:
+    """Qwen3-0.6B, or the first of its layers."""
     sparse = ModelConfig.preset("tiny-onn-0.6b")
     layer = Layer(mixer=sparse.layers[0].mixer, feed_forward=SwiGLU(hidden=HIDDEN))
-    return replace(sparse, pattern=(layer,), trained=EVERYTHING)
+    return replace(sparse, pattern=(layer,), depth=depth, trained=EVERYTHING)
 
 
 def batch(tokens: int, vocabulary: int, device: str) -> Batch:
@@ -62,7 +63,7 @@ def batch(tokens: int, vocabulary: int, device: str) -> Batch:
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """The steps, in this process."""
     torch.manual_seed(0)
-    teacher = LM(dense()).eval()
+    teacher = LM(dense(asked.depth)).eval()
     student = transplanted(teacher, Plan({"router_grad": asked.router})).to(asked.device).train()
     teacher = quantise(teacher.to(asked.device), asked.teacher)
     student.checkpointing = True
@@ -104,6 +105,7 @@ def _peak(device: str, reset: bool = False) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="One step of Hyper-SMoE at 0.6B.")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=28, help="layers")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--teacher", default="nf4", choices=["nf4", "int8", "bf16", "fp32"])
     parser.add_argument("--matrices", default="adamw8bit", choices=MATRICES)
@@ -121,7 +123,7 @@ def main() -> None:
     sizes = ("student", "teacher", "moments", "built", "peak")
     table([{"what": name, "GiB": found[name] / 2**30} for name in sizes])
     print(f"loss {found['loss'][-1]:.3f}, {found['seconds'][-1]:.1f} s a step")
-    print(write("hyper_smoe", {"asked": vars(asked), "found": found}))
+    print(write(f"hyper_smoe_{asked.depth}x{asked.tokens}", {"asked": vars(asked), "found": found}))
 
 
 if __name__ == "__main__":
