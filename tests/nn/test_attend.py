@@ -8,6 +8,7 @@ import torch
 
 from tests.oracles.attention import attention, seen_by
 from tests.oracles.close import close_to
+from tinsmith.nn.parts import attend as attending
 from tinsmith.nn.parts.attend import Reach, attend, document_starts, reach
 
 close = close_to(1e-12)
@@ -41,6 +42,39 @@ def test_attention_equals_the_definition(kind, segments, window, sinks):
     z = torch.tensor([-1.0, 0.0, 0.5, 3.0], dtype=torch.float64) if sinks else None
     seen = reach(segments, 11, window, q.device)
     close(attend(q, k, v, seen, kind=kind, sinks_H=z), attention(q, k, v, segments, window, z))
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("window", [None, 2, 5])
+@pytest.mark.parametrize("room", [1, 2 * 2 * 11 * 4, attending.ROOM])
+def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
+    monkeypatch, segments, window, room
+):
+    """As on a GPU, where who sees whom is written down: for so many pairs at a time, no more."""
+    monkeypatch.setattr(attending, "_in_blocks", lambda *_: False)
+    monkeypatch.setattr(attending, "ROOM", room)
+    written, visible = [], Reach.visible
+
+    def counted(*asked):
+        written.append(visible(*asked))
+        return written[-1]
+
+    monkeypatch.setattr(Reach, "visible", counted)
+    q, k, v = drawn(11, 11)
+    seen = reach(segments, 11, window, q.device)
+    expected = attention(q, k, v, segments, window)
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    found = attend(*inputs, seen)
+    close(found, expected)
+    one_query = 2 * 2 * 11
+    assert all(2 * mask.numel() <= max(room, one_query) for mask in written)
+    if room < attending.ROOM:
+        assert sum(mask.numel() for mask in written) < 2 * 11 * 11, "later keys are left out"
+    naive = attend(*inputs, seen, kind="naive")
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), inputs) for y in (found, naive))
+    for one, other in zip(ours, theirs, strict=True):
+        close(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)

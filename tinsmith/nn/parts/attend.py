@@ -21,6 +21,8 @@ from tinsmith.nn.parts.blockwise import blockwise
 from tinsmith.nn.parts.norm import wide
 
 FAR = 2**30
+ROOM = 2**26
+"""Pairs of queries and keys of which it is written down at a time who sees whom: bytes."""
 
 
 class Reach(NamedTuple):
@@ -49,12 +51,12 @@ class Reach(NamedTuple):
         return self.high_BT is None and self.places_BS is None
 
     def spelled(self, rows: int, queries: int, keys: int, device: torch.device) -> "Reach":
-        """The same with both ends written out, (B, T) each, for keys in order."""
+        """The same with both ends written out, (B, T) each."""
         high = self.high_BT
         if high is None:
             high = torch.arange(keys - queries, keys, device=device)[None]
         low = torch.zeros_like(high) if self.low_BT is None else self.low_BT
-        return Reach(low.expand(rows, -1), high.expand(rows, -1))
+        return Reach(low.expand(rows, -1), high.expand(rows, -1), self.places_BS)
 
     def part(self, part: slice) -> "Reach":
         """The same for some of the queries, where both ends are written out."""
@@ -126,11 +128,9 @@ def attend(
     queries, keys = q_BTHD.shape[1], k_BSGD.shape[1]
     if _in_blocks(q_BTHD, seen) and not dropout:
         return blockwise(q_BTHD, k_BSGD, v_BSGD, seen.low_BT, seen.high_BT)
-    causal = queries > 1 and seen.plain and queries == keys
-    mask = None
-    if not causal and not (seen.plain and queries == 1):
-        mask = seen.visible(queries, keys, q_BTHD.device)[:, None]
-    return _sdpa(q_BTHD, k_BSGD, v_BSGD, mask, causal, dropout, 1 / math.sqrt(q_BTHD.shape[-1]))
+    if seen.plain and queries in (1, keys):
+        return _sdpa(q_BTHD, k_BSGD, v_BSGD, None, dropout)
+    return _masked(q_BTHD, k_BSGD, v_BSGD, seen, dropout)
 
 
 def _in_blocks(q_BTHD: Tensor, seen: Reach) -> bool:
@@ -144,25 +144,43 @@ def _in_blocks(q_BTHD: Tensor, seen: Reach) -> bool:
     return several and fine and q_BTHD.device.type == "cpu" and seen.places_BS is None
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float
-) -> Tensor:
-    """A single query's heads go as queries of the group whose keys they share: one pass over the
-    keys for all of them.
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Reach, dropout: float) -> Tensor:
+    """Queries go by chunks, so that who sees whom, (B, T, S), never exists whole where it is large,
+    and a chunk meets no key behind its last query where that is known.
     """
-    rows, queries, heads, width = q.shape
-    groups, alone = k.shape[2], queries == 1
-    y_BHTD = F.scaled_dot_product_attention(
-        q.reshape(rows, groups, heads // groups, width) if alone else q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=not alone and heads != groups,
-    )
-    return y_BHTD.reshape(rows, 1, heads, v.shape[3]) if alone else y_BHTD.transpose(1, 2)
+    (rows, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    size = max(1, ROOM // max(1, rows * keys * (heads // groups)))
+    whole, said = seen.spelled(rows, queries, keys, q.device), []
+    for start in range(0, queries, size):
+        part = slice(start, min(start + size, queries))
+        end = seen.before(part.stop, queries, keys)
+        mask_BTS = whole.part(part).visible(part.stop - start, end, q.device)
+        said.append(_sdpa(q[:, part], k[:, :end], v[:, :end], mask_BTS, dropout))
+    return torch.cat(said, 1)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask_BTS: Tensor | None, dropout: float, scaled: int = 0
+) -> Tensor:
+    """torch's kernels. Without a mask: causal, or a single query. With one, heads go as queries of
+    the group whose keys they share: fewer kernels know masks and shared keys at once (on a GPU only
+    the one that writes all scores out), and a single query reads its keys once for all of them.
+    `scaled`: the width whose root divides scores, if it is not that of q.
+    """
+    (_, queries, heads, width), groups = q.shape, k.shape[2]
+    k, v, scale = k.transpose(1, 2), v.transpose(1, 2), 1 / math.sqrt(scaled or width)
+    if mask_BTS is None and queries > 1:
+        q, shared = q.transpose(1, 2), heads != groups
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=shared
+        ).transpose(1, 2)
+    share = heads // groups
+    q = q.unflatten(2, (groups, share)).transpose(1, 2).flatten(2, 3)
+    mask = None
+    if mask_BTS is not None:
+        mask = mask_BTS[:, None, :, None].expand(-1, 1, queries, share, -1).flatten(2, 3)
+    y_BGND = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+    return y_BGND.unflatten(2, (queries, share)).transpose(1, 2).flatten(2, 3)
 
 
 def _with_sinks(
@@ -180,10 +198,8 @@ def _with_sinks(
     sink = F.pad(k.new_zeros(rows, 1, groups, width), (0, 1), value=1.0)
     k = torch.cat((sink, F.pad(k, (0, 1))), 1)
     v = F.pad(v, (0, 1, 0, 0, 1, 0))
-    mask = F.pad(seen.visible(queries, keys, q.device), (1, 0), value=True)[:, None]
-    return _sdpa(torch.cat((q, extra), -1), k, v, mask, False, dropout, 1 / math.sqrt(width))[
-        ..., :width
-    ]
+    mask_BTS = F.pad(seen.visible(queries, keys, q.device), (1, 0), value=True)
+    return _sdpa(torch.cat((q, extra), -1), k, v, mask_BTS, dropout, scaled=width)[..., :width]
 
 
 def _naive(
