@@ -14,13 +14,15 @@ WAYS = ("start", "teacher", "teacher, longer", "soft", "hard")
 INTRO = """# EAVI and teacher forcing, compared
 
 Puzzles of generated rules on grids of {size} x {size}, {shown} demonstrations each. Stage one
-teaches {start} tasks of the rules {rules} by teacher forcing. Stage two goes on at a constant rate:
-`teacher` for {tasks} more tasks, `soft` and `hard` (EAVI, lambda 0.5, with soft and with hard
-excursions) for as many, and `teacher, longer` for as long as `soft` took. Mean and standard
-deviation over {seeds} seeds, one thread. Made by `python -m experiments.eavi.run`.
+shows {start} tasks of the rules {rules}, some of them twice, by teacher forcing.
+Stage two goes on at a constant rate: `teacher` for {tasks} more tasks, `soft` and `hard` (EAVI,
+lambda 0.5, with soft and with hard excursions) for as many, and `teacher, longer` for as long as
+`soft` took. Mean and standard deviation over {seeds} seeds, one thread. Made by
+`python -m experiments.eavi.run`.
 
 - **seen**: exact match, two attempts by AugScore, of {seen_tasks} new tasks of those rules, in per
-  cent; **held back**: of {held_tasks} tasks of the rules {held}, which no run is trained on;
+  cent; **held back**: of {held_tasks} tasks of the rules {held}, which no run is taught and no
+  rule that was taught explains;
 - **teacher** and **align**: nats of a token of true answers to the tasks of seen rules, after the
   truth's beginnings and after the model's own (soft), by the same measure for all; all answers
   have the shape of their input, so there is no `align_equal` beside it;

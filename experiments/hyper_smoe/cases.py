@@ -1,5 +1,6 @@
-"""The students that are compared. All but the last two stand in their teacher's skeleton, frozen,
-with new feed-forwards: 16 experts, together of the teacher's width, of which 8 act; or dense ones.
+"""The students that are compared. All but those from nothing stand in their teacher's skeleton,
+frozen, with new feed-forwards: 16 experts, together of the teacher's width, of which 8 act; or
+dense ones.
 """
 
 from dataclasses import replace
@@ -43,6 +44,8 @@ class Case(NamedTuple):
     """Whether it has its teacher's skeleton, frozen; else it begins from nothing, all trained."""
     taught: bool = True
     """Whether a teacher's soft labels are learned, or the text alone."""
+    older: bool = False
+    """Whether the steps that its teacher had are added: what a skeleton has cost before."""
 
 
 def dyn(router: str = "task") -> Section:
@@ -62,6 +65,7 @@ CASES: dict[str, Case] = {
     "dyn_moe task, slices": Case(dyn(), init="slice"),
     "from nothing, taught": Case(dyn(), skeleton=False),
     "from nothing, text": Case(dyn(), skeleton=False, taught=False),
+    "from nothing, longer": Case(dyn(), skeleton=False, taught=False, older=True),
 }
 GROUPS = {
     "Does a router trained on surprise match one trained on the task?": (
@@ -72,7 +76,7 @@ GROUPS = {
     ),
     "Random experts or slices of the teacher's?": ("dyn_moe task", "dyn_moe task, slices"),
     "Does the frozen skeleton beat the same shape from nothing?": (
-        *("dyn_moe task", "from nothing, taught", "from nothing, text"),
+        *("dyn_moe task", "from nothing, taught", "from nothing, text", "from nothing, longer"),
     ),
 }
 """Title -> cases; some stand in several."""

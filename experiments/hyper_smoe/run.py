@@ -3,7 +3,8 @@
     python -m experiments.hyper_smoe.run [--seeds 3] [--only "dyn_moe smk" dense] [--steps 150]
 
 For each seed a dense teacher of 1M parameters is trained on the embedded corpus; every student of
-cases.py then learns for equal tokens of the same text, most of them from the teacher's soft labels.
+cases.py then learns for equal tokens of the same text, most of them from the teacher's soft labels;
+one from nothing learns for as many more as its teacher had.
 Measured: bits per byte of held-back modules, the divergence from the teacher in nats per token
 (over the last tenth of the steps: the student sees no text twice), what the experts did, seconds
 of a training step, and seconds of a forward pass beside the teacher's, in turns. Results go to
@@ -43,9 +44,14 @@ EVERY = 5
 ROUNDS = 9
 
 
+def schooling(steps: int) -> int:
+    """Steps of a teacher; a trial of few steps has one of few steps."""
+    return min(TAUGHT, 4 * steps)
+
+
 def teach(seed: int, steps: int) -> Path:
-    """The teacher of a seed; a trial of few steps has one of few steps."""
-    name, length = f"teacher-{seed}", min(TAUGHT, 4 * steps)
+    """The teacher of a seed."""
+    name, length = f"teacher-{seed}", schooling(steps)
     sections = {"model": cases.TEACHER, "tokenizer": {"train": {"vocab_size": 1024}}}
     sections |= {"objective": {"kind": "pretrain"}}
     return train(from_dict(on_stdlib(sections, seed, length, EVERY)), name, resume=True)
@@ -54,18 +60,19 @@ def teach(seed: int, steps: int) -> Path:
 def measured(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """All that is measured of one student."""
     case, teacher = cases.CASES[name], teach(seed, steps)
+    length = steps + schooling(steps) if case.older else steps
     place = f"{time.time_ns()}"
     sections = cases.begin(case, teacher, folder / place, seed)
     sections |= {"objective": cases.objective(case, teacher)}
     # other text than the teacher's first steps had, and than other seeds'
-    run = train(from_dict(on_stdlib(sections, seed + 1000, steps, EVERY)), place)
+    run = train(from_dict(on_stdlib(sections, seed + 1000, length, EVERY)), place)
     lines = list(read_metrics(run / "metrics.jsonl"))
     trained = [line for line in lines if line["kind"] == "train"]
     student, _ = load(run)
     known, _ = load(teacher)
     size = counts(student)
     return {
-        **{"case": name, "seed": seed, "steps": steps},
+        **{"case": name, "seed": seed, "steps": length},
         **{"trained": size.trained, "frozen": size.frozen},
         **{"bpb": bits(lines), "teacher": bits(list(read_metrics(teacher / "metrics.jsonl")))},
         **{"step_s": step_seconds(lines), "forward": forward(student, known)},

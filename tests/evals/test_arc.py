@@ -80,6 +80,17 @@ def test_D6_a_model_that_says_its_last_token_again_scores_0(copier):
     assert evaluate_arc(copier, GRIDS, puzzles).score == 0
 
 
+def test_D6_a_model_that_says_the_answer_scores_1(copier):
+    """The same way there: after the opening symbol a cell of colour 1, then the end."""
+    lm = make(dim=20, tie_embeddings=False)
+    lm.load_state_dict(copier.state_dict() | {"head.weight": torch.zeros(18, 20)})
+    opening = NAMES.index("<|solution|>")
+    with torch.no_grad():
+        lm.head.weight[1, opening] = lm.head.weight[END, 1] = 5
+    assert evaluate_arc(lm, GRIDS, [puzzle(answer=ONE)]).score == 1
+    assert evaluate_arc(lm, GRIDS, [puzzle(answer=TWO)]).score == 0
+
+
 def naive_score(lm: LM, one: Puzzle, candidate) -> float:
     """View by view, token by token, with no row beside another."""
     total = 0.0

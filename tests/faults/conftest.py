@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -125,6 +126,30 @@ class Place:
     def train(self, data: dict, name: str, *more: object, **extra: str) -> tuple[int, str]:
         return self.call("train", self.write(name, data), "--name", name, *more, **extra)
 
+    def whole(self, data: dict, name: str) -> tuple[dict[str, object], list[str]]:
+        """What a run leaves that nothing happens to, and its events in order. Its shards are there
+        before it begins, so that every later run passes the same events.
+        """
+        code, said = self.call("prepare", self.write(name, data))
+        assert code == 0, said
+        events = self.folder / f"{name}.events"
+        code, said = self.train(data, name, TINSMITH_COUNT_EVENTS=str(events))
+        assert code == 0, said
+        return self.result(name), events.read_text(encoding="utf-8").splitlines()
+
+    @staticmethod
+    def points(events: Sequence[str], name: str) -> list[int]:
+        """Where events of that name stand, counted from 1."""
+        return [place for place, event in enumerate(events, 1) if event == name]
+
+    def killed(self, data: dict, name: str, event: int) -> dict[str, object]:
+        """What a run leaves that is killed at that event, counted from 1, and resumed."""
+        code, said = self.train(data, name, TINSMITH_KILL_AT=str(event))
+        assert code == -signal.SIGKILL, said
+        code, said = self.train(data, name, "--resume")
+        assert code == 0, said
+        return self.result(name)
+
     def result(self, name: str) -> dict[str, object]:
         """Hashes of what a finished run left, and its metrics without timings."""
         run = self.runs / name
@@ -169,12 +194,5 @@ def reference(shared_place: Place, recipe: dict) -> dict[str, object]:
     twin.runs = shared_place.folder / "twin"
     code, said = twin.cold("train", twin.write("whole", recipe), "--name", "whole")
     assert code == 0, said
-    code, said = shared_place.call("prepare", shared_place.write("whole", recipe))
-    assert code == 0, said  # so that every run finds its shards, and passes the same events
-    events = shared_place.folder / "events"
-    code, said = shared_place.train(recipe, "whole", TINSMITH_COUNT_EVENTS=str(events))
-    assert code == 0, said
-    return shared_place.result("whole") | {
-        "twin": twin.result("whole"),
-        "events": events.read_text(encoding="utf-8").splitlines(),
-    }
+    left, events = shared_place.whole(recipe, "whole")
+    return left | {"twin": twin.result("whole"), "events": events}

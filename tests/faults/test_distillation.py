@@ -1,8 +1,5 @@
 """T2 and T3 for distillation: kills and ranks change nothing; a teacher must read the same ids."""
 
-import signal
-import socket
-
 import pytest
 
 KINDS = ("kd", "on_policy_kd")
@@ -56,16 +53,7 @@ def students(shared_place, recipe, teacher) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def wholes(shared_place, students) -> dict[str, tuple[dict[str, object], list[str]]]:
     """What the runs leave that nothing happened to, and their events in order."""
-    found = {}
-    for kind, data in students.items():
-        code, said = shared_place.call("prepare", shared_place.write(f"{kind}-whole", data))
-        assert code == 0, said
-        events = shared_place.folder / f"{kind}-events"
-        code, said = shared_place.train(data, f"{kind}-whole", TINSMITH_COUNT_EVENTS=str(events))
-        assert code == 0, said
-        left = shared_place.result(f"{kind}-whole")
-        found[kind] = left, events.read_text(encoding="utf-8").splitlines()
-    return found
+    return {kind: shared_place.whole(data, f"{kind}-whole") for kind, data in students.items()}
 
 
 @pytest.mark.parametrize(
@@ -84,27 +72,8 @@ def test_T2_distillation_killed_and_resumed_ends_in_the_same_bits(
     kind, name, which, shared_place, students, wholes
 ):
     left, events = wholes[kind]
-    point = [place for place, event in enumerate(events, 1) if event == name][which]
-    run = f"{kind}-{name}"
-    code, said = shared_place.train(students[kind], run, TINSMITH_KILL_AT=str(point))
-    assert code == -signal.SIGKILL, said
-    code, said = shared_place.train(students[kind], run, "--resume")
-    assert code == 0, said
-    assert shared_place.result(run) == left
-
-
-def pair(place, data: dict, name: str) -> None:
-    """Train on two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = place.write(name, data | {"parallel": {"kind": "replicate"}})
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [
-        place.start("train", path, "--name", name, RANK=str(rank), **common) for rank in range(2)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    event = shared_place.points(events, name)[which]
+    assert shared_place.killed(students[kind], f"{kind}-{name}", event) == left
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +88,8 @@ def test_T3_two_ranks_have_the_losses_and_gradient_norms_of_one_process(
     }
     code, said = shared_place.train(data, f"{kind}-one")
     assert code == 0, said
-    pair(shared_place, data, f"{kind}-two")
+    code, said = shared_place.train_pair(data, f"{kind}-two", "replicate")
+    assert code == 0, said
     one, two = (
         [row for row in shared_place.metrics(f"{kind}-{name}") if row["kind"] == "train"]
         for name in ("one", "two")

@@ -1,7 +1,6 @@
 """T1: killed at any moment, a run ends in the same bits."""
 
 import random
-import signal
 
 import pytest
 
@@ -25,11 +24,7 @@ def kill_points(events: list[str]) -> list[int]:
 def test_T1_killed_and_resumed_run_ends_in_the_same_bits(number, shared_place, recipe, reference):
     point = kill_points(reference["events"])[number]
     name = f"killed-{number}"
-    code, said = shared_place.train(recipe, name, TINSMITH_KILL_AT=str(point))
-    assert code == -signal.SIGKILL, said
-    code, said = shared_place.train(recipe, name, "--resume")
-    assert code == 0, said
-    found = shared_place.result(name)
+    found = shared_place.killed(recipe, name, point)
     for key, value in found.items():
         assert value == reference[key], (key, reference["events"][point - 1])
 

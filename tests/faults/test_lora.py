@@ -1,7 +1,5 @@
 """T2 for LoRA: killed and resumed with dropout, a run of adapters ends in the same bits."""
 
-import signal
-
 import pytest
 
 
@@ -21,12 +19,7 @@ def adapting(shared_place, recipe) -> dict:
 @pytest.fixture(scope="module")
 def whole(shared_place, adapting) -> tuple[dict[str, object], list[str]]:
     """What the run leaves that nothing happened to, and its events in order."""
-    code, said = shared_place.call("prepare", shared_place.write("lora-whole", adapting))
-    assert code == 0, said
-    events = shared_place.folder / "lora-events"
-    code, said = shared_place.train(adapting, "lora-whole", TINSMITH_COUNT_EVENTS=str(events))
-    assert code == 0, said
-    return shared_place.result("lora-whole"), events.read_text(encoding="utf-8").splitlines()
+    return shared_place.whole(adapting, "lora-whole")
 
 
 @pytest.mark.parametrize(
@@ -41,13 +34,8 @@ def test_T2_adapters_killed_and_resumed_end_in_the_same_bits(
     name, which, shared_place, adapting, whole
 ):
     left, events = whole
-    point = [place for place, event in enumerate(events, 1) if event == name][which]
     run = f"lora-{name.replace(' ', '-')}"
-    code, said = shared_place.train(adapting, run, TINSMITH_KILL_AT=str(point))
-    assert code == -signal.SIGKILL, said
-    code, said = shared_place.train(adapting, run, "--resume")
-    assert code == 0, said
-    assert shared_place.result(run) == left
+    assert shared_place.killed(adapting, run, shared_place.points(events, name)[which]) == left
 
 
 def test_a_resumed_run_must_train_the_same_adapters(shared_place, adapting, whole):

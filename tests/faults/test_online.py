@@ -4,6 +4,7 @@ rollouts too, a run ends in the same bits.
 
 import random
 import signal
+from functools import cache
 
 import pytest
 
@@ -37,19 +38,12 @@ def recipe_of(kind: str, recipe: dict) -> dict:
 @pytest.fixture(scope="module")
 def whole(shared_place, recipe):
     """(kind) -> recipe, events and results of a run that nothing happens to; each is run once."""
-    done: dict[str, tuple[dict, list[str], dict]] = {}
 
+    @cache
     def made(kind: str) -> tuple[dict, list[str], dict]:
-        if kind not in done:
-            data = recipe_of(kind, recipe)
-            code, said = shared_place.call("prepare", shared_place.write(kind, data))
-            assert code == 0, said
-            events = shared_place.folder / f"{kind}.events"
-            code, said = shared_place.train(data, kind, TINSMITH_COUNT_EVENTS=str(events))
-            assert code == 0, said
-            names = events.read_text(encoding="utf-8").splitlines()
-            done[kind] = data, names, shared_place.result(kind)
-        return done[kind]
+        data = recipe_of(kind, recipe)
+        left, events = shared_place.whole(data, kind)
+        return data, events, left
 
     return made
 

@@ -156,9 +156,12 @@ def test_the_loss_is_the_formula_row_by_row(small, share):
         torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-11)
 
 
-def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small):
-    """The bias that the docstring tells of, seen by finite differences."""
-    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
+@pytest.mark.parametrize("name", ["blocks.0.mixer.q_proj.weight", "embed.weight"])
+def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, name):
+    """The bias that the docstring tells of, seen by finite differences; of the tied embedding, by
+    which what was said is read, too.
+    """
+    lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]], tie_embeddings=True)
     batch = batch_of(("mirror",), every=False)
     span = last_span(batch.mask)
 
@@ -166,8 +169,8 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small):
         return excursion(lm, batch.ids, span, temperature=1.0, hard=False)
 
     objective, start = ready(align=1.0), said()
-    weight = lm.blocks[0].mixer.q_proj.weight
-    gradient = gradients(lm, objective.loss(lm, batch).total)["blocks.0.mixer.q_proj.weight"]
+    weight = lm.get_parameter(name)
+    gradient = gradients(lm, objective.loss(lm, batch).total)[name]
     direction = torch.randn_like(weight)
     exact = float((gradient * direction).sum())
 
@@ -420,7 +423,9 @@ def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
         found = ready().loss(lm, batch)
     assert float(none.total.detach()) == pytest.approx(float(alone.detach()), rel=1e-3)
     found.total.backward()
-    assert all(p.grad.isfinite().all() for p in lm.parameters() if p.grad is not None)
+    for name, parameter in lm.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_a_vocabulary_that_is_too_large_is_refused_in_one_line():

@@ -114,6 +114,15 @@ def test_H4_frozen_tensors_stay_the_same_to_the_bit_and_have_no_optimizer_state(
     assert not still
 
 
+@pytest.mark.parametrize("matrices", ["adamw8bit", "adafactor"])
+def test_H4_optimizers_that_remember_little_remember_what_trains_alone(distil, matrices):
+    if matrices == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    for each in distil("task", "run", matrices=matrices).values():
+        trained = {name for name in each.model if ".feed." in name}
+        assert {name.partition("|")[0] for name in each.optim} == trained
+
+
 def test_H4_frozen_tensors_have_no_gradient(dense, sparse):
     lm = load(sparse["both"])[0].train()
     objective, batch = taught(load(dense)[0]), random_batch(lm, 12)

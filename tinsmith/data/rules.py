@@ -1,9 +1,10 @@
 """Generated puzzles: one drawn rule connects every input with its output.
 
 A rule is a kind with its parameters, or two kinds one after the other. `SEEN` are to train on,
-`HELD_BACK` are for examination only: no rule of the one explains what is shown of a puzzle of the
-other, nor any view of it (see `grids.View`), because kinds keep to themselves under symmetries and
-changes of colours.
+`HELD_BACK` are for examination only: no seen rule explains what is shown of a puzzle held back, nor
+any view of it that keeps the background (see `grids.View`), because kinds keep to themselves under
+symmetries and changes of colours, and because the few that one explains by chance are drawn again.
+A puzzle to train on may now and then be one that a held-back rule would explain too.
 
 A puzzle is a pure function of (rules, seed, index, sizes): the same everywhere, without end.
 """

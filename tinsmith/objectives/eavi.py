@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.core.errors import UserError
@@ -46,7 +45,7 @@ from tinsmith.objectives.logprobs import summed_nll, token_nll
 from tinsmith.text.tokenizer import Tokenizer
 
 LARGEST = 2**14
-"""Ids of a vocabulary; 8 rows of 512 tokens take half a gigabyte with so many."""
+"""Ids of a vocabulary; 8 rows of 512 tokens take about a gigabyte with so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,8 @@ class Alignment(Objective):
     def aligned(self, policy: LM, batch: Batch, span: Span, said_BSV: Tensor) -> Loss:
         """The loss where the policy has said `said_BSV`, which is a constant to it."""
         answer_BT = span.inside(batch.mask)
-        true_BTV = F.one_hot(batch.ids, said_BSV.shape[2]).to(said_BSV.dtype)
+        true_BTV = said_BSV.new_zeros(*batch.ids.shape, said_BSV.shape[2])
+        true_BTV.scatter_(2, batch.ids[..., None], 1.0)
         read_BTV = torch.cat((true_BTV, after(true_BTV, span, said_BSV)))
         out = policy(read_BTV, _twice(batch.positions), _twice(batch.segments), logits=False)
         own_BT = self.config.align * answer_BT.to(said_BSV.dtype)

@@ -66,7 +66,8 @@ def dry_run(config: RunConfig, name: str) -> None:
             f"no step was tried: {count(shape.parameter_count())} parameters are too many for a "
             "dry run"
         )
-    check_judges(config.objective, shape)
+    for judge, held in check_judges(config.objective, shape).items():
+        say(f" memory    {size(held)} more for the {judge}")
     say(" dry run   ok; nothing was written")
 
 

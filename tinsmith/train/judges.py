@@ -11,7 +11,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.hub.load import load, locate
 from tinsmith.nn import lora
 from tinsmith.nn.model import LM
-from tinsmith.nn.quant import quantise
+from tinsmith.nn.quant import nbytes, quantise
 from tinsmith.objectives import ObjectiveConfig
 from tinsmith.objectives.score import Scorer
 from tinsmith.text.tokenizer import Tokenizer
@@ -39,11 +39,19 @@ def judges(
     return found
 
 
-def check_judges(config: ObjectiveConfig, policy: LM) -> None:
-    """UserError where a folder of `config.judges()` holds no model of as many ids as `policy`."""
+def check_judges(config: ObjectiveConfig, policy: LM) -> dict[str, int]:
+    """Bytes that each of `config.judges()` takes beside `policy`; UserError where a folder holds no
+    model of as many ids.
+    """
+    sizes = {}
     for name, folder in config.judges().items():
         if folder is not None:
-            _check_head(name, _opened(name, folder, torch.device("cpu"))[0], policy)
+            lm, _ = _opened(name, folder, torch.device("cpu"))
+            _check_head(name, lm, policy)
+            sizes[name] = nbytes(quantise(lm, config.judge_weights()))
+        elif not lora.adapters(policy):
+            sizes[name] = nbytes(policy)
+    return sizes
 
 
 def _check_head(name: str, lm: LM, policy: LM) -> None:

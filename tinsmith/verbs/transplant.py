@@ -35,7 +35,8 @@ def transplant(
     def card(done: Exported) -> str:
         facts = Facts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
         facts["base"] = source
-        facts["architecture"] = f"{feeds} ({init}) in the skeleton of its base, frozen"
+        but = " but for its norms" if train_norms else ""
+        facts["architecture"] = f"{feeds} ({init}) in the skeleton of its base, frozen{but}"
         return model_card(facts)
 
     export_folder(student, tokenizer, out, card=card)
