@@ -119,7 +119,8 @@ def test_H4_optimizers_that_remember_little_remember_what_trains_alone(distil, m
     if matrices == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     for each in distil("task", "run", matrices=matrices).values():
-        trained = {name for name in each.model if ".feed." in name}
+        counters = ".gate.window."  # buffers, of re-birth
+        trained = {name for name in each.model if ".feed." in name and counters not in name}
         assert {name.partition("|")[0] for name in each.optim} == trained
 
 
