@@ -1,5 +1,6 @@
 """Two ranks that see different tokens re-bear the same experts alike."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_ranks_agree_about_re_birth(kind, saved):
         assert (moments[[0, 2, 3, 5]] != 0).any(-1).all()
         assert int(before.model[name + "window.tokens"]) == 2 * 2 * 4 * 48
         lengths = at.model[name + "prototypes"][DEAD].norm(dim=-1)
-        torch.testing.assert_close(lengths, torch.ones(len(DEAD)))
+        torch.testing.assert_close(lengths, torch.full((len(DEAD),), math.sqrt(32)))
 
 
 def test_gates_learn_the_same_from_surprise_however_they_are_spread(saved):

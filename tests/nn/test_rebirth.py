@@ -1,6 +1,7 @@
 """Re-birth of experts that never fire: properties R, on a gate with weights beside it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_R1_exactly_the_dead_rows_change():
     assert (part.gate.thresholds[[1, 4]] == 0).all()
     assert (part.down[[1, 4]] == 0).all()
     lengths = part.gate.prototypes[[1, 4]].norm(dim=-1)
-    torch.testing.assert_close(lengths, torch.ones(2))
+    torch.testing.assert_close(lengths, torch.full((2,), math.sqrt(D)))
     assert part.gate.window.newborn.tolist() == [e in (1, 4) for e in range(E)]
 
 
@@ -85,7 +86,7 @@ def test_R3_a_planted_dead_expert_is_found_and_fires_where_nobody_did():
     with torch.no_grad():
         alive = [0, 1, 3, 4, 5]
         others = part.gate.prototypes[alive]
-        direction = direction - others.T @ (others @ direction)
+        direction = direction - others.T @ (others @ direction) / D
         part.gate.thresholds[alive] = 0.3
     for index in range(INTERVAL):
         assert not part.gate.window.newborn.any()
@@ -102,7 +103,7 @@ def test_prototypes_point_away_from_the_living_where_no_token_was_left_over():
     for index in range(INTERVAL):
         x = draw(index, 200)
         part.step(x[part.gate(x).mask_NE.any(-1)])
-    unit = part.gate.prototypes.detach()
+    unit = part.gate.prototypes.detach() / math.sqrt(D)
     similar = unit @ unit.T
     torch.testing.assert_close(similar, torch.eye(E), rtol=0, atol=1e-6)
 
@@ -113,7 +114,7 @@ def test_where_there_is_no_room_for_another_direction_any_will_do():
         nn.Parameter(torch.randn(D + 2, *p.shape[1:])) for p in (part.up, part.down)
     )
     window(part)
-    assert part.gate.prototypes[3].norm().item() == pytest.approx(1)
+    assert part.gate.prototypes[3].norm().item() == pytest.approx(math.sqrt(D))
 
 
 def test_R4_same_history_same_newborns_and_training_s_random_numbers_are_left_alone():

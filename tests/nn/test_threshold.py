@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tinsmith.core.parse import parse
 from tinsmith.nn.parts.norm import wide
@@ -102,13 +103,28 @@ def test_G6_half_of_the_experts_fire_at_first():
     load = gate(x).stats["load"].sum() / 4000
     # the signs of 32 independent half-space tests: variance 32 / 4 per token
     assert abs(float(load) - 16) < 3 * math.sqrt(8 / 4000)
-    unit = gate.prototypes @ gate.prototypes.T
+    unit = gate.prototypes @ gate.prototypes.T / 64
     torch.testing.assert_close(unit, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_more_experts_than_dimensions_have_unit_prototypes():
+def test_more_experts_than_dimensions_have_prototypes_of_one_length():
     lengths = made(experts=40, stirred=False).prototypes.norm(dim=-1)
-    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
+    expected = torch.full_like(lengths, math.sqrt(D))
+    torch.testing.assert_close(lengths, expected, rtol=0, atol=1e-5)
+
+
+def test_a_step_of_adam_turns_prototypes_by_about_its_rate():
+    """Of unit length they would turn by sqrt(D) times as much: routes would not stand still long
+    enough for experts to learn theirs (LOG.md).
+    """
+    gate = made(dim=256, stirred=False)
+    before = F.normalize(gate.prototypes.detach().clone(), dim=-1)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.01)
+    gate.prototypes.grad = draw(*gate.prototypes.shape, seed=3)
+    optimizer.step()
+    turned = (before * F.normalize(gate.prototypes.detach(), dim=-1)).sum(-1).acos()
+    assert (turned < 0.011).all()
+    assert (turned > 0.009).all()
 
 
 def test_G7_permuting_experts_permutes_decisions():
@@ -287,7 +303,7 @@ def test_the_original_loss_is_diversity_plus_simplicity():
     gate, x = made(sdl="dynmoe", sdl_weight=1.0), draw(N, D)
     p = gate.prototypes.detach()
     unit = p / p.norm(dim=1, keepdim=True)
-    expected = (unit @ unit.T - torch.eye(E)).norm() + p.norm(dim=1).mean()
+    expected = (unit @ unit.T - torch.eye(E)).norm() + p.norm(dim=1).mean() / math.sqrt(D)
     torch.testing.assert_close(gate(x).losses["sdl"].detach(), expected)
 
 

@@ -14,6 +14,8 @@ model, so a folder for others does not have them.
 Legend: E experts, D width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,11 @@ Births = dict[nn.Parameter, float]
 """Weights with the experts along their first axis -> the standard deviation of a newborn's; 0
 where it writes.
 """
+
+
+def first_length(dim: int) -> float:
+    """Of a prototype: its numbers are about 1."""
+    return math.sqrt(dim)
 
 
 def births(experts: nn.Module) -> Births:
@@ -90,9 +97,8 @@ class Window(nn.Module):
         rows = dead_E.nonzero().flatten()
         draw = generator(0, "rebirth", self.layer, int(self.looks))
         alive = whole(prototypes)[~dead_E].cpu().double()
-        write_rows(
-            prototypes, rows, _directions(self.unrouted.cpu().double(), alive, len(rows), draw)
-        )
+        found = _directions(self.unrouted.cpu().double(), alive, len(rows), draw)
+        write_rows(prototypes, rows, first_length(prototypes.shape[1]) * found)
         write_rows(thresholds, rows, torch.zeros(len(rows)))
         for parameter, std in births.items():
             shape = (len(rows), *parameter.shape[1:])

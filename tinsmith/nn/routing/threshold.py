@@ -10,10 +10,14 @@ token's experts are combined as `combine` says: k_t = number of them, never in t
     mean   sum_e value_te y_te / k_t      sum   sum_e value_te y_te
     rescaled_sum   sum_e value_te y_te E / k_t
 
+Prototypes are sqrt(D) long at first. No decision depends on it, but how fast they turn does: an
+optimizer that moves every number by its rate, as Adam does, turns a long row slowly.
+
 SDL, the sparse-diversity loss, is sdl_weight times ((k_mean - k*) / k*)^2 + mean over pairs of
 experts of cos(p_i, p_j)^2; the first term's gradient also reaches experts that did not fire, so
-k can rise. `sdl: dynmoe` is the paper's ||P P' - I||_F + mean ||p_e||. k_mean is that of a
-micro-batch: the one place where the split of a batch matters. Its input is detached.
+k can rise. `sdl: dynmoe` is the paper's ||P P' - I||_F + mean ||p_e||, lengths in units of the
+first ones. k_mean is that of a micro-batch: the one place where the split of a batch matters. Its
+input is detached.
 
 It differs from the paper's code in comparing cosines, not their sigmoids (the same decision), and
 in giving a token that wants nobody its best expert in training too (`fallback`). u is rounded to
@@ -33,7 +37,7 @@ from tinsmith.core.parse import Config, Count, Size
 from tinsmith.nn.contract import Reset
 from tinsmith.nn.parts.choose import GRID, decided, top
 from tinsmith.nn.parts.norm import exactly, wide
-from tinsmith.nn.routing.rebirth import Births, Window
+from tinsmith.nn.routing.rebirth import Births, Window, first_length
 
 KAPPA = 4.0
 SMALLEST = 1e-6
@@ -87,7 +91,7 @@ class Choice(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Prototypes P (E, D), rows orthonormal where E <= D, and thresholds G (E,), cosines, 0."""
+    """Prototypes P (E, D), rows orthogonal where E <= D, and thresholds G (E,), cosines, 0."""
 
     ROLE: ClassVar = "router"
 
@@ -99,7 +103,7 @@ class Gate(nn.Module):
             nn.init.orthogonal_(prototypes)
         else:
             prototypes = F.normalize(nn.init.normal_(prototypes), dim=-1)
-        self.prototypes = nn.Parameter(prototypes)
+        self.prototypes = nn.Parameter(first_length(dim) * prototypes)
         self.thresholds = nn.Parameter(torch.zeros(config.experts))
         self.window = Window(config.experts, dim, layer, config.reset_interval)
 
@@ -157,7 +161,8 @@ class Gate(nn.Module):
             similar_EE = unit @ unit.mT
         if self.config.sdl == "dynmoe":
             excess_EE = similar_EE - torch.eye(len(unit), dtype=kind, device=unit.device)
-            return torch.linalg.vector_norm(excess_EE) + prototypes.norm(dim=-1).mean()
+            lengths_E = prototypes.norm(dim=-1) / first_length(prototypes.shape[1])
+            return torch.linalg.vector_norm(excess_EE) + lengths_E.mean()
         value_NE = _straight_through(self.margins(x_ND), fired_NE) * valid_N[:, None]
         mean = value_NE.sum() / valid_N.sum().clamp(min=1)
         sparsity = ((mean - self.config.active) / self.config.active).square()
