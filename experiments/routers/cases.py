@@ -63,8 +63,11 @@ FEEDS: dict[str, Callable[[int], Section]] = {
 MIXERS: dict[str, Section] = {
     "dyn_heads": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2, "experts": 4}
     | {"reset_interval": REBIRTH, "sdl_weight": SDL},
-    "dyn_lora": {"kind": "dyn_lora", "base": GQA, "experts": 8, "rank": 8}
-    | {"reset_interval": REBIRTH, "sdl_weight": SDL},
+    **{
+        name: {"kind": "dyn_lora", "base": GQA, "experts": 8, "rank": 8, "alpha": alpha}
+        | {"reset_interval": REBIRTH, "sdl_weight": SDL}
+        for name, alpha in {"dyn_lora": 8, "dyn_lora alpha 1": 1}.items()
+    },
 }
 CASES = (*FEEDS, *MIXERS)
 GROUPS = {
@@ -80,7 +83,7 @@ GROUPS = {
         *("topk_moe 1 of 4", "topk_moe", "topk_moe 4 of 16", "topk_moe 8 of 32"),
         *("dyn_moe 2 of 8", "dyn_moe", "dyn_moe 8 of 32"),
     ),
-    "Routed attention": ("dense", "dyn_heads", "dyn_lora"),
+    "Routed attention": ("dense", "dyn_heads", "dyn_lora", "dyn_lora alpha 1"),
 }
 """Title -> cases; some stand in several."""
 
