@@ -78,6 +78,13 @@ def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seen", [Reach(), reach(None, 0, None, torch.device("cpu"))])
+def test_nobody_asking_gets_no_answer(kind, seen):
+    q, k, v = drawn(0, 5)
+    assert attend(q, k, v, seen, kind=kind).shape == q.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_without_segments_equals_one_document(kind, window):
     q, k, v = drawn(9, 9)
