@@ -99,6 +99,9 @@ def test_recipe_survives_a_dry_run(path, monkeypatch, tmp_path, capsys, request,
     assert "one step of" in said
     assert ("dry run   ok" in said) != foreign
     assert "parameters" in said
+    for judge, folder in config.objective.judges().items() if not foreign else ():
+        own = folder is not None or config.lora is None
+        assert (f"more for the {judge}" in said) == own
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
 

@@ -114,6 +114,13 @@ def test_H4_frozen_tensors_stay_the_same_to_the_bit_and_have_no_optimizer_state(
     assert not still
 
 
+def test_a_card_says_what_is_frozen(dense, sparse, tmp_path):
+    normed = transplant(dense, tmp_path / "normed", "experts=8", "--train-norms")
+    cards = [(out / "README.md").read_text(encoding="utf-8") for out in (sparse["task"], normed)]
+    assert ["frozen but for its norms" in card for card in cards] == [False, True]
+    assert all("in the skeleton of its base, frozen" in card for card in cards)
+
+
 @pytest.mark.parametrize("matrices", ["adamw8bit", "adafactor"])
 def test_H4_optimizers_that_remember_little_remember_what_trains_alone(distil, matrices):
     if matrices == "adamw8bit":
