@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -136,6 +137,27 @@ def test_the_bias_of_a_gate_is_never_rounded(tmp_path, model):
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
         for block, other in zip(half.blocks, lm.blocks, strict=True):
             assert torch.equal(block.feed.bias, other.feed.bias)
+
+
+def test_prototypes_and_thresholds_are_never_rounded(tmp_path, model):
+    """Not when they are read, and not when a half-precision model is written and read again."""
+    torch.manual_seed(0)
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 12}
+    lm = model(pattern=[{"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed}])
+    gates = [block.feed.gate for block in lm.blocks]
+    for gate in gates:
+        torch.nn.init.normal_(gate.thresholds, std=0.1)
+    export_folder(lm, None, tmp_path / "x")
+    save_checkpoint(tmp_path / "y", lm)
+    before = copy.deepcopy(gates)
+    export_folder(lm.bfloat16(), None, tmp_path / "z")
+    for folder in (tmp_path / "x", tmp_path / "y", tmp_path / "z"):
+        half, _ = load(folder, dtype="bf16")
+        assert half.embed.weight.dtype == half.blocks[0].feed.experts.up_proj.weight.dtype
+        assert half.embed.weight.dtype == torch.bfloat16
+        for block, gate in zip(half.blocks, before, strict=True):
+            assert torch.equal(block.feed.gate.prototypes, gate.prototypes)
+            assert torch.equal(block.feed.gate.thresholds, gate.thresholds)
 
 
 def test_a_checkpoint_takes_a_stretching_too(tmp_path, model):

@@ -248,6 +248,7 @@ def test_the_model_hands_each_layer_its_own_load():
         ({"scale": 0}, "scale=0.0 must be above 0"),
         ({"bias_rate": -1}, "bias_rate=-1.0 must be at least 0"),
         ({"noise": -0.1}, "noise=-0.1 must be at least 0"),
+        ({"noise": 2.5}, "noise=2.5 must be at most 2"),
         ({"score": "relu"}, "relu"),
     ],
 )

@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
-from tinsmith.nn.parts.grouped import grouped, loop_grouped, loop_outer, outer
+from tinsmith.nn.parts.grouped import (
+    fast_grouped,
+    fast_outer,
+    grouped,
+    loop_grouped,
+    loop_outer,
+    outer,
+)
 from tinsmith.nn.parts.init import initialise
 from tinsmith.nn.routing.dispatch import Plan, combine, plan_of_choices, plan_of_mask
 from tinsmith.nn.routing.experts import Experts
 
 same = close_to(1e-12)
+
+CUDA = torch.cuda.is_available()
 
 N, E, K, D, H = 23, 5, 2, 8, 12
 
@@ -126,6 +135,43 @@ def test_the_loop_equals_torchs_grouped_product(mask, dtype):
     same(loop_grouped(x, weight, plan.ends_E), forward, tolerance)
     same(loop_outer(dy, x, plan.ends_E), by_weight, tolerance)
     same(loop_grouped(dy, weight.mT, plan.ends_E), by_rows, tolerance)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tail", [0, 3])
+@pytest.mark.parametrize("width", [16, 12])
+def test_what_a_gpu_runs_equals_the_loop(mask, device, tail, width):
+    """Both products, the transposed weight of a backward pass, rows past the last end, a group
+    without rows; and widths that torch's own kernel does not take.
+    """
+    plan = plan_of_mask(mask)
+    count, kind = len(plan.tokens_P) + tail, {"dtype": torch.bfloat16}
+    x, dy = draw(count, width, **kind).to(device), draw(count, 32, seed=3, **kind).to(device)
+    weight, ends = draw(E, 32, width, **kind).to(device), plan.ends_E.to(device)
+    for fast, loop, given in (
+        (fast_grouped, loop_grouped, (x, weight)),
+        (fast_grouped, loop_grouped, (dy, weight.mT)),
+        (fast_outer, loop_outer, (dy, x)),
+    ):
+        same(fast(*given, ends), loop(*given, ends), 2e-2)
+    assert not fast_grouped(x, weight, ends)[count - tail :].any()
+    assert fast_grouped(x[:0], weight, ends * 0).shape == (0, 32)
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_on_a_gpu_products_and_their_gradients_are_those_of_a_cpu(mask):
+    plan = plan_of_mask(mask)
+    x = draw(len(plan.tokens_P) + 3, 16, dtype=torch.bfloat16)
+    weight = draw(E, 32, 16, dtype=torch.bfloat16)
+    found = []
+    for device in ("cpu", "cuda"):
+        given = [tensor.to(device).detach().requires_grad_() for tensor in (x, weight)]
+        y = grouped(*given, plan.ends_E.to(device))
+        found.append([y.cpu(), *(dx.cpu() for dx in torch.autograd.grad(y.sum(), given))])
+    same(found[0], found[1], 2e-2)
 
 
 def test_autocast_casts_as_a_linear_layer():

@@ -499,6 +499,13 @@ def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
         ({"router_weight": -1}, "router_weight=-1.0 must be at least 0"),
         ({"extra_candidates": 0}, "extra_candidates=0 must be at least 1"),
         ({"sml_local": True}, "sml_local=true needs router_grad=sml"),
+        ({"smk_target": "soft"}, "smk_target=soft needs router_grad=smk or both"),
+        ({"smk_target": "soft", "router_grad": "sml"}, "smk_target=soft needs"),
+        ({"candidates": "all"}, "candidates=all needs router_grad=smk, sml or both"),
+        (
+            {"experts": 1, "router_grad": "smk"},
+            "router_grad=smk compares experts; experts=1 is one",
+        ),
         ({"router_grad": "tsk"}, "router_grad"),
         ({"hidden": 0}, "hidden=0 must be at least 1"),
         ({"experts": 0}, "experts=0 must be at least 1"),

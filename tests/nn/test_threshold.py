@@ -163,6 +163,22 @@ def test_G9_half_precision_inputs_decide_alike_away_from_the_boundary():
         assert torch.equal(fires(found)[clear], fires(u)[clear])
 
 
+def test_casts_leave_prototypes_and_thresholds_as_exact_as_they_are():
+    """Rounded, they would choose others."""
+    gate = made().float()
+    before = {name: value.detach().clone() for name, value in gate.named_parameters()}
+    x = draw(N, D).float()
+    mask = gate(x).mask_NE
+    for cast in (gate.bfloat16, gate.half, lambda: gate.to(torch.bfloat16)):
+        cast()
+        for name, value in gate.named_parameters():
+            assert value.dtype == torch.float32, name
+            assert torch.equal(value, before[name]), name
+    assert torch.equal(gate(x).mask_NE, mask)
+    assert gate.double().thresholds.dtype == torch.float64
+    assert gate.to("meta").prototypes.is_meta
+
+
 def test_a_cosine_of_zero_does_not_fire_however_it_is_rounded():
     gate = made(stirred=False)
     x = draw(N, D)

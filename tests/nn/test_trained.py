@@ -83,3 +83,60 @@ def test_patterns_that_name_nothing_are_refused_in_one_line():
         model()
     with pytest.raises(UserError, match=r"Did you mean 'embed\.weight'"):
         model("embed.weigth")
+
+
+GATED = {
+    "dyn_moe": {
+        "feed_forward": {"kind": "dyn_moe", "hidden": 8, "experts": 4, "reset_interval": 1}
+    },
+    "dyn_heads": {"mixer": {"kind": "dyn_heads", "experts": 4, "heads": 2, "reset_interval": 1}},
+    "dyn_lora": {
+        "mixer": {"kind": "dyn_lora", "base": {"kind": "gqa", "heads": 2}, "experts": 4, "rank": 2}
+        | {"reset_interval": 1}
+    },
+    "deepseek_moe": {
+        "feed_forward": {"kind": "deepseek_moe", "hidden": 8, "experts": 4, "bias_rate": 0.1}
+    },
+}
+
+
+def after_a_step(lm: LM) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """State before and after what a part does once a step, when an expert of thresholds is dead."""
+    with torch.no_grad():
+        for name, tensor in lm.named_parameters():
+            if name.endswith("thresholds"):
+                tensor[0] = 2.0
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    out = lm.train()(torch.arange(12)[None])
+    lm.post_step(out.stats)
+    return before, lm.state_dict()
+
+
+def freeze_nothing(lm: LM) -> None:
+    """As it was."""
+
+
+FREEZE = {
+    "nothing": freeze_nothing,
+    "all": lambda lm: lm.requires_grad_(False),
+    "adapters": lambda lm: lora.add(lm, LoRA(targets="all", rank=2)),
+}
+
+
+@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("way", FREEZE)
+def test_what_is_frozen_is_neither_born_anew_nor_balanced(kind, way):
+    """Else adapters would be written beside a base that is no longer the one they were made for."""
+    torch.manual_seed(0)
+    lm = model("*", pattern=[LAYER | GATED[kind]])
+    FREEZE[way](lm)
+    before, after = after_a_step(lm)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert bool(changed) == (way == "nothing"), changed
+
+
+def test_experts_are_born_where_the_rest_of_the_model_is_frozen():
+    lm = model("blocks.*.feed", pattern=[LAYER | GATED["dyn_moe"]])
+    before, after = after_a_step(lm)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".feed." in name}

@@ -219,6 +219,18 @@ def test_the_heat_map_holds_every_load_against_an_even_share():
     assert curve.get_xydata().tolist() == [[10, 1.0], [20, 1.0], [30, 1.0]]
 
 
+def test_drift_and_surprise_are_drawn_where_they_are_told():
+    lines = routing(2)
+    titles = {axes.get_title(loc="left") for axes in draw_experts(History("a run", lines)).axes}
+    assert not titles & {"Surprise", "Drift of thresholds or biases", "Tokens in the dark room"}
+    told = {"drift": 0.2, "surprise": 0.5, "dark": 0.25}
+    figure = draw_experts(History("a run", [line | told for line in lines]))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    drawn = ("Drift of thresholds or biases", "Surprise", "Tokens in the dark room")
+    for title, value in zip(drawn, told.values(), strict=True):
+        assert panels[title].lines[0].get_ydata().tolist() == [value] * 3
+
+
 @pytest.mark.parametrize(("layers", "steps"), [(1, (5,)), (3, (5, 10)), (14, (5, 10, 15))])
 @pytest.mark.filterwarnings("error")
 def test_any_number_of_layers_is_drawn_and_equal_metrics_give_equal_files(tmp_path, layers, steps):

@@ -11,6 +11,7 @@ from tinsmith.hub.tensors import Stored, read_tensors
 from tinsmith.nn import lora
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.parts.exact import exact_names
 
 _REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Buffers of older transformers, which follow from the config."""
@@ -31,7 +32,7 @@ def fill(
     among them, they are folded into the weights.
 
     UserError, naming the first tensor, where one is missing, of another shape, or not wanted.
-    `dtype` is that of weights, None what the files have; buffers always keep it.
+    `dtype` is that of weights, None what the files have; buffers, and what decides, always keep it.
     """
     with torch.device("meta"):
         lm, shapes = LM(config), _shapes(config, names, adapted)
@@ -43,14 +44,15 @@ def fill(
     _compare({wanted[name]: shape for name, shape in shapes.items()}, found, head, where)
     stored = {name: found[name] for name in [*wanted.values(), head] if name in found}
     kind = dtype if adapted is None else None
-    exact = {name: stored.pop(name) for name in buffers.values() if name in stored}
+    kept = exact_names(lm) | buffers.keys()
+    exact = {theirs: stored.pop(theirs) for name, theirs in wanted.items() if name in kept}
     state = read_tensors(stored, kind, device) | read_tensors(exact, None, device)
     if head in state:
         _same(state.pop(head), state[wanted[_EMBED]], head, where)
     ours = {name: names.received(name, state[theirs], config) for name, theirs in wanted.items()}
     if adapted is not None:
         merged = lora.folded(*lora.split(ours), adapted.scale)
-        kinds = {name: dtype for name in merged if dtype and name not in buffers}
+        kinds = {name: dtype for name in merged if dtype and name not in kept}
         ours = {name: tensor.to(kinds.get(name, tensor.dtype)) for name, tensor in merged.items()}
     if config.tie_embeddings:
         ours[_HEAD] = ours[_EMBED]

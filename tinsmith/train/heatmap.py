@@ -1,5 +1,6 @@
 """What experts did over a run: a panel of experts over steps for every routed layer, and below them
-how many worked on a token, how many did nothing, and how sure the gates were.
+how many worked on a token, how many did nothing, how sure the gates were; and where it is told, how
+far thresholds or biases went and what surprise says.
 """
 
 import math
@@ -24,17 +25,26 @@ CURVES = (
     ("dead", "Experts without a token", "experts"),
     ("entropy", "Entropy of the gates", "nats"),
 )
+WHERE_TOLD = (
+    ("drift", "Drift of thresholds or biases", "mean size"),
+    ("surprise", "Surprise", "of a token's gradient"),
+    ("dark", "Tokens in the dark room", "share"),
+)
+ABREAST = 3
 
 
 def draw_experts(history: History) -> "Figure":
-    """Loads over the steps, a panel for each layer, and three curves."""
+    """Loads over the steps, a panel for each layer, and three curves or up to six."""
     from matplotlib.figure import Figure
 
     lines = history.of_kind("routing")
     names = list(dict.fromkeys(name for line in lines for name in line["layers"]))
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
-    maps, curves, top, bottom = 1.35 * rows + 0.45 * (rows - 1), 1.3, 1.15, 0.5
+    below = [*CURVES, *(each for each in WHERE_TOLD if len(history.series("routing", each[0])))]
+    deep = math.ceil(len(below) / ABREAST)
+    maps, curves = 1.35 * rows + 0.45 * (rows - 1), 1.3 * deep + 0.65 * (deep - 1)
+    top, bottom = 1.15, 0.5
     height = top + maps + 0.95 + curves + bottom
     figure = Figure(figsize=(10.4, height))
     heading(figure, history.name, _summary(lines))
@@ -54,13 +64,15 @@ def draw_experts(history: History) -> "Figure":
     bar = figure.add_axes((0.92, under, 0.012, over - under))
     _legend(figure, bar, shown[0])
     low = figure.add_gridspec(
-        1, 3, top=(bottom + curves) / height, bottom=bottom / height, wspace=0.24, **side
+        deep, ABREAST, top=(bottom + curves) / height, bottom=bottom / height, **side
     )
-    for column, (key, title, unit) in enumerate(CURVES):
-        axes = figure.add_subplot(low[0, column])
-        _draw_curve(axes, history, key, COLOURS[column])
+    low.update(hspace=0.65 / 1.3, wspace=0.24)
+    for place, (key, title, unit) in enumerate(below):
+        axes = figure.add_subplot(low[place // ABREAST, place % ABREAST])
+        _draw_curve(axes, history, key, COLOURS[place])
         titled(axes, title, unit)
         step_axis(axes, history.step)
+        axes.set_xlabel("step" if place + ABREAST >= len(below) else "", fontsize=8.5)
     return figure
 
 

@@ -5,17 +5,17 @@
     w = scale s / sum of the chosen s                                   of `groups` equal groups
 
 The bias b chooses and never weighs. No gradient reaches it; after every optimizer step it moves by
-`bias_rate` against the load that the experts had in the global batch. In training, `noise` s
-multiplies each logit by a number drawn evenly from 1 - s/2 to 1 + s/2 (Tiny-R2), and the `balance`
-loss holds the unbiased choice of every row (`routing.balance.sequence`). With K = 1 the raw score
-counts: a weight of 1 would teach the gate nothing.
+`bias_rate` against the load that the experts had in the global batch; casts leave it in at least
+float32. In training, `noise` s multiplies each logit by a number drawn evenly from 1 - s/2 to
+1 + s/2 (Tiny-R2), and the `balance` loss holds the unbiased choice of every row
+(`routing.balance.sequence`). With K = 1 the raw score counts: a weight of 1 would teach the gate
+nothing.
 
 Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import FeedForwardKind, Reset, Site
 from tinsmith.nn.parts.choose import decided, top
-from tinsmith.nn.parts.norm import wide
+from tinsmith.nn.parts.exact import Exact
 from tinsmith.nn.routing.balance import push, sequence
 from tinsmith.nn.routing.experts import Activation
 from tinsmith.nn.routing.gates import Route, weights_of, within_groups
@@ -54,6 +54,8 @@ class DeepSeekMoE(FeedForwardKind):
         check_coefficients(
             bias_rate=self.bias_rate, balance_weight=self.balance_weight, noise=self.noise
         )
+        if self.noise > 2:
+            raise ValueError(f"noise={self.noise} must be at most 2: more turns signs of logits")
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale} must be above 0")
         if self.groups < 1 or self.experts % self.groups:
@@ -74,9 +76,10 @@ class DeepSeekMoE(FeedForwardKind):
         return DeepSeekFeedForward(self, site)
 
 
-class DeepSeekFeedForward(ChosenExperts):
+class DeepSeekFeedForward(Exact, ChosenExperts):
     """The module of `DeepSeekMoE`."""
 
+    EXACT: ClassVar = ("bias",)
     bias: Tensor
 
     def __init__(self, config: DeepSeekMoE, site: Site):
@@ -84,15 +87,6 @@ class DeepSeekFeedForward(ChosenExperts):
         super().__init__(site, *sizes, config.activation)
         self.config = config
         self.register_buffer("bias", torch.zeros(config.experts))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Casts leave the bias in at least float32: rounded, it would choose others."""
-        exact = self.bias
-        super()._apply(fn, recurse)
-        kind = wide(self.bias.dtype)
-        if self.bias.dtype != kind:
-            self.bias = exact.to(self.bias.device, kind)
-        return self
 
     def route(self, x_ND: Tensor) -> Route:
         """By score and bias."""
@@ -121,6 +115,7 @@ class DeepSeekFeedForward(ChosenExperts):
 
     @torch.no_grad()
     def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
-        """The bias moves against the load of the global batch."""
-        push(self.bias, stats["load"], self.config.bias_rate)
+        """The bias moves against the load of the global batch; that of a frozen gate stays."""
+        if self.router.weight.requires_grad:
+            push(self.bias, stats["load"], self.config.bias_rate)
         return []

@@ -39,6 +39,8 @@ class DynMoE(Threshold, Learning, FeedForwardKind):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_learning()
+        if self.from_surprise and self.experts < 2:
+            raise ValueError(f"router_grad={self.router_grad} compares experts; experts=1 is one")
         if self.hidden < 1:
             raise ValueError(f"hidden={self.hidden} must be at least 1")
 

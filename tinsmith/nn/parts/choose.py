@@ -2,7 +2,8 @@
 
 A choice orders by (score descending, index ascending). Scores are first rounded to a grid, because
 a decoding step, a longer row and a padded batch add the same numbers in another order: sums that
-are equal in exact arithmetic differ in their last bits, and would be chosen by chance.
+are equal in exact arithmetic differ in their last bits, and would be chosen by chance. So scores
+closer than a grid point are ties, those of a saturated sigmoid among them.
 """
 
 from typing import Any

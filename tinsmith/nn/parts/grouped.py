@@ -76,12 +76,8 @@ def _serves(*matrices: Tensor) -> bool:
     return all(x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 for x in matrices)
 
 
-_grouped = torch.library.custom_op("tinsmith::grouped", loop_grouped, mutates_args=())
-_outer = torch.library.custom_op("tinsmith::grouped_outer", loop_outer, mutates_args=())
-
-
-@_grouped.register_kernel("cuda")
-def _(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def fast_grouped(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped` by torch's own kernel where it serves."""
     if not (_serves(x_PI, weight_EOI, weight_EOI.mT) and len(x_PI)):
         return loop_grouped(x_PI, weight_EOI, ends_E)
     y_PO = F.grouped_mm(x_PI.contiguous(), weight_EOI.mT, offs=ends_E)
@@ -89,11 +85,19 @@ def _(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return y_PO.masked_fill_(nobody[:, None], 0)
 
 
-@_outer.register_kernel("cuda")
-def _(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+def fast_outer(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+    """`outer` by torch's own kernel where it serves."""
     if not (_serves(dy_PO, x_PI) and len(x_PI)):
         return loop_outer(dy_PO, x_PI, ends_E)
     return F.grouped_mm(dy_PO.contiguous().mT, x_PI.contiguous(), offs=ends_E)
+
+
+_grouped = torch.library.custom_op("tinsmith::grouped", loop_grouped, mutates_args=())
+_outer = torch.library.custom_op("tinsmith::grouped_outer", loop_outer, mutates_args=())
+
+
+_grouped.register_kernel("cuda", fast_grouped)
+_outer.register_kernel("cuda", fast_outer)
 
 
 @_grouped.register_fake

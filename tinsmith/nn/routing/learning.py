@@ -66,6 +66,10 @@ class Learning(Config):
             raise ValueError(f"extra_candidates={self.extra_candidates} must be at least 1")
         if self.sml_local and self.router_grad != "sml":
             raise ValueError("sml_local=true needs router_grad=sml")
+        if self.smk_target == "soft" and self.router_grad not in ("smk", "both"):
+            raise ValueError("smk_target=soft needs router_grad=smk or both")
+        if self.candidates != "active" and not self.from_surprise:
+            raise ValueError(f"candidates={self.candidates} needs router_grad=smk, sml or both")
 
     @property
     def from_task(self) -> bool:

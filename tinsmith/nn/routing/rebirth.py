@@ -9,7 +9,8 @@ optimizer forgets the rows.
 Counts are sums over micro-batches and ranks, and random rows come from a generator of their own:
 all ranks do the same, and training's random numbers stay as they were. All counters are buffers,
 so a resumed run looks at the same step with the same counts; they belong to the run and not to the
-model, so a folder for others does not have them.
+model, so a folder for others does not have them. Where any of these weights is frozen (adapters, a
+skeleton), nothing is counted and nobody is born.
 
 Legend: E experts, D width.
 """
@@ -75,7 +76,8 @@ class Window(nn.Module):
         births: Births,
     ) -> list[Reset]:
         """Add the statistics of one step; at the end of a window, what was re-born."""
-        if self.interval is None:
+        trained = all(p.requires_grad for p in (prototypes, thresholds, *births))
+        if self.interval is None or not trained:
             return []
         self.load += stats["load"]
         self.unrouted += stats["unrouted"].to(self.unrouted.dtype)

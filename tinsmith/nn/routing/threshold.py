@@ -17,7 +17,8 @@ SDL, the sparse-diversity loss, is sdl_weight times ((k_mean - k*) / k*)^2 + mea
 experts of cos(p_i, p_j)^2; the first term's gradient also reaches experts that did not fire, so
 k can rise. `sdl: dynmoe` is the paper's ||P P' - I||_F + mean ||p_e||, lengths in units of the
 first ones. k_mean is that of a micro-batch: the one place where the split of a batch matters. Its
-input is detached.
+input is detached. As every loss of a part it is added up over layers, so what it does to a layer
+does not depend on how many there are.
 
 It differs from the paper's code in comparing cosines, not their sigmoids (the same decision), and
 in giving a token that wants nobody its best expert in training too (`fallback`). u is rounded to
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from tinsmith.core.parse import Config, Count, Size
 from tinsmith.nn.contract import Reset
 from tinsmith.nn.parts.choose import GRID, decided, top
+from tinsmith.nn.parts.exact import Exact
 from tinsmith.nn.parts.norm import exactly, wide
 from tinsmith.nn.routing.rebirth import Births, Window, first_length
 
@@ -90,10 +92,11 @@ class Choice(NamedTuple):
     """
 
 
-class Gate(nn.Module):
+class Gate(Exact):
     """Prototypes P (E, D), rows orthogonal where E <= D, and thresholds G (E,), cosines, 0."""
 
     ROLE: ClassVar = "router"
+    EXACT: ClassVar = ("prototypes", "thresholds")
 
     def __init__(self, config: Threshold, dim: int, layer: int):
         super().__init__()
