@@ -239,6 +239,9 @@ def report(found: dict[str, Any]) -> None:
         table(lines)
     for experts, most in found.get("memory", {}).items():
         print(f"{experts} experts: {most / 1e6:.0f} MB beside weights, gradients and moments")
+    if "memory" in found:
+        few, many = found["memory"].values()
+        print(f"56 more experts: {(many / few - 1) * 100:+.1f} % of that (0: nothing but weights)")
 
 
 if __name__ == "__main__":
