@@ -25,7 +25,7 @@ measured and how; nothing here is chosen.
   gate not counted; **active** of {experts} experts; **dead**: experts without a token;
 - **trained**: parameters, in thousands;
 - **forward**: seconds of a forward pass over the teacher's; **step**: seconds of a training step
-  (the teacher's own forward pass included, where it teaches).
+  (the teacher's own forward pass included, where it teaches): medians, and of seeds.
 """
 HEAD = (
     "| case | bits per byte | gap | divergence | acting | active | dead | trained | forward "
@@ -72,8 +72,8 @@ def _line(name: str, mine: Sequence[Row]) -> str:
         _spread(mine, lambda row: row.get("active"), 1),
         _spread(mine, lambda row: row.get("dead"), 2),
         f"{mine[0]['trained'] / 1000:.0f}",
-        _spread(mine, lambda row: row["forward"], 2),
-        _spread(mine, lambda row: row["step_s"], 2),
+        f"{statistics.median(row['forward'] for row in mine):.2f}",
+        f"{statistics.median(row['step_s'] for row in mine):.2f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"
 
@@ -92,7 +92,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
     figure, (way, end) = plt.subplots(1, 2, figsize=(12.5, 4.6))
     for place, name in enumerate(cases.CASES):
-        mine, color = _of(rows, name), f"C{place}"
+        mine, color = _of(rows, name), plt.get_cmap("tab20")(place)
         if not mine:
             continue
         end.plot(
