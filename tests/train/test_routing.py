@@ -222,11 +222,11 @@ def test_the_heat_map_holds_every_load_against_an_even_share():
 def test_drift_and_surprise_are_drawn_where_they_are_told():
     lines = routing(2)
     titles = {axes.get_title(loc="left") for axes in draw_experts(History("a run", lines)).axes}
-    assert not titles & {"Surprise", "Drift of thresholds or biases", "Tokens in the dark room"}
+    assert not titles & {"Surprise", "Drift of the gates", "Tokens in the dark room"}
     told = {"drift": 0.2, "surprise": 0.5, "dark": 0.25}
     figure = draw_experts(History("a run", [line | told for line in lines]))
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    drawn = ("Drift of thresholds or biases", "Surprise", "Tokens in the dark room")
+    drawn = ("Drift of the gates", "Surprise", "Tokens in the dark room")
     for title, value in zip(drawn, told.values(), strict=True):
         assert panels[title].lines[0].get_ydata().tolist() == [value] * 3
 

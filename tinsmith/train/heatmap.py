@@ -26,11 +26,10 @@ CURVES = (
     ("entropy", "Entropy of the gates", "nats"),
 )
 WHERE_TOLD = (
-    ("drift", "Drift of thresholds or biases", "mean size"),
+    ("drift", "Drift of the gates", "mean size"),
     ("surprise", "Surprise", "of a token's gradient"),
     ("dark", "Tokens in the dark room", "share"),
 )
-ABREAST = 3
 
 
 def draw_experts(history: History) -> "Figure":
@@ -42,13 +41,14 @@ def draw_experts(history: History) -> "Figure":
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
     below = [*CURVES, *(each for each in WHERE_TOLD if len(history.series("routing", each[0])))]
-    deep = math.ceil(len(below) / ABREAST)
+    deep = math.ceil(len(below) / COLUMNS)
+    abreast = math.ceil(len(below) / deep)
     maps, curves = 1.35 * rows + 0.45 * (rows - 1), 1.3 * deep + 0.65 * (deep - 1)
     top, bottom = 1.15, 0.5
     height = top + maps + 0.95 + curves + bottom
     figure = Figure(figsize=(10.4, height))
     heading(figure, history.name, _summary(lines))
-    side: dict[str, Any] = {"left": 0.05, "right": 0.9}
+    side: dict[str, Any] = {"left": 0.06, "right": 0.9}
     over, under = 1 - top / height, 1 - (top + maps) / height
     grid = figure.add_gridspec(rows, columns, top=over, bottom=under, **side)
     grid.update(hspace=0.45 / 1.35, wspace=0.14)
@@ -64,15 +64,15 @@ def draw_experts(history: History) -> "Figure":
     bar = figure.add_axes((0.92, under, 0.012, over - under))
     _legend(figure, bar, shown[0])
     low = figure.add_gridspec(
-        deep, ABREAST, top=(bottom + curves) / height, bottom=bottom / height, **side
+        deep, abreast, top=(bottom + curves) / height, bottom=bottom / height, **side
     )
-    low.update(hspace=0.65 / 1.3, wspace=0.24)
+    low.update(hspace=0.65 / 1.3, wspace=0.1 * abreast)
     for place, (key, title, unit) in enumerate(below):
-        axes = figure.add_subplot(low[place // ABREAST, place % ABREAST])
+        axes = figure.add_subplot(low[place // abreast, place % abreast])
         _draw_curve(axes, history, key, COLOURS[place])
         titled(axes, title, unit)
         step_axis(axes, history.step)
-        axes.set_xlabel("step" if place + ABREAST >= len(below) else "", fontsize=8.5)
+        axes.set_xlabel("step" if place + abreast >= len(below) else "", fontsize=8.5)
     return figure
 
 
