@@ -68,7 +68,7 @@ def earlier(tmp_path_factory):
         assert recipe.model is not None
         lm = LM(replace(recipe.model, depth=len(recipe.model.pattern)))
         if name == "tiny-sparse":
-            lm = transplanted(lm, Plan({"experts": 16, "router_grad": "smk"}))
+            lm = transplanted(lm, Plan({"experts": 16, "target_active": 8}))
         export_folder(lm, grid_tokenizer() if grids else tokens, root / "runs" / name / "final")
 
     def made(names: Iterable[str]) -> Path:
