@@ -72,10 +72,10 @@ def _draw(axes: "Axes", grid: Grid | None) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
+    axes.set_aspect("equal")
     if grid is None:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=FAINT)
         return
-    axes.set_aspect("equal")
     axes.pcolormesh(
         [list(row) for row in reversed(grid)],
         **{"cmap": ListedColormap(SHADES), "vmin": -0.5, "vmax": 9.5},
