@@ -13,7 +13,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.manifest import step_name, write_manifest
 from tinsmith.core.parse import write_yaml
 from tinsmith.hub.hf import export_folder
-from tinsmith.hub.load import locate
+from tinsmith.hub.load import config_of, locate
 from tinsmith.hub.tensors import save_tensors
 from tinsmith.nn import lora
 
@@ -215,6 +215,8 @@ def test_a_hub_name_is_fetched_and_said(tmp_path, model, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "fetching owner/name from the Hugging Face Hub" in said
     assert "revision abc123" in said
+    assert config_of("owner/name").depth == model().config.depth
+    assert asked["owner/name"]["allow_patterns"] == ["config.json"], "to count needs no weights"
 
 
 def test_offline_a_hub_name_is_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from tinsmith.text.tokenizer import Tokenizer
 
 NEEDS = ("model.safetensors", "config.yaml")
 """Files without which a checkpoint cannot be opened."""
+
+CONFIG = ("config.json",)
+FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+"""What there may be of a model on the Hub, as patterns."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _DTYPES = {
@@ -64,16 +69,16 @@ def config_of(path: str | Path) -> ModelConfig:
     """The config of the model at `path`, as for `load`; of a Hugging Face folder no weights need to
     be there.
     """
-    folder = locate(path)
+    folder = locate(path, CONFIG)
     if _is_checkpoint(folder):
         return _recipe(folder)[0]
     return config_from_hf(read_object(folder / "config.json"), str(folder / "config.json"))
 
 
-def locate(path: str | Path) -> Path:
+def locate(path: str | Path, files: Sequence[str] = FILES) -> Path:
     """The folder that holds the weights `path` stands for: a checkpoint or a Hugging Face folder.
 
-    Fetches from the Hub where `path` is a name and not a path.
+    Fetches `files` (patterns) from the Hub where `path` is a name and not a path.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -86,7 +91,7 @@ def locate(path: str | Path) -> Path:
     run = Path(os.environ.get("TINSMITH_RUNS", "runs")) / name
     if run.is_dir():
         raise UserError(f"{path}: no such folder; did you mean {run}?")
-    return _fetch(name)
+    return _fetch(name, files)
 
 
 def _inside(folder: Path) -> Path:
@@ -162,16 +167,14 @@ def adapters_of(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
     return config, Adapters(adapted, lora.split(state)[1]), base
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    say(f"fetching {name} from the Hugging Face Hub: config, weights, tokenizer", err=True)
+    say(f"fetching {name} from the Hugging Face Hub: {', '.join(files)}", err=True)
     try:
         folder = snapshot_download(
-            name,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"],
-            ignore_patterns=["*/*", "consolidated*"],
+            name, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"]
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
