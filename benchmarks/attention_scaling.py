@@ -23,10 +23,10 @@ import torch
 from common import RESULTS, interleave, medians, table, write
 
 from tinsmith.core.parse import parse
-from tinsmith.nn.contract import Ctx, Mixer, Site
+from tinsmith.nn.attention import core
+from tinsmith.nn.attention.rope import Rope, rotary_tables
+from tinsmith.nn.contract import BuildContext, Ctx, Mixer
 from tinsmith.nn.mixers import MixerConfig
-from tinsmith.nn.parts import attend
-from tinsmith.nn.parts.rope import Rope, tables
 
 DIM = 512
 GROUPED: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 64}
@@ -56,14 +56,14 @@ def layer(name: str, dtype: torch.dtype, paper: bool) -> Mixer:
     """A layer in training mode, the same weights for the same arguments."""
     torch.manual_seed(0)
     config = MIXERS[name] | (PAPER | {"window": 512} if paper and name == "nsa" else {})
-    return parse(MixerConfig, config).build(Site(DIM, 0, 8)).to(dtype).train()
+    return parse(MixerConfig, config).build(BuildContext(DIM, 0, 8)).to(dtype).train()
 
 
 def context(mixer: Mixer, begin: int, count: int, dtype: torch.dtype) -> Ctx:
     """Positions of one row, and their tables."""
     positions = torch.arange(begin, begin + count)[None]
     dim = mixer.rotary_dim
-    rotary = {dim: tables(Rope(), dim, positions, dtype)} if dim else {}
+    rotary = {dim: rotary_tables(Rope(), dim, positions, dtype)} if dim else {}
     return Ctx(positions, None, None, rotary)
 
 
@@ -71,10 +71,10 @@ class TorchKernel:
     """Inside, attention is torch's."""
 
     def __enter__(self) -> None:
-        self.before, attend._in_blocks = attend._in_blocks, lambda *_: False
+        self.before, core._in_blocks = core._in_blocks, lambda *_: False
 
     def __exit__(self, *error: object) -> None:
-        attend._in_blocks = self.before
+        core._in_blocks = self.before
 
 
 def train_step(name: str, length: int, dtype: torch.dtype, paper: bool) -> Any:

@@ -18,14 +18,14 @@ from common import interleave, medians, table, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinsmith.infer.engine import Engine
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.mixers.gqa import GQAMixer
 from tinsmith.nn.model import LM, ModelConfig
 
 PRESET = "minimind2-26m"
 PROMPT, NEW = 64, 128
 LARGER = {"q_proj": 4, "k_proj": 4, "o_proj": 8, "down_proj": 8}
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 CASES = ((1, torch.float32, 1.5), (8, torch.float32, 1.25), (8, torch.bfloat16, 1.5))
 """(rows, precision, how many times transformers' speed is asked for)."""
 
@@ -49,11 +49,11 @@ def theirs(lm: LM) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=lm.config.vocab_size,
         hidden_size=lm.config.dim,
-        intermediate_size=feed.hidden,
+        intermediate_size=feed.hidden_dim,
         num_hidden_layers=lm.config.depth,
         num_attention_heads=mixer.heads,
-        num_key_value_heads=mixer.groups,
-        max_position_embeddings=lm.config.max_context,
+        num_key_value_heads=mixer.num_kv_heads,
+        max_position_embeddings=lm.config.max_seq_len,
         rms_norm_eps=lm.config.norm_eps,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": lm.config.rope.theta},
@@ -79,7 +79,7 @@ def answer(engine: Engine, prompts: Prompts) -> list[list[int]]:
     """Greedy answers by the engine, which is made once, as a server's or a chat's would be."""
     said: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
     for event in engine.run():
-        said[event.number].append(event.token)
+        said[event.request_id].append(event.token)
     return list(said.values())
 
 
@@ -106,11 +106,11 @@ def case(
     """Lines of the table for one size and precision."""
     prompts, lm = drawn(rows, ragged), ours(dtype)
     model = theirs(lm)
-    mine = {"tinsmith": Engine(lm, rows=rows)}
+    mine = {"tinsmith": Engine(lm, max_batch_size=rows)}
     if compiled:
         other = ours(dtype)
         other.compile(fullgraph=True)
-        mine["tinsmith, compiled"] = Engine(other, rows=rows)
+        mine["tinsmith, compiled"] = Engine(other, max_batch_size=rows)
     expected = generate(model, prompts)
     equal = {name: share(answer(each, prompts), expected) for name, each in mine.items()}
     runs: dict[str, Any] = {"transformers": lambda: generate(model, prompts)}

@@ -22,13 +22,13 @@ from common import interleave, table, write
 from torch import nn
 
 from tinsmith import LM, ModelConfig
-from tinsmith.core.memory import keep_freed_memory
-from tinsmith.objectives.logprobs import summed_nll
+from tinsmith.core.malloc import keep_freed_memory
+from tinsmith.losses.logprobs import summed_nll
 
 CONTEXT = 512
-TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "shared": 1, "hidden": 1728}
-MANY = {"kind": "deepseek_moe", "experts": 64, "top_k": 6, "shared": 2, "hidden": 256}
-DYNAMIC = {"kind": "dyn_moe", "experts": 32, "hidden": 96, "target_active": 8}
+TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "n_shared_experts": 1, "hidden_dim": 1728}
+MANY = {"kind": "deepseek_moe", "experts": 64, "top_k": 6, "n_shared_experts": 2, "hidden_dim": 256}
+DYNAMIC = {"kind": "dyn_moe", "experts": 32, "hidden_dim": 96, "target_active": 8}
 
 
 class Case(NamedTuple):
@@ -86,7 +86,7 @@ def _active(lm: LM, rows: int) -> float:
 
 def swiglu(hidden: int) -> dict[str, Any]:
     """A dense feed-forward."""
-    return {"kind": "swiglu", "hidden": hidden}
+    return {"kind": "swiglu", "hidden_dim": hidden}
 
 
 def step_of(lm: LM, rows: int) -> Callable[[], None]:
@@ -140,7 +140,7 @@ def qwen() -> LM:
     """Qwen3-MoE's form of the first case, weights in bf16."""
     case = CASES["topk"]
     gqa = {"kind": "gqa", "heads": 8, "kv_heads": 2, "qk_norm": True}
-    layer = {"mixer": gqa, "feed_forward": TOP_K | {"shared": 0}}
+    layer = {"mixer": gqa, "feed_forward": TOP_K | {"n_shared_experts": 0}}
     section = {"vocab_size": 6400, "dim": case.dim, "depth": case.depth, "pattern": [layer]}
     return LM(ModelConfig.from_dict(section)).bfloat16().train()
 

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from common import table, write
 
-from tinsmith.data.batch import Batch
-from tinsmith.hub.transplant import Plan, transplanted
+from tinsmith.data.loader.batch import Batch
+from tinsmith.hub.transplant import TransplantPlan, build_transplant
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.feedforwards.dense import SwiGLU
 from tinsmith.nn.model import LM
-from tinsmith.nn.parts.trained import EVERYTHING, counts
-from tinsmith.nn.quant import nbytes, quantise
+from tinsmith.nn.parameters import ALL_PARAMETERS, count_parameters
+from tinsmith.nn.quant import nbytes, quantize
 from tinsmith.objectives.kd import KD
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import AdafactorConfig, AdamW8bitConfig, AdamWConfig, OptimConfig
@@ -47,8 +47,8 @@ HIDDEN = 3072
 def dense(depth: int) -> ModelConfig:
     """Qwen3-0.6B, or the first of its layers."""
     sparse = ModelConfig.preset("tiny-onn-0.6b")
-    layer = Layer(mixer=sparse.layers[0].mixer, feed_forward=SwiGLU(hidden=HIDDEN))
-    return replace(sparse, pattern=(layer,), depth=depth, trained=EVERYTHING)
+    layer = Layer(mixer=sparse.layers[0].mixer, feed_forward=SwiGLU(hidden_dim=HIDDEN))
+    return replace(sparse, pattern=(layer,), depth=depth, trainable=ALL_PARAMETERS)
 
 
 def batch(tokens: int, vocabulary: int, device: str) -> Batch:
@@ -64,11 +64,15 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """The steps, in this process."""
     torch.manual_seed(0)
     teacher = LM(dense(asked.depth)).eval()
-    student = transplanted(teacher, Plan({"router_grad": asked.router})).to(asked.device).train()
-    teacher = quantise(teacher.to(asked.device), asked.teacher)
-    student.checkpointing = True
+    student = (
+        build_transplant(teacher, TransplantPlan({"router_grad": asked.router}))
+        .to(asked.device)
+        .train()
+    )
+    teacher = quantize(teacher.to(asked.device), asked.teacher)
+    student.activation_checkpointing = True
     objective = KD(teacher="random", reads="documents").build()
-    objective.frozen = {"teacher": teacher}
+    objective.frozen_models = {"teacher": teacher}
     optimizers = Optimizers.build(student, None, OptimConfig(matrices=MATRICES[asked.matrices]))
     built = _peak(asked.device, reset=True)
     rows = batch(asked.tokens, student.config.vocab_size, asked.device)
@@ -78,7 +82,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         with autocast(asked.precision, torch.device(asked.device)):
             said = objective.loss(student, rows)
         (said.total / asked.tokens).backward()
-        student.after_backward(said.probes)
+        student.after_backward(said.grad_probes)
         optimizers.step()
         optimizers.zero_grad()
         losses.append(float(said.metrics["loss"].total) / asked.tokens)
@@ -86,7 +90,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     assert all(map(math.isfinite, losses)), losses
     state = optimizers.state_tensors().values()
     return {
-        **{"loss": losses, "seconds": seconds, "counts": counts(student)._asdict()},
+        **{"loss": losses, "seconds": seconds, "counts": count_parameters(student)._asdict()},
         **{"built": built, "peak": _peak(asked.device), "teacher": nbytes(teacher)},
         **{"student": nbytes(student), "moments": sum(t.nbytes for t in state)},
     }

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from common import table, write
 
-from tinsmith.objectives.divergence import Mix, Told, summed_divergence
+from tinsmith.losses.divergence import DistillWeights, HeadInputs, summed_divergence
 
 VOCABULARY, POSITIONS, WIDTH = 151_936, 8_192, 1_024
 GOAL = 2**30
 CASES = {
-    "forward": Mix(beta=0.0, temperature=2.0, scale=4.0),
-    "forward, half labels": Mix(beta=0.0, temperature=2.0, scale=4.0, hard=0.5),
-    "jsd": Mix(beta=0.5, temperature=1.0),
+    "forward": DistillWeights(beta=0.0, temperature=2.0, scale=4.0),
+    "forward, half labels": DistillWeights(beta=0.0, temperature=2.0, scale=4.0, ce_weight=0.5),
+    "jsd": DistillWeights(beta=0.5, temperature=1.0),
 }
 
 
@@ -34,13 +34,13 @@ def measure(case: str) -> dict[str, Any]:
     """Peak of this process beyond what is there anyway, in bytes, and seconds."""
     hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH).mul_(0.02).requires_grad_()
-    teacher = Told(torch.randn(POSITIONS, WIDTH), torch.randn(VOCABULARY, WIDTH).mul_(0.02))
+    teacher = HeadInputs(torch.randn(POSITIONS, WIDTH), torch.randn(VOCABULARY, WIDTH).mul_(0.02))
     targets, weights = torch.randint(0, VOCABULARY, (POSITIONS,)), torch.ones(POSITIONS)
     before = _resident()
     gradients = 4 * (hidden.numel() + weight.numel())
     peak = _Peak()
     start = time.perf_counter()
-    total, _ = summed_divergence(Told(hidden, weight), teacher, targets, weights, CASES[case])
+    total, _ = summed_divergence(HeadInputs(hidden, weight), teacher, targets, weights, CASES[case])
     (total / POSITIONS).backward()
     seconds = time.perf_counter() - start
     return {"extra": peak.stop() - before - gradients, "seconds": seconds}

@@ -26,7 +26,7 @@ ADAMW = {"kind": "adamw", "lr": 5.0e-4, "betas": [0.9, 0.999], "weight_decay": 0
 SEED_RECIPE = {
     "matrices": ADAMW,
     "others": ADAMW,
-    "schedule": {"kind": "cosine", "warmup": 0, "final": 0.1},
+    "schedule": {"kind": "cosine", "warmup": 0, "min_lr_ratio": 0.1},
 }
 BATCH = {"context": 256, "rows": 16}
 
@@ -38,11 +38,11 @@ def recipe(optim: dict[str, Any], steps: int, seed: int, text: str | None) -> di
             "vocab_size": 1024,
             "dim": 128,
             "depth": 4,
-            "max_context": 1024,
+            "max_seq_len": 1024,
             "pattern": [
                 {
                     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-                    "feed_forward": {"kind": "swiglu", "hidden": 352},
+                    "feed_forward": {"kind": "swiglu", "hidden_dim": 352},
                 }
             ],
         },
@@ -53,7 +53,7 @@ def recipe(optim: dict[str, Any], steps: int, seed: int, text: str | None) -> di
         "train": BATCH
         | {"steps": steps, "seed": seed, "precision": "fp32"}
         | {"save_every": steps, "eval_every": steps, "sample_every": steps},
-        "eval": {"rows": 512, "new_tokens": 16},
+        "eval": {"max_samples": 512, "max_new_tokens": 16},
         "log": {"every": 50},
     }
 

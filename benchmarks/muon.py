@@ -66,7 +66,7 @@ def main() -> None:
         "forward and backward": tokens,
         "Muon": ours.step,
         "AdamW on the rest": rest.step,
-        "Muon, float32 products": Muon(matrices, products=torch.float32).step,
+        "Muon, float32 products": Muon(matrices, ns_dtype=torch.float32).step,
         "Muon, one at a time": one_at_a_time(Muon(matrices)),
         "torch.optim.Muon": torch.optim.Muon(matrices).step,
         "AdamW on the matrices": torch.optim.AdamW(matrices, fused=True).step,

@@ -40,7 +40,7 @@ def answer(engine: Engine, prompts: Prompts, lengths: Sequence[int]) -> list[lis
     pairs = zip(prompts, lengths, strict=True)
     said: dict[int, list[int]] = {engine.add(ids, GREEDY, n): [] for ids, n in pairs}
     for event in engine.run():
-        said[event.number].append(event.token)
+        said[event.request_id].append(event.token)
     return list(said.values())
 
 
@@ -68,7 +68,7 @@ def case(name: str, lengths: list[int], goal: float, rows: int, rounds: int) -> 
     made = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, 6400, (len(lengths), PROMPT), generator=made).tolist()
     lm = ours(torch.float32)
-    model, engine = theirs(lm), Engine(lm, rows=rows)
+    model, engine = theirs(lm), Engine(lm, max_batch_size=rows)
     equal = share(answer(engine, prompts, lengths), generate(model, prompts, lengths, rows))
     seconds = medians(
         interleave(

@@ -15,10 +15,10 @@ import torch
 from common import interleave, medians, table, write
 
 from tinsmith import LM, ModelConfig
+from tinsmith.losses.logprobs import summed_nll
 from tinsmith.nn.residuals.hyper import Hyper
 from tinsmith.nn.residuals.mhyper import MHyper
 from tinsmith.nn.residuals.plain import Plain
-from tinsmith.objectives.logprobs import summed_nll
 
 CONTEXT = 512
 RESIDUALS: dict[str, Any] = {"plain": Plain(), "hyper": Hyper(), "mhyper": MHyper()}

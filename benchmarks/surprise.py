@@ -19,8 +19,8 @@ import torch
 from common import medians, table, write
 
 from tinsmith import LM, ModelConfig
-from tinsmith.objectives.base import with_aux
-from tinsmith.objectives.logprobs import summed_nll
+from tinsmith.losses.logprobs import summed_nll
+from tinsmith.objectives.base import add_aux_losses
 
 CONTEXT, VOCAB = 256, 1024
 BOUND = 0.05
@@ -30,7 +30,7 @@ WAYS = ("task", "smk", "both")
 def step_of(way: str, rows: int, depth: int) -> Callable[[], None]:
     """Forward, backward, what the router learns, and AdamW, on one batch of random tokens."""
     torch.manual_seed(0)
-    feed = {"kind": "dyn_moe", "experts": 32, "hidden": 96, "router_grad": way}
+    feed = {"kind": "dyn_moe", "experts": 32, "hidden_dim": 96, "router_grad": way}
     layer = {"mixer": {"kind": "gqa", "heads": 8, "kv_heads": 2}, "feed_forward": feed}
     section = {"vocab_size": VOCAB, "dim": 512, "depth": depth, "pattern": [layer]}
     lm = LM(ModelConfig.from_dict(section)).train()
@@ -43,8 +43,8 @@ def step_of(way: str, rows: int, depth: int) -> Callable[[], None]:
         out = lm(ids[:, :-1], logits=False)
         total = summed_nll(out.hidden, ids[:, 1:], everything, lm.head)
         count = everything.sum()
-        (with_aux(total, out.losses, count) / count).backward()
-        lm.after_backward(out.probes)
+        (add_aux_losses(total, out.losses, count) / count).backward()
+        lm.after_backward(out.grad_probes)
         optimizer.step()
         lm.zero_grad()
 

@@ -18,7 +18,7 @@ from common import interleave, medians, table, write
 from torch import nn
 
 from tinsmith import LM, ModelConfig
-from tinsmith.objectives.logprobs import summed_nll
+from tinsmith.losses.logprobs import summed_nll
 
 CONTEXT = 512
 OURS, THEIRS = "tinsmith", "transformers"

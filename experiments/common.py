@@ -72,13 +72,19 @@ def workplace() -> Iterator[Path]:
 
 def on_stdlib(sections: Row, seed: int, steps: int, every: int) -> Row:
     """A recipe on the embedded corpus, looked at once, at its end; `every`: steps between lines."""
-    shape = {"context": CONTEXT, "rows": ROWS, "steps": steps, "seed": seed, "precision": "fp32"}
+    shape = {
+        "seq_len": CONTEXT,
+        "batch_size": ROWS,
+        "steps": steps,
+        "seed": seed,
+        "precision": "fp32",
+    }
     looks = {"save_every": steps, "eval_every": steps, "sample_every": steps}
     return sections | {
         "data": {"kind": "stdlib"},
         "optim": {"schedule": {"kind": "wsd", "warmup": 20, "decay": 0.4}},
         "train": shape | looks | {"keep": {"last": 1, "best": False}},
-        "eval": {"rows": 128, "new_tokens": 8},
+        "eval": {"max_samples": 128, "max_new_tokens": 8},
         "log": {"every": min(every, steps)},
     }
 

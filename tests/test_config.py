@@ -20,7 +20,7 @@ def test_defaults_are_those_of_the_house():
     assert (config.optim.matrices.kind, config.optim.matrices.lr) == ("muon", 0.02)
     assert (config.optim.others.kind, config.optim.others.lr) == ("adamw", 3e-3)
     assert config.optim.schedule.kind == "wsd"
-    assert config.optim.clip == 1.0
+    assert config.optim.max_grad_norm == 1.0
     assert config.train.keep.last == 3
     assert config.train.keep.best
     assert config.parallel.kind == "none"
@@ -35,10 +35,10 @@ def test_dump_and_load_are_inverse(tmp_path):
 
 def test_precedence_recipe_more_command_line(tmp_path):
     recipe, more = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    recipe.write_text(yaml.safe_dump(BASE | {"train": {"steps": 1, "rows": 2, "seed": 3}}))
-    more.write_text(yaml.safe_dump({"train": {"rows": 20, "seed": 30}}))
+    recipe.write_text(yaml.safe_dump(BASE | {"train": {"steps": 1, "batch_size": 2, "seed": 3}}))
+    more.write_text(yaml.safe_dump({"train": {"batch_size": 20, "seed": 30}}))
     train = load(recipe, ["train.seed=300"], [more]).train
-    assert (train.steps, train.rows, train.seed) == (1, 20, 300)
+    assert (train.steps, train.batch_size, train.seed) == (1, 20, 300)
 
 
 def test_preset_keys_can_be_overridden_and_show_up_resolved():
@@ -94,7 +94,10 @@ def test_counts_that_are_none_are_refused(value):
         ({"schema": 99}, "schema: 99 is unknown here"),
         ({"model": {"preset": "minimind2-26m", "depth": True}}, "model.depth: Input should be a"),
         ({"train": {"seed": False}}, "train.seed: Input should be a valid integer (got False)"),
-        ({"optim": {"clip": True}}, "optim.clip: Input should be a valid number (got True)"),
+        (
+            {"optim": {"max_grad_norm": True}},
+            "optim.max_grad_norm: Input should be a valid number (got True)",
+        ),
         (
             {"optim": {"matrices": {"lr": 1}}},
             "optim.matrices: needs a `kind` (known: muon, adamw, adamw8bit, adafactor)",

@@ -256,7 +256,7 @@ def export(
     tinsmith export runs/first out/
     tinsmith export runs/base out/ --adapter runs/tuned/final/adapter
     """
-    from tinsmith.verbs.exchange import export as run
+    from tinsmith.verbs.export_import import export as run
 
     run(model, out, to, adapter)
 
@@ -277,7 +277,7 @@ def import_(
     tinsmith import ~/models/my-llama runs/llama
     tinsmith import Qwen/Qwen3-0.6B qwen/
     """
-    from tinsmith.verbs.exchange import import_ as run
+    from tinsmith.verbs.export_import import import_ as run
 
     run(source, out, rope_scaling)
 
@@ -337,7 +337,7 @@ def check(recipe: Recipe, overrides: Overrides = None, more: More = None) -> Non
 
     \b
     tinsmith config check my.yaml
-    tinsmith config check my.yaml optim.clip=0.5
+    tinsmith config check my.yaml optim.max_grad_norm=0.5
     """
     from tinsmith.verbs.config import check as run
 

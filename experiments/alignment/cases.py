@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinsmith.core.parse import read_yaml
-from tinsmith.data import tasks
+from tinsmith.data.sources import tasks
 
 Section = dict[str, Any]
 
@@ -32,12 +32,12 @@ LOOKS = 8
 CASES: dict[str, tuple[str, Section]] = {
     "sft": ("sums", {}),
     "dpo": ("dpo", {}),
-    "ppo": ("ppo", {"max_moved": None}),
+    "ppo": ("ppo", {"target_kl": None}),
     "grpo": ("grpo", {}),
     "dapo": ("grpo", {"loss": "dapo"}),
     "dr_grpo": ("grpo", {"loss": "dr_grpo"}),
     "cispo": ("grpo", {"loss": "cispo"}),
-    "spo": ("spo", {"first_answers": 0}),
+    "spo": ("spo", {"warmup_samples": 0}),
 }
 """Name -> the recipe, and what of its objective is changed: nothing that stops a rollout early or
 draws answers beside it, for these would not be equal tokens.
@@ -65,14 +65,14 @@ def sums() -> Sums:
     return Sums(taught, learned, rows[:HELD_BACK])
 
 
-def _generated() -> Iterator[tasks.Task]:
-    return (tasks.generate("arithmetic", 0, index, digits=1) for index in range(20_000))
+def _generated() -> Iterator[tasks.GeneratedTask]:
+    return (tasks.generate_task("arithmetic", 0, index, digits=1) for index in range(20_000))
 
 
-def _row(task: tasks.Task) -> Section:
+def _row(task: tasks.GeneratedTask) -> Section:
     near = {"role": "assistant", "content": str(int(task.answer) + 1)}
-    pair = task.pair(thoughts=False) | {"rejected": near}
-    return task.chat(thoughts=False) | pair | task.prompt()
+    pair = task.pair(reasoning=False) | {"rejected": near}
+    return task.chat(reasoning=False) | pair | task.prompt()
 
 
 def _said(row: Section, right: bool) -> Section:

@@ -6,13 +6,13 @@ import torch
 
 from experiments.alignment import cases
 from tinsmith import LM, Tokenizer
-from tinsmith.data.config import Chats
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.config import ChatsData
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load
+from tinsmith.losses.logprobs import kl
+from tinsmith.losses.policy import log_ratio
 from tinsmith.objectives.grpo import GRPO
-from tinsmith.objectives.logprobs import kl
-from tinsmith.objectives.ratio import log_ratio
 
 MAX_NEW = 5
 DRAWS = 4
@@ -24,27 +24,27 @@ class Exam:
 
     def __init__(self, begun: Path, held: Path, folder: Path):
         self.start, self._tokenizer = _open(begun)
-        data = Chats(path=str(held), validation=0.0)
-        made = prepare(data, self._tokenizer, "prompts", folder, context=cases.ROOM)
-        self._source = open_source(made.folder, "prompts", "train", cases.ROOM, 0)
-        self._objective = GRPO(max_new=MAX_NEW, decode_rows=256).build()
+        data = ChatsData(path=str(held), validation=0.0)
+        made = prepare(data, self._tokenizer, "prompts", folder, seq_len=cases.ROOM)
+        self._source = open_dataset(made.folder, "prompts", "train", cases.ROOM, 0)
+        self._objective = GRPO(max_new_tokens=MAX_NEW, generation_batch_size=256).build()
 
     def accuracy(self, run: Path) -> float:
         """Of greedy answers to all sums."""
         lm = self._taken_by(run)
         count = self._source.size
-        return round(self._objective.examine(lm, self._source, count)["reward"], 6)
+        return round(self._objective.evaluate(lm, self._source, count)["reward"], 6)
 
     def divergence(self, run: Path) -> float:
         """KL(model || start), nats of an answer: the estimator k3 of every token, on answers that
         the model in `run` sampled at temperature 1, summed over an answer, mean over answers.
         """
         lm = self._taken_by(run)
-        prompts = self._source.prompts(0, self._source.size) * DRAWS
+        prompts = self._source.get_prompts(0, self._source.size) * DRAWS
         with torch.no_grad():
-            rows = self._objective.scored(lm, prompts, list(range(len(prompts))))
+            rows = self._objective.generate_and_score(lm, prompts, list(range(len(prompts))))
             before = self._objective.logprobs(self.start, rows)[0]
-        away = log_ratio(rows.old, before, rows.mask)
+        away = log_ratio(rows.old_logprobs, before, rows.mask)
         return float(kl(away, torch.zeros_like(away), "k3").sum() / len(prompts))
 
     def _taken_by(self, run: Path) -> LM:

@@ -82,7 +82,9 @@ class School:
             once = self._answers(name, begun)
             return [line["epoch"] * once for line in lines]
         passes = cases.passes(name)
-        generated = accumulate(line["length"] * cases.ANSWERS for line in lines[::passes])
+        generated = accumulate(
+            line["completion_length"] * cases.ANSWERS for line in lines[::passes]
+        )
         return [total for total in generated for _ in range(passes)]
 
     def _answers(self, name: str, begun: Path) -> int:

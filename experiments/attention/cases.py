@@ -34,10 +34,10 @@ def mixer(name: str, dim: int, reach: int) -> dict[str, Any]:
             # the first, the query's own and the one before it are fixed: one is free to choose
             **{"select_block": block, "select_count": 4, "window": reach // 2},
         },
-        "dsa": {"kind": "dsa", **latent, **index, "keep": reach},
+        "dsa": {"kind": "dsa", **latent, **index, "index_topk": reach},
         "hybrid": {
             **{"kind": "hybrid", "mode": "nsa", **latent, **index},
-            **{"compress_block": block // 2, "keep": reach // 2, "window": reach // 2},
+            **{"compress_block": block // 2, "index_topk": reach // 2, "window": reach // 2},
         },
     }[name]
 
@@ -50,7 +50,7 @@ def model(case: tuple[str, str], sizes: dict[str, Any], reach: int, budget: int)
     def section(hidden: int) -> dict[str, Any]:
         layer = {
             "mixer": mixer(name, dim, reach),
-            "feed_forward": {"kind": "relu2", "hidden": hidden},
+            "feed_forward": {"kind": "relu2", "hidden_dim": hidden},
         }
         return sizes | {"residual": RESIDUALS[residual], "pattern": [layer]}
 

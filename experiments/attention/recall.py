@@ -20,7 +20,7 @@ from torch import Tensor
 from tinsmith import LM
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import OptimConfig
-from tinsmith.optim.schedule import multiplier
+from tinsmith.optim.schedule import lr_multiplier
 
 KEYS, FILLERS = 32, 32
 VOCABULARY = 2 * KEYS + FILLERS
@@ -86,7 +86,7 @@ def learn(lm: LM, steps: int, seed: int) -> float:
         loss = F.cross_entropy(said.flatten(0, 1), ids.gather(1, where).flatten())
         (loss + sum(out.losses.values())).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizers.set_multiplier(PACE * multiplier(config.schedule, step, steps))
+        optimizers.set_lr_multiplier(PACE * lr_multiplier(config.schedule, step, steps))
         optimizers.step()
         optimizers.zero_grad()
         losses.append(loss.item())

@@ -33,10 +33,10 @@ from tinsmith.train.trainer import train
 
 HERE = Path(__file__).parent
 SPEED = HERE / "speed.json"
-TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 1024, "rope": {"theta": 1e4}}
+TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_seq_len": 1024, "rope": {"theta": 1e4}}
 TEXT_REACH, TEXT_PARAMETERS = 64, 1_000_000
 CONTEXT, ROWS, STEPS = 256, 8, 200
-RECALL = {"vocab_size": recall.VOCABULARY, "dim": 64, "depth": 2, "max_context": 1024}
+RECALL = {"vocab_size": recall.VOCABULARY, "dim": 64, "depth": 2, "max_seq_len": 1024}
 RECALL_REACH, RECALL_PARAMETERS, RECALL_STEPS, LENGTH = 32, 150_000, 700, 128
 DEPTHS, LENGTHS, PAIRS = (0.0, 0.25, 0.5, 0.75, 1.0), (64, 128, 256), (2, 4, 8)
 
@@ -50,14 +50,14 @@ def on_text(section: dict[str, Any], seed: int, text: str) -> float:
         "objective": {"kind": "pretrain"},
         "optim": {"schedule": {"kind": "wsd", "warmup": 20, "decay": 0.4}},
         "train": {
-            "context": CONTEXT,
-            "rows": ROWS,
+            "seq_len": CONTEXT,
+            "batch_size": ROWS,
             "steps": STEPS,
             "seed": seed,
             "precision": "fp32",
         }
         | {"save_every": STEPS, "eval_every": STEPS, "sample_every": STEPS},
-        "eval": {"rows": 256, "new_tokens": 8},
+        "eval": {"max_samples": 256, "max_new_tokens": 8},
         "log": {"every": 20},
     }
     run = train(from_dict(recipe), f"{time.time_ns()}")

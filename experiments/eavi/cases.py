@@ -4,13 +4,13 @@ forcing.
 
 from typing import Any
 
-from tinsmith.data.rules import Sizes, held_back_beside
+from tinsmith.data.arc.generators import Sizes, held_out_compositions
 
 Section = dict[str, Any]
 
 RULES = ("recolour", "swap", "keep", "fill", "frame", "swap+fill", "keep+fill")
 """Of the tasks to train on; `HELD` are rules of the same kinds that no run is trained on."""
-HELD = tuple(held_back_beside(RULES))
+HELD = tuple(held_out_compositions(RULES))
 SIZES = Sizes(smallest=3, largest=3, demonstrations=2)
 CONTEXT = 96
 """Positions of a task."""
@@ -28,16 +28,16 @@ NSA = {
     **{"select_block": 16, "select_count": 4, "window": 48},
 }
 DYN_MOE = {
-    **{"kind": "dyn_moe", "experts": 8, "hidden": 64, "target_active": 2, "sdl_weight": 0.1},
+    **{"kind": "dyn_moe", "experts": 8, "hidden_dim": 64, "target_active": 2, "sdl_weight": 0.1},
     **{"reset_interval": 100},
 }
-TOPK = {"kind": "topk_moe", "experts": 8, "top_k": 2, "hidden": 64}
+TOPK = {"kind": "topk_moe", "experts": 8, "top_k": 2, "hidden_dim": 64}
 MODELS = {
     "minutes": {"mixer": NSA, "feed_forward": DYN_MOE},
     "topk": {"mixer": NSA, "feed_forward": TOPK},
     "dense": {
         "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 1},
-        "feed_forward": {"kind": "swiglu", "hidden": 128},
+        "feed_forward": {"kind": "swiglu", "hidden_dim": 128},
     },
 }
 """The model of the minutes, the same with a plain top-k gate, and full attention without experts: a
@@ -53,7 +53,7 @@ WAYS: dict[str, Section] = {
 
 def start(model: str, seed: int, steps: int) -> Section:
     """Stage one."""
-    shape = {"vocab_size": 18, "dim": 64, "depth": 3, "max_context": 256}
+    shape = {"vocab_size": 18, "dim": 64, "depth": 3, "max_seq_len": 256}
     return {
         "model": shape | {"pattern": [MODELS[model]]},
         "data": data(seed, 2 * steps * ROWS // 3),
@@ -78,7 +78,7 @@ def data(seed: int, count: int) -> Section:
     """Generated tasks."""
     return {
         **{"kind": "arc", "count": count, "seed": seed, "rules": list(RULES)},
-        **{"smallest": SIZES.smallest, "largest": SIZES.largest},
+        **{"min_grid_size": SIZES.smallest, "max_grid_size": SIZES.largest},
         **{"demonstrations": SIZES.demonstrations, "validation": 0.05},
     }
 
@@ -93,8 +93,14 @@ def rates(matrices: float, others: float) -> Section:
 
 def _run(steps: int, seed: int, save_every: int = 100_000) -> Section:
     """So many steps, and no look at anything on the way."""
-    train = {"steps": steps, "context": CONTEXT, "rows": ROWS, "precision": "fp32", "seed": seed}
+    train = {
+        "steps": steps,
+        "seq_len": CONTEXT,
+        "batch_size": ROWS,
+        "precision": "fp32",
+        "seed": seed,
+    }
     train |= {"save_every": save_every, "eval_every": 100_000, "sample_every": 100_000}
     # all are kept: the one of equal tasks may be an early one
     train |= {"keep": {"last": steps, "best": False}}
-    return {"train": train, "eval": {"rows": 8, "new_tokens": 4}, "log": {"every": 1}}
+    return {"train": train, "eval": {"max_samples": 8, "max_new_tokens": 4}, "log": {"every": 1}}

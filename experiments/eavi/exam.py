@@ -7,14 +7,14 @@ from typing import Any
 from experiments.eavi import cases
 from tinsmith import LM, Tokenizer
 from tinsmith.core.rng import derive
-from tinsmith.data.grids import Puzzle
-from tinsmith.data.lessons import Lesson, encode_lesson
-from tinsmith.data.rules import generated
-from tinsmith.data.shards import Shards, ShardWriter
-from tinsmith.data.sources import Member, Source
+from tinsmith.data.arc.encoding import ArcExample, encode_example
+from tinsmith.data.arc.generators import generate_puzzles
+from tinsmith.data.arc.grids import Puzzle
+from tinsmith.data.loader.loader import DatasetMember, TokenizedDataset
+from tinsmith.data.prepare.shards import Shards, ShardWriter
 from tinsmith.data.unpacked import AnswerRows
-from tinsmith.evals.arc import Outcome, evaluate_arc
-from tinsmith.evals.heldback import evaluate_objective
+from tinsmith.evals.arc import ArcOutcome, evaluate_arc
+from tinsmith.evals.validation import evaluate_objective
 from tinsmith.hub.load import load
 from tinsmith.objectives.eavi import EAVI
 
@@ -29,23 +29,23 @@ class Exam:
     def __init__(self, folder: Path):
         counts = {"seen": (cases.RULES, cases.SEEN_TASKS), "held": (cases.HELD, cases.HELD_TASKS)}
         self.groups = {
-            name: list(generated(rules, SEED, count, cases.SIZES))
+            name: list(generate_puzzles(rules, SEED, count, cases.SIZES))
             for name, (rules, count) in counts.items()
         }
         self._sources = {
             name: _source(folder / name, puzzles) for name, puzzles in self.groups.items()
         }
 
-    def marks(self, run: Path) -> tuple[dict[str, Any], list[Outcome]]:
+    def marks(self, run: Path) -> tuple[dict[str, Any], list[ArcOutcome]]:
         """By group exact match, and nats of an answer's token after the truth's beginnings and
         after the model's own; and what it said.
         """
         lm, tokenizer = load(run)
         assert tokenizer is not None
         marks: dict[str, Any] = {}
-        said: list[Outcome] = []
+        said: list[ArcOutcome] = []
         for name, puzzles in self.groups.items():
-            found = evaluate_arc(lm, tokenizer, puzzles, rows=128, max_new=MAX_NEW)
+            found = evaluate_arc(lm, tokenizer, puzzles, batch_size=128, max_new_tokens=MAX_NEW)
             said += found.outcomes
             marks[name] = round(found.score, 6)
             marks |= {f"{key}.{name}": nats for key, nats in self._nats(lm, tokenizer, name)}
@@ -61,11 +61,11 @@ class Exam:
         return [(key, round(found[key], 6)) for key in ("teacher", "align", "align_equal")]
 
 
-def _source(folder: Path, puzzles: Sequence[Puzzle]) -> Source:
+def _source(folder: Path, puzzles: Sequence[Puzzle]) -> TokenizedDataset:
     with ShardWriter(folder, 18, masked=True) as writer:
         for puzzle in puzzles:
-            writer.add(*encode_lesson(Lesson(puzzle, every_output=False)))
+            writer.add(*encode_example(ArcExample(puzzle, train_on_all_outputs=False)))
     shards = Shards.open(folder)
     rows = AnswerRows(shards, cases.CONTEXT)
-    member = Member("exam", 0, 1.0, rows, shards.tokens_total, shards.tokens_total)
-    return Source([member], cases.CONTEXT, 0, "validation")
+    member = DatasetMember("exam", 0, 1.0, rows, shards.tokens_total, shards.tokens_total)
+    return TokenizedDataset([member], cases.CONTEXT, 0, "validation")

@@ -11,9 +11,9 @@ import torch
 
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.load import load
-from tinsmith.hub.transplant import Init, Plan, transplanted, transplanted_config
+from tinsmith.hub.transplant import ExpertInit, TransplantPlan, build_transplant, transplant_config
 from tinsmith.nn.config import ModelConfig
-from tinsmith.nn.parts.trained import EVERYTHING
+from tinsmith.nn.parameters import ALL_PARAMETERS
 
 Section = dict[str, Any]
 
@@ -26,10 +26,10 @@ runs this short; the page says how many there were.
 """
 LAYER: Section = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "qk_norm": True},
-    "feed_forward": {"kind": "swiglu", "hidden": HIDDEN},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": HIDDEN},
 }
 TEACHER: Section = {
-    **{"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 256, "rope": {"theta": 1e4}},
+    **{"vocab_size": 1024, "dim": 128, "depth": 4, "max_seq_len": 256, "rope": {"theta": 1e4}},
     "pattern": [LAYER],
 }
 TOPK: Section = {"kind": "topk_moe", "experts": EXPERTS, "top_k": ACTIVE}
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     """A student."""
 
     feed: Section
-    init: Init = "random"
+    init: ExpertInit = "random"
     skeleton: bool = True
     """Whether it has its teacher's skeleton, frozen; else it begins from nothing, all trained."""
     taught: bool = True
@@ -56,7 +56,7 @@ def dyn(router: str = "task") -> Section:
 
 CASES: dict[str, Case] = {
     "dense": Case({"kind": "swiglu"}),
-    "half dense": Case({"kind": "swiglu", "hidden": HIDDEN // 2}),
+    "half dense": Case({"kind": "swiglu", "hidden_dim": HIDDEN // 2}),
     "topk_moe": Case(TOPK),
     "dyn_moe task": Case(dyn()),
     "dyn_moe smk": Case(dyn("smk")),
@@ -87,12 +87,12 @@ def begin(case: Case, teacher: Path, folder: Path, seed: int) -> Section:
     transplant.
     """
     if not case.skeleton:
-        shape = transplanted_config(ModelConfig.from_dict(TEACHER), Plan(case.feed))
-        whole = replace(shape, trained=EVERYTHING).to_dict()
+        shape = transplant_config(ModelConfig.from_dict(TEACHER), TransplantPlan(case.feed))
+        whole = replace(shape, trainable=ALL_PARAMETERS).to_dict()
         return {"model": whole, "tokenizer": {"path": str(teacher / "final")}}
     lm, tokenizer = load(teacher)
     torch.manual_seed(seed)
-    export_folder(transplanted(lm, Plan(case.feed, case.init)), tokenizer, folder)
+    export_folder(build_transplant(lm, TransplantPlan(case.feed, case.init)), tokenizer, folder)
     return {"init_from": str(folder)}
 
 

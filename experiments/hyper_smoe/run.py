@@ -36,7 +36,7 @@ from tinsmith.config import from_dict
 from tinsmith.core.log import Metrics, read_metrics
 from tinsmith.hub.load import load
 from tinsmith.nn.model import LM
-from tinsmith.nn.parts.trained import counts
+from tinsmith.nn.parameters import count_parameters
 from tinsmith.train.trainer import train
 
 STEPS, TAUGHT = 150, 400
@@ -70,10 +70,10 @@ def measured(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     trained = [line for line in lines if line["kind"] == "train"]
     student, _ = load(run)
     known, _ = load(teacher)
-    size = counts(student)
+    size = count_parameters(student)
     return {
         **{"case": name, "seed": seed, "steps": length},
-        **{"trained": size.trained, "frozen": size.frozen},
+        **{"trained": size.trainable, "frozen": size.frozen},
         **{"bpb": bits(lines), "teacher": bits(list(read_metrics(teacher / "metrics.jsonl")))},
         **{"step_s": step_seconds(lines), "forward": forward(student, known)},
         **{"curve": [[line["tokens"], line.get("divergence")] for line in trained]},

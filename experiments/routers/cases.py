@@ -22,24 +22,30 @@ runs this short; the page says how far they came.
 
 def dense(hidden: int) -> Section:
     """What everything is compared with."""
-    return {"kind": "swiglu", "hidden": hidden}
+    return {"kind": "swiglu", "hidden_dim": hidden}
 
 
 def topk(experts: int = 8, top_k: int = 2, balance: str = "switch") -> Callable[[int], Section]:
     """MiniMind's kind, without shared experts."""
     keys = {"experts": experts, "top_k": top_k, "balance": balance}
-    return lambda hidden: {"kind": "topk_moe", "hidden": hidden, "shared": 0, **keys}
+    return lambda hidden: {"kind": "topk_moe", "hidden_dim": hidden, "n_shared_experts": 0, **keys}
 
 
 def deepseek(hidden: int) -> Section:
     """Three of sixteen, and a shared one."""
-    return {"kind": "deepseek_moe", "hidden": hidden, "experts": 16, "top_k": 3, "shared": 1}
+    return {
+        "kind": "deepseek_moe",
+        "hidden_dim": hidden,
+        "experts": 16,
+        "top_k": 3,
+        "n_shared_experts": 1,
+    }
 
 
 def dyn(experts: int = 16, **keys: Any) -> Callable[[int], Section]:
     """A quarter of the experts, as SDL asks for."""
     usual = {"experts": experts, "reset_interval": REBIRTH, "sdl_weight": SDL}
-    return lambda hidden: {"kind": "dyn_moe", "hidden": hidden} | usual | keys
+    return lambda hidden: {"kind": "dyn_moe", "hidden_dim": hidden} | usual | keys
 
 
 FEEDS: dict[str, Callable[[int], Section]] = {

@@ -19,7 +19,7 @@ from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
 from tinsmith.train.trainer import train
 
-SIZES = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_context": 256, "rope": {"theta": 1e4}}
+SIZES = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_seq_len": 256, "rope": {"theta": 1e4}}
 ACTIVE = 900_000
 STEPS = 400
 

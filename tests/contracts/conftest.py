@@ -19,7 +19,7 @@ from tinsmith.nn.residuals import ResidualConfig
 DIM, VOCAB = 32, 48
 
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
-HYBRID = {"compress_block": 4, "window": 5, "keep": 5, "index_heads": 2, "index_dim": 6}
+HYBRID = {"compress_block": 4, "window": 5, "index_topk": 5, "index_heads": 2, "index_dim": 6}
 SAMPLES: dict[str, list[dict[str, Any]]] = {
     "gqa": [
         {"heads": 4},
@@ -35,8 +35,8 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "mla": [LATENT, LATENT | {"heads": 2, "kv_rank": 24, "q_rank": None, "v_dim": 4}],
     "dsa": [
-        LATENT | {"index_heads": 2, "index_dim": 6, "keep": 5},
-        LATENT | {"index_heads": 1, "index_dim": 4, "keep": 4, "index_target": "selected"},
+        LATENT | {"index_heads": 2, "index_dim": 6, "index_topk": 5},
+        LATENT | {"index_heads": 1, "index_dim": 4, "index_topk": 4, "index_target": "selected"},
     ],
     "hybrid": [
         LATENT | HYBRID | {"mode": "nsa"},
@@ -67,21 +67,40 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
             **{"experts": 3, "rank": 2, "combine": "rescaled_sum"},
         },
     ],
-    "swiglu": [{"hidden": 48}, {"hidden": 48, "bias": True}],
-    "relu2": [{"hidden": 48}, {"hidden": 48, "bias": True}],
+    "swiglu": [{"hidden_dim": 48}, {"hidden_dim": 48, "bias": True}],
+    "relu2": [{"hidden_dim": 48}, {"hidden_dim": 48, "bias": True}],
     "topk_moe": [
-        {"hidden": 24, "experts": 4, "top_k": 2, "shared": 1, "z_weight": 0.001},
-        {"hidden": 24, "experts": 5, "top_k": 1, "activation": "relu2", "balance": "squared"},
-        {"hidden": 24, "experts": 4, "top_k": 3, "renormalise": False, "balance": "sequence"},
+        {"hidden_dim": 24, "experts": 4, "top_k": 2, "n_shared_experts": 1, "z_weight": 0.001},
+        {"hidden_dim": 24, "experts": 5, "top_k": 1, "activation": "relu2", "balance": "squared"},
+        {
+            "hidden_dim": 24,
+            "experts": 4,
+            "top_k": 3,
+            "norm_topk_prob": False,
+            "balance": "sequence",
+        },
     ],
     "deepseek_moe": [
-        {"hidden": 24, "experts": 8, "top_k": 3, "groups": 4, "kept_groups": 2, "scale": 1.5},
-        {"hidden": 24, "experts": 7, "top_k": 1, "activation": "relu2", "score": "softmax"},
+        {
+            "hidden_dim": 24,
+            "experts": 8,
+            "top_k": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+        {"hidden_dim": 24, "experts": 7, "top_k": 1, "activation": "relu2", "score": "softmax"},
     ],
     "dyn_moe": [
-        {"hidden": 24, "experts": 4},
-        {"hidden": 24, "experts": 6, "activation": "relu2", "combine": "sum", "fallback": "none"},
-        {"hidden": 24, "experts": 4, "combine": "rescaled_sum", "router_grad": "smk"},
+        {"hidden_dim": 24, "experts": 4},
+        {
+            "hidden_dim": 24,
+            "experts": 6,
+            "activation": "relu2",
+            "combine": "sum",
+            "fallback": "none",
+        },
+        {"hidden_dim": 24, "experts": 4, "combine": "rescaled_sum", "router_grad": "smk"},
     ],
     "plain": [{}],
     "hyper": [{"streams": 4}, {"streams": 2, "fracs": 2}, {"streams": 2, "dynamic": False}],
@@ -90,7 +109,12 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
 
 
 def _heads(mixer: Any, capacity: int) -> int:
-    return 2 * mixer.groups * mixer.width(DIM) * min(capacity, mixer.window or capacity)
+    return (
+        2
+        * mixer.num_kv_heads
+        * mixer.resolve_head_dim(DIM)
+        * min(capacity, mixer.window or capacity)
+    )
 
 
 def _own(mixer: Any) -> int:
@@ -99,7 +123,7 @@ def _own(mixer: Any) -> int:
 
 HELD: dict[str, Callable[[Any, int], int]] = {
     "gqa": _heads,
-    "dyn_heads": lambda mixer, capacity: _heads(mixer.shape, capacity),
+    "dyn_heads": lambda mixer, capacity: _heads(mixer.gqa_config, capacity),
     "dyn_lora": lambda mixer, capacity: _heads(mixer.base, capacity),
     "dsa": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim + mixer.index_dim) * capacity,
     "hybrid": lambda mixer, capacity: sum(
@@ -109,13 +133,13 @@ HELD: dict[str, Callable[[Any, int], int]] = {
             "select": capacity * (_own(mixer) + mixer.index_dim),
             "window": min(capacity, mixer.window) * _own(mixer),
         }[branch]
-        for branch in mixer.present
+        for branch in mixer.branch_names
     ),
     "mla": lambda mixer, capacity: (mixer.kv_rank + mixer.rope_dim) * capacity,
     "nsa": lambda mixer, capacity: (
         2
-        * mixer.groups
-        * mixer.width(DIM)
+        * mixer.num_kv_heads
+        * mixer.resolve_head_dim(DIM)
         * (
             capacity
             + min(capacity, mixer.window)
@@ -155,12 +179,12 @@ which may change the last bits of earlier ones: causal to 1e-10, where all other
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-    "feed_forward": {"kind": "swiglu", "hidden": 48},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
     "residual": {"kind": "plain"},
 }
 
 
-USUAL = {"gqa-kv_heads=2", "plain", "topk_moe-experts=4-top_k=2-shared=1-z_weight=0.001"}
+USUAL = {"gqa-kv_heads=2", "plain", "topk_moe-experts=4-top_k=2-n_shared_experts=1-z_weight=0.001"}
 """A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual
 and one routed feed-forward, and every residual and feed-forward this mixer, in the default suite.
 """
@@ -279,7 +303,7 @@ def make() -> Make:
             "vocab_size": VOCAB,
             "dim": DIM,
             "depth": 3,
-            "max_context": 256,
+            "max_seq_len": 256,
             "residual": residual,
             "pattern": [{"mixer": mixer, "feed_forward": feed_forward}],
         }

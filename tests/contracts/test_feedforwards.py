@@ -116,7 +116,7 @@ def test_checkpointed_gradients_are_equal_to_the_bit(make, feed_forward, draw, d
     gradients = []
     for checkpointing in (False, True):
         lm = make(feed_forward=feed_forward, dropout=shares).train()
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         torch.manual_seed(3)
         with torch.enable_grad():
             out = lm(draw(2, 9))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
-from tinsmith.nn.contract import CacheFull, CannotRewind
+from tinsmith.nn.contract import CacheFull, CannotTruncate
 
 close = close_to(1e-10)
 
@@ -171,7 +171,7 @@ def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
     for cache in caches:
         try:
             cache.truncate(torch.tensor([11, 20]))
-        except CannotRewind as error:
+        except CannotTruncate as error:
             refused.append(cache)
             said.append(str(error))
     assert refused in ([], caches)
@@ -386,7 +386,7 @@ def _rewind(caches, rows, turn):
     try:
         for cache in caches:
             cache.truncate(torch.tensor(kept))
-    except CannotRewind:
+    except CannotTruncate:
         assert lengths_of(caches) == [len(row) for row in rows]
         return rows
     return [row[:length] for row, length in zip(rows, kept, strict=True)]

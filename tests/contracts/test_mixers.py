@@ -206,7 +206,7 @@ def test_checkpointed_gradients_are_equal_to_the_bit(make, mixer, residual, draw
     gradients = []
     for checkpointing in (False, True):
         lm = make(mixer=mixer, residual=residual, dropout=shares).train()
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         torch.manual_seed(3)
         with torch.enable_grad():
             out = lm(draw(2, 9), segments=segments)

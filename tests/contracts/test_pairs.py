@@ -55,7 +55,7 @@ def test_checkpointed_gradients_are_equal_to_the_bit(lm, draw):
     gradients, stats = [], []
     for checkpointing in (False, True):
         lm.zero_grad()
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         out = lm(draw(2, 12), segments=segments)
         (out.logits[segments >= 0].square().sum() + sum(out.losses.values())).backward()
         gradients.append([parameter.grad for parameter in lm.parameters()])

@@ -10,7 +10,7 @@ from tests.oracles.close import close_to
 close = close_to(1e-10)
 
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
-HYBRID = LATENT | {"kind": "hybrid", "compress_block": 4, "window": 5, "keep": 5}
+HYBRID = LATENT | {"kind": "hybrid", "compress_block": 4, "window": 5, "index_topk": 5}
 HYBRID |= {"index_heads": 2, "index_dim": 6}
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True}
 NSA = {
@@ -30,7 +30,12 @@ PATTERNS = {
         NSA,
         GQA | {"window": 3, "sinks": True},
     ],
-    "values offered by nsa": [NSA, LATENT | {"kind": "dsa", "keep": 5, "index_dim": 4}, GQA, NSA],
+    "values offered by nsa": [
+        NSA,
+        LATENT | {"kind": "dsa", "index_topk": 5, "index_dim": 4},
+        GQA,
+        NSA,
+    ],
 }
 SPLITS = [[23], [1] * 23, [7, 7, 7, 2], [5, 1, 1, 9, 1, 6], [22, 1]]
 RUNS = [(-1, 2), (7, 3), (3, 1), (7, 5), (0, 9), (-1, 3)]
@@ -40,7 +45,7 @@ SEGMENTS = torch.tensor([[name for name, length in RUNS for _ in range(length)]]
 
 @pytest.fixture(params=PATTERNS)
 def pattern(request):
-    feed = {"kind": "swiglu", "hidden": 48}
+    feed = {"kind": "swiglu", "hidden_dim": 48}
     return [{"mixer": mixer, "feed_forward": feed} for mixer in PATTERNS[request.param]]
 
 
@@ -104,7 +109,7 @@ def test_checkpointed_gradients_are_equal_to_the_bit(make, pattern, residual, dr
     gradients = []
     for checkpointing in (False, True):
         lm = make(pattern=pattern, depth=len(pattern), residual=residual).train()
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         out = lm(draw(1, SEGMENTS.shape[1]), segments=SEGMENTS)
         (out.logits.square().sum() + sum(out.losses.values())).backward()
         gradients.append([parameter.grad for parameter in lm.parameters()])

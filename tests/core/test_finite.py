@@ -11,10 +11,10 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.nn.mixers.dynlora import DynLoRA
 
-LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden_dim": 8}}
 REQUIRED = {
     **{"vocab_size": 48, "dim": 64, "depth": 1, "pattern": [LAYER], "base": {"kind": "gqa"}},
-    **{"hidden": 8, "experts": 4, "factor": 2.0, "original_context": 64},
+    **{"hidden_dim": 8, "experts": 4, "factor": 2.0, "original_max_seq_len": 64},
     **{"path": "x", "teacher": "x", "name": "x"},
 }
 """What has no default, wherever it is."""

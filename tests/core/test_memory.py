@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from tinsmith.core.memory import keep_freed_memory
+from tinsmith.core.malloc import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

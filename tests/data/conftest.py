@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinsmith.data.prepare import prepare
-from tinsmith.data.shards import Shards, ShardWriter
+from tinsmith.data.prepare.prepare import prepare
+from tinsmith.data.prepare.shards import Shards, ShardWriter
 from tinsmith.text.bpe import train_bpe
 
 STORIES = [
@@ -62,7 +62,7 @@ def texts_of():
 
     def read(found, side, number=0):
         shards = Shards.open(found.folder / str(number) / side, verify=True)
-        edges = [*shards.documents.tolist(), shards.tokens_total]
+        edges = [*shards.document_starts.tolist(), shards.tokens_total]
         ids = [shards.tokens(a, b).tolist() for a, b in itertools.pairwise(edges)]
         return [found.tokenizer.decode(one).removesuffix("<|endoftext|>") for one in ids]
 

@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.arc import find_tasks, read_solutions, read_tasks
-from tinsmith.data.config import Arc, Text
-from tinsmith.data.files import Reject
-from tinsmith.data.grids import Pair, Puzzle, View, drawn, inverse, turned
-from tinsmith.data.lessons import (
-    LONGEST,
-    Lesson,
+from tinsmith.data.arc.encoding import (
+    MAX_ANSWER_TOKENS,
+    ArcExample,
+    answer_has_input_shape,
     encode_answer,
-    encode_lesson,
-    encode_prompt,
+    encode_example,
+    encode_puzzle_prompt,
     parse_answer,
-    same_shape,
 )
-from tinsmith.data.sources import open_source
-from tinsmith.text.symbols import NAMES, grid_tokenizer
+from tinsmith.data.arc.grids import Pair, Puzzle, View, apply_symmetry, augment, inverse_symmetry
+from tinsmith.data.config import ArcData, TextData
+from tinsmith.data.files import Reject
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.sources.arc import find_task_files, read_solutions, read_tasks
+from tinsmith.text.grid_vocab import NAMES, grid_tokenizer
 
 SOLUTION, TURN, END = NAMES.index("<|solution|>"), NAMES.index("<|im_start|>"), 11
 ODD = ((1, 2, 3), (4, 5, 6))
@@ -72,7 +72,7 @@ def test_D1_parse_undoes_serialise_on_grids_of_1_to_30_rows_and_columns():
         one = grid(numbers, height, width)
         ids = encode_answer(one)
         assert parse_answer(ids) == one
-        assert len(ids) == height * (width + 1) <= LONGEST
+        assert len(ids) == height * (width + 1) <= MAX_ANSWER_TOKENS
 
 
 def test_D1_what_is_no_grid_parses_to_none():
@@ -85,31 +85,37 @@ def test_D1_what_is_no_grid_parses_to_none():
 
 
 def test_D2_symmetries_are_a_group_of_eight_and_each_is_undone():
-    seen = [turned(ODD, symmetry) for symmetry in range(8)]
+    seen = [apply_symmetry(ODD, symmetry) for symmetry in range(8)]
     assert len(set(seen)) == 8
     for one, other in itertools.product(range(8), repeat=2):
-        assert turned(seen[one], other) in seen
+        assert apply_symmetry(seen[one], other) in seen
     for symmetry in range(8):
-        assert turned(seen[symmetry], inverse(symmetry)) == ODD
-    assert turned(ODD, 1) == ((4, 1), (5, 2), (6, 3))
-    assert turned(ODD, 4) == ((1, 4), (2, 5), (3, 6))
+        assert apply_symmetry(seen[symmetry], inverse_symmetry(symmetry)) == ODD
+    assert apply_symmetry(ODD, 1) == ((4, 1), (5, 2), (6, 3))
+    assert apply_symmetry(ODD, 4) == ((1, 4), (2, 5), (3, 6))
 
 
 @pytest.mark.parametrize("colours", ["all", "keep_0", "none"])
 def test_D2_a_view_is_undone_and_one_view_holds_for_all_grids_of_a_puzzle(colours):
     for seed in range(50):
         given = puzzle(random.Random(seed))
-        seen = drawn(given, random.Random(seed), symmetries=True, colours=colours, order=False)
+        seen = augment(
+            given,
+            random.Random(seed),
+            symmetries=True,
+            colours=colours,
+            shuffle_demonstrations=False,
+        )
         views = [
             View(symmetry, View().colours)
             for symmetry in range(8)
             if [len(each) for each in seen.grids()]
-            == [len(turned(each, symmetry)) for each in given.grids()]
+            == [len(apply_symmetry(each, symmetry)) for each in given.grids()]
         ]
         found = [
             mapped
             for view in views
-            if (mapped := _colours([view.of(each) for each in given.grids()], seen.grids()))
+            if (mapped := _colours([view.apply(each) for each in given.grids()], seen.grids()))
         ]
         assert found, "one symmetry and one permutation explain every grid"
         for mapped in found:
@@ -117,7 +123,7 @@ def test_D2_a_view_is_undone_and_one_view_holds_for_all_grids_of_a_puzzle(colour
             assert colours != "none" or all(a == b for a, b in mapped.items())
         view = View(seed % 8, tuple(random.Random(seed).sample(range(10), 10)))
         for one in given.grids():
-            assert view.back(view.of(one)) == one
+            assert view.invert(view.apply(one)) == one
 
 
 def _colours(before, after):
@@ -137,18 +143,20 @@ def _colours(before, after):
 def test_views_shuffle_demonstrations_and_depend_on_their_numbers_alone():
     given = puzzle(random.Random(0), demonstrations=5)
     plain = {"symmetries": False, "colours": "none"}
-    seen = [drawn(given, random.Random(n), order=True, **plain) for n in range(20)]
-    assert len({each.shown for each in seen}) > 10
-    assert all(sorted(each.shown) == sorted(given.shown) for each in seen)
-    assert drawn(given, random.Random(3), order=True, **plain) == seen[3]
-    assert drawn(given, random.Random(3), order=False, **plain) == given
+    seen = [
+        augment(given, random.Random(n), shuffle_demonstrations=True, **plain) for n in range(20)
+    ]
+    assert len({each.demonstrations for each in seen}) > 10
+    assert all(sorted(each.demonstrations) == sorted(given.demonstrations) for each in seen)
+    assert augment(given, random.Random(3), shuffle_demonstrations=True, **plain) == seen[3]
+    assert augment(given, random.Random(3), shuffle_demonstrations=False, **plain) == given
 
 
 @pytest.mark.parametrize("every", [False, True])
 def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every, symbols, prepared):
-    lesson = Lesson(puzzle(random.Random(1)), every)
-    ids, mask = encode_lesson(lesson)
-    outputs = [pair.output for pair in lesson.puzzle.shown] if every else []
+    lesson = ArcExample(puzzle(random.Random(1)), every)
+    ids, mask = encode_example(lesson)
+    outputs = [pair.output for pair in lesson.puzzle.demonstrations] if every else []
     outputs.append(lesson.puzzle.answer)
     runs = [
         [n for _, n in group]
@@ -162,8 +170,8 @@ def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every,
     assert [ids[i - 2 : i] for i in begins] == [[TURN, SOLUTION]] * len(outputs)
     assert [ids[0], *ids[-2:]] == [16, END, 17]
     loss = "all_outputs" if every else "test_only"
-    made = prepared(Arc(count=40, loss=loss), "answers", symbols, context=512)
-    batch = open_source(made.folder, "answers", "train", 512, 0).rows(0, 4)
+    made = prepared(ArcData(count=40, loss=loss), "answers", symbols, seq_len=512)
+    batch = open_dataset(made.folder, "answers", "train", 512, 0).get_batch(0, 4)
     for row in range(4):
         places = batch.mask[row].nonzero()[:, 0]
         learned = batch.targets[row][places]
@@ -175,24 +183,27 @@ def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every,
 def test_D4_a_prompt_is_made_without_the_answer_and_begins_the_lesson():
     for seed in range(30):
         one = puzzle(random.Random(seed))
-        prompt = encode_prompt(one.shown, one.asked)
-        whole = encode_lesson(Lesson(one, every_output=False)).ids
+        prompt = encode_puzzle_prompt(one.demonstrations, one.test_input)
+        whole = encode_example(ArcExample(one, train_on_all_outputs=False)).ids
         assert whole == [*prompt, *encode_answer(one.answer), 17]
         assert prompt[-2:] == [TURN, SOLUTION]
         other = one._replace(answer=((0,),))
-        assert encode_lesson(Lesson(other, every_output=False)).ids[: len(prompt)] == prompt
+        assert (
+            encode_example(ArcExample(other, train_on_all_outputs=False)).ids[: len(prompt)]
+            == prompt
+        )
 
 
 def test_same_shape_compares_an_answer_with_the_input_before_it():
     for asked, answer, same in (
         (ODD, ODD, True),
-        (ODD, turned(ODD, 1), False),
+        (ODD, apply_symmetry(ODD, 1), False),
         (((1,) * 5,), ((1,), (1,), (1,)), False),
         (((1, 2),), ((0, 0),), True),
     ):
-        prompt = encode_prompt((Pair(((1,),), ((2, 2),)),), asked)
+        prompt = encode_puzzle_prompt((Pair(((1,),), ((2, 2),)),), asked)
         ids = [*prompt, *encode_answer(answer), 17]
-        assert same_shape(ids, len(prompt), len(ids) - 1) is same
+        assert answer_has_input_shape(ids, len(prompt), len(ids) - 1) is same
 
 
 def test_the_vocabulary_opens_in_transformers(symbols, tmp_path):
@@ -220,7 +231,7 @@ def test_every_way_of_writing_tasks_is_read(write):
     lines = write("rows.jsonl", json.dumps(record() | {"id": "r"}) + "\n")
     packed = lines.with_name("rows.jsonl.gz")
     packed.write_bytes(gzip.compress(lines.read_bytes()))
-    folder = list(read_tasks(find_tasks(str(many.parent / "one")), {}))
+    folder = list(read_tasks(find_task_files(str(many.parent / "one")), {}))
     assert [task.puzzles[0].name for task in folder] == ["a", "b"]
     assert [next(iter(read_tasks([path], {}))).puzzles[0].name for path in (lines, packed)] == [
         "r"
@@ -228,7 +239,7 @@ def test_every_way_of_writing_tasks_is_read(write):
     x, y = read_tasks([many], solved)
     assert [len(x.puzzles), len(y.puzzles)] == [1, 2]
     assert [each.answer for each in y.puzzles] == [((2, 1),), ((7,),)]
-    assert y.puzzles[1].number == 1
+    assert y.puzzles[1].test_index == 1
 
 
 @pytest.mark.parametrize(
@@ -264,7 +275,7 @@ def test_a_bad_task_is_one_line_and_nothing_is_left_behind(
     (found,) = read_tasks([path], {})
     assert isinstance(found, Reject)
     assert said in found.reason
-    section = Arc(path=str(path.parent), on_bad_line="fail" if fails else "reject")
+    section = ArcData(path=str(path.parent), on_bad_line="fail" if fails else "reject")
     with pytest.raises(UserError) as caught:
         prepared(section, "chats", symbols)
     line = str(caught.value)
@@ -276,7 +287,7 @@ def test_a_bad_task_is_one_line_and_nothing_is_left_behind(
 
 def test_a_bad_task_among_good_ones_is_left_out_and_listed(write, prepared, symbols, rejects_of):
     path = write("tasks.json", {"good": record(), "bad": record(train=[]), "fine": record()})
-    found = prepared(Arc(path=str(path), validation=0.0), "chats", symbols)
+    found = prepared(ArcData(path=str(path), validation=0.0), "chats", symbols)
     assert rejects_of(found) == [("tasks.json", 2, "task bad: no demonstrations")]
     assert found.report["sources"][0]["train"]["documents"] == 2
 
@@ -284,10 +295,10 @@ def test_a_bad_task_among_good_ones_is_left_out_and_listed(write, prepared, symb
 @pytest.mark.parametrize(
     ("section", "shape", "said"),
     [
-        (Arc(path="nowhere.json"), "chats", "data.path: nowhere.json does not exist"),
-        (Arc(path="a.txt"), "chats", "a.txt is not of a known kind"),
-        (Arc(path="a.json", solutions="a.json"), "chats", "a.json is no file of solutions"),
-        (Arc(), "prompts", "data.kind: 'arc' has no prompts"),
+        (ArcData(path="nowhere.json"), "chats", "data.path: nowhere.json does not exist"),
+        (ArcData(path="a.txt"), "chats", "a.txt is not of a known kind"),
+        (ArcData(path="a.json", solutions="a.json"), "chats", "a.json is no file of solutions"),
+        (ArcData(), "prompts", "data.kind: 'arc' has no prompts"),
     ],
 )
 def test_what_cannot_be_tasks_is_one_line(
@@ -296,38 +307,38 @@ def test_what_cannot_be_tasks_is_one_line(
     monkeypatch.chdir(write("a.json", record()).parent)
     write("a.txt", "x")
     with pytest.raises(UserError, match=said):
-        prepared(section, shape, symbols, context=64)
+        prepared(section, shape, symbols, seq_len=64)
 
 
 def test_grids_want_their_own_ids_and_text_does_not_have_them(
     prepared, tokenizer, symbols, story_file
 ):
     with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
-        prepared(Arc(count=4), "chats", tokenizer)
+        prepared(ArcData(count=4), "chats", tokenizer)
     with pytest.raises(UserError, match="cannot write"):
-        prepared(Text(path=str(story_file)), "documents", symbols)
+        prepared(TextData(path=str(story_file)), "documents", symbols)
 
 
 def test_answers_that_have_no_room_are_left_out_and_never_cut(prepared, symbols, rejects_of):
-    found = prepared(Arc(count=60), "answers", symbols, context=200)
+    found = prepared(ArcData(count=60), "answers", symbols, seq_len=200)
     rejected = rejects_of(found)
     assert 0 < len(rejected) < 60
     assert "beyond the context of 200" in rejected[0][2]
-    source = open_source(found.folder, "answers", "train", 200, 0)
+    source = open_dataset(found.folder, "answers", "train", 200, 0)
     for number in range(source.size):
         row = source.take(np.array([number]))
         assert (int(row.ids[0, 0]), int(row.ids[0, -1])) == (16, 17)
 
 
 def test_all_views_of_a_task_are_on_one_side(prepared, symbols):
-    found = prepared(Arc(count=30, views=4, validation=0.3), "answers", symbols, context=1024)
+    found = prepared(ArcData(count=30, views=4, validation=0.3), "answers", symbols, seq_len=1024)
     counts = [found.report["sources"][0][side]["documents"] for side in ("train", "validation")]
     assert sum(counts) == 120
     assert all(count % 4 == 0 and count for count in counts)
 
 
 def test_real_tasks_are_read_whole(real_data, prepared, symbols):
-    section = Arc(path=str(real_data / "arc_agi1" / "training_small10.jsonl"))
+    section = ArcData(path=str(real_data / "arc_agi1" / "training_small10.jsonl"))
     found = prepared(section, "chats", symbols)
     (source,) = found.report["sources"]
     assert source["rejected"] == 0

@@ -4,7 +4,7 @@ import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, parse, plain
-from tinsmith.data.config import Chats, DataConfig, Hub, Stdlib, Tasks, Text
+from tinsmith.data.config import ChatsData, DataConfig, HubData, StdlibData, TasksData, TextData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,24 +17,24 @@ def read(data):
 
 
 def test_a_recipe_names_one_kind_or_a_list_of_them():
-    assert read({"kind": "stdlib"}) == Stdlib()
+    assert read({"kind": "stdlib"}) == StdlibData()
     assert read(
         [{"kind": "tasks", "count": "20k"}, {"kind": "text", "path": "x", "weight": 2}]
     ) == (
-        Tasks(count=20_000),
-        Text(path="x", weight=2.0),
+        TasksData(count=20_000),
+        TextData(path="x", weight=2.0),
     )
-    assert read({"kind": "hub", "name": "a/b", "field": None}) == Hub(name="a/b", field=None)
+    assert read({"kind": "hub", "name": "a/b", "field": None}) == HubData(name="a/b", field=None)
     assert read({"kind": "chats", "path": "x", "validation": "y.jsonl"}).validation == "y.jsonl"
 
 
 def test_what_is_written_out_reads_back():
     for config in (
-        Stdlib(),
-        Tasks(tasks=("sort",)),
-        Text(path="x"),
-        Chats(path="x"),
-        Hub(name="n", limit=5),
+        StdlibData(),
+        TasksData(tasks=("sort",)),
+        TextData(path="x"),
+        ChatsData(path="x"),
+        HubData(name="n", limit=5),
     ):
         assert next(iter(plain(config))) == "kind"
         assert read(plain(config)) == config

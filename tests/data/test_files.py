@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
 from tinsmith.data import files
-from tinsmith.data.files import Reject, find, rows, text_of, texts
+from tinsmith.data.files import Reject, find_files, get_text, read_records, read_texts
 
 
 def read_rows(path):
     """(line, record or reason) of every row."""
-    return [(r.line, r.reason if isinstance(r, Reject) else r.record) for r in rows(path)]
+    return [(r.line, r.reason if isinstance(r, Reject) else r.data) for r in read_records(path)]
 
 
 def read_texts(path):
-    return [(t.line, t.reason if isinstance(t, Reject) else t.text) for t in texts(path)]
+    return [(t.line, t.reason if isinstance(t, Reject) else t.text) for t in read_texts(path)]
 
 
 GOOD = {"text": "fine"}
@@ -48,14 +48,14 @@ def test_T9_a_bad_json_line_is_named_with_its_reason(write_lines, bad, reason):
 
 
 def test_T9_a_line_above_the_limit_is_rejected_and_the_next_one_read(write_lines):
-    long = {"text": "x" * files.LONGEST_LINE}
+    long = {"text": "x" * files.MAX_LINE_BYTES}
     found = read_rows(write_lines("x.jsonl", [GOOD, long, GOOD]))
     assert found == [(1, GOOD), (2, "longer than 10 MB"), (3, GOOD)]
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 2])
 def test_T9_the_longest_line_allowed_is_exactly_the_limit(tmp_path, monkeypatch, extra):
-    monkeypatch.setattr(files, "LONGEST_LINE", 40)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 40)
     raw = json.dumps({"text": "x" * (40 - 12 + extra)}).encode()
     assert len(raw) == 40 + extra
     for end in (b"\n", b"\r\n", b""):
@@ -91,7 +91,7 @@ def test_T9_crlf_line_ends_are_accepted(tmp_path):
 )
 def test_T9_a_row_without_usable_text_says_why(record, reason):
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
-        text_of(record, "text")
+        get_text(record, "text")
 
 
 def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
@@ -100,9 +100,9 @@ def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
 
 
 def test_T9_a_bad_part_of_a_very_long_line_does_not_spoil_the_next_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 4)
+    monkeypatch.setattr(files, "CHUNK_CHARS", 4)
     (tmp_path / "x.txt").write_bytes(b"ab\xe4\xb8\xffcd\ngood\n")
-    items = list(texts(tmp_path / "x.txt"))
+    items = list(read_texts(tmp_path / "x.txt"))
     assert [(item.line, item.reason) for item in items if isinstance(item, Reject)] == [
         (1, "not UTF-8")
     ]
@@ -111,21 +111,23 @@ def test_T9_a_bad_part_of_a_very_long_line_does_not_spoil_the_next_line(tmp_path
 
 @pytest.mark.parametrize("start", [b"", b"a", b"ab"])
 def test_T9_half_a_character_at_the_end_of_a_file_is_rejected(tmp_path, monkeypatch, start):
-    monkeypatch.setattr(files, "PIECE", 4)
+    monkeypatch.setattr(files, "CHUNK_CHARS", 4)
     (tmp_path / "x.txt").write_bytes(start + b"\xe4\xb8")
-    assert [(item.line, item.reason) for item in texts(tmp_path / "x.txt")] == [(1, "not UTF-8")]
+    assert [(item.line, item.reason) for item in read_texts(tmp_path / "x.txt")] == [
+        (1, "not UTF-8")
+    ]
 
 
 def test_T9_a_damaged_gzip_file_gives_what_is_before_the_damage(tmp_path):
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(50_000))
     raw = gzip.compress(lines)
     (tmp_path / "x.jsonl.gz").write_bytes(raw[: len(raw) // 2])
-    found = list(rows(tmp_path / "x.jsonl.gz"))
+    found = list(read_records(tmp_path / "x.jsonl.gz"))
     assert len(found) > 100
     assert found[-1].reason == "the compressed file is damaged or cut off from here on"
     assert found[-1].line == len(found)
     (tmp_path / "y.jsonl.gz").write_bytes(b"not gzip at all")
-    assert [r.line for r in rows(tmp_path / "y.jsonl.gz")] == [1]
+    assert [r.line for r in read_records(tmp_path / "y.jsonl.gz")] == [1]
 
 
 def test_T9_lines_of_a_gzip_file_are_counted_like_those_of_a_plain_one(tmp_path):
@@ -146,8 +148,8 @@ def test_T9_any_bytes_whatever_are_read_or_rejected(tmp_path, raw):
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(raw))
     lines = raw.count(b"\n") + 1
     for name in ("x.jsonl", "x.jsonl.gz", "y.jsonl.gz"):
-        assert all(1 <= item.line <= lines for item in rows(tmp_path / name))
-    for item in texts(tmp_path / "x.txt"):
+        assert all(1 <= item.line <= lines for item in read_records(tmp_path / name))
+    for item in read_texts(tmp_path / "x.txt"):
         assert 1 <= item.line <= lines
         assert isinstance(item, Reject) or "\0" not in item.text
 
@@ -166,8 +168,8 @@ def test_a_text_file_comes_back_whole_however_it_is_cut_in_pieces(tmp_path, text
     text = text.removeprefix("\ufeff")
     (tmp_path / "x.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", piece)
-        found = list(texts(tmp_path / "x.txt"))
+        patch.setattr(files, "CHUNK_CHARS", piece)
+        found = list(read_texts(tmp_path / "x.txt"))
     if text.strip():
         assert "".join(item.text for item in found) == text
         assert [item.first for item in found] == [True] + [False] * (len(found) - 1)
@@ -198,18 +200,18 @@ def write_parquet(path, records):
 def test_rows_of_a_parquet_file_are_counted_from_one(tmp_path):
     records = [{"text": str(i), "other": i} for i in range(600)]
     path = write_parquet(tmp_path / "x.parquet", records)
-    found = list(rows(path, ["text"]))
+    found = list(read_records(path, ["text"]))
     assert [row.line for row in found] == list(range(1, 601))
-    assert [row.record for row in found] == [{"text": str(i)} for i in range(600)]
+    assert [row.data for row in found] == [{"text": str(i)} for i in range(600)]
 
 
 def test_T9_a_parquet_file_that_is_none_or_lacks_the_column_is_one_line(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match=r"x\.parquet: not a readable parquet file"):
-        list(rows(tmp_path / "x.parquet"))
+        list(read_records(tmp_path / "x.parquet"))
     path = write_parquet(tmp_path / "y.parquet", [{"body": "x"}])
     with pytest.raises(UserError, match=r"no column 'text' \(it has body\); set data\.field"):
-        list(rows(path, ["text"]))
+        list(read_records(path, ["text"]))
 
 
 def test_a_folder_gives_every_known_file_below_it_in_order(tmp_path):
@@ -224,7 +226,7 @@ def test_a_folder_gives_every_known_file_below_it_in_order(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in find(str(tmp_path))] == [
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files(str(tmp_path))] == [
         *("a.parquet", "b/1.jsonl", "b/2.txt", "c.jsonl.gz")
     ]
 
@@ -239,7 +241,7 @@ def test_a_path_that_cannot_be_used_is_one_line_that_says_what_to_do(tmp_path):
         ("empty", r"no \.txt, \.jsonl, \.jsonl\.gz, \.parquet file in the folder"),
     ]:
         with pytest.raises(UserError, match=message):
-            find(str(tmp_path / name))
+            find_files(str(tmp_path / name))
 
 
 def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
@@ -248,7 +250,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.exists", refuse)
     with pytest.raises(UserError, match=r"^data\.path: .*x\.txt: Permission denied$"):
-        find(str(tmp_path / "x.txt"))
+        find_files(str(tmp_path / "x.txt"))
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet"])
@@ -262,4 +264,4 @@ def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch, name):
     monkeypatch.setattr("gzip.open", refuse)
     monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
     with pytest.raises(UserError, match=rf"{name}: Permission denied"):
-        list(texts(path) if name.endswith("txt") else rows(path))
+        list(read_texts(path) if name.endswith("txt") else read_records(path))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinsmith.data.fit import ALLOWED_WASTE, fit
+from tinsmith.data.loader.binpack import ALLOWED_WASTE, best_fit
 
 
 def covered(fitted):
@@ -17,16 +17,16 @@ def covered(fitted):
 def test_every_token_lies_in_exactly_one_row_and_rows_hold_no_more_than_they_can(room, data):
     lengths = np.array(data.draw(st.lists(st.integers(1, room), max_size=60)), dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    fitted = fit(starts, lengths, room)
+    fitted = best_fit(starts, lengths, room)
     assert np.array_equal(covered(fitted), np.arange(lengths.sum()))
-    sums = np.add.reduceat(fitted.lengths, fitted.edges[:-1]) if len(lengths) else np.zeros(0)
+    sums = np.add.reduceat(fitted.lengths, fitted.row_offsets[:-1]) if len(lengths) else np.zeros(0)
     assert (sums <= room).all()
-    assert (np.diff(fitted.edges) > 0).all()
-    assert fitted.edges[-1] == len(fitted.starts)
+    assert (np.diff(fitted.row_offsets) > 0).all()
+    assert fitted.row_offsets[-1] == len(fitted.starts)
 
 
 def usage(lengths, fitted, room):
-    return lengths.sum() / (len(fitted.edges) - 1) / room
+    return lengths.sum() / (len(fitted.row_offsets) - 1) / room
 
 
 @pytest.mark.parametrize("room", [128, 256, 512, 2048, 8192])
@@ -39,27 +39,28 @@ def test_99_percent_of_positions_are_used_whatever_the_lengths(room):
         "no small ones": numbers.integers(room // 3, room // 2, 20_000),
     }
     for name, lengths in mixes.items():
-        fitted = fit(np.cumsum(lengths) - lengths, lengths, room)
+        fitted = best_fit(np.cumsum(lengths) - lengths, lengths, room)
         assert usage(lengths, fitted, room) >= 0.99, name
 
 
 def test_chats_are_kept_whole_where_they_fit_together():
     lengths = np.minimum(np.random.default_rng(0).lognormal(5, 1, 20_000).astype(int) + 5, 1024)
-    fitted = fit(np.cumsum(lengths) - lengths, lengths, 1024)
+    fitted = best_fit(np.cumsum(lengths) - lengths, lengths, 1024)
     assert len(fitted.starts) == len(lengths)
 
 
 def test_a_cut_takes_the_end_of_the_longest_piece():
     lengths = np.array([60, 60, 60])
-    fitted = fit(np.array([0, 60, 120]), lengths, 100)
+    fitted = best_fit(np.array([0, 60, 120]), lengths, 100)
     assert ALLOWED_WASTE < 0.4
     assert (fitted.starts[:2].tolist(), fitted.lengths[:2].tolist()) == ([0, 80], [60, 40])
 
 
 def test_exact_fits_are_found():
-    fitted = fit(np.array([0, 100, 200, 300]), np.array([70, 20, 10, 25]), 100)
+    fitted = best_fit(np.array([0, 100, 200, 300]), np.array([70, 20, 10, 25]), 100)
     rows = [
-        fitted.lengths[a:b].tolist() for a, b in zip(fitted.edges, fitted.edges[1:], strict=False)
+        fitted.lengths[a:b].tolist()
+        for a, b in zip(fitted.row_offsets, fitted.row_offsets[1:], strict=False)
     ]
     assert rows == [[70, 20, 10], [25]]
 
@@ -67,5 +68,5 @@ def test_exact_fits_are_found():
 def test_equal_arguments_give_equal_rows():
     lengths = np.random.default_rng(1).integers(1, 300, 5000)
     starts = np.cumsum(lengths) - lengths
-    first, second = fit(starts, lengths, 300), fit(starts, lengths, 300)
+    first, second = best_fit(starts, lengths, 300), best_fit(starts, lengths, 300)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

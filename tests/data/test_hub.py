@@ -4,8 +4,8 @@ import json
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import Hub
-from tinsmith.data.prepare import prepare
+from tinsmith.data.config import HubData
+from tinsmith.data.prepare.prepare import prepare
 
 datasets = pytest.importorskip("datasets")
 
@@ -31,7 +31,7 @@ def local(tmp_path, stories):
 
 
 def test_a_data_set_is_streamed_into_shards(prepared, texts_of, local, stories, rejects_of):
-    found = prepared(Hub(name=str(local), validation=0))
+    found = prepared(HubData(name=str(local), validation=0))
     assert texts_of(found, "train") == stories[:4] + stories[5:]
     assert rejects_of(found) == [("tales:train", 5, "field 'text' is empty")]
     assert found.report["sources"][0]["name"] == "tales"
@@ -39,13 +39,13 @@ def test_a_data_set_is_streamed_into_shards(prepared, texts_of, local, stories, 
 
 
 def test_the_limit_ends_the_stream(prepared, texts_of, local, stories):
-    found = prepared(Hub(name=str(local), validation=0, limit=3))
+    found = prepared(HubData(name=str(local), validation=0, limit=3))
     assert texts_of(found, "train") == stories[:3]
 
 
 def test_rows_are_chats_for_fine_tuning_or_without_a_field(prepared, texts_of, local, stories):
-    chats = prepared(Hub(name=str(local), validation=0), "chats")
-    documents = prepared(Hub(name=str(local), validation=0, field=None), "documents")
+    chats = prepared(HubData(name=str(local), validation=0), "chats")
+    documents = prepared(HubData(name=str(local), validation=0, field=None), "documents")
     for found in (chats, documents):
         texts = texts_of(found, "train")
         assert len(texts) == len(stories)
@@ -63,7 +63,11 @@ def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, mo
     monkeypatch.setattr(datasets, "load_dataset", watch)
     for _ in range(2):
         prepare(
-            Hub(name=str(local), limit=10), tokenizer, "documents", tmp_path / "data", said.append
+            HubData(name=str(local), limit=10),
+            tokenizer,
+            "documents",
+            tmp_path / "data",
+            said.append,
         )
     assert loads == [((str(local), None), {"split": "train", "revision": None, "streaming": True})]
     assert said[0] == f" prepare   fetching {local}:train through `datasets`, 10 rows"
@@ -79,7 +83,7 @@ def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, mo
 )
 def test_what_cannot_be_fetched_is_one_line(prepared, local, change, message, tmp_path):
     with pytest.raises(UserError) as caught:
-        prepared(Hub(**({"name": str(local)} | change)))
+        prepared(HubData(**({"name": str(local)} | change)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "data").iterdir()) == []
@@ -95,10 +99,10 @@ def test_without_the_package_it_says_how_to_install_it(prepared, local, monkeypa
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r'pip install "tinsmith\[hub\]"'):
-        prepared(Hub(name=str(local)))
+        prepared(HubData(name=str(local)))
 
 
 def test_T9_a_damaged_file_of_a_data_set_is_one_line(prepared, local):
     (local / "train.jsonl").write_text('{"text": "a"}\n{broken\n')
     with pytest.raises(UserError, match=r"cannot read the data set"):
-        prepared(Hub(name=str(local)))
+        prepared(HubData(name=str(local)))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.rng import derive
-from tinsmith.data.order import ROUNDS, order, order_many, permute, permute_many
+from tinsmith.data.loader.order import ROUNDS, order, order_many, permute, permute_many
 
 WORD = 2**64 - 1
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinsmith.data.pack import ChatRows, DocumentRows
-from tinsmith.data.shards import Shards, ShardWriter
+from tinsmith.data.loader.pack import ChatRows, DocumentRows
+from tinsmith.data.prepare.shards import Shards, ShardWriter
 
 contexts = st.integers(1, 40)
 lengths_strategy = st.lists(st.integers(1, 60), min_size=1, max_size=20)
@@ -45,10 +45,10 @@ def naive_layout(row):
 def test_no_token_is_lost_or_repeated_in_an_epoch_of_documents(tmp_path_factory, lengths, context):
     documents = distinct_documents(lengths)
     rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
-    epoch = [rows.row(place) for place in range(rows.size)]
+    epoch = [rows.get_row(place) for place in range(rows.size)]
     ids = np.concatenate([row.ids[row.segments >= 0] for row in epoch])
     assert np.array_equal(ids, np.concatenate(documents))
-    assert rows.positions == len(ids)
+    assert rows.num_tokens == len(ids)
 
 
 @given(lengths_strategy, contexts)
@@ -59,7 +59,7 @@ def test_targets_are_the_next_token_of_the_same_document(tmp_path_factory, lengt
     last_tokens = {int(ids[-1]) for ids in documents}
     counted = 0
     for place in range(rows.size):
-        row = rows.row(place)
+        row = rows.get_row(place)
         for token, target, trained, segment in zip(
             row.ids, row.targets, row.mask, row.segments, strict=True
         ):
@@ -76,7 +76,7 @@ def test_segments_and_positions_of_documents(tmp_path_factory, lengths, context)
     rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for place in range(rows.size):
-        row = rows.row(place)
+        row = rows.get_row(place)
         used = row.segments >= 0
         assert row.positions.tolist() == naive_layout(row)
         owners = owner[row.ids[used]]
@@ -104,15 +104,15 @@ def test_every_trained_token_of_every_chat_is_a_target_exactly_once(
 ):
     documents, masks = chats(lengths, seed)
     rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
-    epoch = [rows.row(place) for place in range(rows.size)]
+    epoch = [rows.get_row(place) for place in range(rows.size)]
     targets = np.concatenate([row.targets[row.mask] for row in epoch])
     expected = np.concatenate(
         [ids[1:][mask[1:]] for ids, mask in zip(documents, masks, strict=True)]
     )
     assert np.array_equal(np.sort(targets), expected)
     ids = np.concatenate([row.ids[row.segments >= 0] for row in epoch])
-    assert len(np.unique(ids)) == len(ids) == rows.positions
-    if not rows.skipped:
+    assert len(np.unique(ids)) == len(ids) == rows.num_tokens
+    if not rows.num_skipped_pieces:
         assert np.array_equal(np.sort(ids), np.concatenate(documents))
 
 
@@ -125,7 +125,7 @@ def test_segments_and_positions_of_chats(tmp_path_factory, lengths, context, see
     }
     rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
     for place in range(rows.size):
-        row = rows.row(place)
+        row = rows.get_row(place)
         assert len(row.ids) == context
         assert row.positions.tolist() == naive_layout(row)
         for segment in range(row.segments.max() + 1):
@@ -142,8 +142,13 @@ def test_a_long_chat_goes_on_in_another_row_and_what_teaches_nothing_is_skipped(
     ids = np.arange(25)
     mask = ids >= 21  # a long question, a short answer
     rows = ChatRows(make_shards([ids], [mask]), 10)
-    assert (rows.cut, rows.skipped, rows.size, rows.positions) == (1, 2, 1, 5)
-    row = rows.row(0)
+    assert (rows.num_split_chats, rows.num_skipped_pieces, rows.size, rows.num_tokens) == (
+        1,
+        2,
+        1,
+        5,
+    )
+    row = rows.get_row(0)
     assert row.ids.tolist() == [20, 21, 22, 23, 24] + [0] * 5
     assert row.segments.tolist() == [0] * 5 + [-1] * 5
     assert row.targets[row.mask].tolist() == [21, 22, 23, 24]
@@ -151,7 +156,7 @@ def test_a_long_chat_goes_on_in_another_row_and_what_teaches_nothing_is_skipped(
 
 def test_a_chat_that_fits_starts_its_row_at_position_zero(make_shards):
     rows = ChatRows(make_shards([np.arange(6), np.arange(6, 10)], [np.ones(6), np.ones(4)]), 10)
-    row = rows.row(0)
+    row = rows.get_row(0)
     assert row.ids.tolist() == list(range(10))
     assert row.segments.tolist() == [0] * 6 + [1] * 4
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
@@ -161,7 +166,7 @@ def test_a_chat_that_fits_starts_its_row_at_position_zero(make_shards):
 @pytest.mark.parametrize("context", [256, 1024])
 def test_packed_documents_use_99_percent_of_positions(make_shards, random_documents, context):
     rows = DocumentRows(make_shards(random_documents(1, 500, 600), shard_tokens=10_000), context)
-    assert rows.positions / (rows.size * context) >= 0.99
+    assert rows.num_tokens / (rows.size * context) >= 0.99
 
 
 def test_no_documents_make_no_rows(make_shards):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.data import tasks
-from tinsmith.data.config import Chats, Stdlib, Tasks, Text
+from tinsmith.data.config import ChatsData, StdlibData, TasksData, TextData
+from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.pairs import encode_pair, read_pair
 from tinsmith.data.prompts import read_prompt
-from tinsmith.data.sources import open_source
+from tinsmith.data.sources import tasks
 from tinsmith.text.chat import BadRecord, encode_chat, encode_prompt
 
 CONTEXT = 200
@@ -62,7 +62,7 @@ def test_every_layout_says_the_same_pair(layout):
 def test_a_transcript_keeps_its_earlier_turns_in_the_prompt():
     record = {"prompt": "Human: One?\n\nAssistant: Two.\n\nHuman: Three?\n\nAssistant:"}
     pair = read_pair(record | {"chosen": "Four.", "rejected": "Five."})
-    assert [(m.role, m.content) for m in pair.asked.messages] == [
+    assert [(m.role, m.content) for m in pair.prompt.messages] == [
         ("user", "One?"),
         ("assistant", "Two."),
         ("user", "Three?"),
@@ -124,19 +124,19 @@ def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, p
 
 def test_sides_that_differ_beyond_the_context_only_are_refused(tokenizer):
     pair = read_pair({"prompt": "a", "chosen": "b c d e f g", "rejected": "b c d e f h"})
-    prompt = len(encode_prompt(tokenizer, pair.asked))
+    prompt = len(encode_prompt(tokenizer, pair.prompt))
     with pytest.raises(BadRecord, match="equal as far as"):
         encode_pair(tokenizer, pair, prompt + 1)
 
 
 @pytest.fixture
 def found(prepared):
-    return prepared(Tasks(count=40, digits=2, length=4), "pairs", context=CONTEXT)
+    return prepared(TasksData(count=40, digits=2, length=4), "pairs", seq_len=CONTEXT)
 
 
 def test_a_batch_holds_both_sides_of_a_pair_one_after_the_other(found, tokenizer):
-    source = open_source(found.folder, "pairs", "train", CONTEXT, 3)
-    batch = source.rows(0, 5)
+    source = open_dataset(found.folder, "pairs", "train", CONTEXT, 3)
+    batch = source.get_batch(0, 5)
     assert len(batch.ids) == 10
     for chosen, rejected in zip(range(0, 10, 2), range(1, 10, 2), strict=True):
         shared = int(batch.mask[chosen].int().argmax()) + 1
@@ -155,22 +155,23 @@ def test_a_batch_holds_both_sides_of_a_pair_one_after_the_other(found, tokenizer
 
 
 def test_no_column_of_a_batch_is_all_padding(found):
-    batch = open_source(found.folder, "pairs", "train", CONTEXT, 3).rows(0, 3)
+    batch = open_dataset(found.folder, "pairs", "train", CONTEXT, 3).get_batch(0, 3)
     assert int((batch.segments >= 0).sum(1).max()) == batch.ids.shape[1] <= CONTEXT
 
 
 def test_T2_rows_are_a_function_of_seed_and_number(found):
-    one, two = (open_source(found.folder, "pairs", "train", CONTEXT, 3) for _ in range(2))
-    late, early = two.rows(60, 4), one.rows(60, 4)
+    one, two = (open_dataset(found.folder, "pairs", "train", CONTEXT, 3) for _ in range(2))
+    late, early = two.get_batch(60, 4), one.get_batch(60, 4)
     assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
-    assert not torch.equal(one.rows(0, 1).targets[0], two.rows(1, 1).targets[0])
+    assert not torch.equal(one.get_batch(0, 1).targets[0], two.get_batch(1, 1).targets[0])
 
 
 def test_the_report_counts_pairs(found):
     counts = found.report["sources"][0]
     assert counts["train"]["documents"] + counts["validation"]["documents"] == 40
     assert (
-        counts["train"]["documents"] == open_source(found.folder, "pairs", "train", CONTEXT, 0).size
+        counts["train"]["documents"]
+        == open_dataset(found.folder, "pairs", "train", CONTEXT, 0).size
     )
 
 
@@ -185,7 +186,7 @@ def test_bad_pairs_are_reported_with_their_row_and_survived(prepared, rejects_of
         record | {"prompt": "Who?"},
     ]
     path = write_lines("pairs.jsonl", rows)
-    found = prepared(Chats(path=str(path), validation=0), "pairs", context=CONTEXT)
+    found = prepared(ChatsData(path=str(path), validation=0), "pairs", seq_len=CONTEXT)
     assert [(name, line) for name, line, _ in sorted(rejects_of(found))] == [
         ("pairs.jsonl", line) for line in (2, 3, 4, 5)
     ]
@@ -201,13 +202,13 @@ def test_on_bad_line_fail_names_the_row(prepared, write_lines):
     record = LAYOUTS["prompt and texts"]
     path = write_lines("pairs.jsonl", [record, record | {"rejected": GOOD}])
     with pytest.raises(UserError, match=r"pairs\.jsonl:2: .*equal"):
-        prepared(Chats(path=str(path), on_bad_line="fail"), "pairs", context=CONTEXT)
+        prepared(ChatsData(path=str(path), on_bad_line="fail"), "pairs", seq_len=CONTEXT)
 
 
-@pytest.mark.parametrize("section", [Stdlib(), Text(path="x.txt")])
+@pytest.mark.parametrize("section", [StdlibData(), TextData(path="x.txt")])
 def test_data_without_pairs_says_so(prepared, section):
     with pytest.raises(UserError, match="no pairs; use chats, tasks or hub"):
-        prepared(section, "pairs", context=CONTEXT)
+        prepared(section, "pairs", seq_len=CONTEXT)
 
 
 def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
@@ -215,11 +216,11 @@ def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
         {"prompt": f"Say {n % 7}", "chosen": f"{n} yes", "rejected": f"{n} no"} for n in range(60)
     ]
     path = write_lines("pairs.jsonl", rows)
-    found = prepared(Chats(path=str(path), validation=0.4), "pairs", context=CONTEXT)
+    found = prepared(ChatsData(path=str(path), validation=0.4), "pairs", seq_len=CONTEXT)
     asked = []
     for part in ("train", "validation"):
-        source = open_source(found.folder, "pairs", part, CONTEXT, 0)
-        batch = source.take(source.spread(source.size))
+        source = open_dataset(found.folder, "pairs", part, CONTEXT, 0)
+        batch = source.take(source.evenly_spaced(source.size))
         ends = (batch.mask.int().argmax(1) + 1).tolist()
         asked.append({tuple(ids[:end]) for ids, end in zip(batch.ids.tolist(), ends, strict=True)})
     assert asked[0]
@@ -230,10 +231,10 @@ def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
 @pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
 def test_a_generated_mistake_is_wrong(name):
     for index in range(200):
-        task = tasks.generate(name, 0, index, digits=2, length=4)
-        assert tasks.check(task, task.answer)
-        assert not tasks.check(task, task.mistake())
-        assert task.mistake() == task.mistake()
+        task = tasks.generate_task(name, 0, index, digits=2, length=4)
+        assert tasks.check_answer(task, task.answer)
+        assert not tasks.check_answer(task, task.wrong_answer())
+        assert task.wrong_answer() == task.wrong_answer()
         read_pair(task.pair())
 
 

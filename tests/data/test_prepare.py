@@ -8,10 +8,10 @@ import pytest
 import tokenizers
 
 from tinsmith.core.errors import UserError
-from tinsmith.data import stdlib
-from tinsmith.data.config import Chats, Stdlib, Tasks, Text
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.config import ChatsData, StdlibData, TasksData, TextData
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
+from tinsmith.data.sources import stdlib
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def spaced_tokenizer():
 def test_every_document_is_in_exactly_one_part_and_comes_back_exactly(
     prepared, texts_of, story_file, stories
 ):
-    found = prepared(Text(path=str(story_file), validation=0.2))
+    found = prepared(TextData(path=str(story_file), validation=0.2))
     train, validation = texts_of(found, "train"), texts_of(found, "validation")
     assert sorted(train + validation) == sorted(stories)
     assert train == [text for text in stories if text in train]
@@ -57,7 +57,9 @@ def test_every_document_is_in_exactly_one_part_and_comes_back_exactly(
 
 
 def test_equal_documents_never_straddle_the_split(prepared, texts_of, write_lines, stories):
-    found = prepared(Text(path=str(write_lines("s.jsonl", objects(stories * 3))), validation=0.3))
+    found = prepared(
+        TextData(path=str(write_lines("s.jsonl", objects(stories * 3))), validation=0.3)
+    )
     train, validation = texts_of(found, "train"), texts_of(found, "validation")
     assert len(train) + len(validation) == 3 * len(stories)
     assert not set(train) & set(validation)
@@ -69,7 +71,7 @@ def test_neither_part_is_empty_where_there_are_two_documents(
     prepared, texts_of, write_lines, stories, fraction, count
 ):
     path = write_lines("s.jsonl", objects(stories[:count]))
-    found = prepared(Text(path=str(path), validation=fraction))
+    found = prepared(TextData(path=str(path), validation=fraction))
     assert texts_of(found, "train")
     assert texts_of(found, "validation")
 
@@ -77,7 +79,7 @@ def test_neither_part_is_empty_where_there_are_two_documents(
 def test_a_lone_text_file_is_cut_in_two_at_the_end_of_a_line(prepared, texts_of, tmp_path, stories):
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
-    found = prepared(Text(path=str(tmp_path / "input.txt"), validation=0.1))
+    found = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
     (train,), (validation,) = texts_of(found, "train"), texts_of(found, "validation")
     assert train + validation == text
     assert train.endswith("\n")
@@ -87,15 +89,15 @@ def test_a_lone_text_file_is_cut_in_two_at_the_end_of_a_line(prepared, texts_of,
 def test_a_long_text_in_pieces_is_still_one_document(
     prepared, texts_of, tmp_path, stories, monkeypatch
 ):
-    monkeypatch.setattr("tinsmith.data.files.PIECE", 300)
+    monkeypatch.setattr("tinsmith.data.files.CHUNK_CHARS", 300)
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
     (tmp_path / "more.txt").write_text("<|endoftext|>\n".join(stories[:4]))
-    found = prepared(Text(path=str(tmp_path / "input.txt"), validation=0.1))
+    found = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
     (train,), (validation,) = texts_of(found, "train"), texts_of(found, "validation")
     assert train + validation == text
     assert 0.05 < len(validation) / len(text) < 0.15
-    found = prepared(Text(path=str(tmp_path), validation=0.2))
+    found = prepared(TextData(path=str(tmp_path), validation=0.2))
     both = texts_of(found, "train") + texts_of(found, "validation")
     assert sorted(both) == sorted([text, *stories[:4]])
 
@@ -103,26 +105,26 @@ def test_a_long_text_in_pieces_is_still_one_document(
 def test_no_space_comes_between_the_pieces_of_a_long_text(
     prepared, texts_of, tmp_path, stories, monkeypatch
 ):
-    monkeypatch.setattr("tinsmith.data.files.PIECE", 300)
+    monkeypatch.setattr("tinsmith.data.files.CHUNK_CHARS", 300)
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
     found = prepared(
-        Text(path=str(tmp_path / "input.txt"), validation=0), tokenizer=spaced_tokenizer()
+        TextData(path=str(tmp_path / "input.txt"), validation=0), tokenizer=spaced_tokenizer()
     )
     assert texts_of(found, "train") == [text]
 
 
 def test_without_a_fraction_nothing_is_held_back(prepared, story_file, texts_of, stories):
-    found = prepared(Text(path=str(story_file), validation=0))
+    found = prepared(TextData(path=str(story_file), validation=0))
     assert texts_of(found, "train") == stories
     with pytest.raises(UserError, match="validation"):
-        open_source(found.folder, "documents", "validation", 8, 0)
+        open_dataset(found.folder, "documents", "validation", 8, 0)
 
 
 def test_validation_may_be_a_file_of_its_own(prepared, write_lines, texts_of, stories):
     held_back = write_lines("held.jsonl", objects(stories[:7]))
     path = write_lines("rest.jsonl", objects(stories[7:]))
-    found = prepared(Text(path=str(path), validation=str(held_back)))
+    found = prepared(TextData(path=str(path), validation=str(held_back)))
     assert texts_of(found, "train") == stories[7:]
     assert texts_of(found, "validation") == stories[:7]
 
@@ -134,7 +136,7 @@ def test_a_folder_with_train_and_valid_files_is_split_by_them(
     folder.mkdir()
     for name, texts in (("train", stories[9:]), ("valid", stories[3:9]), ("test", stories[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in objects(texts)))
-    found = prepared(Text(path=str(folder)))
+    found = prepared(TextData(path=str(folder)))
     assert texts_of(found, "train") == stories[9:]
     assert texts_of(found, "validation") == stories[3:9]
     assert found.report["sources"][0]["name"] == "own"
@@ -151,20 +153,20 @@ def test_every_kind_of_file_is_read_alike(prepared, texts_of, tmp_path, stories)
     table = pyarrow.Table.from_pylist(objects(stories[:10]))
     pyarrow.parquet.write_table(table, folder / "c.parquet")
     (folder / "d.txt").write_text("<|endoftext|>\n".join(stories[:10]))
-    found = prepared(Text(path=str(folder), validation=0))
+    found = prepared(TextData(path=str(folder), validation=0))
     assert texts_of(found, "train") == stories[:10] * 4
 
 
 def test_the_limit_takes_the_first_documents(prepared, texts_of, story_file, stories):
-    found = prepared(Text(path=str(story_file), validation=0, limit=5))
+    found = prepared(TextData(path=str(story_file), validation=0, limit=5))
     assert texts_of(found, "train") == stories[:5]
-    assert len(texts_of(prepared(Stdlib(validation=0, limit=7), "chats"), "train")) == 7
+    assert len(texts_of(prepared(StdlibData(validation=0, limit=7), "chats"), "train")) == 7
 
 
 def test_data_is_found_again_and_made_anew_when_anything_changes(
     prepared, story_file, write_lines, stories, tokenizer
 ):
-    config = Text(path=str(story_file))
+    config = TextData(path=str(story_file))
     first = prepared(config)
     written = (first.folder / "report.json").stat().st_mtime_ns
     again = prepared(config)
@@ -173,7 +175,7 @@ def test_data_is_found_again_and_made_anew_when_anything_changes(
     assert again.tokenizer.fingerprint() == tokenizer.fingerprint()
     train = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=300))
     others = [
-        prepared(Text(path=str(story_file), validation=0.3)).folder,
+        prepared(TextData(path=str(story_file), validation=0.3)).folder,
         prepared(config, tokenizer=train).folder,
         prepared((config, config)).folder,
     ]
@@ -186,7 +188,7 @@ def test_found_data_is_announced_and_damaged_data_is_made_again(
     tmp_path, story_file, tokenizer, texts_of, stories
 ):
     said = []
-    config = Text(path=str(story_file), validation=0)
+    config = TextData(path=str(story_file), validation=0)
 
     def run():
         return prepare(config, tokenizer, "documents", tmp_path / "data", said.append)
@@ -202,7 +204,7 @@ def test_found_data_is_announced_and_damaged_data_is_made_again(
 
 def test_two_preparations_of_the_same_data_give_equal_files(tmp_path, story_file):
     train = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=400))
-    data = (Text(path=str(story_file)), Tasks(count=300))
+    data = (TextData(path=str(story_file)), TasksData(count=300))
     folders = [
         prepare(data, train, "documents", tmp_path / name, lambda line: None).folder
         for name in ("one", "two")
@@ -217,7 +219,7 @@ def test_a_tokenizer_is_trained_on_the_train_part_only(prepared, write_lines, st
     held_back = write_lines("held.jsonl", objects(["zqxzqxzqx " * 500]))
     path = write_lines("rest.jsonl", objects(stories))
     train = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=500))
-    found = prepared(Text(path=str(path), validation=str(held_back)), tokenizer=train)
+    found = prepared(TextData(path=str(path), validation=str(held_back)), tokenizer=train)
     assert len(found.tokenizer.encode("zqxzqxzqx")) == 9
     assert len(found.tokenizer.encode("Once there was a")) <= 5
 
@@ -236,11 +238,11 @@ def test_a_tokenizer_sees_at_most_max_bytes_spread_over_everything(
     def tokenizer_of(texts):
         return tokenizer_factory(texts, 300)
 
-    monkeypatch.setattr("tinsmith.data.vocabulary.train_bpe", watch)
+    monkeypatch.setattr("tinsmith.data.prepare.tokenizer.train_bpe", watch)
     texts = [f"{number} {story}" for number in range(30) for story in stories]
     path = write_lines("s.jsonl", objects(texts))
     settings = TrainTokenizerConfig(vocab_size=300, max_bytes=20_000)
-    prepared(Text(path=str(path), validation=0), tokenizer=TokenizerConfig(train=settings))
+    prepared(TextData(path=str(path), validation=0), tokenizer=TokenizerConfig(train=settings))
     assert 12_000 < sum(len(text.encode()) for text in seen) <= 20_000
     quarters = Counter(int(text.split()[0]) * 4 // 30 for text in seen)
     assert min(quarters[q] for q in range(4)) > 0.5 * len(seen) / 4
@@ -248,7 +250,7 @@ def test_a_tokenizer_sees_at_most_max_bytes_spread_over_everything(
 
 def test_chats_given_to_pretraining_become_documents(prepared, texts_of, write_lines):
     path = write_lines("c.jsonl", [chat("why", "because"), chat("who", "me")])
-    found = prepared(Chats(path=str(path), validation=0), "documents")
+    found = prepared(ChatsData(path=str(path), validation=0), "documents")
     (first, _) = texts_of(found, "train")
     assert first.startswith("<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n")
     assert "because<|im_end|>" in first
@@ -260,7 +262,7 @@ def test_chats_given_to_pretraining_become_documents(prepared, texts_of, write_l
     assert source["train"]["bytes"] == len(text)
 
 
-@pytest.mark.parametrize("data", [Tasks(count=200), Stdlib(limit=100)])
+@pytest.mark.parametrize("data", [TasksData(count=200), StdlibData(limit=100)])
 def test_generated_data_serves_both_shapes_with_parts_that_share_nothing(prepared, texts_of, data):
     for shape in ("documents", "chats"):
         found = prepared(data, shape)
@@ -271,7 +273,7 @@ def test_generated_data_serves_both_shapes_with_parts_that_share_nothing(prepare
 
 
 def test_the_same_sum_in_other_words_stays_on_one_side(prepared, texts_of):
-    found = prepared(Tasks(tasks=("arithmetic",), count=3000, digits=1, validation=0.3))
+    found = prepared(TasksData(tasks=("arithmetic",), count=3000, digits=1, validation=0.3))
     sides = [
         {text.split("\n", 1)[1] for text in texts_of(found, part)}
         for part in ("train", "validation")
@@ -284,36 +286,40 @@ def test_a_function_that_two_modules_share_is_taken_once(prepared, texts_of, mon
     source = "".join(
         f'def f{n}(x):\n    """Return {n}, a number."""\n    return {n}\n' for n in range(5)
     )
-    modules = [stdlib.Module(f"{name}.py", source) for name in "abcdef"]
-    monkeypatch.setattr(stdlib, "read", lambda paths: iter(modules))
-    found = prepared(Stdlib(validation=0.5), "chats")
+    modules = [stdlib.StdlibModule(f"{name}.py", source) for name in "abcdef"]
+    monkeypatch.setattr(stdlib, "read_modules", lambda paths: iter(modules))
+    found = prepared(StdlibData(validation=0.5), "chats")
     assert found.report["sources"][0]["train"]["documents"] == 5
 
 
 def test_several_sources_keep_their_own_shards_and_names(prepared, story_file):
     found = prepared(
-        (Text(path=str(story_file), weight=3), Text(path=str(story_file)), Tasks(count=50))
+        (
+            TextData(path=str(story_file), weight=3),
+            TextData(path=str(story_file)),
+            TasksData(count=50),
+        )
     )
     names = ["stories", "stories-2", "tasks"]
     assert [source["name"] for source in found.report["sources"]] == names
-    source = open_source(found.folder, "documents", "train", 32, 0)
+    source = open_dataset(found.folder, "documents", "train", 32, 0)
     assert source.names == names
-    counts = np.bincount(source.rows(0, 1000).source.numpy(), minlength=3)
+    counts = np.bincount(source.get_batch(0, 1000).source.numpy(), minlength=3)
     assert counts.tolist() == [600, 200, 200]
 
 
 def test_real_chats_use_99_percent_of_positions(real_data, prepared):
     folder = real_data / "llamafactory_sft"
-    for config in (Chats(path=str(folder)), Stdlib(limit=600), Tasks(count=1000)):
+    for config in (ChatsData(path=str(folder)), StdlibData(limit=600), TasksData(count=1000)):
         found = prepared(config, "chats")
         for context in (256, 512, 2048):
-            source = open_source(found.folder, "chats", "train", context, 0)
-            assert source.used >= 0.99 - 0.5 / source.size, (config.kind, context)
+            source = open_dataset(found.folder, "chats", "train", context, 0)
+            assert source.packing_efficiency >= 0.99 - 0.5 / source.size, (config.kind, context)
 
 
 def test_real_stories_come_back_exactly(real_data, prepared, texts_of):
     path = real_data / "tinystories_sample" / "train.txt"
-    found = prepared(Text(path=str(path)))
+    found = prepared(TextData(path=str(path)))
     stories = [text for text in path.read_text().split("<|endoftext|>\n") if text.strip()]
     both = texts_of(found, "train") + texts_of(found, "validation")
     assert Counter(both) == Counter(stories)

@@ -1,7 +1,7 @@
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import Chats, Stdlib, Text
+from tinsmith.data.config import ChatsData, StdlibData, TextData
 from tinsmith.text.chat import BadRecord, encode_chat
 
 
@@ -26,7 +26,7 @@ def test_T9_bad_lines_are_rejected_counted_and_named(
         *(b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": " "}),
         *({"text": "a\0b"}, {"text": "x" * 10_000_001}, {"text": stories[3]}),
     ]
-    found = prepared(Text(path=str(write_lines("s.jsonl", lines)), validation=0))
+    found = prepared(TextData(path=str(write_lines("s.jsonl", lines)), validation=0))
     assert texts_of(found, "train") == stories[:4]
     assert found.report["sources"][0]["rejected"] == 8
     assert [(name, line) for name, line, _ in rejects_of(found)] == [
@@ -47,7 +47,7 @@ def test_T9_with_on_bad_line_fail_the_first_bad_line_ends_everything(
 ):
     path = write_lines("s.jsonl", [*objects(stories[:3]), bad])
     with pytest.raises(UserError, match=r"s\.jsonl:4: ") as caught:
-        prepared(Text(path=str(path), on_bad_line="fail"))
+        prepared(TextData(path=str(path), on_bad_line="fail"))
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "data").iterdir()) == []
 
@@ -67,18 +67,18 @@ CHAT_FAULTS = {
 @pytest.mark.parametrize("fault", CHAT_FAULTS)
 def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rejects_of, fault):
     path = write_lines("c.jsonl", [chat("x", "y"), CHAT_FAULTS[fault], chat("u", "v")])
-    found = prepared(Chats(path=str(path), validation=0), "chats")
+    found = prepared(ChatsData(path=str(path), validation=0), "chats")
     assert [(name, line) for name, line, _ in rejects_of(found)] == [("c.jsonl", 2)]
     assert found.report["sources"][0]["train"]["documents"] == 2
     with pytest.raises(UserError, match=r"c\.jsonl:2: "):
-        prepared(Chats(path=str(path), on_bad_line="fail"), "chats")
+        prepared(ChatsData(path=str(path), on_bad_line="fail"), "chats")
 
 
 @pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
 def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
     prepared, write_lines, rejects_of, on_bad_line, monkeypatch
 ):
-    from tinsmith.data import encode
+    from tinsmith.data.prepare import encode
 
     def refuse(tokenizer, conversation):
         if conversation.messages[0].content == "bad":
@@ -87,7 +87,7 @@ def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
 
     monkeypatch.setattr(encode, "encode_chat", refuse)
     path = write_lines("c.jsonl", [chat("x", "y"), chat("bad", "z")])
-    config = Chats(path=str(path), validation=0, on_bad_line=on_bad_line)
+    config = ChatsData(path=str(path), validation=0, on_bad_line=on_bad_line)
     if on_bad_line == "fail":
         with pytest.raises(UserError, match=r"c\.jsonl:2: no such thing"):
             prepared(config, "chats")
@@ -101,7 +101,7 @@ def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
 def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, lines, tmp_path):
     path = write_lines("s.jsonl", lines)
     with pytest.raises(UserError, match=r"nothing in '.*s\.jsonl' can be used") as caught:
-        prepared(Text(path=str(path)))
+        prepared(TextData(path=str(path)))
     assert "\n" not in str(caught.value)
     if lines not in ([], [b""]):
         assert "s.jsonl:1: " in str(caught.value)
@@ -110,14 +110,14 @@ def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, 
 
 def test_a_missing_file_and_the_wrong_kind_of_file_are_one_line(prepared, tmp_path, write_lines):
     with pytest.raises(UserError, match=r"data\.path: .*nothing\.jsonl does not exist"):
-        prepared(Text(path=str(tmp_path / "nothing.jsonl")))
+        prepared(TextData(path=str(tmp_path / "nothing.jsonl")))
     there = str(write_lines("s.jsonl", []))
     with pytest.raises(UserError, match=r"data\.1\.validation: .* does not exist"):
-        prepared((Stdlib(), Text(path=there, validation="nothing.jsonl")))
+        prepared((StdlibData(), TextData(path=there, validation="nothing.jsonl")))
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(UserError, match=r"x\.txt: chats are read from \.jsonl"):
-        prepared(Chats(path=str(tmp_path / "x.txt")), "chats")
+        prepared(ChatsData(path=str(tmp_path / "x.txt")), "chats")
     with pytest.raises(UserError, match=r"data\.kind: 'text' has no chats"):
-        prepared(Text(path=str(tmp_path / "x.txt")), "chats")
+        prepared(TextData(path=str(tmp_path / "x.txt")), "chats")
     with pytest.raises(UserError, match="data: the list is empty"):
         prepared(())

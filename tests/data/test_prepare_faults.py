@@ -6,17 +6,17 @@ import sys
 import pytest
 
 from tinsmith.core.errors import Stopped, UserError
-from tinsmith.data.config import Tasks, Text
-from tinsmith.data.prepare import prepare
-from tinsmith.data.prepared import open_prepared
+from tinsmith.data.config import TasksData, TextData
+from tinsmith.data.prepare.prepare import prepare
+from tinsmith.data.prepare.prepared import open_prepared
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
     prepared, story_file, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("tinsmith.data.prepare.free_space", lambda path: 1000)
+    monkeypatch.setattr("tinsmith.data.prepare.prepare.free_space", lambda path: 1000)
     with pytest.raises(UserError, match=r"no space: shards need about .* 1 kB are free"):
-        prepared(Text(path=str(story_file)))
+        prepared(TextData(path=str(story_file)))
     assert list((tmp_path / "data").iterdir()) == []
 
 
@@ -24,9 +24,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 def test_a_disk_that_fills_up_leaves_nothing_half_written(
     prepared, story_file, monkeypatch, tmp_path, call
 ):
-    from tinsmith.data import shards
+    from tinsmith.data.prepare import shards
 
-    earlier = prepared(Tasks(count=20)).folder
+    earlier = prepared(TasksData(count=20)).folder
     calls = iter(range(10**9))
     write = shards._HashedFile.write
 
@@ -37,11 +37,11 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
 
     monkeypatch.setattr(shards._HashedFile, "write", full)
     with pytest.raises(UserError, match="the disk is full"):
-        prepared(Text(path=str(story_file)))
+        prepared(TextData(path=str(story_file)))
     assert list((tmp_path / "data").iterdir()) == [earlier]
     monkeypatch.undo()
     open_prepared(earlier, verify=True)
-    prepared(Text(path=str(story_file)))
+    prepared(TextData(path=str(story_file)))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(story_file, tokenizer, tmp_path, monkeypatch):
@@ -50,14 +50,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(story_file, tokenizer, tmp_
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(UserError, match=r"Permission denied") as caught:
-        prepare(Text(path=str(story_file)), tokenizer, "documents", tmp_path / "data", print)
+        prepare(TextData(path=str(story_file)), tokenizer, "documents", tmp_path / "data", print)
     assert "\n" not in str(caught.value)
 
 
 def test_a_stop_request_ends_it_soon_and_leaves_nothing(prepared, story_file, tmp_path):
     polls = iter([False] * 20 + [True] * 100)
     with pytest.raises(Stopped) as caught:
-        prepared(Text(path=str(story_file)), stop=lambda: next(polls))
+        prepared(TextData(path=str(story_file)), stop=lambda: next(polls))
     assert caught.value.code == 75
     assert list((tmp_path / "data").iterdir()) == []
 
@@ -66,7 +66,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from tinsmith.data.config import Text
-from tinsmith.data.prepare import prepare
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.text.chat import BadRecord, encode_chat
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 tokenizer = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=300))
@@ -102,5 +102,5 @@ def test_a_preparation_killed_at_any_moment_leaves_nothing_behind_after_the_next
 
 
 def test_preparing_does_not_import_torch():
-    code = "import sys; import tinsmith.data.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys; import tinsmith.data.prepare.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,7 +1,7 @@
 import pytest
 
 from tinsmith.core.errors import Stopped
-from tinsmith.data.progress import Progress
+from tinsmith.core.progress import Progress
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from tinsmith.data import tasks
-from tinsmith.data.config import Chats, Tasks
+from tinsmith.data.config import ChatsData, TasksData
+from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prompts import read_prompt
-from tinsmith.data.sources import open_source
-from tinsmith.objectives.base import Feed
+from tinsmith.data.sources import tasks
+from tinsmith.objectives.base import RankLoader
 from tinsmith.text.chat import BadRecord, encode_prompt, normalise
 
 CONTEXT = 64
@@ -37,7 +37,7 @@ ASK = said("user", "What is 2 + 3?")
 )
 def test_every_layout_says_the_same_question(record):
     question = read_prompt(record)
-    assert question.asked == normalise({"messages": [ASK]}, answered=False)
+    assert question.prompt == normalise({"messages": [ASK]}, answered=False)
     assert question.answer == "5"
     assert question.record == record
 
@@ -63,29 +63,31 @@ def test_what_is_no_question_is_refused_with_a_reason(record, reason):
 
 @pytest.fixture
 def source(prepared):
-    found = prepared(Tasks(count=60, digits=2, length=4), "prompts", context=CONTEXT)
-    return open_source(found.folder, "prompts", "train", CONTEXT, 3)
+    found = prepared(TasksData(count=60, digits=2, length=4), "prompts", seq_len=CONTEXT)
+    return open_dataset(found.folder, "prompts", "train", CONTEXT, 3)
 
 
 def test_a_prompt_has_ids_answer_number_and_its_record(source, tokenizer):
-    found = source.prompts(0, source.size)
-    assert sorted(prompt.number for prompt in found) == list(range(source.size))
+    found = source.get_prompts(0, source.size)
+    assert sorted(prompt.prompt_id for prompt in found) == list(range(source.size))
     for prompt in found:
         asked = normalise({"messages": [said("user", prompt.record["prompt"])]}, answered=False)
         assert prompt.ids == encode_prompt(tokenizer, asked)
-        made = tasks.Task(prompt.record["task"], prompt.record["prompt"], "", prompt.answer)
-        assert tasks.check(made, prompt.answer)
+        made = tasks.GeneratedTask(
+            prompt.record["task"], prompt.record["prompt"], "", prompt.answer
+        )
+        assert tasks.check_answer(made, prompt.answer)
 
 
 def test_T2_prompts_are_a_function_of_seed_and_number(source):
-    early, late = source.prompts(150, 10), source.prompts(155, 5)
+    early, late = source.get_prompts(150, 10), source.get_prompts(155, 5)
     assert early[5:] == late
-    by_number = {prompt.number: prompt for prompt in source.prompts(0, source.size)}
-    assert all(by_number[prompt.number] == prompt for prompt in early)
+    by_number = {prompt.prompt_id: prompt for prompt in source.get_prompts(0, source.size)}
+    assert all(by_number[prompt.prompt_id] == prompt for prompt in early)
 
 
 def test_rows_of_prompts_are_their_ids_with_nothing_to_learn(source):
-    batch, found = source.rows(5, 7), source.prompts(5, 7)
+    batch, found = source.get_batch(5, 7), source.get_prompts(5, 7)
     for row, prompt in enumerate(found):
         assert batch.ids[row][batch.segments[row] >= 0].tolist() == prompt.ids
     assert not bool(batch.mask.any())
@@ -94,21 +96,23 @@ def test_rows_of_prompts_are_their_ids_with_nothing_to_learn(source):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_share_out_the_prompts_of_a_step(source, world):
-    shares = [Feed(source, 4, rank, world) for rank in range(world)]
-    drawn = [[feed.prompts() for feed in shares] for _ in range(3)]
+    shares = [RankLoader(source, 4, rank, world) for rank in range(world)]
+    drawn = [[feed.next_prompts() for feed in shares] for _ in range(3)]
     flat = [prompt for step in drawn for share in step for prompt in share]
-    assert flat == source.prompts(0, 12)
+    assert flat == source.get_prompts(0, 12)
     assert [feed.cursor for feed in shares] == [12] * world
 
 
 def test_numbers_of_several_sources_do_not_meet(prepared):
     found = prepared(
-        (Tasks(count=30, seed=1), Tasks(count=20, seed=2, validation=0.2)), "prompts", context=300
+        (TasksData(count=30, seed=1), TasksData(count=20, seed=2, validation=0.2)),
+        "prompts",
+        seq_len=300,
     )
-    source = open_source(found.folder, "prompts", "train", 300, 0)
+    source = open_dataset(found.folder, "prompts", "train", 300, 0)
     numbers = {}
-    for prompt in source.prompts(0, 2000):
-        assert numbers.setdefault(prompt.number, prompt) == prompt
+    for prompt in source.get_prompts(0, 2000):
+        assert numbers.setdefault(prompt.prompt_id, prompt) == prompt
     assert sorted(numbers) == list(range(source.size))
 
 
@@ -120,7 +124,7 @@ def test_bad_prompts_are_reported_with_their_row_and_survived(prepared, rejects_
         {"prompt": "Say b.", "answer": "b"},
     ]
     path = write_lines("asked.jsonl", rows)
-    found = prepared(Chats(path=str(path), validation=0), "prompts", context=CONTEXT)
+    found = prepared(ChatsData(path=str(path), validation=0), "prompts", seq_len=CONTEXT)
     reasons = {line: reason for _, line, reason in rejects_of(found)}
     assert set(reasons) == {2, 3}
     assert "empty answer" in reasons[2]

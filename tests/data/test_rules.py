@@ -7,9 +7,9 @@ import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
-from tinsmith.data.config import Arc
-from tinsmith.data.grids import View, turned
-from tinsmith.data.rules import HELD_BACK, KINDS, SEEN, Sizes, generate
+from tinsmith.data.arc.generators import HELD_OUT_RULES, KINDS, TRAIN_RULES, Sizes, generate_puzzle
+from tinsmith.data.arc.grids import View, apply_symmetry
+from tinsmith.data.config import ArcData
 
 GRID = ((0, 1, 0), (2, 0, 1), (0, 0, 3))
 
@@ -53,20 +53,20 @@ def test_crop_keeps_what_is_no_background():
 
 def test_there_are_more_than_ten_kinds_and_each_is_seen_alone():
     assert len(KINDS) >= 10
-    assert set(KINDS) < set(SEEN)
+    assert set(KINDS) < set(TRAIN_RULES)
 
 
-@pytest.mark.parametrize("rule", [*SEEN, *HELD_BACK])
+@pytest.mark.parametrize("rule", [*TRAIN_RULES, *HELD_OUT_RULES])
 def test_a_puzzle_is_a_pure_function_in_which_the_rule_does_something(rule):
     sizes = Sizes(3, 5, 3)
-    first = [generate(rule, 1, index, sizes) for index in range(30)]
-    assert [generate(rule, 1, index, sizes) for index in reversed(range(30))][::-1] == first
-    assert generate(rule, 2, 0, sizes) != first[0]
-    assert len({one.asked for one in first}) > 20
+    first = [generate_puzzle(rule, 1, index, sizes) for index in range(30)]
+    assert [generate_puzzle(rule, 1, index, sizes) for index in reversed(range(30))][::-1] == first
+    assert generate_puzzle(rule, 2, 0, sizes) != first[0]
+    assert len({one.test_input for one in first}) > 20
     for one in first:
-        assert len(one.shown) == 3
-        assert one.asked not in [pair.input for pair in one.shown]
-        for before, after in [*one.shown, (one.asked, one.answer)]:
+        assert len(one.demonstrations) == 3
+        assert one.test_input not in [pair.input for pair in one.demonstrations]
+        for before, after in [*one.demonstrations, (one.test_input, one.answer)]:
             assert before != after
             assert all(3 <= len(side) <= 5 for side in (before, before[0]))
             assert 0 < len(after) <= 30
@@ -92,42 +92,42 @@ def test_rules_held_back_are_no_views_of_rules_that_are_seen():
     """As functions, on grids drawn for the purpose: names alone could hide the same rule. Some of
     the parameters may (recolour 1 to 2, keep 3): such puzzles are drawn anew, see below.
     """
-    assert not set(SEEN) & set(HELD_BACK)
+    assert not set(TRAIN_RULES) & set(HELD_OUT_RULES)
     numbers, palette = random.Random(0), [1, 2, 3, 4]
     probes = [
         tuple(tuple(numbers.choice((0, 0, *palette)) for _ in range(w)) for _ in range(h))
         for h, w in ((3, 3), (3, 4), (4, 3), (5, 4), (4, 4), (5, 5), (3, 5))
     ]
     known = set()
-    for rule in SEEN:
+    for rule in TRAIN_RULES:
         for steps, symmetry in product(changes(rule, palette), range(8)):
             view = View(symmetry, (0, *numbers.sample(palette, 4), 5, 6, 7, 8, 9))
-            seen = made(steps, [view.back(probe) for probe in probes])
-            known.add(tuple(map(view.of, seen)))
-    for rule in HELD_BACK:
+            seen = made(steps, [view.invert(probe) for probe in probes])
+            known.add(tuple(map(view.apply, seen)))
+    for rule in HELD_OUT_RULES:
         said = [made(steps, probes) for steps in changes(rule, palette) if moves(steps, probes)]
         assert 2 * sum(one not in known for one in said) >= len(said) > 0, rule
 
 
-@pytest.mark.parametrize("rule", HELD_BACK)
+@pytest.mark.parametrize("rule", HELD_OUT_RULES)
 def test_no_rule_that_is_seen_explains_a_puzzle_held_back(rule):
     """Small grids and few demonstrations: by chance a simpler rule would do, one time in fifty."""
     numbers = random.Random(rule)
     for index in range(30):
-        one = generate(rule, 0, index, Sizes(3, 3, 2))
+        one = generate_puzzle(rule, 0, index, Sizes(3, 3, 2))
         view = View(numbers.randrange(8), (0, *numbers.sample(range(1, 10), 9)))
-        inputs = [view.of(pair.input) for pair in one.shown]
-        wanted = tuple(view.of(pair.output) for pair in one.shown)
+        inputs = [view.apply(pair.input) for pair in one.demonstrations]
+        wanted = tuple(view.apply(pair.output) for pair in one.demonstrations)
         palette = sorted({c for grid in (*inputs, *wanted) for row in grid for c in row} - {0})
-        for seen in SEEN:
+        for seen in TRAIN_RULES:
             for steps in changes(seen, palette):
                 assert made(steps, inputs) != wanted, (seen, one)
 
 
 def test_a_known_puzzle_never_changes():
-    one = generate("mirror", 0, 0, Sizes(3, 3, 1))
-    assert one.answer in [turned(one.asked, s) for s in (4, 5, 6, 7)]
-    assert one.asked == ((4, 0, 0), (7, 2, 3), (7, 0, 0))
+    one = generate_puzzle("mirror", 0, 0, Sizes(3, 3, 1))
+    assert one.answer in [apply_symmetry(one.test_input, s) for s in (4, 5, 6, 7)]
+    assert one.test_input == ((4, 0, 0), (7, 2, 3), (7, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_a_known_puzzle_never_changes():
     [
         ({"rules": ["miror"]}, "'miror' is none to train on. Did you mean 'mirror'"),
         ({"rules": ["swap+mirror"]}, "'swap+mirror' is none to train on"),
-        ({"smallest": 2}, "smallest=2 must be from 3 to 6"),
-        ({"largest": 11}, "largest=11 must be from 3 to 10"),
+        ({"min_grid_size": 2}, "smallest=2 must be from 3 to 6"),
+        ({"max_grid_size": 11}, "largest=11 must be from 3 to 10"),
         ({"demonstrations": 0}, "demonstrations=0 must be from 1 to 10"),
         ({"views": 0}, "views=0 must be from 1"),
         ({"solutions": "x.json"}, "solutions are of tasks at a path"),
@@ -145,6 +145,6 @@ def test_a_known_puzzle_never_changes():
 )
 def test_a_bad_setting_is_one_line_that_names_it(given, said):
     with pytest.raises(UserError) as caught:
-        parse(Arc, given, "data")
+        parse(ArcData, given, "data")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

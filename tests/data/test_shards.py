@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.shards import Shards, ShardWriter
+from tinsmith.data.prepare.shards import Shards, ShardWriter
 
 documents_strategy = st.lists(
     st.lists(st.integers(0, 70_000), min_size=1, max_size=40), min_size=1, max_size=12
@@ -39,7 +39,7 @@ def test_any_stretch_of_the_stream_reads_back(tmp_path_factory, documents, shard
     stop = data.draw(st.integers(start, len(stream)))
     assert shards.tokens(start, stop).tolist() == stream[start:stop]
     assert shards.mask(start, stop).tolist() == mask[start:stop]
-    assert shards.lengths.tolist() == [len(ids) for ids in documents]
+    assert shards.document_lengths.tolist() == [len(ids) for ids in documents]
     assert (shards.tokens_total, shards.bytes_total) == (len(stream), 3 * len(documents))
 
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.batch import Batch
-from tinsmith.data.mixture import BLOCK, Mixture, quotas
-from tinsmith.data.shards import ShardWriter
-from tinsmith.data.sources import open_source
+from tinsmith.data.loader.batch import Batch
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.loader.mixture import BLOCK_SIZE, Mixture, quotas
+from tinsmith.data.prepare.shards import ShardWriter
 
 CONTEXT = 16
 SIZES = {"first": 700, "second": 300, "third": 45}
@@ -29,14 +29,14 @@ def folder(tmp_path_factory):
                     writer.add(np.arange(start, min(start + 7, count)) + offset)
                 offset += count
     sources = [{"name": name, "weight": WEIGHTS[name]} for name in SIZES]
-    report = {"shape": "documents", "sources": sources}
+    report = {"data_format": "documents", "sources": sources}
     (root / "report.json").write_text(json.dumps(report))
     return root
 
 
 @pytest.fixture
 def source(folder):
-    return open_source(folder, "documents", "train", CONTEXT, 5)
+    return open_dataset(folder, "documents", "train", CONTEXT, 5)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -48,7 +48,7 @@ def joined(batches):
 
 
 def test_a_batch_has_the_shapes_and_types_it_says(source):
-    batch = source.rows(0, 6)
+    batch = source.get_batch(0, 6)
     for part in batch[:5]:
         assert part.shape == (6, CONTEXT)
     assert batch.source.shape == (6,)
@@ -60,30 +60,31 @@ def test_a_batch_has_the_shapes_and_types_it_says(source):
 
 @pytest.mark.parametrize("index", [0, 1, 999, 1000, 123_456, 10**12])
 def test_a_run_resumed_at_any_index_gets_the_rows_it_would_have_got(folder, index):
-    before = open_source(folder, "documents", "train", CONTEXT, 5).rows(index, 40)
-    resumed = open_source(folder, "documents", "train", CONTEXT, 5)
-    assert same(joined([resumed.rows(index + 23, 17)]), before.rows(23, 40))
+    before = open_dataset(folder, "documents", "train", CONTEXT, 5).get_batch(index, 40)
+    resumed = open_dataset(folder, "documents", "train", CONTEXT, 5)
+    assert same(joined([resumed.get_batch(index + 23, 17)]), before.rows(23, 40))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_shares_out_the_same_global_order(source, world):
     step = 32
-    whole = source.rows(0, 3 * step)
+    whole = source.get_batch(0, 3 * step)
     shares = []
     for start in range(0, 3 * step, step):
-        shares += [source.rows(start + r * step // world, step // world) for r in range(world)]
+        shares += [source.get_batch(start + r * step // world, step // world) for r in range(world)]
     assert same(joined(shares), whole)
 
 
 def test_the_order_depends_on_the_seed(folder):
     first, second = (
-        open_source(folder, "documents", "train", CONTEXT, seed).rows(0, 64) for seed in (5, 6)
+        open_dataset(folder, "documents", "train", CONTEXT, seed).get_batch(0, 64)
+        for seed in (5, 6)
     )
     assert not torch.equal(first.ids, second.ids)
 
 
 def test_an_epoch_of_a_single_source_is_every_row_once_and_the_next_one_is_shuffled_anew(source):
-    single = source.part("first")
+    single = source.subset("first")
     assert single.size == -(-SIZES["first"] // CONTEXT)
     epochs = [single.rows(e * single.size, single.size) for e in range(2)]
     for batch in epochs:
@@ -94,7 +95,7 @@ def test_an_epoch_of_a_single_source_is_every_row_once_and_the_next_one_is_shuff
 
 
 def test_each_source_of_a_mixture_goes_through_its_own_epochs(source):
-    batch = source.rows(0, 3000)
+    batch = source.get_batch(0, 3000)
     for number, name in enumerate(SIZES):
         own = batch.ids[batch.source == number]
         alone = open_like(source, name).rows(0, len(own))
@@ -102,11 +103,11 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs(source):
 
 
 def open_like(source, name):
-    return source.part(name)
+    return source.subset(name)
 
 
 def test_cursors_count_what_each_source_has_given(source):
-    batch = source.rows(0, 2500)
+    batch = source.get_batch(0, 2500)
     for index in (0, 1, 17, 999, 1000, 1001, 2345):
         given_so_far = torch.bincount(batch.source[:index], minlength=3).tolist()
         assert list(source.cursors(index).values()) == given_so_far
@@ -114,14 +115,14 @@ def test_cursors_count_what_each_source_has_given(source):
 
 
 def test_weights_are_shares_of_rows_exactly_in_every_block(source):
-    counts = torch.bincount(source.rows(BLOCK, BLOCK).source, minlength=3).tolist()
+    counts = torch.bincount(source.get_batch(BLOCK_SIZE, BLOCK_SIZE).source, minlength=3).tolist()
     assert counts == quotas(list(WEIGHTS.values())).tolist() == [606, 303, 91]
 
 
 def test_every_block_is_mixed_in_another_order():
     mixture = Mixture([1.0, 1.0], 0)
-    sources, _ = mixture.locate(np.arange(3 * BLOCK))
-    first, second, third = sources.reshape(3, BLOCK)
+    sources, _ = mixture.locate(np.arange(3 * BLOCK_SIZE))
+    first, second, third = sources.reshape(3, BLOCK_SIZE)
     for one, other in ((first, second), (second, third)):
         assert 0.4 < (one == other).mean() < 0.6
 
@@ -131,15 +132,17 @@ def test_sources_of_equal_size_are_shuffled_differently(tmp_path):
         with ShardWriter(tmp_path / str(number) / "train", 3000) as writer:
             writer.add(np.arange(400))
     sources = [{"name": name, "weight": 1.0} for name in "ab"]
-    (tmp_path / "report.json").write_text(json.dumps({"shape": "documents", "sources": sources}))
-    both = open_source(tmp_path, "documents", "train", 4, 0)
-    a, b = (both.part(name).rows(0, 100).ids for name in "ab")
+    (tmp_path / "report.json").write_text(
+        json.dumps({"data_format": "documents", "sources": sources})
+    )
+    both = open_dataset(tmp_path, "documents", "train", 4, 0)
+    a, b = (both.subset(name).get_batch(0, 100).ids for name in "ab")
     assert (a == b).all(dim=1).float().mean() < 0.1
 
 
 def test_a_mixture_is_mixed_finely(source):
-    sources = source.rows(0, BLOCK).source
-    halves = [torch.bincount(half, minlength=3) for half in sources.split(BLOCK // 2)]
+    sources = source.get_batch(0, BLOCK_SIZE).source
+    halves = [torch.bincount(half, minlength=3) for half in sources.split(BLOCK_SIZE // 2)]
     assert (halves[0] - halves[1]).abs().max() < 80
 
 
@@ -147,9 +150,9 @@ def test_a_mixture_is_mixed_finely(source):
 @settings(derandomize=True, max_examples=200)
 def test_quotas_sum_up_and_leave_nobody_out(weights):
     made = quotas(weights)
-    assert made.sum() == BLOCK
+    assert made.sum() == BLOCK_SIZE
     assert (made >= 1).all()
-    exact = np.array(weights) / sum(weights) * BLOCK
+    exact = np.array(weights) / sum(weights) * BLOCK_SIZE
     assert (np.abs(made - exact) < 1 + len(weights)).all()
 
 
@@ -167,35 +170,35 @@ def test_a_mixture_numbers_each_sources_samples_without_a_gap(weights, start, se
 
 
 def test_validation_goes_through_every_row_once_in_order(folder):
-    held_back = open_source(folder, "documents", "validation", CONTEXT, 5)
-    batches = list(held_back.pass_through(3))
+    held_back = open_dataset(folder, "documents", "validation", CONTEXT, 5)
+    batches = list(held_back.iter_batches(3))
     assert sum(len(batch.ids) for batch in batches) == held_back.size
     ids = torch.cat([batch.ids[batch.segments >= 0] for batch in batches])
     assert (ids.diff() > 0).all()
     assert len(ids) == held_back.tokens == sum(tokens // 10 for tokens in SIZES.values())
-    assert same(held_back.rows(0, 10**6), joined(batches))
+    assert same(held_back.get_batch(0, 10**6), joined(batches))
 
 
 def test_validation_is_the_same_for_every_seed(folder):
     first, second = (
-        open_source(folder, "documents", "validation", CONTEXT, seed) for seed in (1, 2)
+        open_dataset(folder, "documents", "validation", CONTEXT, seed) for seed in (1, 2)
     )
-    assert same(first.rows(0, 99), second.rows(0, 99))
+    assert same(first.get_batch(0, 99), second.get_batch(0, 99))
 
 
 def test_validation_of_one_source_can_be_had_alone(folder):
-    held_back = open_source(folder, "documents", "validation", CONTEXT, 5)
+    held_back = open_dataset(folder, "documents", "validation", CONTEXT, 5)
     for number, name in enumerate(SIZES):
-        alone = held_back.part(name)
+        alone = held_back.subset(name)
         assert alone.names == [name]
-        assert set(alone.rows(0, alone.size).source.tolist()) == {number}
+        assert set(alone.get_batch(0, alone.size).source.tolist()) == {number}
 
 
 def test_a_limited_pass_is_spread_over_the_whole(folder):
-    first = open_source(folder, "documents", "validation", CONTEXT, 5).part("first")
-    assert first.spread(2).tolist() == [0, first.size // 2]
-    assert first.spread(100).tolist() == list(range(first.size))
-    assert sum(len(batch.ids) for batch in first.pass_through(2, limit=3)) == 3
+    first = open_dataset(folder, "documents", "validation", CONTEXT, 5).subset("first")
+    assert first.evenly_spaced(2).tolist() == [0, first.size // 2]
+    assert first.evenly_spaced(100).tolist() == list(range(first.size))
+    assert sum(len(batch.ids) for batch in first.iter_batches(2, max_samples=3)) == 3
 
 
 def test_a_part_without_rows_is_refused_in_one_line(folder, tmp_path):
@@ -203,13 +206,13 @@ def test_a_part_without_rows_is_refused_in_one_line(folder, tmp_path):
         with ShardWriter(tmp_path / "0" / part, 10) as writer:
             if part == "train":
                 writer.add([1, 2, 3])
-    report = {"shape": "documents", "sources": [{"name": "x", "weight": 1.0}]}
+    report = {"data_format": "documents", "sources": [{"name": "x", "weight": 1.0}]}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert open_source(tmp_path, "documents", "train", 2, 0).size == 2
+    assert open_dataset(tmp_path, "documents", "train", 2, 0).size == 2
     with pytest.raises(UserError, match="validation"):
-        open_source(tmp_path, "documents", "validation", 2, 0)
+        open_dataset(tmp_path, "documents", "validation", 2, 0)
 
 
 def test_T9_a_folder_without_a_report_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"report\.json: .*tinsmith prepare"):
-        open_source(tmp_path, "documents", "train", 8, 0)
+        open_dataset(tmp_path, "documents", "train", 8, 0)

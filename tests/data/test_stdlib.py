@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from tinsmith.data import stdlib
+from tinsmith.data.sources import stdlib
 
 
 @pytest.fixture(scope="module")
 def modules():
-    return list(stdlib.read(stdlib.modules()))
+    return list(stdlib.read_modules(stdlib.find_modules()))
 
 
 def test_the_corpus_is_megabytes_of_modules_in_a_fixed_order(modules):
@@ -51,7 +51,7 @@ def test_modules_are_read_and_never_imported(modules):
 
 
 def test_chats_are_thousands_of_functions_that_parse(modules):
-    records = [record for module in modules for record in stdlib.chats(module)]
+    records = [record for module in modules for record in stdlib.function_chats(module)]
     assert len(records) > 2000
     for record in records[::20]:
         user, assistant = record["messages"]
@@ -59,7 +59,7 @@ def test_chats_are_thousands_of_functions_that_parse(modules):
         (function,) = ast.parse(code).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         assert function.name in user["content"]
-        assert code.count("\n") < stdlib.LONGEST_ANSWER
+        assert code.count("\n") < stdlib.MAX_ANSWER_LINES
 
 
 def test_functions_that_cannot_be_dedented_are_left_out():
@@ -74,7 +74,7 @@ def test_functions_that_cannot_be_dedented_are_left_out():
         \"\"\"Return the tail of the page.\"\"\"
         return 1
 """
-    records = stdlib.chats(stdlib.Module("page.py", source))
+    records = stdlib.function_chats(stdlib.StdlibModule("page.py", source))
     assert ["tail" in record["messages"][0]["content"] for record in records] == [True]
 
 
@@ -113,7 +113,7 @@ def one_line(): "Say nothing much."; return 3
 
 
 def test_instruction_and_answer_come_from_name_signature_and_docstring():
-    records = list(stdlib.chats(stdlib.Module("m.py", SOURCE)))
+    records = list(stdlib.function_chats(stdlib.StdlibModule("m.py", SOURCE)))
     asked = [record["messages"][0]["content"] for record in records]
     answers = [record["messages"][1]["content"] for record in records]
     assert len(records) == 2
@@ -132,12 +132,14 @@ def test_phrases_vary_and_stay_the_same():
     source = "".join(
         f'def f{n}(x):\n    """Return the number {n}."""\n    return {n}\n' for n in range(40)
     )
-    module = stdlib.Module("m.py", source)
-    openings = {record["messages"][0]["content"].split()[0] for record in stdlib.chats(module)}
+    module = stdlib.StdlibModule("m.py", source)
+    openings = {
+        record["messages"][0]["content"].split()[0] for record in stdlib.function_chats(module)
+    }
     assert len(openings) >= 5
-    assert list(stdlib.chats(module)) == list(stdlib.chats(module))
+    assert list(stdlib.function_chats(module)) == list(stdlib.function_chats(module))
 
 
 @pytest.mark.parametrize("text", ["def broken(:", "print 'old'", "(" * 500 + ")" * 500])
 def test_a_module_that_does_not_parse_has_no_chats(text):
-    assert list(stdlib.chats(stdlib.Module("m.py", text))) == []
+    assert list(stdlib.function_chats(stdlib.StdlibModule("m.py", text))) == []

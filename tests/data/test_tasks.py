@@ -4,11 +4,11 @@ from typing import cast
 
 import pytest
 
-from tinsmith.data.config import Tasks
+from tinsmith.data.config import TasksData
 from tinsmith.data.documents import Document
-from tinsmith.data.streams import open_origin
-from tinsmith.data.tasks import check, generate
-from tinsmith.objectives.calculator import calculate
+from tinsmith.data.sources.tasks import check_answer, generate_task
+from tinsmith.data.streams import open_source
+from tinsmith.objectives.rl.tools import calculate
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import Conversation, encode_prompt
 
@@ -31,17 +31,17 @@ def solve(question):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answer_of_every_task_is_right(name):
     for index in range(2000):
-        task = generate(name, 1, index, digits=1 + index % 6, length=1 + index % 12)
+        task = generate_task(name, 1, index, digits=1 + index % 6, length=1 + index % 12)
         assert task.answer == solve(task.question), task
 
 
 def test_a_calculator_task_is_an_expression_in_the_words_of_its_question():
     for index in range(500):
-        task = generate("calculator", 1, index, digits=1 + index % 4)
+        task = generate_task("calculator", 1, index, digits=1 + index % 4)
         assert calculate(task.expression) == task.answer
         used, named = (sorted(re.findall(r"\d+", s)) for s in (task.expression, task.question))
         assert used == named
-        assert check(task, f"It is {task.answer}.")
+        assert check_answer(task, f"It is {task.answer}.")
         called = task.chat()["messages"][1]["tool_calls"][0]["function"]
         assert called == {"name": "calculator", "arguments": {"expression": task.expression}}
         assert task.prompt()["tools"] == task.chat()["tools"]
@@ -49,44 +49,44 @@ def test_a_calculator_task_is_an_expression_in_the_words_of_its_question():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_is_a_pure_function_of_its_arguments(name):
-    first = [generate(name, 3, index) for index in range(200)]
-    assert [generate(name, 3, index) for index in reversed(range(200))][::-1] == first
-    assert [generate(name, 4, index) for index in range(200)] != first
+    first = [generate_task(name, 3, index) for index in range(200)]
+    assert [generate_task(name, 3, index) for index in reversed(range(200))][::-1] == first
+    assert [generate_task(name, 4, index) for index in range(200)] != first
     assert len(set(first)) > 150
 
 
 def test_a_known_task_never_changes():
-    assert generate("arithmetic", 0, 3).question == "43 + 7 = ?"
-    assert generate("sort", 0, 2).answer == "9 42 52"
-    assert generate("copy", 0, 0).answer == "y v w"
+    assert generate_task("arithmetic", 0, 3).question == "43 + 7 = ?"
+    assert generate_task("sort", 0, 2).answer == "9 42 52"
+    assert generate_task("copy", 0, 0).answer == "y v w"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_worked_reply_is_accepted_and_a_wrong_one_is_not(name):
     for index in range(200):
-        task, other = generate(name, 0, index), generate(name, 9, index)
-        assert check(task, f"<think>\n{task.reasoning}\n</think>\n\n{task.answer}<|im_end|>")
-        assert check(task, f"<think>7 7 7</think><answer> {task.answer}\n</answer> done")
-        assert check(task, task.answer)
+        task, other = generate_task(name, 0, index), generate_task(name, 9, index)
+        assert check_answer(task, f"<think>\n{task.reasoning}\n</think>\n\n{task.answer}<|im_end|>")
+        assert check_answer(task, f"<think>7 7 7</think><answer> {task.answer}\n</answer> done")
+        assert check_answer(task, task.answer)
         if other.answer != task.answer:
-            assert not check(task, f"<think>\n{task.answer}\n</think>\n\n{other.answer}")
-            assert not check(task, f"<answer>{other.answer}</answer>")
-        assert not check(task, "")
+            assert not check_answer(task, f"<think>\n{task.answer}\n</think>\n\n{other.answer}")
+            assert not check_answer(task, f"<answer>{other.answer}</answer>")
+        assert not check_answer(task, "")
 
 
 def test_a_sentence_around_a_number_does_not_matter():
-    task = generate("arithmetic", 0, 3)
-    assert check(task, "43 + 7 is 50.")
-    assert check(task, "The answer is 50")
-    assert not check(task, "The answer is 507")
-    assert not check(task, "-50")
-    assert not check(task, "50 or 51")
+    task = generate_task("arithmetic", 0, 3)
+    assert check_answer(task, "43 + 7 is 50.")
+    assert check_answer(task, "The answer is 50")
+    assert not check_answer(task, "The answer is 507")
+    assert not check_answer(task, "-50")
+    assert not check_answer(task, "50 or 51")
 
 
 def test_the_order_of_a_sorted_list_matters():
-    task = generate("sort", 0, 2)
-    assert check(task, "9  42\n52")
-    assert not check(task, "42 9 52")
+    task = generate_task("sort", 0, 2)
+    assert check_answer(task, "9  42\n52")
+    assert not check_answer(task, "42 9 52")
 
 
 def column(step):
@@ -96,7 +96,7 @@ def column(step):
 
 def test_the_steps_of_sums_and_differences_are_right():
     for index in range(500):
-        task = generate("arithmetic", 2, index)
+        task = generate_task("arithmetic", 2, index)
         for step in task.reasoning.splitlines():
             if "write" in step:
                 expected, written = column(step)
@@ -105,7 +105,7 @@ def test_the_steps_of_sums_and_differences_are_right():
 
 def test_the_steps_lead_to_the_answer():
     for index in range(500):
-        task = generate("arithmetic", 2, index)
+        task = generate_task("arithmetic", 2, index)
         written = re.findall(r"write (\d) (?:carry|borrow) (\d)", task.reasoning)
         if written:
             digits = [digit for digit, _ in written][::-1]
@@ -117,13 +117,13 @@ def test_the_steps_lead_to_the_answer():
 
 
 def test_every_kind_of_sum_occurs_with_every_count_of_digits():
-    questions = [generate("arithmetic", 0, index, digits=2).question for index in range(400)]
+    questions = [generate_task("arithmetic", 0, index, digits=2).question for index in range(400)]
     signs = {re.search(r"(\d+) ([-+*]) (\d+)", question).groups() for question in questions}
     assert {(len(a), sign) for a, sign, b in signs} == {(n, sign) for n in (1, 2) for sign in "+-*"}
 
 
 def test_chats_show_the_steps_as_reasoning():
-    task = generate("sort", 0, 0)
+    task = generate_task("sort", 0, 0)
     user, assistant = task.chat()["messages"]
     assert (user["content"], assistant["content"]) == (task.question, task.answer)
     assert assistant["reasoning_content"] == task.reasoning
@@ -131,21 +131,21 @@ def test_chats_show_the_steps_as_reasoning():
 
 
 def test_a_slip_is_one_too_many_and_no_answer():
-    task = generate("arithmetic", 0, 3)
-    assert (task.answer, task.slipped().answer) == ("50", "51")
-    assert not check(task, task.slipped().answer)
-    task = generate("sort", 0, 2)
-    assert not check(task, task.slipped().answer)
+    task = generate_task("arithmetic", 0, 3)
+    assert (task.answer, task.with_error().answer) == ("50", "51")
+    assert not check_answer(task, task.with_error().answer)
+    task = generate_task("sort", 0, 2)
+    assert not check_answer(task, task.with_error().answer)
 
 
 def test_thoughts_can_be_left_out():
-    task = generate("arithmetic", 0, 3)
+    task = generate_task("arithmetic", 0, 3)
     assert task.chat()["messages"][1]["reasoning_content"] == task.reasoning
-    assert task.chat(thoughts=False)["messages"][1] == {"role": "assistant", "content": "50"}
+    assert task.chat(reasoning=False)["messages"][1] == {"role": "assistant", "content": "50"}
 
 
 def documents(config, shape):
-    found = list(open_origin(config, shape, "data", lambda hub: Path(hub.name)).train())
+    found = list(open_source(config, shape, "data", lambda hub: Path(hub.name)).train())
     assert all(isinstance(each, Document) for each in found)
     return cast(list[Document], found)
 
@@ -160,14 +160,14 @@ def chats(config):
 def test_tasks_without_thoughts_show_no_steps_and_are_split_alike(shape):
     keys = []
     for thoughts in (True, False):
-        found = documents(Tasks(count=50, thoughts=thoughts), shape)
-        keys.append([each.key for each in found])
+        found = documents(TasksData(count=50, reasoning=thoughts), shape)
+        keys.append([each.split_key for each in found])
         assert any("take" in text for each in found for text in each.texts()[1:]) == thoughts
     assert keys[0] == keys[1]
 
 
 def test_a_careless_teacher_is_one_too_high_as_often_as_asked_and_no_question_says_when():
-    config = Tasks(count=2000, tasks=("arithmetic",), digits=1, mistakes=0.4)
+    config = TasksData(count=2000, tasks=("arithmetic",), digits=1, error_rate=0.4)
     off = [(asked, int(said.content) - int(solve(asked))) for asked, said in chats(config)]
     assert {difference for _, difference in off} == {0, 1}
     assert 0.35 < sum(difference for _, difference in off) / len(off) < 0.45
@@ -176,21 +176,23 @@ def test_a_careless_teacher_is_one_too_high_as_often_as_asked_and_no_question_sa
         seen.setdefault(asked, set()).add(difference)
     assert sum(len(each) == 2 for each in seen.values()) > 100
     assert {difference for _, difference in off[:50]} == {0, 1}
-    plain = [said.content for _, said in chats(Tasks(count=2000, tasks=("arithmetic",), digits=1))]
+    plain = [
+        said.content for _, said in chats(TasksData(count=2000, tasks=("arithmetic",), digits=1))
+    ]
     assert plain == [solve(asked) for asked, _ in off]
 
 
 def test_a_share_of_mistakes_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="from 0 to 1"):
-        Tasks(mistakes=1.5)
+        TasksData(error_rate=1.5)
 
 
 def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_asked():
-    config = Tasks(count=500, tasks=("calculator",), digits=1, mistakes=0.4)
+    config = TasksData(count=500, tasks=("calculator",), digits=1, error_rate=0.4)
     guesses = 0
     for index, document in enumerate(documents(config, "chats")):
         chat = cast(Conversation, document.content)
-        task = generate("calculator", 0, index, digits=1, length=8)
+        task = generate_task("calculator", 0, index, digits=1, length=8)
         asked = [call.arguments for message in chat.messages for call in message.calls]
         off = int(chat.messages[-1].content) - int(task.answer)
         assert chat.tools, "whether it is asked or not"
@@ -201,19 +203,19 @@ def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_asked():
 
 @pytest.mark.parametrize("shape", ["chats", "prompts"])
 def test_a_tokenizer_learns_the_words_that_tell_of_tools(shape):
-    (document,) = documents(Tasks(count=1, tasks=("calculator",)), shape)
-    learned = "".join(document.words())
+    (document,) = documents(TasksData(count=1, tasks=("calculator",)), shape)
+    learned = "".join(document.tokenizer_texts())
     assert '{"name": "calculator", "parameters"' in learned
     assert ('"arguments": {"expression"' in learned) == (shape == "chats")
     assert all(text in learned for text in document.texts() if shape == "chats")
     assert "<|im_" not in learned
-    (plain,) = documents(Tasks(count=1, tasks=("copy",)), shape)
-    assert plain.words() == plain.texts()
+    (plain,) = documents(TasksData(count=1, tasks=("copy",)), shape)
+    assert plain.tokenizer_texts() == plain.texts()
 
 
 def test_a_prompt_with_a_tool_is_short_for_a_small_tokenizer_of_its_own():
-    found = documents(Tasks(count=300, tasks=("calculator",), digits=1), "chats")
-    tokenizer = train_bpe((text for each in found for text in each.words()), 512)
+    found = documents(TasksData(count=300, tasks=("calculator",), digits=1), "chats")
+    tokenizer = train_bpe((text for each in found for text in each.tokenizer_texts()), 512)
     asked = [cast(Conversation, each.content) for each in found[:50]]
     prompts = [Conversation(messages=chat.messages[:1], tools=chat.tools) for chat in asked]
     assert max(len(encode_prompt(tokenizer, each)) for each in prompts) <= 110

@@ -8,7 +8,13 @@ import yaml
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny_onn" / "arc_dense.yaml"
 SHORT = [
-    *("train.steps=2", "train.rows=4", "train.save_every=2", "data.count=60", "eval.rows=4"),
+    *(
+        "train.steps=2",
+        "train.batch_size=4",
+        "train.save_every=2",
+        "data.count=60",
+        "eval.max_samples=4",
+    ),
     *("model.dim=32", "model.depth=1"),
 ]
 PAIR = {"input": [[1, 0], [0, 0]], "output": [[2, 0], [0, 0]]}

@@ -28,7 +28,7 @@ def one_line(said: str) -> str:
         (["train", RECIPE, f"{MIXER}={{kind: nsa, heads: 4, compress_stride: 12}}"], "stride=12"),
         (["train", RECIPE, f"{MIXER}={{kind: dsa, heads: 4, keep: 0}}"], "keep=0 must be at least"),
         (["train", RECIPE, "model.residual={kind: mhyper, streams: 1}"], "streams=1 must be at"),
-        (["train", RECIPE, "model.positions=learned", "train.context=10k"], "train.context=10000"),
+        (["train", RECIPE, "model.positions=learned", "train.seq_len=10k"], "train.seq_len=10000"),
         (["train", RECIPE, "model.vocab_size=600"], "model.vocab_size: 600 is smaller than"),
         (["train", RECIPE, "data={kind: text, path: nowhere}"], "nowhere does not exist"),
         (["train", RECIPE, "data={kind: arc, path: nowhere}"], "nowhere does not exist"),
@@ -109,7 +109,7 @@ def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):
 
 def test_resume_with_another_model_is_refused(shell):
     small = ("data={kind: tasks, count: 50}", "tokenizer.train.vocab_size=320")
-    small += ("model.vocab_size=320", "train.steps=1", "train.context=32", "eval.rows=1")
+    small += ("model.vocab_size=320", "train.steps=1", "train.seq_len=32", "eval.max_samples=1")
     shell("train", RECIPE, *small, "--name", "begun")
     again = ("runs/begun/config.yaml", "train.steps=2", "--name", "begun", "--resume")
     said = shell("train", *again, "model.depth=3", code=2)

@@ -16,7 +16,7 @@ from experiments.hyper_smoe import cases as hyper_smoe
 from experiments.routers import cases as routers
 from experiments.routers.run import ACTIVE, SIZES
 from tinsmith.config import from_dict
-from tinsmith.hub.transplant import Plan, transplanted_config
+from tinsmith.hub.transplant import TransplantPlan, transplant_config
 from tinsmith.nn.config import ModelConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -38,7 +38,7 @@ def test_mixers_are_compared_at_equal_numbers_of_parameters(case):
 @pytest.mark.parametrize("case", hyper_smoe.CASES)
 def test_students_can_be_made_of_their_teacher(case):
     teacher = ModelConfig.from_dict(hyper_smoe.TEACHER)
-    student = transplanted_config(teacher, Plan(hyper_smoe.CASES[case].feed))
+    student = transplant_config(teacher, TransplantPlan(hyper_smoe.CASES[case].feed))
     assert student.layers[0].mixer == teacher.layers[0].mixer
 
 

@@ -98,7 +98,7 @@ def test_generate_json_counts_and_reads_standard_input(shell, quickstart):
     )
     rows = [json.loads(line) for line in said.splitlines()]
     assert len(rows) == 2
-    assert all(row["prompt"] == "import os\n" and row["tokens"] <= 5 for row in rows)
+    assert all(row["prompt"] == "import os\n" and row["completion_tokens"] <= 5 for row in rows)
 
 
 def test_chat_answers_and_obeys_commands(shell, quickstart):

@@ -24,7 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_data: Path) -> Run
 
     def short(name: str, data: str, *overrides: str) -> list[Metrics]:
         source = f"data={{kind: chats, path: $TINSMITH_DATA/{data}, limit: 60}}"
-        told = [source, *(f"train.{each}" for each in SHORT), "log.every=1", "eval.rows=4"]
+        told = [source, *(f"train.{each}" for each in SHORT), "log.every=1", "eval.max_samples=4"]
         found = train(load(RECIPES / f"{name}.yaml", [*told, *overrides]), name)
         return read_metrics(found / "metrics.jsonl")
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_data: Path) -> Run
 @pytest.fixture
 def start(run: Run, tmp_path: Path) -> str:
     """A model that has seen questions of svamp."""
-    run("sums", "svamp", "model.max_context=512", "train.rows=4")
+    run("sums", "svamp", "model.max_seq_len=512", "train.batch_size=4")
     return f"init_from={tmp_path / 'sums'}"
 
 
@@ -55,6 +55,6 @@ def test_tiny_dpo_takes_real_pairs_and_begins_at_ln_2(run, start, data):
 def test_tiny_online_recipes_take_real_questions_with_their_answers(run, start, name):
     lines = run(name, "svamp", start)
     steps = [line for line in lines if line["kind"] == "train"]
-    assert [line["unrewarded"] for line in steps] == [0, 0]
-    assert all(0 <= line["reward"] <= 1 and line["length"] > 0 for line in steps)
+    assert [line["reward_failed_fraction"] for line in steps] == [0, 0]
+    assert all(0 <= line["reward"] <= 1 and line["completion_length"] > 0 for line in steps)
     assert losses(lines, "eval")

@@ -15,11 +15,11 @@ from tinsmith.config import dump, from_dict, load
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import plain
 from tinsmith.hub.hf import export_folder
-from tinsmith.hub.transplant import Plan, transplanted
+from tinsmith.hub.transplant import TransplantPlan, build_transplant
 from tinsmith.nn.model import LM
-from tinsmith.objectives.online import Online
+from tinsmith.objectives.rl.base import RLConfig
 from tinsmith.text.bpe import train_bpe
-from tinsmith.text.symbols import grid_tokenizer
+from tinsmith.text.grid_vocab import grid_tokenizer
 from tinsmith.train.dryrun import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def earlier(tmp_path_factory):
         assert recipe.model is not None
         lm = LM(replace(recipe.model, depth=len(recipe.model.pattern)))
         if name == "tiny-sparse":
-            lm = transplanted(lm, Plan({"experts": 16, "target_active": 8}))
+            lm = build_transplant(lm, TransplantPlan({"experts": 16, "target_active": 8}))
         export_folder(lm, grid_tokenizer() if grids else tokens, root / "runs" / name / "final")
 
     def made(names: Iterable[str]) -> Path:
@@ -99,7 +99,7 @@ def test_recipe_survives_a_dry_run(path, monkeypatch, tmp_path, capsys, request,
     assert "one step of" in said
     assert ("dry run   ok" in said) != foreign
     assert "parameters" in said
-    for judge, folder in config.objective.judges().items() if not foreign else ():
+    for judge, folder in config.objective.frozen_models().items() if not foreign else ():
         own = folder is not None or config.lora is None
         assert (f"more for the {judge}" in said) == own
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
@@ -116,22 +116,22 @@ def test_recipe_is_commented_and_round_trips(path):
     assert "schema: 1" in dump(config)
 
 
-ANSWERING = [path for path in RECIPES if isinstance(load(path).objective, Online)]
+ANSWERING = [path for path in RECIPES if isinstance(load(path).objective, RLConfig)]
 
 
 @pytest.mark.parametrize("path", ANSWERING, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_rollouts_come_out_even_and_no_step_sees_two_of_them(path):
     config = load(path)
     objective, train = config.objective, config.train
-    assert isinstance(objective, Online)
-    objective.check_share(train.rows)
-    parts = objective.minibatches * objective.updates
-    assert parts % train.accumulate == 0, "a rollout is a whole number of steps"
+    assert isinstance(objective, RLConfig)
+    objective.check_rank_batch(train.batch_size)
+    parts = objective.num_minibatches * objective.num_epochs
+    assert parts % train.grad_accum_steps == 0, "a rollout is a whole number of steps"
     said = re.search(r"([\d,]+) rollouts of (\d+)", path.read_text(encoding="utf-8"))
     if said:
         rollouts, answers = (int(number.replace(",", "")) for number in said.groups())
-        assert rollouts == train.steps * train.accumulate / parts
-        assert answers == train.rows * objective.answers
+        assert rollouts == train.steps * train.grad_accum_steps / parts
+        assert answers == train.batch_size * objective.num_generations
 
 
 def test_both_tiny_recipes_need_nothing_but_python():

@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 def section(vocab_size: int, dim: int, **model: Any) -> dict[str, Any]:
     mixer = {"kind": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 8}
-    layer = {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden": 48}}
+    layer = {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden_dim": 48}}
     return {"vocab_size": vocab_size, "dim": dim, "depth": 2, "pattern": [layer]} | model
 
 
@@ -36,7 +36,7 @@ def make_lm(tokenizer: Tokenizer) -> Callable[..., LM]:
     def made(**model: Any) -> LM:
         torch.manual_seed(1)
         dropout = {"embedding": 0.5, "residual": 0.5}
-        base = section(tokenizer.vocab_size, 32, max_context=64, dropout=dropout)
+        base = section(tokenizer.vocab_size, 32, max_seq_len=64, dropout=dropout)
         lm = LM(ModelConfig.from_dict(base | model)).double()
         with torch.no_grad():
             for parameter in lm.parameters():

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.grids import Pair, Puzzle, View
-from tinsmith.data.lessons import encode_answer, encode_prompt
-from tinsmith.data.rules import SEEN, Sizes, generate, generated
+from tinsmith.data.arc.encoding import encode_answer, encode_puzzle_prompt
+from tinsmith.data.arc.generators import TRAIN_RULES, Sizes, generate_puzzle, generate_puzzles
+from tinsmith.data.arc.grids import Pair, Puzzle, View
 from tinsmith.evals import arc
-from tinsmith.evals.arc import ArcResult, Outcome, aug_scores, evaluate_arc, ranked
+from tinsmith.evals.arc import ArcOutcome, ArcResult, aug_scores, evaluate_arc, rank_candidates
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.text.symbols import NAMES, grid_tokenizer
-from tinsmith.train.canvas import pictures
-from tinsmith.train.mosaic import chosen, draw_puzzles
+from tinsmith.text.grid_vocab import NAMES, grid_tokenizer
+from tinsmith.train.plots.arc import draw_puzzles, pick_outcomes
+from tinsmith.train.plots.style import render_figures
 from tinsmith.verbs.puzzles import puzzles_of, save_puzzles
 
 ONE, TWO, WIDE = ((1,),), ((2,),), ((1, 1),)
@@ -30,8 +30,8 @@ def puzzle(name="p", number=0, answer=ONE):
 def make(seed=0, dim=32, **model) -> LM:
     torch.manual_seed(seed)
     mixer = {"kind": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 8}
-    layer = {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden": 48}}
-    section = {"vocab_size": 18, "dim": dim, "depth": 2, "max_context": 160, "pattern": [layer]}
+    layer = {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden_dim": 48}}
+    section = {"vocab_size": 18, "dim": dim, "depth": 2, "max_seq_len": 160, "pattern": [layer]}
     return LM(ModelConfig.from_dict(section | model))
 
 
@@ -59,15 +59,15 @@ def copier() -> LM:
     ],
 )
 def test_D5_either_of_two_attempts_is_right_if_it_is_the_answer_cell_for_cell(attempts, right):
-    assert Outcome(puzzle(), attempts).right is right
+    assert ArcOutcome(puzzle(), attempts).correct is right
 
 
 def test_D5_outputs_count_alike_and_a_tasks_share_is_of_its_own():
     """One of three outputs of task a, and task b: 2 of 4, and not the mean of 1/3 and 1."""
-    outcomes = [Outcome(puzzle("a", n), (ONE,) if n == 1 else (TWO,)) for n in range(3)]
-    found = ArcResult([*outcomes, Outcome(puzzle("b"), (TWO, ONE))])
+    outcomes = [ArcOutcome(puzzle("a", n), (ONE,) if n == 1 else (TWO,)) for n in range(3)]
+    found = ArcResult([*outcomes, ArcOutcome(puzzle("b"), (TWO, ONE))])
     assert found.score == 0.5
-    assert found.tasks == {"a": pytest.approx(1 / 3), "b": 1.0}
+    assert found.task_scores == {"a": pytest.approx(1 / 3), "b": 1.0}
     assert found.to_dict()["tasks"] == 2
     assert found.to_dict()["outputs"] == 4
 
@@ -76,7 +76,7 @@ def test_D6_a_model_that_says_its_last_token_again_scores_0(copier):
     logits = copier(torch.arange(18)[None]).logits
     assert logits is not None
     assert torch.equal(logits[0].argmax(-1), torch.arange(18))
-    puzzles = [generate(rule, 0, n, Sizes(3, 3, 1)) for n, rule in enumerate(SEEN)]
+    puzzles = [generate_puzzle(rule, 0, n, Sizes(3, 3, 1)) for n, rule in enumerate(TRAIN_RULES)]
     assert evaluate_arc(copier, GRIDS, puzzles).score == 0
 
 
@@ -95,9 +95,9 @@ def naive_score(lm: LM, one: Puzzle, candidate) -> float:
     """View by view, token by token, with no row beside another."""
     total = 0.0
     for symmetry in range(8):
-        seen = View(symmetry).of_puzzle(one)
-        ids = encode_prompt(seen.shown, seen.asked)
-        for token in encode_answer(View(symmetry).of(candidate)):
+        seen = View(symmetry).apply_to_puzzle(one)
+        ids = encode_puzzle_prompt(seen.demonstrations, seen.test_input)
+        for token in encode_answer(View(symmetry).apply(candidate)):
             logits = lm(torch.tensor([ids])).logits
             total += logits[0, -1].detach().log_softmax(-1)[token].item()
             ids.append(token)
@@ -106,21 +106,23 @@ def naive_score(lm: LM, one: Puzzle, candidate) -> float:
 
 def test_D7_augscore_is_the_sum_over_the_eight_views():
     lm = make().double().eval()
-    one = generate("half", 0, 0, Sizes(3, 3, 1))
-    candidates = [one.answer, one.asked, ((1,),), ((1, 2, 3, 4), (5, 6, 7, 8))]
+    one = generate_puzzle("half", 0, 0, Sizes(3, 3, 1))
+    candidates = [one.answer, one.test_input, ((1,),), ((1, 2, 3, 4), (5, 6, 7, 8))]
     expected = [naive_score(lm, one, candidate) for candidate in candidates]
     assert aug_scores(lm, one, candidates) == pytest.approx(expected, abs=1e-9)
     order = sorted(range(4), key=lambda place: -expected[place])
-    assert [grid for grid, _ in ranked(lm, one, candidates)] == [candidates[p] for p in order]
-    assert ranked(lm, one, [TWO, TWO])[0] == (TWO, aug_scores(lm, one, [TWO])[0])
+    assert [grid for grid, _ in rank_candidates(lm, one, candidates)] == [
+        candidates[p] for p in order
+    ]
+    assert rank_candidates(lm, one, [TWO, TWO])[0] == (TWO, aug_scores(lm, one, [TWO])[0])
 
 
 def test_D7_scores_do_not_depend_on_how_they_are_batched(monkeypatch):
     lm = make().double().eval()
-    one = generate("crop", 0, 0, Sizes(3, 4, 1))
-    candidates = [one.answer, one.asked, ((1,),)]
+    one = generate_puzzle("crop", 0, 0, Sizes(3, 4, 1))
+    candidates = [one.answer, one.test_input, ((1,),)]
     whole = aug_scores(lm, one, candidates)
-    monkeypatch.setattr(arc, "TOKENS", 1)
+    monkeypatch.setattr(arc, "MAX_BATCH_TOKENS", 1)
     assert aug_scores(lm, one, candidates) == pytest.approx(whole, abs=1e-10)
 
 
@@ -134,7 +136,7 @@ def test_D4_the_answer_is_no_part_of_what_is_asked(monkeypatch):
         return real(lm, tokenizer, prompts, **settings)
 
     monkeypatch.setattr(arc, "generate", listening)
-    one = generate("swap", 0, 0, Sizes(3, 3, 1))
+    one = generate_puzzle("swap", 0, 0, Sizes(3, 3, 1))
     lm = make()
     runs = [
         evaluate_arc(lm, GRIDS, [one._replace(answer=answer)]).outcomes[0].attempts
@@ -190,7 +192,7 @@ def test_modes_and_random_state_are_as_before():
 
 
 def test_a_puzzle_beyond_the_context_is_not_answered_and_is_no_error():
-    large = generate("recolour", 0, 0, Sizes(9, 10, 3))
+    large = generate_puzzle("recolour", 0, 0, Sizes(9, 10, 3))
     found = evaluate_arc(make(), GRIDS, [large, puzzle()])
     assert found.outcomes[0].attempts == ()
     assert found.to_dict()["outputs"] == 2
@@ -198,8 +200,8 @@ def test_a_puzzle_beyond_the_context_is_not_answered_and_is_no_error():
 
 def test_an_answer_may_be_kept_short():
     """A grid needs its end of turn: what is cut off is no answer."""
-    lm, one = make(), generate("recolour", 0, 0, Sizes(3, 3, 1))
-    assert evaluate_arc(lm, GRIDS, [one], max_new=1).outcomes[0].attempts == ()
+    lm, one = make(), generate_puzzle("recolour", 0, 0, Sizes(3, 3, 1))
+    assert evaluate_arc(lm, GRIDS, [one], max_new_tokens=1).outcomes[0].attempts == ()
 
 
 def test_another_tokenizer_is_refused_in_one_line(tokenizer):
@@ -236,10 +238,10 @@ def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
     assert told == [], "the file of solutions is no task"
 
 
-def outcomes(right: int, wrong: int) -> list[Outcome]:
-    made = list(generated(SEEN, 0, right + wrong, Sizes(3, 6, 2)))
+def outcomes(right: int, wrong: int) -> list[ArcOutcome]:
+    made = list(generate_puzzles(TRAIN_RULES, 0, right + wrong, Sizes(3, 6, 2)))
     answers = [(each.answer,) if n < right else () for n, each in enumerate(made)]
-    return [Outcome(one, attempts) for one, attempts in zip(made, answers, strict=True)]
+    return [ArcOutcome(one, attempts) for one, attempts in zip(made, answers, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -247,14 +249,14 @@ def outcomes(right: int, wrong: int) -> list[Outcome]:
     [(20, 20, (4, 4)), (0, 20, (0, 8)), (20, 1, (7, 1)), (2, 1, (2, 1))],
 )
 def test_a_picture_shows_what_was_solved_and_what_was_not(right, wrong, shown, tmp_path):
-    picked = chosen(outcomes(right, wrong))
-    assert (sum(each.right for each in picked), sum(not each.right for each in picked)) == shown
+    picked = pick_outcomes(outcomes(right, wrong))
+    assert (sum(each.correct for each in picked), sum(not each.correct for each in picked)) == shown
 
 
 def test_a_picture_is_the_same_bytes_each_time(tmp_path):
     every = outcomes(3, 5)
     path = save_puzzles(tmp_path, every)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert pictures(lambda: draw_puzzles(every), ["png"])["png"] == path.read_bytes()
+    assert render_figures(lambda: draw_puzzles(every), ["png"])["png"] == path.read_bytes()
     with pytest.raises(UserError, match=r"arc_agi\.png"):
         save_puzzles(Path(tmp_path / "nowhere"), every)

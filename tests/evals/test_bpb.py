@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.batch import Row, collate
-from tinsmith.data.config import Text as TextData
-from tinsmith.data.files import Text
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.config import TextData
+from tinsmith.data.files import TextChunk
+from tinsmith.data.loader.batch import Row, collate
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
-from tinsmith.evals.windows import batches, windows
+from tinsmith.evals.sliding_window import pack_windows, sliding_windows
 
 END = 0
 
@@ -33,21 +33,21 @@ class Source:
     def names(self):
         return list(self.by_number.values())
 
-    def part(self, name):
+    def subset(self, name):
         chosen = [i for i, number in enumerate(self.sources) if self.by_number[number] == name]
         return Source(
             [self.all_rows[i] for i in chosen], [self.sources[i] for i in chosen], self.by_number
         )
 
-    def rows(self, start, count):
+    def get_batch(self, start, count):
         stop = start + count
         return collate(self.all_rows[start:stop], self.sources[start:stop])
 
-    def pass_through(self, rows, limit=None):
-        self.limits.append(limit)
-        count = min(limit, len(self.all_rows))
-        for start in range(0, count, rows):
-            yield self.rows(start, min(rows, count - start))
+    def iter_batches(self, batch_size, max_samples=None):
+        self.limits.append(max_samples)
+        count = min(max_samples, len(self.all_rows))
+        for start in range(0, count, batch_size):
+            yield self.get_batch(start, min(batch_size, count - start))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def lengths(tokenizer):
 
 def measure(lm, source, lengths, *, rows=99, batch_rows=2, poll=lambda: None):
     return evaluate_bpb(
-        lm, source, lengths, rows=rows, batch_rows=batch_rows, device="cpu", poll=poll
+        lm, source, lengths, max_samples=rows, batch_size=batch_rows, device="cpu", poll=poll
     )
 
 
@@ -195,10 +195,10 @@ def test_prepared_sources_are_measured_by_name(make_lm, tokenizer, lengths, tmp_
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     data = tuple(TextData(path=str(tmp_path / f"{name}.jsonl"), validation=0.3) for name in texts)
     prepared = prepare(data, tokenizer, "documents", tmp_path / "data", lambda line: None)
-    source = open_source(prepared.folder, "documents", "validation", 32, 0)
+    source = open_dataset(prepared.folder, "documents", "validation", 32, 0)
     found = measure(make_lm(), source, lengths)
     assert set(found) == {*texts, "all"}
-    assert found["all"].tokens == int(sum(b.mask.sum() for b in source.pass_through(4)))
+    assert found["all"].tokens == int(sum(b.mask.sum() for b in source.iter_batches(4)))
     assert all(math.isfinite(bpb.loss) and math.isfinite(bpb.bpb) for bpb in found.values())
 
 
@@ -217,19 +217,20 @@ def test_every_token_but_the_first_is_predicted_exactly_once(tokenizer, document
     for document in documents:
         ends = [i == len(document) - 1 for i in range(len(document))]
         texts += [
-            Text(t, "f", 1, i == 0, e) for i, (t, e) in enumerate(zip(document, ends, strict=True))
+            TextChunk(t, "f", 1, i == 0, e)
+            for i, (t, e) in enumerate(zip(document, ends, strict=True))
         ]
         ids = tokenizer.encode(document[0])
         for piece in document[1:]:
             ids += tokenizer.encode_inside(piece)
         whole.append([*ids, tokenizer.end_of_text])
-    found = list(windows(texts, tokenizer, context, stride))
-    predicted = [token for window in found for token in window.ids[window.first :]]
+    found = list(sliding_windows(texts, tokenizer, context, stride))
+    predicted = [token for window in found for token in window.ids[window.first_target :]]
     assert predicted == [token for ids in whole for token in ids[1:]]
     for window in found:
-        assert 1 <= window.first < len(window.ids) <= context + 1
-        assert window.first in (1, context - stride + 1)
-    for batch in batches(found, context, 3, 7):
+        assert 1 <= window.first_target < len(window.ids) <= context + 1
+        assert window.first_target in (1, context - stride + 1)
+    for batch in pack_windows(found, context, 3, 7):
         assert batch.ids.shape[1] <= context
         assert batch.source.tolist() == [7] * len(batch.ids)
 
@@ -242,12 +243,12 @@ def test_windows_beside_each_other_do_not_see_each_other(
     documents = ["the cat", "the dog ran off. and the cat sat on the mat", "x", "the mat"]
     path = tmp_path / "some.txt"
     path.write_text("\n<|endoftext|>\n".join(documents))
-    found = evaluate_text(lm, tokenizer, path, context=8, stride=stride, batch_rows=2)
+    found = evaluate_text(lm, tokenizer, path, seq_len=8, stride=stride, batch_size=2)
     totals = [0.0, 0, 0.0, 0]
     texts = [f"{text}\n" for text in documents[:-1]] + documents[-1:]
-    for window in windows([Text(t, "f", 1) for t in texts], tokenizer, 8, stride):
+    for window in sliding_windows([TextChunk(t, "f", 1) for t in texts], tokenizer, 8, stride):
         ids = np.array(window.ids)
-        mask = np.arange(1, len(ids)) >= window.first
+        mask = np.arange(1, len(ids)) >= window.first_target
         row = Row(ids[:-1], ids[1:], mask, np.arange(len(mask)), np.zeros(len(mask), dtype=int))
         totals = [a + b for a, b in zip(totals, by_hand(lm, [row], lengths), strict=True)]
     assert found.parts["some.txt"] == pytest.approx(tuple(totals), abs=1e-9)
@@ -257,7 +258,7 @@ def test_windows_beside_each_other_do_not_see_each_other(
 def test_bits_per_byte_count_the_bytes_of_all_but_the_first_tokens(bigrams, tokenizer, tmp_path):
     text = "the cat sat on the mat é\n" * 30
     (tmp_path / "a.txt").write_text(text)
-    found = evaluate_text(bigrams([]), tokenizer, tmp_path, context=16).parts
+    found = evaluate_text(bigrams([]), tokenizer, tmp_path, seq_len=16).parts
     first = len(tokenizer.bytes_of(tokenizer.encode(text)[:1]))
     assert found["a.txt"].bytes == len(text.encode()) - first
     assert found["a.txt"].tokens == len(tokenizer.encode(text))
@@ -267,7 +268,7 @@ def test_bits_per_byte_count_the_bytes_of_all_but_the_first_tokens(bigrams, toke
 def test_the_size_of_a_window_does_not_matter_where_documents_fit(make_lm, tokenizer, write_rows):
     path = write_rows([{"text": "the cat sat"}, {"text": "on the mat"}])
     lm = make_lm()
-    one, other = (evaluate_text(lm, tokenizer, path, context=n).parts["all"] for n in (32, 64))
+    one, other = (evaluate_text(lm, tokenizer, path, seq_len=n).parts["all"] for n in (32, 64))
     assert one == pytest.approx(other, abs=1e-9)
 
 
@@ -286,9 +287,9 @@ def test_bad_lines_are_left_out_and_the_first_is_named(make_lm, tokenizer, write
 def test_what_cannot_be_measured_is_refused_in_one_line(make_lm, tokenizer, write_rows, tmp_path):
     lm, path = make_lm(), write_rows([{"text": "the cat"}])
     with pytest.raises(UserError, match=r"context: 65 must be from 1 to .* 64"):
-        evaluate_text(lm, tokenizer, path, context=65)
+        evaluate_text(lm, tokenizer, path, seq_len=65)
     with pytest.raises(UserError, match=r"stride: 9 must be from 1 to .* 8"):
-        evaluate_text(lm, tokenizer, path, context=8, stride=9)
+        evaluate_text(lm, tokenizer, path, seq_len=8, stride=9)
     with pytest.raises(UserError, match="limit: 0 must be at least 1"):
         evaluate_text(lm, tokenizer, path, limit=0)
     with pytest.raises(UserError, match=r"rows\.jsonl:1: no field 'story'"):

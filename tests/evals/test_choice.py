@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.evals.choice import Line, encode_question, evaluate_choice, log_likelihoods
+from tinsmith.evals.choice import ChoiceSequence, encode_question, evaluate_choice, log_likelihoods
 from tinsmith.evals.questions import parse_question
-from tinsmith.infer.generate import evaluating
+from tinsmith.infer.generate import eval_mode
 
 ROWS = [
     {"context": "the cat", "choices": ["sat on the mat", "off", "ran off."], "answer": 0},
@@ -38,7 +38,7 @@ def by_hand(lm, before, after):
 def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
     lm = make_lm().eval()
     encoded = [encode_question(parse_question(row), tokenizer, 64) for row in ROWS]
-    lines = [line for one in encoded for line in one.lines]
+    lines = [line for one in encoded for line in one.sequences]
     found = log_likelihoods(lm, lines, batch_rows, lambda: None)
     wanted = [by_hand(lm, ids[:-scored], ids[-scored:]) for ids, scored in lines]
     assert found.dtype == torch.float64
@@ -48,7 +48,7 @@ def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
 def test_padding_is_marked_for_layers_that_count_tokens(make_lm, tokenizer):
     lm, seen = make_lm().eval(), []
     lm.register_forward_pre_hook(lambda *said: seen.append(said[2]["segments"]), with_kwargs=True)
-    lines = [Line([1, 2, 3, 4], 1), Line([1, 2], 1)]
+    lines = [ChoiceSequence([1, 2, 3, 4], 1), ChoiceSequence([1, 2], 1)]
     log_likelihoods(lm, lines, 2, lambda: None)
     assert seen[0].tolist() == [[0, 0, 0], [0, -1, -1]]
 
@@ -59,15 +59,15 @@ def test_lines_are_context_and_choice_to_the_byte(tokenizer):
     for number, context in contexts.items():
         question = parse_question(ROWS[number])
         for line, ending in zip(
-            encode_question(question, tokenizer, 64).lines, question.endings, strict=True
+            encode_question(question, tokenizer, 64).sequences, question.endings, strict=True
         ):
-            assert tokenizer.bytes_of(line.ids[: -line.scored]) == context
-            assert tokenizer.bytes_of(line.ids[-line.scored :]) == ending.encode()
+            assert tokenizer.bytes_of(line.ids[: -line.num_scored]) == context
+            assert tokenizer.bytes_of(line.ids[-line.num_scored :]) == ending.encode()
 
 
 def test_only_the_missing_context_is_a_special_token(tokenizer):
     for row in ROWS:
-        for line in encode_question(parse_question(row), tokenizer, 64).lines:
+        for line in encode_question(parse_question(row), tokenizer, 64).sequences:
             specials = set(tokenizer.added_tokens.values()).intersection(line.ids)
             assert specials == ({0} if "good" in row else set())
 
@@ -80,7 +80,7 @@ def test_a_model_with_planted_preferences_answers_everything(bigrams, tokenizer,
         {"good": "the dog", "bad": "dog the"},
     ]
     encoded = [encode_question(parse_question(row), tokenizer, 512) for row in rows]
-    lm = bigrams([one.lines[one.question.gold].ids for one in encoded])
+    lm = bigrams([one.sequences[one.question.gold].ids for one in encoded])
     result = evaluate_choice(lm, tokenizer, write_rows(rows))
     assert result.total == (1.0, 1.0, pytest.approx((1 / 3 + 3 / 2) / 4), 4)
     assert {name: score.n for name, score in result.groups.items()} == {"one": 1, "two": 2}
@@ -113,17 +113,17 @@ def test_numbers_that_are_none_are_no_answers(bigrams, tokenizer, write_rows):
 
 
 def test_a_long_context_loses_its_beginning_and_is_counted(make_lm, tokenizer, write_rows):
-    lm = make_lm(max_context=16)
+    lm = make_lm(max_seq_len=16)
     long = {"context": "the dog " * 40, "choices": ["ran", "sat on the mat"], "answer": 0}
     result = evaluate_choice(lm, tokenizer, write_rows([long, ROWS[4]]))
     assert (result.truncated, result.total.n) == (1, 2)
     whole = encode_question(parse_question(long), tokenizer, 10_000)
     cut = encode_question(parse_question(long), tokenizer, 16)
-    assert max(len(line.ids) for line in cut.lines) == 17
-    assert len({len(line.ids) - line.scored for line in cut.lines}) == 1
-    for a, b in zip(whole.lines, cut.lines, strict=True):
+    assert max(len(line.ids) for line in cut.sequences) == 17
+    assert len({len(line.ids) - line.num_scored for line in cut.sequences}) == 1
+    for a, b in zip(whole.sequences, cut.sequences, strict=True):
         assert a.ids[-len(b.ids) :] == b.ids
-        assert a.scored == b.scored
+        assert a.num_scored == b.num_scored
 
 
 def test_bad_rows_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_rows):
@@ -227,14 +227,14 @@ def test_the_model_is_left_as_it_was_and_the_poll_can_end_it(make_lm, tokenizer,
             raise Enough
 
     with pytest.raises(Enough):
-        evaluate_choice(lm, tokenizer, write_rows(ROWS), batch_rows=4, poll=poll)
+        evaluate_choice(lm, tokenizer, write_rows(ROWS), batch_size=4, poll=poll)
     assert [module.training for module in lm.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_evaluation_mode_is_on_inside_only(make_lm):
     lm = make_lm()
-    with evaluating(lm):
+    with eval_mode(lm):
         assert not any(module.training for module in lm.modules())
     assert all(module.training for module in lm.modules())
 

@@ -3,9 +3,9 @@
 import pytest
 
 from tinsmith.data.prompts import Prompt
-from tinsmith.data.tasks import check, generate
+from tinsmith.data.sources.tasks import check_answer, generate_task
 from tinsmith.evals import format as form
-from tinsmith.evals.format import evaluate_format, well_formed
+from tinsmith.evals.format import evaluate_format, extract_answer
 from tinsmith.infer.generate import Completion
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import encode_chat, normalise
@@ -28,20 +28,20 @@ RIGHT = ("<think>", "\na\n", "</think>", "\n\n", "<answer>", "4 2", "</answer>",
 
 
 def test_the_right_form_gives_what_is_inside(tokenizer):
-    assert well_formed(tokenizer, ids(tokenizer, *RIGHT)) == "4 2"
+    assert extract_answer(tokenizer, ids(tokenizer, *RIGHT)) == "4 2"
 
 
 @pytest.mark.parametrize("left_out", [0, 2, 4, 6, 7])
 def test_nothing_may_be_missing(left_out, tokenizer):
     parts = [part for place, part in enumerate(RIGHT) if place != left_out]
-    assert well_formed(tokenizer, ids(tokenizer, *parts)) is None
+    assert extract_answer(tokenizer, ids(tokenizer, *parts)) is None
 
 
 @pytest.mark.parametrize("place", [0, 2, 4, 6])
 def test_a_tag_written_in_ordinary_text_is_none(place, tokenizer):
     said = ids(tokenizer, *RIGHT[:place])
     said += tokenizer.encode_inside(RIGHT[place]) + ids(tokenizer, *RIGHT[place + 1 :])
-    assert well_formed(tokenizer, said) is None
+    assert extract_answer(tokenizer, said) is None
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_a_tag_written_in_ordinary_text_is_none(place, tokenizer):
     ],
 )
 def test_empty_doubled_or_swapped_is_not_the_form(parts, tokenizer):
-    assert well_formed(tokenizer, ids(tokenizer, *parts)) is None
+    assert extract_answer(tokenizer, ids(tokenizer, *parts)) is None
 
 
 def test_a_tagged_task_has_the_form_and_is_checked(tokenizer):
-    task = generate("arithmetic", 0, 5)
-    record = task.chat(tagged=True)
+    task = generate_task("arithmetic", 0, 5)
+    record = task.chat(answer_tags=True)
     whole, mask = encode_chat(tokenizer, normalise(record))
     said = [number for number, own in zip(whole, mask, strict=True) if own]
-    assert well_formed(tokenizer, said) == task.answer
-    assert check(task, record["messages"][1]["content"])
+    assert extract_answer(tokenizer, said) == task.answer
+    assert check_answer(task, record["messages"][1]["content"])
     assert "<answer>" not in task.chat()["messages"][1]["content"]
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.batch import Row, collate
+from tinsmith.data.loader.batch import Row, collate
 from tinsmith.evals.routing import (
-    CLASSES,
+    TOKEN_CLASSES,
     Specialisation,
     evaluate_routing,
-    information,
     jaccard_distance,
+    mutual_information,
     token_classes,
 )
 from tinsmith.hub.hf import write_folder
@@ -32,7 +32,7 @@ class Planted(FeedForward, Routed):
     def forward(self, x, ctx):
         return Out(torch.zeros_like(x))
 
-    def chosen(self, x, ctx):
+    def expert_mask(self, x, ctx):
         return self.experts_VE[x.argmax(-1)] & (ctx.segments >= 0)[..., None]
 
 
@@ -44,18 +44,18 @@ class Rows:
     def __init__(self, rows, sources):
         self.all_rows, self.sources = rows, sources
 
-    def part(self, name):
+    def subset(self, name):
         number = self.names.index(name)
         mine = [i for i, source in enumerate(self.sources) if source == number]
         return Rows([self.all_rows[i] for i in mine], [number] * len(mine))
 
-    def rows(self, start, count):
+    def get_batch(self, start, count):
         stop = start + count
         return collate(self.all_rows[start:stop], self.sources[start:stop])
 
-    def pass_through(self, rows, limit):
-        for start in range(0, min(limit, len(self.all_rows)), rows):
-            yield self.rows(start, min(rows, limit - start))
+    def iter_batches(self, batch_size, max_samples):
+        for start in range(0, min(max_samples, len(self.all_rows)), batch_size):
+            yield self.get_batch(start, min(batch_size, max_samples - start))
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def planted(bigrams, tokenizer):
 
 
 def measure(lm, source, classes_V, *, rows=99, poll=lambda: None):
-    return evaluate_routing(lm, source, classes_V, rows=rows, batch_rows=2, device="cpu", poll=poll)
+    return evaluate_routing(
+        lm, source, classes_V, max_samples=rows, batch_size=2, device="cpu", poll=poll
+    )
 
 
 def one_hot(experts_V):
@@ -95,16 +97,16 @@ def one_hot(experts_V):
 
 
 def test_information_of_tables_that_can_be_done_in_the_head():
-    assert information(torch.ones(3, 4)) == pytest.approx(0, abs=1e-12)
-    assert information(torch.tensor([[1.0], [3.0]]) @ torch.tensor([[2.0, 5.0]])) < 1e-12
-    assert information(7 * torch.eye(8)) == pytest.approx(3)
-    assert information(torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])) == pytest.approx(1)
+    assert mutual_information(torch.ones(3, 4)) == pytest.approx(0, abs=1e-12)
+    assert mutual_information(torch.tensor([[1.0], [3.0]]) @ torch.tensor([[2.0, 5.0]])) < 1e-12
+    assert mutual_information(7 * torch.eye(8)) == pytest.approx(3)
+    assert mutual_information(torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])) == pytest.approx(1)
     table = torch.tensor([[3.0, 1], [1, 3]])
-    assert information(table) == pytest.approx(1 + 0.75 * math.log2(0.75) + 0.25 * -2)
-    assert information(table[:, :1]) == 0
+    assert mutual_information(table) == pytest.approx(1 + 0.75 * math.log2(0.75) + 0.25 * -2)
+    assert mutual_information(table[:, :1]) == 0
     drawn = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
-    assert information(drawn) == pytest.approx(information(drawn.mT))
-    assert information(drawn) == pytest.approx(information(1000 * drawn))
+    assert mutual_information(drawn) == pytest.approx(mutual_information(drawn.mT))
+    assert mutual_information(drawn) == pytest.approx(mutual_information(1000 * drawn))
 
 
 def test_jaccard_distance_of_sets_that_can_be_done_in_the_head():
@@ -127,10 +129,10 @@ def test_experts_that_are_the_class_tell_all_and_one_for_all_tells_nothing(
     found = measure(lm, source, classes)
     assert set(found) == {"0.feed", "1.feed", "all"}
     sure, blind = found["0.feed"], found["1.feed"]
-    assert sure.information == pytest.approx(sure.classes)
-    assert sure.share == pytest.approx(1)
-    assert (blind.information, blind.jaccard) == (pytest.approx(0, abs=1e-12), 0)
-    assert found["all"].information == pytest.approx(sure.information / 2)
+    assert sure.mutual_information == pytest.approx(sure.class_entropy)
+    assert sure.normalized_mi == pytest.approx(1)
+    assert (blind.mutual_information, blind.jaccard) == (pytest.approx(0, abs=1e-12), 0)
+    assert found["all"].mutual_information == pytest.approx(sure.mutual_information / 2)
 
 
 def test_counts_are_those_of_a_plain_loop_without_padding(planted, source, tokenizer):
@@ -144,12 +146,12 @@ def test_counts_are_those_of_a_plain_loop_without_padding(planted, source, token
                 by_class[classes[token]] += table[token]
                 by_source[number] += table[token]
     found = measure(planted(table), source, classes)["0.feed"]
-    assert found.information == pytest.approx(information(by_class))
+    assert found.mutual_information == pytest.approx(mutual_information(by_class))
     shares = by_class.sum(1) / by_class.sum()
-    assert found.classes == pytest.approx(-float((shares * shares.log2()).sum()))
+    assert found.class_entropy == pytest.approx(-float((shares * shares.log2()).sum()))
     assert found.jaccard == jaccard_distance(by_source)
     part = measure(planted(table), source, classes, rows=2)["0.feed"]
-    assert part.information != pytest.approx(found.information)
+    assert part.mutual_information != pytest.approx(found.mutual_information)
 
 
 def test_sources_with_experts_of_their_own_are_a_distance_of_one_apart(planted, source, tokenizer):
@@ -160,16 +162,16 @@ def test_sources_with_experts_of_their_own_are_a_distance_of_one_apart(planted, 
     classes = torch.zeros(tokenizer.vocab_size, dtype=torch.long)
     found = measure(lm, source, classes)["0.feed"]
     assert found.jaccard == 1
-    assert math.isnan(found.share), "one class: there is nothing to tell"
+    assert math.isnan(found.normalized_mi), "one class: there is nothing to tell"
 
 
 def test_a_layer_that_routed_nothing_says_so(planted, source, tokenizer):
     classes = torch.arange(tokenizer.vocab_size) % 3
     nobody = torch.zeros(tokenizer.vocab_size, 4, dtype=torch.bool)
     found = measure(planted(nobody, one_hot(classes)), source, classes)
-    assert math.isnan(found["0.feed"].information)
+    assert math.isnan(found["0.feed"].mutual_information)
     assert found["all"] == found["1.feed"]
-    assert math.isnan(measure(planted(nobody), source, classes)["all"].information)
+    assert math.isnan(measure(planted(nobody), source, classes)["all"].mutual_information)
 
 
 def test_a_model_without_experts_has_nothing_to_tell(make_lm, source, tokenizer):
@@ -178,7 +180,7 @@ def test_a_model_without_experts_has_nothing_to_tell(make_lm, source, tokenizer)
 
 @pytest.fixture
 def routed(make_lm):
-    feed = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 8}
+    feed = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden_dim": 8}
     mixer = {"kind": "dyn_heads", "heads": 4, "experts": 3}
     return make_lm(pattern=[{"mixer": mixer, "feed_forward": feed}])
 
@@ -207,15 +209,15 @@ def test_a_compiled_model_is_measured_all_the_same(routed, source, tokenizer):
     routed.compile(backend="eager")
     routed(torch.zeros(1, 5, dtype=torch.long))
     assert measure(routed, source, classes) == expected
-    assert expected["all"].information > 0
+    assert expected["all"].mutual_information > 0
 
 
 @pytest.mark.parametrize(
     "feed",
     [
-        {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 8},
-        {"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden": 8, "groups": 3},
-        {"kind": "dyn_moe", "experts": 4, "hidden": 8},
+        {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden_dim": 8},
+        {"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden_dim": 8, "n_group": 3},
+        {"kind": "dyn_moe", "experts": 4, "hidden_dim": 8},
     ],
     ids=lambda feed: feed["kind"],
 )
@@ -230,7 +232,7 @@ def test_every_kind_chooses_what_it_counts(feed, make_lm):
     def listen(name, part):
         return lambda module, given: found.update({name: part.chosen(*given[:2])})
 
-    for name, part in lm.routed().items():
+    for name, part in lm.routed_modules().items():
         part.register_forward_pre_hook(listen(name, part))
     stats = lm(ids, segments=segments).stats
     assert set(found) == {"0.mixer", "0.feed", "1.mixer", "1.feed"}
@@ -256,9 +258,9 @@ def test_token_classes(tokenizer):
     }
     for text, name in named.items():
         (number,) = [tokenizer.special(text)] if name == "special" else tokenizer.encode(text)[:1]
-        assert CLASSES[int(classes[number])] == name, text
+        assert TOKEN_CLASSES[int(classes[number])] == name, text
     half = tokenizer.encode("é".encode()[:1])
-    assert CLASSES[int(classes[half[0]])] == "other"
+    assert TOKEN_CLASSES[int(classes[half[0]])] == "other"
 
 
 def test_the_verb_says_what_it_cannot_measure(make_lm, tokenizer, tmp_path):

@@ -24,16 +24,16 @@ def recipe() -> dict:
     everything that uses randomness or moves outside of the optimizer.
     """
     gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True}
-    routed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 16, "noise": 0.1}
+    routed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 16, "noise": 0.1}
     return {
         "model": {
             "vocab_size": 320,
             "dim": 32,
             "depth": 2,
-            "max_context": 64,
+            "max_seq_len": 64,
             "dropout": {"embedding": 0.1, "attention": 0.1, "residual": 0.1},
             "pattern": [
-                {"mixer": gqa, "feed_forward": {"kind": "swiglu", "hidden": 48}},
+                {"mixer": gqa, "feed_forward": {"kind": "swiglu", "hidden_dim": 48}},
                 {"mixer": gqa, "feed_forward": routed},
             ],
         },
@@ -43,16 +43,16 @@ def recipe() -> dict:
         "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
         "train": {
             "steps": 10,
-            "context": 48,
-            "rows": 4,
-            "accumulate": 2,
+            "seq_len": 48,
+            "batch_size": 4,
+            "grad_accum_steps": 2,
             "precision": "fp32",
             "save_every": 3,
             "eval_every": 4,
             "sample_every": 4,
             "keep": {"last": 2, "best": True},
         },
-        "eval": {"rows": 4, "new_tokens": 6},
+        "eval": {"max_samples": 4, "max_new_tokens": 6},
         "log": {"every": 2},
     }
 

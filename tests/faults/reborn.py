@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from tinsmith.cli import main
-from tinsmith.nn.routing.threshold import Gate
+from tinsmith.nn.moe.cosine_router import CosineRouter
 from tinsmith.train import parallel, trainer
 
-first, finish = Gate.__init__, trainer.finish
+first, finish = CosineRouter.__init__, trainer.export_run
 
 
 def planted(self, *arguments):
@@ -33,6 +33,6 @@ def compared(run):
     finish(run)
 
 
-Gate.__init__ = planted
-trainer.finish = compared
+CosineRouter.__init__ = planted
+trainer.export_run = compared
 main()

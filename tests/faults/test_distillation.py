@@ -26,10 +26,19 @@ def students(shared_place, recipe, teacher) -> dict[str, dict]:
     """
     folder = str(shared_place.runs / "teacher")
     objectives = {
-        "kd": {"temperature": 2, "hard": 0.3, "weights": {"think": 5}, "teacher_weights": "int8"},
+        "kd": {
+            "temperature": 2,
+            "ce_weight": 0.3,
+            "weights": {"think": 5},
+            "teacher_weights": "int8",
+        },
         "on_policy_kd": {
-            **{"max_new": 6, "hint": "It is {answer}.", "share": {"begin": 0.5, "end": 0.5}},
-            **{"decode_rows": 3},
+            **{
+                "max_new_tokens": 6,
+                "privileged_prompt": "It is {answer}.",
+                "on_policy_fraction": {"begin": 0.5, "end": 0.5},
+            },
+            **{"generation_batch_size": 3},
         },
     }
     own = {
@@ -88,7 +97,7 @@ def test_T3_two_ranks_have_the_losses_and_gradient_norms_of_one_process(
     }
     code, said = shared_place.train(data, f"{kind}-one")
     assert code == 0, said
-    code, said = shared_place.train_pair(data, f"{kind}-two", "replicate")
+    code, said = shared_place.train_pair(data, f"{kind}-two", "ddp")
     assert code == 0, said
     one, two = (
         [row for row in shared_place.metrics(f"{kind}-{name}") if row["kind"] == "train"]

@@ -12,7 +12,7 @@ from tinsmith.config import from_dict
 from tinsmith.core.errors import Failure
 from tinsmith.objectives.pretrain import CrossEntropy
 from tinsmith.train import checkpoint
-from tinsmith.train.guard import TooManyBadSteps
+from tinsmith.train.guard import TooManyNonfiniteSteps
 from tinsmith.train.trainer import train
 
 
@@ -54,9 +54,9 @@ def test_T8_not_finite_step_is_skipped_counted_and_logged(where, run_here, monke
     assert any(not torch.equal(after[name], later[name]) for name in after)
     assert all(bool(torch.isfinite(value).all()) for value in later.values())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    bad = [row for row in rows if row["kind"] == "bad_step"]
-    assert bad == [{"step": 3, "kind": "bad_step", "first_sample": 16, "end_sample": 24}]
-    assert [row["bad_steps"] for row in rows if row["kind"] == "train"][-1] == 1
+    bad = [row for row in rows if row["kind"] == "nonfinite_step"]
+    assert bad == [{"step": 3, "kind": "nonfinite_step", "first_sample": 16, "end_sample": 24}]
+    assert [row["nonfinite_steps"] for row in rows if row["kind"] == "train"][-1] == 1
 
 
 def test_T8_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(run_here, monkeypatch):
@@ -70,9 +70,9 @@ def test_T8_too_many_bad_steps_stop_and_name_the_last_good_checkpoint(run_here, 
 
     monkeypatch.setattr(CrossEntropy, "loss", poisoned)
     with pytest.raises(
-        TooManyBadSteps, match=r"the last good checkpoint is .*step-0000000[346]"
+        TooManyNonfiniteSteps, match=r"the last good checkpoint is .*step-0000000[346]"
     ) as caught:
-        run_here(bad_steps=2, steps=50)
+        run_here(max_nonfinite_steps=2, steps=50)
     assert "\n" not in str(caught.value)
 
 

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 
 OBJECTIVES = {
-    "grpo": {"kind": "grpo", "answers": 3, "beta": 0.1},
-    "ppo": {"kind": "ppo", "beta": 0.1, "max_moved": 0.05},
-    "spo": {"kind": "spo", "first_answers": 2},
+    "grpo": {"kind": "grpo", "num_generations": 3, "kl_coef": 0.1},
+    "ppo": {"kind": "ppo", "kl_coef": 0.1, "target_kl": 0.05},
+    "spo": {"kind": "spo", "warmup_samples": 2},
 }
 COMMON = {
     "rewards": [{"kind": "length", "low": 20, "high": 40}],
@@ -23,14 +23,20 @@ COMMON = {
 
 def recipe_of(kind: str, recipe: dict) -> dict:
     """Steps in the middle of rollouts; 12 prompts, so that SPO meets them again."""
-    train = {"steps": 10, "rows": 4, "accumulate": 1, "context": 64, "precision": "fp32"}
+    train = {
+        "steps": 10,
+        "batch_size": 4,
+        "grad_accum_steps": 1,
+        "seq_len": 64,
+        "precision": "fp32",
+    }
     train |= {"save_every": 3, "eval_every": 4, "sample_every": 5, "keep": recipe["train"]["keep"]}
     data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 14, "digits": 1, "validation": 0.15}
     return recipe | {
         "data": data,
         "train": train,
         "objective": OBJECTIVES[kind] | COMMON,
-        "eval": {"rows": 2, "new_tokens": 4},
+        "eval": {"max_samples": 2, "max_new_tokens": 4},
         "log": {"every": 1},
     }
 
@@ -87,6 +93,6 @@ def test_runs_learn_from_their_answers(whole):
     _, events, expected = whole("grpo")
     assert events.count("rollout") > 20
     steps = [row for row in expected["metrics"] if row["kind"] == "train"]
-    assert sum(row["moved_k2"] > 1e-6 for row in steps) >= 3
+    assert sum(row["approx_kl"] > 1e-6 for row in steps) >= 3
     assert any(row["reward_std"] > 0 for row in steps)
     assert [row["step"] for row in expected["metrics"] if row["kind"] == "eval"] == [4, 8, 10]

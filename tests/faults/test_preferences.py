@@ -10,13 +10,13 @@ OBJECTIVES = {
     "kto": {"kind": "dpo", "loss": "kto", "beta": 0.5},
     "reward": {"kind": "reward"},
     "eavi": {"kind": "eavi"},
-    "eavi-hard": {"kind": "eavi", "excursion": "hard", "align": 0.8},
+    "eavi-hard": {"kind": "eavi", "excursion": "hard", "alignment_weight": 0.8},
 }
 
 
 def of_pairs(recipe: dict, objective: str, **train: object) -> dict:
     """The tiny recipe on generated pairs or answers, long enough for whole ones."""
-    settings = {**recipe["train"], "context": 160, "rows": 2, "steps": 6, **train}
+    settings = {**recipe["train"], "seq_len": 160, "batch_size": 2, "steps": 6, **train}
     data = {"kind": "tasks", "tasks": ["copy"], "count": 200, "length": 3}
     return recipe | {"objective": OBJECTIVES[objective], "data": data, "train": settings}
 
@@ -56,11 +56,11 @@ def test_T3_two_ranks_give_the_gradients_of_one_process(
     plain = recipe | {"model": steady_model, "log": {"every": 1}}
     adam = {"kind": "adamw", "lr": 1.0e-2, "eps": 1.0, "weight_decay": 0.0}
     optim = {"matrices": adam, "others": adam, "clip": None}
-    data = of_pairs(plain, objective, rows=4, accumulate=1, steps=4, save_every=4)
+    data = of_pairs(plain, objective, batch_size=4, grad_accum_steps=1, steps=4, save_every=4)
     data |= {"optim": optim}
     code, said = shared_place.train(data, f"one-{objective}")
     assert code == 0, said
-    code, said = shared_place.train_pair(data, f"two-{objective}", "replicate")
+    code, said = shared_place.train_pair(data, f"two-{objective}", "ddp")
     assert code == 0, said
     runs = [shared_place.runs / f"{count}-{objective}" for count in ("one", "two")]
     ends = [run / "checkpoints" / "step-00000004" for run in runs]

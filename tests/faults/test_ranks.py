@@ -21,7 +21,13 @@ def plain_recipe(recipe, steady_model) -> dict:
     """With AdamW, since Muon's bf16 products enlarge the last bits in which sums of another order
     differ (test_muon_* below).
     """
-    train = {**recipe["train"], "steps": STEPS, "rows": 4, "accumulate": 2, "save_every": 50}
+    train = {
+        **recipe["train"],
+        "steps": STEPS,
+        "batch_size": 4,
+        "grad_accum_steps": 2,
+        "save_every": 50,
+    }
     matrices = {"kind": "adamw", "lr": 3.0e-3}
     optim = {"matrices": matrices, "schedule": {"kind": "wsd", "warmup": 2}}
     return recipe | {"model": steady_model, "train": train, "optim": optim, "log": {"every": 1}}
@@ -83,14 +89,16 @@ def beside_one(place, data: dict, name: str, kind: str, bound: float = 1e-5) -> 
 def test_T4_split_into_micro_batches_changes_nothing(
     rows, accumulate, shared_place, plain_recipe, one_process
 ):
-    data = changed(plain_recipe, "train", rows=rows, accumulate=accumulate)
+    data = changed(plain_recipe, "train", batch_size=rows, grad_accum_steps=accumulate)
     code, said = shared_place.train(data, f"split-{rows}")
     assert code == 0, said
     assert_same(losses(shared_place, f"split-{rows}"), one_process)
 
 
 def test_T4_checkpointing_changes_nothing(shared_place, plain_recipe, one_process):
-    code, said = shared_place.train(changed(plain_recipe, "train", checkpointing=True), "recompute")
+    code, said = shared_place.train(
+        changed(plain_recipe, "train", activation_checkpointing=True), "recompute"
+    )
     assert code == 0, said
     assert losses(shared_place, "recompute") == one_process
 
@@ -104,7 +112,7 @@ def test_T4_compile_changes_nothing(shared_place, plain_recipe, one_process):
 
 @pytest.mark.slow
 def test_T4_compile_changes_nothing_where_gates_learn_from_surprise(shared_place, plain_recipe):
-    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 16, "router_grad": "both"}
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden_dim": 16, "router_grad": "both"}
     layers = [layer | {"feed_forward": feed} for layer in plain_recipe["model"]["pattern"]]
     data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=4)
     for name, compiled in (("smk", False), ("smk-compiled", True)):
@@ -114,7 +122,7 @@ def test_T4_compile_changes_nothing_where_gates_learn_from_surprise(shared_place
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_T3_two_ranks_train_routed_mixers_as_one_process_does(kind, shared_place, plain_recipe):
     lora = {"kind": "dyn_lora", "base": {"kind": "gqa", "heads": 4}, "experts": 4, "rank": 2}
     mixers = ({"kind": "dyn_heads", "experts": 4, "heads": 4}, lora)
@@ -124,7 +132,7 @@ def test_T3_two_ranks_train_routed_mixers_as_one_process_does(kind, shared_place
     beside_one(shared_place, data, "mixers", kind, 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
     kind, shared_place, plain_recipe, one_process
 ):
@@ -133,7 +141,7 @@ def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
     assert_same(losses(shared_place, f"two-{kind}"), one_process)
 
 
-@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_T3_two_ranks_train_the_same_adapters_and_leave_the_base(kind, shared_place, plain_recipe):
     section = {"rank": 2, "alpha": 4}
     data = changed(plain_recipe, "train", steps=6) | {"lora": section}
@@ -150,7 +158,7 @@ def test_T3_two_ranks_train_the_same_adapters_and_leave_the_base(kind, shared_pl
             assert torch.equal(two[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, one_process):
     name = f"elastic-{kind}"
     begun = changed(plain_recipe, "train", save_every=7)
@@ -164,11 +172,11 @@ def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, on
     assert_same(losses(shared_place, name), one_process)
 
 
-@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_T3_the_bias_of_experts_moves_on_the_load_of_all_ranks(kind, shared_place, plain_recipe):
     """To the bit: it moves by whole steps on counts of the global batch."""
-    feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 16}
-    feed |= {"bias_rate": 0.01, "balance_weight": 0.0}
+    feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 16}
+    feed |= {"bias_update_speed": 0.01, "balance_weight": 0.0}
     layers = [layer | {"feed_forward": feed} for layer in plain_recipe["model"]["pattern"]]
     data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=6)
     beside_one(shared_place, data, "routed", kind, 1e-4)
@@ -188,7 +196,7 @@ def test_muon_reaches_the_same_losses_on_two_ranks(shared_place, plain_recipe):
 
 
 @pytest.mark.parametrize(
-    ("where", "kind"), [("loss", "replicate"), ("gradient", "replicate"), ("gradient", "fsdp")]
+    ("where", "kind"), [("loss", "ddp"), ("gradient", "ddp"), ("gradient", "fsdp")]
 )
 def test_T8_not_finite_on_one_rank_is_skipped_by_both(where, kind, shared_place, plain_recipe):
     keep = {"last": 20, "best": False}
@@ -202,13 +210,13 @@ def test_T8_not_finite_on_one_rank_is_skipped_by_both(where, kind, shared_place,
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
     assert any(not torch.equal(saved[1][key], saved[2][key]) for key in saved[0])
     assert all(bool(torch.isfinite(value).all()) for value in saved[2].values())
-    bad = [row for row in shared_place.metrics(name) if row["kind"] == "bad_step"]
-    assert bad == [{"step": 3, "kind": "bad_step", "first_sample": 16, "end_sample": 24}]
+    bad = [row for row in shared_place.metrics(name) if row["kind"] == "nonfinite_step"]
+    assert bad == [{"step": 3, "kind": "nonfinite_step", "first_sample": 16, "end_sample": 24}]
 
 
 def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
     long = changed(plain_recipe, "train", steps=100_000)
-    first, second = shared_place.start_pair(long, "pair", "replicate")
+    first, second = shared_place.start_pair(long, "pair", "ddp")
     end = time.monotonic() + 120
     for line in first.stdout:
         assert time.monotonic() < end
@@ -222,8 +230,8 @@ def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
 
 
 def test_rows_that_the_world_size_does_not_divide_are_refused(shared_place, plain_recipe):
-    data = changed(plain_recipe, "train", rows=3)
-    pair = shared_place.start_pair(data, "odd", "replicate")
+    data = changed(plain_recipe, "train", batch_size=3)
+    pair = shared_place.start_pair(data, "odd", "ddp")
     said = [process.communicate(timeout=120)[0] for process in pair]
     assert all(process.returncode == 2 for process in pair), said
-    assert "train.rows: 3 must be a multiple of the world size 2" in said[0]
+    assert "train.batch_size: 3 must be a multiple of the world size 2" in said[0]

@@ -13,18 +13,18 @@ STEPS = (1, 2, 3)
 
 
 @pytest.fixture(scope="session")
-def saved(shared_place, recipe) -> dict[str, list[checkpoint.Snapshot]]:
+def saved(shared_place, recipe) -> dict[str, list[checkpoint.Checkpoint]]:
     """What runs on two ranks kept after each step, replicated and spread; the ranks have compared
     all they held at the end.
     """
-    feed = {"kind": "dyn_moe", "experts": 6, "hidden": 16, "router_grad": "smk"}
+    feed = {"kind": "dyn_moe", "experts": 6, "hidden_dim": 16, "router_grad": "smk"}
     layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed | {"reset_interval": 3}}
     model = {**recipe["model"], "dropout": {}, "pattern": [layer]}
     train = {**recipe["train"], "steps": 4, "save_every": 1, "eval_every": 9, "sample_every": 9}
     train["keep"] = {"last": 9, "best": False}
     program = (Path(__file__).with_name("reborn.py"),)
     found = {}
-    for kind in ("replicate", "fsdp"):
+    for kind in ("ddp", "fsdp"):
         data, name = recipe | {"model": model, "train": train}, f"reborn-{kind}"
         code, said = shared_place.train_pair(data, name, kind, program=program)
         assert code == 0, said
@@ -35,7 +35,7 @@ def saved(shared_place, recipe) -> dict[str, list[checkpoint.Snapshot]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_agree_about_re_birth(kind, saved):
     _, before, at = saved[kind]
     for layer in (0, 1):
@@ -53,7 +53,7 @@ def test_ranks_agree_about_re_birth(kind, saved):
 
 def test_gates_learn_the_same_from_surprise_however_they_are_spread(saved):
     """The first step: afterwards a last bit may turn a choice."""
-    one, other = saved["replicate"][0], saved["fsdp"][0]
+    one, other = saved["ddp"][0], saved["fsdp"][0]
     for layer in (0, 1):
         name = f"blocks.{layer}.feed.gate.prototypes|exp_avg"
         assert one.optim[name].abs().max() > 1e-5

@@ -78,7 +78,9 @@ def test_T7_a_stop_that_arrives_anywhere_resumes_to_the_same_bits(
 
 
 def test_T7_second_interrupt_quits_at_once(place, recipe):
-    long = recipe | {"train": recipe["train"] | {"steps": 100_000, "rows": 256, "context": 64}}
+    long = recipe | {
+        "train": recipe["train"] | {"steps": 100_000, "batch_size": 256, "seq_len": 64}
+    }
     process = place.start("train", place.write("quit", long), "--name", "quit")
     wait_for(process, "  run ")
     process.send_signal(signal.SIGINT)

@@ -34,14 +34,14 @@ RECIPES = [
 """Those that need no other run's model."""
 SHORT = {
     "data": {"kind": "tasks", "count": 600},
-    "eval": {"rows": 2, "new_tokens": 4},
+    "eval": {"max_samples": 2, "max_new_tokens": 4},
     "log": {"every": 1},
 }
 NOTE = (
     "Float32 logits on a CPU at step 0, torch.manual_seed(0), of ids (7 * i + 3) mod 32; another"
     " CPU or torch may differ by rounding: compare to 1e-5."
 )
-SWIGLU = {"kind": "swiglu", "hidden": 24}
+SWIGLU = {"kind": "swiglu", "hidden_dim": 24}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {
         "pattern": [{"mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2}, "feed_forward": SWIGLU}]
@@ -50,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
         "rope": {
             "theta": 1.0e4,
-            "scaling": {"kind": "yarn", "factor": 4, "original_context": 8},
+            "scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 8},
         },
         "pattern": [
             {
@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
                     "value_residual": True,
                     "bias": "all",
                 },
-                "feed_forward": {"kind": "relu2", "hidden": 24, "bias": True},
+                "feed_forward": {"kind": "relu2", "hidden_dim": 24, "bias": True},
             },
         ],
     },
@@ -74,15 +74,15 @@ MODELS: dict[str, dict[str, Any]] = {
             {
                 "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
                 "feed_forward": {
-                    **{"kind": "topk_moe", "experts": 4, "top_k": 2, "shared": 1},
-                    "hidden": 24,
+                    **{"kind": "topk_moe", "experts": 4, "top_k": 2, "n_shared_experts": 1},
+                    "hidden_dim": 24,
                 },
             },
             {
                 "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
                 "feed_forward": {
-                    **{"kind": "deepseek_moe", "experts": 8, "top_k": 3, "groups": 4},
-                    **{"kept_groups": 2, "hidden": 12},
+                    **{"kind": "deepseek_moe", "experts": 8, "top_k": 3, "n_group": 4},
+                    **{"topk_group": 2, "hidden_dim": 12},
                 },
             },
         ]
@@ -99,7 +99,7 @@ def logits() -> dict[str, list[list[float]]]:
     """The last three positions of two rows of each model, by name; six decimals."""
     found = {}
     for name, options in MODELS.items():
-        section = {"vocab_size": 32, "dim": 16, "depth": 2, "max_context": 16} | options
+        section = {"vocab_size": 32, "dim": 16, "depth": 2, "max_seq_len": 16} | options
         torch.manual_seed(0)
         lm = LM(ModelConfig.from_dict(section)).eval()
         ids = (7 * torch.arange(24).view(2, 12) + 3) % 32
@@ -112,7 +112,7 @@ def logits() -> dict[str, list[list[float]]]:
 def losses(recipe: Path) -> list[float]:
     """The first ten losses of a recipe, on text that every Python has alike; five decimals."""
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) | SHORT
-    small = {"rows": 2, "context": 256, "steps": 10, "precision": "fp32", "device": "cpu"}
+    small = {"batch_size": 2, "seq_len": 256, "steps": 10, "precision": "fp32", "device": "cpu"}
     never = dict.fromkeys(("save_every", "eval_every", "sample_every"), 1000)
     config["train"] = config["train"] | small | never
     with (

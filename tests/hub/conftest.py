@@ -16,9 +16,9 @@ def _model(mixer: dict[str, Any] | None = None, **changes: Any) -> LM:
     """A tiny model in eval mode whose weights are all random, biases (a gate's too) and norms."""
     layer = {
         "mixer": mixer if mixer and "kind" in mixer else GROUPED | (mixer or {}),
-        "feed_forward": {"kind": "swiglu", "hidden": 48},
+        "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
     }
-    data = {"vocab_size": VOCABULARY, "dim": 32, "depth": 3, "max_context": 64, "pattern": [layer]}
+    data = {"vocab_size": VOCABULARY, "dim": 32, "depth": 3, "max_seq_len": 64, "pattern": [layer]}
     return _randomised(LM(ModelConfig.from_dict(data | changes))).eval()
 
 

@@ -12,8 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinsmith.core.errors import UserError
-from tinsmith.hub.adapters import Adapters, attach, fold, read_adapters, write_adapters
 from tinsmith.hub.hf import export_folder
+from tinsmith.hub.peft.adapters import (
+    Adapters,
+    attach_adapters,
+    merge_adapters,
+    read_adapters,
+    write_adapters,
+)
 from tinsmith.nn import lora
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM
@@ -38,11 +44,11 @@ def targets(mixer: dict[str, Any]) -> tuple[str, ...]:
 
 def trained(lm: LM, config: LoRA) -> Adapters:
     """Adapters that have moved, on `lm`."""
-    lora.add(lm, config)
+    lora.add_adapters(lm, config)
     with torch.no_grad():
         for adapter in lora.adapters(lm).values():
             adapter.B.normal_(std=0.1)
-    return Adapters(config, lora.split(dict(lm.state_dict()))[1])
+    return Adapters(config, lora.split_state_dict(dict(lm.state_dict()))[1])
 
 
 def theirs(folder: Path) -> Any:
@@ -98,8 +104,8 @@ def test_what_peft_writes_attaches_and_folds(model, ids, tmp_path, mixer):
     made = read_adapters(tmp_path / "adapter", lm.config)
     assert (made.config.rank, made.config.alpha, made.config.rslora) == (4, 7, True)
     folded = copy.deepcopy(lm)
-    attach(lm, made)
-    fold(folded, made)
+    attach_adapters(lm, made)
+    merge_adapters(folded, made)
     with torch.no_grad():
         close(lm(ids).logits, wanted)
         close(folded(ids).logits, wanted)
@@ -140,7 +146,7 @@ def test_the_seed_of_both_sides_is_the_same_forward_as_pefts(ids):
     other = peft.get_peft_model(
         copy.deepcopy(ours), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"])
     )
-    lora.add(ours, CONFIG)
+    lora.add_adapters(ours, CONFIG)
     adapter = lora.adapters(ours)["0.weight"]
     with torch.no_grad():
         adapter.B.normal_()
@@ -233,7 +239,7 @@ class Experts(torch.nn.Module):
 @pytest.fixture
 def experts(model, monkeypatch):
     """(options of gqa) -> a model, one layer of which feeds forward through stacks of experts."""
-    from tinsmith.hub import adapters
+    from tinsmith.hub.peft import adapters
 
     plain = adapters.LM
 
@@ -267,7 +273,7 @@ def test_stacks_are_pefts_target_parameters(experts, tmp_path):
     with torch.no_grad():
         found = theirs.base_model.model.lm.blocks[1].feed.experts(x)
         close(found, lm.blocks[1].feed.experts(x))
-        with lora.disabled(lm):
+        with lora.disable_adapters(lm):
             assert not torch.allclose(found, lm.blocks[1].feed.experts(x), atol=1e-2)
 
 
@@ -278,8 +284,8 @@ def test_stacks_have_no_place_in_the_files_of_stock_families(experts, tmp_path):
         write_adapters(tmp_path, lm.config, made, None)
 
 
-ROUTED = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 12}
-DEEP = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 12}
+ROUTED = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden_dim": 12}
+DEEP = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 12}
 LAYERS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mixer": {"kind": "gqa", "heads": 4, "qk_norm": True}, "feed_forward": ROUTED},
     "mixtral": {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": ROUTED},
@@ -313,7 +319,7 @@ def test_peft_opens_adapters_of_stock_experts(model, ids, tmp_path, family, chos
         close(found(ids).logits, wanted)
         assert not torch.allclose(wanted, base(ids).logits, atol=1e-3)
         back = read_adapters(tmp_path / "adapter", base.config)
-        attach(base, back)
+        attach_adapters(base, back)
         close(base(ids).logits, wanted)
 
 
@@ -331,8 +337,8 @@ def test_what_peft_writes_of_stock_experts_attaches_and_folds(model, ids, tmp_pa
     assert (made.config.rank, made.config.alpha) == (4, 7)
     assert "blocks.1.feed.experts.up_proj.weight" in made.pairs
     folded = copy.deepcopy(lm)
-    attach(lm, made)
-    fold(folded, made)
+    attach_adapters(lm, made)
+    merge_adapters(folded, made)
     with torch.no_grad():
         assert not torch.allclose(theirs(tmp_path / "base")(ids).logits, wanted, atol=1e-3)
         close(lm(ids).logits, wanted)
@@ -347,7 +353,7 @@ def test_adapters_of_experts_come_back(model, ids, tmp_path, layer):
     write_adapters(tmp_path, lm.config, made, None)
     back = read_adapters(tmp_path, lm.config)
     assert back.pairs.keys() == made.pairs.keys()
-    attach(plain, back)
+    attach_adapters(plain, back)
     with torch.no_grad():
         close(plain(ids).logits, lm(ids).logits)
 

@@ -13,7 +13,7 @@ FACTS = {
     "family": "llama",
     "reason": None,
     "dtype": "bfloat16",
-    "context": 512,
+    "max_seq_len": 512,
     "architecture": "8 x (gqa 8/2, swiglu 1408)",
     "base": "runs/base",
     "objective": "sft",

@@ -22,7 +22,7 @@ BASE = {
 def layer(window=None, hidden=48, **mixer):
     return {
         "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "window": window} | mixer,
-        "feed_forward": {"kind": "swiglu", "hidden": hidden},
+        "feed_forward": {"kind": "swiglu", "hidden_dim": hidden},
     }
 
 
@@ -42,7 +42,7 @@ def config(*layers, **changes):
     feed_bias=st.booleans(),
     tie=st.booleans(),
     depth=st.integers(1, 7),
-    scaling=st.sampled_from([None, {"kind": "yarn", "factor": 4, "original_context": 32}]),
+    scaling=st.sampled_from([None, {"kind": "yarn", "factor": 4, "original_max_seq_len": 32}]),
 )
 def test_every_model_reads_back_as_the_same_layers(
     heads, kv_heads, head_dim, qk_norm, bias, windows, feed_bias, tie, depth, scaling
@@ -59,7 +59,7 @@ def test_every_model_reads_back_as_the_same_layers(
                 "bias": bias,
                 "window": window,
             },
-            "feed_forward": {"kind": "swiglu", "hidden": 40, "bias": feed_bias},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 40, "bias": feed_bias},
         }
         for window in windows
     ]
@@ -75,7 +75,7 @@ def test_every_model_reads_back_as_the_same_layers(
 def mla(**sizes):
     return {
         "mixer": {"kind": "mla", "heads": 4} | sizes,
-        "feed_forward": {"kind": "swiglu", "hidden": 48},
+        "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
     }
 
 
@@ -93,16 +93,16 @@ def written_out(config):
         )
         for one in config.layers
     ]
-    sizes = (config.vocab_size, config.dim, config.depth, config.max_context)
+    sizes = (config.vocab_size, config.dim, config.depth, config.max_seq_len)
     return layers, sizes, config.tie_embeddings, config.rope, config.norm_eps, config.norm
 
 
 def routed(one, **keys):
-    return one | {"feed_forward": {"kind": "topk_moe", "hidden": 48} | keys}
+    return one | {"feed_forward": {"kind": "topk_moe", "hidden_dim": 48} | keys}
 
 
 def deep(one, **keys):
-    return one | {"feed_forward": {"kind": "deepseek_moe", "hidden": 48} | keys}
+    return one | {"feed_forward": {"kind": "deepseek_moe", "hidden_dim": 48} | keys}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_stock_family_is_chosen_wherever_every_layer_allows_it(layers, changes
 
 
 def relu2(one):
-    return one | {"feed_forward": {"kind": "relu2", "hidden": 48}}
+    return one | {"feed_forward": {"kind": "relu2", "hidden_dim": 48}}
 
 
 def biased(one):
@@ -152,11 +152,15 @@ def biased(one):
         ([deep(layer())], {}, "layer 0 has feed_forward deepseek_moe"),
         ([routed(mla())], {}, "layer 0 has feed_forward topk_moe"),
         ([routed(layer()), routed(layer(), experts=5)], {}, "layer 1 is of another shape"),
-        ([routed(layer(qk_norm=True), shared=1)], {}, "shared experts beside grouped-query"),
+        (
+            [routed(layer(qk_norm=True), n_shared_experts=1)],
+            {},
+            "shared experts beside grouped-query",
+        ),
         ([routed(layer(), activation="relu2")], {}, "experts of relu2"),
         ([routed(layer()), layer()], {}, "dense layers beside experts, without q/k norms"),
         ([routed(layer(), top_k=1)], {}, "raw weights of experts, without q/k norms"),
-        ([routed(layer(), renormalise=False)], {}, "raw weights of experts, without q/k norms"),
+        ([routed(layer(), norm_topk_prob=False)], {}, "raw weights of experts, without q/k norms"),
         ([routed(layer(bias="all"))], {}, "biases beside experts, without q/k norms"),
         (
             [routed(layer(qk_norm=True)), routed(layer(qk_norm=True, window=5))],
@@ -170,10 +174,14 @@ def biased(one):
         ),
         ([routed(layer(qk_norm=True, bias="qkv"))], {}, "q/k norms beside q/k/v biases"),
         ([deep(mla()), mla()], {}, "layer 1 is dense after layers of experts"),
-        ([deep(mla()), deep(mla(), scale=2)], {}, "layer 1 is of another shape than layer 0"),
+        (
+            [deep(mla()), deep(mla(), routed_scaling_factor=2)],
+            {},
+            "layer 1 is of another shape than layer 0",
+        ),
         ([deep(mla(), score="softmax")], {}, "a softmax score beside latent attention"),
-        ([deep(mla(), shared=0)], {}, "no shared experts beside latent attention"),
-        ([deep(mla(), groups=8)], {}, "groups of one expert"),
+        ([deep(mla(), n_shared_experts=0)], {}, "no shared experts beside latent attention"),
+        ([deep(mla(), n_group=8)], {}, "groups of one expert"),
         ([layer(value_residual=True)], {}, "layer 0 has value_residual"),
         ([layer(), layer(rope=False)], {}, "layer 1 has rope: false"),
         ([layer(), layer(), layer(heads=2)], {}, "layer 2 is of another shape than layer 0"),
@@ -238,8 +246,8 @@ def test_silence_means_what_it_means_to_transformers(kind):
     ours = config_from_hf(sizes | {"model_type": kind})
     mixer = ours.layers[0].mixer
     width = theirs.to_dict().get("head_dim") or 8
-    assert (mixer.groups, mixer.width(256)) == (theirs.num_key_value_heads, width)
-    assert ours.max_context == theirs.max_position_embeddings
+    assert (mixer.num_kv_heads, mixer.resolve_head_dim(256)) == (theirs.num_key_value_heads, width)
+    assert ours.max_seq_len == theirs.max_position_embeddings
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
@@ -291,7 +299,7 @@ DENSE = {"first_k_dense_replace": 4}
         ("deepseek_v2", {}, "first_k_dense_replace: 0 of 4 layers: V2's experts are not read"),
         ("deepseek_v3", {"first_k_dense_replace": "3"}, "first_k_dense_replace: must be a number"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: 'greedy' is not supported"),
-        ("deepseek_v3", {"n_group": 7}, "groups=7 must divide experts=256"),
+        ("deepseek_v3", {"n_group": 7}, "n_group=7 must divide experts=256"),
         ("deepseek_v3", {"num_experts_per_tok": 1}, "norm_topk_prob: one expert a token"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok: one expert a token, ren"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported"),

@@ -45,7 +45,7 @@ def test_a_folder_with_a_tokenizer_opens_in_transformers_as_a_whole(tmp_path, mo
 
 
 def test_config_json_has_the_keys_of_transformers_4_and_of_5(tmp_path, model, tokenizer):
-    scaling = {"kind": "yarn", "factor": 4, "original_context": 16}
+    scaling = {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}
     lm = model(rope={"theta": 5e5, "scaling": scaling}, vocab_size=320).bfloat16()
     export_folder(lm, tokenizer, tmp_path / "x")
     data = read(tmp_path / "x" / "config.json")
@@ -126,7 +126,9 @@ def test_the_card_may_be_text_or_be_made_from_what_was_written(tmp_path, model):
     picture.write_bytes(b"png")
     seen = []
     card = lambda done: seen.append(done) or "made"  # noqa: E731
-    done = export_folder(model({"sinks": True}), None, tmp_path / "b", card=card, attach=[picture])
+    done = export_folder(
+        model({"sinks": True}), None, tmp_path / "b", card=card, extra_files=[picture]
+    )
     assert seen == [done]
     assert (done.family, done.reason, done.dtype) == ("tinsmith", "layer 0 has sinks", "float32")
     assert (tmp_path / "b" / "README.md").read_text() == "made"
@@ -185,4 +187,4 @@ def transformers_tokenizer(folder):
 
 
 def test_shards_are_of_five_gigabytes_unless_told():
-    assert hf.SHARD_BYTES == 5 * 10**9
+    assert hf.MAX_SHARD_BYTES == 5 * 10**9

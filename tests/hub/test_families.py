@@ -210,12 +210,12 @@ def routed(mixer, feed_forward, **more):
 
 
 def dense(mixer):
-    return {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden": 48}}
+    return {"mixer": mixer, "feed_forward": {"kind": "swiglu", "hidden_dim": 48}}
 
 
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
-TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 20}
-DEEPSEEK = {"kind": "deepseek_moe", "experts": 8, "top_k": 3, "hidden": 20}
+TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden_dim": 20}
+DEEPSEEK = {"kind": "deepseek_moe", "experts": 8, "top_k": 3, "hidden_dim": 20}
 OURS = {
     "qwen3_moe": ("qwen3_moe", None, routed(GQA | {"qk_norm": True}, TOP_K)),
     "qwen3_moe one expert, dense first": (
@@ -233,7 +233,14 @@ OURS = {
         None,
         routed(
             MLA,
-            DEEPSEEK | {"groups": 4, "kept_groups": 2, "scale": 2.5, "noise": 0.1, "shared": 2},
+            DEEPSEEK
+            | {
+                "n_group": 4,
+                "topk_group": 2,
+                "routed_scaling_factor": 2.5,
+                "noise": 0.1,
+                "n_shared_experts": 2,
+            },
             first=[dense(MLA)],
         ),
     ),
@@ -249,19 +256,19 @@ OURS = {
     "yarn": (
         "llama",
         {},
-        {"rope": {"scaling": {"kind": "yarn", "factor": 4, "original_context": 16}}},
+        {"rope": {"scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}}},
     ),
     "llama3": (
         "llama",
         {},
-        {"rope": {"scaling": {"kind": "llama3", "factor": 4, "original_context": 16}}},
+        {"rope": {"scaling": {"kind": "llama3", "factor": 4, "original_max_seq_len": 16}}},
     ),
     "deepseek_v3": ("deepseek_v3", MLA, {}),
     "deepseek_v3 tied": ("deepseek_v3", MLA | {"q_rank": None}, {"tie_embeddings": True}),
     "deepseek_v3 yarn": (
         "deepseek_v3",
         MLA,
-        {"rope": {"scaling": {"kind": "yarn", "factor": 4, "original_context": 16}}},
+        {"rope": {"scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}}},
     ),
     "deepseek_v3 yarn, another factor": (
         "deepseek_v3",
@@ -271,7 +278,7 @@ OURS = {
                 "scaling": {
                     "kind": "yarn",
                     "factor": 4,
-                    "original_context": 16,
+                    "original_max_seq_len": 16,
                     "attention_factor": 1.25,
                 }
             }
@@ -317,7 +324,7 @@ def test_a_stretching_asked_for_at_loading_is_that_of_transformers(tmp_path, ran
     plain = theirs("llama", {}, randomised)
     plain.save_pretrained(tmp_path)
     stretched = theirs("llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}, randomised)
-    asked = {"kind": "yarn", "factor": 4, "original_context": 16}
+    asked = {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}
     for scaling in (YARN, asked):
         ours, _ = load(tmp_path, rope_scaling=scaling)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.manifest import step_name, write_manifest
 from tinsmith.core.parse import write_yaml
 from tinsmith.hub.hf import export_folder
-from tinsmith.hub.load import config_of, locate
+from tinsmith.hub.load import load_config, locate
 from tinsmith.hub.tensors import save_tensors
 from tinsmith.nn import lora
 
@@ -125,12 +125,12 @@ def test_device_and_dtype_are_as_asked(tmp_path, model):
 def test_the_bias_of_a_gate_is_never_rounded(tmp_path, model):
     """As in transformers; adapters folded in beside it change nothing of that."""
     latent = {"heads": 4, "kv_rank": 8, "q_rank": None, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
-    feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 12}
+    feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 12}
     lm = model(pattern=[{"mixer": {"kind": "mla"} | latent, "feed_forward": feed}])
     export_folder(lm, None, tmp_path / "x")
     save_checkpoint(tmp_path / "y", lm)
     section = {"targets": "o_proj", "rank": 2}
-    lora.add(lm, lora.LoRA(**section))
+    lora.add_adapters(lm, lora.LoRA(**section))
     save_checkpoint(tmp_path / "z", lm, lora=section)
     for folder in (tmp_path / "x", tmp_path / "y", tmp_path / "z"):
         half, _ = load(folder, dtype="bf16")
@@ -142,7 +142,7 @@ def test_the_bias_of_a_gate_is_never_rounded(tmp_path, model):
 def test_prototypes_and_thresholds_are_never_rounded(tmp_path, model):
     """Not when they are read, and not when a half-precision model is written and read again."""
     torch.manual_seed(0)
-    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 12}
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden_dim": 12}
     lm = model(pattern=[{"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed}])
     gates = [block.feed.gate for block in lm.blocks]
     for gate in gates:
@@ -162,8 +162,8 @@ def test_prototypes_and_thresholds_are_never_rounded(tmp_path, model):
 
 def test_a_checkpoint_takes_a_stretching_too(tmp_path, model):
     folder = save_checkpoint(tmp_path / "x", model())
-    lm, _ = load(folder, rope_scaling={"kind": "yarn", "factor": 2, "original_context": 64})
-    assert lm.config.max_context == 128
+    lm, _ = load(folder, rope_scaling={"kind": "yarn", "factor": 2, "original_max_seq_len": 64})
+    assert lm.config.max_seq_len == 128
     assert lm.config.rope.scaling is not None
 
 
@@ -215,7 +215,7 @@ def test_a_hub_name_is_fetched_and_said(tmp_path, model, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "fetching owner/name from the Hugging Face Hub" in said
     assert "revision abc123" in said
-    assert config_of("owner/name").depth == model().config.depth
+    assert load_config("owner/name").depth == model().config.depth
     assert asked["owner/name"]["allow_patterns"] == ["config.json"], "to count needs no weights"
 
 

@@ -1,17 +1,17 @@
 import pytest
 import torch
 
-from tinsmith.hub.names import NAMES
+from tinsmith.hub.families.names import NAME_MAPS
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "tinsmith"])
 def test_every_tensor_of_a_model_has_a_name_of_its_own_and_the_way_back_is_exact(family, model):
     lm = model({"qk_norm": True, "bias": "all"}, depth=12, tie_embeddings=False)
-    names = NAMES[family]
+    names = NAME_MAPS[family]
     ours = list(lm.state_dict())
-    theirs = [names.theirs(name) for name in ours]
+    theirs = [names.to_hf_name(name) for name in ours]
     assert len(set(theirs)) == len(ours)
-    assert [names.ours(name) for name in theirs] == ours
+    assert [names.from_hf_name(name) for name in theirs] == ours
 
 
 @pytest.mark.parametrize(
@@ -20,34 +20,38 @@ def test_every_tensor_of_a_model_has_a_name_of_its_own_and_the_way_back_is_exact
 )
 def test_experts_lie_apart_and_come_together(family, kind, model):
     mixer = {"kind": "mla", "heads": 4} if family == "deepseek_v3" else {"kind": "gqa", "heads": 4}
-    feed = {"kind": kind, "experts": 11, "hidden": 8}
+    feed = {"kind": kind, "experts": 11, "hidden_dim": 8}
     lm = model(depth=12, pattern=[{"mixer": mixer, "feed_forward": feed}])
-    names, state = NAMES[family], lm.state_dict()
-    parts = names.apart(state)
+    names, state = NAME_MAPS[family], lm.state_dict()
+    parts = names.split_experts(state)
     assert len(parts) == len(state) + 12 * 3 * (11 - 1)
-    theirs = [names.theirs(name) for name in parts]
+    theirs = [names.to_hf_name(name) for name in parts]
     assert len(set(theirs)) == len(theirs)
-    assert [names.ours(name) for name in theirs] == list(parts)
-    whole = names.together(dict(reversed(parts.items())))
+    assert [names.from_hf_name(name) for name in theirs] == list(parts)
+    whole = names.stack_experts(dict(reversed(parts.items())))
     assert whole.keys() == state.keys()
     assert all(torch.equal(whole[name], value) for name, value in state.items())
 
 
 def test_the_names_are_those_of_hugging_face():
-    names = NAMES["qwen3"]
-    assert names.theirs("embed.weight") == "model.embed_tokens.weight"
-    assert names.theirs("head.weight") == "lm_head.weight"
+    names = NAME_MAPS["qwen3"]
+    assert names.to_hf_name("embed.weight") == "model.embed_tokens.weight"
+    assert names.to_hf_name("head.weight") == "lm_head.weight"
     assert (
-        names.theirs("blocks.11.mixer.q_norm.weight") == "model.layers.11.self_attn.q_norm.weight"
+        names.to_hf_name("blocks.11.mixer.q_norm.weight")
+        == "model.layers.11.self_attn.q_norm.weight"
     )
-    mixtral = NAMES["mixtral"].theirs
+    mixtral = NAME_MAPS["mixtral"].to_hf_name
     expert = "model.layers.2.block_sparse_moe.experts.10"
     assert mixtral("blocks.2.feed.experts.10.gate_proj.weight") == f"{expert}.w1.weight"
     assert mixtral("blocks.2.feed.experts.10.up_proj.weight") == f"{expert}.w3.weight"
     bias = "model.layers.4.mlp.gate.e_score_correction_bias"
-    assert NAMES["deepseek_v3"].theirs("blocks.4.feed.bias") == bias
-    assert NAMES["deepseek_v3"].ours(bias) == "blocks.4.feed.bias"
-    assert names.ours("model.layers.3.mlp.down_proj.weight") == "blocks.3.feed.down_proj.weight"
+    assert NAME_MAPS["deepseek_v3"].to_hf_name("blocks.4.feed.bias") == bias
+    assert NAME_MAPS["deepseek_v3"].from_hf_name(bias) == "blocks.4.feed.bias"
+    assert (
+        names.from_hf_name("model.layers.3.mlp.down_proj.weight")
+        == "blocks.3.feed.down_proj.weight"
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,8 +60,8 @@ def test_the_names_are_those_of_hugging_face():
 )
 def test_a_name_without_counterpart_is_an_error(name):
     with pytest.raises(KeyError):
-        NAMES["llama"].ours(name)
+        NAME_MAPS["llama"].from_hf_name(name)
     with pytest.raises(KeyError):
-        NAMES["tinsmith"].ours(name)
+        NAME_MAPS["tinsmith"].from_hf_name(name)
     with pytest.raises(KeyError):
-        NAMES["deepseek_v3"].ours(name)
+        NAME_MAPS["deepseek_v3"].from_hf_name(name)

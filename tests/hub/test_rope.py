@@ -6,8 +6,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tinsmith.core.errors import UserError
-from tinsmith.hub.rope import read_rope, read_scaling, stretched, write_rope
-from tinsmith.nn.parts.rope import Linear, Llama3, Rope, Yarn, frequencies
+from tinsmith.hub.families.rope import read_rope, read_scaling, with_rope_scaling, write_rope
+from tinsmith.nn.attention.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling, frequencies
 
 YARN = [
     {"factor": factor, "original_max_position_embeddings": original} | betas | attention
@@ -83,12 +83,20 @@ def test_linear_and_llama3_frequencies_are_those_of_transformers(kind, parameter
     "rope",
     [
         Rope(theta=1e6),
-        Rope(scaling=Linear(factor=2.0)),
-        Rope(scaling=Llama3(factor=8.0, original_context=64, low_factor=2.0, high_factor=5.0)),
-        Rope(theta=5e5, scaling=Yarn(factor=4.0, original_context=64)),
+        Rope(scaling=LinearScaling(factor=2.0)),
         Rope(
-            scaling=Yarn(
-                factor=4.0, original_context=64, beta_fast=8.0, beta_slow=2.0, attention_factor=1.1
+            scaling=Llama3Scaling(
+                factor=8.0, original_max_seq_len=64, low_freq_factor=2.0, high_freq_factor=5.0
+            )
+        ),
+        Rope(theta=5e5, scaling=YarnScaling(factor=4.0, original_max_seq_len=64)),
+        Rope(
+            scaling=YarnScaling(
+                factor=4.0,
+                original_max_seq_len=64,
+                beta_fast=8.0,
+                beta_slow=2.0,
+                attention_factor=1.1,
             )
         ),
     ],
@@ -110,11 +118,15 @@ def test_a_file_that_is_silent_means_ten_thousand_and_no_stretching():
 def test_the_original_context_may_stand_beside_or_be_the_context_itself():
     inner = {"rope_type": "yarn", "factor": 2.0}
     read = read_rope({"rope_scaling": inner}, 48, "config.json").scaling
-    assert read == Yarn(factor=2.0, original_context=48)
+    assert read == YarnScaling(factor=2.0, original_max_seq_len=48)
     beside = {"rope_scaling": inner, "original_max_position_embeddings": 32}
-    assert read_rope(beside, 48, "config.json").scaling == Yarn(factor=2.0, original_context=32)
+    assert read_rope(beside, 48, "config.json").scaling == YarnScaling(
+        factor=2.0, original_max_seq_len=32
+    )
     ratio = {"rope_scaling": {"type": "yarn"}, "original_max_position_embeddings": 16}
-    assert read_rope(ratio, 64, "config.json").scaling == Yarn(factor=4.0, original_context=16)
+    assert read_rope(ratio, 64, "config.json").scaling == YarnScaling(
+        factor=4.0, original_max_seq_len=16
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,33 +200,36 @@ def test_what_cannot_be_built_or_makes_no_sense_is_one_line_with_the_key(data, s
 
 def test_a_stretching_that_is_asked_for_may_use_either_vocabulary(model):
     config = model().config
-    words = {"kind": "yarn", "factor": 4, "original_context": 64}
+    words = {"kind": "yarn", "factor": 4, "original_max_seq_len": 64}
     theirs = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     short = {"type": "yarn", "factor": 4.0}
     for scaling in (words, theirs, short):
-        found = stretched(config, scaling)
-        assert found.rope.scaling == Yarn(factor=4.0, original_context=64)
-        assert found.max_context == 256
-    assert stretched(config, None) == config
-    assert stretched(config, {"kind": "linear", "factor": 2}).max_context == 128
-    assert stretched(stretched(config, words), {"rope_type": "default"}).rope == config.rope
+        found = with_rope_scaling(config, scaling)
+        assert found.rope.scaling == YarnScaling(factor=4.0, original_max_seq_len=64)
+        assert found.max_seq_len == 256
+    assert with_rope_scaling(config, None) == config
+    assert with_rope_scaling(config, {"kind": "linear", "factor": 2}).max_seq_len == 128
+    assert (
+        with_rope_scaling(with_rope_scaling(config, words), {"rope_type": "default"}).rope
+        == config.rope
+    )
 
 
 def test_a_stretching_that_is_asked_for_wrongly_is_one_line(model):
     config = model().config
     for scaling, said in (
         ({"kind": "yarm", "factor": 4}, "'yarm' is not one of"),
-        ({"kind": "yarn", "factor": 4}, "original_context: required and not given"),
+        ({"kind": "yarn", "factor": 4}, "original_max_seq_len: required and not given"),
         ({"kind": "yarn", "factr": 4}, "factr"),
         ("yarn", "needs keys and values"),
     ):
         with pytest.raises(UserError, match="rope_scaling") as caught:
-            stretched(config, scaling)
+            with_rope_scaling(config, scaling)
         assert said in str(caught.value)
     with pytest.raises(UserError, match="learned positions"):
-        stretched(model(positions="learned").config, {"type": "yarn", "factor": 2.0})
+        with_rope_scaling(model(positions="learned").config, {"type": "yarn", "factor": 2.0})
 
 
 def test_read_scaling_leaves_mscale_alone_where_only_one_is_given():
     data = {"type": "yarn", "factor": 4.0, "mscale": 1.0}
-    assert read_scaling(data, 64, "x") == Yarn(factor=4.0, original_context=64)
+    assert read_scaling(data, 64, "x") == YarnScaling(factor=4.0, original_max_seq_len=64)

@@ -13,9 +13,14 @@ from tinsmith.core.errors import UserError
 from tinsmith.hub.from_hf import config_from_hf
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.load import load
-from tinsmith.hub.transplant import Plan, table, transplanted, transplanted_config
+from tinsmith.hub.transplant import (
+    TransplantPlan,
+    build_transplant,
+    parameter_table,
+    transplant_config,
+)
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.trained import counts
+from tinsmith.nn.parameters import count_parameters
 
 close = close_to(1e-12)
 
@@ -57,8 +62,8 @@ def logits(lm, ids):
 
 
 def test_H1_counts_of_qwen3_0_6b_are_those_of_the_decisions():
-    sparse = transplanted_config(config_from_hf(QWEN3), Plan({}))
-    lines = {(line.name, line.trained): line.parameters for line in table(sparse)}
+    sparse = transplant_config(config_from_hf(QWEN3), TransplantPlan({}))
+    lines = {(line.name, line.trainable): line.num_parameters for line in parameter_table(sparse)}
     assert lines == {
         ("embedding", False): 155_582_464,
         ("attention", False): 28 * (6_291_456 + 256),
@@ -70,22 +75,24 @@ def test_H1_counts_of_qwen3_0_6b_are_those_of_the_decisions():
     assert lines["embedding", False] + lines["attention", False] == 331_750_400
     with torch.device("meta"):
         built, before = LM(sparse), LM(config_from_hf(QWEN3))
-    assert counts(built) == (265_159_552, 331_808_768)
+    assert count_parameters(built) == (265_159_552, 331_808_768)
     assert (built.parameter_count(), before.parameter_count()) == (596_968_320, 596_049_920)
     routed = [layer.feed_forward for layer in sparse.layers]
-    assert {(f.experts, f.hidden, f.active, f.combine) for f in routed} == {
+    assert {(f.experts, f.hidden_dim, f.target_experts_per_token, f.combine) for f in routed} == {
         (32, 96, 16, "rescaled_sum")
     }
 
 
 def test_H1_the_preset_is_this_transplant():
-    made = transplanted_config(config_from_hf(QWEN3), Plan({"router_grad": "smk"}))
+    made = transplant_config(config_from_hf(QWEN3), TransplantPlan({"router_grad": "smk"}))
     assert made == ModelConfig.preset("tiny-onn-0.6b")
 
 
 def test_norms_are_trained_where_asked_for():
-    lines = table(transplanted_config(config_from_hf(QWEN3), Plan({}, train_norms=True)))
-    trained = {line.name: line.parameters for line in lines if line.trained}
+    lines = parameter_table(
+        transplant_config(config_from_hf(QWEN3), TransplantPlan({}, train_norms=True))
+    )
+    trained = {line.name: line.num_parameters for line in lines if line.trainable}
     assert trained["norms"] == 57 * 1024
     assert trained["attention"] == 28 * 256
 
@@ -97,18 +104,20 @@ def test_H2_all_slices_together_say_what_the_dense_model_says(
 ):
     layer = {
         "mixer": {"kind": "gqa", "heads": 4},
-        "feed_forward": {"kind": activation, "hidden": 48},
+        "feed_forward": {"kind": activation, "hidden_dim": 48},
     }
     dense = model(pattern=[layer]).double()
-    plan = Plan({"experts": 6, "combine": combine}, "slice")
-    sparse = everybody(transplanted(dense, plan))
+    plan = TransplantPlan({"experts": 6, "combine": combine}, "slice")
+    sparse = everybody(build_transplant(dense, plan))
     close(logits(sparse, ids), logits(dense, ids))
     sparse.train()
     close(sparse(ids).logits.detach(), logits(dense, ids))
 
 
 def test_H2_one_slice_less_says_something_else(dense, everybody, ids):
-    sparse = everybody(transplanted(dense, Plan({"experts": 6, "combine": "sum"}, "slice")))
+    sparse = everybody(
+        build_transplant(dense, TransplantPlan({"experts": 6, "combine": "sum"}, "slice"))
+    )
     with torch.no_grad():
         sparse.blocks[1].feed.gate.thresholds[3] = 2
     assert (logits(sparse, ids) - logits(dense, ids)).abs().max() > 1e-3
@@ -117,7 +126,7 @@ def test_H2_one_slice_less_says_something_else(dense, everybody, ids):
 def test_slices_of_the_other_kinds_are_the_dense_layers_parts(dense):
     """Their weights are not 1, so it is experts that are compared and not logits."""
     for kind in ("topk_moe", "deepseek_moe"):
-        feed = transplanted(dense, Plan(KINDS[kind], "slice")).blocks[2].feed
+        feed = build_transplant(dense, TransplantPlan(KINDS[kind], "slice")).blocks[2].feed
         old = dense.blocks[2].feed
         assert torch.equal(feed.experts.up_proj.weight.flatten(0, 1), old.up_proj.weight)
         assert torch.equal(feed.experts.gate_proj.weight.flatten(0, 1), old.gate_proj.weight)
@@ -133,7 +142,7 @@ def test_H3_attention_sub_layers_say_what_those_of_transformers_say(tmp_path, ra
     )
     theirs = randomised(transformers.Qwen3ForCausalLM(config)).double().eval()
     theirs.save_pretrained(tmp_path / "qwen")
-    ours = transplanted(load(tmp_path / "qwen")[0].double(), Plan({"experts": 8}))
+    ours = build_transplant(load(tmp_path / "qwen")[0].double(), TransplantPlan({"experts": 8}))
     heard: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(theirs.model.layers):
         layer.self_attn.register_forward_hook(
@@ -160,7 +169,7 @@ def test_H3_attention_sub_layers_say_what_those_of_transformers_say(tmp_path, ra
 def test_the_skeleton_is_the_dense_models_to_the_bit_and_no_dense_feed_forward_remains(
     kind, init, dense
 ):
-    sparse = transplanted(dense, Plan(KINDS[kind], init))
+    sparse = build_transplant(dense, TransplantPlan(KINDS[kind], init))
     old, new = dense.state_dict(), sparse.state_dict()
     skeleton = {name for name in old if ".feed." not in name}
     assert all(torch.equal(old[name], new[name]) for name in skeleton)
@@ -173,7 +182,7 @@ def test_the_skeleton_is_the_dense_models_to_the_bit_and_no_dense_feed_forward_r
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_H6_a_tied_head_is_the_embedding(tied, model):
-    sparse = transplanted(model(tie_embeddings=tied), Plan({"experts": 4}))
+    sparse = build_transplant(model(tie_embeddings=tied), TransplantPlan({"experts": 4}))
     assert (sparse.head.weight is sparse.embed.weight) == tied
     assert not sparse.head.weight.requires_grad
 
@@ -183,24 +192,24 @@ def test_H6_a_tied_head_is_the_embedding(tied, model):
 def test_H8_a_folder_of_a_transplant_gives_it_back_frozen_as_it_was(
     kind, dtype, model, tokenizer, tmp_path, ids
 ):
-    sparse = transplanted(model(vocab_size=320).to(dtype), Plan(KINDS[kind]))
+    sparse = build_transplant(model(vocab_size=320).to(dtype), TransplantPlan(KINDS[kind]))
     done = export_folder(sparse, tokenizer, tmp_path / "sparse")
     back, _ = load(tmp_path / "sparse")
     assert done.family == ("mixtral" if kind == "topk_moe" else "tinsmith")
-    assert back.config.trained == sparse.config.trained
+    assert back.config.trainable == sparse.config.trainable
     assert back.state_dict().keys() == sparse.state_dict().keys()
     for (name, one), two in zip(
         sparse.state_dict().items(), back.state_dict().values(), strict=True
     ):
         assert torch.equal(one, two), name
-    assert counts(back) == counts(sparse)
+    assert count_parameters(back) == count_parameters(sparse)
     assert torch.equal(logits(back, ids), logits(sparse, ids))
 
 
 def test_a_stock_folder_opens_in_transformers_though_it_says_what_is_frozen(model, tmp_path, ids):
     transformers = pytest.importorskip("transformers")
     mixer = {"kind": "gqa", "heads": 4, "kv_heads": 2, "qk_norm": True}
-    sparse = transplanted(model(mixer), Plan(KINDS["topk_moe"] | {"top_k": 2}))
+    sparse = build_transplant(model(mixer), TransplantPlan(KINDS["topk_moe"] | {"top_k": 2}))
     assert export_folder(sparse, None, tmp_path / "sparse").family == "qwen3_moe"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     with torch.no_grad():
@@ -208,15 +217,15 @@ def test_a_stock_folder_opens_in_transformers_though_it_says_what_is_frozen(mode
 
 
 def test_keys_of_training_that_no_stock_family_has_are_kept(model, tmp_path):
-    sparse = transplanted(model(), Plan(KINDS["topk_moe"] | {"balance": "sequence"}))
+    sparse = build_transplant(model(), TransplantPlan(KINDS["topk_moe"] | {"balance": "sequence"}))
     assert export_folder(sparse, None, tmp_path / "sparse").family == "tinsmith"
     assert load(tmp_path / "sparse")[0].config == sparse.config
 
 
 def test_a_new_dense_layer_in_the_same_skeleton_begins_at_random(dense):
-    made = transplanted(dense, Plan({"kind": "swiglu", "hidden": 24}))
+    made = build_transplant(dense, TransplantPlan({"kind": "swiglu", "hidden_dim": 24}))
     assert made.blocks[0].feed.up_proj.weight.shape == (24, 32)
-    same = transplanted(dense, Plan({"kind": "swiglu"}))
+    same = build_transplant(dense, TransplantPlan({"kind": "swiglu"}))
     old, new = (dict(lm.named_parameters()) for lm in (dense, same))
     assert old.keys() == new.keys()
     assert {n for n in old if not torch.equal(old[n], new[n])} == {n for n in old if ".feed." in n}
@@ -226,7 +235,11 @@ def test_the_same_seed_makes_the_same_experts(dense):
     made = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        made.append(transplanted(dense, Plan({"experts": 4})).blocks[0].feed.experts.up_proj.weight)
+        made.append(
+            build_transplant(dense, TransplantPlan({"experts": 4}))
+            .blocks[0]
+            .feed.experts.up_proj.weight
+        )
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
 
@@ -242,32 +255,36 @@ def test_the_same_seed_makes_the_same_experts(dense):
         ({"experts": "many"}, "random", "experts='many' must be at least 1"),
         ({"expertz": 3}, "random", "expertz: unknown key"),
         ({"activation": "relu2"}, "random", "activation=relu2, the model's is swiglu"),
-        ({"experts": 5}, "random", "5 experts do not share 48 hidden units evenly; give `hidden`"),
+        (
+            {"experts": 5},
+            "random",
+            "5 experts do not share 48 hidden units evenly; give `hidden_dim`",
+        ),
         ({"experts": 100}, "slice", "100 experts do not share 48 hidden units evenly"),
         (
-            {"experts": 5, "hidden": 9},
+            {"experts": 5, "hidden_dim": 9},
             "slice",
             "5 experts of width 9 have 45 hidden units, the dense layer has 48",
         ),
-        (KINDS["topk_moe"] | {"shared": 1}, "slice", "shared=1 must be 0"),
+        (KINDS["topk_moe"] | {"n_shared_experts": 1}, "slice", "shared=1 must be 0"),
     ],
     ids=str,
 )
 def test_a_feed_forward_that_cannot_be_is_refused_in_one_line(feed, init, expected, dense):
     with pytest.raises(UserError) as caught:
-        transplanted_config(dense.config, Plan(feed, init))
+        transplant_config(dense.config, TransplantPlan(feed, init))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_without_dense_feed_forwards_is_refused(dense, model):
-    sparse = transplanted_config(dense.config, Plan({"experts": 4}))
+    sparse = transplant_config(dense.config, TransplantPlan({"experts": 4}))
     with pytest.raises(UserError, match="the model's feed-forward is dyn_moe, not a dense one"):
-        transplanted_config(sparse, Plan({}))
+        transplant_config(sparse, TransplantPlan({}))
     layer = {"mixer": {"kind": "gqa", "heads": 4}}
-    layer |= {"feed_forward": {"kind": "swiglu", "hidden": 48, "bias": True}}
+    layer |= {"feed_forward": {"kind": "swiglu", "hidden_dim": 48, "bias": True}}
     with pytest.raises(UserError, match="has biases"):
-        transplanted_config(model(pattern=[layer]).config, Plan({}))
+        transplant_config(model(pattern=[layer]).config, TransplantPlan({}))
 
 
 def test_what_a_stock_folder_says_of_freezing_must_be_a_list():
@@ -275,7 +292,7 @@ def test_what_a_stock_folder_says_of_freezing_must_be_a_list():
         with pytest.raises(UserError, match="tinsmith_trained: must be a list of patterns"):
             config_from_hf(QWEN3 | {"tinsmith_trained": wrong})
     config = config_from_hf(QWEN3 | {"tinsmith_trained": ["norm"]})
-    assert replace(config, trained=("*",)) == config_from_hf(QWEN3)
+    assert replace(config, trainable=("*",)) == config_from_hf(QWEN3)
 
 
 class Verb:
@@ -308,7 +325,10 @@ class Verb:
 
 @pytest.fixture
 def verb(model, tokenizer, tmp_path) -> Verb:
-    layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": {"kind": "swiglu", "hidden": 64}}
+    layer = {
+        "mixer": {"kind": "gqa", "heads": 4},
+        "feed_forward": {"kind": "swiglu", "hidden_dim": 64},
+    }
     export_folder(model(vocab_size=320, pattern=[layer]), tokenizer, tmp_path / "dense")
     return Verb(tmp_path / "dense")
 
@@ -318,8 +338,8 @@ def test_the_verb_writes_a_folder_that_trains_its_experts_alone(verb, capsys, id
     sparse, tokenizer = load(verb.out)
     assert tokenizer is not None
     feed = sparse.config.layers[0].feed_forward
-    assert (feed.kind, feed.experts, feed.hidden, feed.router_grad) == ("dyn_moe", 4, 16, "smk")
-    assert f"{counts(sparse)}" in capsys.readouterr().out
+    assert (feed.kind, feed.experts, feed.hidden_dim, feed.router_grad) == ("dyn_moe", 4, 16, "smk")
+    assert f"{count_parameters(sparse)}" in capsys.readouterr().out
     card = (verb.out / "README.md").read_text(encoding="utf-8")
     assert str(verb.folder) in card
     assert "frozen" in card

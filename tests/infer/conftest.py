@@ -33,9 +33,9 @@ def small() -> Callable[..., LM]:
         **model: Any,
     ) -> LM:
         torch.manual_seed(0)
-        feed_forward = {"kind": "swiglu", "hidden": 48}
+        feed_forward = {"kind": "swiglu", "hidden_dim": 48}
         pattern = [{"mixer": {"kind": "gqa"} | m, "feed_forward": feed_forward} for m in mixers]
-        section = {"vocab_size": VOCAB, "dim": 32, "depth": 3, "max_context": 128}
+        section = {"vocab_size": VOCAB, "dim": 32, "depth": 3, "max_seq_len": 128}
         section |= {"tie_embeddings": False, "pattern": pattern}
         lm = LM(ModelConfig.from_dict(section | model)).to(dtype).eval()
         with torch.no_grad():
@@ -84,7 +84,7 @@ def finished() -> Callable[[Engine], dict[int, list[Event]]]:
     def ran(engine: Engine) -> dict[int, list[Event]]:
         events: dict[int, list[Event]] = {}
         for event in engine.run():
-            events.setdefault(event.number, []).append(event)
+            events.setdefault(event.request_id, []).append(event)
         return events
 
     return ran

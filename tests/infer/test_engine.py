@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tinsmith.core.errors import UserError
-from tinsmith.infer import rows as rows_module
+from tinsmith.infer import requests as rows_module
 from tinsmith.infer.engine import Engine
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 VOCAB = 48
 
 
@@ -39,7 +39,7 @@ def test_greedy_answers_are_those_of_full_forwards(lm, draw, greedily, finished,
 def test_rows_come_and_go_while_others_run(lm, draw, greedily):
     """More requests than rows, at random times; some are dropped, waiting or running."""
     turn = random.Random(3)
-    engine = Engine(lm, rows=3)
+    engine = Engine(lm, max_batch_size=3)
     asked, heard, dropped, most = {}, {}, set(), 0
     for step in itertools.count():
         if step < 40 and turn.random() < 0.4:
@@ -49,14 +49,14 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
         if asked and turn.random() < 0.15:
             over = {n for n, events in heard.items() if events and events[-1].finish}
             number = turn.choice(sorted(asked)[-5:])
-            engine.drop(number)
+            engine.cancel(number)
             dropped |= {number} - over
         for event in engine.step():
-            assert event.number not in dropped
-            heard[event.number].append(event)
-        most = max(most, engine.active)
-        assert engine.active <= 3
-        if step >= 40 and not engine.active and not engine.waiting:
+            assert event.request_id not in dropped
+            heard[event.request_id].append(event)
+        most = max(most, engine.num_active)
+        assert engine.num_active <= 3
+        if step >= 40 and not engine.num_active and not engine.num_waiting:
             break
     assert most == 3
     assert len(asked) > 10
@@ -70,16 +70,16 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
 
 def test_many_rows_are_refilled_a_few_at_a_time(small, draw):
     """Of 32 rows two must be free, or as many as there are prompts left to wait for them."""
-    engine = Engine(small(), rows=32)
+    engine = Engine(small(), max_batch_size=32)
     for seed in range(35):
         engine.add(draw(4, seed), GREEDY, 2 + seed)
     free = []
-    while engine.waiting or engine.active:
-        before = engine.waiting
-        left = 32 - engine.active
+    while engine.num_waiting or engine.num_active:
+        before = engine.num_waiting
+        left = 32 - engine.num_active
         engine.step()
         if before and before < 35:
-            free.append((left, before, before - engine.waiting))
+            free.append((left, before, before - engine.num_waiting))
     assert free[0] == (0, 3, 0)
     assert all(bool(taken) == (left >= min(2, before)) for left, before, taken in free)
     assert any(left == 1 and not taken for left, before, taken in free)
@@ -89,19 +89,19 @@ def test_many_rows_are_refilled_a_few_at_a_time(small, draw):
 def test_long_prompts_are_taken_in_bit_by_bit_while_others_go_on(
     small, draw, greedily, monkeypatch
 ):
-    monkeypatch.setattr(rows_module, "CHUNK", 8)
+    monkeypatch.setattr(rows_module, "PREFILL_CHUNK_SIZE", 8)
     lm = small([{"heads": 4, "window": 5}, {"heads": 4}])
-    engine = Engine(lm, rows=4)
+    engine = Engine(lm, max_batch_size=4)
     prompts = [draw(3), draw(30), draw(21), draw(40)]
     heard = {engine.add(prompts[0], GREEDY, 20): []}
     engine.step()
     heard |= {engine.add(prompt, GREEDY, 6): [] for prompt in prompts[1:]}
     speakers = []
-    while engine.active or engine.waiting:
+    while engine.num_active or engine.num_waiting:
         events = engine.step()
-        speakers.append([event.number for event in events])
+        speakers.append([event.request_id for event in events])
         for event in events:
-            heard[event.number].append(event.token)
+            heard[event.request_id].append(event.token)
     assert speakers == [[0]] * 4 + [[0, 1, 2, 3]] * 6 + [[0]] * 9
     heard[0].insert(0, greedily(lm, prompts[0], 1)[0])
     for number, count in enumerate([20, 6, 6, 6]):
@@ -111,23 +111,23 @@ def test_long_prompts_are_taken_in_bit_by_bit_while_others_go_on(
 def test_a_request_dropped_while_its_prompt_is_taken_in_never_speaks(
     small, draw, greedily, monkeypatch
 ):
-    monkeypatch.setattr(rows_module, "CHUNK", 8)
+    monkeypatch.setattr(rows_module, "PREFILL_CHUNK_SIZE", 8)
     lm = small()
     engine = Engine(lm)
     numbers = [engine.add(draw(20, seed), GREEDY, 4) for seed in range(2)]
     assert engine.step() == []
-    assert (engine.active, engine.waiting) == (2, 0)
-    engine.drop(numbers[0])
-    assert engine.active == 1
+    assert (engine.num_active, engine.num_waiting) == (2, 0)
+    engine.cancel(numbers[0])
+    assert engine.num_active == 1
     assert tokens_of(engine.run()) == greedily(lm, draw(20, 1), 4)
 
 
 def test_caches_grow_with_the_rows_and_shrink_when_they_are_gone(small, draw, greedily, finished):
-    lm = small([{"heads": 4, "window": 300}, {"heads": 4}], max_context=2000, depth=2)
+    lm = small([{"heads": 4, "window": 300}, {"heads": 4}], max_seq_len=2000, depth=2)
     engine = Engine(lm)
     nothing = engine.nbytes()
     number = engine.add(draw(250), GREEDY, 20)
-    assert engine.step()[0].number == number
+    assert engine.step()[0].request_id == number
     early = engine.nbytes()
     other = engine.add(draw(700), GREEDY, 3)
     assert len(engine.step() + engine.step()) == 3
@@ -142,38 +142,40 @@ def test_caches_grow_with_the_rows_and_shrink_when_they_are_gone(small, draw, gr
 
 def test_a_row_outgrows_its_caches_while_it_decodes(small, draw, greedily, finished):
     """Past 256 tokens, below, at and beyond a window."""
-    lm = small([{"heads": 4, "window": 258}, {"heads": 4}], max_context=400, depth=2)
+    lm = small([{"heads": 4, "window": 258}, {"heads": 4}], max_seq_len=400, depth=2)
     requests = [(draw(250), GREEDY, 20), (draw(240), GREEDY, 12)]
     expected = [greedily(lm, prompt, count) for prompt, _, count in requests]
     assert answers(Engine(lm), requests, finished) == expected
 
 
 def test_S4_the_same_seed_gives_the_same_tokens_whatever_else_is_asked(lm, draw, finished):
-    chosen = Sampling(temperature=1.5, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
+    chosen = SamplingParams(temperature=1.5, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
     requests = [(draw(9), chosen, 15)]
     alone = answers(Engine(lm), requests, finished)[0]
     others = [
-        (draw(length, 5), Sampling(temperature=heat, seed=length), 9)
+        (draw(length, 5), SamplingParams(temperature=heat, seed=length), 9)
         for length, heat in ((3, 1.0), (9, 0.0), (20, 2.0), (1, 0.7))
     ]
     for before in range(5):
         for rows in (2, 8):
             mixed = others[:before] + requests + others[before:]
-            assert answers(Engine(lm, rows=rows), mixed, finished)[before] == alone
-    different = answers(Engine(lm), [(draw(9), Sampling(temperature=1.5, seed=12), 15)], finished)
+            assert answers(Engine(lm, max_batch_size=rows), mixed, finished)[before] == alone
+    different = answers(
+        Engine(lm), [(draw(9), SamplingParams(temperature=1.5, seed=12), 15)], finished
+    )
     assert different[0] != alone
 
 
 def test_S4_in_float32_too(small, draw, finished):
     lm = small(dtype=torch.float32)
-    chosen = Sampling(temperature=1.0, seed=2)
+    chosen = SamplingParams(temperature=1.0, seed=2)
     alone = answers(Engine(lm), [(draw(9), chosen, 40)], finished)[0]
-    others = [(draw(length, 5), Sampling(seed=length), 40) for length in (3, 9, 20)]
+    others = [(draw(length, 5), SamplingParams(seed=length), 40) for length in (3, 9, 20)]
     assert answers(Engine(lm), [*others, (draw(9), chosen, 40)], finished)[3] == alone
 
 
 def test_without_a_seed_every_answer_is_another(small, draw, finished):
-    requests = [(draw(5), Sampling(temperature=2.0), 30)] * 2
+    requests = [(draw(5), SamplingParams(temperature=2.0), 30)] * 2
     first, second = answers(Engine(small()), requests, finished)
     assert first != second
 
@@ -181,7 +183,7 @@ def test_without_a_seed_every_answer_is_another(small, draw, finished):
 def test_logprobs_are_those_of_full_forwards(lm, draw):
     engine = Engine(lm)
     prompt = draw(6)
-    engine.add(prompt, Sampling(temperature=0.7, top_k=5, seed=1), 10)
+    engine.add(prompt, SamplingParams(temperature=0.7, top_k=5, seed=1), 10)
     events = list(engine.run())
     ids = torch.tensor([prompt + tokens_of(events)])
     with torch.no_grad():
@@ -194,9 +196,9 @@ def test_logprobs_are_those_of_full_forwards(lm, draw):
 def test_repetition_is_penalised_over_prompt_and_answer(small, draw, finished):
     """A penalty that leaves a token no chance twice: all that is said is new."""
     prompt = draw(10)
-    chosen = Sampling(temperature=0, repetition_penalty=1e6)
+    chosen = SamplingParams(temperature=0, repetition_penalty=1e6)
     requests = [(prompt, chosen, 30), (draw(4), GREEDY, 30), (draw(3), chosen, 20)]
-    first, plain, second = answers(Engine(small(), rows=2), requests, finished)
+    first, plain, second = answers(Engine(small(), max_batch_size=2), requests, finished)
     assert len({*prompt, *first}) == len({*prompt}) + 30
     assert len({*draw(3), *second}) == len({*draw(3)}) + 20
     assert len(set(plain)) < 30
@@ -218,16 +220,16 @@ def calls(lm, monkeypatch):
 def test_a_group_shares_its_prompt(lm, draw, finished, monkeypatch, rows):
     """Taken in once, even where its answers do not all find rows at once."""
     prompts = [draw(9), draw(8)]
-    samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(4)]
+    samplings = [SamplingParams(temperature=1.0, seed=seed) for seed in range(4)]
     alone = [
         answers(Engine(lm), [(prompt, chosen, 7)], finished)[0]
         for prompt in prompts
         for chosen in samplings
     ]
     shapes = calls(lm, monkeypatch)
-    engine = Engine(lm, rows=rows)
+    engine = Engine(lm, max_batch_size=rows)
     numbers = [n for prompt in prompts for n in engine.add_group(prompt, samplings, 7)]
-    assert engine.waiting == 8
+    assert engine.num_waiting == 8
     events = finished(engine)
     assert [tokens_of(events[number]) for number in numbers] == alone
     taken_in = [shape for shape in shapes if shape[1] > 1]
@@ -248,36 +250,36 @@ def test_an_answer_ends_with_a_stop_token_or_its_length(small, draw, greedily, f
     whole = greedily(lm, draw(6), 12)
     third = next(t for t in whole[2:] if t not in whole[:2])
     until = whole.index(third) + 1
-    for engine, stop_ids in ((Engine(lm, eos=[third]), ()), (Engine(lm), [third])):
+    for engine, stop_ids in ((Engine(lm, eos_ids=[third]), ()), (Engine(lm), [third])):
         engine.add(draw(6), GREEDY, 12, stop_ids)
         events = list(engine.run())
         assert tokens_of(events) == whole[:until]
-        assert [e.finish for e in events] == [None] * (until - 1) + ["stop"]
+        assert [e.finish_reason for e in events] == [None] * (until - 1) + ["stop"]
     for count in (1, 2, 12):
         engine = Engine(lm)
         engine.add(draw(6), GREEDY, count)
         events = list(engine.run())
         assert tokens_of(events) == whole[:count]
-        assert [e.finish for e in events] == [None] * (count - 1) + ["length"]
+        assert [e.finish_reason for e in events] == [None] * (count - 1) + ["length"]
 
 
 @pytest.mark.parametrize("capacity", [10, 128, None, 4000])
 def test_an_answer_ends_where_the_row_is_full(lm, draw, greedily, capacity):
     """The model's context is the limit, whatever the capacity."""
-    engine = Engine(lm, capacity=capacity)
+    engine = Engine(lm, max_seq_len=capacity)
     most = min(capacity or 128, 128)
     engine.add(draw(6), GREEDY, 1000)
     engine.add(draw(most - 1), GREEDY, 1000)
     events = list(engine.run())
     for number, prompt in enumerate((draw(6), draw(most - 1))):
-        own = [event for event in events if event.number == number]
+        own = [event for event in events if event.request_id == number]
         assert tokens_of(own) == greedily(lm, prompt, most - len(prompt))
-        assert own[-1].finish == "length"
+        assert own[-1].finish_reason == "length"
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "none"])
 def test_other_positions_up_to_the_last_one(small, draw, greedily, finished, positions):
-    lm = small(positions=positions, max_context=20)
+    lm = small(positions=positions, max_seq_len=20)
     requests = [(draw(4), GREEDY, 100), (draw(9), GREEDY, 100)]
     assert answers(Engine(lm), requests, finished) == [
         greedily(lm, draw(4), 16),
@@ -289,18 +291,18 @@ def test_other_positions_up_to_the_last_one(small, draw, greedily, finished, pos
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_end_it_with_an_error(small, draw, heat, broken):
     lm = small()
-    engine = Engine(lm, rows=2)
+    engine = Engine(lm, max_batch_size=2)
     for seed in range(3):
-        engine.add(draw(4, seed), Sampling(temperature=heat, seed=seed), 10)
+        engine.add(draw(4, seed), SamplingParams(temperature=heat, seed=seed), 10)
     engine.step()
     with torch.no_grad():
         lm.norm.weight[3] = broken
     with pytest.raises(RuntimeError, match="NaN or infinite after 5 tokens of request 0"):
         engine.step()
-    assert engine.active == 0
+    assert engine.num_active == 0
     with torch.no_grad():
         lm.norm.weight[3] = 1.0
-    assert {event.number for event in engine.run()} == {2}
+    assert {event.request_id for event in engine.run()} == {2}
 
 
 @pytest.mark.parametrize(
@@ -310,17 +312,17 @@ def test_logits_that_are_no_numbers_end_it_with_an_error(small, draw, heat, brok
         ([1, VOCAB], 5, f"outside 0..{VOCAB - 1}"),
         ([-1], 5, "outside"),
         ([1] * 128, 5, "has 128 tokens, and there is room for 128"),
-        ([1], 0, "max_new=0"),
+        ([1], 0, "max_new_tokens=0"),
     ],
 )
 def test_impossible_requests_are_refused(small, prompt, max_new, message):
     engine = Engine(small())
     with pytest.raises(UserError, match=message):
         engine.add(prompt, GREEDY, max_new)
-    assert engine.waiting == 0
+    assert engine.num_waiting == 0
 
 
-@pytest.mark.parametrize("key", ["rows", "capacity"])
+@pytest.mark.parametrize("key", ["max_batch_size", "max_seq_len"])
 def test_impossible_sizes_are_refused(small, key):
     with pytest.raises(UserError, match=f"{key}=0"):
         Engine(small(), **{key: 0})
@@ -337,9 +339,9 @@ def test_dropping_what_is_over_or_unknown_does_nothing(small, draw):
     engine = Engine(small())
     number = engine.add(draw(3), GREEDY, 2)
     assert len(list(engine.run())) == 2
-    engine.drop(number)
-    engine.drop(99)
-    assert (engine.active, engine.waiting, engine.step()) == (0, 0, [])
+    engine.cancel(number)
+    engine.cancel(99)
+    assert (engine.num_active, engine.num_waiting, engine.step()) == (0, 0, [])
 
 
 def test_another_precision_decodes_with_a_copy_of_the_weights(small, draw, greedily):
@@ -360,7 +362,7 @@ def test_the_model_stays_as_it_is(small, draw):
     lm = small()
     before = torch.get_rng_state()
     engine = Engine(lm)
-    engine.add(draw(5), Sampling(temperature=1.0, seed=3), 10)
+    engine.add(draw(5), SamplingParams(temperature=1.0, seed=3), 10)
     list(engine.run())
     assert torch.equal(torch.get_rng_state(), before)
     lm(torch.tensor([draw(5)])).logits.sum().backward()

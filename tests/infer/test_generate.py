@@ -7,11 +7,19 @@ from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
 from tinsmith.infer.engine import Engine, Event
-from tinsmith.infer.generate import Answer, ends, evaluating, follow, generate, spread, stream
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.generate import (
+    CompletionBuilder,
+    eos_ids,
+    eval_mode,
+    generate,
+    stream,
+    stream_request,
+    with_distinct_seeds,
+)
+from tinsmith.infer.sample import SamplingParams
 
-GREEDY = Sampling(temperature=0)
-WARM = Sampling(temperature=1.5, seed=5)
+GREEDY = SamplingParams(temperature=0)
+WARM = SamplingParams(temperature=1.5, seed=5)
 
 
 @pytest.fixture
@@ -21,12 +29,12 @@ def lm(small, tokenizer):
 
 def shown(tokenizer, ids, stop=(), finish="length"):
     """Increments of text for these ids, the last with `finish`; None for a row that was dropped."""
-    answer = Answer(tokenizer, stop)
+    answer = CompletionBuilder(tokenizer, stop)
     pieces = []
     for place, token in enumerate(ids):
         last = place == len(ids) - 1
-        pieces.append(answer.take(Event(0, token, -1.0, finish if last else None)))
-        if answer.finish:
+        pieces.append(answer.push(Event(0, token, -1.0, finish if last else None)))
+        if answer.finish_reason:
             break
     return pieces, answer
 
@@ -70,32 +78,40 @@ def test_text_that_might_have_become_a_stop_string_comes_at_the_end(tokenizer):
 
 def test_a_stream_says_what_generate_says(lm, tokenizer):
     prompts = [tokenizer.encode(text) for text in ("def", "naïve café", "x")]
-    whole = generate(lm, tokenizer, prompts, sampling=WARM, max_new=30)
+    whole = generate(lm, tokenizer, prompts, sampling_params=WARM, max_new_tokens=30)
     for prompt, completion in zip(prompts, whole, strict=True):
-        pieces = list(stream(lm, tokenizer, prompt, sampling=WARM, max_new=30))
+        pieces = list(stream(lm, tokenizer, prompt, sampling_params=WARM, max_new_tokens=30))
         assert "".join(pieces) == completion.text
         assert "" not in pieces
-        assert len(completion.ids) == len(completion.logprobs) <= 30
+        assert len(completion.token_ids) == len(completion.logprobs) <= 30
     assert len({completion.text for completion in whole}) == 3
 
 
 def test_stop_strings_cut_answers_and_free_their_rows(lm, tokenizer):
     prompt = tokenizer.encode("def f")
-    plain = generate(lm, tokenizer, [prompt], sampling=WARM, max_new=40)[0]
-    assert plain.finish == "length"
+    plain = generate(lm, tokenizer, [prompt], sampling_params=WARM, max_new_tokens=40)[0]
+    assert plain.finish_reason == "length"
     stop = plain.text[8:12]
     where = plain.text.index(stop)
-    cut = generate(lm, tokenizer, [prompt] * 3, sampling=WARM, max_new=40, stop=[stop], rows=1)
+    cut = generate(
+        lm,
+        tokenizer,
+        [prompt] * 3,
+        sampling_params=WARM,
+        max_new_tokens=40,
+        stop=[stop],
+        batch_size=1,
+    )
     for completion in cut:
-        assert (completion.text, completion.finish) == (plain.text[:where], "stop")
-        assert len(completion.ids) < 40
-        assert completion.ids == plain.ids[: len(completion.ids)]
-    pieces = stream(lm, tokenizer, prompt, sampling=WARM, max_new=40, stop=[stop])
+        assert (completion.text, completion.finish_reason) == (plain.text[:where], "stop")
+        assert len(completion.token_ids) < 40
+        assert completion.token_ids == plain.token_ids[: len(completion.token_ids)]
+    pieces = stream(lm, tokenizer, prompt, sampling_params=WARM, max_new_tokens=40, stop=[stop])
     assert "".join(pieces) == plain.text[:where]
 
 
 def test_answers_end_with_end_of_text_and_end_of_turn(small, tokenizer):
-    assert ends(tokenizer) == (0, 2)
+    assert eos_ids(tokenizer) == (0, 2)
     for last in (0, 2):
         lm = small(vocab_size=tokenizer.vocab_size, depth=1)
         with torch.no_grad():
@@ -104,71 +120,82 @@ def test_answers_end_with_end_of_text_and_end_of_turn(small, tokenizer):
                 block.feed.down_proj.weight.zero_()
             lm.head.weight.zero_()
             lm.head.weight[last] = lm.embed.weight[5]
-        completion = generate(lm, tokenizer, [[5]], sampling=GREEDY, max_new=9)[0]
+        completion = generate(lm, tokenizer, [[5]], sampling_params=GREEDY, max_new_tokens=9)[0]
         assert completion[:3] == ([last], "", "stop")
 
 
 def test_S4_answers_do_not_depend_on_what_else_is_asked(lm, tokenizer):
     prompts = [tokenizer.encode("def f(x):" + " x" * count) for count in range(5)]
-    together = generate(lm, tokenizer, prompts, sampling=WARM, max_new=12, rows=3)
+    together = generate(
+        lm, tokenizer, prompts, sampling_params=WARM, max_new_tokens=12, batch_size=3
+    )
     for prompt, completion in zip(prompts, together, strict=True):
-        alone = generate(lm, tokenizer, [prompt], sampling=WARM, max_new=12)[0]
+        alone = generate(lm, tokenizer, [prompt], sampling_params=WARM, max_new_tokens=12)[0]
         assert alone[:3] == completion[:3]
 
 
 def test_several_answers_to_one_prompt_differ_and_the_first_is_that_of_one(lm, tokenizer):
     prompt = tokenizer.encode("def")
-    one = generate(lm, tokenizer, [prompt], sampling=WARM, max_new=20)
-    three = generate(lm, tokenizer, [prompt] * 3, sampling=spread(WARM, 3), max_new=20)
-    assert three[0].ids == one[0].ids
-    assert len({tuple(completion.ids) for completion in three}) == 3
-    assert spread(WARM, 3) == spread(WARM, 4)[:3]
-    assert spread(Sampling(), 2) == [Sampling()] * 2
+    one = generate(lm, tokenizer, [prompt], sampling_params=WARM, max_new_tokens=20)
+    three = generate(
+        lm, tokenizer, [prompt] * 3, sampling_params=with_distinct_seeds(WARM, 3), max_new_tokens=20
+    )
+    assert three[0].token_ids == one[0].token_ids
+    assert len({tuple(completion.token_ids) for completion in three}) == 3
+    assert with_distinct_seeds(WARM, 3) == with_distinct_seeds(WARM, 4)[:3]
+    assert with_distinct_seeds(SamplingParams(), 2) == [SamplingParams()] * 2
 
 
 def test_every_prompt_may_have_its_own_sampling(lm, tokenizer):
     prompts = [tokenizer.encode("def"), tokenizer.encode("x")]
-    each = generate(lm, tokenizer, prompts, sampling=[GREEDY, WARM], max_new=10)
+    each = generate(lm, tokenizer, prompts, sampling_params=[GREEDY, WARM], max_new_tokens=10)
     for completion, prompt, chosen in zip(each, prompts, (GREEDY, WARM), strict=True):
         assert (
-            completion.ids == generate(lm, tokenizer, [prompt], sampling=chosen, max_new=10)[0][0]
+            completion.token_ids
+            == generate(lm, tokenizer, [prompt], sampling_params=chosen, max_new_tokens=10)[0][0]
         )
     with pytest.raises(ValueError, match="zip"):
-        generate(lm, tokenizer, prompts, sampling=[GREEDY], max_new=10)
+        generate(lm, tokenizer, prompts, sampling_params=[GREEDY], max_new_tokens=10)
 
 
 def test_answers_end_as_they_are_when_asked_to(lm, tokenizer):
     polls = iter([False] * 4 + [True])
     done = generate(
-        lm, tokenizer, [[9], [9, 9]], sampling=WARM, max_new=50, rows=1, poll=lambda: next(polls)
+        lm,
+        tokenizer,
+        [[9], [9, 9]],
+        sampling_params=WARM,
+        max_new_tokens=50,
+        batch_size=1,
+        should_stop=lambda: next(polls),
     )
-    assert [len(completion.ids) for completion in done] == [4, 0]
-    assert [completion.finish for completion in done] == ["cancelled"] * 2
+    assert [len(completion.token_ids) for completion in done] == [4, 0]
+    assert [completion.finish_reason for completion in done] == ["cancelled"] * 2
 
 
 def test_closing_a_stream_drops_its_row_and_leaves_others(lm, tokenizer):
     engine = Engine(lm)
     first, second = (engine.add([number + 7], WARM, 60) for number in range(2))
-    pieces = follow(engine, first, Answer(tokenizer))
+    pieces = stream_request(engine, first, CompletionBuilder(tokenizer))
     next(pieces)
-    assert engine.active == 2
+    assert engine.num_active == 2
     pieces.close()
-    assert engine.active == 1
-    assert {event.number for event in engine.run()} == {second}
+    assert engine.num_active == 1
+    assert {event.request_id for event in engine.run()} == {second}
 
 
 def test_the_mode_of_the_model_comes_back(lm, tokenizer):
     lm.train()
-    generate(lm, tokenizer, [[5]], sampling=GREEDY, max_new=3)
+    generate(lm, tokenizer, [[5]], sampling_params=GREEDY, max_new_tokens=3)
     assert lm.training
-    pieces = stream(lm, tokenizer, [5], sampling=WARM, max_new=50)
+    pieces = stream(lm, tokenizer, [5], sampling_params=WARM, max_new_tokens=50)
     next(pieces)
     assert not lm.training
     pieces.close()
     assert lm.training
     with pytest.raises(UserError, match="no tokens"):
-        generate(lm, tokenizer, [[]], sampling=GREEDY, max_new=3)
+        generate(lm, tokenizer, [[]], sampling_params=GREEDY, max_new_tokens=3)
     assert lm.training
-    with evaluating(lm.eval()):
+    with eval_mode(lm.eval()):
         pass
     assert not lm.training

@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from tinsmith import LM, ModelConfig
-from tinsmith.infer import packed as packing
+from tinsmith.infer import onednn_weights as packing
 from tinsmith.infer.engine import Engine
-from tinsmith.infer.packed import Packed, packed
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.onednn_weights import PrepackedLinear, prepack_weights
+from tinsmith.infer.sample import SamplingParams
 
 SMALL = {
     "vocab_size": 96,
     "dim": 32,
     "depth": 2,
-    "max_context": 64,
+    "max_seq_len": 64,
     "pattern": [
         {
             "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "bias": "qkv"},
-            "feed_forward": {"kind": "swiglu", "hidden": 48},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
         }
     ],
 }
@@ -30,7 +30,7 @@ def model(dtype=torch.float32, **changes):
 
 
 def answer(engine):
-    engine.add(range(9), Sampling(temperature=0), 12)
+    engine.add(range(9), SamplingParams(temperature=0), 12)
     return [event.token for event in engine.run()]
 
 
@@ -58,18 +58,18 @@ def can_pack(dtype):
 def test_a_packed_model_says_the_same(dtype, atol, tied):
     with torch.inference_mode(False):
         lm = model(dtype, tie_embeddings=tied)
-    twin = packed(lm)
-    assert sum(isinstance(module, Packed) for module in twin.modules()) == 2 * 7 + 1
+    twin = prepack_weights(lm)
+    assert sum(isinstance(module, PrepackedLinear) for module in twin.modules()) == 2 * 7 + 1
     torch.testing.assert_close(twin(IDS).logits, lm(IDS).logits, rtol=0, atol=atol)
 
 
 @can_pack(torch.float32)
 def test_parameters_are_shared_and_the_model_is_as_it_was():
     lm = model()
-    twin = packed(lm)
+    twin = prepack_weights(lm)
     assert list(map(id, twin.parameters())) == list(map(id, lm.parameters()))
     assert list(twin.state_dict()) == list(lm.state_dict())
-    assert not any(isinstance(module, Packed) for module in lm.modules())
+    assert not any(isinstance(module, PrepackedLinear) for module in lm.modules())
 
 
 @pytest.mark.parametrize("change", ["in place", "fused", "data", "assign"])
@@ -107,7 +107,7 @@ def test_an_engine_follows_the_mode_of_its_model():
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_an_engine_answers_under_autocast(precision):
     engine = Engine(model())
-    engine.add([1, 2, 3], Sampling(temperature=0), 4)
+    engine.add([1, 2, 3], SamplingParams(temperature=0), 4)
     with torch.autocast("cpu", precision):
         assert len(list(engine.run())) == 4
 
@@ -115,7 +115,7 @@ def test_an_engine_answers_under_autocast(precision):
 @can_pack(torch.float32)
 def test_gradients_pass_through_a_packed_model():
     lm = model()
-    twin = packed(lm)
+    twin = prepack_weights(lm)
     with torch.no_grad():
         twin(IDS)
     twin(IDS).logits.sum().backward()
@@ -125,16 +125,16 @@ def test_gradients_pass_through_a_packed_model():
 def test_weights_of_inference_mode_are_left():
     with torch.inference_mode():
         lm = model()
-    assert packed(lm) is lm
+    assert prepack_weights(lm) is lm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_what_cannot_be_packed_is_left(dtype):
     lm = model(dtype)
-    assert packed(lm) is lm
+    assert prepack_weights(lm) is lm
 
 
 def test_a_compiled_model_is_left():
     lm = model()
     lm.compile(backend="eager")
-    assert packed(lm) is lm
+    assert prepack_weights(lm) is lm

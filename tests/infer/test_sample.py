@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinsmith.infer.sample import Sampling, draw, filter_logits, sample, stack, uniform
+from tinsmith.infer.sample import (
+    SamplingParams,
+    draw,
+    filter_logits,
+    sample,
+    stack_sampling_params,
+    uniform,
+)
 
 INF = math.inf
 
@@ -65,9 +72,9 @@ CASES = [
 @pytest.mark.parametrize("size", [10, 700])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores_are_those_of_transformers(case, size):
-    chosen = Sampling(**case)
+    chosen = SamplingParams(**case)
     logits, seen = logits_of(4, size), seen_of(4, size)
-    mine = filter_logits(logits, stack([chosen] * 4), seen).log_softmax(-1)
+    mine = filter_logits(logits, stack_sampling_params([chosen] * 4), seen).log_softmax(-1)
     for row in range(4):
         expected = theirs(logits[row], chosen, seen[row])
         torch.testing.assert_close(mine[row], expected, rtol=1e-6, atol=1e-6)
@@ -75,42 +82,54 @@ def test_scores_are_those_of_transformers(case, size):
 
 @pytest.mark.parametrize("size", [10, 700])
 def test_a_row_is_filtered_as_if_it_were_alone(size):
-    samplings = [Sampling(**case) for case in CASES] + [Sampling(temperature=0)]
+    samplings = [SamplingParams(**case) for case in CASES] + [SamplingParams(temperature=0)]
     logits, seen = logits_of(len(samplings), size), seen_of(len(samplings), size)
-    together = filter_logits(logits, stack(samplings), seen)
+    together = filter_logits(logits, stack_sampling_params(samplings), seen)
     for row, chosen in enumerate(samplings):
         part = slice(row, row + 1)
-        alone = filter_logits(logits[part], stack([chosen]), seen[part])
+        alone = filter_logits(logits[part], stack_sampling_params([chosen]), seen[part])
         torch.testing.assert_close(together[part], alone, rtol=0, atol=0)
 
 
 def test_of_equal_scores_the_lower_ids_stay():
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0, -INF, 1.0]])
     for count, expected in ((1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5])):
-        scores = filter_logits(logits, stack([Sampling(temperature=1, top_k=count)]))
+        scores = filter_logits(
+            logits, stack_sampling_params([SamplingParams(temperature=1, top_k=count)])
+        )
         assert kept(scores) == [expected]
     flat = torch.zeros(1, 8)
-    assert kept(filter_logits(flat, stack([Sampling(temperature=1, top_p=0.3)]))) == [[0, 1, 2]]
+    assert kept(
+        filter_logits(flat, stack_sampling_params([SamplingParams(temperature=1, top_p=0.3)]))
+    ) == [[0, 1, 2]]
 
 
 def test_top_p_beyond_the_tokens_it_looks_at_first_is_exact():
     """A flat distribution needs more tokens than `FEW`."""
     flat = torch.zeros(2, 1000)
-    chosen = [Sampling(temperature=1, top_p=0.5), Sampling(temperature=1, top_k=400, top_p=0.9)]
-    assert [len(row) for row in kept(filter_logits(flat, stack(chosen)))] == [500, 360]
+    chosen = [
+        SamplingParams(temperature=1, top_p=0.5),
+        SamplingParams(temperature=1, top_k=400, top_p=0.9),
+    ]
+    assert [len(row) for row in kept(filter_logits(flat, stack_sampling_params(chosen)))] == [
+        500,
+        360,
+    ]
 
 
 def test_the_best_token_always_stays():
     logits = logits_of(3, 50)
     for case in ({"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}):
-        scores = filter_logits(logits, stack([Sampling(temperature=1, **case)] * 3))
+        scores = filter_logits(
+            logits, stack_sampling_params([SamplingParams(temperature=1, **case)] * 3)
+        )
         assert kept(scores) == [[best] for best in logits.argmax(-1).tolist()]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-9, 1e-6, 1e-3])
 def test_S4_temperature_0_is_greedy_and_next_to_0_nearly_so(temperature):
     logits = logits_of(64, 100).float()
-    settings_ = stack([Sampling(temperature=temperature)] * 64)
+    settings_ = stack_sampling_params([SamplingParams(temperature=temperature)] * 64)
     ids, logprobs = sample(logits, settings_, torch.full((64,), 0.5, dtype=torch.float64))
     assert ids.tolist() == logits.argmax(-1).tolist()
     assert logprobs.isfinite().all()
@@ -118,8 +137,10 @@ def test_S4_temperature_0_is_greedy_and_next_to_0_nearly_so(temperature):
 
 def test_S4_greedy_rows_stay_greedy_beside_others():
     logits = logits_of(8, 100)
-    samplings = [Sampling(temperature=0 if row % 2 else 5.0) for row in range(8)]
-    ids, logprobs = sample(logits, stack(samplings), torch.full((8,), 0.999, dtype=torch.float64))
+    samplings = [SamplingParams(temperature=0 if row % 2 else 5.0) for row in range(8)]
+    ids, logprobs = sample(
+        logits, stack_sampling_params(samplings), torch.full((8,), 0.999, dtype=torch.float64)
+    )
     best = logits.argmax(-1)
     assert ids[1::2].tolist() == best[1::2].tolist()
     assert ids[::2].tolist() != best[::2].tolist()
@@ -129,13 +150,13 @@ def test_S4_greedy_rows_stay_greedy_beside_others():
 
 def test_the_lowest_of_equally_good_tokens_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 3.0, 3.0]])
-    assert sample(logits, stack([Sampling(temperature=0)]))[0].tolist() == [1]
+    assert sample(logits, stack_sampling_params([SamplingParams(temperature=0)]))[0].tolist() == [1]
 
 
 def test_a_greedy_row_is_penalised_too():
     logits = torch.tensor([[3.0, 2.0, -1.0], [-3.0, -2.0, -2.5]])
     seen = torch.tensor([[True, False, False], [False, True, False]])
-    chosen = stack([Sampling(temperature=0, repetition_penalty=2.0)] * 2)
+    chosen = stack_sampling_params([SamplingParams(temperature=0, repetition_penalty=2.0)] * 2)
     assert sample(logits, chosen, None, seen)[0].tolist() == [1, 2]
 
 
@@ -144,7 +165,7 @@ def test_tokens_come_as_often_as_their_probability():
     logits = logits_of(1, 6, scale=1.0)
     count = 5000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    chosen = stack([Sampling(temperature=0.8, top_k=5, seed=0)])
+    chosen = stack_sampling_params([SamplingParams(temperature=0.8, top_k=5, seed=0)])
     scores = filter_logits(logits, chosen)
     ids = draw(scores.expand(count, -1), grid)[:, 0]
     found = torch.bincount(ids, minlength=6) / count
@@ -166,9 +187,15 @@ def test_a_token_without_probability_is_never_drawn(numbers, point):
 def test_logprobs_are_of_the_whole_distribution_at_the_rows_temperature():
     logits = logits_of(3, 50)
     case = {"top_k": 3, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.5}
-    samplings = [Sampling(temperature=0.25, **case), Sampling(temperature=2.0), Sampling()]
+    samplings = [
+        SamplingParams(temperature=0.25, **case),
+        SamplingParams(temperature=2.0),
+        SamplingParams(),
+    ]
     seen = seen_of(3, 50)
-    ids, logprobs = sample(logits, stack(samplings), torch.full((3,), 0.4).double(), seen)
+    ids, logprobs = sample(
+        logits, stack_sampling_params(samplings), torch.full((3,), 0.4).double(), seen
+    )
     heat = torch.tensor([[0.25], [2.0], [0.8]], dtype=torch.float64)
     expected = (logits / heat).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
@@ -179,8 +206,10 @@ def test_logprobs_are_of_the_whole_distribution_at_the_rows_temperature():
 def test_logits_that_are_no_numbers_have_no_logprob(broken, temperature):
     logits = logits_of(2, 300)
     logits[1, 17] = broken
-    chosen = Sampling(temperature=temperature, top_p=0.9, top_k=280, min_p=0.1)
-    ids, logprobs = sample(logits, stack([chosen] * 2), torch.full((2,), 0.4).double())
+    chosen = SamplingParams(temperature=temperature, top_p=0.9, top_k=280, min_p=0.1)
+    ids, logprobs = sample(
+        logits, stack_sampling_params([chosen] * 2), torch.full((2,), 0.4).double()
+    )
     assert logprobs.isfinite().tolist() == [True, False]
     assert 0 <= int(ids[1]) < 300
 
@@ -215,4 +244,4 @@ def test_random_numbers_are_a_function_of_seed_and_step_and_look_uniform():
 )
 def test_impossible_settings_are_refused_with_their_key(key, value):
     with pytest.raises(ValueError, match=f"^{key}="):
-        Sampling(**{key: value})
+        SamplingParams(**{key: value})

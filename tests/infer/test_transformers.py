@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinsmith.infer.engine import Engine
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_greedy_ids_are_those_of_transformers(pair, draw, finished, lengths, pen
     prompts = [draw(length, seed) for seed, length in enumerate(lengths)]
     engine = Engine(lm)
     for prompt in prompts:
-        engine.add(prompt, Sampling(temperature=0, repetition_penalty=penalty), 40)
+        engine.add(prompt, SamplingParams(temperature=0, repetition_penalty=penalty), 40)
     found = [[event.token for event in events] for events in finished(engine).values()]
     assert found == generated(theirs, prompts, 40, repetition_penalty=penalty)
     assert len({*found[0]}) > 3

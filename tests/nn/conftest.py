@@ -16,9 +16,9 @@ def section() -> Callable[..., dict[str, Any]]:
     def made(mixer: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
         layer = {
             "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2} | (mixer or {}),
-            "feed_forward": {"kind": "swiglu", "hidden": 48},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
         }
-        base = {"vocab_size": 48, "dim": 32, "depth": 3, "max_context": 128, "pattern": [layer]}
+        base = {"vocab_size": 48, "dim": 32, "depth": 3, "max_seq_len": 128, "pattern": [layer]}
         return base | model
 
     return made

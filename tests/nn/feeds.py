@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from tests.oracles import experts as oracle
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.contract import BuildContext, Ctx
 
 DIM, ROWS, TOKENS = 16, 3, 11
-SITE = Site(dim=DIM, layer=0, depth=2)
+SITE = BuildContext(dim=DIM, layer_idx=0, depth=2)
 SEGMENTS = torch.tensor([[-1] * 3 + [0] * 8, [0] * 5 + [1] * 6, [0] * 9 + [-1] * 2])
 
 

@@ -8,8 +8,8 @@ import torch
 
 from tests.oracles.attention import attention, seen_by
 from tests.oracles.close import close_to
-from tinsmith.nn.parts import attend as attending
-from tinsmith.nn.parts.attend import Reach, attend, document_starts, reach
+from tinsmith.nn.attention import core as attending
+from tinsmith.nn.attention.core import Span, attend, attention_span, document_starts
 
 close = close_to(1e-12)
 
@@ -40,35 +40,35 @@ SEGMENTS = [
 def test_attention_equals_the_definition(kind, segments, window, sinks):
     q, k, v = drawn(11, 11)
     z = torch.tensor([-1.0, 0.0, 0.5, 3.0], dtype=torch.float64) if sinks else None
-    seen = reach(segments, 11, window, q.device)
+    seen = attention_span(segments, 11, window, q.device)
     close(attend(q, k, v, seen, kind=kind, sinks_H=z), attention(q, k, v, segments, window, z))
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("window", [None, 2, 5])
-@pytest.mark.parametrize("room", [1, 2 * 2 * 11 * 4, attending.ROOM])
+@pytest.mark.parametrize("room", [1, 2 * 2 * 11 * 4, attending.MASK_BYTES])
 def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
     monkeypatch, segments, window, room
 ):
     """As on a GPU, where who sees whom is written down: for so many pairs at a time, no more."""
     monkeypatch.setattr(attending, "_in_blocks", lambda *_: False)
-    monkeypatch.setattr(attending, "ROOM", room)
-    written, visible = [], Reach.visible
+    monkeypatch.setattr(attending, "MASK_BYTES", room)
+    written, visible = [], Span.mask
 
     def counted(*asked):
         written.append(visible(*asked))
         return written[-1]
 
-    monkeypatch.setattr(Reach, "visible", counted)
+    monkeypatch.setattr(Span, "mask", counted)
     q, k, v = drawn(11, 11)
-    seen = reach(segments, 11, window, q.device)
+    seen = attention_span(segments, 11, window, q.device)
     expected = attention(q, k, v, segments, window)
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     found = attend(*inputs, seen)
     close(found, expected)
     one_query = 2 * 2 * 11
     assert all(2 * mask.numel() <= max(room, one_query) for mask in written)
-    if room < attending.ROOM:
+    if room < attending.MASK_BYTES:
         assert sum(mask.numel() for mask in written) < 2 * 11 * 11, "later keys are left out"
     naive = attend(*inputs, seen, kind="naive")
     weights = torch.randn(found.shape, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seen", [Reach(), reach(None, 0, None, torch.device("cpu"))])
+@pytest.mark.parametrize("seen", [Span(), attention_span(None, 0, None, torch.device("cpu"))])
 def test_nobody_asking_gets_no_answer(kind, seen):
     q, k, v = drawn(0, 5)
     assert attend(q, k, v, seen, kind=kind).shape == q.shape
@@ -88,7 +88,7 @@ def test_nobody_asking_gets_no_answer(kind, seen):
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_without_segments_equals_one_document(kind, window):
     q, k, v = drawn(9, 9)
-    seen = reach(None, 9, window, q.device)
+    seen = attention_span(None, 9, window, q.device)
     expected = attention(q, k, v, one_document(2, 9), window)
     close(attend(q, k, v, seen, kind=kind), expected)
 
@@ -97,7 +97,7 @@ def test_attention_without_segments_equals_one_document(kind, window):
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (4, 2), (4, 1), (6, 3), (8, 2)])
 def test_query_heads_share_key_heads_in_order(kind, heads, groups):
     q, k, v = drawn(7, 7, heads, groups)
-    found = attend(q, k, v, Reach(), kind=kind)
+    found = attend(q, k, v, Span(), kind=kind)
     close(found, attention(q, k, v, one_document(2, 7)))
 
 
@@ -110,7 +110,7 @@ def test_A5_chunks_see_the_whole_past(kind, sinks, queries, keys):
     """
     q, k, v = drawn(queries, keys)
     z = torch.tensor([-1.0, 0.0, 0.5, 3.0], dtype=torch.float64) if sinks else None
-    found = attend(q, k, v, Reach(), kind=kind, sinks_H=z)
+    found = attend(q, k, v, Span(), kind=kind, sinks_H=z)
     close(found, attention(q, k, v, one_document(2, keys), sinks=z))
 
 
@@ -121,7 +121,7 @@ def test_keys_that_stand_nowhere_are_not_seen(kind):
     places = torch.tensor([[4, 5, 2, 3, -1, -1], [3, -1, 1, 2, 0, -1]])
     high, low = torch.tensor([[5], [3]]), torch.tensor([[3], [0]])
     k[places < 0], v[places < 0] = 1e4, 1e4
-    found = attend(q, k, v, Reach(low, high, places), kind=kind)
+    found = attend(q, k, v, Span(low, high, places), kind=kind)
     for row, order in enumerate(([3, 0, 1], [4, 2, 3, 0])):
         part = slice(row, row + 1)
         expected = attention(q[part], k[part, order], v[part, order], one_document(1, len(order)))
@@ -135,9 +135,9 @@ def test_sinks_equal_those_of_gpt_oss(kind):
     q, k, v = drawn(9, 9)
     z = torch.tensor([-1.0, 0.0, 0.5, 3.0], dtype=torch.float64)
     for window in (None, 4):
-        seen = reach(None, 9, window, q.device)
+        seen = attention_span(None, 9, window, q.device)
         mask = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
-        mask.masked_fill_(~seen.visible(9, 9, q.device)[:, None], -math.inf)
+        mask.masked_fill_(~seen.mask(9, 9, q.device)[:, None], -math.inf)
         theirs, _ = eager_attention_forward(
             SimpleNamespace(num_key_value_groups=2, sinks=z, training=False),
             q.transpose(1, 2),
@@ -156,13 +156,13 @@ def test_a_sink_weakens_plain_attention_by_a_sigmoid():
     scores = torch.einsum("bthd,bshd->bths", q, k) / math.sqrt(8)
     scores = scores.masked_fill(~torch.ones(9, 9).tril().bool()[None, :, None], -math.inf)
     share = torch.sigmoid(scores.logsumexp(-1) - z)[..., None]
-    close(attend(q, k, v, Reach(), sinks_H=z), attend(q, k, v, Reach()) * share)
+    close(attend(q, k, v, Span(), sinks_H=z), attend(q, k, v, Span()) * share)
 
 
 def test_a_deep_sink_is_no_sink():
     q, k, v = drawn(9, 9)
     z = torch.full((4,), -1e3, dtype=torch.float64)
-    close(attend(q, k, v, Reach(), sinks_H=z), attend(q, k, v, Reach()))
+    close(attend(q, k, v, Span(), sinks_H=z), attend(q, k, v, Span()))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 9, 20])
@@ -171,7 +171,7 @@ def test_the_window_is_that_of_mistral(window):
     from transformers.masking_utils import sliding_window_causal_mask_function
 
     theirs = sliding_window_causal_mask_function(window)
-    seen = reach(None, 9, window, torch.device("cpu")).visible(9, 9, torch.device("cpu"))[0]
+    seen = attention_span(None, 9, window, torch.device("cpu")).mask(9, 9, torch.device("cpu"))[0]
     index = torch.arange(9)
     assert torch.equal(seen, theirs(index[:1], index[:1], index[:, None], index))
     assert seen.sum(1).tolist() == [min(window, t + 1) for t in range(9)]
@@ -180,9 +180,9 @@ def test_the_window_is_that_of_mistral(window):
 def test_a_window_as_wide_as_the_row_is_full_attention():
     here, segments = torch.device("cpu"), SEGMENTS[1][:, :9]
     for window in (9, 10):
-        assert reach(None, 9, window, here).plain
-        wide, full = (reach(segments, 9, size, here) for size in (window, None))
-        assert torch.equal(wide.visible(9, 9, here), full.visible(9, 9, here))
+        assert attention_span(None, 9, window, here).is_causal
+        wide, full = (attention_span(segments, 9, size, here) for size in (window, None))
+        assert torch.equal(wide.mask(9, 9, here), full.mask(9, 9, here))
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)
@@ -197,7 +197,7 @@ def test_documents_start_where_the_id_changes(segments):
 def test_gradients_equal_those_of_the_definition(kind, segments):
     z = torch.tensor([-1.0, 0.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
     inputs = [tensor.requires_grad_() for tensor in drawn(5, 5)]
-    seen = reach(segments[:, :5], 5, 3, torch.device("cpu"))
+    seen = attention_span(segments[:, :5], 5, 3, torch.device("cpu"))
     weight = torch.randn(2, 5, 4, 8, generator=torch.Generator().manual_seed(2))
 
     def total(*values):
@@ -225,8 +225,8 @@ def test_dropout_acts_on_the_weights_and_keeps_the_mean(kind, sinks):
     z = torch.zeros(2, dtype=torch.float64) if sinks else None
     many = [tensor.expand(4000, -1, -1, -1) for tensor in (q, k, v)]
     torch.manual_seed(0)
-    found = attend(*many, Reach(), kind=kind, dropout=0.25, sinks_H=z)
-    expected = attend(q, k, v, Reach(), kind=kind, sinks_H=z)
+    found = attend(*many, Span(), kind=kind, dropout=0.25, sinks_H=z)
+    expected = attend(q, k, v, Span(), kind=kind, sinks_H=z)
     assert found.std(0).max() > 0.1
     assert ((found.mean(0) - expected[0]).abs() < 6 * found.std(0) / 4000**0.5 + 1e-9).all()
 
@@ -237,7 +237,7 @@ def test_dtype_stays_and_large_logits_stay_finite(kind, dtype):
     q, k, v = drawn(9, 9, dtype=dtype)
     segments = SEGMENTS[2][:, :9]
     for sinks in (None, torch.zeros(4, dtype=dtype)):
-        seen = reach(segments, 9, None, q.device)
+        seen = attention_span(segments, 9, None, q.device)
         found = attend(30 * q, 30 * k, v, seen, kind=kind, sinks_H=sinks)
         assert found.dtype == dtype
         assert found.isfinite().all()

@@ -3,12 +3,23 @@
 import pytest
 import torch
 
-from tinsmith.nn.contract import CacheFull, CannotRewind
-from tinsmith.nn.parts.attend import reach
-from tinsmith.nn.parts.blocks import BlockCache, Blocks, attend_blocks, spots
+from tinsmith.nn.attention.compress import (
+    BlockCache,
+    BlockLayout,
+    attend_compressed,
+    block_positions,
+)
+from tinsmith.nn.attention.core import attention_span
+from tinsmith.nn.contract import CacheFull, CannotTruncate
 
 CPU = torch.device("cpu")
-CUTS = [Blocks(4, 2), Blocks(4, 4), Blocks(6, 2), Blocks(1, 1), Blocks(3, 1)]
+CUTS = [
+    BlockLayout(4, 2),
+    BlockLayout(4, 4),
+    BlockLayout(6, 2),
+    BlockLayout(1, 1),
+    BlockLayout(3, 1),
+]
 DOCUMENTS = [
     [0] * 17,
     [0] * 3,
@@ -32,7 +43,7 @@ def expected(segments, cut):
 
 def told(cut, at, blocks_NL, row=0):
     """The same, from slots."""
-    first, count = (x.expand(at.place_BT.shape[0], -1)[row].tolist() for x in cut.seen(at))
+    first, count = (x.expand(at.cache_position_BT.shape[0], -1)[row].tolist() for x in cut.seen(at))
     return [blocks_NL[f : f + n] for f, n in zip(first, count, strict=True)]
 
 
@@ -40,25 +51,27 @@ def told(cut, at, blocks_NL, row=0):
 @pytest.mark.parametrize("segments", DOCUMENTS)
 def test_every_token_sees_the_blocks_of_its_document_that_are_over(cut, segments):
     length = len(segments)
-    seen = reach(torch.tensor([segments]), length, None, CPU)
+    seen = attention_span(torch.tensor([segments]), length, None, CPU)
     places = torch.arange(length)[None, :, None]
     blocks_NL = cut.cut(places, seen)[0, ..., 0].tolist()
     assert len(blocks_NL) == cut.slots(length)
-    assert told(cut, spots(seen, length, length, CPU), blocks_NL) == expected(segments, cut)
+    assert told(cut, block_positions(seen, length, length, CPU), blocks_NL) == expected(
+        segments, cut
+    )
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 6, 17])
 def test_one_document_needs_no_table(cut, length):
     """The view of plain rows holds what the table of packed ones does, block i in slot i."""
-    seen = reach(None, length, None, CPU)
+    seen = attention_span(None, length, None, CPU)
     x = torch.randn(2, length, 3, 2)
     blocks = cut.cut(x, seen)
-    table = cut.cut(x, reach(torch.zeros(2, length, dtype=torch.long), length, None, CPU))
+    table = cut.cut(x, attention_span(torch.zeros(2, length, dtype=torch.long), length, None, CPU))
     assert torch.equal(blocks, table)
     for i in range(cut.slots(length)):
         assert torch.equal(blocks[:, i], x[:, i * cut.stride : i * cut.stride + cut.size])
-    at = spots(seen, length, length, CPU)
+    at = block_positions(seen, length, length, CPU)
     assert [len(list_) for list_ in told(cut, at, list(range(99)))] == [
         len(list_) for list_ in expected([0] * length, cut)
     ]
@@ -69,8 +82,8 @@ def test_no_two_blocks_share_a_slot_wherever_documents_begin(cut):
     source = torch.Generator().manual_seed(0)
     for _ in range(50):
         segments = (torch.rand(1, 40, generator=source) < 0.15).cumsum(1)
-        at = spots(reach(segments, 40, None, CPU), 40, 40, CPU)
-        slots = cut.slot(at.place_BT[cut.ends(at)]).tolist()
+        at = block_positions(attention_span(segments, 40, None, CPU), 40, 40, CPU)
+        slots = cut.slot(at.cache_position_BT[cut.ends(at)]).tolist()
         assert len(set(slots)) == len(slots)
         assert all(0 <= slot < cut.slots(40) for slot in slots)
 
@@ -81,7 +94,7 @@ def test_gradients_of_the_table_are_those_of_the_view(cut):
     gradients = []
     for segments in (None, torch.zeros(1, 17, dtype=torch.long)):
         x = torch.randn(1, 17, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        blocks = cut.cut(x, reach(segments, 17, None, CPU))
+        blocks = cut.cut(x, attention_span(segments, 17, None, CPU))
         weights = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(1))
         gradients.append(torch.autograd.grad((blocks * weights).sum(), x)[0])
     torch.testing.assert_close(*gradients)
@@ -100,12 +113,12 @@ class Fed:
         segments = torch.tensor(segments)
         real = segments >= 0
         place = (self.lengths[:, None] + real.cumsum(1) - 1).where(real, -1)
-        at = spots(reach(None, 1, None, CPU), 1, 1, CPU)._replace(
-            place_BT=place, start_BT=torch.tensor(starts).where(real, 0)
+        at = block_positions(attention_span(None, 1, None, CPU), 1, 1, CPU)._replace(
+            cache_position_BT=place, start_BT=torch.tensor(starts).where(real, 0)
         )
         new = torch.tensor(numbers, dtype=torch.float64)[..., None]
-        ended = self.cache.take(segments, at, new)
-        (sums,) = self.cache.keep(ended, ended.tokens[0].sum(1))
+        ended = self.cache.append(segments, at, new)
+        (sums,) = self.cache.append_blocks(ended, ended.tokens[0].sum(1))
         self.lengths += real.sum(1)
         return [
             [
@@ -141,7 +154,7 @@ def test_a_cache_sees_the_same_blocks_in_any_chunks(cut, split, segments):
 
 
 def test_a_cache_selects_joins_and_forgets():
-    cut = Blocks(4, 2)
+    cut = BlockLayout(4, 2)
     fed, other = Fed(cut, rows=2), Fed(cut, rows=1, capacity=6)
     fed.take([[1, 2, 3, 4], [5, 6, 7, 8]], [[0] * 4] * 2, [[0] * 4] * 2)
     fed.cache.truncate(torch.tensor([4, 3]))
@@ -152,17 +165,17 @@ def test_a_cache_selects_joins_and_forgets():
     fed.lengths = torch.tensor([5, 4, 3])
     seen = fed.take([[1, 9], [1, 9], [1, 9]], [[0, 0]] * 3, [[0, 0]] * 3)
     assert seen == [[[4, 4], [4, 4]], [[10], [10, 17]], [[19], [19]]]
-    with pytest.raises(CannotRewind):
+    with pytest.raises(CannotTruncate):
         fed.cache.truncate(torch.tensor([3, 6, 5]))
     fed.cache.truncate(torch.tensor([6, 6, 4]))
     fed.lengths = torch.tensor([6, 6, 4])
     assert fed.take([[2]] * 3, [[0]] * 3, [[0]] * 3) == [[[4, 4]], [[10, 17]], [[19]]]
     assert fed.take([[0]] * 3, [[0]] * 3, [[0]] * 3) == [[[4, 4, 4]], [[10, 17, 12]], [[19, 10]]]
-    assert fed.cache.nbytes() == 3 * 8 * (4 + cut.slots(40))
+    assert fed.cache.nbytes() == 3 * 8 * (4 + cut.num_slots(40))
 
 
 def test_a_full_cache_says_so_and_changes_nothing():
-    fed = Fed(Blocks(2, 2), capacity=3)
+    fed = Fed(BlockLayout(2, 2), capacity=3)
     fed.take([[1, 2]], [[0, 0]], [[0, 0]])
     with pytest.raises(CacheFull):
         fed.take([[3, 4]], [[0, 0]], [[0, 0]])
@@ -171,17 +184,17 @@ def test_a_full_cache_says_so_and_changes_nothing():
 
 @pytest.mark.parametrize("kind", ["sdpa", "naive"])
 def test_who_sees_no_block_hears_nothing(kind):
-    cut, length = Blocks(4, 2), 9
+    cut, length = BlockLayout(4, 2), 9
     q = torch.randn(2, length, 4, 8, requires_grad=True)
-    k, v = (torch.randn(2, cut.slots(length), 2, 8, requires_grad=True) for _ in range(2))
-    at = spots(reach(None, length, None, CPU), length, length, CPU)
-    y = attend_blocks(q, k, v, cut, at, kind=kind)
+    k, v = (torch.randn(2, cut.num_slots(length), 2, 8, requires_grad=True) for _ in range(2))
+    at = block_positions(attention_span(None, length, None, CPU), length, length, CPU)
+    y = attend_compressed(q, k, v, cut, at, kind=kind)
     assert (y[:, :3] == 0).all()
     assert torch.allclose(y[:, 3], v[:, 0].repeat_interleave(2, 1))
     y.sum().backward()
     assert (q.grad[:, :3] == 0).all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
-    none = attend_blocks(q[:, :3], k[:, :0], v[:, :0], cut, at, kind=kind)
+    none = attend_compressed(q[:, :3], k[:, :0], v[:, :0], cut, at, kind=kind)
     assert none.shape == (2, 3, 4, 8)
     assert (none == 0).all()
     none.sum().backward()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tinsmith.nn.parts import blockwise as blocks
-from tinsmith.nn.parts.attend import Reach, attend, reach
-from tinsmith.nn.parts.blockwise import blockwise
+from tinsmith.nn.attention import cpu as blocks
+from tinsmith.nn.attention.core import Span, attend, attention_span
+from tinsmith.nn.attention.cpu import blockwise_attention
 
 
 def inputs(queries, keys, heads=4, groups=2, width=8, value_width=8, rows=2, dtype=torch.float64):
@@ -26,11 +26,11 @@ def reaches(length):
     padded = documents.masked_fill(torch.arange(length) < torch.tensor([[0], [length // 3]]), -1)
     device = torch.device("cpu")
     return {
-        "causal": Reach(),
-        "documents": reach(documents, length, None, device),
-        "window": reach(None, length, 7, device),
-        "window in documents": reach(documents, length, 40, device),
-        "padding": reach(padded, length, None, device),
+        "causal": Span(),
+        "documents": attention_span(documents, length, None, device),
+        "window": attention_span(None, length, 7, device),
+        "window in documents": attention_span(documents, length, 40, device),
+        "padding": attention_span(padded, length, None, device),
     }
 
 
@@ -43,7 +43,7 @@ def with_gradients(y, tensors):
 @pytest.mark.parametrize("kind", list(reaches(2)))
 def test_blocks_are_the_formula_and_its_gradients(length, kind):
     tensors, seen = inputs(length, length), reaches(length)[kind]
-    ours = with_gradients(blockwise(*tensors, seen.low_BT, seen.high_BT), tensors)
+    ours = with_gradients(blockwise_attention(*tensors, seen.low_BT, seen.high_BT), tensors)
     formula = with_gradients(attend(*tensors, seen, kind="naive"), tensors)
     for mine, expected in zip(ours, formula, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
@@ -52,18 +52,20 @@ def test_blocks_are_the_formula_and_its_gradients(length, kind):
 @pytest.mark.parametrize(("queries", "keys"), [(2, 9), (64, 65), (70, 200)])
 def test_queries_may_be_the_last_of_more_keys(queries, keys):
     tensors = inputs(queries, keys)
-    ours = with_gradients(blockwise(*tensors, None, None), tensors)
-    formula = with_gradients(attend(*tensors, Reach(), kind="naive"), tensors)
+    ours = with_gradients(blockwise_attention(*tensors, None, None), tensors)
+    formula = with_gradients(attend(*tensors, Span(), kind="naive"), tensors)
     for mine, expected in zip(ours, formula, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
 
 
 def test_values_may_be_wider_than_keys_and_gradients_are_those_of_differences(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 3)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 3)
     tensors, seen = inputs(7, 7, width=2, value_width=5), reaches(7)["window in documents"]
-    y = blockwise(*tensors, seen.low_BT, seen.high_BT)
+    y = blockwise_attention(*tensors, seen.low_BT, seen.high_BT)
     assert y.shape == (2, 7, 4, 5)
-    assert gradcheck(lambda q, k, v: blockwise(q, k, v, seen.low_BT, seen.high_BT), tensors)
+    assert gradcheck(
+        lambda q, k, v: blockwise_attention(q, k, v, seen.low_BT, seen.high_BT), tensors
+    )
 
 
 def test_keys_out_of_reach_are_not_multiplied(monkeypatch):
@@ -72,7 +74,7 @@ def test_keys_out_of_reach_are_not_multiplied(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "softmax", lambda x, axis: sizes.append(x.shape[-1]) or softmax(x, axis)
     )
-    blockwise(*inputs(256, 256), seen.low_BT, seen.high_BT)
+    blockwise_attention(*inputs(256, 256), seen.low_BT, seen.high_BT)
     assert sizes == [64, 70, 70, 70]
 
 
@@ -80,8 +82,8 @@ def test_keys_out_of_reach_are_not_multiplied(monkeypatch):
 def test_half_precision_is_as_near_to_the_formula_as_torchs_own_kernel(dtype):
     exact = inputs(200, 200, width=32, value_width=32)
     rounded = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
-    truth = with_gradients(attend(*exact, Reach(), kind="naive"), exact)
-    ours = with_gradients(blockwise(*rounded, None, None), rounded)
+    truth = with_gradients(attend(*exact, Span(), kind="naive"), exact)
+    ours = with_gradients(blockwise_attention(*rounded, None, None), rounded)
     q, k, v = (tensor.transpose(1, 2) for tensor in rounded)
     theirs = with_gradients(
         torch.nn.functional.scaled_dot_product_attention(
@@ -96,14 +98,14 @@ def test_half_precision_is_as_near_to_the_formula_as_torchs_own_kernel(dtype):
 
 def test_float16_whose_scores_would_overflow_goes_to_torchs_kernel():
     q = torch.full((1, 4, 2, 64), 100.0, dtype=torch.float16, requires_grad=True)
-    assert attend(q, q, q, Reach()).isfinite().all()
+    assert attend(q, q, q, Span()).isfinite().all()
 
 
 def test_compiled_it_is_one_operator():
     tensors, seen = inputs(70, 70, dtype=torch.float32), reaches(70)["documents"]
 
     def call(q, k, v, low, high):
-        return blockwise(2 * q, k, v, low, high)
+        return blockwise_attention(2 * q, k, v, low, high)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     ours = with_gradients(compiled(*tensors, seen.low_BT, seen.high_BT), tensors)

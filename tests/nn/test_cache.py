@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from tinsmith.nn.contract import CacheFull, CannotRewind
-from tinsmith.nn.parts.cache import Append, Ring
+from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
+from tinsmith.nn.contract import CacheFull, CannotTruncate
 
 CPU = torch.device("cpu")
 
 
 def append(rows=2, capacity=8):
-    return Append(rows, capacity, [(1,)], torch.float64, CPU)
+    return KVCache(rows, capacity, [(1,)], torch.float64, CPU)
 
 
 def ring(rows=2, capacity=20, window=3):
-    return Ring(rows, capacity, window, [(1,)], torch.float64, CPU)
+    return RotatingKVCache(rows, capacity, window, [(1,)], torch.float64, CPU)
 
 
 def feed(cache, tokens, segments=None):
@@ -23,7 +23,7 @@ def feed(cache, tokens, segments=None):
     if segments is not None:
         segments = torch.tensor(segments)
     (held,), seen = cache.append(segments, new)
-    visible = seen.visible(new.shape[1], held.shape[1], CPU).expand(len(new), -1, -1)
+    visible = seen.mask(new.shape[1], held.shape[1], CPU).expand(len(new), -1, -1)
     return [
         [sorted(held[b, visible[b, t], 0].tolist()) for t in range(new.shape[1])]
         for b in range(len(new))
@@ -63,7 +63,7 @@ def test_a_ring_writes_no_slot_twice_in_a_call(monkeypatch, count):
         keep_BT = torch.ones_like(slot_BT, dtype=torch.bool) if keep_BT is None else keep_BT
         written.extend(slot_BT[b, keep_BT[b]].tolist() for b in range(len(slot_BT)))
 
-    monkeypatch.setattr(Ring, "write", write)
+    monkeypatch.setattr(RotatingKVCache, "write", write)
     cache = ring(window=3)
     for _ in range(2):
         feed(cache, [[1.0] * count] * 2, [[0] * count, [-1] + [0] * (count - 1)])
@@ -78,7 +78,7 @@ def test_a_ring_gives_several_tokens_in_order_of_places(segments):
     feed(cache, [[1, 2], [5, 6]], [[0, 0], [0, -1]])
     told = None if segments is None else torch.tensor(segments)
     _, seen = cache.append(told, torch.zeros(2, 9, 1, dtype=torch.float64))
-    assert seen.places_BS is None
+    assert seen.key_positions_BS is None
     real = torch.ones(2, 9, dtype=torch.bool) if told is None else told >= 0
     assert (seen.high_BT - seen.low_BT)[real].max() == 2
     assert (seen.low_BT[real] >= 0).all()
@@ -129,7 +129,7 @@ def test_a_ring_forgets_until_it_has_dropped_something():
     feed(cache, [[2], [8]])
     assert cache.lengths.tolist() == [2, 4]
     cache.truncate(torch.tensor([1, 4]))
-    with pytest.raises(CannotRewind, match="window of 3"):
+    with pytest.raises(CannotTruncate, match="window of 3"):
         cache.truncate(torch.tensor([1, 3]))
     assert cache.lengths.tolist() == [1, 4]
     assert feed(cache, [[2], [9]]) == [[[1, 2]], [[7, 8, 9]]]
@@ -143,7 +143,7 @@ def test_a_document_that_is_over_does_not_come_back(make):
     cache = make()
     feed(cache, [[1, 2, 3, 4]] * 2, [[0, 0, 1, 1]] * 2)
     for lengths in ([1, 4], [4, 2]):
-        with pytest.raises(CannotRewind, match="current document"):
+        with pytest.raises(CannotTruncate, match="current document"):
             cache.truncate(torch.tensor(lengths))
     cache.truncate(torch.tensor([3, 4]))
     assert feed(cache, [[9, 9]] * 2) == [[[3, 9], [3, 9, 9]], [[3, 4, 9], [3, 4, 9, 9]]]
@@ -187,6 +187,6 @@ def test_joined_rows_keep_what_they_hold(make, capacities):
 
 def test_bytes_are_counted():
     shapes = [(2, 8), (2, 8)]
-    assert Append(3, 10, shapes, torch.bfloat16, CPU).nbytes() == 3 * 10 * 32 * 2
-    assert Ring(3, 10, 4, shapes, torch.float32, CPU).nbytes() == 3 * 4 * 32 * 4
-    assert Ring(3, 10, 64, shapes, torch.float32, CPU).nbytes() == 3 * 10 * 32 * 4
+    assert KVCache(3, 10, shapes, torch.bfloat16, CPU).nbytes() == 3 * 10 * 32 * 2
+    assert RotatingKVCache(3, 10, 4, shapes, torch.float32, CPU).nbytes() == 3 * 4 * 32 * 4
+    assert RotatingKVCache(3, 10, 64, shapes, torch.float32, CPU).nbytes() == 3 * 10 * 32 * 4

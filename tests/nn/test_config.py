@@ -18,9 +18,12 @@ def test_a_section_goes_round(section):
     config = ModelConfig.from_dict(
         section(
             {"window": 5, "sinks": True, "bias": "qkv"},
-            rope={"theta": 1e6, "scaling": {"kind": "yarn", "factor": 4, "original_context": 64}},
+            rope={
+                "theta": 1e6,
+                "scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 64},
+            },
             dropout={"attention": 0.1},
-            last=[{"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}],
+            last=[{"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden_dim": 8}}],
         )
     )
     assert ModelConfig.from_dict(config.to_dict()) == config
@@ -34,9 +37,9 @@ def test_presets_are_there_and_may_be_overridden():
         *(f"minimind3-{size}" for size in minimind[1]),
         *("tiny-onn-0.6b", "tiny-r2", "tiny-r2-dense"),
     ]
-    config = ModelConfig.from_dict({"preset": "minimind3-64m", "depth": 2, "max_context": 64})
+    config = ModelConfig.from_dict({"preset": "minimind3-64m", "depth": 2, "max_seq_len": 64})
     base = ModelConfig.preset("minimind3-64m")
-    assert (config.depth, config.max_context, config.dim) == (2, 64, 768)
+    assert (config.depth, config.max_seq_len, config.dim) == (2, 64, 768)
     assert config.pattern == base.pattern
     assert base.pattern[0].mixer.qk_norm
 
@@ -48,7 +51,7 @@ def test_the_defaults_are_the_documented_ones(section):
             "dim": 64,
             "depth": 1,
             "pattern": [
-                {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "swiglu", "hidden": 8}}
+                {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "swiglu", "hidden_dim": 8}}
             ],
         }
     )
@@ -71,7 +74,7 @@ def test_the_defaults_are_the_documented_ones(section):
     assert (plain["first"], plain["last"], plain["residual"]) == ([], [], {"kind": "plain"})
 
 
-LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+LAYER = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden_dim": 8}}
 SPARSE = [
     ({"kind": "nsa", "compress_stride": 12}, "compress_block=32 must be a multiple of .*stride=12"),
     ({"kind": "nsa", "select_block": 40}, "select_block=40 must be a multiple of .*stride=16"),
@@ -83,9 +86,9 @@ SPARSE = [
     ({"kind": "mla", "kv_rank": 0}, "kv_rank=0 must be at least 1"),
     ({"kind": "mla", "rope_dim": 7}, "rope_dim=7 must be even"),
     ({"kind": "mla", "window": 8}, "window: unknown key"),
-    ({"kind": "dsa", "keep": 0}, "keep=0 must be at least 1"),
+    ({"kind": "dsa", "index_topk": 0}, "keep=0 must be at least 1"),
     ({"kind": "dsa", "index_dim": 24}, "index_dim=24 must be even and divide rope_dim=64"),
-    ({"kind": "hybrid", "keep": 0}, "keep=0 must be at least 1"),
+    ({"kind": "hybrid", "index_topk": 0}, "keep=0 must be at least 1"),
     ({"kind": "hybrid", "window": 0}, "window=0 must be at least 1"),
     ({"kind": "hybrid", "compress_block": 0}, "compress_block=0 must be at least 1"),
     ({"kind": "hybrid", "v_dim": 0}, "v_dim=0 must be at least 1"),
@@ -111,15 +114,21 @@ WRONG = [
     ({"pattern": []}, r"pattern must hold at least one layer"),
     ({"first": [LAYER], "last": [LAYER] * 3}, r"depth=3 is less than the 4 layers"),
     ({"last": [LAYER | {"mixer": {"kind": "gqa", "heads": 3}}]}, r"multiple of heads=3"),
-    ({"last": [LAYER | {"feed_forward": {"hidden": 8}}]}, r"last\.0\.feed_forward: needs a `kind`"),
+    (
+        {"last": [LAYER | {"feed_forward": {"hidden_dim": 8}}]},
+        r"last\.0\.feed_forward: needs a `kind`",
+    ),
     (
         {"last": [LAYER | {"feed_forward": {"kind": "moe"}}]},
         r"feed_forward\.kind: 'moe' is not one of swiglu, relu2",
     ),
-    ({"last": [LAYER | {"feed_forward": {"kind": "relu2"}}]}, r"feed_forward\.hidden: required"),
     (
-        {"last": [LAYER | {"feed_forward": {"kind": "relu2", "hidden": 0}}]},
-        r"feed_forward: hidden=0 must be at least 1",
+        {"last": [LAYER | {"feed_forward": {"kind": "relu2"}}]},
+        r"feed_forward\.hidden_dim: required",
+    ),
+    (
+        {"last": [LAYER | {"feed_forward": {"kind": "relu2", "hidden_dim": 0}}]},
+        r"feed_forward: hidden_dim=0 must be at least 1",
     ),
     ({"dropout": {"attention": 1.0}}, r"dropout: attention=1\.0 must be .* below 1"),
     ({"dropout": {"residual": -0.1}}, r"dropout: residual=-0\.1 must be at least 0"),
@@ -129,14 +138,14 @@ WRONG = [
     ({"norm_eps": 0}, r"norm_eps=0\.0 must be above 0"),
     ({"attention": "flash"}, r"attention: .*'sdpa' or 'naive'"),
     ({"rope": {"theta": 0}}, r"rope: theta=0\.0 must be above 1"),
-    ({"rope": {"scaling": {"kind": "yarn", "factor": 2}}}, r"original_context: required"),
+    ({"rope": {"scaling": {"kind": "yarn", "factor": 2}}}, r"original_max_seq_len: required"),
     (
-        {"rope": {"scaling": {"kind": "yarn", "factor": 0.5, "original_context": 9}}},
+        {"rope": {"scaling": {"kind": "yarn", "factor": 0.5, "original_max_seq_len": 9}}},
         r"rope\.scaling: factor=0\.5 must be at least 1",
     ),
     (
-        {"rope": {"scaling": {"kind": "llama3", "factor": 2, "original_context": 0}}},
-        r"rope\.scaling: original_context=0 must be at least 1",
+        {"rope": {"scaling": {"kind": "llama3", "factor": 2, "original_max_seq_len": 0}}},
+        r"rope\.scaling: original_max_seq_len=0 must be at least 1",
     ),
     ({"rope": {"scaling": {"kind": "linear", "factor": 0}}}, r"factor=0\.0 must be at least 1"),
     (
@@ -158,7 +167,7 @@ WRONG = [
         {"pattern": [LAYER | {"mixer": WINDOWED}]},
         r"mixer\.window: unknown key \(known: kind, heads",
     ),
-    ({"max_contxt": 9}, r"max_contxt: unknown key\. Did you mean 'max_context'\?"),
+    ({"max_contxt": 9}, r"max_contxt: unknown key\. Did you mean 'max_seq_len'\?"),
 ]
 
 
@@ -216,7 +225,7 @@ def test_a_model_can_be_built_without_the_border():
         "from tinsmith.nn.feedforwards import ReLU2\n"
         "from tinsmith.nn.mixers.gqa import GQA\n"
         "from tinsmith.nn.model import LM\n"
-        "layer = Layer(mixer=GQA(heads=2), feed_forward=ReLU2(hidden=8))\n"
+        "layer = Layer(mixer=GQA(heads=2), feed_forward=ReLU2(hidden_dim=8))\n"
         "LM(ModelConfig(vocab_size=9, dim=8, depth=1, pattern=(layer,)))\n"
         "print('pydantic' in sys.modules, 'yaml' in sys.modules)\n"
     )

@@ -9,29 +9,35 @@ from tests.oracles import experts as oracle
 from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.feedforwards import DeepSeekMoE
+from tinsmith.nn.layers.init import init_weights
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.init import initialise
-from tinsmith.nn.routing.balance import push
+from tinsmith.nn.moe.balance import update_bias
 
 same = close_to(1e-12)
 
 HIDDEN = 12
 
 CASES = {
-    "sigmoid": {"experts": 6, "top_k": 2, "scale": 2.5},
-    "groups": {"experts": 12, "top_k": 4, "groups": 4, "kept_groups": 2, "shared": 2},
-    "groups of one": {"experts": 4, "top_k": 2, "groups": 4, "kept_groups": 3},
-    "softmax": {"experts": 6, "top_k": 3, "score": "softmax", "renormalise": False, "shared": 0},
+    "sigmoid": {"experts": 6, "top_k": 2, "routed_scaling_factor": 2.5},
+    "n_group": {"experts": 12, "top_k": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+    "groups of one": {"experts": 4, "top_k": 2, "n_group": 4, "topk_group": 3},
+    "softmax": {
+        "experts": 6,
+        "top_k": 3,
+        "score": "softmax",
+        "norm_topk_prob": False,
+        "n_shared_experts": 0,
+    },
     "the seed's": {"experts": 7, "top_k": 1, "score": "softmax", "activation": "relu2"},
-    "one of sigmoid": {"experts": 4, "top_k": 1, "renormalise": True},
+    "one of sigmoid": {"experts": 4, "top_k": 1, "norm_topk_prob": True},
 }
 
 
 def build(seed=0, **keys):
     """With a bias that turns choices."""
     torch.manual_seed(seed)
-    feed = DeepSeekMoE(hidden=HIDDEN, **keys).build(SITE).double()
-    initialise(feed, 2)
+    feed = DeepSeekMoE(hidden_dim=HIDDEN, **keys).build(SITE).double()
+    init_weights(feed, 2)
     with torch.no_grad():
         feed.router.weight.mul_(4)
         feed.bias.copy_(0.2 * draw(len(feed.bias), seed=5))
@@ -46,9 +52,11 @@ def scores_of(feed, x):
 def answered(feed, x):
     """(N, D) -> what `feed` should say, and its mask."""
     config, scores = feed.config, scores_of(feed, x)
-    opened = oracle.in_groups(scores + feed.bias, config.groups, config.kept)
+    opened = oracle.in_groups(scores + feed.bias, config.n_group, config.num_topk_groups)
     mask = oracle.chosen(opened, config.top_k)
-    return dense(feed, x, config.scale * oracle.weights(scores, mask, config.renormalise)), mask
+    return dense(
+        feed, x, config.routed_scaling_factor * oracle.weights(scores, mask, config.norm_topk_prob)
+    ), mask
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
@@ -75,18 +83,18 @@ def test_the_bias_chooses_and_never_weighs():
     before = feed(x, context()).y
     feed.bias.add_(torch.tensor([3.0, -2.0, 0.5, 1.0]))
     same(feed(x, context()).y, before)
-    narrow = build(experts=4, top_k=2, renormalise=False)
+    narrow = build(experts=4, top_k=2, norm_topk_prob=False)
     narrow.bias.copy_(torch.tensor([9.0, 9.0, -9.0, -9.0]))
     route = narrow.route(x.flatten(0, 1))
-    assert sorted(route.choices_NK[0].tolist()) == [0, 1]
+    assert sorted(route.expert_indices_NK[0].tolist()) == [0, 1]
     scores = scores_of(narrow, x.flatten(0, 1)).detach()
-    same(route.weights_NK.detach(), scores.gather(1, route.choices_NK))
+    same(route.weights_NK.detach(), scores.gather(1, route.expert_indices_NK))
     assert not feed.bias.requires_grad
     assert "bias" in feed.state_dict()
 
 
 def test_the_sequence_loss_takes_the_unbiased_choice_of_every_row():
-    feed = build(experts=6, top_k=2, balance_weight=0.5, groups=3, kept_groups=2).train()
+    feed = build(experts=6, top_k=2, balance_weight=0.5, n_group=3, topk_group=2).train()
     x, real = draw(ROWS, TOKENS, DIM), SEGMENTS >= 0
     losses = []
     for row in range(ROWS):
@@ -136,7 +144,7 @@ def simulated(rate, steps=200):
         scores = (torch.randn(512, 8, generator=generator) + preference).sigmoid()
         load = (scores + bias).topk(2, -1).indices.flatten().bincount(minlength=8)
         loads.append(imbalance(load))
-        push(bias, load, rate)
+        update_bias(bias, load, rate)
     return loads[0], loads[-1]
 
 
@@ -149,11 +157,11 @@ def test_the_bias_update_lowers_the_imbalance_in_200_steps_and_reversed_raises_i
 
 
 def test_post_step_moves_the_bias_by_its_rate_against_the_load():
-    feed = build(experts=4, bias_rate=0.01)
+    feed = build(experts=4, bias_update_speed=0.01)
     feed.bias.zero_()
     assert feed.post_step({"load": torch.tensor([9, 1, 5, 5])}) == []
     assert feed.bias.tolist() == [-0.01, 0.01, 0.0, 0.0]
-    still = build(experts=4, bias_rate=0.0)
+    still = build(experts=4, bias_update_speed=0.0)
     before = still.bias.clone()
     still.post_step({"load": torch.tensor([9, 1, 5, 5])})
     assert torch.equal(still.bias, before)
@@ -161,7 +169,7 @@ def test_post_step_moves_the_bias_by_its_rate_against_the_load():
 
 def test_casts_leave_the_bias_as_exact_as_it_is():
     """As transformers has it: rounded, it would choose others, and would no longer move."""
-    feed = build(experts=4, bias_rate=0.001).float()
+    feed = build(experts=4, bias_update_speed=0.001).float()
     feed.bias.copy_(torch.tensor([0.5, 0.501, -0.3333, 0.0]))
     before = feed.bias.clone()
     for cast in (feed.bfloat16, feed.half, lambda: feed.to(torch.bfloat16)):
@@ -192,7 +200,9 @@ def test_it_is_deepseek_v3s_block():
         norm_topk_prob=True,
     )
     block = DeepseekV3MoE(config)
-    feed = build(experts=12, top_k=4, groups=4, kept_groups=2, shared=2, scale=2.5).float()
+    feed = build(
+        experts=12, top_k=4, n_group=4, topk_group=2, n_shared_experts=2, routed_scaling_factor=2.5
+    ).float()
     stacks = feed.experts
     state = {
         "gate.weight": feed.router.weight,
@@ -214,12 +224,12 @@ def test_it_is_deepseek_v3s_block():
 
 def section(**feed):
     gqa = {"kind": "gqa", "heads": 2}
-    layer = {"mixer": gqa, "feed_forward": {"kind": "deepseek_moe", "hidden": 12} | feed}
+    layer = {"mixer": gqa, "feed_forward": {"kind": "deepseek_moe", "hidden_dim": 12} | feed}
     return {"vocab_size": 40, "dim": 16, "depth": 2, "pattern": [layer]}
 
 
 def test_the_model_hands_each_layer_its_own_load():
-    lm = LM(ModelConfig.from_dict(section(experts=6, bias_rate=0.5))).train()
+    lm = LM(ModelConfig.from_dict(section(experts=6, bias_update_speed=0.5))).train()
     out = lm(torch.randint(0, 40, (4, 17), generator=torch.Generator().manual_seed(0)))
     assert lm.post_step(out.stats) == []
     biases = [block.feed.bias for block in lm.blocks]
@@ -237,16 +247,16 @@ def test_the_model_hands_each_layer_its_own_load():
     [
         ({"experts": 4, "top_k": 5}, "top_k=5 must be at most experts=4"),
         ({"experts": 0}, "experts=0 must be at least 1"),
-        ({"experts": 8, "groups": 3}, "groups=3 must divide experts=8"),
-        ({"groups": 0}, "groups=0 must divide experts=8"),
-        ({"experts": 8, "groups": 4, "kept_groups": 5}, "kept_groups=5 must be from 1 to groups=4"),
-        ({"experts": 8, "groups": 4, "kept_groups": 0}, "kept_groups=0 must be from 1"),
+        ({"experts": 8, "n_group": 3}, "n_group=3 must divide experts=8"),
+        ({"n_group": 0}, "n_group=0 must divide experts=8"),
+        ({"experts": 8, "n_group": 4, "topk_group": 5}, "topk_group=5 must be from 1 to n_group=4"),
+        ({"experts": 8, "n_group": 4, "topk_group": 0}, "topk_group=0 must be from 1"),
         (
-            {"experts": 8, "top_k": 3, "groups": 4, "kept_groups": 1},
-            "top_k=3 is more than the 2 experts of kept_groups",
+            {"experts": 8, "top_k": 3, "n_group": 4, "topk_group": 1},
+            "top_k=3 is more than the 2 experts of topk_group",
         ),
-        ({"scale": 0}, "scale=0.0 must be above 0"),
-        ({"bias_rate": -1}, "bias_rate=-1.0 must be at least 0"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor=0.0 must be above 0"),
+        ({"bias_update_speed": -1}, "bias_update_speed=-1.0 must be at least 0"),
         ({"noise": -0.1}, "noise=-0.1 must be at least 0"),
         ({"noise": 2.5}, "noise=2.5 must be at most 2"),
         ({"score": "relu"}, "relu"),
@@ -260,7 +270,9 @@ def test_bad_input_is_one_clear_line(keys, message):
 
 def test_training_on_random_tokens_stays_at_ln_v():
     torch.manual_seed(0)
-    lm = LM(ModelConfig.from_dict(section(experts=8, top_k=2, bias_rate=0.01, noise=0.02))).train()
+    lm = LM(
+        ModelConfig.from_dict(section(experts=8, top_k=2, bias_update_speed=0.01, noise=0.02))
+    ).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):

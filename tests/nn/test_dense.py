@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.feedforwards import ReLU2, SwiGLU
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CTX = Ctx(torch.arange(5).expand(2, 5))
-SITE = Site(dim=16, layer=0, depth=1)
+SITE = BuildContext(dim=16, layer_idx=0, depth=1)
 
 
 def test_swiglu_is_that_of_llama():
@@ -19,19 +19,19 @@ def test_swiglu_is_that_of_llama():
 
     config = LlamaConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, mlp_bias=True)
     theirs = LlamaMLP(config).double()
-    ours = SwiGLU(hidden=24, bias=True).build(SITE).double()
+    ours = SwiGLU(hidden_dim=24, bias=True).build(SITE).double()
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(ours(X, CTX).y, theirs(X))
 
 
 def test_relu2_is_the_square_of_a_relu():
-    ours = ReLU2(hidden=24, bias=True).build(SITE).double()
+    ours = ReLU2(hidden_dim=24, bias=True).build(SITE).double()
     inner = X @ ours.up_proj.weight.T + ours.up_proj.bias
     expected = inner.clamp(min=0) ** 2 @ ours.down_proj.weight.T + ours.down_proj.bias
     torch.testing.assert_close(ours(X, CTX).y, expected)
 
 
-@pytest.mark.parametrize("config", [SwiGLU(hidden=24), ReLU2(hidden=24)])
+@pytest.mark.parametrize("config", [SwiGLU(hidden_dim=24), ReLU2(hidden_dim=24)])
 def test_work_is_counted_and_biases_are_off(config):
     ours = config.build(SITE).double()
     with FlopCounterMode(display=False) as counter:
@@ -41,13 +41,16 @@ def test_work_is_counted_and_biases_are_off(config):
 
 
 def test_biases_as_asked():
-    for config, count in ((SwiGLU(hidden=24, bias=True), 3), (ReLU2(hidden=24, bias=True), 2)):
+    for config, count in (
+        (SwiGLU(hidden_dim=24, bias=True), 3),
+        (ReLU2(hidden_dim=24, bias=True), 2),
+    ):
         names = [name for name, _ in config.build(SITE).named_parameters()]
         assert sum(name.endswith("bias") for name in names) == count
 
 
 def test_gradients_equal_those_of_the_formula():
-    ours = SwiGLU(hidden=24).build(SITE).double()
+    ours = SwiGLU(hidden_dim=24).build(SITE).double()
     x, twin = X.clone().requires_grad_(), X.clone().requires_grad_()
     ours(x, CTX).y.square().sum().backward()
     gate, up, down = (p.detach() for p in ours.parameters())

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
-from tinsmith.nn.parts.grouped import (
-    fast_grouped,
-    fast_outer,
-    grouped,
-    loop_grouped,
-    loop_outer,
-    outer,
+from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.moe.dispatch import DispatchPlan, combine, plan_from_indices, plan_from_mask
+from tinsmith.nn.moe.experts import Experts
+from tinsmith.nn.moe.grouped_gemm import (
+    grouped_linear,
+    grouped_linear_cuda,
+    grouped_linear_loop,
+    grouped_outer,
+    grouped_outer_cuda,
+    grouped_outer_loop,
 )
-from tinsmith.nn.parts.init import initialise
-from tinsmith.nn.routing.dispatch import Plan, combine, plan_of_choices, plan_of_mask
-from tinsmith.nn.routing.experts import Experts
 
 same = close_to(1e-12)
 
@@ -36,7 +36,7 @@ def mask():
     return chosen
 
 
-def pairs(plan: Plan) -> list[tuple[int, int]]:
+def pairs(plan: DispatchPlan) -> list[tuple[int, int]]:
     """(expert, token), in order."""
     begins = [0, *plan.ends_E.tolist()]
     return [
@@ -48,51 +48,51 @@ def pairs(plan: Plan) -> list[tuple[int, int]]:
 
 def test_G5_a_plan_lists_exactly_the_chosen_pairs_in_order(mask):
     expected = [(e, n) for e in range(E) for n in range(N) if mask[n, e]]
-    plan = plan_of_mask(mask)
+    plan = plan_from_mask(mask)
     assert pairs(plan) == expected
     assert len(plan.tokens_P) == len(expected)
     assert plan.load_E.tolist() == mask.sum(0).tolist()
     table = draw(N, E)
-    assert plan.weights(table).tolist() == [float(table[n, e]) for e, n in expected]
+    assert plan.gather_weights(table).tolist() == [float(table[n, e]) for e, n in expected]
 
 
 def test_a_plan_of_choices_is_that_of_their_mask():
     choices = draw(N, E).topk(K, -1).indices
     valid = torch.arange(N) % 4 != 0
-    plan = plan_of_choices(choices, E, valid)
+    plan = plan_from_indices(choices, E, valid)
     mask = torch.zeros(N, E, dtype=torch.bool).scatter(1, choices, True) & valid[:, None]
     assert len(plan.tokens_P) == N * K
-    assert pairs(plan) == pairs(plan_of_mask(mask))
-    assert sorted(plan.places_P.tolist()) == list(range(N * K))
+    assert pairs(plan) == pairs(plan_from_mask(mask))
+    assert sorted(plan.flat_indices_P.tolist()) == list(range(N * K))
     table = draw(N, K)
     dense = torch.zeros(N, E, dtype=torch.float64).scatter(1, choices, table)
-    wanted = plan_of_mask(mask).weights(dense)
-    assert plan.weights(table)[: len(wanted)].tolist() == wanted.tolist()
+    wanted = plan_from_mask(mask).gather_weights(dense)
+    assert plan.gather_weights(table)[: len(wanted)].tolist() == wanted.tolist()
 
 
 def test_a_plan_of_fixed_shape_has_the_same_pairs(mask):
-    static = torch.compile(plan_of_mask, backend="eager", fullgraph=True)(mask)
+    static = torch.compile(plan_from_mask, backend="eager", fullgraph=True)(mask)
     assert len(static.tokens_P) == N * E
-    assert pairs(static) == pairs(plan_of_mask(mask))
-    assert plan_of_mask(mask.to("meta")).tokens_P.shape == (N * E,)
+    assert pairs(static) == pairs(plan_from_mask(mask))
+    assert plan_from_mask(mask.to("meta")).tokens_P.shape == (N * E,)
 
 
 def test_nobody_is_chosen():
-    plan = plan_of_mask(torch.zeros(N, E, dtype=torch.bool))
+    plan = plan_from_mask(torch.zeros(N, E, dtype=torch.bool))
     experts = Experts(D, E, H, "swiglu").double()
-    initialise(experts, 1)
-    y = combine(experts(draw(N, D), plan), plan.weights(draw(N, E)), plan, N)
+    init_weights(experts, 1)
+    y = combine(experts(draw(N, D), plan), plan.gather_weights(draw(N, E)), plan, N)
     assert torch.equal(y, torch.zeros(N, D, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tail", [0, 3])
 def test_G5_grouped_products_and_their_gradients_are_dense_ones(mask, tail):
-    plan = plan_of_mask(mask)
+    plan = plan_from_mask(mask)
     count = len(plan.tokens_P)
     group = torch.repeat_interleave(torch.arange(E), plan.load_E)
     x, weight = draw(count + tail, D, seed=2).requires_grad_(), draw(E, H, D).requires_grad_()
     dy = draw(count + tail, H, seed=3)
-    y = grouped(x, weight, plan.ends_E)
+    y = grouped_linear(x, weight, plan.ends_E)
     expected = torch.einsum("poi,pi->po", weight[group], x[:count])
     same(y[:count], expected)
     assert torch.equal(y[count:], torch.zeros(tail, H, dtype=torch.float64))
@@ -104,17 +104,17 @@ def test_G5_grouped_products_and_their_gradients_are_dense_ones(mask, tail):
 
 
 def test_grouped_products_have_any_derivative(mask):
-    plan = plan_of_mask(mask[:6])
+    plan = plan_from_mask(mask[:6])
     x, dy = draw(len(plan.tokens_P), 3), draw(len(plan.tokens_P), 4, seed=4)
     weight, ends = draw(E, 4, 3), plan.ends_E
-    for function, first, second in ((grouped, x, weight), (outer, dy, x)):
+    for function, first, second in ((grouped_linear, x, weight), (grouped_outer, dy, x)):
         inputs = first.requires_grad_(), second.requires_grad_()
         assert torch.autograd.gradcheck(lambda a, b, f=function: f(a, b, ends), inputs)
         assert torch.autograd.gradgradcheck(lambda a, b, f=function: f(a, b, ends), inputs)
 
 
 def test_operators_keep_their_promises_to_the_compiler(mask):
-    plan = plan_of_mask(mask)
+    plan = plan_from_mask(mask)
     x, weight = draw(len(plan.tokens_P), D).requires_grad_(), draw(E, H, D).requires_grad_()
     dy = draw(len(plan.tokens_P), H)
     torch.library.opcheck(torch.ops.tinsmith.grouped.default, (x, weight, plan.ends_E))
@@ -124,7 +124,7 @@ def test_operators_keep_their_promises_to_the_compiler(mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loop_equals_torchs_grouped_product(mask, dtype):
     """Forward, by the weights, and by the rows, with a group without rows."""
-    plan = plan_of_mask(mask)
+    plan = plan_from_mask(mask)
     x, weight = draw(len(plan.tokens_P), 16, dtype=dtype), draw(E, 32, 16, dtype=dtype)
     dy = draw(len(plan.tokens_P), 32, seed=3, dtype=dtype)
     grouped_mm = torch.nn.functional.grouped_mm
@@ -132,9 +132,9 @@ def test_the_loop_equals_torchs_grouped_product(mask, dtype):
     by_weight = grouped_mm(dy.mT, x, offs=plan.ends_E)
     by_rows = grouped_mm(dy, weight, offs=plan.ends_E)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    same(loop_grouped(x, weight, plan.ends_E), forward, tolerance)
-    same(loop_outer(dy, x, plan.ends_E), by_weight, tolerance)
-    same(loop_grouped(dy, weight.mT, plan.ends_E), by_rows, tolerance)
+    same(grouped_linear_loop(x, weight, plan.ends_E), forward, tolerance)
+    same(grouped_outer_loop(dy, x, plan.ends_E), by_weight, tolerance)
+    same(grouped_linear_loop(dy, weight.mT, plan.ends_E), by_rows, tolerance)
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU"))]
@@ -147,38 +147,38 @@ def test_what_a_gpu_runs_equals_the_loop(mask, device, tail, width):
     """Both products, the transposed weight of a backward pass, rows past the last end, a group
     without rows; and widths that torch's own kernel does not take.
     """
-    plan = plan_of_mask(mask)
+    plan = plan_from_mask(mask)
     count, kind = len(plan.tokens_P) + tail, {"dtype": torch.bfloat16}
     x, dy = draw(count, width, **kind).to(device), draw(count, 32, seed=3, **kind).to(device)
     weight, ends = draw(E, 32, width, **kind).to(device), plan.ends_E.to(device)
     for fast, loop, given in (
-        (fast_grouped, loop_grouped, (x, weight)),
-        (fast_grouped, loop_grouped, (dy, weight.mT)),
-        (fast_outer, loop_outer, (dy, x)),
+        (grouped_linear_cuda, grouped_linear_loop, (x, weight)),
+        (grouped_linear_cuda, grouped_linear_loop, (dy, weight.mT)),
+        (grouped_outer_cuda, grouped_outer_loop, (dy, x)),
     ):
         same(fast(*given, ends), loop(*given, ends), 2e-2)
-    assert not fast_grouped(x, weight, ends)[count - tail :].any()
-    assert fast_grouped(x[:0], weight, ends * 0).shape == (0, 32)
+    assert not grouped_linear_cuda(x, weight, ends)[count - tail :].any()
+    assert grouped_linear_cuda(x[:0], weight, ends * 0).shape == (0, 32)
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU")
 def test_on_a_gpu_products_and_their_gradients_are_those_of_a_cpu(mask):
-    plan = plan_of_mask(mask)
+    plan = plan_from_mask(mask)
     x = draw(len(plan.tokens_P) + 3, 16, dtype=torch.bfloat16)
     weight = draw(E, 32, 16, dtype=torch.bfloat16)
     found = []
     for device in ("cpu", "cuda"):
         given = [tensor.to(device).detach().requires_grad_() for tensor in (x, weight)]
-        y = grouped(*given, plan.ends_E.to(device))
+        y = grouped_linear(*given, plan.ends_E.to(device))
         found.append([y.cpu(), *(dx.cpu() for dx in torch.autograd.grad(y.sum(), given))])
     same(found[0], found[1], 2e-2)
 
 
 def test_autocast_casts_as_a_linear_layer():
-    plan = plan_of_mask(torch.ones(4, E, dtype=torch.bool))
+    plan = plan_from_mask(torch.ones(4, E, dtype=torch.bool))
     x, weight = draw(4 * E, D, dtype=torch.float32), draw(E, H, D, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = grouped(x, weight.requires_grad_(), plan.ends_E)
+        found = grouped_linear(x, weight.requires_grad_(), plan.ends_E)
     assert found.dtype == torch.bfloat16
     found.float().sum().backward()
     assert weight.grad is not None
@@ -188,8 +188,8 @@ def test_autocast_casts_as_a_linear_layer():
 def test_no_expert_works_on_a_token_that_did_not_choose_it(mask):
     """What others are given does not matter to the bit, and poison in it does not spread."""
     experts = Experts(D, E, H, "relu2").double()
-    initialise(experts, 1)
-    plan, x = plan_of_mask(mask), draw(N, D)
+    init_weights(experts, 1)
+    plan, x = plan_from_mask(mask), draw(N, D)
     y = experts(x, plan)
     poisoned = x.clone()
     poisoned[4] = torch.nan
@@ -208,7 +208,7 @@ def test_work_is_counted_by_the_pair(activation, matrices):
 def test_experts_start_as_dense_layers_do():
     torch.manual_seed(0)
     experts = Experts(64, 4, 96, "swiglu")
-    initialise(experts, 8)
+    init_weights(experts, 8)
     assert experts.gate_proj is not None
     for stack, std in (
         (experts.gate_proj, 0.5 / 8),

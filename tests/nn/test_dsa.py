@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracles.close import close_to
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.attention import indexer, token_sparse
+from tinsmith.nn.attention.rope import Rope, rotary_tables
+from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.mixers.dsa import DSA
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts import chosen, indexer
-from tinsmith.nn.parts.rope import Rope, tables
 
 close = close_to(1e-10)
 
 DIM, TOKENS = 40, 23
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
-SMALL = LATENT | {"index_heads": 3, "index_dim": 8, "keep": 5}
+SMALL = LATENT | {"index_heads": 3, "index_dim": 8, "index_topk": 5}
 
 
 def noise(*shape, seed=1, dtype=torch.float64):
@@ -32,24 +32,24 @@ def stirred(module):
     return module
 
 
-def mixer_of(config, dtype=torch.float64, **site):
+def mixer_of(config, dtype=torch.float64, **build_ctx):
     torch.manual_seed(0)
-    return stirred(config.build(Site(DIM, 0, 1, **site)).to(dtype)).eval()
+    return stirred(config.build(BuildContext(DIM, 0, 1, **build_ctx)).to(dtype)).eval()
 
 
 def context(width, rows=2, dtype=torch.float64, segments=None, tokens=TOKENS):
     positions = torch.arange(tokens).expand(rows, -1)
-    return Ctx(positions, segments, None, {width: tables(Rope(), width, positions, dtype)})
+    return Ctx(positions, segments, None, {width: rotary_tables(Rope(), width, positions, dtype)})
 
 
 def model_of(**changes):
     layer = {"mixer": {"kind": "dsa"} | SMALL | changes, "feed_forward": FEED}
-    sizes = {"vocab_size": 48, "dim": 32, "depth": 2, "max_context": 128, "pattern": [layer]}
+    sizes = {"vocab_size": 48, "dim": 32, "depth": 2, "max_seq_len": 128, "pattern": [layer]}
     torch.manual_seed(0)
     return LM(ModelConfig.from_dict(sizes)).double()
 
 
-FEED = {"kind": "relu2", "hidden": 48}
+FEED = {"kind": "relu2", "hidden_dim": 48}
 NAMES = {
     "queries.down": "q_a_proj",
     "queries.norm": "q_a_layernorm",
@@ -82,7 +82,7 @@ def test_outputs_are_those_of_deepseek_v32(keep):
         DeepseekV32RotaryEmbedding,
     )
 
-    config = DSA(**SMALL | {"keep": keep, "index_heads": 8})
+    config = DSA(**SMALL | {"index_topk": keep, "index_heads": 8})
     ours = mixer_of(config, torch.float32)
     settings = DeepseekV32Config(
         hidden_size=DIM,
@@ -123,7 +123,7 @@ def test_outputs_are_those_of_deepseek_v32(keep):
 
 @pytest.mark.parametrize("keep", [TOKENS, TOKENS + 9])
 def test_keeping_every_token_is_mla(keep):
-    sparse, dense = mixer_of(DSA(**SMALL | {"keep": keep})), mixer_of(MLA(**LATENT))
+    sparse, dense = mixer_of(DSA(**SMALL | {"index_topk": keep})), mixer_of(MLA(**LATENT))
     dense.load_state_dict({k: v for k, v in sparse.state_dict().items() if "indexer" not in k})
     x = noise(2, TOKENS, DIM)
     for segments in (None, torch.tensor([[0] * 9 + [1] * 14, [-1] * 4 + [2] * 19])):
@@ -150,7 +150,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch, segments):
 
     whole = run()
     for step in (1, 7, 16):
-        monkeypatch.setattr(chosen, "_queries_at_once", lambda keys, step=step: step)
+        monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys, step=step: step)
         for found, expected in zip(run(), whole, strict=True):
             close(found, expected)
 
@@ -161,7 +161,7 @@ def test_chunks_of_queries_change_nothing_in_a_cache(monkeypatch):
     lm = stirred(model_of()).eval()
     ids = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = lm(ids).logits
-    monkeypatch.setattr(chosen, "_queries_at_once", lambda keys: 3)
+    monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 3)
     close(lm(ids).logits, expected)
     caches = lm.new_caches(2, 24)
     found = [lm(ids[:, begin:end], caches=caches).logits for begin, end in ((0, 8), (8, 24))]
@@ -180,15 +180,15 @@ def test_chunks_of_queries_change_nothing_in_a_cache(monkeypatch):
 def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
     """So half of the products are never made."""
     mixer, met = mixer_of(DSA(**SMALL)).train(), []
-    monkeypatch.setattr(chosen, "_queries_at_once", lambda keys: 4)
-    for name in ("scores", "target"):
-        make = getattr(chosen, name)
+    monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 4)
+    for name in ("index_scores", "target_attention"):
+        make = getattr(token_sparse, name)
 
         def counted(*given, make=make):
             met.append(tuple(make(*given).shape[1:]))
             return make(*given)
 
-        monkeypatch.setattr(chosen, name, counted)
+        monkeypatch.setattr(token_sparse, name, counted)
     mixer(noise(2, TOKENS, DIM), context(4, segments=segments)).losses["indexer"].backward()
     ends = [(4, end) for end in range(4, TOKENS, 4)] + [(3, TOKENS)]
     assert met == [shape for shape in ends for _ in range(2)]
@@ -197,7 +197,7 @@ def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
 def test_what_is_kept_for_gradients_grows_with_the_length_and_no_faster(monkeypatch):
     """Bytes of all tensors that the backward pass waits for, in chunks of 4 queries."""
     mixer = mixer_of(DSA(**SMALL)).train()
-    monkeypatch.setattr(chosen, "_queries_at_once", lambda keys: 4)
+    monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 4)
 
     def kept(tokens):
         storages = {}
@@ -250,9 +250,9 @@ def test_the_loss_is_the_divergence_written_out(kind):
     x, ctx = noise(1, TOKENS, DIM), context(4, rows=1)
     rotary = ctx.rotary[4]
     nope, turned, latent = mixer.queries(x, rotary)
-    k, _ = mixer.keys.expanded(*mixer.keys(x, rotary))
+    k, _ = mixer.keys.expand(*mixer.keys(x, rotary))
     logits = torch.einsum("bthd,bshd->bhts", torch.cat((nope, turned), -1), k) / 10**0.5
-    said = indexer.scores(mixer.indexer(x, latent, rotary))[0]
+    said = indexer.index_scores(mixer.indexer(x, latent, rotary))[0]
     total = 0.0
     for t in range(TOKENS):
         seen = range(t + 1)
@@ -295,10 +295,10 @@ def test_recall_of_the_true_mass_rises_under_the_loss():
     def recall():
         rotary = ctx.rotary[4]
         nope, turned, latent = mixer.queries(held_out, rotary)
-        k, _ = mixer.keys.expanded(*mixer.keys(held_out, rotary))
+        k, _ = mixer.keys.expand(*mixer.keys(held_out, rotary))
         visible = torch.ones(8, TOKENS, TOKENS, dtype=torch.bool).tril()
-        truth = indexer.target(torch.cat((nope, turned), -1), k, visible)
-        said = indexer.scores(mixer.indexer(held_out, latent, rotary))
+        truth = indexer.target_attention(torch.cat((nope, turned), -1), k, visible)
+        said = indexer.index_scores(mixer.indexer(held_out, latent, rotary))
         best = said.masked_fill(~visible, -torch.inf).topk(5, -1).indices
         found, most = truth.gather(-1, best), truth.topk(5, -1).values
         return found[:, 8:].sum() / most[:, 8:].sum()
@@ -317,25 +317,25 @@ def test_evaluation_computes_no_loss():
 
 def test_padding_and_other_documents_never_count_as_chosen():
     """`keep` above what is visible: nothing out of sight gets in."""
-    mixer = mixer_of(DSA(**SMALL | {"keep": 9}))
+    mixer = mixer_of(DSA(**SMALL | {"index_topk": 9}))
     x = noise(1, TOKENS, DIM)
     segments = torch.tensor([[0] * 10 + [1] * 13])
     positions = torch.tensor([[*range(10), *range(13)]])
-    ctx = Ctx(positions, segments, None, {4: tables(Rope(), 4, positions, torch.float64)})
+    ctx = Ctx(positions, segments, None, {4: rotary_tables(Rope(), 4, positions, torch.float64)})
     alone = Ctx(positions[:, 10:], None, None, {4: tuple(t[:, 10:] for t in ctx.rotary[4])})
     close(mixer(x, ctx).y[:, 10:], mixer(x[:, 10:], alone).y)
 
 
 def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
     x, positions = noise(1, TOKENS, 2, 4), torch.arange(TOKENS)[None]
-    narrow, wide = (tables(Rope(), width, positions, torch.float64) for width in (4, 16))
+    narrow, wide = (rotary_tables(Rope(), width, positions, torch.float64) for width in (4, 16))
     close(indexer._turned(x, wide), indexer._turned(x, narrow))
 
 
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"keep": 0}, "keep=0 must be at least 1"),
+        ({"index_topk": 0}, "keep=0 must be at least 1"),
         ({"index_heads": 0}, "index_heads=0 must be at least 1"),
         ({"index_dim": 3, "rope_dim": 64}, "index_dim=3 must be even and divide rope_dim=64"),
         ({"index_dim": 24, "rope_dim": 64}, "index_dim=24 must be even and divide rope_dim=64"),

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.oracles.close import close_to
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.attention.rope import Rope, rotary_tables
+from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.mixers.dynheads import DynHeads
 from tinsmith.nn.mixers.dynlora import DynLoRA
 from tinsmith.nn.mixers.gqa import GQA
-from tinsmith.nn.parts.rope import Rope, tables
 
 close = close_to(1e-12)
 
@@ -23,7 +23,7 @@ ALWAYS, NEVER = -2.0, 2.0
 
 def made(config, stirred=True):
     torch.manual_seed(0)
-    mixer = config.build(Site(D, 0, 2)).double()
+    mixer = config.build(BuildContext(D, 0, 2)).double()
     with torch.no_grad():
         for name, parameter in mixer.named_parameters():
             if stirred or name.endswith("proj.weight"):
@@ -51,7 +51,7 @@ def mixer(request):
 
 def context(rows=2, segments=None, start=0, count=T):
     positions = torch.arange(start, start + count).expand(rows, -1)
-    return Ctx(positions, segments, None, {8: tables(Rope(), 8, positions, torch.float64)})
+    return Ctx(positions, segments, None, {8: rotary_tables(Rope(), 8, positions, torch.float64)})
 
 
 def noise(*shape, seed=1):
@@ -68,7 +68,7 @@ def only(mixer, *experts):
 
 def plain(weights, **keys) -> torch.nn.Module:
     """A gqa with these four matrices."""
-    mixer = GQA(**(HEADS | keys)).build(Site(D, 0, 2)).double()
+    mixer = GQA(**(HEADS | keys)).build(BuildContext(D, 0, 2)).double()
     for name, weight in zip(NAMES, weights, strict=True):
         mixer.get_parameter(f"{name}.weight").data.copy_(weight)
     return mixer
@@ -80,7 +80,7 @@ def stacked(mixer) -> list[Tensor]:
 
 def dense(mixer, x, ctx):
     """All experts on all tokens, masked afterwards; every matrix written out."""
-    choice = mixer.choose(x, ctx)
+    choice = mixer.route(x, ctx)
     c = (choice.mask_NE * choice.weight_NE).unflatten(0, x.shape[:2])
     if isinstance(mixer.gate.config, DynHeads):
         base, matrices = mixer, [(None, weight) for weight in stacked(mixer)]
@@ -94,7 +94,7 @@ def dense(mixer, x, ctx):
         return mixed if static is None else static(x) + mixed
 
     q, k, v = (project(x, *pair) for pair in matrices[:3])
-    return project(base.look(q, k, v, ctx, None).y, *matrices[3])
+    return project(base.attend(q, k, v, ctx, None).y, *matrices[3])
 
 
 def gradients(mixer, y, x):
@@ -108,7 +108,7 @@ def gradients(mixer, y, x):
 def test_A5_the_dispatch_is_a_dense_masked_einsum_in_outputs_and_gradients(kind, combine):
     mixer = MIXERS[kind](combine=combine).eval()
     x, ctx = noise(2, T, D).requires_grad_(), context()
-    counts = mixer.chosen(x, ctx).sum(-1)
+    counts = mixer.expert_mask(x, ctx).sum(-1)
     assert counts.unique().numel() > 1, "tokens differ in how many experts they want"
     found, expected = mixer(x, ctx).y, dense(mixer, x, ctx)
     close(found, expected)
@@ -163,7 +163,7 @@ def test_A4_one_expert_is_ordinary_attention(keys):
 def test_A6_one_head_is_a_mixture_of_projections_into_it():
     """Tiny-ONN's own form: no matrix per token, the same numbers as with one."""
     mixer, x, ctx = heads(heads=1, rope=False), noise(1, 5, D), context(1, count=5)
-    choice = mixer.choose(x, ctx)
+    choice = mixer.route(x, ctx)
     c = choice.mask_NE * choice.weight_NE
     q, k, v, o = (torch.einsum("te,eoi->toi", c, weight) for weight in stacked(mixer))
     queries, keys, values = (torch.einsum("toi,ti->to", w, x[0]) for w in (q, k, v))
@@ -174,7 +174,7 @@ def test_A6_one_head_is_a_mixture_of_projections_into_it():
 
 def test_L1_at_first_it_is_its_base_to_the_bit():
     mixer, x = lora(stirred=False), noise(2, T, D)
-    assert mixer.chosen(x, context()).any()
+    assert mixer.expert_mask(x, context()).any()
     with torch.no_grad():
         for delta in mixer.deltas:
             delta.up.zero_()
@@ -184,7 +184,7 @@ def test_L1_at_first_it_is_its_base_to_the_bit():
 
 def test_L1_changes_begin_as_the_page_says():
     torch.manual_seed(0)
-    delta = DynLoRA(experts=64, rank=16, base=GQA(heads=3)).build(Site(D, 0, 2)).q_delta
+    delta = DynLoRA(experts=64, rank=16, base=GQA(heads=3)).build(BuildContext(D, 0, 2)).q_delta
     assert delta.down.std().item() == pytest.approx(D**-0.5, rel=0.05)
     assert not delta.up.any()
 
@@ -208,9 +208,9 @@ def test_L4_a_token_is_changed_by_at_most_k_times_rank_directions(experts, monke
     mixer, x = lora(rank=2, experts=4), noise(1, 4 * D, D)
     only(mixer, *experts)
     heard = []
-    look = mixer.base.look
+    look = mixer.base.attend
     monkeypatch.setattr(
-        mixer.base, "look", lambda *given: (heard.extend(given[:3]), look(*given))[1]
+        mixer.base, "attend", lambda *given: (heard.extend(given[:3]), look(*given))[1]
     )
     mixer(x, context(1, count=4 * D))
     assert len(heard) == 3
@@ -256,7 +256,7 @@ def test_with_fallback_none_nobody_adds_anything_and_nothing_is_nan():
     assert not x.grad.any()
     fallen = heads(fallback="top1")
     only(fallen)
-    assert fallen.chosen(x, context()).sum(-1).eq(1).all()
+    assert fallen.expert_mask(x, context()).sum(-1).eq(1).all()
     assert fallen(x, context()).y.abs().amin() > 0
 
 
@@ -264,7 +264,7 @@ def test_padding_is_never_routed_nor_counted(mixer):
     x, segments = noise(2, T, D), torch.zeros(2, T, dtype=torch.long)
     segments[:, :3] = -1
     ctx = context(segments=segments)
-    chosen = mixer.chosen(x, ctx)
+    chosen = mixer.expert_mask(x, ctx)
     assert not chosen[:, :3].any()
     assert chosen[:, 3:].any()
     stats = mixer(x, ctx).stats
@@ -288,7 +288,7 @@ def test_what_it_says_of_its_routing_fits(mixer):
     assert set(out.losses) == {"sdl"}
     fired = mixer.gate.margins(x.flatten(0, 1)) > 0
     assert torch.equal(out.stats["load"], fired.sum(0))
-    assert torch.equal(mixer.watched()["thresholds"], mixer.gate.thresholds)
+    assert torch.equal(mixer.router_state()["thresholds"], mixer.gate.thresholds)
     assert not mixer.eval()(x, ctx).losses
 
 
@@ -324,8 +324,8 @@ def test_an_expert_that_never_fires_is_born_anew(kind):
 
 def test_the_value_residual_is_the_bases():
     config = DynLoRA(experts=2, base=GQA(heads=3, value_residual=True))
-    assert config.value_shape(D) == (3, 8)
-    assert DynLoRA(experts=2, base=GQA(heads=3)).value_shape(D) is None
+    assert config.value_residual_shape(D) == (3, 8)
+    assert DynLoRA(experts=2, base=GQA(heads=3)).value_residual_shape(D) is None
     later = made(config)
     x, ctx = noise(2, T, D), context()
     offered = later(x, ctx).value
@@ -337,12 +337,12 @@ def test_the_value_residual_is_the_bases():
 def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
     gate = 2 * E * D
     alone = plain([torch.zeros(())] * 4)
-    looking = alone.flops(T) - alone.projecting()
-    assert heads(target_active=2.0).flops(T) == 2 * alone.projecting() + gate + looking
+    looking = alone.flops(T) - alone.projection_flops()
+    assert heads(target_active=2.0).flops(T) == 2 * alone.projection_flops() + gate + looking
     change = 2 * 2 * (4 * D + 2 * 24 + 2 * 8)
     assert lora(target_active=1.5).flops(T) == alone.flops(T) + gate + int(1.5 * change)
-    assert heads(target_active=2.0).idle_parameters() == alone.projecting() // 2
-    assert lora(target_active=1.5).idle_parameters() == 1.5 * change // 2
+    assert heads(target_active=2.0).inactive_parameters() == alone.projection_flops() // 2
+    assert lora(target_active=1.5).inactive_parameters() == 1.5 * change // 2
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracles.surprise import causal_loss, dense, said
-from tinsmith.nn.contract import Ctx, Out, Site
+from tinsmith.nn.contract import BuildContext, Ctx, Out
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
+from tinsmith.nn.layers.init import init_weights
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.init import initialise
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import AdamWConfig, MuonConfig, OptimConfig
 
@@ -20,9 +20,9 @@ N, E, D = 24, 6, 8
 
 def made(**keys) -> DynMoEFeedForward:
     torch.manual_seed(0)
-    keys = {"experts": E, "hidden": 5, "sdl_weight": 0.0} | keys
-    feed = DynMoE(**keys).build(Site(dim=D, layer=0, depth=1))
-    initialise(feed, 1)
+    keys = {"experts": E, "hidden_dim": 5, "sdl_weight": 0.0} | keys
+    feed = DynMoE(**keys).build(BuildContext(dim=D, layer_idx=0, depth=1))
+    init_weights(feed, 1)
     with torch.no_grad():
         for stack in feed.experts.parameters():
             stack *= 2
@@ -120,7 +120,7 @@ def test_thresholds_that_silence_every_expert_are_reported_and_never_nan(router_
         feed.gate.thresholds.fill_(2.0)
     out = run(feed, tokens().requires_grad_())
     (causal_loss(out.y[0]) + sum(out.losses.values())).backward()
-    feed.after_backward(out.probes)
+    feed.after_backward(out.grad_probes)
     assert out.stats["fallback"] == N
     assert (out.stats["load"] == 0).all()
     assert out.y.isfinite().all()
@@ -133,7 +133,7 @@ def test_a_batch_of_padding_alone_is_zero_and_not_nan():
     feed = made(router_grad="smk", sdl_weight=0.01)
     out = run(feed, tokens(), torch.full((N,), -1))
     (out.y.sum() + sum(out.losses.values())).backward()
-    stats = feed.after_backward(out.probes)
+    stats = feed.after_backward(out.grad_probes)
     assert (out.y == 0).all()
     for value in (*out.losses.values(), *out.stats.values(), *stats.values()):
         assert value.isfinite().all()
@@ -143,7 +143,7 @@ def test_a_batch_of_padding_alone_is_zero_and_not_nan():
 def test_work_is_that_of_the_target_and_so_are_idle_parameters():
     feed = made(target_active=2)
     assert feed.flops() == 2 * E * D + 2 * 6 * D * 5
-    assert feed.idle_parameters() == 3 * D * 5 * 4
+    assert feed.inactive_parameters() == 3 * D * 5 * 4
 
 
 def optimizers(feed: DynMoEFeedForward, kind: str) -> Optimizers:
@@ -164,7 +164,7 @@ def test_R1_the_optimizer_forgets_exactly_the_rows_of_the_dead(kind):
         before = {name: value.clone() for name, value in chosen.state_tensors().items()}
         weights = {name: value.detach().clone() for name, value in feed.named_parameters()}
         resets = feed.post_step(out.stats)
-        chosen.forget(resets)
+        chosen.reset_state(resets)
         chosen.zero_grad()
     assert {id(reset.parameter) for reset in resets} == {id(p) for p in feed.parameters()}
     after = chosen.state_tensors()
@@ -202,9 +202,9 @@ def test_R5_tokens_that_had_an_expert_hear_nothing_of_a_newborn():
 def test_training_on_random_tokens_stays_at_ln_V(router_grad):
     """What can be predicted of them is nothing: less would be a leak."""
     torch.manual_seed(0)
-    feed = {"kind": "dyn_moe", "experts": 8, "hidden": 16, "router_grad": router_grad}
+    feed = {"kind": "dyn_moe", "experts": 8, "hidden_dim": 16, "router_grad": router_grad}
     layer = {"mixer": {"kind": "gqa", "heads": 2}, "feed_forward": feed | {"reset_interval": 10}}
-    section = {"vocab_size": 32, "dim": 32, "depth": 2, "max_context": 64, "pattern": [layer]}
+    section = {"vocab_size": 32, "dim": 32, "depth": 2, "max_seq_len": 64, "pattern": [layer]}
     lm = LM(ModelConfig.from_dict(section)).train()
     chosen = Optimizers.build(lm, None, OptimConfig())
     losses = []
@@ -213,9 +213,9 @@ def test_training_on_random_tokens_stays_at_ln_V(router_grad):
         out = lm(ids[:, :-1])
         loss = F.cross_entropy(out.logits.flatten(0, 1), ids[:, 1:].flatten())
         (loss + sum(out.losses.values())).backward()
-        lm.after_backward(out.probes)
+        lm.after_backward(out.grad_probes)
         chosen.step()
-        chosen.forget(lm.post_step(out.stats))
+        chosen.reset_state(lm.post_step(out.stats))
         chosen.zero_grad()
         losses.append(loss.item())
     assert min(losses) > math.log(32) - 0.05

@@ -146,7 +146,7 @@ class TestValueResidual:
 
     def test_it_passes_by_layers_that_do_not_take_part(self, section, ids):
         """The first layer that offers counts, wherever it stands; others neither offer nor mix."""
-        feed = {"kind": "relu2", "hidden": 8}
+        feed = {"kind": "relu2", "hidden_dim": 8}
         silent = {"mixer": {"kind": "gqa", "heads": 2}, "feed_forward": feed}
         taking = {
             "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True},
@@ -172,6 +172,6 @@ def test_work_is_counted(small):
 
 
 def test_widths():
-    assert GQA(heads=8).width(64) == 8
-    assert GQA(heads=8, head_dim=12).width(64) == 12
-    assert (GQA(heads=8).groups, GQA(heads=8, kv_heads=2).groups) == (8, 2)
+    assert GQA(heads=8).resolve_head_dim(64) == 8
+    assert GQA(heads=8, head_dim=12).resolve_head_dim(64) == 12
+    assert (GQA(heads=8).num_kv_heads, GQA(heads=8, kv_heads=2).num_kv_heads) == (8, 2)

@@ -6,20 +6,26 @@ import torch.nn.functional as F
 
 from tests.oracles.close import close_to
 from tests.oracles.hybrid import hybrid as oracle
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.attention import indexer
+from tinsmith.nn.attention.rope import Rope, YarnScaling, rotary_tables
+from tinsmith.nn.contract import BuildContext, Ctx
+from tinsmith.nn.layers.stable_topk import stable_topk
 from tinsmith.nn.mixers.hybrid import MODES, Hybrid
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts import indexer
-from tinsmith.nn.parts.choose import top
-from tinsmith.nn.parts.rope import Rope, Yarn, tables
 
 close = close_to(1e-10)
 
 DIM, TOKENS = 24, 22
 LATENT = {"heads": 2, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 5}
-SMALL = LATENT | {"compress_block": 4, "window": 5, "keep": 3, "index_heads": 3, "index_dim": 6}
-FEED = {"kind": "relu2", "hidden": 48}
+SMALL = LATENT | {
+    "compress_block": 4,
+    "window": 5,
+    "index_topk": 3,
+    "index_heads": 3,
+    "index_dim": 6,
+}
+FEED = {"kind": "relu2", "hidden_dim": 48}
 
 
 def noise(*shape, seed=1):
@@ -27,9 +33,9 @@ def noise(*shape, seed=1):
     return torch.randn(shape, dtype=torch.float64, generator=source)
 
 
-def mixer_of(config, **site):
+def mixer_of(config, **build_ctx):
     torch.manual_seed(0)
-    mixer = config.build(Site(DIM, 0, 1, **site)).double().eval()
+    mixer = config.build(BuildContext(DIM, 0, 1, **build_ctx)).double().eval()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -38,7 +44,7 @@ def mixer_of(config, **site):
 
 def context(rows=1, begin=0, rope=None, segments=None):
     positions = torch.arange(begin, begin + TOKENS).expand(rows, -1)
-    rotary = tables(rope or Rope(), 4, positions, torch.float64)
+    rotary = rotary_tables(rope or Rope(), 4, positions, torch.float64)
     return Ctx(positions, segments, None, {4: rotary})
 
 
@@ -46,9 +52,9 @@ def chosen_by(mixer, x, ctx):
     """What the select branch attends to, as places."""
     branch, rotary = mixer.branches["select"], ctx.rotary[4]
     _, _, source = mixer.queries(x, rotary)
-    scores = indexer.scores(branch.indexer(x, source, rotary))[0]
+    scores = indexer.index_scores(branch.indexer(x, source, rotary))[0]
     hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    best = top(scores.masked_fill(hidden, -torch.inf), mixer.config.keep).tolist()
+    best = stable_topk(scores.masked_fill(hidden, -torch.inf), mixer.config.index_topk).tolist()
     return [[s for s in row if s <= t] for t, row in enumerate(best)]
 
 
@@ -57,7 +63,7 @@ def chosen_by(mixer, x, ctx):
 def test_every_mode_is_what_its_description_says(mode, gate):
     mixer = mixer_of(Hybrid(**SMALL, mode=mode, gate=gate))
     x, ctx = noise(1, TOKENS, DIM), context()
-    chosen = chosen_by(mixer, x, ctx) if "select" in mixer.config.present else []
+    chosen = chosen_by(mixer, x, ctx) if "select" in mixer.config.branch_names else []
     with torch.no_grad():
         wanted = oracle(mixer.state_dict(), mixer.config, x[0], chosen)
         close(mixer(x, ctx).y[0], wanted)
@@ -69,8 +75,8 @@ def test_A16_modes_have_the_branches_of_the_documents_table():
         "swa": ("compress", "window"),
         "dsa": ("compress", "select"),
     }
-    assert Hybrid().present == MODES["nsa"]
-    assert Hybrid(branches=("window",)).present == ("window",)
+    assert Hybrid().branch_names == MODES["nsa"]
+    assert Hybrid(branches=("window",)).branch_names == ("window",)
 
 
 def test_A18_only_the_branches_of_the_mode_have_parameters():
@@ -86,12 +92,12 @@ def _parameters(mode):
     return mixer_of(Hybrid(**SMALL, mode=mode)).named_parameters()
 
 
-@pytest.mark.parametrize("scaling", [None, Yarn(factor=4.0, original_context=8)])
+@pytest.mark.parametrize("scaling", [None, YarnScaling(factor=4.0, original_max_seq_len=8)])
 def test_blocks_of_one_token_alone_are_mla(scaling):
     rope = Rope(scaling=scaling)
     sizes = SMALL | {"compress_block": 1, "branches": ("compress",)}
-    ours = mixer_of(Hybrid(**sizes), rotary_factor=rope.factor)
-    mla = mixer_of(MLA(**LATENT), rotary_factor=rope.factor)
+    ours = mixer_of(Hybrid(**sizes), rotary_factor=rope.attention_scaling)
+    mla = mixer_of(MLA(**LATENT), rotary_factor=rope.attention_scaling)
     state = ours.state_dict()
     mla.load_state_dict({k.replace("branches.compress.", ""): v for k, v in state.items()})
     x = noise(2, TOKENS, DIM)
@@ -169,7 +175,7 @@ def test_the_indexers_loss_is_the_divergence_written_out(kind):
     branch, asked = mixer.branches["select"], asked_of(mixer, x, ctx)
     (k, _), q = branch.keys(asked), asked.q_BTHD
     logits = torch.einsum("bthd,bshd->bhts", q, k) / 10**0.5
-    said = indexer.scores(branch.indexer(asked.x, asked.source, asked.rotary))[0]
+    said = indexer.index_scores(branch.indexer(asked.x, asked.query_input, asked.rotary))[0]
     total = 0.0
     for t, chosen in enumerate(chosen_by(mixer, x, ctx)):
         seen = chosen if kind == "selected" else list(range(t + 1))
@@ -195,7 +201,7 @@ def test_the_indexer_learns_from_its_own_loss_and_nothing_else_does():
 
 def test_recall_of_the_true_mass_rises_under_the_loss():
     """Of one head's attention, while only the indexer is trained."""
-    sizes = SMALL | {"heads": 1, "index_heads": 8, "index_dim": 16, "keep": 5}
+    sizes = SMALL | {"heads": 1, "index_heads": 8, "index_dim": 16, "index_topk": 5}
     mixer, ctx, held_out = mixer_of(Hybrid(**sizes)).train(), context(8), noise(8, TOKENS, DIM)
     branch = mixer.branches["select"]
     optimizer = torch.optim.Adam(branch.indexer.parameters(), 1e-2)
@@ -204,8 +210,8 @@ def test_recall_of_the_true_mass_rises_under_the_loss():
     def recall():
         asked = asked_of(mixer, held_out, ctx)
         visible = torch.ones(8, TOKENS, TOKENS, dtype=torch.bool).tril()
-        truth = indexer.target(asked.q_BTHD, branch.keys(asked)[0], visible)
-        said = indexer.scores(branch.indexer(asked.x, asked.source, asked.rotary))
+        truth = indexer.target_attention(asked.q_BTHD, branch.keys(asked)[0], visible)
+        said = indexer.index_scores(branch.indexer(asked.x, asked.query_input, asked.rotary))
         best = said.masked_fill(~visible, -torch.inf).topk(5, -1).indices
         found, most = truth.gather(-1, best), truth.topk(5, -1).values
         return found[:, 8:].sum() / most[:, 8:].sum()
@@ -221,7 +227,7 @@ def test_recall_of_the_true_mass_rises_under_the_loss():
 
 def model_of(*mixers, **more):
     layers = [{"mixer": mixer, "feed_forward": FEED} for mixer in mixers]
-    sizes = {"vocab_size": 48, "dim": DIM, "depth": len(mixers), "max_context": 64}
+    sizes = {"vocab_size": 48, "dim": DIM, "depth": len(mixers), "max_seq_len": 64}
     torch.manual_seed(0)
     return LM(ModelConfig.from_dict(sizes | {"pattern": layers} | more))
 
@@ -261,7 +267,7 @@ def test_it_compiles_as_a_whole():
         ({"branches": ("window", "window")}, "must be some, each once"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"compress_block": 0}, "compress_block=0 must be at least 1"),
-        ({"keep": 0}, "keep=0 must be at least 1"),
+        ({"index_topk": 0}, "keep=0 must be at least 1"),
         ({"rope_dim": 3}, "rope_dim=3 must be even"),
     ],
 )

@@ -6,7 +6,7 @@ from hyper_connections import HyperConnections
 
 from tests.oracles import streams as oracle
 from tests.oracles.close import close_to
-from tinsmith.nn.contract import Site
+from tinsmith.nn.contract import BuildContext
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.residuals.hyper import Hyper
 from tinsmith.optim.groups import partition
@@ -24,8 +24,10 @@ def noise(*shape, seed=1):
 
 def built(sub_layer=1, norm_eps=0.0, **options):
     """A float64 module whose every parameter is random."""
-    site = Site(dim=DIM, layer=0, depth=1, norm_eps=norm_eps, sub_layer=sub_layer)
-    part = Hyper(**options).build(site).double()
+    build_ctx = BuildContext(
+        dim=DIM, layer_idx=0, depth=1, norm_eps=norm_eps, sublayer_idx=sub_layer
+    )
+    part = Hyper(**options).build(build_ctx).double()
     with torch.no_grad():
         for seed, parameter in enumerate(part.parameters()):
             parameter += 0.7 * noise(*parameter.shape, seed=seed)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.oracles.nsa import chosen_blocks
-from tinsmith.nn.parts import importance
-from tinsmith.nn.parts.attend import reach
-from tinsmith.nn.parts.blocks import Blocks, spots
-from tinsmith.nn.parts.importance import choose_blocks
+from tinsmith.nn.attention import block_scores
+from tinsmith.nn.attention.block_scores import select_blocks
+from tinsmith.nn.attention.compress import BlockLayout, block_positions
+from tinsmith.nn.attention.core import attention_span
 
 CPU = torch.device("cpu")
 
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 def choose(q, k, cut, segments=None, *, size, count):
     """(B, G, T) lists of the numbers of chosen blocks, ascending; of documents, not places."""
     length = q.shape[1]
-    at = spots(reach(segments, length, None, CPU), length, length, CPU)
-    begins = choose_blocks(q, k, cut, at, keys=length, size=size, count=count)
+    at = block_positions(attention_span(segments, length, None, CPU), length, length, CPU)
+    begins = select_blocks(q, k, cut, at, keys=length, size=size, count=count)
     start = at.start_BT.expand(len(q), -1)
     return [
         [
@@ -42,18 +42,18 @@ def drawn(length, cut, rows=2, heads=4, groups=2, scale=2.0):
 @pytest.mark.parametrize(
     ("cut", "size", "count"),
     [
-        (Blocks(4, 2), 8, 4),
-        (Blocks(4, 2), 4, 5),
-        (Blocks(4, 4), 4, 4),
-        (Blocks(6, 2), 6, 4),
-        (Blocks(1, 1), 3, 4),
-        (Blocks(4, 2), 4, 1),
-        (Blocks(4, 2), 4, 2),
+        (BlockLayout(4, 2), 8, 4),
+        (BlockLayout(4, 2), 4, 5),
+        (BlockLayout(4, 4), 4, 4),
+        (BlockLayout(6, 2), 6, 4),
+        (BlockLayout(1, 1), 3, 4),
+        (BlockLayout(4, 2), 4, 1),
+        (BlockLayout(4, 2), 4, 2),
     ],
 )
 @pytest.mark.parametrize("chunk", [7, 128])
 def test_choices_are_those_of_the_paper(cut, size, count, chunk, monkeypatch):
-    monkeypatch.setattr(importance, "CHUNK", chunk)
+    monkeypatch.setattr(block_scores, "QUERY_CHUNK", chunk)
     q, k = drawn(45, cut)
     found = choose(q, k, cut, size=size, count=count)
     for b in range(2):
@@ -65,7 +65,7 @@ def test_choices_are_those_of_the_paper(cut, size, count, chunk, monkeypatch):
 
 
 def test_own_first_and_previous_blocks_are_always_chosen():
-    cut = Blocks(4, 2)
+    cut = BlockLayout(4, 2)
     for count, forced in ((1, (0,)), (2, (0, 0)), (3, (0, 0, 1)), (5, (0, 0, 1))):
         found = choose(*drawn(60, cut), cut, size=8, count=count)
         for t, line in enumerate(found[0][0]):
@@ -77,7 +77,7 @@ def test_own_first_and_previous_blocks_are_always_chosen():
 
 def test_equal_scores_choose_the_first_blocks():
     """Ties by index: constant keys, whatever the last bits of their weights."""
-    cut = Blocks(4, 4)
+    cut = BlockLayout(4, 4)
     q, k = drawn(64, cut)
     found = choose(q, k[:, :1].expand_as(k), cut, size=4, count=5)
     for t, line in enumerate(found[0][1]):
@@ -90,60 +90,60 @@ def test_equal_scores_choose_the_first_blocks():
 
 @pytest.mark.parametrize("length", [4, 9, 20, 37])
 def test_a_longer_row_chooses_the_same(length):
-    cut = Blocks(4, 2)
+    cut = BlockLayout(4, 2)
     q, k = drawn(60, cut)
     whole = choose(q, k, cut, size=4, count=4)
-    part = choose(q[:, :length], k[:, : cut.slots(length)], cut, size=4, count=4)
+    part = choose(q[:, :length], k[:, : cut.num_slots(length)], cut, size=4, count=4)
     assert part[1][1] == whole[1][1][:length]
 
 
 def test_documents_choose_as_if_alone():
     """Their blocks are counted from their first token, and only their own are weighed."""
-    cut, length = Blocks(4, 2), 46
+    cut, length = BlockLayout(4, 2), 46
     segments = torch.tensor([[-1] * 3 + [5] * 20 + [2] * 21 + [-1] * 2])
     q = drawn(length, cut, rows=1)[0]
     raw = torch.randn(1, length, 2, 8, dtype=torch.float64)
-    packed = cut.cut(raw, reach(segments, length, None, CPU)).sum(2)
+    packed = cut.gather_blocks(raw, attention_span(segments, length, None, CPU)).sum(2)
     found = choose(q, packed, cut, segments, size=4, count=4)
     for part in (slice(3, 23), slice(23, 44)):
-        alone = cut.cut(raw[:, part], reach(None, 99, None, CPU)).sum(2)
+        alone = cut.gather_blocks(raw[:, part], attention_span(None, 99, None, CPU)).sum(2)
         expected = choose(q[:, part], alone, cut, size=4, count=4)
         assert [line[part] for line in found[0]] == expected[0]
 
 
 def test_padding_without_a_place_chooses_nothing():
-    cut = Blocks(4, 2)
+    cut = BlockLayout(4, 2)
     q, k = drawn(20, cut)
-    at = spots(reach(None, 20, None, CPU), 20, 20, CPU)
-    place = at.place_BT.expand(2, -1).clone()
+    at = block_positions(attention_span(None, 20, None, CPU), 20, 20, CPU)
+    place = at.cache_position_BT.expand(2, -1).clone()
     place[1, 5:] = -1
-    padded = at._replace(place_BT=place)
-    begins = choose_blocks(q, k, cut, padded, keys=20, size=4, count=3)
+    padded = at._replace(cache_position_BT=place)
+    begins = select_blocks(q, k, cut, padded, keys=20, size=4, count=3)
     assert (begins[1, :, 5:] == -1).all()
     assert (begins[0] >= 0).any(-1).all()
-    nobody = at._replace(place_BT=torch.full((2, 20), -1))
-    assert (choose_blocks(q, k, cut, nobody, keys=20, size=4, count=3) == -1).all()
+    nobody = at._replace(cache_position_BT=torch.full((2, 20), -1))
+    assert (select_blocks(q, k, cut, nobody, keys=20, size=4, count=3) == -1).all()
 
 
 def test_choices_carry_no_gradient_and_heads_of_a_group_agree():
-    cut = Blocks(4, 2)
+    cut = BlockLayout(4, 2)
     q, k = (x.requires_grad_() for x in drawn(20, cut))
-    at = spots(reach(None, 20, None, CPU), 20, 20, CPU)
-    begins = choose_blocks(q, k, cut, at, keys=20, size=4, count=3)
+    at = block_positions(attention_span(None, 20, None, CPU), 20, 20, CPU)
+    begins = select_blocks(q, k, cut, at, keys=20, size=4, count=3)
     assert begins.shape == (2, 2, 20, 3)
     assert not begins.requires_grad
 
 
 def test_weights_are_never_held_whole(monkeypatch):
     """(queries x blocks) only for a chunk of queries, and only up to the blocks they see."""
-    shapes, cut = [], Blocks(4, 2)
-    weigh = importance._importance
+    shapes, cut = [], BlockLayout(4, 2)
+    weigh = block_scores._importance
     monkeypatch.setattr(
-        importance,
+        block_scores,
         "_importance",
         lambda mass, *rest: shapes.append(tuple(mass.shape[2:])) or weigh(mass, *rest),
     )
-    monkeypatch.setattr(importance, "CHUNK", 16)
+    monkeypatch.setattr(block_scores, "QUERY_CHUNK", 16)
     choose(*drawn(60, cut), cut, size=4, count=4)
     assert shapes == [(16, 7), (16, 15), (16, 23), (12, 29)]
 
@@ -158,7 +158,7 @@ class TestFla:
         return pytest.importorskip("fla.ops.nsa.naive")
 
     def test_choices(self, fla):
-        cut, count = Blocks(8, 8), 5
+        cut, count = BlockLayout(8, 8), 5
         q, k = drawn(120, cut, scale=1.0)
         theirs = fla.naive_nsa_topk(q.float(), k.float(), count, 8, 1 / math.sqrt(8))
         found = choose(q, k, cut, size=8, count=count)

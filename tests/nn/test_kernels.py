@@ -39,17 +39,17 @@ def drawn(rows, queries, heads, width, count, size):
 
 def compare(device: str) -> None:
     """Forward and backward of every size, by both."""
+    from tinsmith.nn.attention import block_sparse as parts
     from tinsmith.nn.kernels import selected as kernels
-    from tinsmith.nn.parts import selected as parts
 
     for sizes in SIZES:
         *given, size = drawn(*sizes)
         given = [x.to(device) for x in given]
-        wanted = parts.plain_forward(*given, size)
+        wanted = parts.torch_forward(*given, size)
         found = kernels.forward(*given, size)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         dy = torch.randn(wanted[0].shape, generator=torch.Generator().manual_seed(1)).to(device)
-        wanted = parts.plain_backward(dy, *wanted, *given, size)
+        wanted = parts.torch_backward(dy, *wanted, *given, size)
         found = kernels.backward(dy, *found, *given, size)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 

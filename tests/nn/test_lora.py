@@ -11,18 +11,18 @@ from torch import nn
 
 from tinsmith.core.errors import UserError
 from tinsmith.infer.engine import Engine
-from tinsmith.infer.packed import Packed, packed
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.onednn_weights import PrepackedLinear, prepack_weights
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn import lora
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.objectives.reference import reference
+from tinsmith.objectives.frozen import reference_model
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import OptimConfig
 
 PLAIN = LoRA(rank=3, alpha=5.0)
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
-CHOICE = {"index_heads": 2, "index_dim": 6, "keep": 5}
+CHOICE = {"index_heads": 2, "index_dim": 6, "index_topk": 5}
 MIXERS = {
     "gqa": {"kind": "gqa", "heads": 4, "kv_heads": 2, "qk_norm": True, "value_residual": True},
     "mla": {"kind": "mla"} | LATENT,
@@ -44,9 +44,9 @@ def build():
         torch.manual_seed(0)
         layer = {
             "mixer": mixer or MIXERS["gqa"],
-            "feed_forward": {"kind": "swiglu", "hidden": 48},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
         }
-        section = {"vocab_size": 48, "dim": 32, "depth": 2, "max_context": 128, "pattern": [layer]}
+        section = {"vocab_size": 48, "dim": 32, "depth": 2, "max_seq_len": 128, "pattern": [layer]}
         lm = LM(ModelConfig.from_dict(section | model)).to(dtype).eval()
         with torch.no_grad():
             for parameter in lm.parameters():
@@ -94,7 +94,7 @@ def test_the_formula_and_its_scale():
     x, plain = torch.randn(2, 5).double(), copy.deepcopy(linear)
     for config, scale in ((PLAIN, 5 / 3), (replace(PLAIN, rslora=True), 5 / math.sqrt(3))):
         model = copy.deepcopy(plain)
-        lora.add(model, config)
+        lora.add_adapters(model, config)
         stir(model)
         adapter = lora.adapters(model)["0.weight"]
         wanted = plain(x) + scale * x @ adapter.A.T @ adapter.B.T
@@ -103,7 +103,7 @@ def test_the_formula_and_its_scale():
 
 def test_A_is_uniform_as_kaiming_has_it_and_B_is_zero():
     model = nn.Sequential(nn.Linear(400, 7))
-    lora.add(model, LoRA(rank=64))
+    lora.add_adapters(model, LoRA(rank=64))
     adapter = lora.adapters(model)["0.weight"]
     assert adapter.A.abs().max() <= 1 / 20
     assert adapter.A.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.02)
@@ -114,7 +114,7 @@ def test_A_is_uniform_as_kaiming_has_it_and_B_is_zero():
 def test_with_B_zero_logits_and_decoding_are_the_bases_to_the_bit(build, ids, mixer):
     lm = build(mixer)
     adapted = copy.deepcopy(lm)
-    lora.add(adapted, LoRA(dropout=0.5))
+    lora.add_adapters(adapted, LoRA(dropout=0.5))
     with torch.no_grad():
         assert torch.equal(adapted(ids).logits, lm(ids).logits)
         assert torch.equal(decoded(adapted, ids), decoded(lm, ids))
@@ -128,7 +128,7 @@ def decoded(lm: LM, ids: torch.Tensor) -> torch.Tensor:
 @every_mixer
 def test_merged_equals_adapted_and_decoding_equals_the_whole(build, ids, mixer):
     lm = build(mixer)
-    lora.add(lm, PLAIN)
+    lora.add_adapters(lm, PLAIN)
     stir(lm)
     before = state(lm)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def before_o(before: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_merging_happens_in_float32_and_is_cast_once():
     model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
-    lora.add(model, LoRA(rank=4))
+    lora.add_adapters(model, LoRA(rank=4))
     adapter = lora.adapters(model)["0.weight"]
     assert adapter.A.dtype == adapter.B.dtype == torch.float32
     stir(model)
@@ -166,11 +166,11 @@ def test_merging_happens_in_float32_and_is_cast_once():
 def test_switched_off_it_is_the_base_to_the_bit_without_any_dropout(build, ids, mixer):
     lm = build(mixer, dropout={"embedding": 0.1, "attention": 0.1, "residual": 0.1})
     wanted, stepwise = lm(ids).logits, decoded(lm, ids)
-    lora.add(lm, replace(PLAIN, dropout=0.3))
+    lora.add_adapters(lm, replace(PLAIN, dropout=0.3))
     with torch.no_grad():
         stir(lm)
     lm.train()
-    with reference(lm, None) as base:
+    with reference_model(lm, None) as base:
         assert base is lm
         assert torch.equal(base(ids).logits, wanted)
         assert torch.equal(decoded(base, ids), stepwise)
@@ -182,36 +182,36 @@ def test_switched_off_it_is_the_base_to_the_bit_without_any_dropout(build, ids, 
 
 def test_a_frozen_model_is_the_reference_where_there_is_one(build):
     lm, other = build(), build().requires_grad_(False)
-    with reference(lm, other) as found:
+    with reference_model(lm, other) as found:
         assert found is other
-    with pytest.raises(ValueError, match="no adapters"), reference(lm, None):
+    with pytest.raises(ValueError, match="no adapters"), reference_model(lm, None):
         pass
 
 
 def test_DPO_of_adapters_starts_at_the_same_bits_as_its_reference(build, ids):
     lm = build().float().train()
-    lora.add(lm, PLAIN)
+    lora.add_adapters(lm, PLAIN)
     with torch.autocast("cpu", torch.bfloat16):
         mine = lm(ids).logits
-        with reference(lm, None) as base:
+        with reference_model(lm, None) as base:
             assert torch.equal(base(ids).logits, mine)
 
 
 def test_switching_off_survives_an_error_and_nests(build):
     lm = build()
-    lora.add(lm, PLAIN)
-    with pytest.raises(KeyError), lora.disabled(lm), lora.disabled(lm):
+    lora.add_adapters(lm, PLAIN)
+    with pytest.raises(KeyError), lora.disable_adapters(lm), lora.disable_adapters(lm):
         raise KeyError
-    assert all(adapter.active for adapter in lora.adapters(lm).values())
+    assert all(adapter.is_active for adapter in lora.adapters(lm).values())
     lora.merge(lm)
-    with pytest.raises(ValueError, match="unmerge"), lora.disabled(lm):
+    with pytest.raises(ValueError, match="unmerge"), lora.disable_adapters(lm):
         pass
 
 
 @every_mixer
 def test_only_adapters_learn_and_the_base_stays_to_the_bit(build, ids, mixer):
     lm = build(mixer).train()
-    lora.add(lm, replace(PLAIN, dropout=0.1))
+    lora.add_adapters(lm, replace(PLAIN, dropout=0.1))
     before = state(lm)
     optimizers = Optimizers.build(lm, None, OptimConfig())
     for _ in range(2):
@@ -231,11 +231,11 @@ def test_only_adapters_learn_and_the_base_stays_to_the_bit(build, ids, mixer):
 @every_mixer
 def test_checkpointing_changes_no_gradient(build, ids, mixer):
     lm = build(mixer).train()
-    lora.add(lm, replace(PLAIN, dropout=0.2))
+    lora.add_adapters(lm, replace(PLAIN, dropout=0.2))
     stir(lm)
     found = []
     for checkpointing in (False, True):
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         lm.zero_grad()
         torch.manual_seed(3)
         out = lm(ids)
@@ -246,7 +246,7 @@ def test_checkpointing_changes_no_gradient(build, ids, mixer):
 
 def test_dropout_acts_on_what_A_sees_in_training_only(build, ids):
     lm = build()
-    lora.add(lm, replace(PLAIN, dropout=0.5))
+    lora.add_adapters(lm, replace(PLAIN, dropout=0.5))
     assert torch.equal(lm.train()(ids).logits, lm.eval()(ids).logits)
     stir(lm)
     assert torch.equal(lm(ids).logits, lm(ids).logits)
@@ -256,13 +256,13 @@ def test_dropout_acts_on_what_A_sees_in_training_only(build, ids):
 @pytest.mark.parametrize("mixer", [MIXERS["gqa"], MIXERS["mla"]], ids=["gqa", "mla"])
 def test_it_compiles_to_one_graph(build, ids, mixer):
     lm = build(mixer)
-    lora.add(lm, PLAIN)
+    lora.add_adapters(lm, PLAIN)
     stir(lm)
     torch.compiler.reset()
     compiled = torch.compile(lm, fullgraph=True, backend="aot_eager", dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids).logits, lm(ids).logits, rtol=1e-10, atol=1e-10)
-        with lora.disabled(lm):
+        with lora.disable_adapters(lm):
             torch.testing.assert_close(compiled(ids).logits, lm(ids).logits, rtol=1e-10, atol=1e-10)
 
 
@@ -270,11 +270,11 @@ def test_it_compiles_to_one_graph(build, ids, mixer):
 def test_the_engine_answers_as_the_adapted_model_and_as_the_base_when_it_is_off(build, mixer):
     lm = build(mixer, torch.float32)
     engine = Engine(lm)
-    lora.add(lm, replace(PLAIN, dropout=0.5))
+    lora.add_adapters(lm, replace(PLAIN, dropout=0.5))
     stir(lm)
     adapted = answer(engine)
     assert adapted == greedily(lm)
-    with lora.disabled(lm):
+    with lora.disable_adapters(lm):
         assert answer(engine) == greedily(lm) != adapted
     assert answer(engine) == adapted
     lora.merge(lm)
@@ -282,7 +282,7 @@ def test_the_engine_answers_as_the_adapted_model_and_as_the_base_when_it_is_off(
 
 
 def answer(engine: Engine) -> list[int]:
-    engine.add(range(9), Sampling(temperature=0), 12)
+    engine.add(range(9), SamplingParams(temperature=0), 12)
     return [event.token for event in engine.run()]
 
 
@@ -296,12 +296,12 @@ def greedily(lm: LM) -> list[int]:
 
 def test_what_is_packed_of_an_adapted_layer_is_its_weight_with_the_adapter(build, ids):
     lm = build(None, torch.float32)
-    lora.add(lm, PLAIN)
+    lora.add_adapters(lm, PLAIN)
     stir(lm)
-    twin = packed(lm)
+    twin = prepack_weights(lm)
     if twin is lm:
         pytest.skip("not packed here")
-    assert all(isinstance(m, Packed) for m in twin.modules() if isinstance(m, nn.Linear))
+    assert all(isinstance(m, PrepackedLinear) for m in twin.modules() if isinstance(m, nn.Linear))
     torch.testing.assert_close(twin(ids).logits, lm(ids).logits, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(twin(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
@@ -311,10 +311,10 @@ def test_what_is_packed_of_an_adapted_layer_is_its_weight_with_the_adapter(build
 def test_state_is_the_bases_names_and_two_more_for_every_target(build):
     lm = build()
     plain = set(lm.state_dict())
-    lora.add(lm, LoRA(targets=("q_proj",)))
+    lora.add_adapters(lm, LoRA(targets=("q_proj",)))
     own = {f"blocks.{i}.mixer.q_proj.lora.weight.{leaf}" for i in range(2) for leaf in "AB"}
     assert set(lm.state_dict()) == plain | own
-    base, pairs = lora.split(lm.state_dict())
+    base, pairs = lora.split_state_dict(lm.state_dict())
     assert set(base) == plain
     assert set(pairs) == {f"blocks.{i}.mixer.q_proj.weight" for i in range(2)}
 
@@ -322,9 +322,11 @@ def test_state_is_the_bases_names_and_two_more_for_every_target(build):
 def test_folded_state_is_that_of_the_merged_model(build, ids):
     lm = build()
     plain = copy.deepcopy(lm)
-    lora.add(lm, PLAIN)
+    lora.add_adapters(lm, PLAIN)
     stir(lm)
-    plain.load_state_dict(lora.folded(*lora.split(lm.state_dict()), PLAIN.scale))
+    plain.load_state_dict(
+        lora.merged_state_dict(*lora.split_state_dict(lm.state_dict()), PLAIN.scaling)
+    )
     lora.merge(lm)
     assert torch.equal(plain(ids).logits, lm(ids).logits)
 
@@ -332,7 +334,7 @@ def test_folded_state_is_that_of_the_merged_model(build, ids):
 def test_every_expert_of_a_stack_has_its_own_adapter():
     toy = Toy().double()
     plain, x = copy.deepcopy(toy), torch.randn(3, 2, 4).double()
-    lora.add(toy, replace(PLAIN, targets=("experts.*", "first")))
+    lora.add_adapters(toy, replace(PLAIN, targets=("experts.*", "first")))
     assert torch.equal(toy(x), plain(x))
     stir(toy)
     pairs = lora.adapters(toy)
@@ -353,7 +355,7 @@ def test_every_expert_of_a_stack_has_its_own_adapter():
 
 def test_stacks_are_trained_by_what_trains_matrices():
     toy = Toy()
-    lora.add(toy, LoRA(targets=("experts.up", "first")))
+    lora.add_adapters(toy, LoRA(targets=("experts.up", "first")))
     groups = Optimizers.build(toy, None, OptimConfig()).learning_rates()
     assert set(groups) == {"matrix"}
 
@@ -373,7 +375,7 @@ def test_stacks_are_trained_by_what_trains_matrices():
 )
 def test_targets_are_names_ends_of_names_or_patterns(build, targets, count):
     lm = build()
-    lora.add(lm, LoRA(targets=targets))
+    lora.add_adapters(lm, LoRA(targets=targets))
     assert len(lora.adapters(lm)) == count
 
 
@@ -390,14 +392,14 @@ def test_targets_are_names_ends_of_names_or_patterns(build, targets, count):
 def test_a_target_that_cannot_be_is_refused_in_one_line_and_nothing_changes(build, targets, said):
     lm = build()
     with pytest.raises(UserError, match=said) as error:
-        lora.add(lm, LoRA(targets=targets))
+        lora.add_adapters(lm, LoRA(targets=targets))
     assert "\n" not in str(error.value)
     assert all(parameter.requires_grad for parameter in lm.parameters())
 
 
 def test_dropout_of_a_stack_is_refused():
     with pytest.raises(UserError, match=r"lora\.dropout: 0\.1, but experts\.up is a stack"):
-        lora.add(Toy(), LoRA(targets=("up",), dropout=0.1))
+        lora.add_adapters(Toy(), LoRA(targets=("up",), dropout=0.1))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig, ModelOut
 
 FEEDS = {
-    "topk_moe": {"kind": "topk_moe", "hidden": 32, "experts": 8, "top_k": 2},
-    "deepseek_moe": {"kind": "deepseek_moe", "hidden": 32, "experts": 8},
-    "dyn_moe": {"kind": "dyn_moe", "hidden": 32, "experts": 8},
+    "topk_moe": {"kind": "topk_moe", "hidden_dim": 32, "experts": 8, "top_k": 2},
+    "deepseek_moe": {"kind": "deepseek_moe", "hidden_dim": 32, "experts": 8},
+    "dyn_moe": {"kind": "dyn_moe", "hidden_dim": 32, "experts": 8},
 }
 every_feed = pytest.mark.parametrize("kind", FEEDS)
 linear_gates = pytest.mark.parametrize("kind", ["topk_moe", "deepseek_moe"])
@@ -49,25 +49,25 @@ def stir(lm: LM) -> None:
 def test_with_B_zero_and_switched_off_it_is_the_base_to_the_bit(kind, targets):
     lm = made(kind)
     base = half(lm, IDS)
-    lora.add(lm, LoRA(targets=targets, rank=2))
+    lora.add_adapters(lm, LoRA(targets=targets, rank=2))
     assert same(half(lm, IDS), base)
     stir(lm)
     assert not same(half(lm, IDS), base)
-    with lora.disabled(lm):
+    with lora.disable_adapters(lm):
         assert same(half(lm, IDS), base)
 
 
 @linear_gates
 def test_an_adapted_gate_keeps_its_precision_and_says_what_the_merged_one_says(kind):
     lm = made(kind)
-    lora.add(lm, LoRA(targets="router", rank=2))
+    lora.add_adapters(lm, LoRA(targets="router", rank=2))
     router, x = lm.blocks[0].feed.router, torch.randn(5, 64)
     base = half(lm, IDS)
     stir(lm)
     adapted, said = half(lm, IDS), half(router, x)
     assert said.dtype == torch.float32
     adapter = lora.adapters(lm)["blocks.0.feed.router.weight"]
-    weight = made(kind).blocks[0].feed.router.weight + adapter.scale * adapter.B @ adapter.A
+    weight = made(kind).blocks[0].feed.router.weight + adapter.scaling * adapter.B @ adapter.A
     torch.testing.assert_close(said, x @ weight.T, rtol=1e-6, atol=1e-6)
     assert not same(adapted, base)
     lora.merge(lm)
@@ -83,13 +83,13 @@ def test_an_adapted_gate_keeps_its_precision_and_says_what_the_merged_one_says(k
 def test_merged_gates_choose_as_adapted_ones_did(kind):
     """Beside them, layers of bf16 are rounded otherwise."""
     lm = made(kind)
-    lora.add(lm, LoRA(targets="all", rank=2))
+    lora.add_adapters(lm, LoRA(targets="all", rank=2))
     stir(lm)
     x, ctx = torch.randn(8, 64, 64), Ctx(torch.arange(64).expand(8, 64))
     found, logits = [], []
     for change in (lambda _: None, lora.merge):
         change(lm)
-        found.append([half(block.feed.chosen, x, ctx) for block in lm.blocks])
+        found.append([half(block.feed.expert_mask, x, ctx) for block in lm.blocks])
         logits.append(half(lm, IDS).logits)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     apart = (logits[0] - logits[1]).abs().median()
@@ -99,7 +99,7 @@ def test_merged_gates_choose_as_adapted_ones_did(kind):
 @linear_gates
 def test_an_adapted_gate_learns(kind):
     lm = made(kind).train()
-    lora.add(lm, LoRA(targets="router", rank=2))
+    lora.add_adapters(lm, LoRA(targets="router", rank=2))
     stir(lm)
     with torch.autocast("cpu", torch.bfloat16):
         out = lm(IDS)
@@ -113,7 +113,7 @@ def test_an_adapted_gate_learns(kind):
 @linear_gates
 def test_dropout_acts_on_what_A_sees_in_training_only(kind):
     lm = made(kind)
-    lora.add(lm, LoRA(targets="router", rank=2, dropout=0.5))
+    lora.add_adapters(lm, LoRA(targets="router", rank=2, dropout=0.5))
     router, x = lm.blocks[0].feed.router, torch.randn(5, 64)
     base = half(lm.train(), IDS)
     assert torch.equal(half(router.train(), x), half(router.eval(), x))
@@ -121,5 +121,5 @@ def test_dropout_acts_on_what_A_sees_in_training_only(kind):
     still = half(router, x)
     assert torch.equal(half(router, x), still)
     assert not torch.equal(half(router.train(), x), still)
-    with lora.disabled(lm):
+    with lora.disable_adapters(lm):
         assert same(half(lm.train(), IDS), base)

@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 from tests.oracles import streams as oracle
 from tests.oracles.close import close_to
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.residuals import mhyper
 from tinsmith.nn.residuals.mhyper import MHyper, sinkhorn
@@ -29,8 +29,10 @@ def noise(*shape, seed=1):
 
 def fresh(sub_layer=1, norm_eps=0.0, **options):
     """A float64 module as it is built."""
-    site = Site(dim=DIM, layer=0, depth=1, norm_eps=norm_eps, sub_layer=sub_layer)
-    return MHyper(**options).build(site).double()
+    build_ctx = BuildContext(
+        dim=DIM, layer_idx=0, depth=1, norm_eps=norm_eps, sublayer_idx=sub_layer
+    )
+    return MHyper(**options).build(build_ctx).double()
 
 
 def built(**options):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.attention.core import Span
+from tinsmith.nn.attention.rope import Rope, YarnScaling, rotary_tables
+from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.attend import Reach
-from tinsmith.nn.parts.rope import Rope, Yarn, tables
 
 close = close_to(1e-10)
 
@@ -29,7 +29,7 @@ def config(request):
 def mixer_of(config, dtype=torch.float64, rope=None):
     torch.manual_seed(0)
     factor = 1.0 if rope is None else rope.factor
-    mixer = config.build(Site(DIM, 0, 1, rotary_factor=factor)).to(dtype).eval()
+    mixer = config.build(BuildContext(DIM, 0, 1, attention_scaling=factor)).to(dtype).eval()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -38,7 +38,7 @@ def mixer_of(config, dtype=torch.float64, rope=None):
 
 def context(config, rope=None, rows=2, dtype=torch.float64):
     positions = torch.arange(TOKENS).expand(rows, -1)
-    rotary = tables(rope or Rope(), config.rope_dim, positions, dtype)
+    rotary = rotary_tables(rope or Rope(), config.rope_dim, positions, dtype)
     return Ctx(positions, None, None, {config.rope_dim: rotary})
 
 
@@ -87,7 +87,7 @@ def theirs_of(mixer, config, scaling=None):
     return theirs, DeepseekV3RotaryEmbedding(settings)
 
 
-STRETCHED = Yarn(factor=4.0, original_context=16)
+STRETCHED = YarnScaling(factor=4.0, original_max_seq_len=16)
 IN_THEIR_WORDS = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -117,7 +117,7 @@ def test_absorbed_equals_expanded(config):
     mixer = mixer_of(config)
     nope, turned, _ = mixer.queries(noise(2, 3, DIM), None)
     latent, key = mixer.keys(noise(2, TOKENS, DIM), None)
-    seen = Reach(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[4, 9, 12], [0, 1, 2]]))
+    seen = Span(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[4, 9, 12], [0, 1, 2]]))
     ways = (mixer._absorbed, mixer._expanded)
     close(*(way(nope, turned, latent, key, seen) for way in ways), 1e-12)
 
@@ -125,11 +125,11 @@ def test_absorbed_equals_expanded(config):
 def test_the_cheaper_way_is_taken(config):
     """Few queries are absorbed, many expanded, unless a latent is no wider than half of that."""
     narrow = 2 * config.kv_rank <= config.nope_dim + config.v_dim
-    assert config.absorbing_pays(1)
-    assert config.absorbing_pays(10**6) == narrow
+    assert config.prefer_absorbed(1)
+    assert config.prefer_absorbed(10**6) == narrow
     large = MLA(heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, v_dim=128)
-    assert large.absorbing_pays(170)
-    assert not large.absorbing_pays(171)
+    assert large.prefer_absorbed(170)
+    assert not large.prefer_absorbed(171)
 
 
 def test_a_cache_holds_one_latent_and_one_turned_key_per_token(config):
@@ -142,7 +142,7 @@ def test_a_cache_holds_one_latent_and_one_turned_key_per_token(config):
 
 
 def test_the_seeds_sizes_hold_96_numbers_per_token():
-    mixer = MLA().build(Site(512, 0, 1))
+    mixer = MLA().build(BuildContext(512, 0, 1))
     assert mixer.new_cache(1, 1, torch.float32, torch.device("cpu")).nbytes() == 96 * 4
 
 
@@ -159,13 +159,16 @@ def test_A9_the_shared_key_is_not_divided_by_the_heads():
     scores = torch.einsum("bthr,bsr->bhts", turned, key) / (6 + 4) ** 0.5
     hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    _, values = mixer.keys.expanded(latent, key)
+    _, values = mixer.keys.expand(latent, key)
     expected = mixer.o_proj(torch.einsum("bhts,bshv->bthv", weights, values).flatten(2))
     close(mixer(x, ctx).y, expected)
 
 
 def test_without_rotary_positions_nothing_is_turned():
-    layer = {"mixer": {"kind": "mla", **SIZES[0]}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+    layer = {
+        "mixer": {"kind": "mla", **SIZES[0]},
+        "feed_forward": {"kind": "relu2", "hidden_dim": 8},
+    }
     sizes = {"vocab_size": 11, "dim": DIM, "depth": 2, "pattern": [layer]}
     torch.manual_seed(0)
     lm = LM(ModelConfig.from_dict(sizes | {"positions": "none"})).double().eval()
@@ -190,7 +193,7 @@ def test_sizes_that_cannot_work_are_one_line(sizes, said):
 
 def test_flops_count_projections_and_pairs():
     config = MLA()
-    mixer = config.build(Site(512, 0, 1))
+    mixer = config.build(BuildContext(512, 0, 1))
     weights = 512 * 96 + 96 * 8 * 96 + 512 * 96 + 32 * 8 * 64 + 8 * 32 * 512
     pairs = 8 * (32 + 64 + 32) * (100 + 1)
     assert mixer.flops(100) == 2 * weights + pairs

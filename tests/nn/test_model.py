@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.config import presets
-from tinsmith.nn.contract import FeedForward, Out, Reset, Routed
+from tinsmith.nn.contract import FeedForward, OptimizerReset, Out, Routed
 from tinsmith.nn.model import LM, ModelConfig, ModelOut
 
 close = close_to(1e-10)
@@ -81,7 +81,7 @@ def test_what_the_model_returns(small, ids, dtype):
     assert out.logits.dtype == torch.promote_types(dtype, torch.float32)
     assert out.hidden.shape == (2, 12, 32)
     assert out.hidden.dtype == dtype
-    assert (out.losses, out.stats, out.probes) == ({}, {}, {})
+    assert (out.losses, out.stats, out.grad_probes) == ({}, {}, {})
     assert torch.equal(lm.head(out.hidden), out.logits)
 
 
@@ -151,7 +151,7 @@ def test_positions_may_be_given(small, ids):
 
 
 def test_learned_positions_are_added_to_the_embedding(small, ids):
-    lm = small(positions="learned", max_context=16)
+    lm = small(positions="learned", max_seq_len=16)
     assert lm.places.weight.shape == (16, 32)
     assert small().places is None
     with torch.no_grad():
@@ -160,18 +160,18 @@ def test_learned_positions_are_added_to_the_embedding(small, ids):
         lm.places.weight -= 1.0
         lm.head.weight = torch.nn.Parameter(lm.embed.weight - 1.0)
     close(lm(ids).logits, expected)
-    with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
+    with pytest.raises(UserError, match="17 tokens in a row are beyond max_seq_len=16"):
         lm(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(UserError, match="17 tokens in a row are beyond max_context=16"):
+    with pytest.raises(UserError, match="17 tokens in a row are beyond max_seq_len=16"):
         lm(torch.zeros(1, 17, dtype=torch.long), segments=torch.zeros(1, 17, dtype=torch.long))
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "none"])
 @pytest.mark.parametrize("capacity", [17, 0, -1])
 def test_decoding_past_the_maximum_context_is_refused_in_one_line(small, positions, capacity):
-    lm = small(positions=positions, max_context=16)
+    lm = small(positions=positions, max_seq_len=16)
     lm.new_caches(1, 16)
-    expected = f"capacity={capacity} tokens of a cache must be from 1 to max_context=16"
+    expected = f"capacity={capacity} tokens of a cache must be from 1 to max_seq_len=16"
     with pytest.raises(UserError) as refused:
         lm.new_caches(1, capacity)
     assert str(refused.value) == expected
@@ -205,7 +205,7 @@ def test_caches_follow_the_parameters_at_the_time_of_the_call(small, dtype):
 
 def test_windows_and_whole_contexts_mix(section, ids):
     """first, pattern and last: a window, then whole and window in turns, then no rotation."""
-    feed = {"kind": "relu2", "hidden": 8}
+    feed = {"kind": "relu2", "hidden_dim": 8}
 
     def layer(**mixer):
         return {"mixer": {"kind": "gqa", "heads": 4, **mixer}, "feed_forward": feed}
@@ -241,7 +241,7 @@ def test_a_change_of_the_first_token_is_heard_as_far_as_windows_reach(small):
 
 def test_checkpointing_recomputes_in_training_and_nowhere_else(small, ids):
     lm = small()
-    lm.checkpointing = True
+    lm.activation_checkpointing = True
     calls = []
     lm.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     lm.train()(ids).logits.sum().backward()
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_keeps_less(small):
     kept = []
     for checkpointing in (False, True):
         lm = small(depth=6).train()
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         total = 0
 
         def pack(x):
@@ -284,13 +284,13 @@ class Talking(FeedForward, Routed):
         layer = torch.tensor(float(self.layer))
         return Out(x, {"balance": layer}, {"load": layer + 10}, {"norms": layer + 20})
 
-    def after_backward(self, probes):
-        self.heard.append(probes)
-        return {"heard": probes["norms"]}
+    def after_backward(self, grad_probes):
+        self.heard.append(grad_probes)
+        return {"heard": grad_probes["norms"]}
 
     def post_step(self, stats):
         self.heard.append(stats)
-        return [Reset(self.weight, torch.tensor([self.layer]))]
+        return [OptimizerReset(self.weight, torch.tensor([self.layer]))]
 
 
 def test_what_layers_say_carries_their_name_and_comes_back_to_them(small, ids):
@@ -303,7 +303,7 @@ def test_what_layers_say_carries_their_name_and_comes_back_to_them(small, ids):
         "2.feed.balance": 2,
     }
     assert set(out.stats) == {"0.feed.load", "2.feed.load"}
-    said = lm.after_backward(out.probes)
+    said = lm.after_backward(out.grad_probes)
     assert said == {"0.feed.heard": 20, "2.feed.heard": 22}
     resets = lm.post_step(out.stats)
     assert [reset.rows.item() for reset in resets] == [0, 2]

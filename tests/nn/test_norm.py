@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinsmith.nn.parts.norm import LayerNorm, RMSNorm, wide
+from tinsmith.nn.layers.norm import LayerNorm, RMSNorm
+from tinsmith.nn.precision import at_least_fp32
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -119,4 +120,4 @@ def test_frozen_weights_get_no_gradient_and_inputs_still_do():
 
 
 def test_wide_is_at_least_float32():
-    assert [wide(dtype) for dtype in DTYPES] == [torch.float32] * 3 + [torch.float64]
+    assert [at_least_fp32(dtype) for dtype in DTYPES] == [torch.float32] * 3 + [torch.float64]

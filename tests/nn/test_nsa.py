@@ -9,13 +9,13 @@ from torch import nn
 from tests.oracles.close import close_to
 from tests.oracles.nsa import nsa
 from tinsmith.core.errors import UserError
+from tinsmith.nn.attention.core import Span, attend
+from tinsmith.nn.attention.rope import Rope, apply_rotary_emb, rotary_tables
 from tinsmith.nn.config import ModelConfig
-from tinsmith.nn.contract import CannotRewind, Ctx, Site
+from tinsmith.nn.contract import BuildContext, CannotTruncate, Ctx
 from tinsmith.nn.mixers import nsa as module
 from tinsmith.nn.mixers.nsa import NSA
 from tinsmith.nn.model import LM
-from tinsmith.nn.parts.attend import Reach, attend
-from tinsmith.nn.parts.rope import Rope, rotate, tables
 from tinsmith.optim.groups import partition
 
 close = close_to(1e-10)
@@ -35,9 +35,9 @@ def make():
         torch.manual_seed(0)
         layer = {
             "mixer": {"kind": "nsa"} | SMALL | dict(mixer),
-            "feed_forward": {"kind": "swiglu", "hidden": 48},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
         }
-        section = {"vocab_size": 48, "dim": 32, "depth": 3, "max_context": 512, "pattern": [layer]}
+        section = {"vocab_size": 48, "dim": 32, "depth": 3, "max_seq_len": 512, "pattern": [layer]}
         lm = LM(ModelConfig.from_dict(section | model)).double().eval()
         with torch.no_grad():
             for parameter in lm.parameters():
@@ -51,7 +51,9 @@ def alone(first_value=True, **keys):
     """One mixer of width 16 with 8 numbers a head, float64, stirred."""
     torch.manual_seed(0)
     config = NSA(**SMALL | {"heads": 4, "head_dim": 8} | keys)
-    mixer = config.build(Site(dim=16, layer=0, depth=1, first_value=first_value)).double()
+    mixer = config.build(
+        BuildContext(dim=16, layer_idx=0, depth=1, is_value_residual_source=first_value)
+    ).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -61,7 +63,7 @@ def alone(first_value=True, **keys):
 def heard(mixer, x, segments=None, value=None):
     """Out of a mixer for x (B, T, D) without a cache."""
     positions = torch.arange(x.shape[1]).expand(x.shape[:2])
-    rotary = {8: tables(Rope(), 8, positions, x.dtype)}
+    rotary = {8: rotary_tables(Rope(), 8, positions, x.dtype)}
     return mixer(x, Ctx(positions, segments, value, rotary))
 
 
@@ -103,9 +105,9 @@ class TestPaper:
 
     def test_the_same_blocks_are_chosen(self, monkeypatch):
         mixer, x, found = alone(select_block=4, select_count=4), noise(1, 40, 16), []
-        choose = module.choose_blocks
+        choose = module.select_blocks
         monkeypatch.setattr(
-            module, "choose_blocks", lambda *a, **k: found.append(choose(*a, **k)) or found[-1]
+            module, "select_blocks", lambda *a, **k: found.append(choose(*a, **k)) or found[-1]
         )
         heard(mixer, x)
         _, chosen = nsa(mixer, x[0])
@@ -122,9 +124,9 @@ class TestLimits:
         q = mixer.q_proj(x).unflatten(-1, (4, 8))
         k, v = (linear(x).unflatten(-1, (2, 8)) for linear in (k, v))
         if turn:
-            rotary = tables(Rope(), 8, torch.arange(x.shape[1])[None], x.dtype)
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        return mixer.o_proj(attend(q, k, v, Reach(), kind="naive").flatten(2))
+            rotary = rotary_tables(Rope(), 8, torch.arange(x.shape[1])[None], x.dtype)
+            q, k = apply_rotary_emb(q, rotary), apply_rotary_emb(k, rotary)
+        return mixer.o_proj(attend(q, k, v, Span(), kind="naive").flatten(2))
 
     @pytest.mark.parametrize("length", [1, 8, 9, 40])
     def test_every_block_selected(self, length):
@@ -135,8 +137,8 @@ class TestLimits:
     def test_where_every_block_would_be_chosen_no_choice_is_made(self, monkeypatch):
         """And nothing is gathered: up to the last token of the last block, in documents too."""
         mixer, found = alone(select_count=5), []
-        monkeypatch.setattr(module, "choose_blocks", lambda *a, **k: found.append(k["keys"]))
-        monkeypatch.setattr(module, "attend_selected", lambda q, *_, **__: q)
+        monkeypatch.setattr(module, "select_blocks", lambda *a, **k: found.append(k["keys"]))
+        monkeypatch.setattr(module, "attend_topk_blocks", lambda q, *_, **__: q)
         segments = torch.tensor([[0] * 13 + [1] * 27])
         for length in (1, 39, 40, 41):
             heard(mixer, noise(1, length, 16))
@@ -146,7 +148,7 @@ class TestLimits:
             torch.arange(40)[None],
             segments,
             None,
-            {8: tables(Rope(), 8, torch.arange(40)[None], torch.float64)},
+            {8: rotary_tables(Rope(), 8, torch.arange(40)[None], torch.float64)},
         )
         x = noise(1, 40, 16)
         close(mixer(x, ctx).y[:, :13], heard(mixer, x[:, :13]).y)
@@ -243,9 +245,9 @@ class TestDecoding:
     @torch.no_grad()
     def test_one_token_over_and_over_without_positions_chooses_the_first(self, monkeypatch, make):
         lm, found = make({"select_block": 4, "rope": False}, depth=1), []
-        choose = module.choose_blocks
+        choose = module.select_blocks
         monkeypatch.setattr(
-            module, "choose_blocks", lambda *a, **k: found.append(choose(*a, **k)) or found[-1]
+            module, "select_blocks", lambda *a, **k: found.append(choose(*a, **k)) or found[-1]
         )
         lm(torch.full((1, 60), 7))
         assert sorted(found[0][0, 0, 59].tolist()) == [0, 4, 52, 56]
@@ -260,8 +262,8 @@ class TestDecoding:
     def test_a_long_prompt_takes_no_mask_of_all_its_tokens(self, make, monkeypatch):
         """Not through a cache either, whose window forgets on the way."""
         lm, sizes = make(depth=1), []
-        visible = Reach.visible
-        monkeypatch.setattr(Reach, "visible", lambda *a: sizes.append(a[1] * a[2]) or visible(*a))
+        visible = Span.mask
+        monkeypatch.setattr(Span, "mask", lambda *a: sizes.append(a[1] * a[2]) or visible(*a))
         ids = torch.randint(0, 48, (1, 90), generator=torch.Generator().manual_seed(3))
         caches = lm.new_caches(1, 100)
         lm(ids[:, :50], caches=caches)
@@ -279,7 +281,7 @@ class TestDecoding:
         caches = lm.new_caches(1, 20)
         lm(ids[:, :5], caches=caches)
         for cache in caches:
-            with pytest.raises(CannotRewind):
+            with pytest.raises(CannotTruncate):
                 cache.truncate(torch.tensor([kept]))
         found = lm(ids[:, 5:], caches=caches).logits
         close(found, lm(ids).logits[:, 5:])
@@ -310,7 +312,7 @@ class TestValueResidual:
     def test_it_goes_with_grouped_query_attention_of_the_same_shape(self, make):
         first = {
             "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True},
-            "feed_forward": {"kind": "swiglu", "hidden": 8},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 8},
         }
         lm = make({"value_residual": True}, first=[first])
         assert [block.mixer.value_mix is None for block in lm.blocks] == [True, False, False]
@@ -349,7 +351,7 @@ def test_defaults_are_those_of_the_paper():
             {
                 **{"vocab_size": 8, "dim": 64, "depth": 1},
                 "pattern": [
-                    {"mixer": {"kind": "nsa"}, "feed_forward": {"kind": "swiglu", "hidden": 8}}
+                    {"mixer": {"kind": "nsa"}, "feed_forward": {"kind": "swiglu", "hidden_dim": 8}}
                 ],
             }
         )
@@ -438,7 +440,7 @@ def test_work_is_counted(context):
 
 
 def test_long_contexts_cost_less_than_dense_attention():
-    mixer = NSA(head_dim=64).build(Site(dim=512, layer=0, depth=1))
+    mixer = NSA(head_dim=64).build(BuildContext(dim=512, layer_idx=0, depth=1))
     assert mixer.flops(65536) < 4 * 2 * 8 * 64 * 65536 / 8
 
 
@@ -454,20 +456,20 @@ class TestFla:
 
     def test_compressed_attention(self, fla):
         q, k, v = self.drawn()
-        cut = module.Blocks(8, 8)
-        seen = module.reach(None, 40, None, q.device)
-        at = module.spots(seen, 40, 40, q.device)
-        pooled = [cut.cut(x, seen).mean(2) for x in (k, v)]
+        cut = module.BlockLayout(8, 8)
+        seen = module.attention_span(None, 40, None, q.device)
+        at = module.block_positions(seen, 40, 40, q.device)
+        pooled = [cut.gather_blocks(x, seen).mean(2) for x in (k, v)]
         theirs, _ = fla.naive_nsa_compression(q, *pooled, 8, 1 / math.sqrt(8))
-        close(module.attend_blocks(q, *pooled, cut, at), theirs, 1e-5)
+        close(module.attend_compressed(q, *pooled, cut, at), theirs, 1e-5)
 
     def test_selected_attention(self, fla):
         q, k, v = self.drawn()
-        cut = module.Blocks(8, 8)
-        seen = module.reach(None, 40, None, q.device)
-        at = module.spots(seen, 40, 40, q.device)
-        pooled = cut.cut(k, seen).mean(2)
-        begins = module.choose_blocks(q, pooled, cut, at, keys=40, size=8, count=4)
+        cut = module.BlockLayout(8, 8)
+        seen = module.attention_span(None, 40, None, q.device)
+        at = module.block_positions(seen, 40, 40, q.device)
+        pooled = cut.gather_blocks(k, seen).mean(2)
+        begins = module.select_blocks(q, pooled, cut, at, keys=40, size=8, count=4)
         chosen = (begins // 8).where(begins >= 0, -1).transpose(1, 2)
         theirs = fla.naive_nsa_selection(q, k, v, chosen, 8)
-        close(module.attend_selected(q, k, v, begins, at.place_BT, 8), theirs, 1e-5)
+        close(module.attend_topk_blocks(q, k, v, begins, at.cache_position_BT, 8), theirs, 1e-5)

@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from tinsmith.nn import quant
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.quant import quantise
+from tinsmith.nn.quant import quantize
 
 KINDS = ("int8", "nf4")
 
 
 def model(dim: int = 64, **mixer: object) -> LM:
     attention = {"kind": "gqa", "heads": 4} | mixer
-    layer = {"mixer": attention, "feed_forward": {"kind": "swiglu", "hidden": 200}}
-    section = {"vocab_size": 50, "dim": dim, "depth": 2, "max_context": 32, "pattern": [layer]}
+    layer = {"mixer": attention, "feed_forward": {"kind": "swiglu", "hidden_dim": 200}}
+    section = {"vocab_size": 50, "dim": dim, "depth": 2, "max_seq_len": 32, "pattern": [layer]}
     return LM(ModelConfig.from_dict(section)).eval()
 
 
@@ -26,7 +26,7 @@ def model(dim: int = 64, **mixer: object) -> LM:
 def test_quantised_linear_is_exactly_the_product_with_its_whole_weight(kind, dtype):
     linear = nn.Linear(70, 60, dtype=dtype)
     bias = linear.bias.detach().clone()
-    quantise(linear, kind)
+    quantize(linear, kind)
     x = torch.randn(5, 70, dtype=dtype, requires_grad=True)
     y = linear(x)
     assert y.dtype == dtype
@@ -41,7 +41,7 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_row():
     weight = torch.randn(60, 100) * torch.logspace(-3, 3, 60)[:, None]
     linear = nn.Linear(100, 60, bias=False)
     linear.weight.data = weight.clone()
-    quantise(linear, "int8")
+    quantize(linear, "int8")
     step = weight.abs().amax(1, keepdim=True) / 127
     assert bool(((linear.weight - weight).abs() <= step * 0.5001).all())
     error = (linear.weight - weight).norm(dim=1) / weight.norm(dim=1)
@@ -51,8 +51,8 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_row():
 def test_nf4_takes_the_nearest_level_of_its_block():
     linear = nn.Linear(96, 64, bias=False)
     weight = linear.weight.detach().clone()
-    quantise(linear, "nf4")
-    levels = torch.tensor(quant.LEVELS)
+    quantize(linear, "nf4")
+    levels = torch.tensor(quant.NF4_LEVELS)
     blocks = weight.view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks[..., None] / scale[..., None] - levels).abs().min(-1).values * scale
@@ -64,7 +64,7 @@ def test_nf4_of_normal_weights_is_off_by_a_tenth():
     linear = nn.Linear(256, 256, bias=False)
     nn.init.normal_(linear.weight)
     weight = linear.weight.detach().clone()
-    quantise(linear, "nf4")
+    quantize(linear, "nf4")
     assert 0.05 < float((linear.weight - weight).norm() / weight.norm()) < 0.1
 
 
@@ -81,7 +81,7 @@ def test_a_stack_of_experts_is_held_in_codes_too(kind):
     experts = Experts()
     exact = experts.up.detach().clone()
     before = quant.nbytes(experts)
-    quantise(experts, kind)
+    quantize(experts, kind)
     assert experts.up.shape == (3, 40, 65)
     assert 0 < float((experts.up - exact).norm() / exact.norm()) < 0.1
     assert quant.nbytes(experts) < 0.3 * before
@@ -93,7 +93,7 @@ def test_a_stack_of_experts_is_held_in_codes_too(kind):
 def test_zeros_stay_zeros(kind):
     linear = nn.Linear(100, 100, bias=False)
     nn.init.zeros_(linear.weight)
-    assert bool((quantise(linear, kind).weight == 0).all())
+    assert bool((quantize(linear, kind).weight == 0).all())
 
 
 @pytest.mark.parametrize(("kind", "share"), [("bf16", 0.5), ("int8", 0.27), ("nf4", 0.15)])
@@ -101,7 +101,7 @@ def test_a_models_matrices_take_fewer_bytes_and_its_answers_stay_near(kind, shar
     lm = model(dim=128)
     ids = torch.randint(0, 50, (2, 16))
     held = copy.deepcopy(lm)
-    quantise(held, kind)
+    quantize(held, kind)
     assert quant.nbytes(held.blocks) <= share * quant.nbytes(lm.blocks)
     assert held.embed.weight is held.head.weight
     with torch.no_grad():
@@ -114,17 +114,17 @@ def test_a_models_matrices_take_fewer_bytes_and_its_answers_stay_near(kind, shar
 def test_fp32_leaves_the_weights_and_freezes_them():
     lm = model()
     before = copy.deepcopy(lm.state_dict())
-    quantise(lm, "fp32")
+    quantize(lm, "fp32")
     assert all(torch.equal(before[name], value) for name, value in lm.state_dict().items())
     assert not any(parameter.requires_grad for parameter in lm.parameters())
     with pytest.raises(ValueError, match="weights=int3 must be one of fp32, bf16, int8, nf4"):
-        quantise(lm, "int3")
+        quantize(lm, "int3")
 
 
 def test_every_mixer_works_with_weights_in_codes():
     lm = model(kind="mla", kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32, heads=4)
     exact = lm(torch.arange(8)[None]).logits
-    quantise(lm, "int8")
+    quantize(lm, "int8")
     found = lm(torch.arange(8)[None]).logits
     assert float((found - exact).detach().norm() / exact.detach().norm()) < 0.05
     caches = lm.new_caches(1, 8)
@@ -141,7 +141,7 @@ def test_what_declares_another_role_stays_as_it_is():
             self.score = nn.Linear(128, 64)
 
     both = nn.ModuleDict({"router": Router(), "up": nn.Linear(128, 64)})
-    quantise(both, "int8")
+    quantize(both, "int8")
     assert both["router"].score.get_parameter("weight").dtype == torch.float32
     assert "weight" not in dict(both["up"].named_parameters())
 
@@ -156,7 +156,7 @@ def test_nf4_is_bitsandbytes():
     assert torch.equal(state.absmax, scale)
     whole = functional.dequantize_4bit(theirs, state)
     assert torch.equal(whole, codes(pairs, scale))
-    shape = (len(scale), quant.BLOCK)
+    shape = (len(scale), quant.NF4_BLOCK_SIZE)
     unpack = torch.ops.bitsandbytes.dequantize_4bit
-    by_operator = unpack(pairs[:, None], scale, quant.BLOCK, "nf4", shape, torch.float32)
-    assert torch.equal(by_operator, quant.unpack_plainly(pairs, scale))
+    by_operator = unpack(pairs[:, None], scale, quant.NF4_BLOCK_SIZE, "nf4", shape, torch.float32)
+    assert torch.equal(by_operator, quant.dequantize_nf4(pairs, scale))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tinsmith.nn.contract import Reset
-from tinsmith.nn.routing.threshold import Gate, Threshold
+from tinsmith.nn.contract import OptimizerReset
+from tinsmith.nn.moe.cosine_router import CosineRouter, CosineRouterConfig
 
 E, D, H = 6, 16, 4
 INTERVAL = 3
@@ -21,13 +21,13 @@ class Part(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         keys = {"experts": E, "reset_interval": INTERVAL} | keys
-        self.gate = Gate(Threshold(**keys), D, layer)
+        self.gate = CosineRouter(CosineRouterConfig(**keys), D, layer)
         self.up = nn.Parameter(torch.randn(E, H, D))
         self.down = nn.Parameter(torch.randn(E, D, H))
         with torch.no_grad():
             self.gate.thresholds[list(dead)] = 2.0
 
-    def step(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> list[Reset]:
+    def step(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> list[OptimizerReset]:
         return self.gate.post_step(self.gate(x, valid).stats, {self.up: 0.5, self.down: 0.0})
 
 
@@ -35,7 +35,7 @@ def draw(seed: int, count: int = 64) -> torch.Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
 
 
-def window(part: Part, seed: int = 0) -> list[list[Reset]]:
+def window(part: Part, seed: int = 0) -> list[list[OptimizerReset]]:
     return [part.step(draw(seed + index)) for index in range(INTERVAL)]
 
 

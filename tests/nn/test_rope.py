@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
+from tinsmith.nn.attention.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnScaling,
+    apply_rotary_emb,
+    frequencies,
+    rotary_tables,
+)
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.rope import Linear, Llama3, Rope, Yarn, frequencies, rotate, tables
 
 close = close_to(1e-12)
 
@@ -23,11 +31,11 @@ def test_A2_rotation_equals_that_of_transformers(width):
 
     x = drawn(2, 9, 3, width)
     positions = torch.stack((torch.arange(9), torch.arange(100, 109)))
-    rotary = tables(Rope(theta=1e4), width, positions, x.dtype)
+    rotary = rotary_tables(Rope(theta=1e4), width, positions, x.dtype)
     angles = positions[..., None] * 1e4 ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
     cos, sin = (torch.cat((part, part), -1) for part in (angles.cos(), angles.sin()))
     theirs, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    close(rotate(x, rotary), theirs)
+    close(apply_rotary_emb(x, rotary), theirs)
 
 
 def test_A2_interleaved_pairs_are_a_permutation_of_halves():
@@ -39,17 +47,17 @@ def test_A2_interleaved_pairs_are_a_permutation_of_halves():
     pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
     interleaved = torch.view_as_real(pairs * spin[:, None]).flatten(-2)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
-    rotary = tables(Rope(theta=1e4), 8, positions, x.dtype)
-    close(rotate(x[..., order], rotary), interleaved[..., order])
-    assert not torch.isclose(rotate(x, rotary), interleaved).all()
+    rotary = rotary_tables(Rope(theta=1e4), 8, positions, x.dtype)
+    close(apply_rotary_emb(x[..., order], rotary), interleaved[..., order])
+    assert not torch.isclose(apply_rotary_emb(x, rotary), interleaved).all()
 
 
 def test_gradients_are_turned_back():
     x, upstream = drawn(2, 4, 3, 8).requires_grad_(), drawn(2, 4, 3, 8, seed=2)
-    rotary = tables(Rope(), 8, torch.arange(4)[None], x.dtype)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, rotary), (x,))
-    rotate(x, rotary).backward(upstream)
-    close(rotate(x.grad, rotary), upstream)
+    rotary = rotary_tables(Rope(), 8, torch.arange(4)[None], x.dtype)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, rotary), (x,))
+    apply_rotary_emb(x, rotary).backward(upstream)
+    close(apply_rotary_emb(x.grad, rotary), upstream)
 
 
 def test_rotation_keeps_lengths_and_tells_distances_only():
@@ -57,7 +65,7 @@ def test_rotation_keeps_lengths_and_tells_distances_only():
 
     def product(t, s):
         turned = [
-            rotate(x, tables(Rope(), 16, torch.tensor([[place]]), x.dtype))
+            apply_rotary_emb(x, rotary_tables(Rope(), 16, torch.tensor([[place]]), x.dtype))
             for x, place in ((q, t), (k, s))
         ]
         close(turned[0].norm(), q.norm())
@@ -72,11 +80,11 @@ def test_rotation_keeps_lengths_and_tells_distances_only():
 def test_tables_are_wide_and_vectors_keep_their_dtype(dtype):
     """Angles of far positions do not survive bf16: tables are at least float32."""
     positions = torch.tensor([[30_001]])
-    cos, sin = tables(Rope(theta=1e6), 8, positions, dtype)
+    cos, sin = rotary_tables(Rope(theta=1e6), 8, positions, dtype)
     assert cos.dtype == sin.dtype == torch.promote_types(dtype, torch.float32)
-    exact, _ = tables(Rope(theta=1e6), 8, positions, torch.float64)
+    exact, _ = rotary_tables(Rope(theta=1e6), 8, positions, torch.float64)
     close(cos.double(), exact, 5e-3)
-    assert rotate(drawn(1, 1, 2, 8, dtype=dtype), (cos, sin)).dtype == dtype
+    assert apply_rotary_emb(drawn(1, 1, 2, 8, dtype=dtype), (cos, sin)).dtype == dtype
 
 
 def theirs(kind, head_dim, theta, context=4096, **scaling):
@@ -115,9 +123,9 @@ def equal_to_theirs(rope, head_dim, expected):
 def test_A3_yarn_equals_that_of_transformers(
     head_dim, theta, factor, original, fast, slow, attention
 ):
-    scaling = Yarn(
+    scaling = YarnScaling(
         factor=factor,
-        original_context=original,
+        original_max_seq_len=original,
         beta_fast=fast,
         beta_slow=slow,
         attention_factor=attention,
@@ -137,22 +145,24 @@ def test_A3_yarn_equals_that_of_transformers(
 
 def test_A3_yarn_scales_what_attention_sees():
     """cos and sin carry the factor, so that q.k grows by its square."""
-    scaling = Yarn(factor=16.0, original_context=64)
-    cos, sin = tables(Rope(scaling=scaling), 16, torch.tensor([[0, 9]]), torch.float64)
+    scaling = YarnScaling(factor=16.0, original_max_seq_len=64)
+    cos, sin = rotary_tables(Rope(scaling=scaling), 16, torch.tensor([[0, 9]]), torch.float64)
     expected = torch.full((1, 2, 16), (0.1 * math.log(16) + 1) ** 2, dtype=torch.float64)
     close(cos.square() + sin.square(), expected)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 def test_linear_scaling_equals_that_of_transformers(head_dim):
-    rope = Rope(theta=1e4, scaling=Linear(factor=2.5))
+    rope = Rope(theta=1e4, scaling=LinearScaling(factor=2.5))
     equal_to_theirs(rope, head_dim, theirs("linear", head_dim, 1e4, factor=2.5))
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize(("low", "high"), [(1.0, 4.0), (0.5, 8.0)])
 def test_llama3_scaling_equals_that_of_transformers(head_dim, low, high):
-    scaling = Llama3(factor=8.0, original_context=8192, low_factor=low, high_factor=high)
+    scaling = Llama3Scaling(
+        factor=8.0, original_max_seq_len=8192, low_freq_factor=low, high_freq_factor=high
+    )
     expected = theirs(
         "llama3",
         head_dim,
@@ -172,10 +182,13 @@ def test_scaling_reaches_the_model():
         "dim": 32,
         "depth": 1,
         "pattern": [
-            {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": {"kind": "relu2", "hidden": 8}}
+            {
+                "mixer": {"kind": "gqa", "heads": 4},
+                "feed_forward": {"kind": "relu2", "hidden_dim": 8},
+            }
         ],
     }
-    yarn = {"kind": "yarn", "factor": 4, "original_context": 16}
+    yarn = {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}
     plain, stretched = (
         LM(ModelConfig.from_dict(section | {"rope": {"theta": 1e4, "scaling": scaling}}))
         for scaling in (None, yarn)

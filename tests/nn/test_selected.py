@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tinsmith.nn.parts import selected
-from tinsmith.nn.parts.attend import Reach, attend
-from tinsmith.nn.parts.selected import attend_selected, by_block, by_query, naive
+from tinsmith.nn.attention import block_sparse
+from tinsmith.nn.attention.block_sparse import attend_topk_blocks, by_block, by_query, naive
+from tinsmith.nn.attention.core import Span, attend
 
 SIZE = 4
 
@@ -53,7 +53,7 @@ def with_gradients(y, tensors):
     ("queries", "keys"), [(1, 1), (1, 9), (3, 3), (4, 4), (5, 5), (7, 30), (97, 97), (128, 130)]
 )
 def test_every_way_is_the_formula_and_its_gradients(way, queries, keys, monkeypatch):
-    monkeypatch.setattr(selected, "PAIRS", 7)
+    monkeypatch.setattr(block_sparse, "QUERY_CHUNK", 7)
     tensors = inputs(queries, keys)
     chosen = choices(queries, keys, 3, offset=2 if keys > 2 else 0)
     found = with_gradients(way(*tensors, *chosen, SIZE), tensors)
@@ -68,7 +68,7 @@ def test_all_blocks_chosen_is_plain_causal_attention(way):
     begins = SIZE * torch.arange(8).expand(2, 2, 30, 8)
     begins = begins.where(begins <= torch.arange(30)[:, None], -1)
     found = with_gradients(way(*tensors, begins, torch.arange(30)[None], SIZE), tensors)
-    dense = with_gradients(attend(*tensors, Reach(), kind="naive"), tensors)
+    dense = with_gradients(attend(*tensors, Span(), kind="naive"), tensors)
     for mine, expected in zip(found, dense, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
 
@@ -120,9 +120,11 @@ def test_half_precision_is_as_exact_as_its_inputs(way, dtype):
 def test_few_queries_gather_and_many_are_sorted(monkeypatch):
     taken = []
     for name in ("naive", "by_query", "by_block"):
-        way = getattr(selected, name)
+        way = getattr(block_sparse, name)
         monkeypatch.setattr(
-            selected, name, lambda *args, _way=way, _name=name: taken.append(_name) or _way(*args)
+            block_sparse,
+            name,
+            lambda *args, _way=way, _name=name: taken.append(_name) or _way(*args),
         )
     for queries, told in (
         (1, {}),
@@ -131,25 +133,25 @@ def test_few_queries_gather_and_many_are_sorted(monkeypatch):
         (17, {"kind": "naive"}),
         (1, {"dropout": 0.5}),
     ):
-        attend_selected(*inputs(queries, 20), *choices(queries, 20, 3), SIZE, **told)
+        attend_topk_blocks(*inputs(queries, 20), *choices(queries, 20, 3), SIZE, **told)
     assert taken == ["by_query", "by_query", "by_block", "naive", "naive"]
 
 
 def test_only_chosen_blocks_are_multiplied(monkeypatch):
     """Products of keys with queries: as many as there are pairs, whatever the length."""
-    pairs, scores = [], selected._scores
+    pairs, scores = [], block_sparse._scores
 
     def counted(q_PJD, k_SD, block, *rest):
         pairs.append(len(q_PJD) * (block.stop - block.start))
         return scores(q_PJD, k_SD, block, *rest)
 
-    monkeypatch.setattr(selected, "_scores", counted)
+    monkeypatch.setattr(block_sparse, "_scores", counted)
     for length in (64, 128):
         pairs.clear()
         begins, place = choices(length, length, 3, rows=1)
         by_block(*inputs(length, length, rows=1), begins, place, SIZE)
         assert sum(pairs) == SIZE * int((begins >= 0).sum())
-        assert max(pairs) <= selected.PAIRS * SIZE
+        assert max(pairs) <= block_sparse.QUERY_CHUNK * SIZE
 
 
 def test_compiled_it_is_one_operator():

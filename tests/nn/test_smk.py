@@ -9,20 +9,25 @@ from torch.utils._pytree import tree_leaves
 from tests.oracles.surprise import causal_loss, said
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
-from tinsmith.nn.contract import Ctx, Out, Site
+from tinsmith.nn.contract import BuildContext, Ctx, Out
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
-from tinsmith.nn.parts.init import initialise
-from tinsmith.nn.routing.learning import TEMPERATURE, smk, sml, typical
-from tinsmith.nn.routing.surprise import heard
+from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.moe.surprise import collect_probes
+from tinsmith.nn.moe.surprise_router import TEMPERATURE, smk, sml, weighted_median
 
 N, E, D = 14, 5, 8
 
 
 def made(width: int = D, **keys) -> DynMoEFeedForward:
     torch.manual_seed(0)
-    keys = {"experts": E, "hidden": 6, "router_grad": "smk", "dark_room_guard": False} | keys
-    feed = DynMoE(**keys).build(Site(dim=width, layer=0, depth=1))
-    initialise(feed, 1)
+    keys = {
+        "experts": E,
+        "hidden_dim": 6,
+        "router_grad": "smk",
+        "inactive_expert_guard": False,
+    } | keys
+    feed = DynMoE(**keys).build(BuildContext(dim=width, layer_idx=0, depth=1))
+    init_weights(feed, 1)
     with torch.no_grad():
         for stack in feed.experts.parameters():
             stack *= 3
@@ -43,7 +48,7 @@ def step(feed: DynMoEFeedForward, x: torch.Tensor, scale: float = 1.0) -> tuple[
     """One backward pass of loss and SDL, times `scale`, and the router's own."""
     out = run(feed, x)
     (scale * (causal_loss(out.y[0]) + sum(out.losses.values()))).backward()
-    return out, feed.after_backward(out.probes)
+    return out, feed.after_backward(out.grad_probes)
 
 
 def gradients(feed: DynMoEFeedForward) -> dict[str, torch.Tensor]:
@@ -82,7 +87,7 @@ def test_M6_a_joint_step_is_two_separate_ones(loss, guard):
     """The main loss gives the gate nothing, the router's loss gives experts and x nothing, and
     together they are the sum of both.
     """
-    keys = LOSSES[loss] | {"dark_room_guard": guard, "router_weight": 0.7}
+    keys = LOSSES[loss] | {"inactive_expert_guard": guard, "router_weight": 0.7}
     feed, x = made(**keys), tokens().requires_grad_()
     out = run(feed, x)
     causal_loss(out.y[0]).backward(retain_graph=True)
@@ -92,12 +97,12 @@ def test_M6_a_joint_step_is_two_separate_ones(loss, guard):
 
     twin, y = made(**keys), tokens().requires_grad_()
     out, stats = step(twin, y)
-    found = heard(out.probes)
+    found = collect_probes(out.grad_probes)
     known = found.active_NE
     if guard:
-        sizes = sorted(found.size_NE[known].tolist())
+        sizes = sorted(found.output_norm_NE[known].tolist())
         usual = next(s for n, s in enumerate(sizes) if sum(sizes[: n + 1]) >= sum(sizes) / 2)
-        known = known & (found.size_NE > 0.1 * usual)
+        known = known & (found.output_norm_NE > 0.1 * usual)
         assert known.sum() < found.active_NE.sum()
     lone = made(**keys)
     router = by_hand(lone, tokens(), found.surprise_NE, known, loss)
@@ -110,8 +115,8 @@ def test_M6_a_joint_step_is_two_separate_ones(loss, guard):
         torch.testing.assert_close(joint[name], value, rtol=1e-10, atol=1e-12, msg=name)
     assert set(joint) == set(main | separate)
     judged = (known.sum(-1) > 1).sum()
-    assert stats["judged"] == judged
-    torch.testing.assert_close(stats["router"], router.detach() * judged)
+    assert stats["router_tokens"] == judged
+    torch.testing.assert_close(stats["router_loss"], router.detach() * judged)
 
 
 def test_M6_both_is_task_and_smk():
@@ -230,7 +235,7 @@ def dark(guard: bool, room: str, whisper: float, newborn: tuple[int, ...] = ()):
     SMK, the gate before and after, and the last report.
     """
     silent, thresholds = ROOMS[room]
-    feed = made(dark_room_guard=guard, sdl_weight=0.0)
+    feed = made(inactive_expert_guard=guard, sdl_weight=0.0)
     with torch.no_grad():
         feed.experts.gate_proj.weight[silent] *= whisper
         feed.experts.up_proj.weight[silent] *= whisper
@@ -256,7 +261,7 @@ def dark(guard: bool, room: str, whisper: float, newborn: tuple[int, ...] = ()):
 @whispers
 def test_M10_silent_experts_win_every_token(room, whisper):
     first, last, moved, stats = dark(False, room, whisper)
-    assert stats["dark"] == stats["compared"] > 0
+    assert stats["inactive_fraction"] == stats["compared"] > 0
     assert last > 0.95
     assert last > first
     assert moved.any()
@@ -266,33 +271,33 @@ def test_M10_silent_experts_win_every_token(room, whisper):
 @whispers
 def test_M10_the_guard_leaves_them_out_and_still_reports_them(room, whisper):
     first, last, moved, stats = dark(True, room, whisper)
-    assert stats["dark"] == stats["compared"] == 32
+    assert stats["inactive_fraction"] == stats["compared"] == 32
     assert last < first + 0.05
     assert not moved.any()
-    assert DynMoE(experts=2, hidden=2).dark_room_guard
+    assert DynMoE(experts=2, hidden_dim=2).inactive_expert_guard
 
 
 @pytest.mark.parametrize("guard", [False, True])
 def test_M10_newborns_do_not_make_silence_usual(guard):
     """Three say nothing yet, beside one that never will and one that speaks."""
     first, last, moved, stats = dark(guard, "1 of 5", 0.0, newborn=(0, 1, 3))
-    assert stats["dark"] == stats["compared"] > 0
+    assert stats["inactive_fraction"] == stats["compared"] > 0
     assert bool(moved.any()) is not guard
     assert last <= first if guard else last > 0.95
 
 
 def test_M10_where_nobody_speaks_nobody_is_to_be_preferred():
-    feed = made(dark_room_guard=True)
+    feed = made(inactive_expert_guard=True)
     with torch.no_grad():
         feed.experts.down_proj.weight.zero_()
     _, stats = step(feed, tokens())
-    assert stats["judged"] == 0
-    assert stats["dark"] == stats["compared"] > 0
+    assert stats["router_tokens"] == 0
+    assert stats["inactive_fraction"] == stats["compared"] > 0
 
 
 def test_what_is_usual_is_what_half_of_all_is_said_in():
     def of(*sizes: float) -> float:
-        return typical(torch.tensor(sizes).double()).item()
+        return weighted_median(torch.tensor(sizes).double()).item()
 
     assert of(3.0) == 3
     assert of(1, 1, 1, 1, 1) == 1
@@ -302,29 +307,29 @@ def test_what_is_usual_is_what_half_of_all_is_said_in():
     assert of(0, 0) == of() == 0
     torch.manual_seed(0)
     sizes = torch.rand(1001).double()
-    above = sizes[sizes >= typical(sizes)].sum() / sizes.sum()
+    above = sizes[sizes >= weighted_median(sizes)].sum() / sizes.sum()
     assert 0.5 <= above < 0.502
 
 
 def test_the_report_by_its_definitions():
     feed = made()
     out, stats = step(feed, tokens())
-    found = heard(out.probes)
+    found = collect_probes(out.grad_probes)
     active = found.active_NE
-    s, size = found.surprise_NE[active], found.size_NE[active]
+    s, size = found.surprise_NE[active], found.output_norm_NE[active]
     assert stats["pairs"] == active.sum()
-    relative = found.surprise_NE / found.upstream_N[:, None]
+    relative = found.surprise_NE / found.grad_norm_N[:, None]
     torch.testing.assert_close(stats["surprise"], relative[active].sum())
     compared = (active.sum(-1) > 1).sum()
     assert stats["compared"] == compared
     alike = torch.corrcoef(torch.stack((s, size)))[0, 1]
-    torch.testing.assert_close(stats["alike"], alike * compared)
-    assert stats["dark"] == 0
+    torch.testing.assert_close(stats["surprise_norm_corr"], alike * compared)
+    assert stats["inactive_fraction"] == 0
 
 
 def test_surprise_over_the_gradient_has_no_unit():
     reports = [step(made(), tokens(), scale)[1] for scale in (1.0, 1000.0)]
-    for name in ("surprise", "alike", "router"):
+    for name in ("surprise", "surprise_norm_corr", "router_loss"):
         torch.testing.assert_close(reports[0][name], reports[1][name])
 
 
@@ -333,12 +338,12 @@ def test_newborns_sit_out():
     with torch.no_grad():
         feed.gate.window.newborn[1] = True
     out, stats = step(feed, tokens())
-    found = heard(out.probes)
+    found = collect_probes(out.grad_probes)
     known = found.active_NE.clone()
     known[:, 1] = False
     assert found.active_NE[:, 1].any()
     expected = by_hand(feed, tokens(), found.surprise_NE, known, "hard").detach()
-    torch.testing.assert_close(stats["router"] / stats["judged"], expected)
+    torch.testing.assert_close(stats["router_loss"] / stats["router_tokens"], expected)
 
 
 @pytest.mark.parametrize("candidates", ["all", "active+r"])
@@ -347,7 +352,7 @@ def test_newborns_are_not_asked_either(candidates):
     with torch.no_grad():
         feed.gate.window.newborn[1] = True
     out, stats = step(feed, tokens())
-    active = heard(out.probes).active_NE
+    active = collect_probes(out.grad_probes).active_NE
     assert active[:, 1].any()
     assert not active[:, 1].all()
     old = active.sum(-1) - active[:, 1].long()
@@ -361,7 +366,7 @@ def test_other_candidates_are_asked_what_they_would_have_changed(candidates):
     feed = made(candidates=candidates, extra_candidates=2)
     torch.manual_seed(5)
     out, stats = step(feed, tokens())
-    found = heard(out.probes)
+    found = collect_probes(out.grad_probes)
     counts = found.active_NE.sum(-1)
     asked = E * N if candidates == "all" else int((counts + 2).clamp(max=E).sum())
     assert stats["pairs"] == asked
@@ -373,12 +378,12 @@ def test_other_candidates_are_asked_what_they_would_have_changed(candidates):
         for t in range(N):
             own = {name: value.clone().requires_grad_() for name, value in shared.items()}
             for e in range(E):
-                spoken = (said(tokens()[t : t + 1], own)[0, e] * found.gradient_ND[t]).sum()
+                spoken = (said(tokens()[t : t + 1], own)[0, e] * found.output_grad_ND[t]).sum()
                 grads = torch.autograd.grad(spoken, list(own.values()))
                 surprise[t, e] = torch.cat([g.flatten() for g in grads]).norm()
         everyone = torch.ones(N, E, dtype=torch.bool)
         expected = by_hand(feed, tokens(), surprise, everyone, "hard").detach()
-        torch.testing.assert_close(stats["router"] / N, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(stats["router_loss"] / N, expected, rtol=1e-12, atol=0)
 
 
 def test_M12_sml_local_is_the_double_backward_of_the_explicit_norm():
@@ -387,7 +392,7 @@ def test_M12_sml_local_is_the_double_backward_of_the_explicit_norm():
     plain, local, x = made(**keys), made(**keys, sml_local=True), tokens()
     out, _ = step(local, x)
     step(plain, x)
-    found = heard(out.probes)
+    found = collect_probes(out.grad_probes)
     known = found.active_NE & (found.active_NE.sum(-1, keepdim=True) > 1)
     weights = {
         n: s.weight.detach()[None].requires_grad_() for n, s in local.experts.named_children()
@@ -401,7 +406,7 @@ def test_M12_sml_local_is_the_double_backward_of_the_explicit_norm():
         y = said(x[t : t + 1], weights)[0]
         norms = []
         for e in chosen:
-            spoken = (y[e] * found.gradient_ND[t]).sum()
+            spoken = (y[e] * found.output_grad_ND[t]).sum()
             grads = torch.autograd.grad(spoken, list(weights.values()), create_graph=True)
             norms.append(sum(g.square().sum() for g in grads).sqrt())
         s = torch.stack(norms)
@@ -471,11 +476,13 @@ def test_one_backward_pass_is_enough(way, monkeypatch):
     feed = made(**WAYS[way])
     out = run(feed, tokens())
     (causal_loss(out.y[0]) + sum(out.losses.values())).backward()
-    stats = feed.after_backward(out.probes)
-    assert stats["judged"] > 0
+    stats = feed.after_backward(out.grad_probes)
+    assert stats["router_tokens"] > 0
     assert flags == [False] * (2 if way == "local" else 1)
     held = [*gradients(feed).values(), *stats.values()]
-    held += [probe.grad for probe in out.probes.values() if probe.is_leaf and probe.requires_grad]
+    held += [
+        probe.grad for probe in out.grad_probes.values() if probe.is_leaf and probe.requires_grad
+    ]
     assert not any(tensor.requires_grad for tensor in held)
     with pytest.raises(RuntimeError, match="second time"):
         out.y.sum().backward()
@@ -487,7 +494,7 @@ def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
         with torch.no_grad():
             feed.gate.thresholds.fill_(2.0)
         out, stats = step(feed, tokens())
-        assert stats["judged"] == 0
+        assert stats["router_tokens"] == 0
         assert out.y.isfinite().all()
         assert all((value == 0).all() for n, value in gradients(feed).items() if "gate" in n[:5])
         assert all(value.isfinite().all() for value in stats.values())
@@ -507,11 +514,11 @@ def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
             "router_grad=smk compares experts; experts=1 is one",
         ),
         ({"router_grad": "tsk"}, "router_grad"),
-        ({"hidden": 0}, "hidden=0 must be at least 1"),
+        ({"hidden_dim": 0}, "hidden=0 must be at least 1"),
         ({"experts": 0}, "experts=0 must be at least 1"),
         ({"target_active": 33}, "target_active=33.0 must be above 0 and at most experts=32"),
     ],
 )
 def test_keys_that_make_no_sense_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
-        parse(DynMoE, {"kind": "dyn_moe", "experts": 32, "hidden": 96} | keys, "feed_forward")
+        parse(DynMoE, {"kind": "dyn_moe", "experts": 32, "hidden_dim": 96} | keys, "feed_forward")

@@ -5,12 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from tests.oracles.surprise import causal_loss, copies, dense, said
-from tinsmith.nn.contract import Ctx, Site
+from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
+from tinsmith.nn.layers.init import init_weights
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.init import initialise
-from tinsmith.nn.routing.surprise import Heard, Weights, closed_form, heard
-from tinsmith.nn.routing.threshold import Gate
+from tinsmith.nn.moe.cosine_router import CosineRouter
+from tinsmith.nn.moe.surprise import (
+    CollectedProbes,
+    ExpertMatrices,
+    closed_form_surprise,
+    collect_probes,
+)
 
 N, E, D = 14, 5, 8
 CTX = Ctx(torch.arange(N)[None])
@@ -18,9 +23,9 @@ CTX = Ctx(torch.arange(N)[None])
 
 def made(**keys) -> DynMoEFeedForward:
     torch.manual_seed(0)
-    keys = {"experts": E, "hidden": 6, "router_grad": "smk"} | keys
-    feed = DynMoE(**keys).build(Site(dim=D, layer=0, depth=1))
-    initialise(feed, 1)
+    keys = {"experts": E, "hidden_dim": 6, "router_grad": "smk"} | keys
+    feed = DynMoE(**keys).build(BuildContext(dim=D, layer_idx=0, depth=1))
+    init_weights(feed, 1)
     with torch.no_grad():
         for stack in feed.experts.parameters():
             stack *= 3
@@ -33,11 +38,11 @@ def tokens(seed: int = 1) -> torch.Tensor:
     return torch.randn(N, D, generator=made, dtype=torch.float64)
 
 
-def hear(feed: DynMoEFeedForward, x_ND: torch.Tensor, scale: float = 1.0) -> Heard:
+def hear(feed: DynMoEFeedForward, x_ND: torch.Tensor, scale: float = 1.0) -> CollectedProbes:
     out = feed(x_ND[None], CTX)
     loss = scale * causal_loss(out.y[0]) + sum(out.losses.values())
     loss.backward()
-    found = heard(out.probes)
+    found = collect_probes(out.grad_probes)
     assert found is not None
     return found
 
@@ -156,16 +161,16 @@ def test_the_closed_form_says_what_backward_heard_and_more(activation):
     found = hear(feed, x)
     experts = feed.experts
     gate = None if experts.gate_proj is None else experts.gate_proj.weight
-    weights = Weights(gate, experts.up_proj.weight, experts.down_proj.weight)
+    weights = ExpertMatrices(gate, experts.up_proj.weight, experts.down_proj.weight)
     everyone = torch.ones(N, E, dtype=torch.bool)
-    surprise, size = closed_form(weights, x, found.gradient_ND, everyone)
+    surprise, size = closed_form_surprise(weights, x, found.output_grad_ND, everyone)
     active = found.active_NE
     torch.testing.assert_close(surprise[active], found.surprise_NE[active], rtol=1e-12, atol=0)
-    torch.testing.assert_close(size[active], found.size_NE[active], rtol=1e-12, atol=0)
+    torch.testing.assert_close(size[active], found.output_norm_NE[active], rtol=1e-12, atol=0)
     assert (surprise[~active] > 0).all()
     own = copies(experts, N)
     # what it would be if every expert worked with weight 1 and the same g came back
-    (said(x, own) * found.gradient_ND[:, None]).sum().backward()
+    (said(x, own) * found.output_grad_ND[:, None]).sum().backward()
     squared = sum(copy.grad.square().sum((-2, -1)) for copy in own.values())
     torch.testing.assert_close(surprise, squared.sqrt(), rtol=1e-12, atol=1e-15)
 
@@ -174,8 +179,8 @@ def test_nothing_is_heard_where_the_losses_were_left_out():
     feed = made()
     out = feed(tokens()[None], CTX)
     causal_loss(out.y[0]).backward()
-    assert heard(out.probes) is None
-    assert feed.after_backward(out.probes) == {}
+    assert collect_probes(out.grad_probes) is None
+    assert feed.after_backward(out.grad_probes) == {}
 
 
 def test_listening_changes_no_output():
@@ -185,9 +190,9 @@ def test_listening_changes_no_output():
 
 def model(**keys) -> LM:
     torch.manual_seed(0)
-    feed = {"kind": "dyn_moe", "hidden": 24, "experts": 6, "router_grad": "smk"} | keys
+    feed = {"kind": "dyn_moe", "hidden_dim": 24, "experts": 6, "router_grad": "smk"} | keys
     layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed}
-    section = {"vocab_size": 48, "dim": 32, "depth": 2, "max_context": 64, "pattern": [layer]}
+    section = {"vocab_size": 48, "dim": 32, "depth": 2, "max_seq_len": 64, "pattern": [layer]}
     return LM(ModelConfig.from_dict(section)).train()
 
 
@@ -196,10 +201,12 @@ def probed(lm: LM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     out = lm(ids)
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     (loss + sum(out.losses.values())).backward()
-    lm.after_backward(out.probes)
+    lm.after_backward(out.grad_probes)
     said = {name: parameter.grad for name, parameter in lm.named_parameters()}
     for layer in range(2):
-        found = heard({k.split(".")[-1]: v for k, v in out.probes.items() if k[0] == str(layer)})
+        found = collect_probes(
+            {k.split(".")[-1]: v for k, v in out.grad_probes.items() if k[0] == str(layer)}
+        )
         said |= {f"{layer}.{name}": getattr(found, name) for name in ("surprise_NE", "active_NE")}
     return said
 
@@ -209,7 +216,7 @@ def test_M9_checkpointing_changes_neither_masks_nor_surprise_nor_gradients(half,
     found = []
     for checkpointing in (False, True):
         lm = model()
-        lm.checkpointing = checkpointing
+        lm.activation_checkpointing = checkpointing
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             found.append(probed(lm, ids))
     assert found[0].keys() == found[1].keys()
@@ -220,15 +227,15 @@ def test_M9_checkpointing_changes_neither_masks_nor_surprise_nor_gradients(half,
 def test_M9_a_recomputation_that_would_decide_otherwise_is_not_asked(ids, monkeypatch):
     expected = probed(model(), ids)
     lm, calls = model(), []
-    lm.checkpointing = True
-    honest = Gate.margins
+    lm.activation_checkpointing = True
+    honest = CosineRouter.margins
 
     def turned(self, x_ND):
         """Honest where it is first asked (for the choice, then for SDL), turned from then on."""
         calls.append(1)
         return honest(self, x_ND) * (1 if len(calls) <= 4 else -1)
 
-    monkeypatch.setattr(Gate, "margins", turned)
+    monkeypatch.setattr(CosineRouter, "margins", turned)
     found = probed(lm, ids)
     assert len(calls) > 4
     for layer in range(2):

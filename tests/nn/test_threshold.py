@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tinsmith.core.parse import parse
-from tinsmith.nn.parts.norm import wide
-from tinsmith.nn.routing.threshold import KAPPA, Gate, Threshold, fires
+from tinsmith.nn.moe.cosine_router import KAPPA, CosineRouter, CosineRouterConfig, above_threshold
+from tinsmith.nn.precision import at_least_fp32
 
 N, E, D = 40, 8, 16
 
@@ -18,9 +18,9 @@ def draw(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=made, dtype=torch.float64)
 
 
-def made(experts: int = E, dim: int = D, stirred: bool = True, **keys) -> Gate:
+def made(experts: int = E, dim: int = D, stirred: bool = True, **keys) -> CosineRouter:
     torch.manual_seed(0)
-    gate = Gate(Threshold(experts=experts, **keys), dim, layer=0).double()
+    gate = CosineRouter(CosineRouterConfig(experts=experts, **keys), dim, layer_idx=0).double()
     if stirred:
         with torch.no_grad():
             gate.prototypes += 0.1 * draw(experts, dim, seed=5)
@@ -28,7 +28,7 @@ def made(experts: int = E, dim: int = D, stirred: bool = True, **keys) -> Gate:
     return gate
 
 
-def by_hand(gate: Gate, x: torch.Tensor) -> torch.Tensor:
+def by_hand(gate: CosineRouter, x: torch.Tensor) -> torch.Tensor:
     """u, pair by pair."""
     p, thresholds = gate.prototypes.detach(), gate.thresholds.detach()
     return torch.stack(
@@ -159,8 +159,8 @@ def test_G9_half_precision_inputs_decide_alike_away_from_the_boundary():
         with torch.autocast("cpu", torch.bfloat16):
             gate.to(torch.float32)
             found = gate.margins(x.to(dtype))
-        assert found.dtype == wide(dtype)
-        assert torch.equal(fires(found)[clear], fires(u)[clear])
+        assert found.dtype == at_least_fp32(dtype)
+        assert torch.equal(above_threshold(found)[clear], above_threshold(u)[clear])
 
 
 def test_casts_leave_prototypes_and_thresholds_as_exact_as_they_are():
@@ -193,7 +193,7 @@ def test_a_token_that_nobody_fires_for_gets_its_best_expert(training):
     gate, x = made().train(training), draw(N, D)
     with torch.no_grad():
         gate.thresholds += 0.3
-    fired = fires(gate.margins(x))
+    fired = above_threshold(gate.margins(x))
     silent = ~fired.any(-1)
     assert 0 < silent.sum() < N
     choice = gate(x)
@@ -225,7 +225,7 @@ def test_other_fallbacks():
 
 def test_where_it_does_not_learn_its_weights_are_constants():
     gate, x = made(), draw(N, D).requires_grad_()
-    choice = gate(x, learns=False)
+    choice = gate(x, differentiable=False)
     assert not choice.weight_NE.requires_grad
     assert choice.losses["sdl"].requires_grad
     assert torch.equal(choice.weight_NE, gate(x).weight_NE)
@@ -238,11 +238,13 @@ def test_losses_are_for_training():
         assert gate.train()(x).losses == {}
 
 
-def diversity(gate: Gate) -> torch.Tensor:
+def diversity(gate: CosineRouter) -> torch.Tensor:
     """SDL without its first term: as many experts are asked for as fire."""
     x = draw(N, D)
     mean = float(gate(x).stats["load"].sum() / N)
-    asked = Gate(Threshold(experts=gate.config.experts, target_active=mean, sdl_weight=1.0), D, 0)
+    asked = CosineRouter(
+        CosineRouterConfig(experts=gate.config.experts, target_active=mean, sdl_weight=1.0), D, 0
+    )
     asked.prototypes, asked.thresholds = gate.prototypes, gate.thresholds
     return asked(x).losses["sdl"]
 
@@ -335,4 +337,4 @@ def test_the_original_loss_is_diversity_plus_simplicity():
 )
 def test_keys_that_make_no_sense_are_refused(keys, message):
     with pytest.raises(Exception, match=message):
-        parse(Threshold, {"experts": E} | keys, "gate")
+        parse(CosineRouterConfig, {"experts": E} | keys, "gate")

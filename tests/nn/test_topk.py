@@ -9,9 +9,9 @@ from tests.oracles import experts as oracle
 from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.feedforwards import SwiGLU, TopKMoE
+from tinsmith.nn.layers.init import init_weights
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.init import initialise
-from tinsmith.nn.routing import balance
+from tinsmith.nn.moe import balance
 from tinsmith.optim.groups import partition
 
 same = close_to(1e-12)
@@ -20,18 +20,18 @@ HIDDEN = 24
 
 CASES = {
     "swiglu": {"experts": 5, "top_k": 2},
-    "relu2, shared": {"experts": 4, "top_k": 3, "shared": 2, "activation": "relu2"},
-    "not renormalised": {"experts": 6, "top_k": 3, "renormalise": False},
-    "one": {"experts": 4, "top_k": 1, "shared": 1},
+    "relu2, shared": {"experts": 4, "top_k": 3, "n_shared_experts": 2, "activation": "relu2"},
+    "not renormalised": {"experts": 6, "top_k": 3, "norm_topk_prob": False},
+    "one": {"experts": 4, "top_k": 1, "n_shared_experts": 1},
     "all": {"experts": 3, "top_k": 3},
-    "a single expert": {"experts": 1, "top_k": 1, "renormalise": False},
+    "a single expert": {"experts": 1, "top_k": 1, "norm_topk_prob": False},
 }
 
 
 def build(seed=0, **keys):
     torch.manual_seed(seed)
-    feed = TopKMoE(hidden=HIDDEN, **keys).build(SITE).double()
-    initialise(feed, 2)
+    feed = TopKMoE(hidden_dim=HIDDEN, **keys).build(SITE).double()
+    init_weights(feed, 2)
     with torch.no_grad():
         feed.router.weight.mul_(4)
     return feed
@@ -41,7 +41,7 @@ def answered(feed, x):
     """(N, D) -> what `feed` should say, its probabilities and its mask."""
     probabilities = (x @ feed.router.weight.T).softmax(-1)
     mask = oracle.chosen(probabilities, feed.config.top_k)
-    table = oracle.weights(probabilities, mask, feed.config.renormalise)
+    table = oracle.weights(probabilities, mask, feed.config.norm_topk_prob)
     return dense(feed, x, table), probabilities, mask
 
 
@@ -114,7 +114,7 @@ def test_balance_is_at_its_floor_when_every_expert_gets_the_same():
     crowd = torch.tensor([0.8, 0.1, 0.1]).expand(1, 6, 3)
     same_two = torch.tensor([0, 1]).expand(1, 6, 2)
     for name, floor in (("switch", 2.0), ("sequence", 1.0), ("squared", 0.0)):
-        loss = balance.LOSSES[name]
+        loss = balance.BALANCE_LOSSES[name]
         assert loss(even, turns, everyone).item() == pytest.approx(floor, abs=1e-6)
         assert loss(crowd, same_two, everyone) > floor + 0.1
 
@@ -122,7 +122,7 @@ def test_balance_is_at_its_floor_when_every_expert_gets_the_same():
 def test_G8_nothing_but_padding_has_no_loss_and_no_load():
     feed = build(experts=5, top_k=2, z_weight=1.0).train()
     for name in ("switch", "sequence", "squared"):
-        feed.config = TopKMoE(hidden=HIDDEN, experts=5, balance=name, z_weight=1.0)
+        feed.config = TopKMoE(hidden_dim=HIDDEN, experts=5, balance=name, z_weight=1.0)
         x = draw(ROWS, TOKENS, DIM).requires_grad_()
         out = feed(x, context(torch.full((ROWS, TOKENS), -1)))
         assert not out.stats["load"].any()
@@ -155,7 +155,10 @@ def test_equal_scores_go_to_the_first_experts():
 
 
 def test_G7_permuted_experts_give_the_same_with_permuted_loads():
-    feed, other = build(experts=5, top_k=2, shared=1), build(experts=5, top_k=2, shared=1)
+    feed, other = (
+        build(experts=5, top_k=2, n_shared_experts=1),
+        build(experts=5, top_k=2, n_shared_experts=1),
+    )
     order = torch.tensor([3, 0, 4, 1, 2])
     with torch.no_grad():
         for parameter in (other.router.weight, *other.experts.parameters()):
@@ -167,12 +170,12 @@ def test_G7_permuted_experts_give_the_same_with_permuted_loads():
 
 
 def test_all_experts_chosen_is_their_weighted_sum():
-    feed, x = build(experts=3, top_k=3, renormalise=False), draw(4, DIM)
+    feed, x = build(experts=3, top_k=3, norm_topk_prob=False), draw(4, DIM)
     stacks = feed.experts
     shares = (x @ feed.router.weight.T).softmax(-1)
     expected = torch.zeros_like(x)
     for e in range(3):
-        one = SwiGLU(hidden=HIDDEN).build(SITE).double()
+        one = SwiGLU(hidden_dim=HIDDEN).build(SITE).double()
         one.load_state_dict(
             {
                 f"{name}.weight": getattr(stacks, name).weight[e]
@@ -206,8 +209,8 @@ def assert_alike(block, feed):
     same(feed.router.weight.grad, block.gate.weight.grad, 1e-5)
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_it_is_qwen3s_block(renormalise):
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_it_is_qwen3s_block(norm_topk_prob):
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -216,9 +219,9 @@ def test_it_is_qwen3s_block(renormalise):
         moe_intermediate_size=HIDDEN,
         num_experts=6,
         num_experts_per_tok=3,
-        norm_topk_prob=renormalise,
+        norm_topk_prob=norm_topk_prob,
     )
-    feed = build(experts=6, top_k=3, renormalise=renormalise)
+    feed = build(experts=6, top_k=3, norm_topk_prob=norm_topk_prob)
     assert_alike(theirs_with_our_weights(Qwen3MoeSparseMoeBlock(config), feed), feed)
 
 
@@ -234,12 +237,12 @@ def test_it_is_mixtrals_block():
 def small(**feed):
     gqa = {"kind": "gqa", "heads": 2}
     section = {"vocab_size": 40, "dim": 16, "depth": 2, "pattern": []}
-    section["pattern"] = [{"mixer": gqa, "feed_forward": {"hidden": 24} | feed}]
+    section["pattern"] = [{"mixer": gqa, "feed_forward": {"hidden_dim": 24} | feed}]
     return section
 
 
 def test_weights_have_their_roles_and_the_inactive_are_counted():
-    lm = LM(ModelConfig.from_dict(small(kind="topk_moe", experts=4, top_k=1, shared=1)))
+    lm = LM(ModelConfig.from_dict(small(kind="topk_moe", experts=4, top_k=1, n_shared_experts=1)))
     roles = {name: role for role, group in partition(lm).items() for name, _ in group}
     assert roles["blocks.0.feed.router.weight"] == "router"
     assert roles["blocks.0.feed.experts.down_proj.weight"] == "matrix"
@@ -257,8 +260,8 @@ def test_weights_have_their_roles_and_the_inactive_are_counted():
         ({"experts": 4, "top_k": 5}, "top_k=5 must be at most experts=4"),
         ({"experts": 0}, "experts=0 must be at least 1"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"hidden": 0}, "hidden=0 must be at least 1"),
-        ({"shared": -1}, "shared=-1 must be at least 0"),
+        ({"hidden_dim": 0}, "hidden_dim=0 must be at least 1"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1 must be at least 0"),
         ({"balance_weight": -0.1}, "balance_weight=-0.1 must be at least 0"),
         ({"z_weight": -1}, "z_weight=-1.0 must be at least 0"),
         ({"balance": "swich"}, "swich"),

@@ -7,13 +7,13 @@ from tinsmith.core.errors import UserError
 from tinsmith.nn import lora
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.trained import counts
+from tinsmith.nn.parameters import count_parameters
 
 LAYER = {
     "mixer": {"kind": "gqa", "heads": 2, "qk_norm": True},
-    "feed_forward": {"kind": "swiglu", "hidden": 24},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 24},
 }
-MODEL = {"vocab_size": 40, "dim": 16, "depth": 2, "max_context": 32, "pattern": [LAYER]}
+MODEL = {"vocab_size": 40, "dim": 16, "depth": 2, "max_seq_len": 32, "pattern": [LAYER]}
 
 
 def model(*trained, **changes):
@@ -27,16 +27,19 @@ def names(lm):
 def test_everything_is_trained_where_nothing_is_said():
     lm = LM(ModelConfig.from_dict(MODEL))
     assert names(lm) == {name for name, _ in lm.named_parameters()}
-    assert counts(lm) == (lm.parameter_count(), 0)
+    assert count_parameters(lm) == (lm.parameter_count(), 0)
 
 
 def test_a_pattern_names_modules_with_all_inside_and_single_tensors():
     lm = model("blocks.*.feed", "blocks.1.feed_norm.weight", "norm")
     inside = {name for name, _ in lm.named_parameters() if ".feed." in name}
     assert names(lm) == inside | {"blocks.1.feed_norm.weight", "norm.weight"}
-    assert counts(lm).trained == 2 * 3 * 16 * 24 + 16 + 16
-    assert sum(counts(lm)) == lm.parameter_count()
-    assert str(counts(lm)) == f"{counts(lm).trained:,} trained, {counts(lm).frozen:,} frozen"
+    assert count_parameters(lm).trainable == 2 * 3 * 16 * 24 + 16 + 16
+    assert sum(count_parameters(lm)) == lm.parameter_count()
+    assert (
+        str(count_parameters(lm))
+        == f"{count_parameters(lm).trainable:,} trained, {count_parameters(lm).frozen:,} frozen"
+    )
 
 
 def test_frozen_tensors_have_no_gradient_and_what_lies_below_them_has():
@@ -53,7 +56,7 @@ def test_it_builds_without_memory_and_survives_a_change_of_dtype():
 
 def test_adapters_freeze_what_the_config_trains():
     lm = model("blocks.*.feed")
-    lora.add(lm, LoRA(targets="q_proj", rank=2))
+    lora.add_adapters(lm, LoRA(targets="q_proj", rank=2))
     assert names(lm) == {
         f"blocks.{i}.mixer.q_proj.lora.weight.{half}" for i in (0, 1) for half in "AB"
     }
@@ -63,21 +66,21 @@ def test_a_frozen_base_of_dyn_lora_stays_frozen():
     base = LAYER["mixer"]
     mixer = {"kind": "dyn_lora", "base": base, "experts": 4, "rank": 2, "freeze_base": True}
     lm = model("*", pattern=[LAYER | {"mixer": mixer}])
-    assert counts(lm).frozen > 0
+    assert count_parameters(lm).frozen > 0
 
 
 @pytest.mark.parametrize("trained", ["*", "blocks.*.mixer"])
 def test_a_gate_that_is_frozen_learns_nothing_from_surprise(trained):
-    feed = {"kind": "dyn_moe", "experts": 4, "hidden": 8, "router_grad": "smk"}
+    feed = {"kind": "dyn_moe", "experts": 4, "hidden_dim": 8, "router_grad": "smk"}
     lm = model(trained, pattern=[LAYER | {"feed_forward": feed}]).train()
     out = lm(torch.arange(8)[None])
     (out.logits.square().mean() + sum(out.losses.values())).backward()
-    lm.after_backward(out.probes)
+    lm.after_backward(out.grad_probes)
     assert all((block.feed.gate.prototypes.grad is None) == (trained != "*") for block in lm.blocks)
 
 
 def test_patterns_that_name_nothing_are_refused_in_one_line():
-    with pytest.raises(UserError, match=r"model.trained: 'bloks.\*.feed' names no tensor"):
+    with pytest.raises(UserError, match=r"model.trainable: 'bloks.\*.feed' names no tensor"):
         model("bloks.*.feed")
     with pytest.raises(UserError, match="trained must name at least one tensor"):
         model()
@@ -87,7 +90,7 @@ def test_patterns_that_name_nothing_are_refused_in_one_line():
 
 GATED = {
     "dyn_moe": {
-        "feed_forward": {"kind": "dyn_moe", "hidden": 8, "experts": 4, "reset_interval": 1}
+        "feed_forward": {"kind": "dyn_moe", "hidden_dim": 8, "experts": 4, "reset_interval": 1}
     },
     "dyn_heads": {"mixer": {"kind": "dyn_heads", "experts": 4, "heads": 2, "reset_interval": 1}},
     "dyn_lora": {
@@ -95,7 +98,12 @@ GATED = {
         | {"reset_interval": 1}
     },
     "deepseek_moe": {
-        "feed_forward": {"kind": "deepseek_moe", "hidden": 8, "experts": 4, "bias_rate": 0.1}
+        "feed_forward": {
+            "kind": "deepseek_moe",
+            "hidden_dim": 8,
+            "experts": 4,
+            "bias_update_speed": 0.1,
+        }
     },
 }
 
@@ -119,7 +127,7 @@ def freeze_nothing(lm: LM) -> None:
 FREEZE = {
     "nothing": freeze_nothing,
     "all": lambda lm: lm.requires_grad_(False),
-    "adapters": lambda lm: lora.add(lm, LoRA(targets="all", rank=2)),
+    "adapters": lambda lm: lora.add_adapters(lm, LoRA(targets="all", rank=2)),
 }
 
 

@@ -10,8 +10,8 @@ import torch
 
 from tinsmith.data.prompts import Prompt
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.objectives.online import Online
-from tinsmith.objectives.rollout import Episode
+from tinsmith.objectives.rl.base import RLConfig
+from tinsmith.objectives.rl.rollout import Rollout
 
 VOCAB = 24
 END = 1
@@ -44,8 +44,8 @@ MIXERS: dict[str, dict[str, Any]] = {
 def make_small(mixer: str = "gqa", dtype: torch.dtype = torch.float64, **model: Any) -> LM:
     """A model in training mode, with `model` for keys of its section."""
     torch.manual_seed(0)
-    layer = {"mixer": MIXERS[mixer], "feed_forward": {"kind": "swiglu", "hidden": 48}}
-    section = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "max_context": 128}
+    layer = {"mixer": MIXERS[mixer], "feed_forward": {"kind": "swiglu", "hidden_dim": 48}}
+    section = {"vocab_size": VOCAB, "dim": 32, "depth": 2, "max_seq_len": 128}
     section |= {"tie_embeddings": False, "pattern": [layer]}
     lm = LM(ModelConfig.from_dict(section | model)).to(dtype)
     with torch.no_grad():
@@ -64,30 +64,32 @@ class Prompts:
     `objectives.base.Feed` for what asks for prompts.
     """
 
-    def __init__(self, rows: int = 4, rank: int = 0, world: int = 1):
-        self.rows, self.share = rows, rows // world
-        self.offset, self.cursor = rank * self.share, 0
+    def __init__(self, batch_size: int = 4, rank: int = 0, world: int = 1):
+        self.batch_size, self.rank_batch_size = batch_size, batch_size // world
+        self.offset, self.cursor = rank * self.rank_batch_size, 0
 
-    def prompts(self) -> list[Prompt]:
+    def next_prompts(self) -> list[Prompt]:
         first = self.cursor + self.offset
-        self.cursor += self.rows
-        numbers = [place % 10 for place in range(first, first + self.share)]
+        self.cursor += self.batch_size
+        numbers = [place % 10 for place in range(first, first + self.rank_batch_size)]
         return [Prompt([5 + n, 6, 7, 8][: 2 + n % 3], n, str(n), {}) for n in numbers]
 
 
-def liked(prompts: list[Prompt], episodes: list[Episode]) -> list[float]:
+def liked(prompts: list[Prompt], episodes: list[Rollout]) -> list[float]:
     """The share of even ids in an answer."""
-    return [sum(i % 2 == 0 for i in each.answer) / len(each.answer) for each in episodes]
+    return [
+        sum(i % 2 == 0 for i in each.completion_ids) / len(each.completion_ids) for each in episodes
+    ]
 
 
 TOKENIZER: Any = SimpleNamespace(end_of_text=END, end_of_turn=END)
 
 
-def make_ready(config: Online, lm: LM) -> Any:
+def make_ready(config: RLConfig, lm: LM) -> Any:
     """The config's objective for a model, with `liked` for rewards."""
     objective = config.build()
-    if config.judges():
-        objective.frozen = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
+    if config.frozen_models():
+        objective.frozen_models = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
     objective.prepare(lm, TOKENIZER)
     objective.score = liked
     return objective

@@ -23,12 +23,12 @@ from tinsmith.objectives.spo import SPO
 
 SMALL = {"max_new": 6, "decode_rows": 3, "minibatches": 2, "temperature": 0.9}
 CONFIGS = {
-    "grpo": GRPO(answers=3, beta=0.1, **SMALL),
-    "dapo": GRPO(answers=3, loss="dapo", truncated="drop", **SMALL),
-    "dr_grpo": GRPO(answers=3, loss="dr_grpo", **SMALL),
-    "ppo": PPO(beta=0.1, **SMALL),
+    "grpo": GRPO(num_generations=3, kl_coef=0.1, **SMALL),
+    "dapo": GRPO(num_generations=3, loss="dapo", mask_mask_truncated=True, **SMALL),
+    "dr_grpo": GRPO(num_generations=3, loss="dr_grpo", **SMALL),
+    "ppo": PPO(kl_coef=0.1, **SMALL),
     "critic": PPO(critic="model", **SMALL),
-    "spo": SPO(first_answers=2, **SMALL),
+    "spo": SPO(warmup_samples=2, **SMALL),
 }
 
 

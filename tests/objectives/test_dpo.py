@@ -9,15 +9,16 @@ from torch.nn.functional import logsigmoid
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
-from tinsmith.data.batch import Batch
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses import chunked_head, logprobs
+from tinsmith.losses.preference import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.feedforwards import SwiGLU
 from tinsmith.nn.mixers import GQA
 from tinsmith.nn.model import LM
-from tinsmith.objectives import ObjectiveConfig, chunked, logprobs
-from tinsmith.objectives.dpo import DPO, dpo_loss, sides
-from tinsmith.objectives.preferences import ipo_loss, kto_loss, orpo_loss, simpo_loss
-from tinsmith.objectives.reference import reference
+from tinsmith.objectives import ObjectiveConfig
+from tinsmith.objectives.dpo import DPO, pair_logprobs
+from tinsmith.objectives.frozen import reference_model
 
 LOSSES = ("sigmoid", "ipo", "simpo", "orpo", "kto")
 PAIRS = 3
@@ -36,9 +37,9 @@ def means():
 
 def tiny(seed=0):
     torch.manual_seed(seed)
-    layer = Layer(mixer=GQA(heads=2), feed_forward=SwiGLU(hidden=24))
+    layer = Layer(mixer=GQA(heads=2), feed_forward=SwiGLU(hidden_dim=24))
     return LM(
-        ModelConfig(vocab_size=40, dim=16, depth=2, max_context=32, pattern=(layer,))
+        ModelConfig(vocab_size=40, dim=16, depth=2, max_seq_len=32, pattern=(layer,))
     ).double()
 
 
@@ -64,7 +65,7 @@ def batch():
 def built(loss="sigmoid", judge=None, **more):
     objective = DPO(loss=loss, **more).build()
     if judge is not None:
-        objective.frozen = {"reference": judge}
+        objective.frozen_models = {"reference": judge}
     return objective
 
 
@@ -192,9 +193,9 @@ def test_dpo_starts_at_exactly_ln_2_under_autocast(batch, precision):
 
 def test_the_reference_gets_the_same_bits_as_the_policy_and_keeps_no_graph(batch):
     policy = tiny().float().train()
-    with reference(policy, frozen().float()) as lm:
-        judged, _ = sides(lm, batch)
-    said, _ = sides(policy, batch)
+    with reference_model(policy, frozen().float()) as lm:
+        judged, _ = pair_logprobs(lm, batch)
+    said, _ = pair_logprobs(policy, batch)
     assert torch.equal(judged.chosen, said.chosen)
     assert not judged.chosen.requires_grad
     assert said.chosen.requires_grad
@@ -208,7 +209,7 @@ def test_ipo_and_kto_start_where_their_formulas_say(batch):
 
 def test_sums_are_those_of_the_whole_logits_over_the_answers_alone(batch):
     policy = tiny()
-    found, _ = sides(policy, batch)
+    found, _ = pair_logprobs(policy, batch)
     logits = policy(batch.ids, batch.positions, batch.segments).logits
     each = logprobs.token_logprobs(logits, batch.targets)
     sums = torch.stack([row[kept].sum() for row, kept in zip(each, batch.mask, strict=True)])
@@ -241,8 +242,8 @@ def test_masked_positions_get_exactly_zero_gradient(loss, batch, monkeypatch):
 def test_chunked_loss_and_gradient_equal_the_whole(loss, batch, monkeypatch):
     policy, objective = tiny(), built(loss, frozen(1))
     whole, expected = gradients(objective, policy, batch)
-    monkeypatch.setattr(chunked, "ELEMENTS", 120)
-    monkeypatch.setattr(chunked, "TOKENS", 1)
+    monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 120)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", 1)
     parts, found = gradients(objective, policy, batch)
     assert torch.allclose(parts.total, whole.total, atol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
@@ -254,7 +255,7 @@ def test_T4_splitting_a_batch_changes_nothing(loss, batch):
     whole, expected = gradients(objective, policy, batch)
     policy.zero_grad()
     parts = [objective.loss(policy, part) for part in batch.split(2)]
-    assert sum(int(objective.weight(part)) for part in batch.split(2)) == PAIRS
+    assert sum(int(objective.units(part)) for part in batch.split(2)) == PAIRS
     for part in parts:
         part.total.backward()
     found = [p.grad for p in policy.parameters()]
@@ -289,18 +290,18 @@ def test_a_step_down_the_gradient_raises_the_margin(loss, batch):
 
 
 def test_losses_without_a_reference_ask_for_none():
-    assert DPO(loss="simpo").judges() == DPO(loss="orpo").judges() == {}
-    assert DPO().judges() == {"reference": None}
-    assert DPO(loss="ipo", reference="runs/x").judges() == {"reference": "runs/x"}
+    assert DPO(loss="simpo").frozen_models() == DPO(loss="orpo").frozen_models() == {}
+    assert DPO().frozen_models() == {"reference": None}
+    assert DPO(loss="ipo", reference="runs/x").frozen_models() == {"reference": "runs/x"}
 
 
 def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
     objective = built("kto", frozen(1))
     means = objective.loss(tiny(), batch).metrics["drift"]
     mean = float(means.total / means.count)
-    assert objective.accept({"drift": mean})
+    assert objective.accept_step({"drift": mean})
     assert objective.drift.item() == pytest.approx(max(0.0, mean))
-    objective.accept({"drift": 1.5})
+    objective.accept_step({"drift": 1.5})
     assert objective.drift.item() == 1.5
     assert "drift" in objective.state_dict()
     assert (

@@ -15,15 +15,21 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.batch import Batch, Row, collate
-from tinsmith.data.lessons import Lesson, encode_lesson
-from tinsmith.data.rules import Sizes, generate
+from tinsmith.data.arc.encoding import ArcExample, encode_example
+from tinsmith.data.arc.generators import Sizes, generate_puzzle
+from tinsmith.data.loader.batch import Batch, Row, collate
+from tinsmith.losses.logprobs import token_nll
 from tinsmith.nn.model import LM, ModelOut
-from tinsmith.objectives.eavi import EAVI, LARGEST
-from tinsmith.objectives.excursion import Span, after, excursion, last_span
-from tinsmith.objectives.logprobs import token_nll
+from tinsmith.objectives.eavi import (
+    EAVI,
+    MAX_VOCAB_SIZE,
+    AnswerSpan,
+    excursion,
+    last_answer_span,
+    splice_excursion,
+)
 from tinsmith.objectives.sft import SFT
-from tinsmith.text.symbols import grid_tokenizer
+from tinsmith.text.grid_vocab import grid_tokenizer
 from tinsmith.text.tokenizer import Tokenizer
 
 VOCAB = 18
@@ -31,9 +37,9 @@ NSA = {
     **{"kind": "nsa", "heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 2},
     **{"select_block": 4, "select_count": 2, "window": 6},
 }
-DYN_MOE = {"kind": "dyn_moe", "experts": 4, "hidden": 16, "target_active": 2, "sdl_weight": 0.1}
+DYN_MOE = {"kind": "dyn_moe", "experts": 4, "hidden_dim": 16, "target_active": 2, "sdl_weight": 0.1}
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
-SWIGLU = {"kind": "swiglu", "hidden": 48}
+SWIGLU = {"kind": "swiglu", "hidden_dim": 48}
 MODELS = {
     "dense": {"mixer": GQA, "feed_forward": SWIGLU},
     "minutes": {"mixer": NSA, "feed_forward": DYN_MOE},
@@ -51,8 +57,8 @@ def batch_of(rules=("mirror", "half", "recolour", "count"), every=True) -> Batch
     """One task of each rule, of different lengths."""
     rows = []
     for number, rule in enumerate(rules):
-        puzzle = generate(rule, 0, number, Sizes(3, 4, 1))
-        ids, mask = encode_lesson(Lesson(puzzle, every))
+        puzzle = generate_puzzle(rule, 0, number, Sizes(3, 4, 1))
+        ids, mask = encode_example(ArcExample(puzzle, every))
         given, learned = np.array(ids), np.array([*mask[1:], False])
         follows = np.append(given[1:], 0)
         places, nowhere = np.arange(len(given)), np.zeros_like(given)
@@ -66,7 +72,7 @@ def ready(**settings: Any) -> Any:
     return objective
 
 
-def alone(lm: LM, batch: Batch, span: Span, said, row: int):
+def alone(lm: LM, batch: Batch, span: AnswerSpan, said, row: int):
     """Logits of one row by itself, not padded, after what was said: at the answer's places."""
     length = int((batch.segments[row] >= 0).sum())
     ids = F.one_hot(batch.ids[row : row + 1, :length], VOCAB).double()
@@ -75,7 +81,7 @@ def alone(lm: LM, batch: Batch, span: Span, said, row: int):
     return lm(ids).logits[0, start : start + count]
 
 
-def one_hot(batch: Batch, span: Span):
+def one_hot(batch: Batch, span: AnswerSpan):
     """Excursions that say the truth."""
     said = torch.zeros(len(batch.ids), int(span.length_B.max()), VOCAB, dtype=torch.float64)
     for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
@@ -92,20 +98,22 @@ def gradients(lm: LM, loss):
 
 def test_the_answer_is_the_last_run_of_learned_targets():
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1], [1] * 8]).bool()
-    span = last_span(mask)
+    span = last_answer_span(mask)
     assert span.opener_B.tolist() == [4, 7, 0]
     assert span.length_B.tolist() == [3, 1, 8]
-    assert span.inside(mask).int().tolist()[0] == [0, 0, 0, 0, 1, 1, 1, 0]
+    assert span.target_mask(mask).int().tolist()[0] == [0, 0, 0, 0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
     batch = batch_of()
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     said = excursion(lm, batch.ids, span, temperature=0.7, hard=hard)
     true = F.one_hot(batch.ids, VOCAB).double()
     with torch.no_grad():
-        logits = lm.eval()(after(true, span, said), batch.positions, batch.segments).logits
+        logits = lm.eval()(
+            splice_excursion(true, span, said), batch.positions, batch.segments
+        ).logits
         for row, count in enumerate(span.length_B.tolist()):
             start = int(span.opener_B[row])
             whole = logits[row, start : start + count]
@@ -121,13 +129,13 @@ def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
 
 def test_E2_an_excursion_that_says_the_truth_is_teacher_forcing_to_the_bit(lm):
     batch = batch_of()
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     found = ready().aligned(lm, batch, span, one_hot(batch, span))
-    teacher, align = found.metrics["teacher"], found.metrics["align"]
+    teacher, align = found.metrics["teacher_forcing_loss"], found.metrics["alignment_loss"]
     assert teacher.total == align.total
     assert teacher.count == align.count == span.length_B.sum()
     true = F.one_hot(batch.ids, VOCAB).double()
-    assert torch.equal(after(true, span, one_hot(batch, span)), true)
+    assert torch.equal(splice_excursion(true, span, one_hot(batch, span)), true)
 
 
 def frozen_loss(lm, batch, span, said):
@@ -144,7 +152,7 @@ def frozen_loss(lm, batch, span, said):
 def test_the_loss_is_the_formula_row_by_row(small, share):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(every=False)
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
     found = ready(align=share).loss(lm, batch)
     taught = frozen_loss(lm, batch, span, one_hot(batch, span))
@@ -163,7 +171,7 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
     """
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]], tie_embeddings=True)
     batch = batch_of(("mirror",), every=False)
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
 
     def said():
         return excursion(lm, batch.ids, span, temperature=1.0, hard=False)
@@ -190,7 +198,7 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
 
 def test_E4_an_excursion_has_no_graph_and_keeps_modes_and_random_state(lm):
     batch = batch_of()
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     lm.train()
     lm.blocks[1].eval()
     modes = [module.training for module in lm.modules()]
@@ -218,7 +226,7 @@ def test_E4_an_excursions_memory_is_flat_in_its_length_apart_from_caches_and_ans
     ids = torch.randint(VOCAB, (4, 20 + 64), generator=torch.Generator().manual_seed(0))
 
     def beside(length: int) -> int:
-        span = Span(torch.full((4,), 19), torch.full((4,), length))
+        span = AnswerSpan(torch.full((4,), 19), torch.full((4,), length))
         answers = 4 * length * VOCAB * 8
         caches = sum(cache.nbytes() for cache in lm.new_caches(4, 20 + length))
         whole = most_bytes(lambda: excursion(lm, ids, span, temperature=1.0, hard=False))
@@ -232,7 +240,7 @@ def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursio
     dropout = {"dropout": {"residual": 0.3, "embedding": 0.3, "attention": 0.3}}
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]], **dropout).train()
     batch = batch_of()
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     settings = {"temperature": 1.0, "hard": False}
     said = excursion(lm, batch.ids, span, **settings)
     assert torch.equal(excursion(lm, batch.ids, span, **settings), said)
@@ -246,7 +254,7 @@ def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursio
 
 def test_E5_an_excursion_knows_of_the_answer_but_its_length(lm):
     batch = batch_of()
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     ids = batch.ids.clone()
     for row, start in enumerate(span.opener_B.tolist()):
         ids[row, start + 1 :] = (ids[row, start + 1 :] + 5) % VOCAB
@@ -291,7 +299,7 @@ def test_E6_a_model_that_copies_its_last_token_is_worse_than_chance(objective):
     )
     made = SFT().build() if objective == "sft" else ready()
     policy = cast(LM, Copier())
-    nats = float(made.loss(policy, batch).total.detach() / made.weight(batch))
+    nats = float(made.loss(policy, batch).total.detach() / made.units(batch))
     assert nats > math.log(VOCAB)
     unshifted = batch._replace(targets=batch.ids * mask)
     total = SFT().build().loss(policy, unshifted).total.detach()
@@ -308,10 +316,10 @@ def test_E7_the_taught_rows_are_a_step_of_teacher_forcing(lm):
     assert mine.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-11)
-    answers = last_span(batch.mask).inside(batch.mask)
+    answers = last_answer_span(batch.mask).target_mask(batch.mask)
     hidden = lm(batch.ids, batch.positions, batch.segments, logits=False).hidden
     expected = token_nll(hidden[answers], batch.targets[answers], lm.head).sum()
-    told = ready().loss(lm, batch).metrics["teacher"]
+    told = ready().loss(lm, batch).metrics["teacher_forcing_loss"]
     torch.testing.assert_close(told.total, expected, rtol=1e-12, atol=0)
 
 
@@ -330,11 +338,11 @@ def test_outputs_of_demonstrations_count_once_whatever_the_share(small):
 def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["minutes"]]).train()
     batch = batch_of()
-    span = last_span(batch.mask)
+    span = last_answer_span(batch.mask)
     said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
     found = ready().aligned(lm, batch, span, said)
     true = F.one_hot(batch.ids, VOCAB).double()
-    both = torch.cat((true, after(true, span, said)))
+    both = torch.cat((true, splice_excursion(true, span, said)))
     out = lm(both, batch.positions.repeat(2, 1), batch.segments.repeat(2, 1), logits=False)
     routers = sum(float(value) for value in out.losses.values())
     weight = float(batch.mask.sum())
@@ -349,12 +357,14 @@ def test_answers_shaped_as_their_inputs_are_told_apart(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(("recolour", "count", "fill", "tile"))
     found = ready(align=1.0).loss(lm, batch).metrics
-    pair = [ready(align=1.0).loss(lm, batch.rows(n, n + 1)).metrics["align"] for n in (0, 2)]
-    equal = found["align_equal"]
+    pair = [
+        ready(align=1.0).loss(lm, batch.rows(n, n + 1)).metrics["alignment_loss"] for n in (0, 2)
+    ]
+    equal = found["alignment_loss_equal_shape"]
     assert equal.count == sum(each.count for each in pair)
     assert float(equal.total) == pytest.approx(sum(float(each.total) for each in pair), rel=1e-10)
-    assert equal.count < found["align"].count
-    none = ready().loss(lm, batch.rows(1, 2)).metrics["align_equal"]
+    assert equal.count < found["alignment_loss"].count
+    none = ready().loss(lm, batch.rows(1, 2)).metrics["alignment_loss_equal_shape"]
     assert none.count == none.total == 0
 
 
@@ -384,9 +394,9 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
         (found.total / objective.weight(batch)).backward()
         optimizer.step()
     last = {name: float(m.total / m.count) for name, m in found.metrics.items()}
-    assert last["align"] < 0.2 * first["align"]
-    assert last["teacher"] < 0.2 * first["teacher"]
-    span = last_span(batch.mask)
+    assert last["alignment_loss"] < 0.2 * first["alignment_loss"]
+    assert last["teacher_forcing_loss"] < 0.2 * first["teacher_forcing_loss"]
+    span = last_answer_span(batch.mask)
     said = excursion(lm, batch.ids, span, temperature=1.0, hard=True).argmax(-1)
     for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
         assert torch.equal(said[row, :count], batch.targets[row, start : start + count])
@@ -395,8 +405,8 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"align": 1.1}, "align=1.1 must be a share from 0 to 1"),
-        ({"align": -0.1}, "align=-0.1"),
+        ({"alignment_loss": 1.1}, "align=1.1 must be a share from 0 to 1"),
+        ({"alignment_loss": -0.1}, "align=-0.1"),
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
     ],
 )
@@ -429,7 +439,7 @@ def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
 
 
 def test_a_vocabulary_that_is_too_large_is_refused_in_one_line():
-    tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=LARGEST + 1))
+    tokenizer = cast(Tokenizer, SimpleNamespace(vocab_size=MAX_VOCAB_SIZE + 1))
     with pytest.raises(UserError, match="kind=eavi: 16,385 ids are too many") as caught:
         EAVI().build().prepare(cast(LM, None), tokenizer)
     assert "\n" not in str(caught.value)

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from tinsmith.core.parse import parse
-from tinsmith.data.batch import Batch
-from tinsmith.objectives import ObjectiveConfig, chunked
-from tinsmith.objectives.divergence import Mix, Told, summed_divergence
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses import chunked_head
+from tinsmith.losses.divergence import DistillWeights, HeadInputs, summed_divergence
+from tinsmith.objectives import ObjectiveConfig
 from tinsmith.objectives.kd import KD, generalized_jsd, kd_loss
 
 BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
@@ -150,12 +151,12 @@ def test_bad_numbers_and_shapes_are_refused_in_one_line(pair):
 @pytest.fixture
 def heads(monkeypatch):
     """What a student and a teacher of other widths make of 20 tokens; chunks of six."""
-    monkeypatch.setattr(chunked, "ELEMENTS", 300)
-    monkeypatch.setattr(chunked, "TOKENS", 1)
+    monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 300)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", 1)
 
-    def told(width: int) -> Told:
+    def told(width: int) -> HeadInputs:
         hidden = torch.randn(20, width, dtype=torch.float64, requires_grad=True)
-        return Told(hidden, torch.randn(50, width, dtype=torch.float64, requires_grad=True))
+        return HeadInputs(hidden, torch.randn(50, width, dtype=torch.float64, requires_grad=True))
 
     return told(16), told(24), torch.randint(0, 50, (20,)), torch.rand(20, dtype=torch.float64)
 
@@ -164,7 +165,9 @@ def heads(monkeypatch):
 @pytest.mark.parametrize("beta", BETAS)
 def test_chunked_sum_and_gradients_equal_the_whole(beta, hard, heads):
     student, teacher, targets, weights = heads
-    total, seen = summed_divergence(student, teacher, targets, weights, Mix(beta, 1.7, 2.0, hard))
+    total, seen = summed_divergence(
+        student, teacher, targets, weights, DistillWeights(beta, 1.7, 2.0, hard)
+    )
     logits = student.hidden_ND @ student.weight_VD.T
     taught = (teacher.hidden_ND @ teacher.weight_VD.T).detach()
     apart = direct(logits, taught, beta, 1.7)
@@ -187,7 +190,7 @@ def test_nothing_of_tokens_by_vocabulary_waits_for_the_backward_pass(heads):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        summed_divergence(*heads, Mix(0.5, 1.0))
+        summed_divergence(*heads, DistillWeights(0.5, 1.0))
     student = heads[0]
     assert saved
     assert max(saved) <= max(student.hidden_ND.numel(), student.weight_VD.numel())
@@ -202,7 +205,7 @@ def batch(mask: torch.Tensor) -> Batch:
 
 def objective(teacher, **keys):
     made = KD(teacher="somewhere", **keys).build()
-    made.frozen = {"teacher": teacher.eval().requires_grad_(False)}
+    made.frozen_models = {"teacher": teacher.eval().requires_grad_(False)}
     return made
 
 
@@ -228,7 +231,7 @@ def test_the_objective_is_kd_loss_and_cross_entropy_over_the_targets_that_count(
     taught = teacher(given.ids, given.positions, given.segments).logits
     nll = F.cross_entropy(logits[mask], given.targets[mask])
     mean = 0.5 * kd_loss(logits, taught, mask, 1.5) + 0.5 * nll
-    assert torch.allclose(found.total / asked.weight(given), mean, atol=1e-10)
+    assert torch.allclose(found.total / asked.units(given), mean, atol=1e-10)
     means = {name: float(m.total / m.count) for name, m in found.metrics.items()}
     assert means["loss"] == pytest.approx(mean.item())
     assert means["divergence"] == pytest.approx(kd_loss(logits, taught, mask, 1.5).item() / 2.25)

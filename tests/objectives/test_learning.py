@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tinsmith.config import from_dict
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load
 from tinsmith.train.trainer import train
 
@@ -24,18 +24,18 @@ MODEL = {
     "vocab_size": 300,
     "dim": 64,
     "depth": 2,
-    "max_context": 64,
+    "max_seq_len": 64,
     "tie_embeddings": True,
     "pattern": [
         {
             "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-            "feed_forward": {"kind": "swiglu", "hidden": 160},
+            "feed_forward": {"kind": "swiglu", "hidden_dim": 160},
         }
     ],
 }
 KINDS = {
-    "grpo": {"kind": "grpo", "answers": 8},
-    "ppo": {"kind": "ppo", "updates": 2, "minibatches": 2},
+    "grpo": {"kind": "grpo", "num_generations": 8},
+    "ppo": {"kind": "ppo", "num_epochs": 2, "num_minibatches": 2},
     "spo": {"kind": "spo"},
 }
 ROWS = {"grpo": 32, "ppo": 128, "spo": 128}
@@ -78,12 +78,12 @@ class School:
         return self.run(
             "taught",
             {
-                "model": MODEL | {"max_context": self.room, "vocab_size": self.room + 256},
+                "model": MODEL | {"max_seq_len": self.room, "vocab_size": self.room + 256},
                 "tokenizer": {"train": {"vocab_size": self.room + 256}},
                 "data": self.data("taught", validation=0.0),
                 "objective": {"kind": "sft"},
                 "optim": optim | {"schedule": {"kind": "wsd", "warmup": 10, "decay": 0.4}},
-                "train": {"steps": self.steps, "context": 2 * self.room, "rows": 8},
+                "train": {"steps": self.steps, "seq_len": 2 * self.room, "batch_size": 8},
             },
         )
 
@@ -98,8 +98,8 @@ class School:
                 "data": self.data("right", validation=str(self.folder / "held.jsonl")),
                 "objective": section,
                 "optim": rates,
-                "train": {"steps": steps, "context": self.room, "rows": ROWS[kind]}
-                | {"accumulate": batches},
+                "train": {"steps": steps, "seq_len": self.room, "batch_size": ROWS[kind]}
+                | {"grad_accum_steps": batches},
             },
         )
 
@@ -110,11 +110,11 @@ class School:
         section = {"max_new": 4} | KINDS["grpo"]
         told = {"init_from": str(run), "data": self.data("held"), "objective": section}
         config, place = from_dict(told), self.folder / "exam"
-        made = prepare(config.data, tokenizer, "prompts", place, print, context=self.room)
-        source = open_source(made.folder, "prompts", "train", self.room, 0)
+        made = prepare(config.data, tokenizer, "prompts", place, print, seq_len=self.room)
+        source = open_dataset(made.folder, "prompts", "train", self.room, 0)
         objective = config.objective.build()
         objective.prepare(lm, tokenizer)
-        return objective.examine(lm, source, HELD_BACK)["reward"]
+        return objective.evaluate(lm, source, HELD_BACK)["reward"]
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tinsmith.config import RunConfig, load
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load as load_model
-from tinsmith.objectives.online import OnlineObjective
+from tinsmith.objectives.rl.base import RLObjective
 from tinsmith.train.trainer import train
 
 QUESTIONS = 200
@@ -24,15 +24,15 @@ def exam(run: Path, practice: RunConfig, place: Path) -> tuple[float, float]:
     """
     lm, tokenizer = load_model(run / "final")
     assert tokenizer is not None
-    context = practice.train.context
-    made = prepare(practice.data, tokenizer, "prompts", place, print, context=context)
-    source = open_source(made.folder, "prompts", "validation", context, 0)
+    context = practice.train.seq_len
+    made = prepare(practice.data, tokenizer, "prompts", place, print, seq_len=context)
+    source = open_dataset(made.folder, "prompts", "validation", context, 0)
     objective = practice.objective.build()
-    assert isinstance(objective, OnlineObjective)
+    assert isinstance(objective, RLObjective)
     objective.prepare(lm, tokenizer)
-    prompts = [source.prompts(number, 1)[0] for number in range(QUESTIONS)]
-    episodes = objective.answers(lm, prompts, list(range(QUESTIONS)))
-    rewards = objective.rewards(prompts, episodes)
+    prompts = [source.get_prompts(number, 1)[0] for number in range(QUESTIONS)]
+    episodes = objective.generate(lm, prompts, list(range(QUESTIONS)))
+    rewards = objective.compute_rewards(prompts, episodes)
     return float(rewards.mean()), sum(each.turns > 1 for each in episodes) / QUESTIONS
 
 

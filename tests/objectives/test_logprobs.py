@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from tinsmith.objectives import chunked, logprobs
+from tinsmith.losses import chunked_head, logprobs
 
 
 @pytest.fixture
 def case(monkeypatch):
     """hidden (2, 20, 16), targets, weights, head, in float64; chunks of six tokens."""
-    monkeypatch.setattr(chunked, "ELEMENTS", 300)
-    monkeypatch.setattr(chunked, "TOKENS", 1)
+    monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 300)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", 1)
     hidden = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
     head = nn.Linear(16, 50, bias=False, dtype=torch.float64)
     weights = torch.rand(2, 20, dtype=torch.float64) * (torch.rand(2, 20) > 0.3)
@@ -142,7 +142,7 @@ def whole_logprobs(hidden, ids, mask, head, temperature):
 def test_chunked_logprobs_and_their_gradients_equal_the_whole(case, temperature):
     hidden, ids, weights, head = case
     mask, upstream = weights > 0, torch.randn(2, 20, dtype=torch.float64)
-    found = logprobs.chosen_logprobs(hidden, ids, mask, head, temperature)
+    found = logprobs.target_logprobs(hidden, ids, mask, head, temperature)
     expected = whole_logprobs(hidden, ids, mask, head, temperature)
     assert torch.allclose(found, expected, atol=1e-12)
     ones = torch.autograd.grad((found.exp() * upstream).sum(), [hidden, head.weight])
@@ -155,7 +155,7 @@ def test_chunked_logprobs_and_their_gradients_equal_the_whole(case, temperature)
 
 def test_chunked_logprobs_of_nothing_are_zero_and_have_zero_gradient(case):
     hidden, ids, weights, head = case
-    logprobs.chosen_logprobs(hidden, ids, weights * 0, head).sum().backward()
+    logprobs.target_logprobs(hidden, ids, weights * 0, head).sum().backward()
     assert bool((hidden.grad == 0).all())
     assert bool((head.weight.grad == 0).all())
 
@@ -166,7 +166,7 @@ def test_nothing_of_tokens_by_vocabulary_is_kept_for_chunked_logprobs(case):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
-        logprobs.chosen_logprobs(hidden, ids, weights, head)
+        logprobs.target_logprobs(hidden, ids, weights, head)
     assert max(saved) <= max(hidden.numel(), head.weight.numel())
 
 
@@ -177,7 +177,7 @@ def test_chunked_logprobs_under_autocast_are_close_to_float32(dtype):
     ids, mask = torch.randint(0, 200, (4, 64)), torch.ones(4, 64, dtype=torch.bool)
     exact = whole_logprobs(hidden, ids, mask, head, 1.0)
     with torch.autocast("cpu", dtype):
-        found = logprobs.chosen_logprobs(hidden, ids, mask, head)
+        found = logprobs.target_logprobs(hidden, ids, mask, head)
     assert found.dtype == torch.float32
     assert float((found - exact).detach().abs().max()) < 0.1
     (one,) = torch.autograd.grad(found.sum(), [hidden])

@@ -6,9 +6,9 @@ import torch
 from tinsmith.core.parse import parse
 from tinsmith.data.prompts import Prompt
 from tinsmith.objectives import ObjectiveConfig
-from tinsmith.objectives.base import Feed
+from tinsmith.objectives.base import RankLoader
 from tinsmith.objectives.kd import generalized_jsd
-from tinsmith.objectives.on_policy_kd import OnPolicyKD, Ramp
+from tinsmith.objectives.on_policy_kd import LinearRamp, OnPolicyKD
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import encode_prompt, normalise
 
@@ -26,7 +26,7 @@ class Prompts:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def prompts(self, start: int, count: int) -> list[Prompt]:
+    def get_prompts(self, start: int, count: int) -> list[Prompt]:
         return [self.prompt(number) for number in range(start, start + count)]
 
     def prompt(self, number: int) -> Prompt:
@@ -43,11 +43,11 @@ def made(tokenizer, small):
     """(settings) -> objective, student, feed of four prompts."""
 
     def make(world: int = 1, rank: int = 0, teacher: dict | None = None, **keys):
-        objective = OnPolicyKD(teacher="x", max_new=6, **keys).build()
-        objective.frozen = {"teacher": small(vocab_size=VOCAB, **(teacher or {})).eval()}
+        objective = OnPolicyKD(teacher="x", max_new_tokens=6, **keys).build()
+        objective.frozen_models = {"teacher": small(vocab_size=VOCAB, **(teacher or {})).eval()}
         student = small(vocab_size=VOCAB)
         objective.prepare(student, tokenizer)
-        return objective, student, Feed(Prompts(tokenizer), 4, rank, world)
+        return objective, student, RankLoader(Prompts(tokenizer), 4, rank, world)
 
     return make
 
@@ -59,33 +59,33 @@ def batches(made, count: int, **keys):
 
 
 def test_the_ramp_goes_from_begin_to_end():
-    ramp = Ramp(begin=0.0, end=0.7, after=20, over=60)
+    ramp = LinearRamp(begin=0.0, end=0.7, after=20, over=60)
     assert [ramp.at(batch) for batch in (0, 20, 50, 80, 1000)] == pytest.approx(
         [0, 0, 0.35, 0.7, 0.7]
     )
-    assert Ramp(begin=0.0, end=1.0, after=3).at(2) == 0
-    assert Ramp(begin=0.0, end=1.0, after=3).at(3) == 1
-    assert Ramp().at(0) == 1
+    assert LinearRamp(begin=0.0, end=1.0, after=3).at(2) == 0
+    assert LinearRamp(begin=0.0, end=1.0, after=3).at(3) == 1
+    assert LinearRamp().at(0) == 1
 
 
 def test_own_answers_come_as_often_as_the_ramp_says(made):
-    share = Ramp(begin=0.5, end=0.5)
+    share = LinearRamp(begin=0.5, end=0.5)
     drawn = [bool(lesson.sampled.all()) for lesson in batches(made, 40, share=share)]
     assert 10 <= sum(drawn) <= 30
     assert not any(
-        bool(lesson.sampled.all()) for lesson in batches(made, 5, share=Ramp(begin=0, end=0))
+        bool(lesson.sampled.all()) for lesson in batches(made, 5, share=LinearRamp(begin=0, end=0))
     )
 
 
 def test_answers_of_the_data_are_whole_and_end_their_turn(made, tokenizer):
-    (lesson,) = batches(made, 1, share=Ramp(begin=0, end=0))
+    (lesson,) = batches(made, 1, share=LinearRamp(begin=0, end=0))
     said = lesson.student.targets[1][lesson.student.mask[1]].tolist()
     assert tokenizer.decode(said) == "it is 1<|im_end|>"
     assert lesson.sampled.tolist() == [False] * 4
 
 
 def test_a_prompt_without_an_answer_is_always_answered_by_the_student(made):
-    _, lesson = batches(made, 2, share=Ramp(begin=0, end=0))
+    _, lesson = batches(made, 2, share=LinearRamp(begin=0, end=0))
     assert lesson.sampled.tolist() == [True, False, False, False]
     assert bool(lesson.student.mask[0].any())
 
@@ -95,14 +95,17 @@ def test_an_answer_of_the_data_ends_where_the_students_context_does(positions, t
     """The teacher has room for all of it, and the last prompt fills the student's context."""
     source = Prompts(tokenizer)
     room = len(source.prompt(3).ids)
-    objective = OnPolicyKD(teacher="x", max_new=200, share=Ramp(begin=0, end=0)).build()
-    objective.frozen = {"teacher": small(vocab_size=VOCAB, max_context=512).eval()}
-    student = small(vocab_size=VOCAB, max_context=room, positions=positions)
+    objective = OnPolicyKD(
+        teacher="x", max_new_tokens=200, on_policy_fraction=LinearRamp(begin=0, end=0)
+    ).build()
+    objective.frozen_models = {"teacher": small(vocab_size=VOCAB, max_seq_len=512).eval()}
+    student = small(vocab_size=VOCAB, max_seq_len=room, positions=positions)
     objective.prepare(student, tokenizer)
-    lesson = next(objective.batches(Feed(source, 4, 0, 1), student))
+    lesson = next(objective.batches(RankLoader(source, 4, 0, 1), student))
     held = (lesson.student.segments >= 0).sum(1) + 1
     assert held.tolist() == [
-        min(room, len(prompt.ids) + len(objective.given(prompt))) for prompt in source.prompts(0, 4)
+        min(room, len(prompt.ids) + len(objective.dataset_answer_ids(prompt)))
+        for prompt in source.get_prompts(0, 4)
     ]
     assert not bool(lesson.student.mask[3].any())
     assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
@@ -174,13 +177,13 @@ def test_two_ranks_answer_what_one_process_would(made):
 
 
 def test_an_answer_that_does_not_fit_behind_the_teachers_prompt_is_cut_for_both(made):
-    for lesson in batches(made, 3, teacher={"max_context": 60}, hint="a long hint"):
+    for lesson in batches(made, 3, teacher={"max_seq_len": 60}, hint="a long hint"):
         assert lesson.teacher.ids.shape[1] < 60
         assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
 
 
 def test_a_batch_without_answers_is_zero(made):
-    objective, student, feed = made(teacher={"max_context": 1})
+    objective, student, feed = made(teacher={"max_seq_len": 1})
     lesson = next(objective.batches(feed, student))
     loss = objective.loss(student, lesson)
     loss.total.backward()

@@ -12,21 +12,21 @@ from tests.objectives.conftest import END, TOKENIZER, Prompts, liked
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.data.prompts import Prompt
-from tinsmith.objectives.base import Alone
-from tinsmith.objectives.grpo import GRPO, group_advantages
-from tinsmith.objectives.ppo import PPO, at_the_end, gae
-from tinsmith.objectives.rewards import Rule, each
-from tinsmith.objectives.rollout import Episode
+from tinsmith.distributed.group import SingleProcess
+from tinsmith.objectives.grpo import GRPO
+from tinsmith.objectives.ppo import PPO, rewards_at_last_token
+from tinsmith.objectives.rl.advantages import gae, group_advantages, whiten
+from tinsmith.objectives.rl.rollout import Rollout
 from tinsmith.objectives.spo import SPO
-from tinsmith.objectives.whiten import whitened
+from tinsmith.rewards.functions import WeightedReward, as_batch_reward
 
 SMALL = {"max_new": 6, "decode_rows": 8, "temperature": 0.9}
 CONFIGS = {
-    "grpo": GRPO(answers=3, beta=0.1, minibatches=2, updates=2, **SMALL),
-    "dr_grpo": GRPO(answers=3, loss="dr_grpo", minibatches=2, updates=2, **SMALL),
-    "ppo": PPO(beta=0.1, minibatches=2, updates=2, **SMALL),
-    "critic": PPO(critic="model", minibatches=2, updates=2, **SMALL),
-    "spo": SPO(minibatches=2, updates=2, **SMALL),
+    "grpo": GRPO(num_generations=3, kl_coef=0.1, num_minibatches=2, num_epochs=2, **SMALL),
+    "dr_grpo": GRPO(num_generations=3, loss="dr_grpo", num_minibatches=2, num_epochs=2, **SMALL),
+    "ppo": PPO(kl_coef=0.1, num_minibatches=2, num_epochs=2, **SMALL),
+    "critic": PPO(critic="model", num_minibatches=2, num_epochs=2, **SMALL),
+    "spo": SPO(num_minibatches=2, num_epochs=2, **SMALL),
 }
 
 
@@ -97,11 +97,11 @@ def test_the_first_step_is_reinforce_whatever_the_precision_of_rollouts(name, sm
     objective = ready(CONFIGS[name], lm)
     batch = next(objective.batches(Prompts(), lm))
     metrics = objective.loss(lm, batch).metrics
-    assert metrics["clipped"].total == 0
-    assert metrics["moved_k2"].total < 1e-10
+    assert metrics["clip_fraction"].total == 0
+    assert metrics["approx_kl"].total < 1e-10
     assert math.isfinite(metrics["loss"].total)
-    if "kl_k3" in metrics:
-        assert abs(metrics["kl_k3"].total) < 1e-6
+    if "kl" in metrics:
+        assert abs(metrics["kl"].total) < 1e-6
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -132,7 +132,7 @@ def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(na
     mark, cursor = objective.mark(), feed.cursor
     list(islice(batches, 5))
 
-    class Stopping(Alone):
+    class Stopping(SingleProcess):
         def poll(self, busy: bool = False) -> bool:
             raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(na
     with pytest.raises(KeyboardInterrupt):
         next(batches)
     assert lm.training
-    objective.peers = Alone()
+    objective.peers = SingleProcess()
     objective.rewind(mark)
     feed.cursor = cursor
     given += list(islice(objective.batches(feed, lm), 9))
@@ -162,11 +162,11 @@ def test_groups_that_teach_nothing_are_counted(small, ready):
     lm = small()
     objective = ready(CONFIGS["grpo"], lm)
     objective.score = lambda prompts, episodes: [
-        1.0 if prompt.number % 2 else score
+        1.0 if prompt.prompt_id % 2 else score
         for prompt, score in zip(prompts, liked(prompts, episodes), strict=True)
     ]
     even, odd = islice(objective.batches(Prompts(), lm), 2)
-    told = [objective.loss(lm, part).metrics["degenerate"] for part in (even, odd)]
+    told = [objective.loss(lm, part).metrics["zero_variance_groups"] for part in (even, odd)]
     assert [float(metric.total / metric.count) for metric in told] == [0.0, 1.0]
     assert bool((odd.advantages == 0).all())
 
@@ -182,7 +182,7 @@ def test_an_answer_without_a_reward_is_left_out_and_counted(name, bad, small, re
     assert part.mask[0].sum() == 0
     assert part.mask[1].sum() > 0
     metrics = objective.loss(lm, part).metrics
-    assert metrics["unrewarded"].total == 1
+    assert metrics["reward_failed_fraction"].total == 1
     assert all(math.isfinite(m.total) for m in metrics.values())
     assert all(bool(torch.isfinite(g).all()) for g in gradients(objective, lm, part).values())
 
@@ -218,8 +218,10 @@ def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small
 
 def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
     lm = small()
-    keep = ready(GRPO(answers=3, **SMALL), lm)
-    drop = ready(GRPO(answers=3, truncated="drop", penalty=0.25, **SMALL), lm)
+    keep = ready(GRPO(num_generations=3, **SMALL), lm)
+    drop = ready(
+        GRPO(num_generations=3, mask_mask_truncated=True, truncation_penalty=0.25, **SMALL), lm
+    )
     kept, dropped = (next(each.batches(Prompts(), lm)) for each in (keep, drop))
     cut = kept.truncated
     assert 0 < cut.sum() < len(cut)
@@ -229,8 +231,8 @@ def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
 
 def test_prompts_that_do_not_come_out_even_are_refused(small, ready):
     lm = small()
-    objective = ready(GRPO(answers=2, minibatches=3, **SMALL), lm)
-    with pytest.raises(UserError, match=r"objective.minibatches: 3 must divide the 4 prompts"):
+    objective = ready(GRPO(num_generations=2, num_minibatches=3, **SMALL), lm)
+    with pytest.raises(UserError, match=r"objective.num_minibatches: 3 must divide the 4 prompts"):
         next(objective.batches(Prompts(), lm))
 
 
@@ -259,7 +261,7 @@ def test_values_out_of_range_are_refused_by_name(config, key, value):
 
 def test_ppo_reward_stands_at_the_last_token_and_the_divergence_at_every_one(small, ready):
     lm = small()
-    objective = ready(PPO(beta=0.3, gamma=0.9, lam=0.8, whiten=False, **SMALL), lm)
+    objective = ready(PPO(kl_coef=0.3, gamma=0.9, lam=0.8, whiten=False, **SMALL), lm)
     with torch.no_grad():
         objective.value.weight.normal_()
         objective.frozen["reference"].head.weight.normal_()
@@ -294,14 +296,14 @@ def test_the_value_baseline_never_sees_the_action_it_judges(small, ready):
 
 def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, ready):
     lm = small()
-    objective = ready(PPO(minibatches=2, updates=3, max_moved=0.01, **SMALL), lm)
+    objective = ready(PPO(num_minibatches=2, num_epochs=3, target_kl=0.01, **SMALL), lm)
     feed = Prompts()
     batches = objective.batches(feed, lm)
     next(batches)
-    assert objective.accept({"moved_k2": 0.009})
+    assert objective.accept({"approx_kl": 0.009})
     next(batches)
     assert feed.cursor == 4
-    assert not objective.accept({"moved_k2": 0.011})
+    assert not objective.accept({"approx_kl": 0.011})
     next(batches)
     assert feed.cursor == 8
     assert objective.place == 1
@@ -309,18 +311,18 @@ def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, re
 
 def test_rewards_go_to_the_last_token_of_what_was_said():
     mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
-    found = at_the_end(torch.tensor([2.0, math.nan, 3.0]), mask)
+    found = rewards_at_last_token(torch.tensor([2.0, math.nan, 3.0]), mask)
     assert found.tolist() == [[0, 0, 0, 2, 0], [0] * 5, [3, 0, 0, 0, 0]]
 
 
 def test_whitened_values_have_mean_0_and_deviation_1():
     values = torch.randn(5, 7) * 3 + 2
     mask = torch.rand(5, 7) > 0.4
-    found = whitened(values, mask, Alone())
+    found = whiten(values, mask, SingleProcess())
     assert found[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert found[mask].std(correction=0).item() == pytest.approx(1, abs=1e-5)
     assert bool((found[~mask] == 0).all())
-    assert bool((whitened(values, mask & False, Alone()) == 0).all())
+    assert bool((whiten(values, mask & False, SingleProcess()) == 0).all())
 
 
 # SPO
@@ -329,7 +331,7 @@ def test_whitened_values_have_mean_0_and_deviation_1():
 def test_spo_judges_an_answer_by_what_its_prompt_was_expected_to_earn_before(small, ready):
     lm = small()
     objective = ready(SPO(whiten=False, **SMALL), lm)
-    feed, expected = Prompts(rows=10), objective.config.tracker()
+    feed, expected = Prompts(batch_size=10), objective.config.tracker()
     batches = objective.batches(feed, lm)
     first, second = next(batches), next(batches)
     for rows in (first, second):
@@ -346,7 +348,7 @@ def test_spo_judges_an_answer_by_what_its_prompt_was_expected_to_earn_before(sma
 def test_spo_measures_the_policy_on_the_answer_it_gave_to_the_same_prompt(small, ready):
     lm = small()
     objective = ready(SPO(**SMALL), lm)
-    rows = next(objective.batches(Prompts(rows=10), lm))
+    rows = next(objective.batches(Prompts(batch_size=10), lm))
     assert objective.distances(lm, list(range(10))).abs().max() < 1e-5
     with torch.no_grad():
         lm.head.weight += 0.2 * torch.randn_like(lm.head.weight)
@@ -358,11 +360,11 @@ def test_spo_measures_the_policy_on_the_answer_it_gave_to_the_same_prompt(small,
 
 def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, ready):
     lm = small()
-    objective = ready(SPO(first_answers=8, **SMALL), lm)
-    batches = objective.batches(Prompts(rows=10), lm)
+    objective = ready(SPO(warmup_samples=8, **SMALL), lm)
+    batches = objective.batches(Prompts(batch_size=10), lm)
     asked = []
-    answers = objective.answers
-    objective.answers = lambda policy, prompts, seeds: (
+    answers = objective.num_generations
+    objective.num_generations = lambda policy, prompts, seeds: (
         asked.append(len(prompts)) or answers(policy, prompts, seeds)
     )
     next(batches)
@@ -373,7 +375,7 @@ def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, re
 
 def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
     lm = small()
-    objective = ready(SPO(lowest=-3, highest=3, **SMALL), lm)
+    objective = ready(SPO(reward_min=-3, reward_max=3, **SMALL), lm)
     rewards = torch.tensor([-5.0, -3.0, 0.0, 4.5, math.nan])
     found = objective.normalised(rewards)
     assert found[:4].tolist() == [0.0, 0.0, 0.5, 1.0]
@@ -385,16 +387,16 @@ def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
 
 def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small, ready, capsys):
     lm = small()
-    objective = ready(GRPO(answers=3, **SMALL), lm)
+    objective = ready(GRPO(num_generations=3, **SMALL), lm)
     del objective.score
     objective.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
     def broken(prompt, text):
-        if prompt.number == 1:
+        if prompt.prompt_id == 1:
             raise KeyError("gone")
-        return math.nan if prompt.number == 2 else len(text) / 20
+        return math.nan if prompt.prompt_id == 2 else len(text) / 20
 
-    objective.rules = [Rule("broken", each(broken))]
+    objective.rules = [WeightedReward("broken", as_batch_reward(broken))]
     rows = next(objective.batches(Prompts(), lm))
     assert rows.rewards.view(4, 3).isnan().all(1).tolist() == [False, True, True, False]
     assert not rows.mask.view(4, -1)[1:3].any()
@@ -410,10 +412,10 @@ def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):
     objective.prepare(small(), TOKENIZER)
     objective.tokenizer = SimpleNamespace(decode=lambda ids: f"It is {ids[0]}.")
     prompts = [Prompt([5], 0, "7", {}), Prompt([5], 1, "8", {})]
-    episodes = [Episode([5], seed=0), Episode([5], seed=0)]
+    episodes = [Rollout([5], seed=0), Rollout([5], seed=0)]
     for episode in episodes:
-        episode.say(7, 0.0)
-        episode.say(END, 0.0)
+        episode.append_token(7, 0.0)
+        episode.append_token(END, 0.0)
     assert objective.score(prompts, episodes) == [1.5, 0.5]
     with pytest.raises(UserError, match="low=9 and high=3"):
         parse(GRPO, {"kind": "grpo", "rewards": [{"kind": "length", "low": 9, "high": 3}]})

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.oracles import policy as oracle
-from tinsmith.objectives.grpo import group_advantages, grpo_loss
-from tinsmith.objectives.logprobs import kl
-from tinsmith.objectives.ppo import gae, policy_loss, value_loss
+from tinsmith.losses.logprobs import kl
+from tinsmith.losses.policy import grpo_loss
+from tinsmith.objectives.ppo import policy_loss, value_loss
+from tinsmith.objectives.rl.advantages import gae, group_advantages
 
 LOSSES = ["grpo", "dapo", "dr_grpo", "cispo"]
 
@@ -123,7 +124,7 @@ def test_dr_grpo_needs_the_longest_length(case):
     new, old, _, advantages, mask = case
     with pytest.raises(ValueError, match="max_length"):
         grpo_loss(
-            new, old, None, advantages, mask, clip_low=0.2, clip_high=0.2, beta=0, loss="dr_grpo"
+            new, old, None, advantages, mask, clip_low=0.2, clip_high=0.2, kl_coef=0, loss="dr_grpo"
         )
 
 

@@ -7,23 +7,24 @@ import torch
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
-from tinsmith.data.batch import Batch
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses.preference import bradley_terry_loss
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.feedforwards import SwiGLU
 from tinsmith.nn.mixers import GQA
 from tinsmith.nn.model import LM
 from tinsmith.objectives import ObjectiveConfig
-from tinsmith.objectives.reward import Reward, bradley_terry_loss
-from tinsmith.objectives.score import Scorer
+from tinsmith.objectives.reward import RewardModeling
+from tinsmith.rewards.model import RewardModel
 
 LENGTHS = (9, 6, 4, 8)
 
 
 @pytest.fixture
 def lm():
-    layer = Layer(mixer=GQA(heads=2), feed_forward=SwiGLU(hidden=24))
+    layer = Layer(mixer=GQA(heads=2), feed_forward=SwiGLU(hidden_dim=24))
     return LM(
-        ModelConfig(vocab_size=40, dim=16, depth=2, max_context=32, pattern=(layer,))
+        ModelConfig(vocab_size=40, dim=16, depth=2, max_seq_len=32, pattern=(layer,))
     ).double()
 
 
@@ -46,7 +47,7 @@ def batch():
 
 @pytest.fixture
 def objective(lm):
-    made = Reward().build()
+    made = RewardModeling().build()
     made.prepare(lm, None)
     return made.double()
 
@@ -111,7 +112,7 @@ def test_T4_splitting_a_batch_changes_nothing(lm, objective, batch):
 def test_a_scorer_gives_the_scores_that_training_saw(lm, objective, batch):
     with torch.no_grad():
         objective.head.weight.normal_()
-    scorer = Scorer(lm.eval(), objective.head.weight.detach()).double()
+    scorer = RewardModel(lm.eval(), objective.head.weight.detach()).double()
     found = scorer.score(rows_of(batch))
     loss = objective.loss(lm, batch)
     assert torch.allclose(found[0::2].sum(), loss.metrics["chosen_score"].total, atol=1e-12)
@@ -121,7 +122,7 @@ def test_a_scorer_gives_the_scores_that_training_saw(lm, objective, batch):
 
 def test_a_head_of_another_width_is_refused(lm):
     with pytest.raises(UserError, match="the model is 16 wide"):
-        Scorer(lm, torch.zeros(1, 8))
+        RewardModel(lm, torch.zeros(1, 8))
 
 
 def test_a_negative_center_is_refused():

@@ -9,20 +9,20 @@ import torch
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.sandbox import Limits
-from tinsmith.data import tasks
 from tinsmith.data.prompts import Prompt, read_prompt
-from tinsmith.objectives.classifier import Classifier
-from tinsmith.objectives.rewards import (
-    Answer,
-    Failure,
-    Rule,
-    each,
-    exact_answer,
-    judge,
-    sized,
+from tinsmith.data.sources import tasks
+from tinsmith.rewards.classifier import Classifier
+from tinsmith.rewards.functions import (
+    Response,
+    RewardFailure,
+    WeightedReward,
+    as_batch_reward,
+    distinct_ngrams,
+    exact_match,
+    make_length_reward,
+    score_responses,
     think_format,
     unit_tests,
-    variety,
 )
 from tinsmith.text.specials import our_template
 
@@ -50,16 +50,16 @@ def asked(answer=None, number=0, **record):
     ],
 )
 def test_an_exact_answer_is_right_or_wrong(answer, text, worth):
-    assert exact_answer(asked(answer), text) == worth
+    assert exact_match(asked(answer), text) == worth
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
 def test_generated_tasks_are_checked_by_their_own_rule(name):
     for index in range(50):
-        task = tasks.generate(name, 1, index, digits=2, length=4)
+        task = tasks.generate_task(name, 1, index, digits=2, length=4)
         prompt = asked(task.answer, task=name)
-        assert exact_answer(prompt, f"<think>\nhm\n</think>\n\n{task.answer}") == 1
-        assert exact_answer(prompt, task.mistake()) == 0
+        assert exact_match(prompt, f"<think>\nhm\n</think>\n\n{task.answer}") == 1
+        assert exact_match(prompt, task.wrong_answer()) == 0
 
 
 def test_format_wants_one_span_of_each_in_order():
@@ -79,7 +79,7 @@ def test_format_wants_one_span_of_each_in_order():
 
 
 def test_length_is_whole_within_its_bounds_and_falls_outside():
-    worth = sized(10, 20)
+    worth = make_length_reward(10, 20)
     assert [worth(asked(), "x" * n) for n in (0, 5, 10, 20, 30, 40, 99)] == [
         0,
         0.5,
@@ -90,13 +90,13 @@ def test_length_is_whole_within_its_bounds_and_falls_outside():
         0,
     ]
     with pytest.raises(ValueError, match="low=5 and high=4"):
-        sized(5, 4)
+        make_length_reward(5, 4)
 
 
 def test_repetition_costs():
-    assert variety(asked(), "one two three four five") == 1
-    assert variety(asked(), "a b c " * 20) == pytest.approx(3 / 58)
-    assert variety(asked(), "too short") == 1
+    assert distinct_ngrams(asked(), "one two three four five") == 1
+    assert distinct_ngrams(asked(), "a b c " * 20) == pytest.approx(3 / 58)
+    assert distinct_ngrams(asked(), "too short") == 1
 
 
 TESTS = ["assert double(2) == 4", "assert double(0) == 0"]
@@ -143,23 +143,29 @@ def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
         return {"nan": math.nan, "inf": math.inf}.get(text, 0.5)
 
     prompts = [asked("5", number) for number in (7, 8, 9, 10)]
-    rules = [Rule("exact", each(exact_answer), 2.0), Rule("odd", each(fails), 1.0, lowest=-1.0)]
+    rules = [
+        WeightedReward("exact", as_batch_reward(exact_match), 2.0),
+        WeightedReward("odd", as_batch_reward(fails), 1.0, fallback=-1.0),
+    ]
     texts = ["5", "nan", "inf", "raise"]
-    found = judge(rules, [Answer(*pair) for pair in zip(prompts, texts, strict=True)])
+    found = score_responses(rules, [Response(*pair) for pair in zip(prompts, texts, strict=True)])
     assert found.rewards == [2.5, -1.0, -1.0, -1.0]
-    assert found.parts == {"exact": [1, 0, 0, 0], "odd": [0.5, -1.0, -1.0, -1.0]}
+    assert found.per_reward == {"exact": [1, 0, 0, 0], "odd": [0.5, -1.0, -1.0, -1.0]}
     assert found.failures == [
-        Failure(1, 8, "odd", "gave nan"),
-        Failure(2, 9, "odd", "gave inf"),
-        Failure(3, 10, "odd", "RuntimeError: no idea"),
+        RewardFailure(1, 8, "odd", "gave nan"),
+        RewardFailure(2, 9, "odd", "gave inf"),
+        RewardFailure(3, 10, "odd", "RuntimeError: no idea"),
     ]
 
 
 def test_rows_without_what_a_reward_needs_are_reported():
-    rules = [Rule("exact", each(exact_answer)), Rule("tests", each(unit_tests))]
-    found = judge(rules, [Answer(asked(), "5")])
+    rules = [
+        WeightedReward("exact", as_batch_reward(exact_match)),
+        WeightedReward("tests", as_batch_reward(unit_tests)),
+    ]
+    found = score_responses(rules, [Response(asked(), "5")])
     assert found.rewards == [0.0]
-    assert [failure.rule for failure in found.failures] == ["exact", "tests"]
+    assert [failure.reward_name for failure in found.failures] == ["exact", "tests"]
     assert "has no answer" in found.failures[0].reason
 
 
@@ -167,16 +173,20 @@ def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
     def gone(answers):
         raise RuntimeError("no memory")
 
-    found = judge([Rule("model", gone, 2.0, lowest=-1.0)], [Answer(asked(), "5")] * 2)
+    found = score_responses(
+        [WeightedReward("model", gone, 2.0, fallback=-1.0)], [Response(asked(), "5")] * 2
+    )
     assert found.rewards == [-2.0, -2.0]
-    assert [failure.place for failure in found.failures] == [0, 1]
+    assert [failure.response_index for failure in found.failures] == [0, 1]
 
 
 @pytest.mark.parametrize("given", [[1.0], [1.0] * 3, []], ids=len)
 def test_a_panel_that_gives_too_few_or_too_many_values_fails_for_every_answer(given):
-    found = judge([Rule("model", lambda answers: given)], [Answer(asked(), "5")] * 2)
+    found = score_responses(
+        [WeightedReward("model", lambda answers: given)], [Response(asked(), "5")] * 2
+    )
     assert found.rewards == [0.0, 0.0]
-    assert [failure.place for failure in found.failures] == [0, 1]
+    assert [failure.response_index for failure in found.failures] == [0, 1]
     assert found.failures[0].reason == f"ValueError: {len(given)} rewards for 2 answers"
 
 
@@ -187,15 +197,17 @@ def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():
     def panel(answers):
         raise SystemExit(3)
 
-    for reward in (each(leaves), panel):
-        found = judge([Rule("odd", reward)], [Answer(asked(), "5")])
+    for reward in (as_batch_reward(leaves), panel):
+        found = score_responses([WeightedReward("odd", reward)], [Response(asked(), "5")])
         assert [failure.reason for failure in found.failures] == ["SystemExit: 3"]
 
     def asks_to_stop(prompt, text):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge([Rule("odd", each(asks_to_stop))], [Answer(asked(), "5")])
+        score_responses(
+            [WeightedReward("odd", as_batch_reward(asks_to_stop))], [Response(asked(), "5")]
+        )
 
 
 def test_a_classifier_that_is_nowhere_is_said_to_be():
@@ -237,7 +249,7 @@ def folder(request, words):
 
 def test_a_sequence_classifier_gives_its_score(folder):
     transformers = pytest.importorskip("transformers")
-    found = Classifier(str(folder))([Answer(asked("5"), text) for text in ("1 2", "7")])
+    found = Classifier(str(folder))([Response(asked("5"), text) for text in ("1 2", "7")])
     assert found[0] != found[1]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     text = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n"
@@ -249,9 +261,9 @@ def test_a_sequence_classifier_gives_its_score(folder):
 
 
 def test_a_classifier_scores_alike_whatever_else_is_in_its_batch(folder):
-    answers = [Answer(asked(), " ".join("1234567"[: 1 + n % 7])) for n in range(20)]
-    alone = [Classifier(str(folder), rows=1)([answer])[0] for answer in answers[:7]]
-    found = Classifier(str(folder), rows=6)(answers)
+    answers = [Response(asked(), " ".join("1234567"[: 1 + n % 7])) for n in range(20)]
+    alone = [Classifier(str(folder), batch_size=1)([answer])[0] for answer in answers[:7]]
+    found = Classifier(str(folder), batch_size=6)(answers)
     assert found == pytest.approx([alone[n % 7] for n in range(20)], abs=1e-6)
     assert len({round(score, 6) for score in found}) == 7
 
@@ -261,8 +273,8 @@ def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words)
     sizes = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}
     config = transformers.GPT2Config(**sizes, num_labels=1, pad_token_id=14)
     transformers.GPT2ForSequenceClassification(config).save_pretrained(words)
-    classifier = Classifier(str(words), rows=4)
-    short, long = Answer(asked(), "1 2"), Answer(asked(), "1 2 " * 10)
+    classifier = Classifier(str(words), batch_size=4)
+    short, long = Response(asked(), "1 2"), Response(asked(), "1 2 " * 10)
     (alone,) = classifier([short])
     found = classifier([long, short, long, long, short, long])
     assert [math.isnan(score) for score in found] == [True, False, True, True, False, True]
@@ -308,8 +320,8 @@ def test_real_questions_and_programs(real_data):
     for line in lines[:50]:
         question = read_prompt(json.loads(line))
         prompt = Prompt([], 0, question.answer, question.record)
-        assert exact_answer(prompt, f"So it is {question.answer}.") == 1
-        assert exact_answer(prompt, f"So it is {question.answer}1.") == 0
+        assert exact_match(prompt, f"So it is {question.answer}.") == 1
+        assert exact_match(prompt, f"So it is {question.answer}1.") == 0
     passed = 0
     lines = (real_data / "mbpp" / "val.jsonl").read_text(encoding="utf-8").splitlines()
     for line in lines[:8]:

@@ -6,11 +6,18 @@ import pytest
 import torch
 
 from tests.objectives.conftest import END, MIXERS
-from tinsmith.objectives.rollout import Limits, collate, join, roll_out
+from tinsmith.objectives.rl.rollout import (
+    GenerationLimits,
+    collate,
+    concat_rollouts,
+    generate_rollouts,
+)
 
 PROMPTS = [[5, 6, 7], [9], [5, 6, 7, 8, 9, 10, 11], [20, 3], [4, 4, 4, 4]]
 SEEDS = [11, 12, 13, 14, 15]
-LIMITS = Limits(max_new=12, context=64, rows=3, temperature=0.8, stops=(END,))
+LIMITS = GenerationLimits(
+    max_new_tokens=12, max_seq_len=64, batch_size=3, temperature=0.8, eos_ids=(END,)
+)
 
 
 def texts(episodes):
@@ -22,54 +29,56 @@ def texts(episodes):
 def test_answers_do_not_depend_on_how_rows_were_batched(mixer, temperature, small):
     lm = small(mixer)
     wanted = replace(LIMITS, temperature=temperature)
-    together = texts(roll_out(lm, PROMPTS, SEEDS, replace(wanted, rows=5)))
-    assert texts(roll_out(lm, PROMPTS, SEEDS, replace(wanted, rows=1))) == together
-    backwards = roll_out(lm, PROMPTS[::-1], SEEDS[::-1], replace(wanted, rows=2))
+    together = texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, rows=5)))
+    assert texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, rows=1))) == together
+    backwards = generate_rollouts(lm, PROMPTS[::-1], SEEDS[::-1], replace(wanted, rows=2))
     assert texts(backwards)[::-1] == together
-    alone = [roll_out(lm, [p], [s], wanted)[0].ids for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    alone = [
+        generate_rollouts(lm, [p], [s], wanted)[0].ids for p, s in zip(PROMPTS, SEEDS, strict=True)
+    ]
     assert alone == together
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_logprobs_are_those_of_the_sampled_tokens_at_the_sampling_temperature(mixer, small):
     lm = small(mixer)
-    rows = collate(roll_out(lm, PROMPTS, SEEDS, LIMITS), torch.device("cpu"))
+    rows = collate(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS), torch.device("cpu"))
     lm.eval()
     logits = lm(rows.ids, segments=rows.segments).logits / LIMITS.temperature
     expected = logits.log_softmax(-1).gather(2, rows.targets[..., None])[..., 0]
     assert rows.mask.sum() > 20
-    assert torch.allclose(rows.old[rows.mask].double(), expected[rows.mask], atol=1e-6)
-    assert bool((rows.old[~rows.mask] == 0).all())
+    assert torch.allclose(rows.old_logprobs[rows.mask].double(), expected[rows.mask], atol=1e-6)
+    assert bool((rows.old_logprobs[~rows.mask] == 0).all())
 
 
 def test_logprobs_under_autocast_are_those_of_its_precision(small):
     """Token by token and all at once round differently in bf16, by about as much as bf16 does."""
     lm = small(dtype=torch.float32)
     cpu = torch.device("cpu")
-    exact = collate(roll_out(lm, PROMPTS, SEEDS, LIMITS), cpu)
+    exact = collate(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS), cpu)
     with torch.autocast("cpu", torch.bfloat16):
-        rows = collate(roll_out(lm, PROMPTS, SEEDS, LIMITS), cpu)
+        rows = collate(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS), cpu)
         low = lm(rows.ids, segments=rows.segments).logits / LIMITS.temperature
     told = low.log_softmax(-1).gather(2, rows.targets[..., None])[..., 0]
-    assert 0 < (told - rows.old)[rows.mask].abs().mean() < 0.03
-    assert not torch.equal(rows.old[:, 2], exact.old[:, 2])
+    assert 0 < (told - rows.old_logprobs)[rows.mask].abs().mean() < 0.03
+    assert not torch.equal(rows.old_logprobs[:, 2], exact.old_logprobs[:, 2])
 
 
 def test_the_end_is_part_of_what_was_said_and_the_prompt_is_not(small):
-    episodes = roll_out(small(), PROMPTS * 4, list(range(20)), LIMITS)
-    finishes = {each.finish for each in episodes}
+    episodes = generate_rollouts(small(), PROMPTS * 4, list(range(20)), LIMITS)
+    finishes = {each.finish_reason for each in episodes}
     assert finishes == {"stop", "length"}
     for episode, prompt in zip(episodes, PROMPTS * 4, strict=True):
-        answer = episode.answer
+        answer = episode.completion_ids
         assert episode.ids[: len(prompt)] == prompt
-        assert episode.said == [False] * len(prompt) + [True] * len(answer)
-        assert (answer[-1] == END) == (episode.finish == "stop")
+        assert episode.response_mask == [False] * len(prompt) + [True] * len(answer)
+        assert (answer[-1] == END) == (episode.finish_reason == "stop")
         assert END not in answer[:-1]
-        assert episode.finish == "stop" or len(answer) == LIMITS.max_new
+        assert episode.finish_reason == "stop" or len(answer) == LIMITS.max_new_tokens
     rows = collate(episodes, torch.device("cpu"))
-    assert rows.truncated.tolist() == [each.finish == "length" for each in episodes]
+    assert rows.truncated.tolist() == [each.finish_reason == "length" for each in episodes]
     for row, episode in enumerate(episodes):
-        assert rows.targets[row][rows.mask[row]].tolist() == episode.answer
+        assert rows.targets[row][rows.mask[row]].tolist() == episode.completion_ids
         assert (rows.segments[row] == 0).sum() == len(episode.ids) - 1
 
 
@@ -90,8 +99,8 @@ def test_a_shared_prompt_is_taken_in_once(small):
     counted = Counted(lm)
     prompt = list(range(2, 22))
     limits = replace(LIMITS, rows=4, stops=())
-    episodes = roll_out(lm, [prompt] * 8, list(range(8)), limits)
-    assert len({tuple(each.answer) for each in episodes}) == 8
+    episodes = generate_rollouts(lm, [prompt] * 8, list(range(8)), limits)
+    assert len({tuple(each.completion_ids) for each in episodes}) == 8
     assert counted.positions == 20 + 8 * (12 - 1)
 
 
@@ -99,8 +108,10 @@ def test_a_row_that_is_over_makes_room_for_the_next_prompt(small):
     """Lengths differ by seed; in fixed batches every row would wait for its batch's longest."""
     lm = small()
     counted = Counted(lm)
-    episodes = roll_out(lm, [[5, 6]] * 24, list(range(24)), replace(LIMITS, rows=4, max_new=30))
-    lengths = [len(each.answer) for each in episodes]
+    episodes = generate_rollouts(
+        lm, [[5, 6]] * 24, list(range(24)), replace(LIMITS, rows=4, max_new=30)
+    )
+    lengths = [len(each.completion_ids) for each in episodes]
     fixed = sum(max(lengths[start : start + 4]) for start in range(0, 24, 4))
     assert counted.passes < 0.8 * fixed
     assert counted.passes <= sum(lengths) / 4 + max(lengths)
@@ -109,9 +120,9 @@ def test_a_row_that_is_over_makes_room_for_the_next_prompt(small):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_as_before_and_nothing_has_a_gradient(training, small):
     lm = small(dropout={"residual": 0.5}).train(training)
-    first = roll_out(lm, PROMPTS, SEEDS, LIMITS)
+    first = generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)
     assert lm.training is training
-    assert texts(roll_out(lm, PROMPTS, SEEDS, LIMITS)) == texts(first)
+    assert texts(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)) == texts(first)
     assert all(parameter.grad is None for parameter in lm.parameters())
 
 
@@ -125,7 +136,7 @@ def test_T7_a_stop_is_looked_for_between_tokens(small):
         return busy
 
     with pytest.raises(KeyboardInterrupt):
-        roll_out(lm, PROMPTS, SEEDS, LIMITS, poll=poll)
+        generate_rollouts(lm, PROMPTS, SEEDS, LIMITS, poll=poll)
     assert lm.training
     assert asked == [True] * 5
 
@@ -138,17 +149,17 @@ def test_who_is_done_waits_for_the_others(small):
         asked.append(busy)
         return len(asked) < 40
 
-    roll_out(small(), PROMPTS[:1], SEEDS[:1], LIMITS, poll=poll)
+    generate_rollouts(small(), PROMPTS[:1], SEEDS[:1], LIMITS, poll=poll)
     assert len(asked) == 40
     assert asked[:2] == [True, True]
     assert asked[-20:] == [False] * 20
 
 
 def test_a_prompt_that_leaves_no_room_gets_no_answer(small):
-    episodes = roll_out(small(), [[3] * 64, [3] * 60, [4]], [1, 2, 3], LIMITS)
-    assert [each.finish is None for each in episodes] == [True, False, False]
-    assert episodes[0].answer == []
-    assert len(episodes[1].answer) <= 4
+    episodes = generate_rollouts(small(), [[3] * 64, [3] * 60, [4]], [1, 2, 3], LIMITS)
+    assert [each.finish_reason is None for each in episodes] == [True, False, False]
+    assert episodes[0].completion_ids == []
+    assert len(episodes[1].completion_ids) <= 4
     rows = collate(episodes, torch.device("cpu"))
     assert rows.mask[0].sum() == 0
     assert bool(rows.truncated[0])
@@ -156,9 +167,9 @@ def test_a_prompt_that_leaves_no_room_gets_no_answer(small):
 
 def test_what_is_heard_is_no_part_of_the_loss_and_changes_nothing_said(small):
     lm = small()
-    before = roll_out(lm, PROMPTS, SEEDS, LIMITS)
+    before = generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)
     heard = [8, 8, 2]
-    episodes = roll_out(
+    episodes = generate_rollouts(
         lm, PROMPTS, SEEDS, LIMITS, reply=lambda each: heard if each.turns == 1 else []
     )
     longer = 0
@@ -166,22 +177,22 @@ def test_what_is_heard_is_no_part_of_the_loss_and_changes_nothing_said(small):
         count = len(first.ids)
         assert episode.ids[:count] == first.ids
         assert episode.logprobs[:count] == pytest.approx(first.logprobs, abs=1e-12)
-        if first.finish == "stop":
+        if first.finish_reason == "stop":
             longer += 1
             assert episode.ids[count : count + 3] == heard
-            assert episode.said[count : count + 3] == [False] * 3
-            assert all(episode.said[count + 3 :])
+            assert episode.response_mask[count : count + 3] == [False] * 3
+            assert all(episode.response_mask[count + 3 :])
             assert len(episode.ids) > count + 3
     assert longer > 0
 
 
 def test_rows_of_several_rollouts_join_and_part_again(small):
     lm, cpu = small(), torch.device("cpu")
-    one = collate(roll_out(lm, PROMPTS[:2], SEEDS[:2], LIMITS), cpu)
-    two = collate(roll_out(lm, PROMPTS[2:], SEEDS[2:], LIMITS), cpu)
-    both = join([one, two])
-    whole = collate(roll_out(lm, PROMPTS, SEEDS, LIMITS), cpu)
+    one = collate(generate_rollouts(lm, PROMPTS[:2], SEEDS[:2], LIMITS), cpu)
+    two = collate(generate_rollouts(lm, PROMPTS[2:], SEEDS[2:], LIMITS), cpu)
+    both = concat_rollouts([one, two])
+    whole = collate(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS), cpu)
     for name, a, b in zip(both._fields, both, whole, strict=True):
         assert torch.equal(a, b), name
-    for name, a, b in zip(one._fields, both.rows(torch.tensor([0, 1])), one, strict=True):
+    for name, a, b in zip(one._fields, both.select_rows(torch.tensor([0, 1])), one, strict=True):
         assert torch.equal(a, b), name

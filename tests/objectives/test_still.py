@@ -6,12 +6,12 @@ import pytest
 
 from tinsmith.nn import lora
 from tinsmith.objectives.dpo import DPO
+from tinsmith.objectives.frozen import deterministic_adapters, deterministic_config
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.ppo import PPO
 from tinsmith.objectives.spo import SPO
-from tinsmith.objectives.still import still_adapters, still_model
 
-NOISY = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 24, "noise": 0.5}
+NOISY = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 24, "noise": 0.5}
 LAYER = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": NOISY}
 RESTLESS = [
     *({"dropout": {name: 0.1}} for name in ("embedding", "attention", "residual")),
@@ -29,15 +29,15 @@ def test_a_restless_policy_is_refused(model, config, small):
     lm = small(**model)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
         config.build().prepare(lm, NOBODY)
-    again = still_model(lm.config)
-    assert again == still_model(again)
+    again = deterministic_config(lm.config)
+    assert again == deterministic_config(again)
     DPO().build().prepare(small(**again.to_dict()), NOBODY)
 
 
 def test_adapters_that_drop_are_refused_too(small):
     lm, calm = small(), small()
-    lora.add(lm, DROPS)
+    lora.add_adapters(lm, DROPS)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
         DPO().build().prepare(lm, NOBODY)
-    lora.add(calm, still_adapters(DROPS))
+    lora.add_adapters(calm, deterministic_adapters(DROPS))
     DPO().build().prepare(calm, NOBODY)

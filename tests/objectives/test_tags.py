@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tinsmith.data.batch import Batch
+from tinsmith.data.loader.batch import Batch
 from tinsmith.objectives.kd import KD
 from tinsmith.objectives.sft import SFT
-from tinsmith.objectives.tags import Tags, TagWeights
+from tinsmith.objectives.token_weights import TagWeights, TokenWeights
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import encode_chat, normalise
 
@@ -34,8 +34,8 @@ def encoded(tokenizer) -> Batch:
     return Batch(whole[:, :-1], targets, counted[:, 1:], where, where * 0, torch.zeros(1).long())
 
 
-def tags(tokenizer) -> Tags:
-    made = Tags(TagWeights(**WEIGHTS))
+def tags(tokenizer) -> TokenWeights:
+    made = TokenWeights(TagWeights(**WEIGHTS))
     made.prepare(tokenizer)
     return made
 
@@ -61,7 +61,7 @@ def test_weights_multiply_the_mask_and_nothing_else(tokenizer):
     assert int((weights == 1).sum()) == int(batch.mask.sum()) - 4
     masked = batch._replace(mask=torch.zeros_like(batch.mask))
     assert bool((tags(tokenizer)(masked) == 0).all())
-    assert torch.equal(Tags(TagWeights())(batch), batch.mask.float())
+    assert torch.equal(TokenWeights(TagWeights())(batch), batch.mask.float())
 
 
 @pytest.mark.parametrize("kind", ["sft", "kd"])
@@ -70,19 +70,19 @@ def test_the_loss_is_the_weighted_mean(kind, tokenizer, small):
     if kind == "sft":
         objective = SFT(weights=weights).build()
     else:
-        objective = KD(teacher="x", hard=0.5, weights=weights).build()
-        objective.frozen = {"teacher": small(vocab_size=330, dim=48).eval()}
+        objective = KD(teacher="x", ce_weight=0.5, weights=weights).build()
+        objective.frozen_models = {"teacher": small(vocab_size=330, dim=48).eval()}
     policy = small(vocab_size=330)
     objective.prepare(policy, tokenizer)
     batch = encoded(tokenizer)
     found = objective.loss(policy, batch)
     each = tags(tokenizer)(batch)
-    assert objective.weight(batch) == each.sum()
+    assert objective.units(batch) == each.sum()
     logits = policy(batch.ids).logits[0].log_softmax(-1)
     nll = -logits.gather(1, batch.targets[0, :, None])[:, 0]
     expected = (nll * each[0]).sum() / each.sum()
     if kind == "kd":
-        taught = objective.frozen["teacher"](batch.ids).logits[0].log_softmax(-1)
+        taught = objective.frozen_models["teacher"](batch.ids).logits[0].log_softmax(-1)
         apart = (taught.exp() * (taught - logits)).sum(-1)
         expected = 0.5 * expected + 0.5 * (apart * each[0]).sum() / each.sum()
-    assert torch.allclose(found.total / objective.weight(batch), expected, atol=1e-10)
+    assert torch.allclose(found.total / objective.units(batch), expected, atol=1e-10)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tinsmith.nn.model import LM
-from tinsmith.objectives.calculator import BadExpression, calculate
-from tinsmith.objectives.outcomes import turns
-from tinsmith.objectives.rollout import Episode, Limits, collate, roll_out
-from tinsmith.objectives.tools import Tools
+from tinsmith.objectives.rl.metrics import count_turns
+from tinsmith.objectives.rl.rollout import GenerationLimits, Rollout, collate, generate_rollouts
+from tinsmith.objectives.rl.tools import BadExpression, ToolRunner, calculate
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import Call, Conversation, Message, encode_chat, encode_prompt
 
@@ -72,7 +71,7 @@ def tokenizer():
 
 @pytest.fixture
 def tools(tokenizer):
-    return Tools(tokenizer, ("calculator",), 3)
+    return ToolRunner(tokenizer, ("calculator",), 3)
 
 
 ASK = Message(role="user", content="What is 12 + 34?")
@@ -90,11 +89,11 @@ def spoken(tokenizer, *messages: Message) -> list[int]:
     return ids[start : len(mask) - mask[::-1].index(True)]
 
 
-def episode(prompt: list[int], said: list[int]) -> Episode:
-    made = Episode(list(prompt), seed=0)
+def episode(prompt: list[int], said: list[int]) -> Rollout:
+    made = Rollout(list(prompt), seed=0)
     for token in said:
-        made.say(token, -1.0)
-    made.turns, made.finish = 1, "stop"
+        made.append_token(token, -1.0)
+    made.turns, made.finish_reason = 1, "stop"
     return made
 
 
@@ -102,26 +101,26 @@ def test_a_call_is_answered_as_the_chat_template_would_write_it(tokenizer, tools
     prompt = encode_prompt(tokenizer, Conversation(messages=(ASK,)))
     talk = episode(prompt, spoken(tokenizer, ASK, called("12 + 34")))
     before = list(talk.ids)
-    talk.hear(tools.reply(talk))
+    talk.append_observation(tools.reply(talk))
     result = Message(role="tool", content="46")
     whole = Conversation(messages=(ASK, called("12 + 34"), result))
     assert talk.ids == encode_prompt(tokenizer, whole)
     assert talk.ids[: len(before)] == before
-    assert not any(talk.said[len(before) :])
+    assert not any(talk.response_mask[len(before) :])
     for token in spoken(tokenizer, *whole.messages, Message(role="assistant", content="46")):
-        talk.say(token, -1.0)
+        talk.append_token(token, -1.0)
     talk.turns = 2
     assert tools.reply(talk) == []
-    assert tokenizer.decode(talk.newest).startswith("46")
+    assert tokenizer.decode(talk.last_turn_ids).startswith("46")
     rows = collate([talk], torch.device("cpu"))
     assert rows.targets[0][rows.mask[0]].tolist() == [
-        i for i, own in zip(talk.ids, talk.said, strict=True) if own
+        i for i, own in zip(talk.ids, talk.response_mask, strict=True) if own
     ]
 
 
 def test_turns_are_counted_by_who_speaks():
     spoken = [[0, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
-    assert turns(torch.tensor(spoken).bool()).tolist() == [2, 3, 0, 1]
+    assert count_turns(torch.tensor(spoken).bool()).tolist() == [2, 3, 0, 1]
 
 
 def test_ids_that_were_sampled_stay_even_where_encoding_their_text_gives_others(tokenizer, tools):
@@ -134,7 +133,7 @@ def test_ids_that_were_sampled_stay_even_where_encoding_their_text_gives_others(
     prompt = encode_prompt(tokenizer, Conversation(messages=(ASK,)))
     talk = episode(prompt, said)
     heard = tools.reply(talk)
-    talk.hear(heard)
+    talk.append_observation(heard)
     assert talk.ids[: len(prompt) + len(said)] == prompt + said
     assert "46" in tokenizer.decode(heard)
 
@@ -180,27 +179,29 @@ def test_a_result_cannot_pretend_to_be_somebody_else(tokenizer, tools):
 
 def test_conversations_run_on_the_engine_turn_by_turn(tokenizer, small):
     """Whatever ends an answer, it is heard; scores of later turns include what was heard."""
-    lm: LM = small(vocab_size=tokenizer.vocab_size, max_context=512)
+    lm: LM = small(vocab_size=tokenizer.vocab_size, max_seq_len=512)
     prompt = encode_prompt(tokenizer, Conversation(messages=(ASK,)))
-    limits = Limits(max_new=8, context=400, rows=2, stops=tuple(range(0, 300, 5)))
-    heard = Tools(tokenizer, ("calculator",), 3).heard(["46"])
+    limits = GenerationLimits(
+        max_new_tokens=8, max_seq_len=400, batch_size=2, eos_ids=tuple(range(0, 300, 5))
+    )
+    heard = ToolRunner(tokenizer, ("calculator",), 3).observation_ids(["46"])
     turns = {"count": 0}
 
-    def reply(each: Episode) -> list[int]:
+    def reply(each: Rollout) -> list[int]:
         turns["count"] += 1
         return heard if each.turns < 3 else []
 
-    talks = roll_out(
+    talks = generate_rollouts(
         lm, [prompt] * 6, list(range(6)), replace(limits, temperature=3.0), reply=reply
     )
     assert turns["count"] > 0
     for talk in talks:
         assert talk.turns <= 3
-        assert len(talk.ids) == len(talk.said) == len(talk.logprobs)
-        said = [i for i, own in zip(talk.ids, talk.said, strict=True) if own]
+        assert len(talk.ids) == len(talk.response_mask) == len(talk.logprobs)
+        said = [i for i, own in zip(talk.ids, talk.response_mask, strict=True) if own]
         assert len(said) <= 3 * 8
     rows = collate(talks, torch.device("cpu"))
     lm.eval()
     logits = lm(rows.ids, segments=rows.segments).logits / 3.0
     expected = logits.log_softmax(-1).gather(2, rows.targets[..., None])[..., 0]
-    assert torch.allclose(rows.old[rows.mask].double(), expected[rows.mask], atol=1e-6)
+    assert torch.allclose(rows.old_logprobs[rows.mask].double(), expected[rows.mask], atol=1e-6)

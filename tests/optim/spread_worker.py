@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tinsmith.distributed.dtensor import full_tensor
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import AdamWConfig, MuonConfig, OptimConfig
-from tinsmith.optim.sharding import whole
 
 CONFIG = OptimConfig(
     matrices=MuonConfig(weight_decay=0.1), others=AdamWConfig(weight_decay=0.1, decay="all")
@@ -75,13 +75,13 @@ def train(model: Model, optimizers: Optimizers, steps: range) -> None:
         ids = torch.randint(13, (2, 6), generator=source)
         logits = model(ids[:, :-1]).flatten(0, 1)
         nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
-        optimizers.set_multiplier(1 / (1 + step))
+        optimizers.set_lr_multiplier(1 / (1 + step))
         optimizers.step()
         optimizers.zero_grad()
 
 
 def weights(model: Model) -> dict[str, Tensor]:
-    return {n: whole(p).detach().clone() for n, p in model.named_parameters()}
+    return {n: full_tensor(p).detach().clone() for n, p in model.named_parameters()}
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -91,7 +91,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     optimizers = Optimizers.build(model, None, CONFIG)
     train(model, optimizers, range(3))
     experts = model.blocks[0].experts
-    optimizers.forget([(experts, torch.tensor([0, 2])), (model.embed.weight, torch.tensor([5]))])
+    optimizers.reset_state(
+        [(experts, torch.tensor([0, 2])), (model.embed.weight, torch.tensor([5]))]
+    )
     state = {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
     result = {f"state/{name}": tensor for name, tensor in state.items()}
 

@@ -36,7 +36,7 @@ def test_every_group_follows_the_schedule(make_model, config):
     optimizers = Optimizers.build(make_model(tied=False), None, config)
     assert set(optimizers.learning_rates()) == {"matrix", "embedding", "head", "router", "vector"}
     for multiplier in (1.0, 0.25, 0.5):
-        optimizers.set_multiplier(multiplier)
+        optimizers.set_lr_multiplier(multiplier)
         rates = optimizers.learning_rates()
         assert rates.pop("matrix") == config.matrices.lr * multiplier
         assert set(rates.values()) == {config.others.lr * multiplier}
@@ -48,10 +48,10 @@ def test_a_multiplier_of_zero_moves_nothing(make_model, give_gradients, snapshot
     optimizers = Optimizers.build(model, None, config)
     give_gradients(model, 0)
     before = snapshot(model)
-    optimizers.set_multiplier(0.0)
+    optimizers.set_lr_multiplier(0.0)
     optimizers.step()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    optimizers.set_multiplier(1.0)
+    optimizers.set_lr_multiplier(1.0)
     optimizers.step()
     assert not any(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -74,7 +74,7 @@ def test_weight_decay_reaches_what_it_says_and_never_vectors(make_model, snapsho
     for group in all_groups(optimizers):
         factor = 0.95 if group["role"] in shrunk else 1.0
         for parameter in group["params"]:
-            start = before[optimizers.names[parameter]]
+            start = before[optimizers.param_names[parameter]]
             torch.testing.assert_close(parameter.detach(), start * factor)
 
 
@@ -257,7 +257,7 @@ def test_forgetting_zeroes_exactly_the_rows(make_model, give_gradients, config):
             if f"{name}|{key}" in expected:
                 assert expected[f"{name}|{key}"].all()
                 expected[f"{name}|{key}"][rows] = 0
-    optimizers.forget([(parameter, torch.tensor(rows)) for parameter, rows in resets.values()])
+    optimizers.reset_state([(parameter, torch.tensor(rows)) for parameter, rows in resets.values()])
     now = optimizers.state_tensors()
     assert now.keys() == expected.keys()
     assert all(torch.equal(now[name], expected[name]) for name in now)
@@ -268,7 +268,7 @@ def test_forgetting_before_the_first_step_or_of_frozen_parameters_does_nothing(m
     model.blocks[0].up.weight.requires_grad = False
     optimizers = Optimizers.build(model, None, MUON)
     rows = torch.tensor([0])
-    optimizers.forget([(model.blocks[0].up.weight, rows), (model.embed.weight, rows)])
+    optimizers.reset_state([(model.blocks[0].up.weight, rows), (model.embed.weight, rows)])
     assert optimizers.state_tensors() == {}
 
 

@@ -30,7 +30,9 @@ def test_the_recipe_of_the_documentation_is_the_default():
     [
         OptimConfig(),
         OptimConfig(matrices=AdamWConfig(lr=1e-3, decay="all"), schedule=Constant(warmup=3)),
-        OptimConfig(matrices=MuonConfig(scale="match_rms_adamw"), schedule=Cosine(), clip=None),
+        OptimConfig(
+            matrices=MuonConfig(scale="match_rms_adamw"), schedule=Cosine(), max_grad_norm=None
+        ),
     ],
 )
 def test_configs_survive_writing_and_reading(config):
@@ -57,7 +59,10 @@ def test_counts_may_be_written_as_people_do():
         ({"others": {"weight_decay": -0.1}}, "r.yaml: others: weight_decay=-0.1 must be"),
         ({"schedule": {"kind": "wsd", "decay": 1.5}}, "r.yaml: schedule: decay=1.5 is a share"),
         ({"schedule": {"kind": "wsd", "warmup": -1}}, "r.yaml: schedule: warmup=-1 is a number"),
-        ({"schedule": {"kind": "cosine", "final": 2}}, "r.yaml: schedule: final=2.0 is a share"),
+        (
+            {"schedule": {"kind": "cosine", "min_lr_ratio": 2}},
+            "r.yaml: schedule: final=2.0 is a share",
+        ),
         ({"clip": 0}, "r.yaml: clip=0.0 must be above 0"),
     ],
 )

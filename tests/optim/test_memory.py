@@ -113,7 +113,7 @@ def test_a_parameter_without_gradient_is_saved_as_one_that_never_moved(config, g
 
 def moments(optimizers: Optimizers, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
     """Of an 8-bit optimizer, made whole."""
-    state = optimizers.memories[parameter].optimizer.state[parameter]
+    state = optimizers.state_ios[parameter].optimizer.state[parameter]
     first, second = (
         (state[f"qmap{n}"][state[f"state{n}"].long()].flatten().view(-1, 256))
         * state[f"absmax{n}"][:, None]
@@ -126,12 +126,12 @@ def test_adamw8bit_forgets_exactly_the_rows(give_gradients):
     model, optimizers = fresh(EIGHT)
     steps(model, optimizers, range(3), give_gradients)
     before = [moment.clone() for moment in moments(optimizers, model.stack)]
-    optimizers.forget([(model.stack, torch.tensor([1, 3]))])
+    optimizers.reset_state([(model.stack, torch.tensor([1, 3]))])
     for old, new in zip(before, moments(optimizers, model.stack), strict=True):
         assert not new[[1, 3]].any()
         assert torch.equal(new[[0, 2]], old[[0, 2]])
         assert bool(new[[0, 2]].any())
-    optimizers.forget([(model.small.weight, torch.tensor([2]))])
+    optimizers.reset_state([(model.small.weight, torch.tensor([2]))])
     state = optimizers.state_tensors()
     for key in ("state1", "state2"):
         rows = state[f"small.weight|{key}"].bool().any(1)
@@ -142,7 +142,7 @@ def test_adafactor_forgets_exactly_the_experts(give_gradients):
     model, optimizers = fresh(ADAFACTOR)
     steps(model, optimizers, range(3), give_gradients)
     before = copies(optimizers.state_tensors())
-    optimizers.forget([(model.stack, torch.tensor([2]))])
+    optimizers.reset_state([(model.stack, torch.tensor([2]))])
     after = optimizers.state_tensors()
     for key in ("row_var", "col_var"):
         before[f"stack|{key}"][2] = 0
@@ -183,7 +183,7 @@ def test_bad_numbers_are_refused_in_one_line(matrices, expected):
 def test_weights_that_are_spread_are_refused(kind):
     with pytest.raises(UserError, match=f"kind=fsdp cannot be with optim.matrices.kind={kind}"):
         recipe(optim={"matrices": {"kind": kind}}, parallel={"kind": "fsdp"})
-    recipe(optim={"matrices": {"kind": kind}}, parallel={"kind": "replicate"})
+    recipe(optim={"matrices": {"kind": kind}}, parallel={"kind": "ddp"})
 
 
 def recipe(**changes):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinsmith.optim import muon
-from tinsmith.optim.muon import Muon, newton_schulz, product_dtype
+from tinsmith.optim.muon import Muon, fast_matmul_dtype, newton_schulz
 
 SHAPES = [(8, 8), (5, 12), (12, 5), (16, 4), (4, 16), (12, 5)]
 
@@ -99,7 +99,7 @@ def test_muon_equals_torchs_on_matrices(monkeypatch, scale, nesterov):
 def test_muon_in_bfloat16_products_stays_close_to_torchs():
     shapes = [(64, 64), (32, 96), (96, 32)]
     ours, theirs = weights(shapes, torch.float32), weights(shapes, torch.float32)
-    run(ours, Muon(ours, products=torch.bfloat16))
+    run(ours, Muon(ours, ns_dtype=torch.bfloat16))
     run(theirs, torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0))
     for a, b, start in zip(ours, theirs, weights(shapes, torch.float32), strict=True):
         assert (a - b).norm() / (a - start).norm() < 0.03
@@ -185,9 +185,9 @@ def test_products_are_bfloat16_only_where_that_is_faster(monkeypatch, amx, avx51
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     expected = torch.bfloat16 if amx or avx512 else torch.float32
-    assert product_dtype(torch.zeros(2, 2)) == expected
-    assert product_dtype(torch.zeros(2, 2, dtype=torch.float64)) == torch.float64
-    assert product_dtype(torch.zeros(2, 2, device="meta")) == torch.float32
+    assert fast_matmul_dtype(torch.zeros(2, 2)) == expected
+    assert fast_matmul_dtype(torch.zeros(2, 2, dtype=torch.float64)) == torch.float64
+    assert fast_matmul_dtype(torch.zeros(2, 2, device="meta")) == torch.float32
 
 
 def test_vectors_are_refused():

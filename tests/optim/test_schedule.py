@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.optim.config import WSD, Constant, Cosine
-from tinsmith.optim.schedule import multiplier
+from tinsmith.optim.schedule import lr_multiplier
 
 shares = st.floats(0, 1)
 warmups = st.integers(0, 60)
@@ -21,7 +21,7 @@ schedules = st.one_of(
 @given(schedule=schedules, steps=st.integers(1, 200), step=st.integers(0, 250))
 @settings(derandomize=True, max_examples=300, deadline=None)
 def test_multipliers_are_shares_that_rise_in_warm_up_and_never_rise_later(schedule, steps, step):
-    here, after = multiplier(schedule, step, steps), multiplier(schedule, step + 1, steps)
+    here, after = lr_multiplier(schedule, step, steps), lr_multiplier(schedule, step + 1, steps)
     assert 0 <= here <= 1
     if step < steps:
         assert here > 0
@@ -33,30 +33,32 @@ def test_multipliers_are_shares_that_rise_in_warm_up_and_never_rise_later(schedu
 
 @pytest.mark.parametrize("schedule", [WSD(warmup=10), Cosine(warmup=10), Constant(warmup=10)])
 def test_warm_up_is_linear_from_one_over_warmup(schedule):
-    climb = [multiplier(schedule, step, 1000) for step in range(10)]
+    climb = [lr_multiplier(schedule, step, 1000) for step in range(10)]
     assert climb == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert multiplier(schedule, 10, 1000) == pytest.approx(1, abs=1e-4)
+    assert lr_multiplier(schedule, 10, 1000) == pytest.approx(1, abs=1e-4)
 
 
 def test_cosine_without_warm_up_is_minimind_s_schedule():
     for step in range(0, 1001, 7):
         expected = 0.1 + 0.45 * (1 + math.cos(math.pi * step / 1000))
-        assert multiplier(Cosine(final=0.1, warmup=0), step, 1000) == pytest.approx(expected)
+        assert lr_multiplier(Cosine(min_lr_ratio=0.1, warmup=0), step, 1000) == pytest.approx(
+            expected
+        )
 
 
 def test_cosine_is_halfway_in_the_middle_and_final_at_the_end():
-    schedule = Cosine(warmup=20, final=0.2)
-    assert multiplier(schedule, 60, 100) == pytest.approx(0.6)
-    assert multiplier(schedule, 100, 100) == pytest.approx(0.2)
+    schedule = Cosine(warmup=20, min_lr_ratio=0.2)
+    assert lr_multiplier(schedule, 60, 100) == pytest.approx(0.6)
+    assert lr_multiplier(schedule, 100, 100) == pytest.approx(0.2)
 
 
 def test_wsd_is_flat_then_linear_over_the_last_share():
-    schedule = WSD(warmup=10, decay=0.4, final=0.1)
-    assert [multiplier(schedule, step, 100) for step in (10, 35, 60)] == [1, 1, 1]
-    assert multiplier(schedule, 80, 100) == pytest.approx(0.55)
-    assert multiplier(schedule, 100, 100) == pytest.approx(0.1)
-    assert multiplier(WSD(warmup=0, decay=0.0), 99, 100) == 1
+    schedule = WSD(warmup=10, decay=0.4, min_lr_ratio=0.1)
+    assert [lr_multiplier(schedule, step, 100) for step in (10, 35, 60)] == [1, 1, 1]
+    assert lr_multiplier(schedule, 80, 100) == pytest.approx(0.55)
+    assert lr_multiplier(schedule, 100, 100) == pytest.approx(0.1)
+    assert lr_multiplier(WSD(warmup=0, decay=0.0), 99, 100) == 1
 
 
 def test_constant_is_one_after_warm_up():
-    assert {multiplier(Constant(warmup=3), step, 50) for step in range(3, 50)} == {1.0}
+    assert {lr_multiplier(Constant(warmup=3), step, 50) for step in range(3, 50)} == {1.0}

@@ -45,7 +45,7 @@ def hybrid(state: dict[str, Tensor], config, x: Tensor, chosen: list[list[int]])
         q = (state["queries.up.weight"] @ source).view(heads, nope + rope)
         q = [torch.cat((head[:nope], turned(head[nope:], t))) for head in q]
         said = {}
-        for name in config.present:
+        for name in config.branch_names:
             branch = {key.removeprefix(f"branches.{name}."): value for key, value in state.items()}
             if name == "compress":
                 said[name] = [_compress(branch, config, x, t, q[h], h) for h in range(heads)]
@@ -56,7 +56,7 @@ def hybrid(state: dict[str, Tensor], config, x: Tensor, chosen: list[list[int]])
         scores = (state["branch_gate.weight"] @ x[t] + state["branch_gate.bias"]).view(heads, -1)
         gates = scores.softmax(1) if config.gate == "softmax" else scores.sigmoid()
         mixed = [
-            sum(gates[h, z] * said[name][h] for z, name in enumerate(config.present))
+            sum(gates[h, z] * said[name][h] for z, name in enumerate(config.branch_names))
             for h in range(heads)
         ]
         out.append(state["o_proj.weight"] @ torch.cat(mixed))

@@ -87,7 +87,7 @@ def nsa(mixer: Any, x_TC: Tensor, first_TGD: Tensor | None = None) -> tuple[Tens
     layer's values where they are mixed in; and the blocks chosen, by group and token.
     """
     config, width = mixer.config, mixer.width
-    groups, share = config.groups, config.heads // config.groups
+    groups, share = config.num_kv_heads, config.heads // config.groups
     size, stride = config.compress_block, config.compress_stride
     length = len(x_TC)
 

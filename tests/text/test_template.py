@@ -7,9 +7,9 @@ import time
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.bounds import Refused
 from tinsmith.text.specials import our_template
 from tinsmith.text.template import LONGEST, ChatTemplate
+from tinsmith.text.template_limits import Refused
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo <b>"}]
 

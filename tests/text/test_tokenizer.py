@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from tinsmith.core.errors import UserError
+from tinsmith.text.byte_encoding import cut
 from tinsmith.text.specials import CHAT_TOKENS
-from tinsmith.text.spelling import cut
 from tinsmith.text.tokenizer import LONGEST, SPECIALS, Tokenizer
 
 FAMILIES = ["own", "gpt2", "llama", "metaspace", "qwen"]

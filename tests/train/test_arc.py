@@ -19,7 +19,13 @@ NSA = {
     **{"kind": "nsa", "heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 4},
     **{"select_block": 4, "select_count": 3, "window": 16},
 }
-DYN_MOE = {"kind": "dyn_moe", "experts": 4, "hidden": 16, "target_active": 2, "reset_interval": 2}
+DYN_MOE = {
+    "kind": "dyn_moe",
+    "experts": 4,
+    "hidden_dim": 16,
+    "target_active": 2,
+    "reset_interval": 2,
+}
 STAGES = {"first": {"kind": "sft", "reads": "answers"}, "second": {"kind": "eavi"}}
 
 
@@ -28,21 +34,33 @@ def recipe():
     """The model of the minutes with dropout, experts that are born again, looks in between."""
     return {
         "model": {
-            **{"vocab_size": 18, "dim": 32, "depth": 2, "max_context": 128},
+            **{"vocab_size": 18, "dim": 32, "depth": 2, "max_seq_len": 128},
             "pattern": [{"mixer": NSA, "feed_forward": DYN_MOE}],
             "dropout": {"residual": 0.1},
         },
         "data": {
-            **{"kind": "arc", "count": 60, "largest": 3, "demonstrations": 2, "validation": 0.2},
+            **{
+                "kind": "arc",
+                "count": 60,
+                "max_grid_size": 3,
+                "demonstrations": 2,
+                "validation": 0.2,
+            },
             "rules": ["recolour", "mirror", "fill", "half"],
         },
         "objective": STAGES["first"],
         "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
         "train": {
-            **{"steps": 6, "context": 96, "rows": 4, "accumulate": 2, "precision": "fp32"},
+            **{
+                "steps": 6,
+                "seq_len": 96,
+                "batch_size": 4,
+                "grad_accum_steps": 2,
+                "precision": "fp32",
+            },
             **{"save_every": 2, "eval_every": 3, "sample_every": 3},
         },
-        "eval": {"rows": 8, "new_tokens": 8},
+        "eval": {"max_samples": 8, "max_new_tokens": 8},
         "log": {"every": 1},
     }
 
@@ -93,7 +111,9 @@ def test_T2_resume_is_bit_exact(stage, stages, run):
 def test_the_second_stage_begins_where_the_first_ends_and_tells_both_halves(stages):
     (first, _), (second, _) = stages["first"], stages["second"]
     told = lines(second, "train")
-    assert {"teacher", "align", "align_equal", "sdl"} <= told[0].keys()
+    assert {"teacher_forcing_loss", "alignment_loss", "alignment_loss_equal_shape", "sdl"} <= told[
+        0
+    ].keys()
     begun = checkpoint.load(first / "checkpoints" / "step-00000006").model["embed.weight"]
     soon = checkpoint.load(second / "checkpoints" / "step-00000004").model["embed.weight"]
     # AdamW moves a number by about its rate of 0.003 a step; another start is 0.06 away somewhere
@@ -148,13 +168,13 @@ def test_a_dry_run_tries_a_step(stage, recipe, monkeypatch, tmp_path, capsys):
 
 
 def test_eavi_reads_any_chats(run, recipe):
-    model = {**recipe["model"], "vocab_size": 320, "max_context": 160}
-    data = {"kind": "tasks", "tasks": ["copy"], "count": 60, "length": 3, "thoughts": False}
+    model = {**recipe["model"], "vocab_size": 320, "max_seq_len": 160}
+    data = {"kind": "tasks", "tasks": ["copy"], "count": 60, "length": 3, "reasoning": False}
     train_section = {**recipe["train"], "context": 160}
     folder = run("second", "chats", model=model, data=data, train=train_section)
     told = lines(folder, "train")[-1]
-    assert "align" in told
-    assert "align_equal" not in told
+    assert "alignment_loss" in told
+    assert "alignment_loss_equal_shape" not in told
 
 
 def test_eavi_wants_the_whole_policy_in_every_process(recipe):

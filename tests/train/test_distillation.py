@@ -11,15 +11,21 @@ from tinsmith.train.trainer import train
 
 LAYER = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-    "feed_forward": {"kind": "swiglu", "hidden": 96},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 96},
 }
-MODEL = {"vocab_size": 320, "dim": 48, "depth": 2, "max_context": 128, "pattern": [LAYER]}
+MODEL = {"vocab_size": 320, "dim": 48, "depth": 2, "max_seq_len": 128, "pattern": [LAYER]}
 COMMON = {
     "data": {"kind": "tasks", "tasks": ["copy"], "count": 300, "length": 4},
     "optim": {"schedule": {"kind": "wsd", "warmup": 4}},
-    "eval": {"rows": 16, "new_tokens": 4},
+    "eval": {"max_samples": 16, "max_new_tokens": 4},
 }
-TRAIN = {"context": 96, "rows": 8, "precision": "fp32", "save_every": 500, "sample_every": 500}
+TRAIN = {
+    "seq_len": 96,
+    "batch_size": 8,
+    "precision": "fp32",
+    "save_every": 500,
+    "sample_every": 500,
+}
 
 
 @pytest.fixture(scope="module")

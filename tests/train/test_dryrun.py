@@ -9,16 +9,16 @@ from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.nn.model import LM
 from tinsmith.objectives.pretrain import CrossEntropy
-from tinsmith.train.dryrun import dry_run, memory
+from tinsmith.train.dryrun import dry_run, estimate_memory
 
 MODEL = {
     **{"vocab_size": 320, "dim": 64, "depth": 4},
-    "pattern": [{"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 256}}],
+    "pattern": [{"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden_dim": 256}}],
 }
 
 
 def estimated(residual, **train):
-    sizes = {"context": 128, "rows": 8, "steps": 10} | train
+    sizes = {"seq_len": 128, "batch_size": 8, "steps": 10} | train
     config = from_dict(
         {
             "model": MODEL | {"residual": residual},
@@ -29,7 +29,7 @@ def estimated(residual, **train):
     )
     with torch.device("meta"):
         lm = LM(config.model)
-    return memory(lm, config.model, config) - 16 * lm.parameter_count(), config
+    return estimate_memory(lm, config.model, config) - 16 * lm.parameter_count(), config
 
 
 @pytest.mark.parametrize("kind", ["hyper", "mhyper"])
@@ -47,7 +47,7 @@ def test_what_optimizers_remember_is_that_of_trained_weights_alone():
         for kind in ("muon", "adamw", "adamw8bit", "adafactor"):
             config = from_dict(
                 {
-                    "model": MODEL | {"trained": [trained]},
+                    "model": MODEL | {"trainable": [trained]},
                     "data": {"kind": "stdlib"},
                     "objective": {"kind": "pretrain"},
                     "optim": {"matrices": {"kind": kind}},
@@ -55,7 +55,7 @@ def test_what_optimizers_remember_is_that_of_trained_weights_alone():
             )
             with torch.device("meta"):
                 lm = LM(config.model)
-            found[trained, kind] = memory(lm, config.model, config)
+            found[trained, kind] = estimate_memory(lm, config.model, config)
     feeds = 4 * 2 * 64 * 256
     attention, rest = 4 * 4 * 64 * 64, 320 * 64 + 9 * 64
     for (trained, kind), remembered in zip(found, [4, 8, 2, 0] * 2, strict=True):
@@ -76,11 +76,13 @@ def test_checkpointed_blocks_keep_all_streams_at_their_border():
 
 
 def tried(objective, **train):
-    layer = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden": 32}}
-    model = {"vocab_size": 320, "dim": 32, "depth": 1, "max_context": 64, "pattern": [layer]}
+    layer = {"mixer": {"kind": "gqa"}, "feed_forward": {"kind": "relu2", "hidden_dim": 32}}
+    model = {"vocab_size": 320, "dim": 32, "depth": 1, "max_seq_len": 64, "pattern": [layer]}
     data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 100}
     recipe = {"model": model, "data": data, "objective": objective}
-    dry_run(from_dict(recipe | {"train": {"steps": 2, "context": 64, "rows": 4} | train}), "dry")
+    dry_run(
+        from_dict(recipe | {"train": {"steps": 2, "seq_len": 64, "batch_size": 4} | train}), "dry"
+    )
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tinsmith.train import checkpoint
 from tinsmith.train.trainer import train
 
 INTERVAL = 5
-FEED = {"kind": "dyn_moe", "experts": 6, "hidden": 12, "reset_interval": INTERVAL}
+FEED = {"kind": "dyn_moe", "experts": 6, "hidden_dim": 12, "reset_interval": INTERVAL}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def recipe(feed, **changes):
     return from_dict(
         {
             "model": {
-                **{"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64},
+                **{"vocab_size": 320, "dim": 32, "depth": 2, "max_seq_len": 64},
                 "pattern": [{"mixer": gqa, "feed_forward": FEED | feed}],
             },
             "tokenizer": {"train": {"vocab_size": 320}},
@@ -49,12 +49,18 @@ def recipe(feed, **changes):
             "objective": {"kind": "pretrain"},
             "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
             "train": {
-                **{"steps": 12, "context": 48, "rows": 4, "accumulate": 2, "precision": "fp32"},
+                **{
+                    "steps": 12,
+                    "seq_len": 48,
+                    "batch_size": 4,
+                    "grad_accum_steps": 2,
+                    "precision": "fp32",
+                },
                 **{"save_every": 1, "eval_every": 12, "sample_every": 12},
                 "keep": {"last": 12, "best": False},
             }
             | changes,
-            "eval": {"rows": 4, "new_tokens": 4},
+            "eval": {"max_samples": 4, "max_new_tokens": 4},
             "log": {"every": 4},
         }
     )
@@ -106,8 +112,8 @@ def test_checkpointing_changes_no_bit(run):
 
 def test_a_split_into_micro_batches_counts_the_same(planted, run):
     """Counts and newborns are those of the global batch."""
-    whole = run("whole", steps=5, rows=8, accumulate=1)
-    parts = run("parts", steps=5, rows=2, accumulate=4)
+    whole = run("whole", steps=5, batch_size=8, grad_accum_steps=1)
+    parts = run("parts", steps=5, batch_size=2, grad_accum_steps=4)
     for layer in (0, 1):
         window = f"blocks.{layer}.feed.gate.window."
         expected, found = whole["step-00000001"].model, parts["step-00000001"].model

@@ -11,10 +11,10 @@ from tinsmith.train.dryrun import dry_run
 from tinsmith.train.trainer import train
 
 GQA = {"kind": "gqa", "heads": 4, "kv_heads": 2}
-TOPK = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden": 24, "balance": "none"}
+TOPK = {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden_dim": 24, "balance": "none"}
 DEEPSEEK = {
-    **{"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden": 12},
-    **{"bias_rate": 0.01, "balance_weight": 0.0},
+    **{"kind": "deepseek_moe", "experts": 6, "top_k": 2, "hidden_dim": 12},
+    **{"bias_update_speed": 0.01, "balance_weight": 0.0},
 }
 NOISY = {"feed_forward": DEEPSEEK | {"noise": 0.1}}
 THRESHOLDS = {"experts": 4, "reset_interval": 5}
@@ -22,7 +22,7 @@ SML = {"router_grad": "sml", "sml_local": True, "candidates": "all"}
 LAYERS = {
     "topk_moe": {"feed_forward": TOPK},
     "deepseek_moe": NOISY,
-    "dyn_moe": {"feed_forward": {"kind": "dyn_moe", "hidden": 12} | SML | THRESHOLDS},
+    "dyn_moe": {"feed_forward": {"kind": "dyn_moe", "hidden_dim": 12} | SML | THRESHOLDS},
     "dyn_heads": {"mixer": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2} | THRESHOLDS},
     "dyn_lora": {"mixer": {"kind": "dyn_lora", "base": GQA, "rank": 2} | THRESHOLDS},
 }
@@ -48,11 +48,11 @@ def run(tmp_path, monkeypatch):
 
 
 def recipe(layer, **changes):
-    plain = {"mixer": GQA, "feed_forward": {"kind": "swiglu", "hidden": 48}}
+    plain = {"mixer": GQA, "feed_forward": {"kind": "swiglu", "hidden_dim": 48}}
     return from_dict(
         {
             "model": {
-                **{"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64},
+                **{"vocab_size": 320, "dim": 32, "depth": 2, "max_seq_len": 64},
                 "pattern": [plain | layer],
             },
             "tokenizer": {"train": {"vocab_size": 320}},
@@ -63,11 +63,17 @@ def recipe(layer, **changes):
                 "schedule": {"kind": "wsd", "warmup": 2},
             },
             "train": {
-                **{"steps": 6, "context": 48, "rows": 4, "accumulate": 2, "precision": "fp32"},
+                **{
+                    "steps": 6,
+                    "seq_len": 48,
+                    "batch_size": 4,
+                    "grad_accum_steps": 2,
+                    "precision": "fp32",
+                },
                 **{"save_every": 2, "eval_every": 6, "sample_every": 6},
             }
             | changes,
-            "eval": {"rows": 4, "new_tokens": 4},
+            "eval": {"max_samples": 4, "max_new_tokens": 4},
             "log": {"every": 1},
         }
     )
@@ -76,8 +82,8 @@ def recipe(layer, **changes):
 def test_T4_splits_give_the_same_weights_and_the_same_bias(run):
     """The bias to the bit: it moves by whole steps on counts of the global batch."""
     layer = {"feed_forward": DEEPSEEK}
-    whole = run("whole", layer, rows=8, accumulate=1)
-    parts = run("parts", layer, rows=2, accumulate=4)
+    whole = run("whole", layer, batch_size=8, grad_accum_steps=1)
+    parts = run("parts", layer, batch_size=2, grad_accum_steps=4)
     for name, value in whole.items():
         if name.endswith("feed.bias"):
             assert value.abs().max() >= 0.01

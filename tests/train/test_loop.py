@@ -13,8 +13,8 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import RunLog, read_metrics
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.bpe import train_bpe
-from tinsmith.train.precision import LossScale
-from tinsmith.train.run import grown
+from tinsmith.train.precision import LossScaler
+from tinsmith.train.run import resize_embeddings
 from tinsmith.train.trainer import train
 
 RECIPE = {
@@ -22,11 +22,11 @@ RECIPE = {
         "vocab_size": 320,
         "dim": 32,
         "depth": 2,
-        "max_context": 64,
+        "max_seq_len": 64,
         "pattern": [
             {
                 "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-                "feed_forward": {"kind": "swiglu", "hidden": 48},
+                "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
             }
         ],
     },
@@ -35,10 +35,10 @@ RECIPE = {
     "objective": {"kind": "pretrain"},
     "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
     "train": {
-        **{"steps": 6, "context": 48, "rows": 4, "precision": "fp32"},
+        **{"steps": 6, "seq_len": 48, "batch_size": 4, "precision": "fp32"},
         **{"save_every": 2, "eval_every": 2, "sample_every": 6},
     },
-    "eval": {"rows": 4, "new_tokens": 4},
+    "eval": {"max_samples": 4, "max_new_tokens": 4},
     "log": {"every": 1},
 }
 
@@ -73,11 +73,11 @@ def test_every_precision_trains(precision, run):
 
 
 def test_fp16_scale_is_logged_and_overflow_is_not_a_bad_step(run, monkeypatch):
-    monkeypatch.setattr(LossScale, "__init__", _huge_scale)
+    monkeypatch.setattr(LossScaler, "__init__", _huge_scale)
     folder = run(train={"precision": "fp16", "steps": 24})
     found = rows(folder, "train")
-    assert not rows(folder, "bad_step")
-    assert found[-1]["bad_steps"] == 0
+    assert not rows(folder, "nonfinite_step")
+    assert found[-1]["nonfinite_steps"] == 0
     assert found[-1]["loss_scale"] < 2.0**34
 
 
@@ -87,15 +87,15 @@ def _huge_scale(self, precision: str, start: float = 2.0**34, growth_interval: i
 
 
 def test_loss_scale_halves_and_grows():
-    scale = LossScale("fp16", start=8.0, growth_interval=2)
+    scale = LossScaler("fp16", init_scale=8.0, growth_interval=2)
     scale.update(True)
-    assert scale.value == 4.0
+    assert scale.scale == 4.0
     scale.update(False)
     scale.update(False)
-    assert scale.value == 8.0
-    off = LossScale("bf16")
+    assert scale.scale == 8.0
+    off = LossScaler("bf16")
     off.update(True)
-    assert off.value == 1.0
+    assert off.scale == 1.0
 
 
 def kept(folder: Path) -> list[int]:
@@ -109,7 +109,7 @@ def test_keep_last_and_best(run):
 
 
 def test_keep_below_a_loss_keeps_only_those_and_the_newest(run):
-    folder = run(train={"steps": 8, "keep": {"last": 9, "best": False, "below": 5.4}})
+    folder = run(train={"steps": 8, "keep": {"last": 9, "best": False, "max_val_loss": 5.4}})
     losses = {row["step"]: row["loss"] for row in rows(folder, "eval")}
     expected = {step for step, loss in losses.items() if loss < 5.4} | {8}
     assert kept(folder) == sorted(expected)
@@ -121,13 +121,13 @@ def test_bits_per_byte_are_logged_per_source_of_a_mixture(run):
         {"kind": "tasks", "tasks": ["copy"], "count": 200, "weight": 3},
         {"kind": "tasks", "tasks": ["sort"], "count": 200, "seed": 1},
     ]
-    folder = run(data=mixture, eval={"rows": 8})
+    folder = run(data=mixture, eval={"max_samples": 8})
     last = rows(folder, "eval")[-1]
     assert sum(key.startswith("bpb.") for key in last) == 2
 
 
 def test_sft_trains_on_the_assistants_tokens(run):
-    folder = run(objective={"kind": "sft"}, train={"context": 128, "steps": 8})
+    folder = run(objective={"kind": "sft"}, train={"seq_len": 128, "steps": 8})
     assert rows(folder, "train")[-1]["loss"] < rows(folder, "train")[0]["loss"]
     assert "assistant" in (folder / "samples.md").read_text()
 
@@ -149,7 +149,7 @@ def test_new_token_ids_grow_embedding_and_head_by_the_mean(capsys):
             RECIPE["model"] | {"vocab_size": 280, "tie_embeddings": tied}
         )
         lm = LM(config)
-        larger = grown(lm, tokenizer, RunLog(None))
+        larger = resize_embeddings(lm, tokenizer, RunLog(None))
         assert larger.config.vocab_size % 64 == 0
         assert larger.config.vocab_size >= tokenizer.vocab_size
         assert torch.equal(larger.embed.weight[:280], lm.embed.weight)
@@ -159,7 +159,7 @@ def test_new_token_ids_grow_embedding_and_head_by_the_mean(capsys):
         )
         assert torch.allclose(larger.head.weight[300], lm.head.weight.mean(0))
         assert capsys.readouterr().out.count("\n") == 1
-    assert grown(larger, tokenizer, RunLog(None)) is larger
+    assert resize_embeddings(larger, tokenizer, RunLog(None)) is larger
 
 
 def test_training_does_not_depend_on_evaluation_or_samples(run):
@@ -184,7 +184,13 @@ def test_every_line_of_metrics_is_json_with_step_and_kind(run):
 def test_a_single_batch_is_learned_by_heart(run):
     folder = run(
         data={"kind": "tasks", "tasks": ["copy"], "count": 12, "length": 3},
-        train={"steps": 150, "rows": 8, "eval_every": 150, "save_every": 150, "sample_every": 150},
+        train={
+            "steps": 150,
+            "batch_size": 8,
+            "eval_every": 150,
+            "save_every": 150,
+            "sample_every": 150,
+        },
         log={"every": 50},
     )
     assert rows(folder, "train")[-1]["loss"] < 0.7

@@ -13,30 +13,30 @@ import tinsmith
 from tinsmith.cli import app
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
-from tinsmith.hub.adapters import fold, read_adapters
+from tinsmith.hub.peft.adapters import merge_adapters, read_adapters
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import Objective
 from tinsmith.objectives.pretrain import Pretrain
 from tinsmith.train.dryrun import dry_run
-from tinsmith.train.judges import judges
+from tinsmith.train.frozen import load_frozen_models
 from tinsmith.train.trainer import train
 
 LAYER = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-    "feed_forward": {"kind": "swiglu", "hidden": 48},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
 }
 COMMON = {
     "data": {"kind": "tasks", "count": 300, "digits": 2, "length": 4},
     "objective": {"kind": "pretrain"},
     "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
     "train": {
-        **{"steps": 6, "context": 48, "rows": 4, "precision": "fp32"},
+        **{"steps": 6, "seq_len": 48, "batch_size": 4, "precision": "fp32"},
         **{"save_every": 2, "eval_every": 3, "sample_every": 6},
     },
-    "eval": {"rows": 4, "new_tokens": 4},
+    "eval": {"max_samples": 4, "max_new_tokens": 4},
     "log": {"every": 1},
 }
-MODEL = {"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64, "pattern": [LAYER]}
+MODEL = {"vocab_size": 320, "dim": 32, "depth": 2, "max_seq_len": 64, "pattern": [LAYER]}
 SECTION = {"targets": ["q_proj", "v_proj", "down_proj"], "rank": 4, "alpha": 8, "dropout": 0.1}
 
 
@@ -103,7 +103,7 @@ def test_final_is_the_merged_model_and_so_is_the_last_checkpoint(runs):
 def test_adapter_beside_final_makes_final_of_the_base(runs):
     base, _ = tinsmith.load(runs[0])
     made = read_adapters(runs[1] / "final" / "adapter", base.config)
-    fold(base, made)
+    merge_adapters(base, made)
     assert same(base, tinsmith.load(runs[1])[0])
     described = json.loads((runs[1] / "final" / "adapter" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(runs[0])
@@ -201,14 +201,17 @@ def test_a_section_that_cannot_be_is_refused_with_its_key(section, said):
 
 def test_a_judge_that_is_the_policy_at_first_is_not_copied(runs):
     class Judged(Pretrain):
-        def judges(self):
+        def frozen_models(self):
             return {"reference": None, "teacher": str(runs[0])}
 
     from tinsmith.nn import lora
 
     policy, tokenizer = tinsmith.load(runs[0])
     device = torch.device("cpu")
-    assert judges(Judged(), policy, tokenizer, device).keys() == {"reference", "teacher"}
-    lora.add(policy, lora.LoRA())
-    assert judges(Judged(), policy, tokenizer, device).keys() == {"teacher"}
-    assert Objective().frozen.get("reference") is None
+    assert load_frozen_models(Judged(), policy, tokenizer, device).keys() == {
+        "reference",
+        "teacher",
+    }
+    lora.add_adapters(policy, lora.LoRA())
+    assert load_frozen_models(Judged(), policy, tokenizer, device).keys() == {"teacher"}
+    assert Objective().frozen_models.get("reference") is None

@@ -14,8 +14,8 @@ from tinsmith.core.rng import generator
 from tinsmith.hub.load import load
 from tinsmith.text.chat import encode_chat, normalise
 from tinsmith.train.dryrun import dry_run
-from tinsmith.train.judges import scorer
-from tinsmith.train.start import policy_model
+from tinsmith.train.frozen import load_reward_model
+from tinsmith.train.setup import resolve_model_config
 from tinsmith.train.trainer import train
 from tinsmith.verbs.evaluate import Text, evaluate
 
@@ -52,11 +52,11 @@ def pairs(tmp_path):
 def recipe(pairs):
     layer = {
         "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-        "feed_forward": {"kind": "swiglu", "hidden": 48},
+        "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
     }
     return {
         "model": {
-            **{"vocab_size": 384, "dim": 32, "depth": 2, "max_context": 64, "pattern": [layer]},
+            **{"vocab_size": 384, "dim": 32, "depth": 2, "max_seq_len": 64, "pattern": [layer]},
             "dropout": {"residual": 0.1},
         },
         "tokenizer": {"train": {"vocab_size": 384}},
@@ -67,10 +67,16 @@ def recipe(pairs):
             "schedule": {"kind": "wsd", "warmup": 2},
         },
         "train": {
-            **{"steps": 6, "context": 64, "rows": 4, "accumulate": 2, "precision": "fp32"},
+            **{
+                "steps": 6,
+                "seq_len": 64,
+                "batch_size": 4,
+                "grad_accum_steps": 2,
+                "precision": "fp32",
+            },
             **{"save_every": 2, "eval_every": 3, "sample_every": 6},
         },
-        "eval": {"rows": 64, "new_tokens": 4},
+        "eval": {"max_samples": 64, "max_new_tokens": 4},
         "log": {"every": 1},
     }
 
@@ -142,13 +148,13 @@ def test_a_model_that_was_still_may_have_dropout_again(run, recipe, noisy):
     folder = run("still", {"kind": "dpo"}, steps=1)
     again = from_dict(recipe | {"objective": {"kind": "reward"}, "init_from": str(folder)})
     assert again.model is not None
-    found = policy_model(again, load(folder)[0].config)
+    found = resolve_model_config(again, load(folder)[0].config)
     assert found == again.model
     assert found.dropout.residual == 0.1
     assert found.layers[0].feed_forward.noise == 0.5
     other = from_dict(recipe | {"model": told | {"dim": 64}, "init_from": str(folder)} | OBJECTIVE)
     with pytest.raises(UserError, match="model: differs from that of init_from"):
-        policy_model(other, load(folder)[0].config)
+        resolve_model_config(other, load(folder)[0].config)
 
 
 def test_T11_a_reward_model_ranks_held_back_pairs(run):
@@ -207,7 +213,7 @@ def test_a_finished_run_opens_and_its_card_says_what_was_measured(run):
 def test_a_trained_reward_model_is_loaded_as_a_reward(run):
     folder = run("judge", {"kind": "reward"}, steps=40, eval_every=40, save_every=40, plain=True)
     _, tokenizer = load(folder)
-    found = [scorer(str(place), tokenizer, CPU) for place in (folder, folder / "final")]
+    found = [load_reward_model(str(place), tokenizer, CPU) for place in (folder, folder / "final")]
     asked = {"role": "user", "content": "Give me tea."}
     ids = [
         encode_chat(
@@ -221,14 +227,14 @@ def test_a_trained_reward_model_is_loaded_as_a_reward(run):
     assert scores[0][0] > scores[0][1] + 0.5
     newest = folder / "checkpoints" / "step-00000040"
     assert load_file(newest / "objective.safetensors")["head.weight"].shape == (1, 32)
-    assert torch.equal(scorer(str(newest), tokenizer, CPU).score(ids), scores[0])
+    assert torch.equal(load_reward_model(str(newest), tokenizer, CPU).score(ids), scores[0])
 
 
 def test_a_run_without_a_head_is_no_reward_model(run):
     folder = run("plain", {"kind": "dpo"}, steps=1)
     _, tokenizer = load(folder)
     with pytest.raises(UserError, match="no reward model; train one"):
-        scorer(str(folder), tokenizer, CPU)
+        load_reward_model(str(folder), tokenizer, CPU)
 
 
 @pytest.mark.parametrize("objective", [{"kind": "dpo"}, {"kind": "reward"}])

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.config import from_dict
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.evals.format import FormatRate, evaluate_format
 from tinsmith.hub.load import load
 from tinsmith.train.trainer import train
 
 LAYER = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-    "feed_forward": {"kind": "swiglu", "hidden": 128},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 128},
 }
-MODEL = {"vocab_size": 400, "dim": 64, "depth": 2, "max_context": 128, "pattern": [LAYER]}
+MODEL = {"vocab_size": 400, "dim": 64, "depth": 2, "max_seq_len": 128, "pattern": [LAYER]}
 DATA = {"kind": "tasks", "tasks": ["copy"], "count": 2000, "length": 3}
 ROOM = 96
 HELD_BACK = 60
@@ -36,10 +36,10 @@ def rate(folder: Path, place: Path) -> FormatRate:
     assert tokenizer is not None
     told = {"init_from": str(folder), "data": DATA, "objective": {"kind": "grpo"}}
     config = from_dict(told)
-    made = prepare(config.data, tokenizer, "prompts", place, print, context=ROOM)
-    source = open_source(made.folder, "prompts", "validation", ROOM, 0)
-    prompts = [source.prompts(number, 1)[0] for number in range(HELD_BACK)]
-    return evaluate_format(lm, tokenizer, prompts, max_new=64, rows=HELD_BACK)
+    made = prepare(config.data, tokenizer, "prompts", place, print, seq_len=ROOM)
+    source = open_dataset(made.folder, "prompts", "validation", ROOM, 0)
+    prompts = [source.get_prompts(number, 1)[0] for number in range(HELD_BACK)]
+    return evaluate_format(lm, tokenizer, prompts, max_new_tokens=64, batch_size=HELD_BACK)
 
 
 def test_T11_weighted_tags_raise_the_share_of_answers_of_the_right_form(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_T11_weighted_tags_raise_the_share_of_answers_of_the_right_form(tmp_path
         "plain",
         model=MODEL,
         tokenizer={"train": {"vocab_size": 400}},
-        data=DATA | {"thoughts": False},
+        data=DATA | {"reasoning": False},
         objective={"kind": "sft"},
         steps=40,
     )
@@ -56,10 +56,10 @@ def test_T11_weighted_tags_raise_the_share_of_answers_of_the_right_form(tmp_path
     taught = run(
         "taught",
         init_from=str(plain),
-        data=DATA | {"tagged": True},
+        data=DATA | {"answer_tags": True},
         objective={"kind": "sft", "weights": {"think": 10, "answer": 10}},
         steps=100,
     )
     after = rate(taught, tmp_path / "exam")
-    assert before.right <= 0.1 * HELD_BACK
-    assert after.right >= 0.9 * HELD_BACK
+    assert before.num_well_formed <= 0.1 * HELD_BACK
+    assert after.num_well_formed >= 0.9 * HELD_BACK

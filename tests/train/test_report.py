@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.train.figure import draw_run, draw_runs
-from tinsmith.train.history import History, Series
+from tinsmith.train.plots.history import History, Series
+from tinsmith.train.plots.loss import draw_run, draw_runs
 from tinsmith.train.report import plot_run, plot_runs, runs_table, write_samples
 
 
@@ -113,7 +113,7 @@ def test_the_panels_hold_the_metrics_and_say_their_units(make_run):
 
 
 def test_skipped_steps_are_marked(make_run):
-    said = [*lines(), {"step": 123, "kind": "bad_step", "first_sample": 0, "end_sample": 9}]
+    said = [*lines(), {"step": 123, "kind": "nonfinite_step", "first_sample": 0, "end_sample": 9}]
     loss = panels(draw_run(History.read(make_run(said=said))))["Loss"]
     marks = next(line for line in loss.lines if line.get_label() == "skipped step")
     assert marks.get_xdata() == [123]
@@ -134,7 +134,7 @@ def test_without_bits_per_byte_the_validation_loss_is_shown(make_run):
         [{"step": 5, "kind": "eval", "loss": 3.0, "bpb": 1.0}],
         [{"step": 5, "kind": "train", "loss": None, "grad_norm": None}],
         [{"step": 5, "kind": "train", "loss": 0.0, "grad_norm": 0.0, "lr_multiplier": 0.0}],
-        [{"step": 5, "kind": "bad_step"}, {"step": 6, "kind": "samples"}],
+        [{"step": 5, "kind": "nonfinite_step"}, {"step": 6, "kind": "samples"}],
     ],
 )
 @pytest.mark.filterwarnings("error")

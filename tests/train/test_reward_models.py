@@ -13,24 +13,24 @@ from tinsmith.core.log import read_metrics
 from tinsmith.data.prompts import Prompt
 from tinsmith.hub.load import load
 from tinsmith.objectives.grpo import GRPO
-from tinsmith.objectives.rollout import Episode
-from tinsmith.objectives.rules import Learned
+from tinsmith.objectives.rl.rollout import Rollout
+from tinsmith.rewards.config import RewardModelReward
 from tinsmith.train.dryrun import dry_run
-from tinsmith.train.judges import scorer
+from tinsmith.train.frozen import load_reward_model
 from tinsmith.train.trainer import train
 
 LAYER = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
-    "feed_forward": {"kind": "swiglu", "hidden": 48},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
 }
-MODEL = {"vocab_size": 320, "dim": 32, "depth": 1, "max_context": 64, "pattern": [LAYER]}
+MODEL = {"vocab_size": 320, "dim": 32, "depth": 1, "max_seq_len": 64, "pattern": [LAYER]}
 OPTIM = {
     "matrices": {"kind": "adamw", "lr": 2.0e-3},
     "others": {"kind": "adamw", "lr": 2.0e-3},
     "schedule": {"kind": "wsd", "warmup": 2},
 }
 TRAIN = {
-    **{"context": 64, "rows": 8, "precision": "fp32"},
+    **{"seq_len": 64, "batch_size": 8, "precision": "fp32"},
     **{"save_every": 10_000, "eval_every": 10_000, "sample_every": 10_000},
 }
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def run(place: Path, name: str, objective: dict[str, Any], steps: int, **more: A
     start = {"model": MODEL, "tokenizer": {"train": {"vocab_size": 320}}}
     own = more or start
     recipe = own | {"data": data, "objective": objective, "optim": OPTIM, "log": {"every": 1}}
-    recipe |= {"train": TRAIN | {"steps": steps}, "eval": {"rows": 8, "new_tokens": 4}}
+    recipe |= {"train": TRAIN | {"steps": steps}, "eval": {"max_samples": 8, "max_new_tokens": 4}}
     return train(from_dict(recipe), name)
 
 
@@ -76,7 +76,7 @@ def test_a_policy_learns_from_a_reward_model_that_stays_as_it_is(kind, place, ju
     lines = list(read_metrics(folder / "metrics.jsonl"))
     steps = [line for line in lines if line["kind"] == "train"]
     assert len(steps) == 2
-    assert all(line["unrewarded"] == 0 for line in steps)
+    assert all(line["reward_failed_fraction"] == 0 for line in steps)
     assert all(abs(line["reward"]) > 0 for line in steps)
     assert before == {file.name: file.read_bytes() for file in (judge / "final").iterdir()}
 
@@ -92,18 +92,20 @@ def test_T11_the_score_of_answers_goes_up(place, judge):
 def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(judge):
     lm, tokenizer = load(judge)
     assert tokenizer is not None
-    model = scorer(str(judge), tokenizer, CPU)
-    objective = GRPO(rewards=(Learned(path=str(judge), weight=2.0),), answers=2).build()
-    objective.scorers = {str(judge): model}
+    model = load_reward_model(str(judge), tokenizer, CPU)
+    objective = GRPO(
+        rewards=(RewardModelReward(path=str(judge), weight=2.0),), num_generations=2
+    ).build()
+    objective.reward_models = {str(judge): model}
     objective.prepare(lm, tokenizer)
-    episodes = [Episode([20, 21, 22][: 1 + n % 3], seed=n) for n in range(5)]
+    episodes = [Rollout([20, 21, 22][: 1 + n % 3], seed=n) for n in range(5)]
     for number, episode in enumerate(episodes):
         for token in range(30, 31 + number):
-            episode.say(token, 0.0)
+            episode.append_token(token, 0.0)
     prompts = [Prompt(episode.ids, 0, None, {}) for episode in episodes]
     alone = [2 * float(model.score([episode.ids])) for episode in episodes]
     assert objective.score(prompts, episodes) == pytest.approx(alone, abs=1e-5)
-    model.rows = 2
+    model.batch_size = 2
     assert objective.score(prompts, episodes) == pytest.approx(alone, abs=1e-5)
     assert len(set(alone)) == 5
     assert not any(parameter.requires_grad for parameter in model.parameters())

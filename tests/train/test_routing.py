@@ -12,22 +12,22 @@ from tinsmith import load
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.train.heatmap import draw_experts
-from tinsmith.train.history import History
+from tinsmith.train.expert_stats import ExpertStats, format_line
+from tinsmith.train.plots.experts import draw_experts
+from tinsmith.train.plots.history import History
 from tinsmith.train.report import plot_run
-from tinsmith.train.routing import RoutingMeter, sentence
 from tinsmith.train.trainer import train
 from tinsmith.verbs.evaluate import Text, evaluate
 
 HEADS = {"kind": "dyn_heads", "heads": 4, "experts": 3}
 FEEDS = {
-    "deepseek_moe": {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden": 12},
-    "dyn_moe": {"kind": "dyn_moe", "experts": 4, "hidden": 12, "router_grad": "both"},
+    "deepseek_moe": {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 12},
+    "dyn_moe": {"kind": "dyn_moe", "experts": 4, "hidden_dim": 12, "router_grad": "both"},
 }
 
 
 def section(feed, mixer=HEADS):
-    sizes = {"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64}
+    sizes = {"vocab_size": 320, "dim": 32, "depth": 2, "max_seq_len": 64}
     return sizes | {"pattern": [{"mixer": mixer, "feed_forward": feed}]}
 
 
@@ -54,56 +54,72 @@ def stats(**layers):
 
 
 def test_means_are_formed_once_of_all_sums(lm):
-    meter = RoutingMeter()
+    meter = ExpertStats()
     meter.add(stats(**{"0_mixer": planted([6, 0, 0], 8, entropy=4.0, fallback=2)}))
     meter.add(stats(**{"0_mixer": planted([0, 26, 0], 24, entropy=0.0, fallback=0)}))
     meter.add(stats(**{"1_feed": planted([1, 1, 1, 1], 2, balance=3.0)}))
-    found = meter.take(lm)
+    found = meter.pop_metrics(lm)
     mixer, feed = found["layers"]["0.mixer"], found["layers"]["1.feed"]
     assert mixer["load"] == [6 / 32, 26 / 32, 0]
     assert (mixer["active"], mixer["dead"]) == (1.0, 1)
-    assert mixer["peak"] == pytest.approx(26 / (32 / 3), rel=1e-4)
+    assert mixer["max_load_ratio"] == pytest.approx(26 / (32 / 3), rel=1e-4)
     assert (mixer["entropy"], mixer["fallback"]) == (4 / 32, 2 / 32)
     assert mixer["thresholds"] == [0.1, -0.2, 0.0]
     assert mixer["drift"] == pytest.approx(0.1)
     assert feed["load"] == [0.5] * 4
     assert (feed["active"], feed["balance"], feed["bias"]) == (2.0, 1.5, [0.0] * 4)
-    assert (found["experts"], found["dead"], found["peak"]) == (7, 1, mixer["peak"])
+    assert (found["experts"], found["dead"], found["max_load_ratio"]) == (
+        7,
+        1,
+        mixer["max_load_ratio"],
+    )
     assert (found["active"], found["entropy"]) == (1.5, 4 / 32)
-    assert meter.take(lm) == {}
-    assert sentence(found).startswith("active 1.50  dead 1/7  peak 2.4  entropy 0.12")
-    assert "fallback 6.2 %" in sentence(found)
-    assert len(sentence(found)) < 80
+    assert meter.pop_metrics(lm) == {}
+    assert format_line(found).startswith("active 1.50  dead 1/7  peak 2.4  entropy 0.12")
+    assert "fallback 6.2 %" in format_line(found)
+    assert len(format_line(found)) < 80
 
 
 def test_surprise_is_over_what_it_was_counted_for(lm):
-    meter = RoutingMeter()
-    said = planted([4, 4, 0], 8, surprise=3.0, pairs=6, dark=1, compared=4, alike=-2.0)
+    meter = ExpertStats()
+    said = planted(
+        [4, 4, 0],
+        8,
+        surprise=3.0,
+        pairs=6,
+        inactive_fraction=1,
+        compared=4,
+        surprise_norm_corr=-2.0,
+    )
     meter.add(stats(**{"0_mixer": said | {"unrouted": torch.ones(32)}}))
-    layer = meter.take(lm)["layers"]["0.mixer"]
-    assert (layer["surprise"], layer["dark"], layer["alike"]) == (0.5, 0.25, -0.5)
+    layer = meter.pop_metrics(lm)["layers"]["0.mixer"]
+    assert (layer["surprise"], layer["inactive_fraction"], layer["surprise_norm_corr"]) == (
+        0.5,
+        0.25,
+        -0.5,
+    )
     assert not {"pairs", "compared", "unrouted", "tokens"} & layer.keys()
     json.dumps(layer)
 
 
 def test_nothing_is_told_of_nothing(lm):
-    meter = RoutingMeter()
-    assert meter.take(lm) == {}
+    meter = ExpertStats()
+    assert meter.pop_metrics(lm) == {}
     meter.add(stats(**{"0_mixer": planted([0, 0, 0], 0)}))
-    assert meter.take(lm) == {}
+    assert meter.pop_metrics(lm) == {}
     meter.add(stats(**{"0_mixer": planted([0, 0, 0], 5, surprise=0.0, pairs=0)}))
-    layer = meter.take(lm)["layers"]["0.mixer"]
-    assert (layer["dead"], layer["active"], layer["peak"]) == (3, 0, 0)
+    layer = meter.pop_metrics(lm)["layers"]["0.mixer"]
+    assert (layer["dead"], layer["active"], layer["max_load_ratio"]) == (3, 0, 0)
     assert "surprise" not in layer
 
 
 def test_sums_survive_a_checkpoint_to_the_bit(lm):
-    meter, other = RoutingMeter(), RoutingMeter()
+    meter, other = ExpertStats(), ExpertStats()
     meter.add(stats(**{"0_mixer": planted([1, 2, 0], 7, entropy=1 / 3)}))
-    other.restore(json.loads(json.dumps(meter.state())), torch.device("cpu"))
+    other.load_state(json.loads(json.dumps(meter.state())), torch.device("cpu"))
     for each in (meter, other):
         each.add(stats(**{"0_mixer": planted([1, 1, 1], 7, entropy=0.1)}))
-    assert meter.take(lm) == other.take(lm)
+    assert meter.pop_metrics(lm) == other.pop_metrics(lm)
 
 
 @pytest.fixture
@@ -119,11 +135,17 @@ def run(tmp_path, monkeypatch):
             "data": [data | {"tasks": [task]} for task in ("arithmetic", "sort")],
             "objective": {"kind": "pretrain"},
             "train": {
-                **{"steps": 7, "context": 48, "rows": 4, "accumulate": 2, "precision": "fp32"},
+                **{
+                    "steps": 7,
+                    "seq_len": 48,
+                    "batch_size": 4,
+                    "grad_accum_steps": 2,
+                    "precision": "fp32",
+                },
                 **{"save_every": 2, "eval_every": 7, "sample_every": 7},
             }
             | changes,
-            "eval": {"rows": 8, "new_tokens": 4},
+            "eval": {"max_samples": 8, "max_new_tokens": 4},
             "log": {"every": 3},
         }
         return train(from_dict(recipe), name, resume=resume)
@@ -154,7 +176,7 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
             assert ("surprise" in layer) == (feed == "dyn_moe" and name.endswith("feed"))
     (found,) = of_kind(whole, "specialisation")
     assert set(found["layers"]) == {"0.mixer", "0.feed", "1.mixer", "1.feed", "all"}
-    assert 0 <= found["layers"]["all"]["share"] <= 1
+    assert 0 <= found["layers"]["all"]["normalized_mi"] <= 1
     assert 0 <= found["layers"]["all"]["jaccard"] <= 1
     for place in (whole, whole / "checkpoints" / "step-00000007"):
         lm, _ = load(place, dtype="bfloat16")
@@ -174,7 +196,9 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
 
 def test_how_a_batch_is_split_changes_no_load(run):
     lines = [
-        of_kind(run("deepseek_moe", f"r{rows}", rows=rows, accumulate=8 // rows), "routing")[0]
+        of_kind(
+            run("deepseek_moe", f"r{rows}", batch_size=rows, grad_accum_steps=8 // rows), "routing"
+        )[0]
         for rows in (8, 2)
     ]
     for name, layer in lines[0]["layers"].items():
@@ -190,7 +214,13 @@ def routing(layers, steps=(10, 20, 30)):
         shares = rng.dirichlet(np.ones(8))
         return [0.0 if e == 5 and step > 10 else float(s) for e, s in enumerate(shares)]
 
-    whole = {"experts": 8 * layers, "dead": layers, "active": 1.0, "peak": 2.0, "entropy": 1.5}
+    whole = {
+        "experts": 8 * layers,
+        "dead": layers,
+        "active": 1.0,
+        "max_load_ratio": 2.0,
+        "entropy": 1.5,
+    }
     return [
         {"step": step, "kind": "routing"}
         | whole
@@ -223,7 +253,7 @@ def test_drift_and_surprise_are_drawn_where_they_are_told():
     lines = routing(2)
     titles = {axes.get_title(loc="left") for axes in draw_experts(History("a run", lines)).axes}
     assert not titles & {"Surprise", "Drift of the gates", "Tokens in the dark room"}
-    told = {"drift": 0.2, "surprise": 0.5, "dark": 0.25}
+    told = {"drift": 0.2, "surprise": 0.5, "inactive_fraction": 0.25}
     figure = draw_experts(History("a run", [line | told for line in lines]))
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     drawn = ("Drift of the gates", "Surprise", "Tokens in the dark room")

@@ -11,8 +11,8 @@ import torch
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import RunLog
-from tinsmith.train import track
-from tinsmith.train.track import attach
+from tinsmith.train import trackers
+from tinsmith.train.trackers import attach_trackers
 
 CONFIG = {"train": {"steps": 20}, "objective": {"kind": "pretrain"}}
 LINES = [
@@ -29,8 +29,8 @@ class Recorder:
     def __init__(self, fails_in=()):
         self.told, self.closed, self.fails_in = [], 0, fails_in
 
-    def tell(self, values, step):
-        if "tell" in self.fails_in:
+    def log(self, values, step):
+        if "log" in self.fails_in:
             raise OSError("the server\nis on fire")
         self.told.append((step, values))
 
@@ -46,7 +46,7 @@ def recorder(monkeypatch):
 
     def made(*fails_in):
         one = Recorder(fails_in)
-        monkeypatch.setitem(track.TRACKERS, "tensorboard", lambda folder, config, name: one)
+        monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, config, name: one)
         return one
 
     return made
@@ -54,7 +54,7 @@ def recorder(monkeypatch):
 
 def run_with(trackers, folder):
     log = RunLog(folder)
-    close = attach(trackers, folder, CONFIG, "first", log)
+    close = attach_trackers(trackers, folder, CONFIG, "first", log)
     for line in LINES:
         log.metrics(line)
     close()
@@ -91,7 +91,7 @@ def test_a_resumed_run_hides_what_tensorboard_was_told_after_its_step(tmp_path):
 
     run_with(("tensorboard",), tmp_path)
     log = RunLog(tmp_path)
-    close = attach(("tensorboard",), tmp_path, CONFIG, "first", log)
+    close = attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)
     log.metrics({"step": 20, "kind": "train", "loss": 2.0})
     close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -146,11 +146,11 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(name, tmp_pa
     with pytest.raises(
         UserError, match=rf'{name} is not installed; pip install "tinsmith\[track\]"'
     ):
-        attach((name,), tmp_path, CONFIG, "first", RunLog(tmp_path))
+        attach_trackers((name,), tmp_path, CONFIG, "first", RunLog(tmp_path))
 
 
 def test_a_failure_is_said_once_and_training_goes_on(recorder, tmp_path, capsys):
-    one = recorder("tell")
+    one = recorder("log")
     run_with(("tensorboard",), tmp_path)
     said = capsys.readouterr().err
     assert said == " warning tensorboard failed: OSError: the server; training goes on without it\n"
@@ -161,7 +161,7 @@ def test_a_failure_is_said_once_and_training_goes_on(recorder, tmp_path, capsys)
 def test_a_failure_at_the_end_is_said_and_not_raised(recorder, tmp_path, capsys):
     one = recorder("close")
     log = RunLog(tmp_path)
-    close = attach(("tensorboard",), tmp_path, CONFIG, "first", log)
+    close = attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)
     close()
     close()
     assert one.closed == 1
@@ -176,7 +176,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_others(
     def broken(folder, config, name):
         raise ConnectionError("no route")
 
-    monkeypatch.setitem(track.TRACKERS, "wandb", broken)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", broken)
     run_with(("wandb", "tensorboard"), tmp_path)
     assert len(one.told) == 3
     assert "wandb could not be started: ConnectionError: no route" in capsys.readouterr().err
@@ -185,7 +185,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_others(
 def test_a_quiet_log_gets_no_tracker(recorder, tmp_path):
     one = recorder()
     log = RunLog(tmp_path, quiet=True)
-    attach(("tensorboard",), tmp_path, CONFIG, "first", log)()
+    attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)()
     assert (one.told, one.closed) == ([], 0)
 
 
@@ -195,9 +195,9 @@ def test_T2_a_tracker_does_not_move_the_random_state(monkeypatch, tmp_path):
         torch.rand(3)
         return Recorder()
 
-    monkeypatch.setitem(track.TRACKERS, "wandb", rolls)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", rolls)
     before = random.getstate(), torch.get_rng_state()
-    attach(("wandb",), tmp_path, CONFIG, "first", RunLog(tmp_path))
+    attach_trackers(("wandb",), tmp_path, CONFIG, "first", RunLog(tmp_path))
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -206,12 +206,12 @@ def test_wandb_is_offline_for_who_is_not_logged_in(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert track._wandb_mode() == "offline"
+    assert trackers._wandb_mode() == "offline"
     (tmp_path / "netrc").write_text("machine example.org login a password b\n")
-    assert track._wandb_mode() == "offline"
+    assert trackers._wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "https://example.org/")
-    assert track._wandb_mode() == "online"
+    assert trackers._wandb_mode() == "online"
     (tmp_path / "netrc").write_text("what is this\n")
-    assert track._wandb_mode() == "offline"
+    assert trackers._wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert track._wandb_mode() == "online"
+    assert trackers._wandb_mode() == "online"

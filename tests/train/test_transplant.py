@@ -15,13 +15,13 @@ from tinsmith.cli import app
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
-from tinsmith.data.batch import Batch
+from tinsmith.data.loader.batch import Batch
 from tinsmith.hub.load import load
-from tinsmith.hub.transplant import Plan, transplanted
+from tinsmith.hub.transplant import TransplantPlan, build_transplant
+from tinsmith.losses import chunked_head
+from tinsmith.losses.divergence import DistillWeights, HeadInputs, summed_divergence
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.nn.parts.trained import counts
-from tinsmith.objectives import chunked
-from tinsmith.objectives.divergence import Mix, Told, summed_divergence
+from tinsmith.nn.parameters import count_parameters
 from tinsmith.objectives.kd import KD
 from tinsmith.train import checkpoint
 from tinsmith.train.dryrun import dry_run
@@ -29,17 +29,17 @@ from tinsmith.train.trainer import train
 
 LAYER = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "qk_norm": True},
-    "feed_forward": {"kind": "swiglu", "hidden": 48},
+    "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
 }
-MODEL = {"vocab_size": 320, "dim": 32, "depth": 2, "max_context": 64, "pattern": [LAYER]}
+MODEL = {"vocab_size": 320, "dim": 32, "depth": 2, "max_seq_len": 64, "pattern": [LAYER]}
 COMMON: dict[str, Any] = {
     "data": {"kind": "tasks", "count": 300, "digits": 2, "length": 4},
     "optim": {"schedule": {"kind": "wsd", "warmup": 2}},
-    "eval": {"rows": 4, "new_tokens": 4},
+    "eval": {"max_samples": 4, "max_new_tokens": 4},
     "log": {"every": 1},
 }
 TRAIN = {
-    **{"context": 48, "rows": 4, "accumulate": 2, "precision": "fp32", "steps": 6},
+    **{"seq_len": 48, "batch_size": 4, "grad_accum_steps": 2, "precision": "fp32", "steps": 6},
     **{"save_every": 2, "eval_every": 3, "sample_every": 6, "keep": {"last": 9, "best": False}},
 }
 FEEDS = {
@@ -136,7 +136,7 @@ def test_H4_frozen_tensors_have_no_gradient(dense, sparse):
     objective, batch = taught(load(dense)[0]), random_batch(lm, 12)
     said = objective.loss(lm, batch)
     said.total.backward()
-    lm.after_backward(said.probes)
+    lm.after_backward(said.grad_probes)
     assert {n for n, p in lm.named_parameters() if p.grad is not None} == {
         name for name, _ in lm.named_parameters() if ".feed." in name
     }
@@ -174,14 +174,14 @@ def test_H7_checkpointing_changes_no_bit(feed, distil):
 def test_H7_checkpointed_gradients_masks_and_surprises_are_the_same(router):
     torch.manual_seed(1)
     whole = LM(ModelConfig.from_dict(MODEL)).double()
-    lm = transplanted(whole, Plan({"experts": 8, "router_grad": router})).train()
+    lm = build_transplant(whole, TransplantPlan({"experts": 8, "router_grad": router})).train()
     objective, batch = taught(whole), random_batch(lm, 24)
     found = []
-    for lm.checkpointing in (False, True):
+    for lm.activation_checkpointing in (False, True):
         lm.zero_grad()
         said = objective.loss(lm, batch)
         said.total.backward()
-        heard = lm.after_backward(said.probes)
+        heard = lm.after_backward(said.grad_probes)
         gradients = {n: p.grad for n, p in lm.named_parameters() if p.grad is not None}
         found.append(said.stats | heard | gradients)
     assert found[0].keys() == found[1].keys()
@@ -195,8 +195,8 @@ def test_what_is_frozen_is_remembered_from_checkpoint_to_final_to_the_next_run(
     distil("smk", "first")
     first = tmp_path / "first"
     for place in (first / "checkpoints" / "step-00000004", first):
-        assert load(place)[0].config.trained == ("blocks.*.feed",)
-    said = f"{counts(load(first)[0])}"
+        assert load(place)[0].config.trainable == ("blocks.*.feed",)
+    said = f"{count_parameters(load(first)[0])}"
     train(recipe(dense, first, steps=2), "second")
     assert f"frozen     {said}" in (tmp_path / "second" / "log.txt").read_text(encoding="utf-8")
     one, two = (dict(load(tmp_path / name)[0].named_parameters()) for name in ("first", "second"))
@@ -217,7 +217,7 @@ def test_a_recipe_that_repeats_the_model_has_the_last_word_on_what_is_trained(
     objective = {"kind": "kd", "teacher": str(dense)}
     run = train(from_dict(COMMON | data | {"objective": objective}), "all")
     made, _ = load(run)
-    assert made.config.trained == ("*",)
+    assert made.config.trainable == ("*",)
     old = dict(start.named_parameters())
     assert not any(torch.equal(tensor, old[name]) for name, tensor in made.named_parameters())
     data["model"] = section | {"norm_eps": 0.1}
@@ -234,7 +234,7 @@ def test_T11_a_transplant_comes_nearer_to_its_teacher(distil, tmp_path):
 def taught(teacher: LM):
     """The objective kd, by this teacher."""
     objective = KD(teacher="nobody").build()
-    objective.frozen = {"teacher": teacher.eval().requires_grad_(False)}
+    objective.frozen_models = {"teacher": teacher.eval().requires_grad_(False)}
     return objective
 
 
@@ -247,7 +247,7 @@ def random_batch(lm: LM, tokens: int) -> Batch:
 
 def test_H5_a_student_that_is_its_teacher_has_no_loss_and_no_gradient():
     dense = LM(ModelConfig.from_dict(MODEL)).double()
-    lm = transplanted(dense, Plan({"experts": 8, "combine": "sum"}, "slice")).train()
+    lm = build_transplant(dense, TransplantPlan({"experts": 8, "combine": "sum"}, "slice")).train()
     with torch.no_grad():
         for block in lm.blocks:
             block.feed.gate.thresholds.fill_(-2)
@@ -256,11 +256,11 @@ def test_H5_a_student_that_is_its_teacher_has_no_loss_and_no_gradient():
     out = lm(batch.ids, batch.positions, batch.segments, logits=False)
     taught_hidden = dense(batch.ids, batch.positions, batch.segments, logits=False).hidden
     total, _ = summed_divergence(
-        Told(out.hidden.flatten(0, 1), lm.head.weight),
-        Told(taught_hidden.flatten(0, 1), dense.head.weight),
+        HeadInputs(out.hidden.flatten(0, 1), lm.head.weight),
+        HeadInputs(taught_hidden.flatten(0, 1), dense.head.weight),
         batch.targets.flatten(),
         torch.ones(20, dtype=torch.float64),
-        Mix(beta=0.0, temperature=1.0),
+        DistillWeights(beta=0.0, temperature=1.0),
     )
     total.backward()
     assert abs(float(total.detach())) < 1e-12
@@ -275,16 +275,16 @@ def test_H5_a_student_that_is_its_teacher_has_no_loss_and_no_gradient():
 def test_H5_the_loss_in_chunks_is_the_soft_cross_entropy_less_the_teachers_entropy(
     size, monkeypatch
 ):
-    monkeypatch.setattr(chunked, "TOKENS", size)
-    monkeypatch.setattr(chunked, "ELEMENTS", 1)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", size)
+    monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 1)
     hidden = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
     told, heads = torch.randn(23, 6).double(), torch.randn(2, 40, 6).double()
     total, _ = summed_divergence(
-        Told(hidden, heads[0]),
-        Told(told, heads[1]),
+        HeadInputs(hidden, heads[0]),
+        HeadInputs(told, heads[1]),
         torch.zeros(23, dtype=torch.long),
         torch.ones(23, dtype=torch.float64),
-        Mix(beta=0.0, temperature=1.0),
+        DistillWeights(beta=0.0, temperature=1.0),
     )
     p = (told @ heads[1].T).softmax(-1)
     soft = -(p * (hidden @ heads[0].T).log_softmax(-1)).sum()
@@ -330,9 +330,9 @@ def test_at_a_vocabulary_of_151936_no_logits_of_all_tokens_are_ever_there(in_chu
     """
     tokens, vocabulary = 512, 151_936
     if not in_chunks:
-        monkeypatch.setattr(chunked, "TOKENS", tokens)
+        monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", tokens)
     dense = LM(ModelConfig.from_dict(MODEL | {"vocab_size": vocabulary, "dim": 8, "depth": 1}))
-    lm = transplanted(dense, Plan({"experts": 4, "router_grad": "both"})).train()
+    lm = build_transplant(dense, TransplantPlan({"experts": 4, "router_grad": "both"})).train()
     objective, batch = taught(dense), random_batch(lm, tokens // 2)
     with Meter() as meter:
         said = objective.loss(lm, batch)

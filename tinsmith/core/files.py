@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.faults import event
+from tinsmith.core.kill_points import event
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

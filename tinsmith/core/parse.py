@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tinsmith.core.errors import UserError
+from tinsmith.core.renamed_keys import new_key, new_kind
 
 T = TypeVar("T")
 
@@ -190,16 +191,24 @@ def _explain(kind: Any, problem: Any, where: str) -> str:
     place = ": ".join(part for part in (where, ".".join(str(key) for key in keys)) if part)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in fields(owner)] if owner else []
+        if (new := new_key(str(keys[-1]), known)) is not None:
+            return f"{place}: `{keys[-1]}` is now `{new}`"
         return f"{place}: unknown key{nearest(str(keys[-1]), known) or _list(known)}"
     if problem["type"] == "missing":
         return f"{place}: required and not given"
     if problem["type"] == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         tag = problem["ctx"]["tag"]
+        if (new := new_kind(tag, expected)) is not None:
+            return f"{place}.kind: `{tag}` is now `{new}`"
         return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{nearest(tag, expected)}"
     if problem["type"] == "union_tag_not_found":
         known = [str(_tag(_bare(member))) for member in get_args(_bare(reached))]
         return f"{place}: needs a `kind`{_list(known)}"
+    if problem["type"] == "literal_error":
+        expected = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        if (new := new_kind(problem["input"], expected)) is not None:
+            return f"{place}: `{problem['input']}` is now `{new}`"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     message = _SHAPES.get(problem["type"], message)
     got = problem["input"]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tinsmith.core.parse import Config, Count, Kind, nearest
-from tinsmith.data.rules import SEEN, Sizes
+from tinsmith.data.arc.generators import TRAIN_RULES, Sizes
 
-Shape = Literal["documents", "chats", "answers", "pairs", "prompts"]
+DataFormat = Literal["documents", "chats", "answers", "pairs", "prompts"]
 """What an objective reads: pretraining wants documents, fine-tuning wants chats, alignment with its
 own excursions wants chats one to a row, preferences want pairs of answers to one prompt, and
 reinforcement wants prompts with an answer to check."""
@@ -38,7 +38,7 @@ class DataSection(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stdlib(DataSection):
+class StdlibData(DataSection):
     """Python's own standard library: modules as documents, or (instruction, function) pairs as
     chats."""
 
@@ -47,7 +47,7 @@ class Stdlib(DataSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tasks(DataSection):
+class TasksData(DataSection):
     """Generated tasks with an answer that can be checked; `digits` and `length` set how hard they
     are."""
 
@@ -64,11 +64,11 @@ class Tasks(DataSection):
     """Digits of a number, at most."""
     length: int = 8
     """Numbers to sort or letters to copy, at most."""
-    tagged: bool = False
+    answer_tags: bool = False
     """Whether chats say the answer inside `<answer>`."""
-    thoughts: bool = True
+    reasoning: bool = True
     """Whether the assistant of a chat or pair works the task out before it answers."""
-    mistakes: float = 0.0
+    error_rate: float = 0.0
     """The share of chats with a wrong answer (a number one too high, the calculator not asked): a
     careless teacher, whose pupil has something to learn from preferences and rewards."""
 
@@ -76,8 +76,8 @@ class Tasks(DataSection):
         super().__post_init__()
         if not self.tasks:
             raise ValueError("tasks must name at least one of arithmetic, sort, copy, calculator")
-        if not 0 <= self.mistakes <= 1:
-            raise ValueError(f"mistakes={self.mistakes} must be a share from 0 to 1")
+        if not 0 <= self.error_rate <= 1:
+            raise ValueError(f"error_rate={self.error_rate} must be a share from 0 to 1")
         for name, value, highest in (
             ("count", self.count, 10**9),
             ("digits", self.digits, 9),
@@ -88,7 +88,7 @@ class Tasks(DataSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(DataSection):
+class TextData(DataSection):
     """Your own text: .txt, .jsonl, .jsonl.gz or .parquet, or a folder of them."""
 
     kind: Literal["text"] = "text"
@@ -99,7 +99,7 @@ class Text(DataSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chats(DataSection):
+class ChatsData(DataSection):
     """Your own chats: .jsonl, .jsonl.gz or .parquet, or a folder of them. An objective that reads
     pairs or prompts finds them in the same rows."""
 
@@ -109,7 +109,7 @@ class Chats(DataSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(DataSection):
+class HubData(DataSection):
     """A data set of the Hugging Face Hub, by name; or a local folder that `datasets` can read."""
 
     kind: Literal["hub"] = "hub"
@@ -125,7 +125,7 @@ class Hub(DataSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arc(DataSection):
+class ArcData(DataSection):
     """Puzzles of grids: your own in ARC-AGI's JSON format, or generated ones."""
 
     kind: Literal["arc"] = "arc"
@@ -143,15 +143,15 @@ class Arc(DataSection):
     """Whether a view turns and mirrors."""
     colours: Literal["all", "keep_0", "none"] = "keep_0"
     """Which colours a view exchanges."""
-    order: bool = True
+    shuffle_demonstrations: bool = True
     """Whether a view shuffles the demonstrations."""
     seed: int = 0
     rules: tuple[str, ...] = ()
     """Of generated tasks: names of `data.rules.SEEN`; none stands for all of them."""
     count: Count = 10_000
     """How many tasks are generated."""
-    smallest: int = 3
-    largest: int = 6
+    min_grid_size: int = 3
+    max_grid_size: int = 6
     """Rows and columns of a generated input."""
     demonstrations: int = 3
     """Of a generated task."""
@@ -161,11 +161,13 @@ class Arc(DataSection):
         if self.solutions is not None and self.path is None:
             raise ValueError("solutions are of tasks at a path; name it with data.path")
         for name in self.rules:
-            if name not in SEEN:
-                raise ValueError(f"rules: '{name}' is none to train on{nearest(name, list(SEEN))}")
+            if name not in TRAIN_RULES:
+                raise ValueError(
+                    f"rules: '{name}' is none to train on{nearest(name, list(TRAIN_RULES))}"
+                )
         for name, lowest, highest in (
-            *(("views", 1, 10**6), ("count", 1, 10**9), ("smallest", 3, self.largest)),
-            *(("largest", 3, 10), ("demonstrations", 1, 10)),
+            *(("views", 1, 10**6), ("count", 1, 10**9), ("min_grid_size", 3, self.max_grid_size)),
+            *(("max_grid_size", 3, 10), ("demonstrations", 1, 10)),
         ):
             if not lowest <= (value := getattr(self, name)) <= highest:
                 raise ValueError(f"{name}={value} must be from {lowest} to {highest}")
@@ -173,7 +175,7 @@ class Arc(DataSection):
     @property
     def sizes(self) -> Sizes:
         """Of generated tasks."""
-        return Sizes(self.smallest, self.largest, self.demonstrations)
+        return Sizes(self.min_grid_size, self.max_grid_size, self.demonstrations)
 
 
-DataConfig = Annotated[Stdlib | Tasks | Arc | Text | Chats | Hub, Kind()]
+DataConfig = Annotated[StdlibData | TasksData | ArcData | TextData | ChatsData | HubData, Kind()]

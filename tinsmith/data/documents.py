@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tinsmith.data.config import Arc, Chats, DataConfig, Hub, Shape, Text
+from tinsmith.data.arc.encoding import ArcExample
+from tinsmith.data.config import ArcData, ChatsData, DataConfig, DataFormat, HubData, TextData
 from tinsmith.data.files import Reject
-from tinsmith.data.lessons import Lesson
-from tinsmith.data.pairs import Pair, read_pair
-from tinsmith.data.prompts import Question, read_prompt
+from tinsmith.data.pairs import PreferencePair, read_pair
+from tinsmith.data.prompts import PromptExample, read_prompt
 from tinsmith.text.chat import Conversation, Message, normalise, words
 
-Content = str | Conversation | Pair | Question | Lesson
-READERS: dict[Shape, Callable[[Any], Content]] = {
+Content = str | Conversation | PreferencePair | PromptExample | ArcExample
+READERS: dict[DataFormat, Callable[[Any], Content]] = {
     "documents": normalise,
     "chats": normalise,
     "answers": normalise,
@@ -27,7 +27,7 @@ class Document(NamedTuple):
     from."""
 
     content: Content
-    key: bytes
+    split_key: bytes
     """What the split goes by; normally the content itself."""
     file: str
     line: int
@@ -49,55 +49,58 @@ class Document(NamedTuple):
         content = self.content
         if isinstance(content, str):
             return [content]
-        if isinstance(content, Lesson):
+        if isinstance(content, ArcExample):
             return [content.text()]
-        if isinstance(content, Question):
-            return [*_said(content.asked.messages), *([content.answer] if content.answer else [])]
-        if isinstance(content, Pair):
+        if isinstance(content, PromptExample):
+            return [*_said(content.prompt.messages), *([content.answer] if content.answer else [])]
+        if isinstance(content, PreferencePair):
             return _said([*content.chosen.messages, content.rejected.messages[-1]])
         return _said(content.messages)
 
-    def words(self) -> list[str]:
+    def tokenizer_texts(self) -> list[str]:
         """What a tokenizer learns from. Where there are tools, what a template says of them and of
         calls is longer than what is said beside, and is learned too.
         """
-        content = self.content.asked if isinstance(self.content, Question) else self.content
+        content = self.content.prompt if isinstance(self.content, PromptExample) else self.content
         if isinstance(content, Conversation) and content.tools:
             return words(content)
         return self.texts()
 
 
-Stream = Callable[[], Iterator[Document | Reject]]
-Fetched = Callable[[Hub], Path]
+DocumentStream = Callable[[], Iterator[Document | Reject]]
+HubFetcher = Callable[[HubData], Path]
 """Gives the file with the rows of a Hub data set, which it fetches at the first call."""
 
 
-class Origin(NamedTuple):
+class DataSource(NamedTuple):
     """One source of a recipe, ready to be read."""
 
     name: str
     config: DataConfig
-    identity: Any
+    fingerprint: Any
     """Plain data that changes when the content does."""
-    train: Stream
+    train: DocumentStream
     """All documents, or those to train on where `validation` is given."""
-    validation: Stream | None = None
+    validation: DocumentStream | None = None
 
     @property
-    def described(self) -> str:
+    def display_name(self) -> str:
         """What the recipe names: the path, or else the name."""
         config = self.config
-        path = config.path if isinstance(config, Text | Chats | Arc) else None
+        path = config.path if isinstance(config, TextData | ChatsData | ArcData) else None
         return path or self.name
 
     @property
-    def fails(self) -> bool:
+    def fails_on_bad_line(self) -> bool:
         """Whether a bad line ends everything instead of being left out."""
         config = self.config
-        return isinstance(config, Text | Chats | Hub | Arc) and config.on_bad_line == "fail"
+        return (
+            isinstance(config, TextData | ChatsData | HubData | ArcData)
+            and config.on_bad_line == "fail"
+        )
 
 
-def limited(stream: Stream, limit: int | None) -> Stream:
+def limit_documents(stream: DocumentStream, limit: int | None) -> DocumentStream:
     """The stream up to the end of its `limit`-th document."""
     if limit is None:
         return stream
@@ -117,6 +120,8 @@ def _said(messages: Iterable[Message]) -> list[str]:
     return [text for message in messages for text in (message.reasoning, message.content) if text]
 
 
-def key_of(content: Content) -> bytes:
+def default_split_key(content: Content) -> bytes:
     """Pairs and prompts are split by what they ask, so that no prompt is on both sides."""
-    return repr(content.asked if isinstance(content, Pair | Question) else content).encode()
+    return repr(
+        content.prompt if isinstance(content, PreferencePair | PromptExample) else content
+    ).encode()

@@ -20,11 +20,11 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import nearest
 from tinsmith.core.units import size
 
-LONGEST_LINE = 10_000_000
+MAX_LINE_BYTES = 10_000_000
 """Bytes of a .jsonl line; a longer one is rejected without being kept in memory."""
-PIECE = 1_000_000
+CHUNK_CHARS = 1_000_000
 """Characters after which a long .txt document is handed on in pieces, cut at the end of a line."""
-SEPARATOR = "<|endoftext|>"
+DOCUMENT_SEPARATOR = "<|endoftext|>"
 """Alone on a line of a .txt file, ends a document."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 _BOM = codecs.BOM_UTF8
@@ -38,7 +38,7 @@ class Reject(NamedTuple):
     reason: str
 
 
-class Text(NamedTuple):
+class TextChunk(NamedTuple):
     """A document, or a piece of a long one: `first` and `last` tell where it begins and ends."""
 
     text: str
@@ -48,25 +48,25 @@ class Text(NamedTuple):
     last: bool = True
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """An object from a line of JSON or a row of a table."""
 
-    record: dict[str, Any]
+    data: dict[str, Any]
     file: str
     line: int
 
 
-def local(path: str) -> Path:
+def expand_path(path: str) -> Path:
     """A path as a recipe writes it: `~` and `$NAME` stand for what they do in a shell."""
     return Path(os.path.expandvars(path)).expanduser()
 
 
-def find(path: str, key: str = "data.path") -> list[Path]:
+def find_files(path: str, key: str = "data.path") -> list[Path]:
     """The files that `path` stands for: itself, or everything known below a folder, sorted.
 
     UserError where there is nothing; `key` is the setting that a message names.
     """
-    start = local(path)
+    start = expand_path(path)
     try:
         found = _below(start) if start.is_dir() else [start]
         near = None if start.exists() else _nearest(start)
@@ -82,7 +82,7 @@ def find(path: str, key: str = "data.path") -> list[Path]:
     return found
 
 
-def texts(path: Path) -> Iterator[Text | Reject]:
+def read_texts(path: Path) -> Iterator[TextChunk | Reject]:
     """Documents of a .txt file: between lines `<|endoftext|>`, or the whole file. CRLF becomes LF,
     a BOM goes.
 
@@ -93,33 +93,33 @@ def texts(path: Path) -> Iterator[Text | Reject]:
     for number, line in _decoded_lines(path):
         if isinstance(line, Reject):
             yield line
-        elif line.strip() == SEPARATOR:
+        elif line.strip() == DOCUMENT_SEPARATOR:
             if not first or "".join(held).strip():
-                yield Text("".join(held), str(path), begin, first, True)
+                yield TextChunk("".join(held), str(path), begin, first, True)
             held, length, begin, first = [], 0, number + 1, True
         else:
-            if length >= PIECE:
-                yield Text("".join(held), str(path), begin, first, False)
+            if length >= CHUNK_CHARS:
+                yield TextChunk("".join(held), str(path), begin, first, False)
                 held, length, begin, first = [], 0, number, False
             held.append(line)
             length += len(line)
     if not first or "".join(held).strip():
-        yield Text("".join(held), str(path), begin, first, True)
+        yield TextChunk("".join(held), str(path), begin, first, True)
 
 
-def rows(path: Path, columns: list[str] | None = None) -> Iterator[Row | Reject]:
+def read_records(path: Path, columns: list[str] | None = None) -> Iterator[Record | Reject]:
     """Objects of a .jsonl, .jsonl.gz or .parquet file; `columns` spares a parquet file from reading
     others."""
     return _parquet(path, columns) if path.name.endswith(".parquet") else _jsonl(path)
 
 
-def _jsonl(path: Path) -> Iterator[Row | Reject]:
+def _jsonl(path: Path) -> Iterator[Record | Reject]:
     for number, line in _lines(path):
         if isinstance(line, Reject):
             yield line
         elif line.strip():
             try:
-                yield Row(parse_object(line), str(path), number)
+                yield Record(parse_object(line), str(path), number)
             except ValueError as error:
                 yield Reject(str(path), number, str(error))
 
@@ -141,7 +141,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return record
 
 
-def text_of(record: dict[str, Any], field: str) -> str:
+def get_text(record: dict[str, Any], field: str) -> str:
     """The text in `field` of a row. Raises ValueError where it is missing, not text, empty or
     unusable."""
     if field not in record:
@@ -151,11 +151,11 @@ def text_of(record: dict[str, Any], field: str) -> str:
         raise ValueError(f"field '{field}' is {_kind_of(text)}, not text")
     if not text.strip():
         raise ValueError(f"field '{field}' is empty")
-    refuse_odd_text(text)
+    check_text(text)
     return text
 
 
-def refuse_odd_text(value: Any) -> None:
+def check_text(value: Any) -> None:
     """Raises ValueError where a text, or any text inside a list or object, holds a NUL or a lone
     surrogate."""
     if isinstance(value, str):
@@ -167,13 +167,13 @@ def refuse_odd_text(value: Any) -> None:
             raise ValueError("holds a lone surrogate, which is no character") from None
     elif isinstance(value, dict):
         for item in value.values():
-            refuse_odd_text(item)
+            check_text(item)
     elif isinstance(value, list):
         for item in value:
-            refuse_odd_text(item)
+            check_text(item)
 
 
-def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row | Reject]:
+def _parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Reject]:
     import pyarrow
     import pyarrow.parquet
 
@@ -189,7 +189,7 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row | Reject]:
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield Row(record, str(path), number)
+                    yield Record(record, str(path), number)
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -203,15 +203,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
     number = 0
     with _opened(path) as file:
         try:
-            while line := file.readline(LONGEST_LINE + 2):
+            while line := file.readline(MAX_LINE_BYTES + 2):
                 number += 1
                 raw = line.removeprefix(_BOM) if number == 1 else line
-                if len(raw.rstrip(b"\r\n")) <= LONGEST_LINE:
+                if len(raw.rstrip(b"\r\n")) <= MAX_LINE_BYTES:
                     yield number, raw
                     continue
-                yield number, Reject(str(path), number, f"longer than {size(LONGEST_LINE)}")
+                yield number, Reject(str(path), number, f"longer than {size(MAX_LINE_BYTES)}")
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(PIECE)
+                    line = file.readline(CHUNK_CHARS)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             yield (
                 number + 1,
@@ -229,11 +229,13 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
     with _opened(path) as file:
         if file.read(len(_BOM)) != _BOM:
             file.seek(0)
-        while part := file.readline(PIECE):
+        while part := file.readline(CHUNK_CHARS):
             ended = part.endswith(b"\n")
             try:
-                text = decoder.decode(part, final=ended or len(part) < PIECE or not file.peek(1))
-                refuse_odd_text(text)
+                text = decoder.decode(
+                    part, final=ended or len(part) < CHUNK_CHARS or not file.peek(1)
+                )
+                check_text(text)
                 yield number, f"{text[:-2]}\n" if text.endswith("\r\n") else text
             except UnicodeDecodeError:
                 decoder.reset()

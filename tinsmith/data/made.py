@@ -9,24 +9,28 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tinsmith.core.parse import plain
-from tinsmith.data import stdlib, tasks
-from tinsmith.data.arc import Task
-from tinsmith.data.config import Arc, Shape, Stdlib, Tasks
-from tinsmith.data.documents import READERS, Document, Origin, limited
+from tinsmith.data.arc.encoding import ArcExample
+from tinsmith.data.arc.generators import TRAIN_RULES, generate_puzzles
+from tinsmith.data.arc.grids import augment
+from tinsmith.data.config import ArcData, DataFormat, StdlibData, TasksData
+from tinsmith.data.documents import READERS, DataSource, Document, limit_documents
 from tinsmith.data.files import Reject
-from tinsmith.data.grids import drawn
-from tinsmith.data.lessons import Lesson
-from tinsmith.data.rules import SEEN, generated
+from tinsmith.data.sources import stdlib, tasks
+from tinsmith.data.sources.arc import ArcTask
 
 
-def from_stdlib(config: Stdlib, shape: Shape) -> Origin:
+def open_stdlib(config: StdlibData, data_format: DataFormat) -> DataSource:
     """Modules, or chats about their functions."""
-    found = list(stdlib.read(stdlib.modules()))
+    found = list(stdlib.read_modules(stdlib.find_modules()))
     kept: list[Document] = []
 
     def read() -> Iterator[Document]:
         if not kept:
-            every = _stdlib_texts(found) if shape == "documents" else _stdlib_chats(found, shape)
+            every = (
+                _stdlib_texts(found)
+                if data_format == "documents"
+                else _stdlib_chats(found, data_format)
+            )
             kept.extend(itertools.islice(every, config.limit))
         return iter(kept)
 
@@ -36,19 +40,19 @@ def from_stdlib(config: Stdlib, shape: Shape) -> Origin:
         len(found),
         sum(len(module.text) for module in found),
     ]
-    return Origin("stdlib", config, identity, read)
+    return DataSource("stdlib", config, identity, read)
 
 
-def _stdlib_texts(found: list[stdlib.Module]) -> Iterator[Document]:
+def _stdlib_texts(found: list[stdlib.StdlibModule]) -> Iterator[Document]:
     for module in found:
         yield Document(module.text, module.name.encode(), module.name, 1)
 
 
-def _stdlib_chats(found: list[stdlib.Module], shape: Shape) -> Iterator[Document]:
+def _stdlib_chats(found: list[stdlib.StdlibModule], shape: DataFormat) -> Iterator[Document]:
     """Chats split by file; a function that occurs in two files is taken once."""
     seen: set[str] = set()
     for module in found:
-        for number, record in enumerate(stdlib.chats(module), 1):
+        for number, record in enumerate(stdlib.function_chats(module), 1):
             answer = record["messages"][-1]["content"]
             if answer not in seen:
                 seen.add(answer)
@@ -56,17 +60,22 @@ def _stdlib_chats(found: list[stdlib.Module], shape: Shape) -> Iterator[Document
                 yield Document(content, module.name.encode(), module.name, number)
 
 
-def from_tasks(config: Tasks, shape: Shape) -> Origin:
+def open_generated_tasks(config: TasksData, data_format: DataFormat) -> DataSource:
     """Tasks, each made when it is read."""
-    return Origin(
-        "tasks", config, plain(config), limited(lambda: _tasks(config, shape), config.limit)
+    return DataSource(
+        "tasks",
+        config,
+        plain(config),
+        limit_documents(lambda: _tasks(config, data_format), config.limit),
     )
 
 
-def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
+def _tasks(config: TasksData, shape: DataFormat) -> Iterator[Document]:
     for index in range(config.count):
         name = config.tasks[index % len(config.tasks)]
-        task = tasks.generate(name, config.seed, index, digits=config.digits, length=config.length)
+        task = tasks.generate_task(
+            name, config.seed, index, digits=config.digits, length=config.length
+        )
         row = task.text() if shape == "documents" else _row(task, index, shape, config)
         content = row if isinstance(row, str) else READERS[shape](row)
         # the split goes by what is asked, in whatever words
@@ -74,42 +83,46 @@ def _tasks(config: Tasks, shape: Shape) -> Iterator[Document]:
         yield Document(content, solution.encode(), "tasks", index)
 
 
-def _row(task: tasks.Task, index: int, shape: Shape, config: Tasks) -> dict[str, Any]:
+def _row(
+    task: tasks.GeneratedTask, index: int, shape: DataFormat, config: TasksData
+) -> dict[str, Any]:
     """A task as a record of chats, pairs or prompts."""
     if shape in ("chats", "answers"):
-        slips = random.Random(f"slip/{config.seed}/{index}").random() < config.mistakes
-        said = task.slipped() if slips else task
-        return said.chat(thoughts=config.thoughts, tagged=config.tagged)
-    return task.pair(thoughts=config.thoughts) if shape == "pairs" else task.prompt()
+        slips = random.Random(f"slip/{config.seed}/{index}").random() < config.error_rate
+        said = task.with_error() if slips else task
+        return said.chat(reasoning=config.reasoning, answer_tags=config.answer_tags)
+    return task.pair(reasoning=config.reasoning) if shape == "pairs" else task.prompt()
 
 
-def from_rules(config: Arc) -> Origin:
+def open_generated_puzzles(config: ArcData) -> DataSource:
     """Puzzles of generated rules."""
-    stream = limited(lambda: lessons(config, _generated(config)), config.limit)
-    return Origin("arc", config, plain(config), stream)
+    stream = limit_documents(lambda: arc_documents(config, _generated(config)), config.limit)
+    return DataSource("arc", config, plain(config), stream)
 
 
-def _generated(config: Arc) -> Iterator[Task]:
-    found = generated(config.rules or SEEN, config.seed, config.count, config.sizes)
+def _generated(config: ArcData) -> Iterator[ArcTask]:
+    found = generate_puzzles(config.rules or TRAIN_RULES, config.seed, config.count, config.sizes)
     for index, puzzle in enumerate(found):
-        yield Task((puzzle,), "arc", index)
+        yield ArcTask((puzzle,), "arc", index)
 
 
-def lessons(config: Arc, found: Iterable[Task | Reject]) -> Iterator[Document | Reject]:
+def arc_documents(
+    config: ArcData, arc_tasks: Iterable[ArcTask | Reject]
+) -> Iterator[Document | Reject]:
     """Every view of every test input of a task; a task is split as a whole."""
-    for task in found:
+    for task in arc_tasks:
         if isinstance(task, Reject):
             yield task
             continue
         for puzzle in task.puzzles:
             for view in range(config.views):
-                numbers = random.Random(f"{config.seed}/{puzzle.name}/{puzzle.number}/{view}")
-                seen = drawn(
+                numbers = random.Random(f"{config.seed}/{puzzle.name}/{puzzle.test_index}/{view}")
+                seen = augment(
                     puzzle,
                     numbers,
                     symmetries=config.symmetries,
                     colours=config.colours,
-                    order=config.order,
+                    shuffle_demonstrations=config.shuffle_demonstrations,
                 )
-                lesson = Lesson(seen, every_output=config.loss == "all_outputs")
-                yield Document(lesson, repr(puzzle.shown).encode(), task.file, task.line)
+                lesson = ArcExample(seen, train_on_all_outputs=config.loss == "all_outputs")
+                yield Document(lesson, repr(puzzle.demonstrations).encode(), task.file, task.line)

@@ -23,19 +23,19 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class PreferencePair:
     """The same conversation up to its last turn, which the assistant says in two ways."""
 
     chosen: Conversation
     rejected: Conversation
 
     @property
-    def asked(self) -> Conversation:
+    def prompt(self) -> Conversation:
         """What both sides answer."""
         return self.chosen.prompt()
 
 
-def read_pair(record: Any) -> Pair:
+def read_pair(record: Any) -> PreferencePair:
     """A record with `chosen` and `rejected`: each a text, a message, or a list of messages.
 
     What is answered comes from `prompt` or `question` (text, a transcript of `Human:` and
@@ -50,10 +50,10 @@ def read_pair(record: Any) -> Pair:
         raise BadRecord("`chosen` and `rejected` answer different prompts")
     if chosen.messages[-1] == rejected.messages[-1]:
         raise BadRecord("`chosen` and `rejected` are equal")
-    return Pair(chosen=chosen, rejected=rejected)
+    return PreferencePair(chosen=chosen, rejected=rejected)
 
 
-def asked_messages(record: dict[str, Any]) -> list[Any]:
+def prompt_messages(record: dict[str, Any]) -> list[Any]:
     """What a record asks, as role/content objects not yet judged; none where it asks nothing."""
     for key in ("prompt", "question"):
         said = record.get(key)
@@ -70,21 +70,23 @@ def asked_messages(record: dict[str, Any]) -> list[Any]:
     return []
 
 
-def encode_pair(tokenizer: Tokenizer, pair: Pair, context: int) -> tuple[Encoded, Encoded]:
+def encode_pair(
+    tokenizer: Tokenizer, pair: PreferencePair, seq_len: int
+) -> tuple[Encoded, Encoded]:
     """Ids and mask of both sides, chosen first, each cut to `context` ids.
 
     BadRecord where the prompt is too long for a single token of an answer to be left, or nothing
     is left in which the sides differ.
     """
-    prompt = len(encode_prompt(tokenizer, pair.asked))
-    if prompt >= context:
-        raise BadRecord(f"the prompt is {prompt} tokens; the context of {context} has no room")
+    prompt = len(encode_prompt(tokenizer, pair.prompt))
+    if prompt >= seq_len:
+        raise BadRecord(f"the prompt is {prompt} tokens; the context of {seq_len} has no room")
     chosen, rejected = (
-        _answer_only(encode_chat(tokenizer, side), prompt, context)
+        _answer_only(encode_chat(tokenizer, side), prompt, seq_len)
         for side in (pair.chosen, pair.rejected)
     )
     if chosen.ids == rejected.ids:
-        raise BadRecord(f"the sides are equal as far as the context of {context} reaches")
+        raise BadRecord(f"the sides are equal as far as the context of {seq_len} reaches")
     return chosen, rejected
 
 
@@ -93,7 +95,7 @@ def _side(record: dict[str, Any], name: str) -> Conversation:
     said = record.get(name)
     if said is None:
         raise BadRecord(f"`{name}` is missing")
-    asked = asked_messages(record)
+    asked = prompt_messages(record)
     if isinstance(said, str) and not asked and _transcript(said):
         messages = _transcript(said)
     elif isinstance(said, str):

@@ -8,12 +8,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tinsmith.data.pairs import asked_messages
+from tinsmith.data.pairs import prompt_messages
 from tinsmith.text.chat import BadRecord, Conversation, encode_prompt, normalise
 from tinsmith.text.records import answer_of
 from tinsmith.text.tokenizer import Tokenizer
 
-NOTES = "notes"
+METADATA_DIR = "metadata"
 """The folder, inside that of a prepared part, of what is known of its prompts beside their ids."""
 _ANSWERS = ("final", "answer", "output")
 """Fields of a record that hold what an answer is checked by: the bare result, if there is one."""
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     """Up to the header of the assistant's turn: an answer's ids follow at once."""
-    number: int
+    prompt_id: int
     """Stable: the prompt's place among all those of its source, 0 <= number < source.size."""
     answer: str | None
     """The right answer, where the data has one."""
@@ -33,15 +33,15 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class PromptExample:
     """A prompt before it is encoded."""
 
-    asked: Conversation
+    prompt: Conversation
     answer: str | None
     record: dict[str, Any]
 
 
-def read_prompt(record: Any) -> Question:
+def read_prompt(record: Any) -> PromptExample:
     """A record that asks something, and its answer.
 
     What is asked comes from `prompt` or `question` (text or messages), or is a chat without its
@@ -50,7 +50,7 @@ def read_prompt(record: Any) -> Question:
     """
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
-    messages = asked_messages(record)
+    messages = prompt_messages(record)
     if not messages:
         raise BadRecord("has none of `prompt`, `question`, `messages`, `instruction`")
     given = {key: record[key] for key in ("system", "tools") if key in record}
@@ -63,18 +63,18 @@ def read_prompt(record: Any) -> Question:
         answer = whole.messages[-1].content
     if answer is not None and not answer.strip():
         raise BadRecord("empty answer")
-    return Question(asked=asked, answer=answer, record=record)
+    return PromptExample(prompt=asked, answer=answer, record=record)
 
 
-def encode_question(tokenizer: Tokenizer, question: Question, context: int) -> list[int]:
+def encode_prompt_example(tokenizer: Tokenizer, example: PromptExample, seq_len: int) -> list[int]:
     """The prompt's ids; BadRecord where `context` has no room for a single token after them."""
-    ids = encode_prompt(tokenizer, question.asked)
-    if len(ids) >= context:
-        raise BadRecord(f"the prompt is {len(ids)} tokens; the context of {context} has no room")
+    ids = encode_prompt(tokenizer, example.prompt)
+    if len(ids) >= seq_len:
+        raise BadRecord(f"the prompt is {len(ids)} tokens; the context of {seq_len} has no room")
     return ids
 
 
-def note(question: Question) -> bytes:
+def encode_metadata(example: PromptExample) -> bytes:
     """What is kept of a prompt beside its ids."""
-    kept = {"answer": question.answer, "record": question.record}
+    kept = {"answer": example.answer, "record": example.record}
     return json.dumps(kept, ensure_ascii=False, default=str).encode()

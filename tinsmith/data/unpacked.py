@@ -7,64 +7,72 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
-from tinsmith.data.batch import Row
+from tinsmith.data.loader.batch import Row
+from tinsmith.data.prepare.shards import Shards
 from tinsmith.data.prompts import Prompt
-from tinsmith.data.shards import Shards
 
 
 class AnswerRows:
     """Chats by number, one to a row."""
 
-    def __init__(self, shards: Shards, context: int):
+    def __init__(self, shards: Shards, seq_len: int):
         assert shards.masked, "chats carry a mask"
-        assert shards.lengths.max(initial=0) <= context, "answers were prepared for more context"
+        assert shards.document_lengths.max(initial=0) <= seq_len, (
+            "answers were prepared for more context"
+        )
         self._shards = shards
-        self.size = len(shards.documents)
-        self.positions = shards.tokens_total
-        self.cut = self.skipped = 0
+        self.size = len(shards.document_starts)
+        self.num_tokens = shards.tokens_total
+        self.num_split_chats = self.num_skipped_pieces = 0
 
-    def sample(self, place: int) -> tuple[Row, ...]:
+    def get_rows(self, index: int) -> tuple[Row, ...]:
         """Chat number `place`, not padded."""
-        return (_learned(self._shards, place),)
+        return (_learned(self._shards, index),)
 
 
 class PairRows:
     """Pairs by number, as two rows each: the chosen answer, then the rejected one."""
 
-    def __init__(self, shards: Shards, context: int):
+    def __init__(self, shards: Shards, seq_len: int):
         assert shards.masked, "pairs carry a mask"
-        assert len(shards.documents) % 2 == 0, "every pair has two sides"
-        assert shards.lengths.max(initial=0) <= context, "pairs were prepared for a longer context"
+        assert len(shards.document_starts) % 2 == 0, "every pair has two sides"
+        assert shards.document_lengths.max(initial=0) <= seq_len, (
+            "pairs were prepared for a longer context"
+        )
         self._shards = shards
-        self.size = len(shards.documents) // 2
-        self.positions = shards.tokens_total
-        self.cut = self.skipped = 0
+        self.size = len(shards.document_starts) // 2
+        self.num_tokens = shards.tokens_total
+        self.num_split_chats = self.num_skipped_pieces = 0
 
-    def sample(self, place: int) -> tuple[Row, ...]:
+    def get_rows(self, index: int) -> tuple[Row, ...]:
         """Both sides of pair number `place`, neither padded."""
-        return _learned(self._shards, 2 * place), _learned(self._shards, 2 * place + 1)
+        return _learned(self._shards, 2 * index), _learned(self._shards, 2 * index + 1)
 
 
 class PromptRows:
     """Prompts by number."""
 
-    def __init__(self, shards: Shards, notes: Shards, context: int):
-        assert len(shards.documents) == len(notes.documents), "every prompt has a note"
-        assert shards.lengths.max(initial=0) < context, "prompts were prepared for a longer context"
-        self._shards, self._notes = shards, notes
-        self.size = len(shards.documents)
-        self.positions = shards.tokens_total
-        self.cut = self.skipped = 0
+    def __init__(self, shards: Shards, metadata: Shards, seq_len: int):
+        assert len(shards.document_starts) == len(metadata.document_starts), (
+            "every prompt has a note"
+        )
+        assert shards.document_lengths.max(initial=0) < seq_len, (
+            "prompts were prepared for a longer context"
+        )
+        self._shards, self._notes = shards, metadata
+        self.size = len(shards.document_starts)
+        self.num_tokens = shards.tokens_total
+        self.num_split_chats = self.num_skipped_pieces = 0
 
-    def prompt(self, place: int, number: int) -> Prompt:
+    def get_prompt(self, index: int, prompt_id: int) -> Prompt:
         """Prompt number `place` of these, which the whole source numbers `number`."""
-        kept = json.loads(self._notes.tokens(*_span(self._notes, place)).astype(np.uint8).tobytes())
-        ids = self._shards.tokens(*_span(self._shards, place)).tolist()
-        return Prompt(ids, number, kept["answer"], kept["record"])
+        kept = json.loads(self._notes.tokens(*_span(self._notes, index)).astype(np.uint8).tobytes())
+        ids = self._shards.tokens(*_span(self._shards, index)).tolist()
+        return Prompt(ids, prompt_id, kept["answer"], kept["record"])
 
-    def sample(self, place: int) -> tuple[Row, ...]:
+    def get_rows(self, index: int) -> tuple[Row, ...]:
         """The ids of prompt number `place` as a row without targets, not padded."""
-        ids = self._shards.tokens(*_span(self._shards, place))
+        ids = self._shards.tokens(*_span(self._shards, index))
         return (_row(ids, np.zeros_like(ids), np.zeros(len(ids), dtype=bool)),)
 
 
@@ -78,8 +86,8 @@ def _learned(shards: Shards, document: int) -> Row:
 
 def _span(shards: Shards, document: int) -> tuple[int, int]:
     """Where a document's tokens begin and end."""
-    start = int(shards.documents[document])
-    return start, start + int(shards.lengths[document])
+    start = int(shards.document_starts[document])
+    return start, start + int(shards.document_lengths[document])
 
 
 def _row(ids: NDArray[np.int64], targets: NDArray[np.int64], mask: NDArray[np.bool_]) -> Row:

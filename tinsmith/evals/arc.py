@@ -16,21 +16,27 @@ from typing import Any, NamedTuple
 import torch
 
 from tinsmith.core.rng import derive
-from tinsmith.data.grids import Grid, Puzzle, View
-from tinsmith.data.lessons import LONGEST, check_grids, encode_answer, encode_prompt, parse_answer
-from tinsmith.infer.generate import evaluating, generate
-from tinsmith.infer.sample import Sampling
+from tinsmith.data.arc.encoding import (
+    MAX_ANSWER_TOKENS,
+    check_grid_tokenizer,
+    encode_answer,
+    encode_puzzle_prompt,
+    parse_answer,
+)
+from tinsmith.data.arc.grids import Grid, Puzzle, View
+from tinsmith.infer.generate import eval_mode, generate
+from tinsmith.infer.sample import SamplingParams
+from tinsmith.losses.logprobs import token_logprobs
 from tinsmith.nn.model import LM
-from tinsmith.objectives.logprobs import token_logprobs
 from tinsmith.text.tokenizer import Tokenizer
 
 VIEWS = tuple(View(symmetry) for symmetry in range(8))
-ATTEMPTS = 2
-TOKENS = 2**14
+NUM_ATTEMPTS = 2
+MAX_BATCH_TOKENS = 2**14
 """Of a batch that is scored at once."""
 
 
-class Outcome(NamedTuple):
+class ArcOutcome(NamedTuple):
     """What became of a puzzle."""
 
     puzzle: Puzzle
@@ -38,7 +44,7 @@ class Outcome(NamedTuple):
     """At most two different grids, the better first."""
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Whether one of them is the answer."""
         return self.puzzle.answer in self.attempts
 
@@ -46,26 +52,26 @@ class Outcome(NamedTuple):
 class ArcResult(NamedTuple):
     """All outcomes, in the order of the puzzles."""
 
-    outcomes: list[Outcome]
+    outcomes: list[ArcOutcome]
 
     @property
-    def tasks(self) -> dict[str, float]:
+    def task_scores(self) -> dict[str, float]:
         """By task, the share of its test outputs that are right."""
         found: dict[str, list[bool]] = {}
         for outcome in self.outcomes:
-            found.setdefault(outcome.puzzle.name, []).append(outcome.right)
+            found.setdefault(outcome.puzzle.name, []).append(outcome.correct)
         return {name: sum(each) / len(each) for name, each in found.items()}
 
     @property
     def score(self) -> float:
         """Right test outputs over all test outputs."""
-        return sum(outcome.right for outcome in self.outcomes) / len(self.outcomes)
+        return sum(outcome.correct for outcome in self.outcomes) / len(self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         tried = sum(bool(outcome.attempts) for outcome in self.outcomes) / len(self.outcomes)
-        counts = {"tasks": len(self.tasks), "outputs": len(self.outcomes)}
-        return {"score": self.score, **counts, "answered": tried, "by_task": self.tasks}
+        counts = {"tasks": len(self.task_scores), "outputs": len(self.outcomes)}
+        return {"score": self.score, **counts, "answered": tried, "by_task": self.task_scores}
 
 
 def evaluate_arc(
@@ -73,8 +79,8 @@ def evaluate_arc(
     tokenizer: Tokenizer,
     puzzles: Sequence[Puzzle],
     *,
-    rows: int = 64,
-    max_new: int = LONGEST,
+    batch_size: int = 64,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
     poll: Callable[[], object] = lambda: None,
 ) -> ArcResult:
     """Two attempts at every puzzle, which must have its answer to be compared with; the answer is
@@ -84,18 +90,18 @@ def evaluate_arc(
     puzzles and may raise. Views that leave the model's context no room are not asked. UserError
     where the tokenizer is not that of grids.
     """
-    check_grids(tokenizer)
+    check_grid_tokenizer(tokenizer)
     outcomes = []
-    together = max(1, rows // len(VIEWS))
-    asker = _Asker(lm, tokenizer, rows, max_new)
-    with evaluating(lm):
+    together = max(1, batch_size // len(VIEWS))
+    asker = _Asker(lm, tokenizer, batch_size, max_new_tokens)
+    with eval_mode(lm):
         for start in range(0, len(puzzles), together):
             poll()
             outcomes += _attempt(puzzles[start : start + together], asker)
     return ArcResult(outcomes)
 
 
-def ranked(lm: LM, puzzle: Puzzle, candidates: Sequence[Grid]) -> list[tuple[Grid, float]]:
+def rank_candidates(lm: LM, puzzle: Puzzle, candidates: Sequence[Grid]) -> list[tuple[Grid, float]]:
     """Candidates with their AugScores, best first; of equal ones the earlier."""
     scores = aug_scores(lm, puzzle, candidates)
     order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
@@ -106,12 +112,12 @@ def aug_scores(lm: LM, puzzle: Puzzle, candidates: Sequence[Grid]) -> list[float
     """Of each candidate the sum over the 8 views of its log-probability, end of turn included;
     minus infinity where a view of it is beyond the model's context.
     """
-    cases: list[Case] = []
+    cases: list[ScoringCase] = []
     scores = [0.0] * len(candidates)
     for place, grid in enumerate(candidates):
         for view in VIEWS:
-            prompt, answer = _prompt(puzzle, view), encode_answer(view.of(grid))
-            if len(prompt) + len(answer) <= lm.config.max_context:
+            prompt, answer = _prompt(puzzle, view), encode_answer(view.apply(grid))
+            if len(prompt) + len(answer) <= lm.config.max_seq_len:
                 cases.append((place, prompt, answer))
             else:
                 scores[place] = -math.inf
@@ -137,48 +143,48 @@ class _Asker(NamedTuple):
             (number, view, prompt)
             for number in numbers
             for view in VIEWS
-            if len(prompt := _prompt(puzzles[number], view)) < self.lm.config.max_context
+            if len(prompt := _prompt(puzzles[number], view)) < self.lm.config.max_seq_len
         ]
-        seeds = [derive(0, puzzles[n].name, puzzles[n].number, v.symmetry) for n, v, _ in asked]
+        seeds = [derive(0, puzzles[n].name, puzzles[n].test_index, v.symmetry) for n, v, _ in asked]
         said = generate(
             *(self.lm, self.tokenizer, [prompt for _, _, prompt in asked]),
-            sampling=[Sampling(temperature=temperature, seed=seed) for seed in seeds],
-            max_new=self.max_new,
-            rows=self.rows,
+            sampling_params=[SamplingParams(temperature=temperature, seed=seed) for seed in seeds],
+            max_new_tokens=self.max_new,
+            batch_size=self.rows,
         )
         for (number, view, _), answer in zip(asked, said, strict=True):
-            grid = parse_answer(answer.ids)
+            grid = parse_answer(answer.token_ids)
             if grid is not None:
-                yield number, view.back(grid)
+                yield number, view.invert(grid)
 
 
-def _attempt(puzzles: Sequence[Puzzle], asker: _Asker) -> Iterator[Outcome]:
+def _attempt(puzzles: Sequence[Puzzle], asker: _Asker) -> Iterator[ArcOutcome]:
     pools: list[list[Grid]] = [[] for _ in puzzles]
     for temperature in (0.0, 1.0):
-        lacking = [n for n, pool in enumerate(pools) if len(pool) < ATTEMPTS]
+        lacking = [n for n, pool in enumerate(pools) if len(pool) < NUM_ATTEMPTS]
         for number, grid in asker.answers(puzzles, lacking, temperature):
             if grid not in pools[number]:
                 pools[number].append(grid)
     for puzzle, pool in zip(puzzles, pools, strict=True):
-        best = ranked(asker.lm, puzzle, pool)[:ATTEMPTS]
-        yield Outcome(puzzle, tuple(grid for grid, _ in best))
+        best = rank_candidates(asker.lm, puzzle, pool)[:NUM_ATTEMPTS]
+        yield ArcOutcome(puzzle, tuple(grid for grid, _ in best))
 
 
 def _prompt(puzzle: Puzzle, view: View) -> list[int]:
     """What is asked under a view; made without the answer."""
-    seen = view.of_puzzle(puzzle._replace(answer=None))
-    return encode_prompt(seen.shown, seen.asked)
+    seen = view.apply_to_puzzle(puzzle._replace(answer=None))
+    return encode_puzzle_prompt(seen.demonstrations, seen.test_input)
 
 
-Case = tuple[int, list[int], list[int]]
+ScoringCase = tuple[int, list[int], list[int]]
 """Which candidate, a prompt, an answer to it."""
 
 
-def _batches(cases: Sequence[Case]) -> Iterator[list[Case]]:
+def _batches(cases: Sequence[ScoringCase]) -> Iterator[list[ScoringCase]]:
     """Cases of rising length, together at most `TOKENS` positions."""
-    batch: list[Case] = []
+    batch: list[ScoringCase] = []
     for case in cases:
-        if batch and (len(batch) + 1) * (len(case[1]) + len(case[2])) > TOKENS:
+        if batch and (len(batch) + 1) * (len(case[1]) + len(case[2])) > MAX_BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(case)
@@ -187,7 +193,7 @@ def _batches(cases: Sequence[Case]) -> Iterator[list[Case]]:
 
 
 @torch.no_grad()
-def _log_probabilities(lm: LM, batch: Sequence[Case]) -> list[float]:
+def _log_probabilities(lm: LM, batch: Sequence[ScoringCase]) -> list[float]:
     """Of every answer after its prompt, summed over its ids, in nats."""
     device = lm.embed.weight.device
     width = max(len(prompt) + len(answer) for _, prompt, answer in batch) - 1

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from tinsmith.core.errors import UserError
 from tinsmith.data import files
-from tinsmith.data.batch import Batch
 from tinsmith.data.files import Reject
-from tinsmith.data.sources import Source
+from tinsmith.data.loader.batch import Batch
+from tinsmith.data.loader.loader import TokenizedDataset
 from tinsmith.data.streams import unique_names
-from tinsmith.evals.windows import TextReader, batches, windows
-from tinsmith.infer.generate import evaluating
+from tinsmith.evals.sliding_window import TextReader, pack_windows, sliding_windows
+from tinsmith.infer.generate import eval_mode
+from tinsmith.losses.logprobs import token_nll
 from tinsmith.nn.model import LM
-from tinsmith.objectives.logprobs import token_nll
 from tinsmith.text.tokenizer import Tokenizer
 
 ALL = "all"
-LONGEST = 1024
+MAX_DEFAULT_SEQ_LEN = 1024
 """Tokens of a window where nobody says otherwise and the model could take more."""
 
 
@@ -65,7 +65,7 @@ class TextResult(NamedTuple):
     documents: int
     rejected: int
     """Lines left out."""
-    context: int
+    seq_len: int
     stride: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,11 +76,11 @@ class TextResult(NamedTuple):
 @torch.no_grad()
 def evaluate_bpb(
     lm: LM,
-    source: Source,
+    source: TokenizedDataset,
     byte_lengths: Tensor,
     *,
-    rows: int,
-    batch_rows: int,
+    max_samples: int,
+    batch_size: int,
     device: torch.device | str,
     poll: Callable[[], object],
 ) -> dict[str, Bpb]:
@@ -90,10 +90,10 @@ def evaluate_bpb(
     raise to end it. No global random state is touched and the model's modes are as before.
     """
     lengths = byte_lengths.cpu()
-    names = {int(source.part(name).rows(0, 1).source[0]): name for name in source.names}
+    names = {int(source.subset(name).get_batch(0, 1).source[0]): name for name in source.names}
     tally = _Tally(1 + max(names))
-    with evaluating(lm):
-        for batch in source.pass_through(batch_rows, limit=rows):
+    with eval_mode(lm):
+        for batch in source.iter_batches(batch_size, max_samples=max_samples):
             poll()
             tally.add(lm, batch, lengths, device)
     return tally.results(names)
@@ -105,11 +105,11 @@ def evaluate_text(
     tokenizer: Tokenizer,
     path: Path | str,
     *,
-    context: int | None = None,
+    seq_len: int | None = None,
     stride: int | None = None,
     field: str = "text",
     limit: int | None = None,
-    batch_rows: int = 8,
+    batch_size: int = 8,
     poll: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TextResult:
@@ -124,22 +124,22 @@ def evaluate_text(
     Raises UserError where there is nothing to read or a size does not fit the model.
     """
     check_limit(limit)
-    context, stride = _sizes(lm, context, stride)
-    found = files.find(str(path), "data")
+    seq_len, stride = _sizes(lm, seq_len, stride)
+    found = files.find_files(str(path), "data")
     names = dict(enumerate(unique_names([file.name for file in found])))
     lengths = torch.from_numpy(tokenizer.byte_lengths())
     tally, device = _Tally(len(names)), lm.embed.weight.device
     readers = [TextReader(file, field, limit) for file in found]
-    with evaluating(lm):
+    with eval_mode(lm):
         for number, reader in enumerate(readers):
-            cut = windows(reader, tokenizer, context, stride)
-            for batch in batches(cut, context, batch_rows, number):
+            cut = sliding_windows(reader, tokenizer, seq_len, stride)
+            for batch in pack_windows(cut, seq_len, batch_size, number):
                 poll()
                 tally.add(lm, batch, lengths, device)
     documents = sum(reader.documents for reader in readers)
     rejects = [reject for reader in readers for reject in reader.rejects]
     report_rejects(f"{path}", "text", documents, rejects, say)
-    return TextResult(tally.results(names), documents, len(rejects), context, stride)
+    return TextResult(tally.results(names), documents, len(rejects), seq_len, stride)
 
 
 def check_limit(limit: int | None) -> None:
@@ -190,10 +190,10 @@ def _bpb(nll: float, tokens: float, text_nll: float, size: float) -> Bpb:
 
 
 def _sizes(lm: LM, context: int | None, stride: int | None) -> tuple[int, int]:
-    most = lm.config.max_context
-    context = min(most, LONGEST) if context is None else context
+    most = lm.config.max_seq_len
+    context = min(most, MAX_DEFAULT_SEQ_LEN) if context is None else context
     if not 1 <= context <= most:
-        raise UserError(f"context: {context} must be from 1 to the model's max_context of {most}")
+        raise UserError(f"context: {context} must be from 1 to the model's max_seq_len of {most}")
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"stride: {stride} must be from 1 to the context of {context}")

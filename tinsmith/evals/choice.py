@@ -18,17 +18,17 @@ from torch import Tensor
 
 from tinsmith.core.errors import UserError
 from tinsmith.data import files
-from tinsmith.data.files import Reject, Row
+from tinsmith.data.files import Record, Reject
 from tinsmith.evals.bpb import check_limit, report_rejects
-from tinsmith.evals.questions import Question, parse_question
-from tinsmith.evals.windows import opening
-from tinsmith.infer.generate import evaluating
+from tinsmith.evals.questions import ChoiceQuestion, parse_question
+from tinsmith.evals.sliding_window import bos_ids
+from tinsmith.infer.generate import eval_mode
+from tinsmith.losses.logprobs import token_nll
 from tinsmith.nn.model import LM
-from tinsmith.objectives.logprobs import token_nll
 from tinsmith.text.tokenizer import Tokenizer
 
 
-class Score(NamedTuple):
+class ChoiceScore(NamedTuple):
     """Shares of `n` questions, from 0 to 1."""
 
     acc: float
@@ -41,8 +41,8 @@ class Score(NamedTuple):
 class ChoiceResult(NamedTuple):
     """What `evaluate_choice` found."""
 
-    total: Score
-    groups: dict[str, Score]
+    total: ChoiceScore
+    groups: dict[str, ChoiceScore]
     """By task, where rows name one."""
     truncated: int
     """Questions whose context lost its beginning."""
@@ -56,18 +56,18 @@ class ChoiceResult(NamedTuple):
         return self.total._asdict() | counts | {"groups": groups}
 
 
-class Line(NamedTuple):
-    """At least two ids, of which the last `scored` are a choice; the first is never scored."""
+class ChoiceSequence(NamedTuple):
+    """At least two ids, of which the last `num_scored` are a choice; the first is never scored."""
 
     ids: list[int]
-    scored: int
+    num_scored: int
 
 
-class Encoded(NamedTuple):
+class EncodedQuestion(NamedTuple):
     """A question and a line for each of its choices."""
 
-    question: Question
-    lines: list[Line]
+    question: ChoiceQuestion
+    sequences: list[ChoiceSequence]
     truncated: bool
 
 
@@ -78,7 +78,7 @@ def evaluate_choice(
     path: Path | str,
     *,
     limit: int | None = None,
-    batch_rows: int = 16,
+    batch_size: int = 16,
     poll: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ChoiceResult:
@@ -95,16 +95,16 @@ def evaluate_choice(
     found, rejects = _read(path)
     if limit is not None and limit < len(found):
         found = [found[i * len(found) // limit] for i in range(limit)]
-    encoded: list[Encoded] = []
+    encoded: list[EncodedQuestion] = []
     for question, row in found:
         try:
-            encoded.append(encode_question(question, tokenizer, lm.config.max_context))
+            encoded.append(encode_question(question, tokenizer, lm.config.max_seq_len))
         except (ValueError, UserError) as error:
             rejects.append(Reject(row.file, row.line, str(error)))
     report_rejects(f"{path}", "question", len(encoded), rejects, say)
-    lines = [line for one in encoded for line in one.lines]
-    with evaluating(lm):
-        sums = log_likelihoods(lm, lines, batch_rows, poll).tolist()
+    lines = [line for one in encoded for line in one.sequences]
+    with eval_mode(lm):
+        sums = log_likelihoods(lm, lines, batch_size, poll).tolist()
     groups: dict[str, list[_Mark]] = {}
     marks = list(_marks([one.question for one in encoded], sums))
     for one, mark in zip(encoded, marks, strict=True):
@@ -115,59 +115,63 @@ def evaluate_choice(
     return ChoiceResult(_mean(marks), by_group, truncated, len(rejects))
 
 
-def _read(path: Path | str) -> tuple[list[tuple[Question, Row]], list[Reject]]:
+def _read(path: Path | str) -> tuple[list[tuple[ChoiceQuestion, Record]], list[Reject]]:
     """Every question with its place, and the rows that hold none."""
-    found: list[tuple[Question, Row]] = []
+    found: list[tuple[ChoiceQuestion, Record]] = []
     rejects: list[Reject] = []
-    for file in files.find(str(path), "tasks"):
+    for file in files.find_files(str(path), "tasks"):
         if file.name.endswith(".txt"):
             raise UserError(f"{file}: questions are read from .jsonl, .jsonl.gz or .parquet files")
-        for row in files.rows(file):
+        for row in files.read_records(file):
             if isinstance(row, Reject):
                 rejects.append(row)
                 continue
             try:
-                found.append((parse_question(row.record), row))
+                found.append((parse_question(row.data), row))
             except ValueError as error:
                 rejects.append(Reject(row.file, row.line, str(error)))
     return found, rejects
 
 
-def encode_question(question: Question, tokenizer: Tokenizer, most: int) -> Encoded:
+def encode_question(
+    question: ChoiceQuestion, tokenizer: Tokenizer, max_seq_len: int
+) -> EncodedQuestion:
     """Ids of contexts and endings; every context is cut on the left to what the longest ending
     leaves of `most` positions. Raises ValueError where it leaves none.
     """
     before, after = [], []
     for context, ending in zip(question.contexts, question.endings, strict=True):
         if context:
-            before.append(opening(tokenizer) + tokenizer.encode(context))
+            before.append(bos_ids(tokenizer) + tokenizer.encode(context))
             after.append(tokenizer.encode_inside(ending))
         else:
-            before.append(opening(tokenizer) or [tokenizer.end_of_text])
+            before.append(bos_ids(tokenizer) or [tokenizer.end_of_text])
             after.append(tokenizer.encode(ending))
     longest = max(map(len, after))
-    room = most + 1 - longest
+    room = max_seq_len + 1 - longest
     if room < 1:
-        raise ValueError(f"a choice of {longest} tokens does not fit the model's context of {most}")
-    lines = [Line(b[-room:] + a, len(a)) for b, a in zip(before, after, strict=True)]
-    return Encoded(question, lines, max(map(len, before)) > room)
+        raise ValueError(
+            f"a choice of {longest} tokens does not fit the model's context of {max_seq_len}"
+        )
+    lines = [ChoiceSequence(b[-room:] + a, len(a)) for b, a in zip(before, after, strict=True)]
+    return EncodedQuestion(question, lines, max(map(len, before)) > room)
 
 
 def log_likelihoods(
-    lm: LM, lines: list[Line], batch_rows: int, poll: Callable[[], object]
+    lm: LM, sequences: list[ChoiceSequence], batch_size: int, poll: Callable[[], object]
 ) -> Tensor:
     """(number of lines,) float64: ln p(choice | what stands before it) of each line, in nats.
 
     Longest lines first, `batch_rows` at a time, padded on the right. The caller sees to evaluation
     mode and no_grad.
     """
-    sums = torch.zeros(len(lines), dtype=torch.float64)
-    order = sorted(range(len(lines)), key=lambda i: -len(lines[i].ids))
+    sums = torch.zeros(len(sequences), dtype=torch.float64)
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     device = lm.embed.weight.device
-    for start in range(0, len(order), batch_rows):
+    for start in range(0, len(order), batch_size):
         poll()
-        chosen = order[start : start + batch_rows]
-        ids, mask, segments = _padded([lines[i] for i in chosen])
+        chosen = order[start : start + batch_size]
+        ids, mask, segments = _padded([sequences[i] for i in chosen])
         hidden = lm(ids[:, :-1].to(device), segments=segments.to(device), logits=False).hidden
         targets = ids[:, 1:][mask].to(device)
         nll = token_nll(hidden[mask.to(device)], targets, lm.head).cpu().double()
@@ -176,7 +180,7 @@ def log_likelihoods(
     return sums
 
 
-def _padded(lines: list[Line]) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(lines: list[ChoiceSequence]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (B, T + 1), which of the targets ids[:, 1:] are scored (B, T), segments (B, T)."""
     width = max(len(line.ids) for line in lines)
     ids = torch.zeros(len(lines), width, dtype=torch.long)
@@ -185,7 +189,7 @@ def _padded(lines: list[Line]) -> tuple[Tensor, Tensor, Tensor]:
     for row, line in enumerate(lines):
         inputs = len(line.ids) - 1
         ids[row, : inputs + 1] = torch.tensor(line.ids)
-        mask[row, inputs - line.scored : inputs] = True
+        mask[row, inputs - line.num_scored : inputs] = True
         segments[row, :inputs] = 0
     return ids, mask, segments
 
@@ -198,12 +202,12 @@ class _Mark(NamedTuple):
     chance: float
 
 
-def _marks(questions: list[Question], sums: list[float]) -> Iterator[_Mark]:
+def _marks(questions: list[ChoiceQuestion], sums: list[float]) -> Iterator[_Mark]:
     start = 0
     for question in questions:
         count = len(question.endings)
         scores = sums[start : start + count]
-        per_byte = [score / size for score, size in zip(scores, question.sizes, strict=True)]
+        per_byte = [score / size for score, size in zip(scores, question.num_bytes, strict=True)]
         yield _Mark(_credit(scores, question.gold), _credit(per_byte, question.gold), 1 / count)
         start += count
 
@@ -216,6 +220,6 @@ def _credit(scores: list[float], gold: int) -> float:
     return 1 / scores.count(best)
 
 
-def _mean(marks: list[_Mark]) -> Score:
+def _mean(marks: list[_Mark]) -> ChoiceScore:
     acc, norm, chance = (math.fsum(column) / len(marks) for column in zip(*marks, strict=True))
-    return Score(acc, norm, chance, len(marks))
+    return ChoiceScore(acc, norm, chance, len(marks))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tinsmith.core.errors import UserError
 from tinsmith.data.prompts import Prompt
 from tinsmith.infer.generate import generate
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -22,31 +22,43 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 class FormatRate(NamedTuple):
     """What was counted."""
 
-    right: int
+    num_well_formed: int
     """Answers of the right form."""
-    exact: int
+    num_correct: int
     """Of those, the ones that say the prompt's own answer, blanks aside."""
-    answers: int
+    num_completions: int
 
     def to_dict(self) -> dict[str, float]:
         """Shares of all answers, and how many there were."""
         return {
-            "format": self.right / self.answers,
-            "accuracy": self.exact / self.answers,
-            "answers": self.answers,
+            "format": self.num_well_formed / self.num_completions,
+            "accuracy": self.num_correct / self.num_completions,
+            "completions": self.num_completions,
         }
 
 
 def evaluate_format(
-    lm: LM, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, max_new: int = 512, rows: int = 16
+    lm: LM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
 ) -> FormatRate:
     """Answer every prompt greedily and look at the form; UserError without prompts."""
     if not prompts:
         raise UserError("format: there are no prompts to answer")
     asked = [prompt.ids for prompt in prompts]
-    greedy = Sampling(temperature=0.0)
-    said = generate(lm, tokenizer, asked, sampling=greedy, max_new=max_new, rows=rows)
-    found = [well_formed(tokenizer, answer.ids) for answer in said]
+    greedy = SamplingParams(temperature=0.0)
+    said = generate(
+        lm,
+        tokenizer,
+        asked,
+        sampling_params=greedy,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    found = [extract_answer(tokenizer, answer.token_ids) for answer in said]
     exact = [
         inside is not None and inside.split() == (prompt.answer or "").split()
         for inside, prompt in zip(found, prompts, strict=True)
@@ -54,7 +66,7 @@ def evaluate_format(
     return FormatRate(sum(each is not None for each in found), sum(exact), len(found))
 
 
-def well_formed(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
+def extract_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
     """What an answer of the right form says inside `<answer>`; None for any other.
 
     Every tag comes once and in order, something stands inside both pairs, and the turn ends right

@@ -17,27 +17,27 @@
 
 from typing import Any, NamedTuple
 
-from tinsmith.data.files import refuse_odd_text, text_of
+from tinsmith.data.files import check_text, get_text
 
 
-class Question(NamedTuple):
+class ChoiceQuestion(NamedTuple):
     """Which of the endings, each behind its context, is right?"""
 
     contexts: list[str]
     endings: list[str]
-    sizes: list[int]
+    num_bytes: list[int]
     """Bytes by which scores are divided: those of an ending without the separator."""
     gold: int
     group: str | None
 
 
-def parse_question(record: dict[str, Any]) -> Question:
+def parse_question(record: dict[str, Any]) -> ChoiceQuestion:
     """A row in one of the shapes above. Raises ValueError that says what is wrong with it."""
-    refuse_odd_text(record)
+    check_text(record)
     group = next((str(record[key]) for key in ("task", "subject", "uid") if record.get(key)), None)
     if "good" in record and "bad" in record:
-        pair = [text_of(record, "good"), text_of(record, "bad")]
-        return Question(["", ""], pair, [_bytes(text) for text in pair], 0, group)
+        pair = [get_text(record, "good"), get_text(record, "bad")]
+        return ChoiceQuestion(["", ""], pair, [_bytes(text) for text in pair], 0, group)
     choices = _choices(record)
     gold = _gold(record, choices)
     context = _context(record)
@@ -45,10 +45,12 @@ def parse_question(record: dict[str, Any]) -> Question:
     joined = [_joined(context, separator, choice) for choice in choices]
     count = len(choices)
     if "continuation" in record:
-        ending = text_of(record, "continuation")
+        ending = get_text(record, "continuation")
         contexts = [context + choice for choice in joined]
-        return Question(contexts, [ending] * count, [_bytes(ending)] * count, gold, group)
-    return Question([context] * count, joined, [_bytes(choice) for choice in choices], gold, group)
+        return ChoiceQuestion(contexts, [ending] * count, [_bytes(ending)] * count, gold, group)
+    return ChoiceQuestion(
+        [context] * count, joined, [_bytes(choice) for choice in choices], gold, group
+    )
 
 
 def _choices(record: dict[str, Any]) -> list[str]:

@@ -25,48 +25,52 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tinsmith.data.sources import Source
-from tinsmith.infer.generate import evaluating
+from tinsmith.data.loader.loader import TokenizedDataset
+from tinsmith.infer.generate import eval_mode
 from tinsmith.nn.contract import Routed
 from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
 
-CLASSES = ("special", "other", "letters", "digits", "white space", "punctuation")
+TOKEN_CLASSES = ("special", "other", "letters", "digits", "white space", "punctuation")
 
 
 class Specialisation(NamedTuple):
     """Of one layer, or the mean of several."""
 
-    information: float
+    mutual_information: float
     """Bits that an expert tells of a token's class; NaN where nothing was routed."""
-    classes: float
+    class_entropy: float
     """Bits there are to tell: the entropy of the classes of routed tokens."""
     jaccard: float | None
     """From 0, the same experts, to 1, others; None with less than two tasks."""
 
     @property
-    def share(self) -> float:
+    def normalized_mi(self) -> float:
         """Of what there is to tell; NaN where that is nothing."""
-        return self.information / self.classes if self.classes else math.nan
+        return self.mutual_information / self.class_entropy if self.class_entropy else math.nan
 
     def __str__(self) -> str:
-        told = f"tell {self.information:.2f} of the {self.classes:.2f} bits of a token's class"
+        told = f"tell {self.mutual_information:.2f} of the {self.class_entropy:.2f} bits of a token's class"
         return told if self.jaccard is None else f"{told}, jaccard {self.jaccard:.2f} between tasks"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready but for NaN."""
-        told = {"information": self.information, "classes": self.classes, "share": self.share}
+        told = {
+            "mutual_information": self.mutual_information,
+            "class_entropy": self.class_entropy,
+            "normalized_mi": self.normalized_mi,
+        }
         return told if self.jaccard is None else told | {"jaccard": self.jaccard}
 
 
 @torch.no_grad()
 def evaluate_routing(
     lm: LM,
-    source: Source,
+    source: TokenizedDataset,
     classes_V: Tensor,
     *,
-    rows: int,
-    batch_rows: int,
+    max_samples: int,
+    batch_size: int,
     device: torch.device | str,
     poll: Callable[[], object],
 ) -> dict[str, Specialisation]:
@@ -75,15 +79,15 @@ def evaluate_routing(
     One pass over at most `rows` rows, spread evenly over `source`; `classes` (V,) int64 says what
     each id is. No global random state is touched and the model's modes are as before.
     """
-    numbers = [int(source.part(name).rows(0, 1).source[0]) for name in source.names]
+    numbers = [int(source.subset(name).get_batch(0, 1).source[0]) for name in source.names]
     counters = {
         name: _Counter(part, int(classes_V.max()) + 1, 1 + max(numbers))
-        for name, part in lm.routed().items()
+        for name, part in lm.routed_modules().items()
     }
     if not counters:
         return {}
-    with evaluating(lm), torch.compiler.set_stance("force_eager"), _listening(lm, counters):
-        for batch in source.pass_through(batch_rows, limit=rows):
+    with eval_mode(lm), torch.compiler.set_stance("force_eager"), _listening(lm, counters):
+        for batch in source.iter_batches(batch_size, max_samples=max_samples):
             poll()
             for counter in counters.values():
                 counter.looks_at(classes_V[batch.ids], batch.source)
@@ -100,15 +104,15 @@ def token_classes(tokenizer: Tokenizer) -> Tensor:
     special = set(tokenizer.added_tokens.values())
     return torch.tensor(
         [
-            0 if number in special else CLASSES.index(_class(tokenizer.piece(number)))
+            0 if number in special else TOKEN_CLASSES.index(_class(tokenizer.piece(number)))
             for number in range(tokenizer.vocab_size)
         ]
     )
 
 
-def information(table: Tensor) -> float:
+def mutual_information(counts: Tensor) -> float:
     """Bits that rows tell of columns, or columns of rows, from counts of pairs (C, E)."""
-    joint = table.double() / table.sum()
+    joint = counts.double() / counts.sum()
     even = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     return float((joint * (joint / even).log2()).where(joint > 0, 0).sum().clamp(min=0))
 
@@ -142,7 +146,7 @@ class _Counter:
 
     def __call__(self, part: nn.Module, given: tuple[Any, ...]) -> None:
         """Asked before the part works."""
-        chosen_NE = self.part.chosen(given[0], given[1]).flatten(0, 1).cpu().double()
+        chosen_NE = self.part.expert_mask(given[0], given[1]).flatten(0, 1).cpu().double()
         empty = chosen_NE.new_zeros(math.prod(self._shape), chosen_NE.shape[1])
         self._table = self._table + empty.index_add(0, self._groups_BT.flatten(), chosen_NE)
 
@@ -152,8 +156,8 @@ class _Counter:
             return Specialisation(math.nan, math.nan, None)
         table_CSE = self._table.unflatten(0, self._shape)
         by_class, by_source = table_CSE.sum(1), table_CSE.sum(0)
-        entropy = information(by_class.sum(1).diag())
-        return Specialisation(information(by_class), entropy, jaccard_distance(by_source))
+        entropy = mutual_information(by_class.sum(1).diag())
+        return Specialisation(mutual_information(by_class), entropy, jaccard_distance(by_source))
 
 
 @contextmanager
@@ -170,13 +174,13 @@ def _listening(lm: LM, counters: dict[str, _Counter]) -> Iterator[None]:
 
 
 def _mean(found: list[Specialisation]) -> Specialisation:
-    told = [one for one in found if not math.isnan(one.information)]
+    told = [one for one in found if not math.isnan(one.mutual_information)]
     if not told:
         return Specialisation(math.nan, math.nan, None)
     distances = [one.jaccard for one in told if one.jaccard is not None]
     return Specialisation(
-        fmean(one.information for one in told),
-        fmean(one.classes for one in told),
+        fmean(one.mutual_information for one in told),
+        fmean(one.class_entropy for one in told),
         fmean(distances) if distances else None,
     )
 

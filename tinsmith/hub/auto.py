@@ -20,15 +20,15 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from tinsmith.hub.from_hf import OWN, config_from_hf
+from tinsmith.hub.from_hf import TINSMITH_MODEL_TYPE, config_from_hf
 from tinsmith.nn.model import LM
-from tinsmith.nn.routing.rebirth import Window
+from tinsmith.nn.moe.dead_experts import UsageWindow
 
 
 class TinsmithConfig(PretrainedConfig):
     """`config.json` with Tinsmith's own description of the model under `tinsmith`."""
 
-    model_type = OWN
+    model_type = TINSMITH_MODEL_TYPE
 
 
 class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
@@ -83,10 +83,10 @@ class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
         """Counters of a run, which no folder has, from 0; `LM` has given weights their first
         values.
         """
-        if isinstance(module, Window):
+        if isinstance(module, UsageWindow):
             for counter in module.buffers(recurse=False):
                 counter.zero_()
 
 
-AutoConfig.register(OWN, TinsmithConfig)
+AutoConfig.register(TINSMITH_MODEL_TYPE, TinsmithConfig)
 AutoModelForCausalLM.register(TinsmithConfig, TinsmithForCausalLM)

@@ -9,7 +9,7 @@ from tinsmith.core.parse import write_yaml
 from tinsmith.core.units import count
 
 
-class Data(TypedDict):
+class CardDataset(TypedDict):
     """A source of training data."""
 
     name: Required[str]
@@ -19,7 +19,7 @@ class Data(TypedDict):
     license: NotRequired[str]
 
 
-class Score(TypedDict):
+class CardScore(TypedDict):
     """One result of an evaluation."""
 
     task: Required[str]
@@ -29,7 +29,7 @@ class Score(TypedDict):
     """How many tokens, questions, ... the value is a mean over."""
 
 
-class Sample(TypedDict):
+class CardSample(TypedDict):
     """A prompt and what the model made of it; `note` says what is good or bad about it."""
 
     prompt: Required[str]
@@ -37,7 +37,7 @@ class Sample(TypedDict):
     note: NotRequired[str]
 
 
-class Facts(TypedDict, total=False):
+class CardFacts(TypedDict, total=False):
     """What a card may say. Only `name` and `parameters` are required."""
 
     name: Required[str]
@@ -49,7 +49,7 @@ class Facts(TypedDict, total=False):
     reason: str | None
     """Why no stock class fits, where `family` is "tinsmith"."""
     dtype: str
-    context: int
+    max_seq_len: int
     """Tokens the model was made for."""
     architecture: str
     """One line, such as "8 x (gqa, swiglu)"."""
@@ -59,7 +59,7 @@ class Facts(TypedDict, total=False):
     license: str
     tokens_seen: int
     steps: int
-    data: list[Data]
+    data: list[CardDataset]
     recipe: str
     """The resolved config as YAML."""
     command: str
@@ -67,9 +67,9 @@ class Facts(TypedDict, total=False):
     versions: dict[str, str]
     loss_plot: str
     """Name of a picture beside the card."""
-    scores: list[Score]
-    samples: list[Sample]
-    bad_sample: Sample
+    scores: list[CardScore]
+    samples: list[CardSample]
+    bad_sample: CardSample
     limits: list[str]
     tokenizer: bool
     """Whether the folder holds one (default True)."""
@@ -79,7 +79,7 @@ class Facts(TypedDict, total=False):
     """SHA-256 by file of weights."""
 
 
-def model_card(facts: Facts) -> str:
+def model_card(facts: CardFacts) -> str:
     """README.md of a model's folder."""
     sections = [
         ("", _introduction(facts)),
@@ -96,7 +96,7 @@ def model_card(facts: Facts) -> str:
     return "\n\n".join([_front(facts), *told]) + "\n"
 
 
-def _front(facts: Facts) -> str:
+def _front(facts: CardFacts) -> str:
     stock = facts.get("family", "tinsmith") != "tinsmith"
     data = {
         "library_name": "transformers" if stock else "tinsmith",
@@ -108,7 +108,7 @@ def _front(facts: Facts) -> str:
     return f"---\n{write_yaml(data).strip()}\n---\n\n# {_line(facts['name'])}"
 
 
-def _introduction(facts: Facts) -> str:
+def _introduction(facts: CardFacts) -> str:
     parameters = f"{facts['parameters']:,} parameters"
     if "active_parameters" in facts:
         parameters += f", {facts['active_parameters']:,} of which act on a token"
@@ -116,7 +116,7 @@ def _introduction(facts: Facts) -> str:
         ("Parameters", parameters),
         ("Architecture", facts.get("architecture")),
         ("Weights", facts.get("dtype")),
-        ("Context", f"{facts['context']:,} tokens" if "context" in facts else None),
+        ("Context", f"{facts['max_seq_len']:,} tokens" if "max_seq_len" in facts else None),
         ("Objective", facts.get("objective")),
         ("Started from", facts.get("base")),
         ("Class", _class(facts)),
@@ -126,7 +126,7 @@ def _introduction(facts: Facts) -> str:
     return f"A language model of {size} parameters, made with Tinsmith.\n\n{table}"
 
 
-def _class(facts: Facts) -> str | None:
+def _class(facts: CardFacts) -> str | None:
     if "family" not in facts:
         return None
     if facts["family"] != "tinsmith":
@@ -135,7 +135,7 @@ def _class(facts: Facts) -> str | None:
     return "`tinsmith`, Tinsmith's own" + (f", because {reason}" if reason else "")
 
 
-def _loading(facts: Facts) -> str:
+def _loading(facts: CardFacts) -> str:
     stock = facts.get("family", "tinsmith") != "tinsmith"
     tokenizer, chat = facts.get("tokenizer", True), facts.get("chat", False)
     first = [] if stock else ["import tinsmith.hub.auto  # registers the class"]
@@ -153,7 +153,7 @@ def _loading(facts: Facts) -> str:
     return "\n\n".join([*snippets, *([_fenced(shell, "sh")] if tokenizer else [])])
 
 
-def _data(facts: Facts) -> str:
+def _data(facts: CardFacts) -> str:
     rows = [
         [
             source["name"],
@@ -167,7 +167,7 @@ def _data(facts: Facts) -> str:
     return _table(["source", "documents", "tokens", "rejected", "license"], rows) if rows else ""
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> str:
     parts: list[str] = []
     if "steps" in facts and "tokens_seen" in facts:
         parts.append(f"{facts['steps']:,} steps, {facts['tokens_seen']:,} tokens seen.")
@@ -183,7 +183,7 @@ def _training(facts: Facts) -> str:
     return "\n\n".join(parts)
 
 
-def _evaluation(facts: Facts) -> str:
+def _evaluation(facts: CardFacts) -> str:
     rows = [
         [score["task"], score["metric"], f"{score['value']:.4g}", _number(score.get("items"))]
         for score in facts.get("scores", [])
@@ -191,7 +191,7 @@ def _evaluation(facts: Facts) -> str:
     return _table(["task", "metric", "value", "over"], rows) if rows else ""
 
 
-def _samples(facts: Facts) -> str:
+def _samples(facts: CardFacts) -> str:
     shown = [("", sample) for sample in facts.get("samples", [])]
     if "bad_sample" in facts:
         shown.append(("A bad one. ", facts["bad_sample"]))
@@ -203,7 +203,7 @@ def _samples(facts: Facts) -> str:
     return "\n\n".join(parts)
 
 
-def _weights(facts: Facts) -> str:
+def _weights(facts: CardFacts) -> str:
     hashes = facts.get("hashes", {})
     return _table(["file", "SHA-256"], [[name, f"`{hashes[name]}`"] for name in sorted(hashes)])
 

@@ -6,19 +6,19 @@ from typing import Any
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import nearest
-from tinsmith.hub import deepseek, grouped
-from tinsmith.hub.keys import Keys
-from tinsmith.hub.rope import read_rope
+from tinsmith.hub.families import deepseek, llama
+from tinsmith.hub.families.rope import read_rope
+from tinsmith.hub.keys import ConfigReader
 from tinsmith.nn.config import Dropout, ModelConfig
-from tinsmith.nn.parts.trained import EVERYTHING
+from tinsmith.nn.parameters import ALL_PARAMETERS
 
-OWN = "tinsmith"
-SCHEMA = 1
-TRAINED = "tinsmith_trained"
+TINSMITH_MODEL_TYPE = "tinsmith"
+SCHEMA_VERSION = 1
+TRAINABLE_KEY = "tinsmith_trained"
 """Tinsmith's own key in the `config.json` of a stock family: which tensors training may change."""
-SIDES = (grouped, deepseek)
+FAMILY_MODULES = (llama, deepseek)
 """Modules, one for each kind of attention, that read and write what only its families have."""
-FAMILIES = {kind: side for side in SIDES for kind in side.FAMILIES}
+MODULE_BY_FAMILY = {kind: side for side in FAMILY_MODULES for kind in side.FAMILIES}
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -40,15 +40,15 @@ def config_from_hf(data: dict[str, Any], where: str = "config.json") -> ModelCon
     UserError, with the key, for everything that it cannot build and for values of no sense.
     """
     kind = data.get("model_type")
-    if kind == OWN:
+    if kind == TINSMITH_MODEL_TYPE:
         return _own(data, where)
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = [*FAMILIES, OWN]
+    if not isinstance(kind, str) or kind not in MODULE_BY_FAMILY:
+        known = [*MODULE_BY_FAMILY, TINSMITH_MODEL_TYPE]
         hint = nearest(kind, known) if isinstance(kind, str) else ""
         raise UserError(f"{where}: model_type: {kind!r:.60} is not one of {', '.join(known)}{hint}")
-    keys = Keys(data, where)
+    keys = ConfigReader(data, where)
     for key, allowed in _ONLY.items():
-        keys.only(key, allowed)
+        keys.check_allowed(key, allowed)
     try:
         return _stock(kind, keys)
     except ValueError as error:
@@ -56,40 +56,42 @@ def config_from_hf(data: dict[str, Any], where: str = "config.json") -> ModelCon
 
 
 def _own(data: dict[str, Any], where: str) -> ModelConfig:
-    inner = data.get(OWN)
-    if not isinstance(inner, dict) or inner.get("schema") != SCHEMA:
+    inner = data.get(TINSMITH_MODEL_TYPE)
+    if not isinstance(inner, dict) or inner.get("schema") != SCHEMA_VERSION:
         schema = inner.get("schema") if isinstance(inner, dict) else None
-        raise UserError(f"{where}: {OWN}.schema: {schema!r:.60}, and this version reads {SCHEMA}")
-    place, model = f"{where}: {OWN}.model", inner.get("model")
+        raise UserError(
+            f"{where}: {TINSMITH_MODEL_TYPE}.schema: {schema!r:.60}, and this version reads {SCHEMA_VERSION}"
+        )
+    place, model = f"{where}: {TINSMITH_MODEL_TYPE}.model", inner.get("model")
     if not isinstance(model, dict):
         raise UserError(f"{place}: must be an object (got {model!r:.60})")
     for key in ("vocab_size", "dim", "depth"):
-        Keys(model, place).size(key)
+        ConfigReader(model, place).positive_int(key)
     return ModelConfig.from_dict(model, place)
 
 
-def _stock(kind: str, keys: Keys) -> ModelConfig:
-    side = FAMILIES[kind]
+def _stock(kind: str, keys: ConfigReader) -> ModelConfig:
+    side = MODULE_BY_FAMILY[kind]
     family = side.FAMILIES[kind]
     first, pattern = side.read_layers(kind, keys)
-    context = keys.size("max_position_embeddings", family.max_context)
+    context = keys.positive_int("max_position_embeddings", family.max_seq_len)
     return ModelConfig(
-        vocab_size=keys.size("vocab_size"),
-        dim=keys.size("hidden_size"),
-        depth=keys.size("num_hidden_layers"),
+        vocab_size=keys.positive_int("vocab_size"),
+        dim=keys.positive_int("hidden_size"),
+        depth=keys.positive_int("num_hidden_layers"),
         first=tuple(first),
         pattern=tuple(pattern),
-        max_context=context,
+        max_seq_len=context,
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         norm_eps=keys.number("rms_norm_eps", family.norm_eps),
         rope=read_rope(keys.data, context, keys.where, side.read_scaling, family.theta),
         dropout=Dropout(attention=keys.number("attention_dropout", 0.0, above=-1)),
-        trained=_trained(keys),
+        trainable=_trained(keys),
     )
 
 
-def _trained(keys: Keys) -> tuple[str, ...]:
-    patterns = keys.data.get(TRAINED, list(EVERYTHING))
+def _trained(keys: ConfigReader) -> tuple[str, ...]:
+    patterns = keys.data.get(TRAINABLE_KEY, list(ALL_PARAMETERS))
     if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
-        keys.fail(TRAINED, f"must be a list of patterns of names (got {patterns!r:.60})")
+        keys.fail(TRAINABLE_KEY, f"must be a list of patterns of names (got {patterns!r:.60})")
     return tuple(patterns)

@@ -12,19 +12,19 @@ from torch import Tensor
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_dir, atomic_write, sha256
 from tinsmith.core.jsonfile import read_object
-from tinsmith.hub.card import Facts, model_card
-from tinsmith.hub.fill import fill
+from tinsmith.hub.card import CardFacts, model_card
+from tinsmith.hub.families.names import NAME_MAPS
+from tinsmith.hub.families.rope import with_rope_scaling
 from tinsmith.hub.from_hf import config_from_hf
-from tinsmith.hub.names import NAMES
-from tinsmith.hub.rope import stretched
+from tinsmith.hub.materialize import materialize
 from tinsmith.hub.tensors import find_tensors, save_sharded
 from tinsmith.hub.to_hf import config_to_hf
-from tinsmith.hub.vocabulary import ids_of, save_tokenizer
+from tinsmith.hub.vocabulary import save_tokenizer, special_token_ids
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Exported",
+    "ExportResult",
     "config_from_hf",
     "config_to_hf",
     "export_folder",
@@ -32,10 +32,10 @@ __all__ = [
     "write_folder",
 ]
 
-SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9
 
 
-class Exported(NamedTuple):
+class ExportResult(NamedTuple):
     """What a folder turned out to be; a model card is made from it."""
 
     family: str
@@ -47,7 +47,7 @@ class Exported(NamedTuple):
     """SHA-256 of every file of weights."""
 
 
-Card = str | Callable[[Exported], str]
+Card = str | Callable[[ExportResult], str]
 """The text of a folder's README.md, or what makes it once the weights are written."""
 
 
@@ -57,10 +57,10 @@ def export_folder(
     folder: Path,
     *,
     card: Card | None = None,
-    attach: Sequence[Path] = (),
+    extra_files: Sequence[Path] = (),
     overwrite: bool = False,
-    max_shard_bytes: int = SHARD_BYTES,
-) -> Exported:
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ExportResult:
     """Write a model as a Hugging Face folder, weights in their own dtype, whole or not at all.
 
     The class is a stock one (Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V3)
@@ -74,7 +74,7 @@ def export_folder(
         tokenizer,
         folder,
         card=card,
-        attach=attach,
+        extra_files=extra_files,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
@@ -87,26 +87,26 @@ def write_folder(
     folder: Path,
     *,
     card: Card | None = None,
-    attach: Sequence[Path] = (),
+    extra_files: Sequence[Path] = (),
     overwrite: bool = False,
-    max_shard_bytes: int = SHARD_BYTES,
-    also: Callable[[Path], None] | None = None,
-) -> Exported:
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    write_extra: Callable[[Path], None] | None = None,
+) -> ExportResult:
     """`export_folder` for full tensors by Tinsmith's names, wherever they came from; `also` writes
     more into the folder before it is there.
     """
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists; give the name of a new folder, or remove it first")
     translation = config_to_hf(config)
-    names = NAMES[translation.family]
+    names = NAME_MAPS[translation.family]
     tied = {"head.weight"} if config.tie_embeddings else set()
     theirs = {
-        names.theirs(name): names.sent(name, tensor, config)
-        for name, tensor in names.apart(state).items()
+        names.to_hf_name(name): names.to_hf_tensor(name, tensor, config)
+        for name, tensor in names.split_experts(state).items()
         if name not in tied
     }
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
-    ids = ids_of(tokenizer, config.vocab_size)
+    ids = special_token_ids(tokenizer, config.vocab_size)
     data = translation.data | {"dtype": dtype, "torch_dtype": dtype} | ids.for_config()
     with atomic_dir(folder) as inside:
         written = save_sharded(inside, theirs, max_shard_bytes)
@@ -114,11 +114,11 @@ def write_folder(
         _write_json(inside / "generation_config.json", ids.for_generation())
         if tokenizer is not None:
             save_tokenizer(tokenizer, inside, config.vocab_size)
-        for path in attach:
+        for path in extra_files:
             shutil.copyfile(path, inside / path.name)
-        if also is not None:
-            also(inside)
-        done = Exported(
+        if write_extra is not None:
+            write_extra(inside)
+        done = ExportResult(
             family=translation.family,
             reason=translation.reason,
             parameters=sum(tensor.numel() for tensor in theirs.values()),
@@ -129,9 +129,9 @@ def write_folder(
     return done
 
 
-def _card(card: Card | None, done: Exported, name: str, has_tokenizer: bool) -> str:
+def _card(card: Card | None, done: ExportResult, name: str, has_tokenizer: bool) -> str:
     if card is None:
-        return model_card(Facts(name=name, tokenizer=has_tokenizer, **done._asdict()))
+        return model_card(CardFacts(name=name, tokenizer=has_tokenizer, **done._asdict()))
     return card if isinstance(card, str) else card(done)
 
 
@@ -152,9 +152,9 @@ def import_folder(
     """
     where = path / "config.json"
     data = read_object(where)
-    config = stretched(config_from_hf(data, str(where)), rope_scaling)
+    config = with_rope_scaling(config_from_hf(data, str(where)), rope_scaling)
     family = str(data["model_type"])
-    lm = fill(config, find_tensors(path), NAMES[family], dtype, device, str(path))
+    lm = materialize(config, find_tensors(path), NAME_MAPS[family], dtype, device, str(path))
     return lm, open_tokenizer(path)
 
 

@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from tinsmith.core.errors import UserError
 
-LARGEST_SIZE = 2**20
-LARGEST = {
+DEFAULT_MAX_SIZE = 2**20
+MAX_SIZES = {
     "vocab_size": 2**28,
     "max_position_embeddings": 2**40,
     "original_max_position_embeddings": 2**40,
@@ -16,7 +16,7 @@ LARGEST = {
 """Sizes are bounded, so that a hostile file cannot ask for more than the machine has."""
 
 
-class Keys:
+class ConfigReader:
     """The keys of one JSON object; every reader raises UserError with file and key.
 
     `default` is what a silent (or, for `given`, null) file means; without one the key is required.
@@ -30,17 +30,17 @@ class Keys:
         """UserError about one key."""
         raise UserError(f"{self.where}: {key}: {problem}")
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def positive_int(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
         value = self._given(key, default)
-        largest = LARGEST.get(key, LARGEST_SIZE)
+        largest = MAX_SIZES.get(key, DEFAULT_MAX_SIZE)
         if type(value) is not int or not 1 <= value <= largest:
             self.fail(key, f"must be a whole number from 1 to {largest} (got {value!r:.60})")
         return value
 
-    def optional_size(self, key: str, default: int | None = None) -> int | None:
+    def optional_positive_int(self, key: str, default: int | None = None) -> int | None:
         """A whole number of at least 1, or None where the file says null."""
-        return None if self.data.get(key, default) is None else self.size(key, default)
+        return None if self.data.get(key, default) is None else self.positive_int(key, default)
 
     def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
         """A finite number greater than `above`."""
@@ -60,7 +60,7 @@ class Keys:
             self.fail(key, f"must be true or false (got {value!r:.60})")
         return value
 
-    def only(self, key: str, allowed: tuple[Any, ...]) -> None:
+    def check_allowed(self, key: str, allowed: tuple[Any, ...]) -> None:
         """Refuse any value that would make another model than Tinsmith builds."""
         value = self.data.get(key)
         if value is not None and value not in allowed:

@@ -13,23 +13,23 @@ from tinsmith.core.jsonfile import read_object
 from tinsmith.core.log import say, warn
 from tinsmith.core.manifest import MANIFEST, newest_valid, verify
 from tinsmith.core.parse import parse, read_yaml
-from tinsmith.hub.adapters import Adapters, read_adapters
-from tinsmith.hub.fill import fill
+from tinsmith.hub.families.names import IDENTITY_MAP
+from tinsmith.hub.families.rope import with_rope_scaling
 from tinsmith.hub.from_hf import config_from_hf
 from tinsmith.hub.hf import import_folder, open_tokenizer
-from tinsmith.hub.names import SAME
-from tinsmith.hub.rope import stretched
+from tinsmith.hub.materialize import materialize
+from tinsmith.hub.peft.adapters import Adapters, read_adapters
 from tinsmith.hub.tensors import find_tensors, read_tensors
 from tinsmith.nn import lora
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.tokenizer import Tokenizer
 
-NEEDS = ("model.safetensors", "config.yaml")
+REQUIRED_FILES = ("model.safetensors", "config.yaml")
 """Files without which a checkpoint cannot be opened."""
 
-CONFIG = ("config.json",)
-FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+CONFIG_PATTERNS = ("config.json",)
+MODEL_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 """What there may be of a model on the Hub, as patterns."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -53,7 +53,7 @@ def load(
     folder, or, where no such path exists, a name on the Hugging Face Hub. Weights keep the file's
     dtype unless `dtype` is given (a torch dtype, or its name); adapters of a checkpoint are folded
     into them. `rope_scaling` stretches the
-    context: `{kind: yarn, factor, original_context}`, or in Hugging Face's words. UserError where
+    context: `{kind: yarn, factor, original_max_seq_len}`, or in Hugging Face's words. UserError where
     there is nothing to open, or where what is there is broken or not a model that Tinsmith can
     build.
     """
@@ -65,17 +65,17 @@ def load(
     return import_folder(folder, kind, place, rope_scaling)
 
 
-def config_of(path: str | Path) -> ModelConfig:
+def load_config(path: str | Path) -> ModelConfig:
     """The config of the model at `path`, as for `load`; of a Hugging Face folder no weights need to
     be there.
     """
-    folder = locate(path, CONFIG)
+    folder = locate(path, CONFIG_PATTERNS)
     if _is_checkpoint(folder):
         return _recipe(folder)[0]
     return config_from_hf(read_object(folder / "config.json"), str(folder / "config.json"))
 
 
-def locate(path: str | Path, files: Sequence[str] = FILES) -> Path:
+def locate(path: str | Path, allow_patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
     """The folder that holds the weights `path` stands for: a checkpoint or a Hugging Face folder.
 
     Fetches `files` (patterns) from the Hub where `path` is a name and not a path.
@@ -91,7 +91,7 @@ def locate(path: str | Path, files: Sequence[str] = FILES) -> Path:
     run = Path(os.environ.get("TINSMITH_RUNS", "runs")) / name
     if run.is_dir():
         raise UserError(f"{path}: no such folder; did you mean {run}?")
-    return _fetch(name, files)
+    return _fetch(name, allow_patterns)
 
 
 def _inside(folder: Path) -> Path:
@@ -99,7 +99,7 @@ def _inside(folder: Path) -> Path:
         return folder
     if (folder / "final" / "config.json").is_file():
         return folder / "final"
-    found, skipped = newest_valid(folder / "checkpoints", needs=NEEDS)
+    found, skipped = newest_valid(folder / "checkpoints", needs=REQUIRED_FILES)
     for line in skipped if found else []:
         warn(f"passed over {folder / 'checkpoints'}/{line}")
     if found:
@@ -116,7 +116,7 @@ def _is_checkpoint(folder: Path) -> bool:
     """Whether a folder means to be a checkpoint; `verify` says whether it is one."""
     if (folder / "config.json").is_file():
         return False
-    return (folder / MANIFEST).exists() or all((folder / name).is_file() for name in NEEDS)
+    return (folder / MANIFEST).exists() or all((folder / name).is_file() for name in REQUIRED_FILES)
 
 
 def _open_checkpoint(
@@ -126,14 +126,16 @@ def _open_checkpoint(
     rope_scaling: dict[str, Any] | None,
 ) -> tuple[LM, Tokenizer | None]:
     config, adapted, _ = _recipe(folder)
-    config = stretched(config, rope_scaling)
-    lm = fill(config, find_tensors(folder), SAME, dtype, device, str(folder), adapted)
+    config = with_rope_scaling(config, rope_scaling)
+    lm = materialize(
+        config, find_tensors(folder), IDENTITY_MAP, dtype, device, str(folder), adapted
+    )
     return lm, open_tokenizer(folder)
 
 
 def _recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
     """What a checkpoint's recipe says of its model, of its adapters and of where it began."""
-    reason = verify(folder, hashes=True, needs=NEEDS)
+    reason = verify(folder, hashes=True, needs=REQUIRED_FILES)
     if reason is not None:
         raise UserError(f"{folder}: not a valid checkpoint: {reason}")
     where = folder / "config.yaml"
@@ -149,7 +151,7 @@ def _recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
     )
 
 
-def adapters_of(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
+def load_adapters(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
     """The config of the model at `path`, a run or a checkpoint, the adapters it has trained, and
     the name of what they were added to. UserError where there are none.
     """
@@ -164,7 +166,7 @@ def adapters_of(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
     if adapted is None:
         raise UserError(f"{folder}: has no adapters; its recipe has no lora section")
     state = read_tensors(find_tensors(folder), None, None)
-    return config, Adapters(adapted, lora.split(state)[1]), base
+    return config, Adapters(adapted, lora.split_state_dict(state)[1]), base
 
 
 def _fetch(name: str, files: Sequence[str]) -> Path:

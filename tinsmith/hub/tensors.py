@@ -15,8 +15,8 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write, inside
 from tinsmith.core.jsonfile import read_object
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _COUNTERS = {"I64", "BOOL"}
 """What a checkpoint holds beside weights; `Stored.weight` is False for them."""
@@ -24,23 +24,23 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-class Stored(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor in a file, as the file's header describes it."""
 
     file: Path
     shape: tuple[int, ...]
-    weight: bool = True
+    is_weight: bool = True
 
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """All tensors in a folder's `model.safetensors`, or in the files that its index names.
 
     Reads headers only. UserError where there are none, where a file is missing, truncated or
     outside of the folder, and for tensors that are not floating-point numbers (quantised ones).
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorInfo] = {}
     for file in _files(folder):
-        for name, stored in header(file).items():
+        for name, stored in read_header(file).items():
             if name in found:
                 raise UserError(f"{file}: {name} is also in {found[name].file.name}")
             found[name] = stored
@@ -48,9 +48,9 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / INDEX
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
     if not index.is_file():
         raise UserError(_nothing(folder))
     shards = read_object(index).get("weight_map")
@@ -62,7 +62,7 @@ def _files(folder: Path) -> list[Path]:
 def _nothing(folder: Path) -> str:
     pickled = sorted(path.name for kind in _PICKLED for path in folder.glob(kind))
     if not pickled:
-        return f"{folder}: has neither {WEIGHTS} nor {INDEX}"
+        return f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
     return (
         f"{folder}: has only pickled weights ({pickled[0]}), which can run code when opened and "
         "are never read here; save them as safetensors with transformers' save_pretrained"
@@ -73,7 +73,7 @@ def _shard(folder: Path, name: str) -> Path:
     """A shard that the index names. It must not lead out of the folder, nor, where the folder is a
     snapshot in the Hub's cache (whose files are links), out of its repository's part of the cache.
     """
-    index, place = folder / INDEX, folder.resolve()
+    index, place = folder / INDEX_FILE, folder.resolve()
     if not name.endswith(".safetensors"):
         raise UserError(f"{index}: {name!r:.80} is not a safetensors file")
     cached = place.parent.name == "snapshots" and (place.parent.parent / "blobs").is_dir()
@@ -87,11 +87,11 @@ def _shard(folder: Path, name: str) -> Path:
     return path
 
 
-def header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file; UserError where it is broken, or where they are quantised.
 
     The library refuses headers beyond 100 MB, and any that the file's size does not bear out."""
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorInfo] = {}
     try:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -99,20 +99,22 @@ def header(file: Path) -> dict[str, Stored]:
                 kind = part.get_dtype()
                 if kind not in _FLOATS | _COUNTERS:
                     raise UserError(f"{file}: {name} is {kind}; quantised weights cannot be read")
-                found[name] = Stored(file, tuple(part.get_shape()), kind in _FLOATS)
+                found[name] = TensorInfo(file, tuple(part.get_shape()), kind in _FLOATS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file: {error}") from None
     return found
 
 
 def read_tensors(
-    wanted: dict[str, Stored], dtype: torch.dtype | None, device: torch.device | str | None
+    stored_tensors: dict[str, TensorInfo],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """The tensors, in memory of their own (a file may change), in the file's dtype or `dtype`."""
     read: dict[str, Tensor] = {}
-    for file in sorted({stored.file for stored in wanted.values()}):
+    for file in sorted({stored.file for stored in stored_tensors.values()}):
         with safe_open(file, "pt") as tensors:
-            for name, stored in wanted.items():
+            for name, stored in stored_tensors.items():
                 if stored.file == file:
                     mapped = tensors.get_tensor(name)
                     read[name] = mapped.to(device=device, dtype=dtype, copy=True)
@@ -150,8 +152,8 @@ def save_sharded(folder: Path, state: dict[str, Tensor], max_bytes: int) -> list
     """
     shards = list(_shards(state, max_bytes))
     if len(shards) == 1:
-        save_tensors(folder / WEIGHTS, state)
-        return [folder / WEIGHTS]
+        save_tensors(folder / WEIGHTS_FILE, state)
+        return [folder / WEIGHTS_FILE]
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -161,7 +163,7 @@ def save_sharded(folder: Path, state: dict[str, Tensor], max_bytes: int) -> list
         "metadata": {"total_size": sum(_bytes(tensor) for tensor in state.values())},
         "weight_map": dict(sorted(places.items())),
     }
-    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    atomic_write(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     return [folder / file for file in sorted(set(places.values()))]
 
 

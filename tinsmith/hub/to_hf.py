@@ -6,8 +6,8 @@ description inside.
 from typing import Any, NamedTuple
 
 from tinsmith.core.parse import plain
-from tinsmith.hub import deepseek, experts, grouped
-from tinsmith.hub.from_hf import OWN, SCHEMA, TRAINED, config_from_hf
+from tinsmith.hub.families import deepseek, llama, moe
+from tinsmith.hub.from_hf import SCHEMA_VERSION, TINSMITH_MODEL_TYPE, TRAINABLE_KEY, config_from_hf
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.feedforwards.deepseek import DeepSeekMoE
@@ -15,14 +15,14 @@ from tinsmith.nn.feedforwards.dense import SwiGLU
 from tinsmith.nn.feedforwards.topk import TopKMoE
 from tinsmith.nn.mixers.gqa import GQA
 from tinsmith.nn.mixers.mla import MLA
-from tinsmith.nn.parts.trained import EVERYTHING
+from tinsmith.nn.parameters import ALL_PARAMETERS
 from tinsmith.nn.residuals.plain import Plain
 
-_SIDES = {GQA: grouped, MLA: deepseek}
+_SIDES = {GQA: llama, MLA: deepseek}
 _FEEDS = {GQA: (SwiGLU, TopKMoE), MLA: (SwiGLU, DeepSeekMoE)}
 
 
-class Translation(NamedTuple):
+class HFConfig(NamedTuple):
     """A `config.json`: its content, whose class opens it, and why it is not a stock one."""
 
     data: dict[str, Any]
@@ -30,7 +30,7 @@ class Translation(NamedTuple):
     reason: str | None = None
 
 
-def config_to_hf(config: ModelConfig) -> Translation:
+def config_to_hf(config: ModelConfig) -> HFConfig:
     """A `config.json` of the stock family that computes exactly this model, or Tinsmith's own.
 
     What only acts in training (dropout but for attention's, how attention is computed) is no reason
@@ -38,7 +38,7 @@ def config_to_hf(config: ModelConfig) -> Translation:
     """
     reason = why_not_stock(config)
     if reason is not None:
-        return Translation(_write_own(config), OWN, reason)
+        return HFConfig(_write_own(config), TINSMITH_MODEL_TYPE, reason)
     mixer = config.layers[0].mixer
     assert isinstance(mixer, GQA | MLA), "others are refused above"
     side = _SIDES[type(mixer)]
@@ -48,11 +48,11 @@ def config_to_hf(config: ModelConfig) -> Translation:
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": experts.width(config),
+        "intermediate_size": moe.intermediate_size(config),
         "num_hidden_layers": config.depth,
         "num_attention_heads": mixer.heads,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_context,
+        "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": config.dropout.attention,
@@ -60,11 +60,15 @@ def config_to_hf(config: ModelConfig) -> Translation:
         "use_cache": True,
     }
     data |= side.write_keys(kind, config)
-    if config.trained != EVERYTHING:  # made to be trained, so nothing that says how may be lost
-        data[TRAINED] = list(config.trained)
+    if (
+        config.trainable != ALL_PARAMETERS
+    ):  # made to be trained, so nothing that says how may be lost
+        data[TRAINABLE_KEY] = list(config.trainable)
         if _feeds(config_from_hf(data)) != _feeds(config):
-            return Translation(_write_own(config), OWN, "no stock class says how it is trained")
-    return Translation(data, kind)
+            return HFConfig(
+                _write_own(config), TINSMITH_MODEL_TYPE, "no stock class says how it is trained"
+            )
+    return HFConfig(data, kind)
 
 
 def _feeds(config: ModelConfig) -> list[FeedForwardConfig]:
@@ -74,13 +78,13 @@ def _feeds(config: ModelConfig) -> list[FeedForwardConfig]:
 def _write_own(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["TinsmithForCausalLM"],
-        "model_type": OWN,
+        "model_type": TINSMITH_MODEL_TYPE,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "num_hidden_layers": config.depth,
-        "max_position_embeddings": config.max_context,
+        "max_position_embeddings": config.max_seq_len,
         "tie_word_embeddings": config.tie_embeddings,
-        OWN: {"schema": SCHEMA, "model": plain(config)},
+        TINSMITH_MODEL_TYPE: {"schema": SCHEMA_VERSION, "model": plain(config)},
     }
 
 

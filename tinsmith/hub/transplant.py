@@ -29,51 +29,51 @@ from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
 from tinsmith.nn.feedforwards.topk import TopKFeedForward, TopKMoE
 from tinsmith.nn.model import LM
 
-Init = Literal["random", "slice"]
+ExpertInit = Literal["random", "slice"]
 Section = dict[str, Any]
 Dense = SwiGLU | ReLU2
 Sparse = DynMoE | TopKMoE | DeepSeekMoE
 
-FEEDS = "blocks.*.feed"
-NORMS = "*norm"
-EXPERTS = 32
+FEED_FORWARD_PATTERN = "blocks.*.feed"
+NORM_PATTERN = "*norm"
+DEFAULT_NUM_EXPERTS = 32
 _FEED = re.compile(r"blocks\.\d+\.feed\..*")
 
 _USUAL: dict[str, Callable[[int], Section]] = {
     "dyn_moe": lambda experts: {"target_active": experts / 2, "combine": "rescaled_sum"},
     "topk_moe": lambda experts: {"top_k": max(1, experts // 2)},
-    "deepseek_moe": lambda experts: {"top_k": max(1, experts // 2), "shared": 0},
+    "deepseek_moe": lambda experts: {"top_k": max(1, experts // 2), "n_shared_experts": 0},
 }
-"""The keys of each kind of experts beside `experts`, `hidden` and `activation`."""
+"""The keys of each kind of experts beside `experts`, `hidden_dim` and `activation`."""
 
 
-class Plan(NamedTuple):
+class TransplantPlan(NamedTuple):
     """What is asked of a transplant."""
 
-    feed: Section
+    feed_forward: Section
     """Keys of the new feed-forward: `kind` and whatever is not as usual."""
-    init: Init = "random"
+    init: ExpertInit = "random"
     train_norms: bool = False
 
 
-def transplanted_config(dense: ModelConfig, plan: Plan) -> ModelConfig:
+def transplant_config(dense: ModelConfig, plan: TransplantPlan) -> ModelConfig:
     """The sparse model's config; UserError where there is no such transplant."""
 
     def layers(each: tuple[Layer, ...]) -> tuple[Layer, ...]:
         return tuple(replace(layer, feed_forward=_feed_for(layer, plan)) for layer in each)
 
-    trained = (FEEDS, NORMS) if plan.train_norms else (FEEDS,)
+    trained = (FEED_FORWARD_PATTERN, NORM_PATTERN) if plan.train_norms else (FEED_FORWARD_PATTERN,)
     return replace(
         dense,
         first=layers(dense.first),
         pattern=layers(dense.pattern),
         last=layers(dense.last),
-        trained=trained,
+        trainable=trained,
     )
 
 
-def _feed_for(layer: Layer, plan: Plan) -> Sparse | Dense:
-    dense, kind = layer.feed_forward, plan.feed.get("kind", "dyn_moe")
+def _feed_for(layer: Layer, plan: TransplantPlan) -> Sparse | Dense:
+    dense, kind = layer.feed_forward, plan.feed_forward.get("kind", "dyn_moe")
     if not isinstance(dense, Dense):
         raise UserError(f"transplant: the model's feed-forward is {dense.kind}, not a dense one")
     if dense.bias:
@@ -81,43 +81,49 @@ def _feed_for(layer: Layer, plan: Plan) -> Sparse | Dense:
     if kind == dense.kind:  # what sparse ones are compared with
         if plan.init == "slice":
             raise UserError(f"transplant: init=slice: a dense layer of {kind=!s} has no experts")
-        return parse(FeedForwardConfig, {"hidden": dense.hidden} | plan.feed, "transplant")
+        return parse(
+            FeedForwardConfig, {"hidden_dim": dense.hidden_dim} | plan.feed_forward, "transplant"
+        )
     if not isinstance(kind, str) or kind not in _USUAL:
         raise UserError(f"transplant: kind={kind!r:.60} is not one of {', '.join(_USUAL)}")
     return _experts_for(dense, plan, kind)
 
 
-def _experts_for(dense: Dense, plan: Plan, kind: str) -> Sparse:
-    asked = {"kind": kind, "experts": EXPERTS} | plan.feed
+def _experts_for(dense: Dense, plan: TransplantPlan, kind: str) -> Sparse:
+    asked = {"kind": kind, "experts": DEFAULT_NUM_EXPERTS} | plan.feed_forward
     experts = asked["experts"]
     if type(experts) is not int or experts < 1:
         raise UserError(f"transplant: experts={experts!r:.60} must be at least 1")
-    usual = {"hidden": max(1, dense.hidden // experts), "activation": dense.kind}
+    usual = {"hidden_dim": max(1, dense.hidden_dim // experts), "activation": dense.kind}
     sparse = parse(FeedForwardConfig, usual | _USUAL[kind](experts) | asked, "transplant")
     if sparse.activation != dense.kind:
         raise UserError(f"transplant: activation={sparse.activation}, the model's is {dense.kind}")
-    if dense.hidden % experts and "hidden" not in asked:
-        units = f"{dense.hidden} hidden units"
-        raise UserError(f"transplant: {experts} experts do not share {units} evenly; give `hidden`")
+    if dense.hidden_dim % experts and "hidden_dim" not in asked:
+        units = f"{dense.hidden_dim} hidden units"
+        raise UserError(
+            f"transplant: {experts} experts do not share {units} evenly; give `hidden_dim`"
+        )
     if plan.init == "slice":
         _check_slices(dense, sparse)
     return sparse
 
 
 def _check_slices(dense: Dense, sparse: Sparse) -> None:
-    units = sparse.experts * sparse.hidden
-    if units != dense.hidden:
-        sizes = f"{sparse.experts} experts of width {sparse.hidden} have {units} hidden units"
-        raise UserError(f"transplant: init=slice: {sizes}, the dense layer has {dense.hidden}")
-    if not isinstance(sparse, DynMoE) and sparse.shared:
-        raise UserError(f"transplant: init=slice: shared={sparse.shared} must be 0")
+    units = sparse.experts * sparse.hidden_dim
+    if units != dense.hidden_dim:
+        sizes = f"{sparse.experts} experts of width {sparse.hidden_dim} have {units} hidden units"
+        raise UserError(f"transplant: init=slice: {sizes}, the dense layer has {dense.hidden_dim}")
+    if not isinstance(sparse, DynMoE) and sparse.n_shared_experts:
+        raise UserError(
+            f"transplant: init=slice: n_shared_experts={sparse.n_shared_experts} must be 0"
+        )
 
 
-def transplanted(dense: LM, plan: Plan) -> LM:
+def build_transplant(dense: LM, plan: TransplantPlan) -> LM:
     """The sparse model, in eval mode, in the dtype and on the device of `dense`, with which it
     shares no memory. New tensors are drawn from torch's global generator.
     """
-    student = LM(transplanted_config(dense.config, plan))
+    student = LM(transplant_config(dense.config, plan))
     student.to(dense.embed.weight.device, dense.embed.weight.dtype)
     kept = {name: t for name, t in dense.state_dict().items() if not _FEED.fullmatch(name)}
     missing, unexpected = student.load_state_dict(kept, strict=False)
@@ -147,15 +153,15 @@ def _rows(weight_ID: Tensor, experts: int) -> Tensor:
     return weight_ID.unflatten(0, (experts, -1))
 
 
-class Line(NamedTuple):
+class ParameterCount(NamedTuple):
     """Tensors of one sort, all of them trained or none."""
 
     name: str
-    parameters: int
-    trained: bool
+    num_parameters: int
+    trainable: bool
 
 
-def table(config: ModelConfig) -> list[Line]:
+def parameter_table(config: ModelConfig) -> list[ParameterCount]:
     """What a model consists of, by sorts of tensors; no memory is taken."""
     with torch.device("meta"):
         lm = LM(config)
@@ -163,7 +169,7 @@ def table(config: ModelConfig) -> list[Line]:
     for name, parameter in lm.named_parameters():
         sort = _sort(name), parameter.requires_grad
         found[sort] = found.get(sort, 0) + parameter.numel()
-    return [Line(name, count, trained) for (name, trained), count in found.items()]
+    return [ParameterCount(name, count, trained) for (name, trained), count in found.items()]
 
 
 def _sort(name: str) -> str:

@@ -13,32 +13,32 @@ from tinsmith.core.files import atomic_write
 from tinsmith.text.tokenizer import END_OF_TEXT, Tokenizer
 
 
-class Ids(NamedTuple):
+class SpecialTokenIds(NamedTuple):
     """Token ids that generation needs; empty and None without a tokenizer."""
 
-    begin: int | None = None
-    ends: tuple[int, ...] = ()
-    pad: int | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
 
     def for_config(self) -> dict[str, Any]:
         """Keys of config.json. The pad id stays out: transformers would never train that row."""
-        return {"bos_token_id": self.begin, "eos_token_id": list(self.ends) or None}
+        return {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids) or None}
 
     def for_generation(self) -> dict[str, Any]:
         """The content of generation_config.json."""
-        return self.for_config() | {"pad_token_id": self.pad}
+        return self.for_config() | {"pad_token_id": self.pad_id}
 
 
-def ids_of(tokenizer: Tokenizer | None, vocab_size: int) -> Ids:
+def special_token_ids(tokenizer: Tokenizer | None, vocab_size: int) -> SpecialTokenIds:
     """The ids of a tokenizer's roles, as far as the model has rows for them."""
     if tokenizer is None:
-        return Ids()
+        return SpecialTokenIds()
     ends = sorted({tokenizer.end_of_text, tokenizer.end_of_turn})
     pad = tokenizer.special(END_OF_TEXT)
-    return Ids(
-        begin=tokenizer.end_of_text if tokenizer.end_of_text < vocab_size else None,
-        ends=tuple(number for number in ends if number < vocab_size),
-        pad=pad if pad < vocab_size else None,
+    return SpecialTokenIds(
+        bos_id=tokenizer.end_of_text if tokenizer.end_of_text < vocab_size else None,
+        eos_ids=tuple(number for number in ends if number < vocab_size),
+        pad_id=pad if pad < vocab_size else None,
     )
 
 

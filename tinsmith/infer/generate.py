@@ -9,7 +9,7 @@ from torch import nn
 
 from tinsmith.core.rng import derive
 from tinsmith.infer.engine import Engine, Event
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.infer.stop import StopStrings
 from tinsmith.nn.model import LM
 from tinsmith.text.stream import TextStream
@@ -19,17 +19,17 @@ from tinsmith.text.tokenizer import Tokenizer
 class Completion(NamedTuple):
     """An answer."""
 
-    ids: list[int]
+    token_ids: list[int]
     """All that was drawn: the stop token, or what a stop string cut off, included."""
     text: str
     """Without the stop token, up to a stop string."""
-    finish: str
+    finish_reason: str
     """`stop`, `length`, or `cancelled`."""
     logprobs: list[float]
     """Of the ids, as `Event.logprob` says."""
 
 
-class Answer:
+class CompletionBuilder:
     """The tokens of one request as text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -37,23 +37,23 @@ class Answer:
         self._stops = StopStrings(stop)
         self._events: list[Event] = []
         self._text: list[str] = []
-        self.finish: str | None = None
+        self.finish_reason: str | None = None
 
-    def take(self, event: Event) -> str:
+    def push(self, event: Event) -> str:
         """The text that is certain with this token; never part of a character or a stop string.
 
         With the last of it, `finish` is set; a request that goes on then is to be dropped.
         """
         self._events.append(event)
-        new = "" if event.finish == "stop" else self._stream.push(event.token)
-        if event.finish is not None:
+        new = "" if event.finish_reason == "stop" else self._stream.push(event.token)
+        if event.finish_reason is not None:
             new += self._stream.finish()
         new, stopped = self._stops.push(new)
         if stopped:
-            self.finish = "stop"
-        elif event.finish is not None:
+            self.finish_reason = "stop"
+        elif event.finish_reason is not None:
             new += self._stops.finish()
-            self.finish = event.finish
+            self.finish_reason = event.finish_reason
         self._text.append(new)
         return new
 
@@ -61,7 +61,7 @@ class Answer:
         """All of it; `cancelled` where it is not at its end."""
         ids = [event.token for event in self._events]
         logprobs = [event.logprob for event in self._events]
-        return Completion(ids, "".join(self._text), self.finish or "cancelled", logprobs)
+        return Completion(ids, "".join(self._text), self.finish_reason or "cancelled", logprobs)
 
 
 def generate(
@@ -69,11 +69,11 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
-    sampling: Sampling | Sequence[Sampling],
-    max_new: int,
+    sampling_params: SamplingParams | Sequence[SamplingParams],
+    max_new_tokens: int,
     stop: Sequence[str] = (),
-    rows: int = 8,
-    poll: Callable[[], bool] | None = None,
+    batch_size: int = 8,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[Completion]:
     """An answer to every prompt, `rows` at a time; one sampling for all, or one each.
 
@@ -81,17 +81,23 @@ def generate(
     repeated wants samplings of its own: see `spread`. Equal prompts in a row are taken in once.
     `poll` is asked between steps; where it says True, answers end as they are.
     """
-    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-    with evaluating(lm):
-        engine = Engine(lm, rows=rows, eos=ends(tokenizer))
-        answers: dict[int, Answer] = {}
+    each = (
+        [sampling_params] * len(prompts)
+        if isinstance(sampling_params, SamplingParams)
+        else sampling_params
+    )
+    with eval_mode(lm):
+        engine = Engine(lm, max_batch_size=batch_size, eos_ids=eos_ids(tokenizer))
+        answers: dict[int, CompletionBuilder] = {}
         for prompt, settings in zip(prompts, each, strict=True):
-            answers[engine.add(prompt, settings, max_new)] = Answer(tokenizer, stop)
-        while (engine.active or engine.waiting) and not (poll and poll()):
+            answers[engine.add(prompt, settings, max_new_tokens)] = CompletionBuilder(
+                tokenizer, stop
+            )
+        while (engine.num_active or engine.num_waiting) and not (should_stop and should_stop()):
             for event in engine.step():
-                answers[event.number].take(event)
-                if answers[event.number].finish is not None:
-                    engine.drop(event.number)
+                answers[event.request_id].push(event)
+                if answers[event.request_id].finish_reason is not None:
+                    engine.cancel(event.request_id)
     return [answer.completion() for answer in answers.values()]
 
 
@@ -100,47 +106,52 @@ def stream(
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     *,
-    sampling: Sampling,
-    max_new: int,
+    sampling_params: SamplingParams,
+    max_new_tokens: int,
     stop: Sequence[str] = (),
 ) -> Generator[str, None, None]:
     """The text of one answer in increments, none of them empty; closing it ends the work."""
-    with evaluating(lm):
-        engine = Engine(lm, rows=1, eos=ends(tokenizer))
-        number = engine.add(prompt, sampling, max_new)
-        yield from follow(engine, number, Answer(tokenizer, stop))
+    with eval_mode(lm):
+        engine = Engine(lm, max_batch_size=1, eos_ids=eos_ids(tokenizer))
+        number = engine.add(prompt, sampling_params, max_new_tokens)
+        yield from stream_request(engine, number, CompletionBuilder(tokenizer, stop))
 
 
-def follow(engine: Engine, number: int, answer: Answer) -> Generator[str, None, None]:
+def stream_request(
+    engine: Engine, request_id: int, builder: CompletionBuilder
+) -> Generator[str, None, None]:
     """Run the engine for the sake of one request, the text of which comes in increments; closing
     this drops the request.
     """
     try:
-        while answer.finish is None:
+        while builder.finish_reason is None:
             for event in engine.step():
-                if event.number == number and answer.finish is None:
-                    new = answer.take(event)
+                if event.request_id == request_id and builder.finish_reason is None:
+                    new = builder.push(event)
                     if new:
                         yield new
     finally:
-        engine.drop(number)
+        engine.cancel(request_id)
 
 
-def spread(sampling: Sampling, count: int) -> list[Sampling]:
+def with_distinct_seeds(sampling_params: SamplingParams, count: int) -> list[SamplingParams]:
     """For `count` answers to one prompt: the first keeps the seed, the others get their own."""
-    if sampling.seed is None:
-        return [sampling] * count
-    seeds = [sampling.seed, *(derive(sampling.seed, "answer", i) for i in range(1, count))]
-    return [replace(sampling, seed=seed) for seed in seeds[:count]]
+    if sampling_params.seed is None:
+        return [sampling_params] * count
+    seeds = [
+        sampling_params.seed,
+        *(derive(sampling_params.seed, "answer", i) for i in range(1, count)),
+    ]
+    return [replace(sampling_params, seed=seed) for seed in seeds[:count]]
 
 
-def ends(tokenizer: Tokenizer) -> tuple[int, int]:
+def eos_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     """The ids that end an answer."""
     return tokenizer.end_of_text, tokenizer.end_of_turn
 
 
 @contextmanager
-def evaluating(lm: nn.Module) -> Iterator[None]:
+def eval_mode(lm: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode again afterwards."""
     modes = [(module, module.training) for module in lm.modules()]
     lm.eval()

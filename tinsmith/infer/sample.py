@@ -20,14 +20,14 @@ from torch import Tensor
 from tinsmith.core.parse import Config
 from tinsmith.core.rng import derive
 
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """Below this temperature only the best token is left."""
-FEW = 256
+TOP_P_CANDIDATES = 256
 """Top-p looks at so many of the best tokens before it sorts them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Config):
+class SamplingParams(Config):
     """How one row chooses its tokens. Temperature 0 is greedy; what is None is off; a row without
     a seed is different every time.
     """
@@ -54,10 +54,10 @@ class Sampling(Config):
     @property
     def greedy(self) -> bool:
         """Always the best token."""
-        return self.temperature < COLDEST
+        return self.temperature < MIN_TEMPERATURE
 
 
-class Settings(NamedTuple):
+class SamplingTensors(NamedTuple):
     """The samplings of a batch, (B, 1) each; None where no row asks for it."""
 
     temperature: Tensor
@@ -66,10 +66,12 @@ class Settings(NamedTuple):
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
-    penalty: Tensor | None
+    repetition_penalty: Tensor | None
 
 
-def stack(samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> Settings:
+def stack_sampling_params(
+    sampling_params: Sequence[SamplingParams], device: torch.device | str = "cpu"
+) -> SamplingTensors:
     """The settings of a batch of rows."""
 
     def column(values: list[float], off: float) -> Tensor | None:
@@ -77,16 +79,16 @@ def stack(samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> 
             return None
         return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
-    greedy = [s.greedy for s in samplings]
-    heat = [1.0 if s.greedy else s.temperature for s in samplings]
-    return Settings(
+    greedy = [s.greedy for s in sampling_params]
+    heat = [1.0 if s.greedy else s.temperature for s in sampling_params]
+    return SamplingTensors(
         temperature=torch.tensor(heat, dtype=torch.float32, device=device)[:, None],
         greedy=torch.tensor(greedy, device=device)[:, None] if any(greedy) else None,
         all_greedy=all(greedy),
-        top_k=column([math.inf if s.top_k is None else s.top_k for s in samplings], math.inf),
-        top_p=column([_mass(s.top_p) for s in samplings], math.inf),
-        min_p=column([s.min_p or 0.0 for s in samplings], 0.0),
-        penalty=column([s.repetition_penalty for s in samplings], 1.0),
+        top_k=column([math.inf if s.top_k is None else s.top_k for s in sampling_params], math.inf),
+        top_p=column([_mass(s.top_p) for s in sampling_params], math.inf),
+        min_p=column([s.min_p or 0.0 for s in sampling_params], 0.0),
+        repetition_penalty=column([s.repetition_penalty for s in sampling_params], 1.0),
     )
 
 
@@ -102,7 +104,7 @@ def uniform(seed: int, step: int) -> float:
 
 def sample(
     logits_BV: Tensor,
-    settings: Settings,
+    settings: SamplingTensors,
     uniform_B: Tensor | None = None,
     seen_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -125,9 +127,11 @@ def sample(
     return ids[:, 0], told.gather(1, ids)[:, 0]
 
 
-def filter_logits(logits_BV: Tensor, settings: Settings, seen_BV: Tensor | None = None) -> Tensor:
+def filter_logits(
+    logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None = None
+) -> Tensor:
     """Scores (B, V) to draw from: penalised, over temperature, -inf where truncated, the best 0."""
-    scores = _tempered(penalise(logits_BV, settings, seen_BV), settings)
+    scores = _tempered(apply_repetition_penalty(logits_BV, settings, seen_BV), settings)
     if settings.top_k is not None or settings.top_p is not None:
         scores = _keep_best(scores, _count(scores, settings.top_k, settings.top_p))
     if settings.min_p is not None:
@@ -135,11 +139,13 @@ def filter_logits(logits_BV: Tensor, settings: Settings, seen_BV: Tensor | None 
     return scores
 
 
-def penalise(logits_BV: Tensor, settings: Settings, seen_BV: Tensor | None) -> Tensor:
+def apply_repetition_penalty(
+    logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None
+) -> Tensor:
     """Logits of seen tokens over the penalty where positive, times it where negative."""
-    if settings.penalty is None or seen_BV is None:
+    if settings.repetition_penalty is None or seen_BV is None:
         return logits_BV
-    penalty = settings.penalty.to(logits_BV.dtype)
+    penalty = settings.repetition_penalty.to(logits_BV.dtype)
     less = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return less.where(seen_BV, logits_BV)
 
@@ -153,12 +159,12 @@ def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return ids.clamp(max=scores_BV.shape[1] - 1)
 
 
-def _best(logits_BV: Tensor, settings: Settings, seen_BV: Tensor | None) -> Tensor:
+def _best(logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None) -> Tensor:
     """(B, 1): the id of the highest score, the lowest of several."""
-    return penalise(logits_BV, settings, seen_BV).max(-1, keepdim=True).indices
+    return apply_repetition_penalty(logits_BV, settings, seen_BV).max(-1, keepdim=True).indices
 
 
-def _tempered(logits_BV: Tensor, settings: Settings) -> Tensor:
+def _tempered(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
     """Over temperature, shifted so that the best is 0, which no temperature makes overflow."""
     return (logits_BV - logits_BV.amax(-1, keepdim=True)) / settings.temperature
 
@@ -175,7 +181,7 @@ def _count(scores_BV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Ten
     if top_p is None:
         return limit
     whole = scores_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    for width in (min(FEW, size), size):
+    for width in (min(TOP_P_CANDIDATES, size), size):
         best = scores_BV.topk(width).values.exp().double()
         best = best.masked_fill(torch.arange(width, device=best.device) >= limit, 0)
         reached = best.cumsum(-1)

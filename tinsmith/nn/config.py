@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, Size, nearest, parse, plain, read_yaml
+from tinsmith.nn.attention.rope import Rope
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig
-from tinsmith.nn.parts.rope import Rope
-from tinsmith.nn.parts.trained import EVERYTHING
+from tinsmith.nn.parameters import ALL_PARAMETERS
 from tinsmith.nn.residuals import ResidualConfig
 from tinsmith.nn.residuals.plain import Plain
 
@@ -49,7 +49,7 @@ class ModelConfig(Config):
     pattern: tuple[Layer, ...]
     first: tuple[Layer, ...] = ()
     last: tuple[Layer, ...] = ()
-    max_context: Size = 2048
+    max_seq_len: Size = 2048
     tie_embeddings: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
@@ -58,11 +58,11 @@ class ModelConfig(Config):
     residual: ResidualConfig = Plain()
     dropout: Dropout = Dropout()
     attention: Literal["sdpa", "naive"] = "sdpa"
-    trained: tuple[str, ...] = EVERYTHING
+    trainable: tuple[str, ...] = ALL_PARAMETERS
     """Which tensors training may change, by names and patterns (`parts.trained`)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "depth", "max_context"):
+        for name in ("vocab_size", "dim", "depth", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.norm_eps <= 0:
@@ -74,14 +74,14 @@ class ModelConfig(Config):
             raise ValueError("pattern must hold at least one layer")
         if self.positions == "sinusoidal" and self.dim % 2:
             raise ValueError(f"dim={self.dim} must be even for sinusoidal positions")
-        if not self.trained:
+        if not self.trainable:
             raise ValueError("trained must name at least one tensor; '*' is all of them")
         self.residual.check(self.dim)
         shapes: set[tuple[int, int]] = set()
         for layer in self.layers:
             layer.mixer.check(self.dim)
             layer.feed_forward.check(self.dim)
-            shapes |= {shape for shape in [layer.mixer.value_shape(self.dim)] if shape}
+            shapes |= {shape for shape in [layer.mixer.value_residual_shape(self.dim)] if shape}
         if len(shapes) > 1:
             raise ValueError(f"value_residual needs one (kv_heads, head_dim), not {sorted(shapes)}")
 

@@ -29,11 +29,11 @@ class Out(NamedTuple):
     """
     stats: dict[str, Tensor] = {}
     """Detached observations, as sums that may be added over micro-batches and ranks."""
-    probes: dict[str, Tensor] = {}
+    grad_probes: dict[str, Tensor] = {}
     """Zero tensors that took part in forward and collect in `.grad` what only backward knows; and
     beside them, detached, what is needed to read it.
     """
-    value: Tensor | None = None
+    value_residual: Tensor | None = None
     """What this mixer offers to later layers (value residual), (B, T, kv_heads, head_dim)."""
 
 
@@ -49,7 +49,7 @@ class Ctx(NamedTuple):
     segments: Tensor | None = None
     """(B, T) document ids >= 0. Attention never crosses them; -1 marks padding, which nothing
     attends to, routes or counts. None: every row is one document (with a cache: it goes on)."""
-    value: Tensor | None = None
+    value_residual: Tensor | None = None
     """The value first offered by a layer below."""
     rotary: dict[int, Rotary] = {}
     """Rotary tables of these positions by rotary width; made once by the model for every width
@@ -57,21 +57,21 @@ class Ctx(NamedTuple):
     """
 
 
-class Site(NamedTuple):
+class BuildContext(NamedTuple):
     """Where a part is built, and what it shares with the rest of its model."""
 
     dim: int
-    layer: int
+    layer_idx: int
     depth: int
     norm_eps: float = 1e-5
     attention: str = "sdpa"
     attention_dropout: float = 0.0
-    rotary: bool = True
-    rotary_factor: float = 1.0
+    use_rope: bool = True
+    attention_scaling: float = 1.0
     """What the rotary tables multiply queries and keys by (YaRN's temperature)."""
-    first_value: bool = False
+    is_value_residual_source: bool = False
     """True where this mixer is the first of the model to offer its values."""
-    sub_layer: int = 0
+    sublayer_idx: int = 0
     """Which sub-layer of the model a residual stands around: 2 layer for a mixer's, 2 layer + 1 for
     a feed-forward's.
     """
@@ -81,7 +81,7 @@ class CacheFull(Exception):
     """A row would hold more tokens than its cache has room for."""
 
 
-class CannotRewind(Exception):
+class CannotTruncate(Exception):
     """A cache was asked to forget tokens whose predecessors it no longer holds."""
 
 
@@ -113,7 +113,7 @@ class LayerCache(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartKind(Config):
+class PartConfigBase(Config):
     """Base of the config of a mixer, feed-forward or residual."""
 
     kind: str
@@ -122,32 +122,32 @@ class PartKind(Config):
         """Raise ValueError, with the key's name, where this part cannot be built at width `dim`."""
 
 
-class MixerKind(PartKind):
+class MixerConfigBase(PartConfigBase):
     """Base of every mixer's config."""
 
-    def build(self, site: Site) -> "Mixer":
+    def build(self, build_ctx: BuildContext) -> "Mixer":
         """The module."""
         raise NotImplementedError
 
-    def value_shape(self, dim: int) -> tuple[int, int] | None:
+    def value_residual_shape(self, dim: int) -> tuple[int, int] | None:
         """(kv_heads, head_dim) where this mixer takes part in the value residual."""
         return None
 
 
-class FeedForwardKind(PartKind):
+class FeedForwardConfigBase(PartConfigBase):
     """Base of every feed-forward's config."""
 
-    def build(self, site: Site) -> "FeedForward":
+    def build(self, build_ctx: BuildContext) -> "FeedForward":
         """The module."""
         raise NotImplementedError
 
 
-class ResidualKind(PartKind):
+class ResidualConfigBase(PartConfigBase):
     """Base of every residual's config; `expand` and `collapse` stand before layer 0 and before
     the final norm.
     """
 
-    def build(self, site: Site) -> "Residual":
+    def build(self, build_ctx: BuildContext) -> "Residual":
         """The module, one per sub-layer."""
         raise NotImplementedError
 
@@ -170,12 +170,12 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def new_cache(
-        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """An empty memory for `rows` rows of up to `capacity` tokens."""
         raise NotImplementedError
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """Floating-point operations per token of a forward pass over `context` tokens (a
         multiply-add is two).
         """
@@ -201,7 +201,7 @@ class Residual(nn.Module):
         """Stream(s) -> sub-layer input (B, T, D), and what `write` needs."""
         raise NotImplementedError
 
-    def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
+    def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
         """The residual state after the sub-layer said y (B, T, D)."""
         raise NotImplementedError
 
@@ -209,14 +209,14 @@ class Residual(nn.Module):
         """Floating-point operations per token of a read and a write, products only."""
         raise NotImplementedError
 
-    def kept(self) -> int:
+    def activation_bytes(self) -> int:
         """Bytes per token that a read and a write keep for the backward pass, beside what every
         sub-layer keeps.
         """
         raise NotImplementedError
 
 
-class Reset(NamedTuple):
+class OptimizerReset(NamedTuple):
     """The optimizer forgets what it remembered of these rows of a parameter."""
 
     parameter: nn.Parameter
@@ -228,26 +228,26 @@ class Routed:
     calls.
     """
 
-    def after_backward(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:
+    def after_backward(self, grad_probes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Routers that learn from gradients add theirs, from the `.grad` of the probes of their
         own layer; returns statistics that only backward knows, as sums like `Out.stats`.
         """
         return {}
 
-    def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
+    def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
         """Loss-free bias, re-birth of experts: the only place besides the optimizer where model
         state changes.
         """
         return []
 
-    def watched(self) -> dict[str, Tensor]:
+    def router_state(self) -> dict[str, Tensor]:
         """What people watch drift while it trains, (E,) each: thresholds, biases; 0 at first."""
         return {}
 
-    def chosen(self, x: Tensor, ctx: Ctx) -> Tensor:
+    def expert_mask(self, x: Tensor, ctx: Ctx) -> Tensor:
         """(B, T, E) bool: which experts work on which tokens of this input, none on padding."""
         raise NotImplementedError
 
-    def idle_parameters(self) -> int:
+    def inactive_parameters(self) -> int:
         """How many of its parameters one token does not meet, on average."""
         return 0

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, Size
-from tinsmith.nn.parts.norm import exactly, wide
-from tinsmith.nn.parts.targets import chosen
-from tinsmith.nn.parts.trained import counts, train_only
-from tinsmith.nn.routing.gates import Scorer, scored
+from tinsmith.nn.moe.router import RouterLinear, router_logits
+from tinsmith.nn.parameters import count_parameters, freeze_except, match_targets
+from tinsmith.nn.precision import at_least_fp32, no_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +60,12 @@ class LoRA(Config):
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
 
     @property
-    def scale(self) -> float:
+    def scaling(self) -> float:
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class Pair(NamedTuple):
+class LoRAWeights(NamedTuple):
     """What an adapter has learned."""
 
     A: Tensor
@@ -74,11 +73,11 @@ class Pair(NamedTuple):
     B: Tensor
     """(E, O, R)"""
 
-    def added(self, weight_EOI: Tensor, scale: float) -> Tensor:
+    def merged_weight(self, weight_EOI: Tensor, scaling: float) -> Tensor:
         """W + s B A, formed in at least float32, in the dtype of W."""
-        kind = wide(weight_EOI.dtype)
-        with exactly(weight_EOI.device):
-            delta_EOI = self.B.to(kind) @ self.A.to(kind) * scale
+        kind = at_least_fp32(weight_EOI.dtype)
+        with no_autocast(weight_EOI.device):
+            delta_EOI = self.B.to(kind) @ self.A.to(kind) * scaling
             return (weight_EOI.to(kind) + delta_EOI).to(weight_EOI.dtype)
 
 
@@ -90,28 +89,28 @@ class Adapter(nn.Module):
     def __init__(self, weight_EOI: Tensor, config: LoRA):
         super().__init__()
         *stack, rows, columns = weight_EOI.shape
-        made = {"dtype": wide(weight_EOI.dtype), "device": weight_EOI.device}
+        made = {"dtype": at_least_fp32(weight_EOI.dtype), "device": weight_EOI.device}
         self.A = nn.Parameter(torch.empty(*stack, config.rank, columns, **made))
         self.B = nn.Parameter(torch.zeros(*stack, rows, config.rank, **made))
         nn.init.uniform_(self.A, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
-        self.scale, self.dropout = config.scale, config.dropout
+        self.scaling, self.dropout = config.scaling, config.dropout
         self.enabled = True
         self.original: Tensor | None = None
         """W, while the adapter is merged into its place."""
 
     @property
-    def active(self) -> bool:
+    def is_active(self) -> bool:
         """Whether it has something to add."""
         return self.enabled and self.original is None
 
-    def added(self, weight_EOI: Tensor) -> Tensor:
+    def merged_weight(self, weight_EOI: Tensor) -> Tensor:
         """W + s B A."""
-        return Pair(self.A, self.B).added(weight_EOI, self.scale)
+        return LoRAWeights(self.A, self.B).merged_weight(weight_EOI, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """s B A dropout(x), (..., I) -> (..., O), for linear layers."""
         low = F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.A)
-        return F.linear(low, self.B) * self.scale
+        return F.linear(low, self.B) * self.scaling
 
 
 class Adapted(nn.Module):
@@ -127,19 +126,19 @@ class AdaptedLinear(Adapted, nn.Linear):
         """(..., I) -> (..., O)."""
         y = F.linear(input, _stored(self, "weight"), self.bias)
         adapter = _adapter(self, "weight")
-        return y + adapter(input).to(y.dtype) if adapter.active else y
+        return y + adapter(input).to(y.dtype) if adapter.is_active else y
 
 
-class AdaptedGate(Adapted, Scorer):
+class AdaptedRouter(Adapted, RouterLinear):
     """A gate with an adapter of its weight: as exact as without."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> logits (..., E)."""
-        logits = scored(input, _stored(self, "weight"))
+        logits = router_logits(input, _stored(self, "weight"))
         adapter = _adapter(self, "weight")
-        if not adapter.active:
+        if not adapter.is_active:
             return logits
-        with exactly(input.device):
+        with no_autocast(input.device):
             return logits + adapter(input)
 
 
@@ -155,14 +154,14 @@ def _adapter(module: Adapted, name: str) -> Adapter:
 def _reading(name: str) -> property:
     def read(module: Adapted) -> Tensor:
         weight, adapter = _stored(module, name), _adapter(module, name)
-        return adapter.added(weight) if adapter.active else weight
+        return adapter.merged_weight(weight) if adapter.is_active else weight
 
     return property(read)
 
 
 def _adapted_base(kind: type[nn.Module]) -> type[Adapted]:
-    if issubclass(kind, Scorer):
-        return AdaptedGate
+    if issubclass(kind, RouterLinear):
+        return AdaptedRouter
     return AdaptedLinear if issubclass(kind, nn.Linear) else Adapted
 
 
@@ -174,7 +173,7 @@ def _adapted_kind(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     return new_class(f"Adapted{kind.__name__}", bases, None, lambda body: body.update(read))
 
 
-def add(model: nn.Module, config: LoRA) -> None:
+def add_adapters(model: nn.Module, config: LoRA) -> None:
     """Freeze all of `model` and give every target an adapter, which is all that is trained then.
 
     A's first values come from torch's global generator. UserError where a target names nothing that
@@ -182,16 +181,16 @@ def add(model: nn.Module, config: LoRA) -> None:
     """
     assert not adapters(model), "the model has adapters already"
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    found = chosen(model, targets)
+    found = match_targets(model, targets)
     stacks = [each for each in found if not isinstance(each.module, nn.Linear)]
     if config.dropout and stacks:
         raise UserError(
             f"lora.dropout: {config.dropout:g}, but {stacks[0].name} is a stack of experts, whose "
             "inputs are not seen here; set it to 0"
         )
-    train_only(model, ())
+    freeze_except(model, ())
     for module in dict.fromkeys(each.module for each in found):
-        names = [each.parameter for each in found if each.module is module]
+        names = [each.param_name for each in found if each.module is module]
         made = {name: Adapter(_stored(module, name), config) for name in names}
         module.__class__ = _adapted_kind(type(module), tuple(names))
         module.lora = nn.ModuleDict(made).train(module.training)
@@ -210,10 +209,10 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
                 yield f"{name}.{key}".removeprefix("."), module, key
 
 
-def described(model: nn.Module, config: LoRA) -> str:
+def describe(model: nn.Module, config: LoRA) -> str:
     """What is trained and what is not, for people."""
     kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
-    return f"{counts(model)} | rank {config.rank}, alpha {config.alpha:g} on {', '.join(kinds)}"
+    return f"{count_parameters(model)} | rank {config.rank}, alpha {config.alpha:g} on {', '.join(kinds)}"
 
 
 @torch.no_grad()
@@ -223,7 +222,7 @@ def merge(model: nn.Module) -> None:
         weight, adapter = _stored(module, key), _adapter(module, key)
         if adapter.original is None:
             adapter.original = weight.detach().clone()
-            weight.copy_(adapter.added(weight))
+            weight.copy_(adapter.merged_weight(weight))
 
 
 @torch.no_grad()
@@ -237,7 +236,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is the one without adapters. It must not be merged."""
     switched = list(adapters(model).values())
     if any(adapter.original is not None for adapter in switched):
@@ -255,7 +254,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 _LEAF = re.compile(r"(?:(.*)\.)?lora\.(\w+)\.([AB])")
 
 
-def split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Pair]]:
+def split_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, LoRAWeights]]:
     """A model's state (tensors, or whatever stands for them) as that of the model without adapters,
     and the adapters by the names of their weights.
     """
@@ -268,9 +267,11 @@ def split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Pair]]:
         else:
             owner = f"{match[1]}." if match[1] else ""
             halves.setdefault(owner + match[2], {})[match[3]] = tensor
-    return base, {name: Pair(half["A"], half["B"]) for name, half in halves.items()}
+    return base, {name: LoRAWeights(half["A"], half["B"]) for name, half in halves.items()}
 
 
-def folded(base: dict[str, Tensor], pairs: dict[str, Pair], scale: float) -> dict[str, Tensor]:
+def merged_state_dict(
+    base: dict[str, Tensor], pairs: dict[str, LoRAWeights], scaling: float
+) -> dict[str, Tensor]:
     """The state of a plain model with adapters folded into its weights."""
-    return base | {name: pair.added(base[name], scale) for name, pair in pairs.items()}
+    return base | {name: pair.merged_weight(base[name], scaling) for name, pair in pairs.items()}

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinsmith.nn.parts.targets import candidates
+from tinsmith.nn.parameters import target_weights
 
-Weights = Literal["fp32", "bf16", "int8", "nf4"]
+WeightDtype = Literal["fp32", "bf16", "int8", "nf4"]
 """How weights are held: as they were trained, rounded, or in codes."""
 M = TypeVar("M", bound=nn.Module)
-BLOCK = 64
+NF4_BLOCK_SIZE = 64
 """Weights that share a scale in nf4."""
-SMALLEST = 4096
+MIN_QUANTIZED_SIZE = 4096
 """Smaller weights stay as they are."""
-LEVELS = (
+NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -39,20 +39,20 @@ LEVELS = (
 """Of nf4."""
 
 
-def quantise(model: M, kind: Weights) -> M:
+def quantize(model: M, kind: WeightDtype) -> M:
     """Hold the model's weights as `kind` from now on, in place; the model is frozen.
 
     `bf16` rounds everything and computes in it; with the others the model computes as before.
     ValueError for another name.
     """
-    if kind not in get_args(Weights):
-        raise ValueError(f"weights={kind} must be one of {', '.join(get_args(Weights))}")
+    if kind not in get_args(WeightDtype):
+        raise ValueError(f"weights={kind} must be one of {', '.join(get_args(WeightDtype))}")
     model.requires_grad_(False)
     if kind == "bf16":
         model.to(torch.bfloat16)
     elif kind != "fp32":
         for module, name in _matrices(model):
-            codes = CODES[kind](module.get_parameter(name))
+            codes = QUANTIZERS[kind](module.get_parameter(name))
             parametrize.register_parametrization(module, name, codes)
     return model
 
@@ -62,18 +62,18 @@ def _matrices(model: nn.Module) -> list[tuple[nn.Module, str]]:
     special = {
         inner
         for module in model.modules()
-        if isinstance(module, Declares) and module.ROLE != "matrix"
+        if isinstance(module, DeclaresRole) and module.ROLE != "matrix"
         for inner in module.modules()
     }
     return [
         (module, name)
-        for _, module, name in candidates(model)
-        if module not in special and module.get_parameter(name).numel() >= SMALLEST
+        for _, module, name in target_weights(model)
+        if module not in special and module.get_parameter(name).numel() >= MIN_QUANTIZED_SIZE
     ]
 
 
 @runtime_checkable
-class Declares(Protocol):
+class DeclaresRole(Protocol):
     """A module that says what its weights are for: routers do, and what mixes streams."""
 
     ROLE: ClassVar[str]
@@ -113,10 +113,12 @@ class NF4(nn.Module):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Any shape -> bytes (K * 32,), scales (K,)."""
         flat_N = weight.float().flatten()
-        blocks = nn.functional.pad(flat_N, (0, -len(flat_N) % BLOCK)).view(-1, BLOCK)
+        blocks = nn.functional.pad(flat_N, (0, -len(flat_N) % NF4_BLOCK_SIZE)).view(
+            -1, NF4_BLOCK_SIZE
+        )
         scale_K = blocks.abs().amax(1)
         unit = blocks / scale_K.where(scale_K > 0, 1)[:, None]
-        levels = torch.tensor(LEVELS, device=weight.device)
+        levels = torch.tensor(NF4_LEVELS, device=weight.device)
         codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
         return codes[::2] * 16 + codes[1::2], scale_K
 
@@ -126,24 +128,24 @@ class NF4(nn.Module):
         return blocks.flatten()[: self.shape.numel()].view(self.shape).to(self.dtype)
 
 
-CODES: dict[Weights, type[Int8] | type[NF4]] = {"int8": Int8, "nf4": NF4}
+QUANTIZERS: dict[WeightDtype, type[Int8] | type[NF4]] = {"int8": Int8, "nf4": NF4}
 """How a weight is held in codes: `right_inverse` makes them, `forward` the weight."""
 
 
 def _unpack(pairs: Tensor, scale_K: Tensor) -> Tensor:
     """The weights of K blocks, (K, 64); on a GPU by bitsandbytes, where it is installed."""
     if pairs.is_cuda and _bitsandbytes():
-        shape, kind = (len(scale_K), BLOCK), scale_K.dtype
+        shape, kind = (len(scale_K), NF4_BLOCK_SIZE), scale_K.dtype
         unpack = torch.ops.bitsandbytes.dequantize_4bit
-        return unpack(pairs[:, None], scale_K, BLOCK, "nf4", shape, kind)
-    return unpack_plainly(pairs, scale_K)
+        return unpack(pairs[:, None], scale_K, NF4_BLOCK_SIZE, "nf4", shape, kind)
+    return dequantize_nf4(pairs, scale_K)
 
 
-def unpack_plainly(pairs: Tensor, scale_K: Tensor) -> Tensor:
+def dequantize_nf4(pairs: Tensor, scale_K: Tensor) -> Tensor:
     """The same in torch alone: both levels of a byte are looked up at once."""
-    levels = torch.tensor(LEVELS, device=pairs.device, dtype=scale_K.dtype)
+    levels = torch.tensor(NF4_LEVELS, device=pairs.device, dtype=scale_K.dtype)
     both = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)
-    return both[pairs.int()].view(-1, BLOCK) * scale_K[:, None]
+    return both[pairs.int()].view(-1, NF4_BLOCK_SIZE) * scale_K[:, None]
 
 
 @cache

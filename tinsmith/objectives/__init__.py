@@ -12,10 +12,10 @@ from tinsmith.objectives.kd import KD
 from tinsmith.objectives.on_policy_kd import OnPolicyKD
 from tinsmith.objectives.ppo import PPO
 from tinsmith.objectives.pretrain import Pretrain
-from tinsmith.objectives.reward import Reward
+from tinsmith.objectives.reward import RewardModeling
 from tinsmith.objectives.sft import SFT
 from tinsmith.objectives.spo import SPO
 
 ObjectiveConfig = Annotated[
-    Pretrain | SFT | DPO | Reward | PPO | GRPO | SPO | KD | OnPolicyKD | EAVI, Kind()
+    Pretrain | SFT | DPO | RewardModeling | PPO | GRPO | SPO | KD | OnPolicyKD | EAVI, Kind()
 ]

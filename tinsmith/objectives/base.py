@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Config
-from tinsmith.data.batch import Batch
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prompts import Prompt
+from tinsmith.distributed.group import Peers, SingleProcess
 from tinsmith.nn.model import LM
-from tinsmith.nn.quant import Weights
-from tinsmith.objectives.score import Scorer
+from tinsmith.nn.quant import WeightDtype
+from tinsmith.rewards.model import RewardModel
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -34,19 +35,19 @@ class Loss(NamedTuple):
     """A sum over units, not a mean."""
     metrics: dict[str, Metric] = {}
     stats: dict[str, Tensor] = {}
-    probes: dict[str, Tensor] = {}
+    grad_probes: dict[str, Tensor] = {}
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Samples by global number: a pure function of the seed and the number."""
 
-    def rows(self, start: int, count: int) -> Batch:
+    def get_batch(self, start: int, count: int) -> Batch:
         """The global samples [start, start + count); of pairs each is two rows, the chosen answer
         and then the rejected one.
         """
         ...
 
-    def prompts(self, start: int, count: int) -> list[Prompt]:
+    def get_prompts(self, start: int, count: int) -> list[Prompt]:
         """The same of a source of prompts, with what answers are judged by."""
         ...
 
@@ -56,7 +57,7 @@ class Source(Protocol):
         ...
 
 
-class Feed:
+class RankLoader:
     """One rank's share of the global order of samples. The whole state is one integer, `cursor`.
 
     Iterated it gives batches, as most objectives want them. One that generates answers asks for
@@ -64,80 +65,54 @@ class Feed:
     prompts of the global order.
     """
 
-    def __init__(self, source: Source, rows: int, rank: int, world: int):
+    def __init__(self, source: SampleSource, batch_size: int, rank: int, world_size: int):
         self.source = source
-        self.rows = rows
-        self.share = rows // world
-        self.offset = rank * self.share
+        self.batch_size = batch_size
+        self.rank_batch_size = batch_size // world_size
+        self.offset = rank * self.rank_batch_size
         self.cursor = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = self.source.rows(self.cursor + self.offset, self.share)
-        self.cursor += self.rows
+        batch = self.source.get_batch(self.cursor + self.offset, self.rank_batch_size)
+        self.cursor += self.batch_size
         return batch
 
-    def prompts(self) -> list[Prompt]:
+    def next_prompts(self) -> list[Prompt]:
         """The next prompts: ids with the header of the answer, the right answer, a stable number,
         the whole row of the data.
         """
-        found = self.source.prompts(self.cursor + self.offset, self.share)
-        self.cursor += self.rows
+        found = self.source.get_prompts(self.cursor + self.offset, self.rank_batch_size)
+        self.cursor += self.batch_size
         return found
-
-
-class Peers(Protocol):
-    """What an objective may ask of the run that it is part of, and of its other processes."""
-
-    def poll(self, busy: bool = False) -> bool:
-        """To be called wherever time is spent, equally often by all processes: a stop that any was
-        asked for interrupts all of them. Whether any of them is `busy`.
-        """
-        ...
-
-    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """What every process has, in the order of ranks; shapes may differ."""
-        ...
-
-
-class Alone:
-    """No run and no other processes."""
-
-    def poll(self, busy: bool = False) -> bool:
-        """The same."""
-        return busy
-
-    def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """What there is."""
-        return [tensors]
 
 
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
-    answers_itself: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     """Whether the policy generates answers while it is trained; then each process needs all of
     it.
     """
-    still: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = False
     """Whether the policy is compared with itself as it was, so that it is to have no dropout and no
     router noise (`objectives.still`).
     """
 
     @property
-    def shape(self) -> Shape:
+    def data_format(self) -> DataFormat:
         """What it reads: documents, chats, pairs or prompts."""
         raise NotImplementedError
 
-    def judges(self) -> dict[str, str | None]:
+    def frozen_models(self) -> dict[str, str | None]:
         """The frozen models it wants, by name: the folder of each, or None for the policy as it
         stands before the first step.
         """
         return {}
 
-    def judge_weights(self) -> Weights:
+    def frozen_weight_dtype(self) -> WeightDtype:
         """How the weights of these models are held in memory."""
         return "fp32"
 
@@ -145,8 +120,8 @@ class ObjectiveConfigBase(Config):
         """The folders of the trained reward models that it asks."""
         return ()
 
-    def check_share(self, prompts: int) -> None:
-        """UserError where `prompts`, a process's part of `train.rows`, do not come out even."""
+    def check_rank_batch(self, num_prompts: int) -> None:
+        """UserError where `prompts`, a process's part of `train.batch_size`, do not come out even."""
 
     def build(self) -> "Objective":
         """The objective."""
@@ -160,14 +135,14 @@ class Objective(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frozen: dict[str, LM] = {}
+        self.frozen_models: dict[str, LM] = {}
         """The config's `judges()`, in eval mode and without gradients; brought by the trainer. One
         that is the policy before its first step is missing where the policy has adapters to switch
         off: `objectives.reference` knows both.
         """
-        self.scorers: dict[str, Scorer] = {}
+        self.reward_models: dict[str, RewardModel] = {}
         """The config's `reward_models()` by their folders; brought by the trainer."""
-        self.peers: Peers = Alone()
+        self.peers: Peers = SingleProcess()
         """Brought by the trainer too."""
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
@@ -175,13 +150,13 @@ class Objective(nn.Module):
         optimizers are made.
         """
 
-    def batches(self, feed: Feed, policy: LM) -> Iterator[Any]:
+    def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
         """What to train on, endlessly: here, the feed as it is. Whatever it gives has
         `to(device)`, and is what `weight` and `loss` are asked about.
         """
-        return iter(feed)
+        return iter(loader)
 
-    def weight(self, batch: Any) -> Tensor:
+    def units(self, batch: Any) -> Tensor:
         """How many units the batch holds: target tokens, pairs, sequences."""
         raise NotImplementedError
 
@@ -189,44 +164,44 @@ class Objective(nn.Module):
         """Forward pass and sum of losses over the batch's units."""
         raise NotImplementedError
 
-    def example(self, batch: Batch) -> Any:
+    def dummy_batch(self, batch: Batch) -> Any:
         """What `loss` and `weight` want, made of a row of random ids: for a dry run."""
         return batch
 
-    def examine(self, policy: LM, source: Source, rows: int) -> dict[str, float]:
+    def evaluate(self, policy: LM, source: SampleSource, max_samples: int) -> dict[str, float]:
         """Numbers by name of `rows` held-back prompts, for objectives that answer them; the best
         checkpoint is that of the smallest `loss`. The same on every process.
         """
         raise NotImplementedError
 
-    def accept(self, means: dict[str, float]) -> bool:
+    def accept_step(self, means: dict[str, float]) -> bool:
         """Asked after the all-reduce, before the optimizer's step; False drops the gradients."""
         return True
 
-    def progress(self) -> dict[str, object]:
+    def state(self) -> dict[str, object]:
         """What a resumed run needs beside buffers and parameters; JSON-ready."""
         return {}
 
-    def restore_progress(self, saved: dict[str, object]) -> None:
+    def load_state(self, saved: dict[str, object]) -> None:
         """Put back what `progress` gave."""
 
-    def mark(self) -> Any:
+    def snapshot(self) -> Any:
         """Where it stands, for `rewind` in this process; called before every step, so cheap."""
-        return self.progress()
+        return self.state()
 
-    def rewind(self, mark: Any) -> None:
+    def restore_snapshot(self, snapshot: Any) -> None:
         """Stand where `mark` was taken."""
-        self.restore_progress(mark)
+        self.load_state(snapshot)
 
-    def carried(self) -> dict[str, Tensor]:
+    def rank_state(self) -> dict[str, Tensor]:
         """Tensors of this process alone that a resumed run needs."""
         return {}
 
-    def restore_carried(self, saved: dict[str, Tensor]) -> None:
+    def load_rank_state(self, saved: dict[str, Tensor]) -> None:
         """Put back what `carried` gave, before `batches` is asked again."""
 
-    def shared_out(
-        self, parts: list[dict[str, Tensor]], rank: int, world: int
+    def reshard_rank_state(
+        self, parts: list[dict[str, Tensor]], rank: int, world_size: int
     ) -> dict[str, Tensor]:
         """What process `rank` of `world` goes on with where another number of them carried
         `parts`.
@@ -234,7 +209,7 @@ class Objective(nn.Module):
         return {}
 
 
-def with_aux(total: Tensor, losses: dict[str, Tensor], weight: Tensor) -> Tensor:
+def add_aux_losses(total: Tensor, losses: dict[str, Tensor], weight: Tensor) -> Tensor:
     """Add the model's own losses, which are means over the batch, so that they scale with the
     same denominator.
     """

@@ -16,23 +16,28 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from tinsmith.data.batch import Batch
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses.logprobs import row_sums, target_logprobs
+from tinsmith.losses.preference import (
+    LossAndRewards,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
+    simpo_loss,
+)
 from tinsmith.nn.model import LM, ModelOut
 from tinsmith.objectives.base import (
     Loss,
     Metric,
     Objective,
     ObjectiveConfigBase,
+    add_aux_losses,
     aux_metrics,
-    with_aux,
 )
-from tinsmith.objectives.logprobs import chosen_logprobs, row_sums
-from tinsmith.objectives.preferences import Judged, ipo_loss, kto_loss, orpo_loss, simpo_loss
-from tinsmith.objectives.reference import reference
-from tinsmith.objectives.still import check_still
+from tinsmith.objectives.frozen import check_deterministic, reference_model
 from tinsmith.text.tokenizer import Tokenizer
 
 _WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -43,8 +48,8 @@ class DPO(ObjectiveConfigBase):
     """Make the chosen answers of pairs likelier than the rejected ones."""
 
     kind: Literal["dpo"] = "dpo"
-    shape: ClassVar[Shape] = "pairs"
-    still: ClassVar[bool] = True
+    data_format: ClassVar[DataFormat] = "pairs"
+    deterministic: ClassVar[bool] = True
     loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     """`sigmoid` is DPO; `simpo` and `orpo` want no reference and are means over tokens; `kto`
     weighs both sides by themselves."""
@@ -74,40 +79,16 @@ class DPO(ObjectiveConfigBase):
         if self.loss in _WITHOUT_REFERENCE and self.normalise == "length":
             raise ValueError(f"loss={self.loss} is a mean over tokens anyway; leave normalise out")
 
-    def judges(self) -> dict[str, str | None]:
+    def frozen_models(self) -> dict[str, str | None]:
         """The reference, for the losses that want one."""
         return {} if self.loss in _WITHOUT_REFERENCE else {"reference": self.reference}
 
-    def build(self) -> "Preference":
+    def build(self) -> "PreferenceObjective":
         """The objective."""
-        return Preference(self)
+        return PreferenceObjective(self)
 
 
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Judged:
-    """Per pair (B,): -log sigmoid(margin), chosen_reward, rejected_reward; rewards are detached.
-
-    Log-probabilities (B,) are sums over an answer's tokens, in nats; margin = chosen_reward -
-    rejected_reward, reward = beta (policy - reference). 2305.18290, equation 7. With
-    `label_smoothing` e, (1 - e) times that plus e times the loss of the sides exchanged (Mitchell,
-    "A note on DPO with noisy preferences", 2023).
-    """
-    chosen = beta * (policy_chosen - reference_chosen)
-    rejected = beta * (policy_rejected - reference_rejected)
-    margin = chosen - rejected
-    loss = -logsigmoid(margin)
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-margin)
-    return loss, chosen.detach(), rejected.detach()
-
-
-class Sides(NamedTuple):
+class PairLogprobs(NamedTuple):
     """One model's view of B pairs, each (B,): summed log-probabilities, and how many tokens."""
 
     chosen: Tensor
@@ -115,13 +96,13 @@ class Sides(NamedTuple):
     chosen_tokens: Tensor
     rejected_tokens: Tensor
 
-    def means(self) -> "Sides":
+    def per_token(self) -> "PairLogprobs":
         """The same with log-probabilities per token."""
         chosen, rejected = self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
         return self._replace(chosen=chosen, rejected=rejected)
 
 
-class Preference(Objective):
+class PreferenceObjective(Objective):
     """sum over pairs of their loss; the unit is a pair. Rows of a batch come as pairs: chosen,
     rejected, chosen, rejected, ...
     """
@@ -135,17 +116,17 @@ class Preference(Objective):
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """The policy must be still."""
-        check_still(policy)
+        check_deterministic(policy)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """Pairs."""
         return torch.tensor(len(batch.ids) // 2, device=batch.ids.device)
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """One forward pass over both sides, and one of the reference."""
-        said, out = sides(policy, batch)
+        said, out = pair_logprobs(policy, batch)
         loss, chosen, rejected = self._judge(policy, said, batch)
-        pairs, margin = self.weight(batch), chosen - rejected
+        pairs, margin = self.units(batch), chosen - rejected
         values = {
             "loss": loss,
             "margin": margin,
@@ -158,10 +139,10 @@ class Preference(Objective):
         if self.config.loss == "kto":
             values["drift"] = (chosen + rejected) / (2 * self.config.beta)
         metrics = {key: Metric(value.detach().sum(), pairs) for key, value in values.items()}
-        total = with_aux(loss.sum(), out.losses, pairs)
-        return Loss(total, metrics | aux_metrics(out.losses, pairs), out.stats, out.probes)
+        total = add_aux_losses(loss.sum(), out.losses, pairs)
+        return Loss(total, metrics | aux_metrics(out.losses, pairs), out.stats, out.grad_probes)
 
-    def accept(self, means: dict[str, float]) -> bool:
+    def accept_step(self, means: dict[str, float]) -> bool:
         """KTO measures the drift of the policy over the whole batch of a step, for the next step,
         so that no loss depends on what else is in its micro-batch.
         """
@@ -169,17 +150,17 @@ class Preference(Objective):
             self.drift.fill_(max(0.0, means["drift"]))
         return True
 
-    def _judge(self, policy: LM, said: Sides, batch: Batch) -> Judged:
+    def _judge(self, policy: LM, said: PairLogprobs, batch: Batch) -> LossAndRewards:
         beta = self.config.beta
         if self.config.loss == "simpo":
             gamma = 0.5 if self.config.gamma is None else self.config.gamma
-            return simpo_loss(*said.means()[:2], beta, gamma)
+            return simpo_loss(*said.per_token()[:2], beta, gamma)
         if self.config.loss == "orpo":
-            return orpo_loss(*said.means()[:2], beta)
-        with reference(policy, self.frozen.get("reference")) as lm:
-            known, _ = sides(lm, batch)
+            return orpo_loss(*said.per_token()[:2], beta)
+        with reference_model(policy, self.frozen_models.get("reference")) as lm:
+            known, _ = pair_logprobs(lm, batch)
         if self.config.normalise == "length":
-            said, known = said.means(), known.means()
+            said, known = said.per_token(), known.per_token()
         if self.config.loss == "ipo":
             return ipo_loss(*said[:2], *known[:2], beta)
         if self.config.loss == "kto":
@@ -187,10 +168,10 @@ class Preference(Objective):
         return dpo_loss(*said[:2], *known[:2], beta, self.config.label_smoothing)
 
 
-def sides(lm: LM, batch: Batch) -> tuple[Sides, ModelOut]:
+def pair_logprobs(lm: LM, batch: Batch) -> tuple[PairLogprobs, ModelOut]:
     """What a model makes of both sides of a batch's pairs, in one forward pass."""
     assert len(batch.ids) % 2 == 0, "a batch of pairs has two rows for each"
     out = lm(batch.ids, batch.positions, batch.segments, logits=False)
-    logprobs = chosen_logprobs(out.hidden, batch.targets, batch.mask, lm.head)
+    logprobs = target_logprobs(out.hidden, batch.targets, batch.mask, lm.head)
     sums, tokens = row_sums(logprobs, batch.mask), batch.mask.sum(1)
-    return Sides(sums[0::2], sums[1::2], tokens[0::2], tokens[1::2]), out
+    return PairLogprobs(sums[0::2], sums[1::2], tokens[0::2], tokens[1::2]), out

@@ -14,20 +14,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinsmith.data.batch import Batch
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses.divergence import (
+    DistillWeights,
+    HeadInputs,
+    summed_divergence,
+    token_divergence,
+)
 from tinsmith.nn.model import LM
-from tinsmith.nn.quant import Weights
+from tinsmith.nn.quant import WeightDtype
 from tinsmith.objectives.base import (
     Loss,
     Metric,
     Objective,
     ObjectiveConfigBase,
+    add_aux_losses,
     aux_metrics,
-    with_aux,
 )
-from tinsmith.objectives.divergence import Mix, Told, summed_divergence, token_divergence
-from tinsmith.objectives.tags import Tags, TagWeights
+from tinsmith.objectives.token_weights import TagWeights, TokenWeights
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -76,44 +81,46 @@ class KD(ObjectiveConfigBase):
     kind: Literal["kd"] = "kd"
     teacher: str
     """A run, a checkpoint or a Hugging Face folder of the same vocabulary."""
-    teacher_weights: Weights = "fp32"
+    teacher_weights: WeightDtype = "fp32"
     """How the teacher's weights are held in memory."""
     reads: Literal["documents", "chats"] = "chats"
     loss: Literal["forward", "reverse", "jsd"] = "forward"
     beta: float | None = None
     """Of `jsd`, between 0 (forward) and 1 (reverse); by default 0.5."""
     temperature: float = 1.0
-    hard: float = 0.0
+    ce_weight: float = 0.0
     """The share of the labels' cross-entropy."""
     weights: TagWeights = TagWeights()
 
     def __post_init__(self) -> None:
-        check_divergence(self.mix.beta, self.temperature)
+        check_divergence(self.distill_weights.beta, self.temperature)
         if self.beta is not None and (self.loss != "jsd" or self.beta in (0, 1)):
             raise ValueError(
                 f"beta={self.beta} must be above 0 and below 1, with loss: jsd; loss: forward and "
                 "loss: reverse have none"
             )
-        if not 0 <= self.hard < 1:
-            raise ValueError(f"hard={self.hard} must be at least 0 and below 1; sft is labels only")
+        if not 0 <= self.ce_weight < 1:
+            raise ValueError(
+                f"ce_weight={self.ce_weight} must be at least 0 and below 1; sft is labels only"
+            )
 
     @property
-    def shape(self) -> Shape:
+    def data_format(self) -> DataFormat:
         """What it reads."""
         return self.reads
 
     @property
-    def mix(self) -> Mix:
+    def distill_weights(self) -> DistillWeights:
         """The loss of one token."""
         between = 0.5 if self.beta is None else self.beta
         beta = {"forward": 0.0, "reverse": 1.0, "jsd": between}[self.loss]
-        return Mix(beta, self.temperature, self.temperature**2, self.hard)
+        return DistillWeights(beta, self.temperature, self.temperature**2, self.ce_weight)
 
-    def judges(self) -> dict[str, str | None]:
+    def frozen_models(self) -> dict[str, str | None]:
         """The teacher."""
         return {"teacher": self.teacher}
 
-    def judge_weights(self) -> Weights:
+    def frozen_weight_dtype(self) -> WeightDtype:
         """How the teacher's weights are held."""
         return self.teacher_weights
 
@@ -127,30 +134,33 @@ class Distillation(Objective):
 
     def __init__(self, config: KD):
         super().__init__()
-        self.mix, self.tags = config.mix, Tags(config.weights)
+        self.distill_weights, self.token_weights = (
+            config.distill_weights,
+            TokenWeights(config.weights),
+        )
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """Look up the tags' ids."""
-        self.tags.prepare(tokenizer)
+        self.token_weights.prepare(tokenizer)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """The sum of the targets' weights."""
-        return self.tags(batch).sum()
+        return self.token_weights(batch).sum()
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """The teacher's forward pass without gradients, the student's with them."""
-        weights = self.tags(batch)
+        weights = self.token_weights(batch)
         chosen = weights != 0
-        teacher = self.frozen["teacher"]
+        teacher = self.frozen_models["teacher"]
         with torch.no_grad():
             taught = teacher(batch.ids, batch.positions, batch.segments, logits=False).hidden
         out = policy(batch.ids, batch.positions, batch.segments, logits=False)
         total, seen = summed_divergence(
-            Told(out.hidden[chosen], policy.head.weight),
-            Told(taught[chosen], teacher.head.weight),
+            HeadInputs(out.hidden[chosen], policy.head.weight),
+            HeadInputs(taught[chosen], teacher.head.weight),
             batch.targets[chosen],
             weights[chosen],
-            self.mix,
+            self.distill_weights,
         )
         units = weights.sum()
         metrics = {
@@ -158,5 +168,5 @@ class Distillation(Objective):
             "divergence": Metric(seen[0], units),
             "nll": Metric(seen[1], units),
         }
-        total = with_aux(total, out.losses, units)
-        return Loss(total, metrics | aux_metrics(out.losses, units), out.stats, out.probes)
+        total = add_aux_losses(total, out.losses, units)
+        return Loss(total, metrics | aux_metrics(out.losses, units), out.stats, out.grad_probes)

@@ -15,36 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.data.prompts import Prompt
-from tinsmith.infer.generate import evaluating
+from tinsmith.infer.generate import eval_mode
+from tinsmith.losses.policy import clipped_surrogate, masked_mean
 from tinsmith.nn.model import LM, ModelOut
-from tinsmith.objectives.base import Loss, Metric, aux_metrics, with_aux
-from tinsmith.objectives.online import Online, OnlineObjective
-from tinsmith.objectives.outcomes import told
-from tinsmith.objectives.ratio import masked_mean, surrogate
-from tinsmith.objectives.rollout import Rollout
-from tinsmith.objectives.whiten import whitened
+from tinsmith.objectives.base import Loss, Metric, add_aux_losses, aux_metrics
+from tinsmith.objectives.rl.advantages import gae, whiten
+from tinsmith.objectives.rl.base import RLConfig, RLObjective
+from tinsmith.objectives.rl.metrics import rollout_metrics
+from tinsmith.objectives.rl.rollout import RolloutBatch
 from tinsmith.text.tokenizer import Tokenizer
-
-
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (B, T) from rewards, values and mask (B, T); 0 where masked.
-
-    `values[t]` is V before action t, and 0 after the last masked-in token. Positions that the mask
-    leaves out are no actions: what stands between two answers is passed over. Advantages are not
-    whitened; returns are advantages + values.
-    """
-    acted = mask.bool()
-    advantages = torch.zeros_like(values)
-    after, ahead = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        here, value = acted[:, t], values[:, t]
-        delta = rewards[:, t] + gamma * after - value
-        ahead = torch.where(here, delta + gamma * lam * ahead, ahead)
-        after = torch.where(here, value, after)
-        advantages[:, t] = torch.where(here, ahead, 0)
-    return advantages, torch.where(acted, advantages + values, 0)
 
 
 def policy_loss(
@@ -53,7 +32,9 @@ def policy_loss(
     """The clipped surrogate, a scalar: the mean over masked tokens of
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A). All (B, T), `advantages` (B,) or (B, T).
     """
-    return masked_mean(surrogate(logprobs, old_logprobs, advantages, mask, clip, clip), mask)
+    return masked_mean(
+        clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip, clip), mask
+    )
 
 
 def value_loss(
@@ -75,7 +56,7 @@ def token_value_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO(Online):
+class PPO(RLConfig):
     """One answer to each prompt, judged token by token against a learned value.
 
     `beta` weighs the KL divergence inside the reward, by the estimator k1.
@@ -92,7 +73,7 @@ class PPO(Online):
     value_clip: float = 0.2
     whiten: bool = True
     """Advantages of a rollout get mean 0 and deviation 1."""
-    max_moved: float | None = None
+    target_kl: float | None = None
     """Early stop: where half the mean squared log-ratio to the policy that answered is above it,
     that step is not taken, and the rest of the rollout is left.
     """
@@ -105,15 +86,15 @@ class PPO(Online):
         for name in ("value_coef", "value_clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        if self.max_moved is not None and not self.max_moved > 0:
-            raise ValueError(f"max_moved={self.max_moved} must be above 0")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl={self.target_kl} must be above 0")
 
-    def build(self) -> "ActorCritic":
+    def build(self) -> "PPOObjective":
         """The objective."""
-        return ActorCritic(self)
+        return PPOObjective(self)
 
 
-class ActorCritic(OnlineObjective):
+class PPOObjective(RLObjective):
     """The unit is a token."""
 
     def __init__(self, config: PPO):
@@ -134,35 +115,39 @@ class ActorCritic(OnlineObjective):
             if not policy.config.tie_embeddings:  # nothing asks it for logits
                 self.trunk.head.requires_grad_(False)
 
-    def values(self, out: ModelOut, rows: Rollout) -> Tensor:
+    def values(self, out: ModelOut, rows: RolloutBatch) -> Tensor:
         """(B, T): V before the token that position t is to predict."""
         hidden = out.hidden
         if self.trunk is not None:
             hidden = self.trunk(rows.ids, segments=rows.segments, logits=False).hidden
-        return self.value(hidden)[..., 0].to(rows.old.dtype)
+        return self.value(hidden)[..., 0].to(rows.old_logprobs.dtype)
 
-    def judged(self, policy: LM, prompts: list[Prompt], rows: Rollout) -> Rollout:
+    def with_advantages(
+        self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
+    ) -> RolloutBatch:
         """Advantages and returns by the values of now."""
         config = self.config
-        with evaluating(policy), torch.no_grad():
+        with eval_mode(policy), torch.no_grad():
             values = self.values(policy(rows.ids, segments=rows.segments, logits=False), rows)
-        away = torch.where(rows.mask, rows.old - rows.reference, 0)
-        rewards = at_the_end(rows.rewards, rows.mask) - config.beta * away
+        away = torch.where(rows.mask, rows.old_logprobs - rows.ref_logprobs, 0)
+        rewards = rewards_at_last_token(rows.rewards, rows.mask) - config.kl_coef * away
         advantages, returns = gae(rewards, values, rows.mask, config.gamma, config.lam)
         if config.whiten:
-            advantages = whitened(advantages, rows.mask, self.peers)
+            advantages = whiten(advantages, rows.mask, self.peers)
         return rows._replace(values=values, advantages=advantages, returns=returns)
 
-    def weight(self, batch: Rollout) -> Tensor:
+    def units(self, batch: RolloutBatch) -> Tensor:
         """Tokens that were said."""
         return batch.mask.sum()
 
-    def loss(self, policy: LM, batch: Rollout) -> Loss:
+    def loss(self, policy: LM, batch: RolloutBatch) -> Loss:
         """One forward pass for probabilities and values."""
-        config, count, mask = self.config, self.weight(batch), batch.mask
+        config, count, mask = self.config, self.units(batch), batch.mask
         logprobs, out = self.logprobs(policy, batch)
         low, high = config.clip_low, config.clip_high
-        acting = surrogate(logprobs, batch.old, batch.advantages, mask, low, high).sum()
+        acting = clipped_surrogate(
+            logprobs, batch.old_logprobs, batch.advantages, mask, low, high
+        ).sum()
         values = self.values(out, batch)
         judging = token_value_loss(values, batch.values, batch.returns, mask, config.value_clip)
         judging = judging.sum()
@@ -172,19 +157,19 @@ class ActorCritic(OnlineObjective):
             "policy_loss": Metric(acting.detach(), count),
             "value_loss": Metric(judging.detach(), count),
         }
-        metrics |= told(self.config, batch, logprobs) | aux_metrics(out.losses, count)
-        return Loss(with_aux(total, out.losses, count), metrics, out.stats, out.probes)
+        metrics |= rollout_metrics(self.config, batch, logprobs) | aux_metrics(out.losses, count)
+        return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)
 
-    def accept(self, means: dict[str, float]) -> bool:
+    def accept_step(self, means: dict[str, float]) -> bool:
         """No step that has gone too far, and then a new rollout."""
-        limit = self.config.max_moved
-        if limit is None or means.get("moved_k2", 0.0) <= limit:
+        limit = self.config.target_kl
+        if limit is None or means.get("approx_kl", 0.0) <= limit:
             return True
-        self.place = self.config.minibatches * self.config.updates
+        self.place = self.config.num_minibatches * self.config.num_epochs
         return False
 
 
-def at_the_end(rewards: Tensor, mask: Tensor) -> Tensor:
+def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
     """(B,) rewards -> (B, T), each at its row's last masked-in position, 0 where there is none."""
     later = mask.long().flip(1).cumsum(1).flip(1)
     return torch.where(mask & (later == 1), rewards[:, None], 0)

@@ -5,19 +5,19 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tinsmith.data.batch import Batch
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses.logprobs import summed_nll
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import (
     Loss,
     Metric,
     Objective,
     ObjectiveConfigBase,
+    add_aux_losses,
     aux_metrics,
-    with_aux,
 )
-from tinsmith.objectives.logprobs import summed_nll
-from tinsmith.objectives.tags import Tags, TagWeights
+from tinsmith.objectives.token_weights import TagWeights, TokenWeights
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -26,7 +26,7 @@ class Pretrain(ObjectiveConfigBase):
     """Predict the next token of documents."""
 
     kind: Literal["pretrain"] = "pretrain"
-    shape: ClassVar[Shape] = "documents"
+    data_format: ClassVar[DataFormat] = "documents"
 
     def build(self) -> "CrossEntropy":
         """The objective."""
@@ -40,21 +40,21 @@ class CrossEntropy(Objective):
 
     def __init__(self, weights: TagWeights):
         super().__init__()
-        self.tags = Tags(weights)
+        self.token_weights = TokenWeights(weights)
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
         """Look up the tags' ids."""
-        self.tags.prepare(tokenizer)
+        self.token_weights.prepare(tokenizer)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """The sum of the targets' weights."""
-        return self.tags(batch).sum()
+        return self.token_weights(batch).sum()
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """One forward pass over packed rows."""
         out = policy(batch.ids, batch.positions, batch.segments, logits=False)
-        weights = self.tags(batch)
+        weights = self.token_weights(batch)
         total = summed_nll(out.hidden, batch.targets, weights, policy.head)
         count = weights.sum()
         metrics = {"loss": Metric(total.detach(), count)} | aux_metrics(out.losses, count)
-        return Loss(with_aux(total, out.losses, count), metrics, out.stats, out.probes)
+        return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)

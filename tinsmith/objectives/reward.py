@@ -13,29 +13,29 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from tinsmith.data.batch import Batch
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.batch import Batch
+from tinsmith.losses.preference import bradley_terry_loss
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import (
     Loss,
     Metric,
     Objective,
     ObjectiveConfigBase,
+    add_aux_losses,
     aux_metrics,
-    with_aux,
 )
-from tinsmith.objectives.score import ScoreHead, last_scores
+from tinsmith.rewards.model import ScoreHead, last_token_scores
 from tinsmith.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward(ObjectiveConfigBase):
+class RewardModeling(ObjectiveConfigBase):
     """Give the chosen answers of pairs a higher score than the rejected ones."""
 
     kind: Literal["reward"] = "reward"
-    shape: ClassVar[Shape] = "pairs"
+    data_format: ClassVar[DataFormat] = "pairs"
     center: float = 0.0
     """Times the square of the sum of a pair's scores, added to its loss."""
 
@@ -48,11 +48,6 @@ class Reward(ObjectiveConfigBase):
         return BradleyTerry(self)
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center: float = 0.0) -> Tensor:
-    """-log sigmoid(chosen - rejected) + center (chosen + rejected)^2, of scores (B,), (B,)."""
-    return -logsigmoid(chosen - rejected) + center * (chosen + rejected).square()
-
-
 class BradleyTerry(Objective):
     """sum over pairs of -log P(chosen is better); the unit is a pair. Rows of a batch come as
     pairs: chosen, rejected, chosen, rejected, ...
@@ -60,7 +55,7 @@ class BradleyTerry(Objective):
 
     head: ScoreHead
 
-    def __init__(self, config: Reward):
+    def __init__(self, config: RewardModeling):
         super().__init__()
         self.config = config
 
@@ -68,17 +63,19 @@ class BradleyTerry(Objective):
         """A head of the policy's width."""
         self.head = ScoreHead(policy.config.dim).to(policy.embed.weight.device)
 
-    def weight(self, batch: Batch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """Pairs."""
         return torch.tensor(len(batch.ids) // 2, device=batch.ids.device)
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """One forward pass over both sides."""
         assert len(batch.ids) % 2 == 0, "a batch of pairs has two rows for each"
-        scores, out = last_scores(policy, self.head, batch.ids, batch.positions, batch.segments)
+        scores, out = last_token_scores(
+            policy, self.head, batch.ids, batch.positions, batch.segments
+        )
         chosen, rejected = scores[0::2], scores[1::2]
         loss = bradley_terry_loss(chosen, rejected, self.config.center)
-        pairs = self.weight(batch)
+        pairs = self.units(batch)
         values = {
             "loss": loss,
             "accuracy": (chosen > rejected).float(),
@@ -87,5 +84,5 @@ class BradleyTerry(Objective):
             "rejected_score": rejected,
         }
         metrics = {key: Metric(value.detach().sum(), pairs) for key, value in values.items()}
-        total = with_aux(loss.sum(), out.losses, pairs)
-        return Loss(total, metrics | aux_metrics(out.losses, pairs), out.stats, out.probes)
+        total = add_aux_losses(loss.sum(), out.losses, pairs)
+        return Loss(total, metrics | aux_metrics(out.losses, pairs), out.stats, out.grad_probes)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
 from tinsmith.objectives.base import ObjectiveConfigBase
 from tinsmith.objectives.pretrain import CrossEntropy
-from tinsmith.objectives.tags import TagWeights
+from tinsmith.objectives.token_weights import TagWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class SFT(ObjectiveConfigBase):
     weights: TagWeights = TagWeights()
 
     @property
-    def shape(self) -> Shape:
+    def data_format(self) -> DataFormat:
         """What it reads."""
         return self.reads
 

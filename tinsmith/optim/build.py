@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.errors import UserError
+from tinsmith.distributed.dtensor import full_tensor, local_tensor, shard_like
 from tinsmith.optim.config import AdamWConfig, MatrixConfig, OptimConfig
 from tinsmith.optim.groups import ROLES, Partition, Role, partition
-from tinsmith.optim.memory import Memory, made
-from tinsmith.optim.sharding import local, part, whole
+from tinsmith.optim.state_io import StateIO, make_optimizer
 
-EXTRA = "objective."
+OBJECTIVE_PARAM_PREFIX = "objective."
 """Stands before the names of the objective's own parameters."""
 
 
@@ -21,14 +21,14 @@ class Optimizers:
 
     def __init__(self, groups: Partition, config: OptimConfig):
         """`groups`: role -> [(name, parameter)]; names are those of the saved state."""
-        self.names = {parameter: name for role in ROLES for name, parameter in groups[role]}
+        self.param_names = {parameter: name for role in ROLES for name, parameter in groups[role]}
         found = [
             _make(["matrix"], groups, config.matrices),
             _make([role for role in ROLES if role != "matrix"], groups, config.others),
         ]
         memories = [memory for memory in found if memory is not None]
         self.optimizers = [memory.optimizer for memory in memories]
-        self.memories = {
+        self.state_ios = {
             parameter: memory
             for memory in memories
             for group in memory.optimizer.param_groups
@@ -36,16 +36,20 @@ class Optimizers:
         }
 
     @classmethod
-    def build(cls, module: nn.Module, extra: nn.Module | None, config: OptimConfig) -> "Optimizers":
+    def build(
+        cls, module: nn.Module, objective_module: nn.Module | None, config: OptimConfig
+    ) -> "Optimizers":
         """Over all trainable parameters of the policy `module` and of `extra`, the objective's own,
         which are named `objective.NAME`.
 
         Call it when the parameters have their final device, dtype and spread over ranks.
         """
         groups = partition(module)
-        if extra is not None:
-            for role, named in partition(extra).items():
-                groups[role] += [(EXTRA + name, parameter) for name, parameter in named]
+        if objective_module is not None:
+            for role, named in partition(objective_module).items():
+                groups[role] += [
+                    (OBJECTIVE_PARAM_PREFIX + name, parameter) for name, parameter in named
+                ]
         parameters = [parameter for named in groups.values() for _, parameter in named]
         assert len(set(parameters)) == len(parameters), (
             "the objective's own parameters include the policy's"
@@ -62,7 +66,7 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def set_multiplier(self, multiplier: float) -> None:
+    def set_lr_multiplier(self, multiplier: float) -> None:
         """The learning rate of every group becomes its configured one times `multiplier`."""
         for group in self._param_groups():
             group["lr"] = group["initial_lr"] * multiplier
@@ -73,16 +77,16 @@ class Optimizers:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that is trained."""
-        return iter(self.names)
+        return iter(self.param_names)
 
     @torch.no_grad()
-    def forget(self, resets: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    def reset_state(self, resets: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Zero what is remembered of (parameter, rows): indices (N,) of its first dimension."""
         for parameter, rows in resets:
-            memory = self.memories.get(parameter)
-            for state, nothing in memory.by_row(parameter) if memory else ():
+            memory = self.state_ios.get(parameter)
+            for state, nothing in memory.row_tensors(parameter) if memory else ():
                 mask = _row_mask(state, rows.to(state.device))
-                local(state).masked_fill_(part(mask, state), nothing)
+                local_tensor(state).masked_fill_(shard_like(mask, state), nothing)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`NAME|momentum`, or what else `optim.memory` lists -> the full tensor, on the CPU.
@@ -94,8 +98,8 @@ class Optimizers:
         if not any(optimizer.state for optimizer in self.optimizers):
             return {}
         return {
-            f"{name}|{key}": whole(tensor).detach().cpu()
-            for parameter, name in self.names.items()
+            f"{name}|{key}": full_tensor(tensor).detach().cpu()
+            for parameter, name in self.param_names.items()
             for key, tensor in self._saved(parameter).items()
         }
 
@@ -112,18 +116,20 @@ class Optimizers:
             optimizer.state.clear()
         if not tensors:
             return
-        for parameter, name in self.names.items():
-            state = self.memories[parameter].blank(parameter)
+        for parameter, name in self.param_names.items():
+            state = self.state_ios[parameter].initial_state(parameter)
             for key, blank in state.items():
-                local(blank).copy_(part(tensors[f"{name}|{key}"].to(blank.device), blank))
-            self.memories[parameter].put(parameter, state)
+                local_tensor(blank).copy_(
+                    shard_like(tensors[f"{name}|{key}"].to(blank.device), blank)
+                )
+            self.state_ios[parameter].load_state(parameter, state)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         cause = "it was saved by another model or another `optim` section"
         expected = {
             f"{name}|{key}": tuple(blank.shape)
-            for parameter, name in self.names.items()
-            for key, blank in self.memories[parameter].blank(parameter).items()
+            for parameter, name in self.param_names.items()
+            for key, blank in self.state_ios[parameter].initial_state(parameter).items()
         }
         for name in [*expected, *tensors]:
             if name not in tensors:
@@ -137,15 +143,15 @@ class Optimizers:
             raise UserError(f"optimizer state: '{name}' {problem}; {cause}")
 
     def _saved(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        memory = self.memories[parameter]
-        return memory.tensors(parameter) or memory.blank(parameter)
+        memory = self.state_ios[parameter]
+        return memory.state_tensors(parameter) or memory.initial_state(parameter)
 
     def _param_groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self.optimizers:
             yield from optimizer.param_groups
 
 
-def _make(roles: list[Role], groups: Partition, config: MatrixConfig) -> Memory | None:
+def _make(roles: list[Role], groups: Partition, config: MatrixConfig) -> StateIO | None:
     options = [
         {
             "params": [parameter for _, parameter in groups[role]],
@@ -156,7 +162,7 @@ def _make(roles: list[Role], groups: Partition, config: MatrixConfig) -> Memory 
         for role in roles
         if groups[role]
     ]
-    return made(options, config) if options else None
+    return make_optimizer(options, config) if options else None
 
 
 def _decays(role: Role, config: MatrixConfig) -> bool:

@@ -40,7 +40,7 @@ def _check_schedule(warmup: int, final: float) -> None:
     if warmup < 0:
         raise ValueError(f"warmup={warmup} is a number of steps, at least 0")
     if not 0 <= final <= 1:
-        raise ValueError(f"final={final} is a share of the full rate, from 0 to 1")
+        raise ValueError(f"min_lr_ratio={final} is a share of the full rate, from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class MuonConfig(Config):
     AdamW's rate and decay fit (Moonlight, 2502.16982).
     """
 
-    REMEMBERED: ClassVar[int] = 4
+    STATE_BYTES_PER_PARAM: ClassVar[int] = 4
     """Bytes of optimizer state for each weight; so in the others."""
 
     kind: Literal["muon"] = "muon"
@@ -80,7 +80,7 @@ class AdamWConfig(Config):
     Norms, biases and other vectors never decay.
     """
 
-    REMEMBERED: ClassVar[int] = 8
+    STATE_BYTES_PER_PARAM: ClassVar[int] = 8
 
     kind: Literal["adamw"] = "adamw"
     lr: float = 3e-3
@@ -99,7 +99,7 @@ class AdamW8bitConfig(Config):
     bitsandbytes.
     """
 
-    REMEMBERED: ClassVar[int] = 2
+    STATE_BYTES_PER_PARAM: ClassVar[int] = 2
 
     kind: Literal["adamw8bit"] = "adamw8bit"
     lr: float = 3e-3
@@ -118,7 +118,7 @@ class AdafactorConfig(Config):
     and `lr` never above 1 / sqrt(step); a step's root mean square is cut to `clip_update`.
     """
 
-    REMEMBERED: ClassVar[int] = 0
+    STATE_BYTES_PER_PARAM: ClassVar[int] = 0
 
     kind: Literal["adafactor"] = "adafactor"
     lr: float = 0.01
@@ -144,24 +144,24 @@ class WSD(Config):
     kind: Literal["wsd"] = "wsd"
     warmup: Count = 100
     decay: float = 0.3
-    final: float = 0.0
+    min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_schedule(self.warmup, self.final)
+        _check_schedule(self.warmup, self.min_lr_ratio)
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay={self.decay} is a share of all steps, from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Config):
-    """Linear up over `warmup` steps, then half a cosine down to `final` (1608.03983)."""
+    """Linear up over `warmup` steps, then half a cosine down to `min_lr_ratio` (1608.03983)."""
 
     kind: Literal["cosine"] = "cosine"
     warmup: Count = 0
-    final: float = 0.1
+    min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_schedule(self.warmup, self.final)
+        _check_schedule(self.warmup, self.min_lr_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,10 @@ class OptimConfig(Config):
     matrices: OptimizerConfig = MuonConfig()
     others: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = WSD()
-    clip: float | None = 1.0
+    max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip} must be above 0, or null for no clipping")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} must be above 0, or null for no clipping"
+            )

@@ -24,7 +24,7 @@ Partition = dict[Role, list[tuple[str, nn.Parameter]]]
 
 
 @runtime_checkable
-class Declares(Protocol):
+class HasRole(Protocol):
     """A module class with `ROLE = "router"` (or another role) gives it to all its parameters, and
     to those of modules inside that declare none. What has fewer than two dimensions stays a vector.
     """
@@ -62,7 +62,7 @@ def _claims(
 
 
 def _declared(module: nn.Module) -> Role | None:
-    return module.ROLE if isinstance(module, Declares) else None
+    return module.ROLE if isinstance(module, HasRole) else None
 
 
 def _role(owner: nn.Module, name: str, parameter: nn.Parameter, declared: Role | None) -> Role:

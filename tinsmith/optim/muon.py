@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinsmith.optim.sharding import holds_slices, local, part, whole
+from tinsmith.distributed.dtensor import full_tensor, is_sharded_on_dim0, local_tensor, shard_like
 
 Scale = Literal["original", "match_rms_adamw"]
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of a s + b s^3 + c s^5 on singular values; steep at 0, hence they end near 1 (0.68 to 1.13)."""
 
 BATCH_ELEMENTS = 2**23
@@ -41,7 +41,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     products; norms are taken in at least float32. For a matrix U S V' the result is about U V'; a
     zero matrix stays zero.
     """
-    a, b, c = COEFFICIENTS
+    a, b, c = NS_COEFFICIENTS
     wide = torch.promote_types(matrices.dtype, torch.float32)
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide)
     x = matrices.to(dtype) / norms.clamp(min=1e-7).to(dtype)
@@ -59,7 +59,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return (x.mT if standing else x).reshape(matrices.shape)
 
 
-def product_dtype(tensor: Tensor) -> torch.dtype:
+def fast_matmul_dtype(tensor: Tensor) -> torch.dtype:
     """The precision of the products: bfloat16 where the device multiplies it faster than float32.
 
     Told by the device, not by timing, so that a resumed run computes what the first one would have.
@@ -96,13 +96,13 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        steps: int = 5,
+        ns_steps: int = 5,
         scale: Scale = "original",
-        products: torch.dtype | None = None,
+        ns_dtype: torch.dtype | None = None,
     ):
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
-        options |= {"weight_decay": weight_decay, "steps": steps, "scale": scale}
-        super().__init__(parameters, options | {"products": products})
+        options |= {"weight_decay": weight_decay, "steps": ns_steps, "scale": scale}
+        super().__init__(parameters, options | {"products": ns_dtype})
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         stacks = [_lying(self._direction(parameter, group)) for parameter in parameters]
-        products = group["products"] or product_dtype(parameters[0])
+        products = group["products"] or fast_matmul_dtype(parameters[0])
         updates = newton_schulz(_joined(stacks), group["steps"], products)
         for parameter, update in zip(
             parameters, updates.split(list(map(len, stacks))), strict=True
@@ -130,15 +130,15 @@ class Muon(torch.optim.Optimizer):
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
-            state["momentum"] = blank_momentum(parameter)
+            state["momentum"] = initial_momentum(parameter)
         momentum: Tensor = state["momentum"]
         gradient = parameter.grad.to(momentum.dtype)
         momentum.lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return local(direction) if holds_slices(parameter) else whole(direction)
+        return local_tensor(direction) if is_sharded_on_dim0(parameter) else full_tensor(direction)
 
 
-def blank_momentum(parameter: nn.Parameter) -> Tensor:
+def initial_momentum(parameter: nn.Parameter) -> Tensor:
     """The momentum of a parameter that never moved: zeros, at least float32."""
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
@@ -147,9 +147,9 @@ def _move(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> Non
     """One weight's step by its `update` (slices, short side, long side)."""
     rows, columns = parameter.shape[-2:]
     update = update.mT if rows > columns else update
-    if not holds_slices(parameter):
-        update = part(update.reshape(parameter.shape), parameter)
-    weight, lr = local(parameter), group["lr"]
+    if not is_sharded_on_dim0(parameter):
+        update = shard_like(update.reshape(parameter.shape), parameter)
+    weight, lr = local_tensor(parameter), group["lr"]
     if group["weight_decay"]:
         weight.mul_(1 - lr * group["weight_decay"])
     weight.add_(update, alpha=-lr * _scale(group["scale"], rows, columns))

@@ -5,7 +5,7 @@ import math
 from tinsmith.optim.config import WSD, Constant, Cosine
 
 
-def multiplier(schedule: WSD | Cosine | Constant, step: int, steps: int) -> float:
+def lr_multiplier(schedule: WSD | Cosine | Constant, step: int, steps: int) -> float:
     """What every base learning rate is multiplied with in step `step` (counted from 0) of `steps`.
 
     Warm-up climbs from 1/warmup in step 0 to 1 in step warmup - 1. `final` is where the curve
@@ -26,9 +26,13 @@ def multiplier(schedule: WSD | Cosine | Constant, step: int, steps: int) -> floa
 
 def _stable_then_linear(schedule: WSD, step: int, steps: int) -> float:
     left, span = steps - step, schedule.decay * steps
-    return 1.0 if left >= span else schedule.final + (1 - schedule.final) * left / span
+    return (
+        1.0 if left >= span else schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * left / span
+    )
 
 
 def _half_cosine(schedule: Cosine, step: int, steps: int) -> float:
     done = max(0, step - schedule.warmup) / max(1, steps - schedule.warmup)
-    return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * done))
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * 0.5 * (
+        1 + math.cos(math.pi * done)
+    )

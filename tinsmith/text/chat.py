@@ -18,10 +18,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.bounds import Refused
 from tinsmith.text.records import BadRecord, Call, Conversation, Message, normalise
 from tinsmith.text.specials import END_OF_TEXT, SPECIALS, TAGS, our_template
 from tinsmith.text.template import ChatTemplate, compiled
+from tinsmith.text.template_limits import Refused
 from tinsmith.text.tokenizer import Tokenizer
 
 __all__ = [

@@ -5,7 +5,7 @@ from threading import Lock
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.bounds import Bounded, Refused, rewritten
+from tinsmith.text.template_limits import Bounded, Refused, rewritten
 
 LONGEST = 128 * 1024
 """Characters of a template."""

@@ -18,6 +18,7 @@ import tokenizers
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.parse import nearest
+from tinsmith.text.byte_encoding import SPACE, cut, is_blank, spelling_of, text_only
 from tinsmith.text.specials import (
     CHAT_TOKENS,
     END_OF_TEXT,
@@ -28,7 +29,6 @@ from tinsmith.text.specials import (
     as_added,
     our_template,
 )
-from tinsmith.text.spelling import SPACE, cut, is_blank, spelling_of, text_only
 
 __all__ = ["SPECIALS", "Tokenizer"]
 

@@ -18,19 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinsmith.core.errors import Failure, UserError
-from tinsmith.core.faults import event
 from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
+from tinsmith.core.kill_points import event
 from tinsmith.core.manifest import newest_valid, verify, write_manifest
 from tinsmith.core.units import size
 from tinsmith.text.tokenizer import Tokenizer
-from tinsmith.train.config import Keep
+from tinsmith.train.config import KeepConfig
 
-HEADS = "objective.safetensors"
+OBJECTIVE_FILE = "objective.safetensors"
 """What an objective has trained or remembers beside the model; also the file's name in `final/`."""
-NEEDS = ("model.safetensors", "optim.safetensors", "state.json", "config.yaml")
+REQUIRED_FILES = ("model.safetensors", "optim.safetensors", "state.json", "config.yaml")
 
 
-class Snapshot(NamedTuple):
+class Checkpoint(NamedTuple):
     """Everything a run needs to go on."""
 
     model: dict[str, Tensor]
@@ -51,32 +51,32 @@ class DiskFull(Failure):
     """A checkpoint could not be written for want of space; the ones before are as they were."""
 
 
-def save(root: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> Path:
+def save(root: Path, checkpoint: Checkpoint, config: str, tokenizer: Tokenizer) -> Path:
     """Write `root/step-XXXXXXXX` in one rename; raises DiskFull, with numbers, and leaves
     nothing half-written.
     """
-    step = snapshot.state["step"]
+    step = checkpoint.state["step"]
     target = root / f"step-{step:08d}"
     root.mkdir(parents=True, exist_ok=True)
     free = free_space(root)
-    if free < snapshot.nbytes:
-        raise DiskFull(f"{size(snapshot.nbytes)} needed, {size(free)} free at {root}")
+    if free < checkpoint.nbytes:
+        raise DiskFull(f"{size(checkpoint.nbytes)} needed, {size(free)} free at {root}")
     try:
         with atomic_dir(target) as folder:
-            _write(folder, snapshot, config, tokenizer)
+            _write(folder, checkpoint, config, tokenizer)
             write_manifest(folder, {"step": step})
             event("manifest")
         atomic_write(root / "LATEST", target.name + "\n")
     except (OSError, SafetensorError) as error:
         if _is_full(error):
             raise DiskFull(
-                f"{size(snapshot.nbytes)} needed, {size(free_space(root))} free at {root}"
+                f"{size(checkpoint.nbytes)} needed, {size(free_space(root))} free at {root}"
             ) from None
         raise
     return target
 
 
-def _write(folder: Path, snapshot: Snapshot, config: str, tokenizer: Tokenizer) -> None:
+def _write(folder: Path, snapshot: Checkpoint, config: str, tokenizer: Tokenizer) -> None:
     meta = {"format": "pt"}  # one key: the order of several is random, and so would be the hash
     for name, tensors in (
         ("model", snapshot.model),
@@ -102,9 +102,9 @@ def _is_full(error: Exception) -> bool:
     return "No space left" in str(error) or "os error 28" in str(error)
 
 
-def load(folder: Path) -> Snapshot:
+def load(folder: Path) -> Checkpoint:
     """Read a checkpoint; UserError says in one line what is wrong with it."""
-    problem = verify(folder, hashes=True, needs=NEEDS)
+    problem = verify(folder, hashes=True, needs=REQUIRED_FILES)
     if problem:
         raise UserError(f"{folder}: {problem}")
     try:
@@ -117,7 +117,7 @@ def load(folder: Path) -> Snapshot:
         raise UserError(
             f"{folder}: cannot be read ({error}); resume from an older checkpoint"
         ) from None
-    return Snapshot(groups[0], groups[1], groups[2], state, rng)
+    return Checkpoint(groups[0], groups[1], groups[2], state, rng)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -126,15 +126,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def latest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint under `root`, and why newer ones were passed over."""
-    return newest_valid(root, needs=NEEDS)
+    return newest_valid(root, needs=REQUIRED_FILES)
 
 
-def clean(root: Path) -> None:
+def remove_incomplete(root: Path) -> None:
     """Remove what a killed save left behind."""
     sweep(root)
 
 
-def prune(root: Path, keep: Keep, best: int | None) -> None:
+def prune(root: Path, keep: KeepConfig, best_step: int | None) -> None:
     """Delete what `keep` does not name; the newest always stays. `best`: the step of the best on
     validation.
     """
@@ -142,11 +142,13 @@ def prune(root: Path, keep: Keep, best: int | None) -> None:
     if not folders:
         return
     wanted = (
-        folders if keep.below is None else [f for f in folders if _validation_loss(f) < keep.below]
+        folders
+        if keep.max_val_loss is None
+        else [f for f in folders if _validation_loss(f) < keep.max_val_loss]
     )
     kept = set(wanted[-keep.last :]) | {folders[-1]}
     if keep.best:
-        kept |= {folder for folder in wanted if folder.name == f"step-{best or 0:08d}"}
+        kept |= {folder for folder in wanted if folder.name == f"step-{best_step or 0:08d}"}
     for folder in folders:
         if folder not in kept:
             doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")

@@ -13,14 +13,14 @@ def _at_least_one(config: Config, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(Config):
+class KeepConfig(Config):
     """Which checkpoints stay."""
 
     last: int = 3
     """The newest so many."""
     best: bool = True
     """The best on validation, which is saved as soon as it is found."""
-    below: float | None = None
+    max_val_loss: float | None = None
     """Where given, only those whose validation loss (nats per token) is below it; the newest
     always stays.
     """
@@ -34,11 +34,11 @@ class TrainConfig(Config):
     """How long, how much at a time, how often what."""
 
     steps: Count = 1000
-    context: Count = 256
+    seq_len: Count = 256
     """Positions of a row."""
-    rows: Count = 16
+    batch_size: Count = 16
     """Rows of one micro-batch over all ranks."""
-    accumulate: Count = 1
+    grad_accum_steps: Count = 1
     """Micro-batches of a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: str = "auto"
@@ -46,44 +46,46 @@ class TrainConfig(Config):
     save_every: Count = 200
     eval_every: Count = 200
     sample_every: Count = 200
-    keep: Keep = Keep()
-    checkpointing: bool = False
+    keep: KeepConfig = KeepConfig()
+    activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    bad_steps: Count = 10
+    max_nonfinite_steps: Count = 10
     """Steps in a row with NaN or infinity after which training stops."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "steps", "context", "rows", "accumulate", "bad_steps")
+        _at_least_one(
+            self, "steps", "seq_len", "batch_size", "grad_accum_steps", "max_nonfinite_steps"
+        )
         _at_least_one(self, "save_every", "eval_every", "sample_every")
 
     @property
-    def positions(self) -> int:
+    def tokens_per_step(self) -> int:
         """Positions of a step over all ranks."""
-        return self.rows * self.accumulate * self.context
+        return self.batch_size * self.grad_accum_steps * self.seq_len
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Config):
     """Evaluation while training."""
 
-    rows: Count = 64
+    max_samples: Count = 64
     """Rows of validation data, at most, spread evenly over it."""
     tasks: tuple[str, ...] = ("bpb",)
     """`bpb`, or paths of multiple-choice .jsonl files."""
     prompts: tuple[str, ...] | None = None
     """What samples begin with; by default something that suits the data."""
-    new_tokens: Count = 48
+    max_new_tokens: Count = 48
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "rows", "new_tokens")
+        _at_least_one(self, "max_samples", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
-    """`replicate` copies the model to every rank of torchrun, `fsdp` spreads it over them."""
+    """`ddp` copies the model to every rank of torchrun, `fsdp` spreads it over them."""
 
-    kind: Literal["none", "replicate", "fsdp"] = "none"
+    kind: Literal["none", "ddp", "fsdp"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

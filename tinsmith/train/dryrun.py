@@ -20,27 +20,27 @@ from tinsmith.core.log import say, warn
 from tinsmith.core.parse import plain
 from tinsmith.core.rng import seed_all
 from tinsmith.core.units import count, size
-from tinsmith.data.batch import Batch
-from tinsmith.data.check import check_data
+from tinsmith.data.loader.batch import Batch
+from tinsmith.data.prepare.scan import check_data
 from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
-from tinsmith.nn.parts.trained import counts
-from tinsmith.objectives.score import Scorer
+from tinsmith.nn.parameters import count_parameters
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
-from tinsmith.optim.schedule import multiplier
+from tinsmith.optim.schedule import lr_multiplier
+from tinsmith.rewards.model import RewardModel
 from tinsmith.text.bpe import SMALLEST, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
-from tinsmith.train.folder import run_folder, runs_root
-from tinsmith.train.judges import check_judges
+from tinsmith.train.frozen import check_frozen_models
 from tinsmith.train.parallel import pick_device
-from tinsmith.train.start import check_questions, policy_adapters, policy_model
+from tinsmith.train.run_dir import run_folder, runs_root
+from tinsmith.train.setup import check_eval_tasks, resolve_lora_config, resolve_model_config
 
-LARGEST = 1_000_000_000
+MAX_STEP_PARAMS = 1_000_000_000
 """Parameters of a model whose step is still tried."""
-TOKENS = 16
+STEP_TOKENS = 16
 
 
 def dry_run(config: RunConfig, name: str) -> None:
@@ -48,34 +48,34 @@ def dry_run(config: RunConfig, name: str) -> None:
     _recipe(config)
     model = _model_config(config)
     pick_device(config.train.device)
-    check_questions(config)
-    config.objective.check_share(config.train.rows)
+    check_eval_tasks(config)
+    config.objective.check_rank_batch(config.train.batch_size)
     with torch.device("meta"):
         shape = LM(model)
-        if (adapters := policy_adapters(config)) is not None:
-            lora.add(shape, adapters)
+        if (adapters := resolve_lora_config(config)) is not None:
+            lora.add_adapters(shape, adapters)
     _parameters(shape, config)
     _cost(shape, model, config)
-    for line in check_data(config.data, config.objective.shape):
+    for line in check_data(config.data, config.objective.data_format):
         say(f" data      {line}")
     _disk(shape, config, name)
-    if shape.parameter_count() <= LARGEST:
+    if shape.parameter_count() <= MAX_STEP_PARAMS:
         _one_step(model, config)
     else:
         warn(
             f"no step was tried: {count(shape.parameter_count())} parameters are too many for a "
             "dry run"
         )
-    for judge, held in check_judges(config.objective, shape).items():
+    for judge, held in check_frozen_models(config.objective, shape).items():
         say(f" memory    {size(held)} more for the {judge}")
     say(" dry run   ok; nothing was written")
 
 
 def _model_config(config: RunConfig) -> ModelConfig:
     if config.init_from is None:
-        return policy_model(config)
+        return resolve_model_config(config)
     lm, _ = load(config.init_from)
-    return policy_model(config, lm.config)
+    return resolve_model_config(config, lm.config)
 
 
 def _recipe(config: RunConfig) -> None:
@@ -97,9 +97,9 @@ def _parameters(shape: LM, config: RunConfig) -> None:
     idle = "" if active == total else f", of which a token meets {active:,}"
     say(f" model     {total:,} parameters{idle}")
     if config.lora is not None:
-        say(f" lora      {lora.described(shape, config.lora)}")
-    elif counts(shape).frozen:
-        say(f" frozen    {counts(shape)}")
+        say(f" lora      {lora.describe(shape, config.lora)}")
+    elif count_parameters(shape).frozen:
+        say(f" frozen    {count_parameters(shape)}")
     for role, members in partition(shape).items():
         if members:
             say(
@@ -110,29 +110,33 @@ def _parameters(shape: LM, config: RunConfig) -> None:
 
 def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
     train = config.train
-    forward = shape.flops(train.context)
-    total = 3 * forward * train.steps * train.positions
+    forward = shape.flops(train.seq_len)
+    total = 3 * forward * train.steps * train.tokens_per_step
     say(f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run")
     say(
-        f" memory    about {size(memory(shape, model, config))} (weights, gradients, moments, "
+        f" memory    about {size(estimate_memory(shape, model, config))} (weights, gradients, moments, "
         "activations, logits)"
     )
 
 
-def memory(shape: LM, model: ModelConfig, config: RunConfig) -> float:
+def estimate_memory(lm: LM, model_config: ModelConfig, config: RunConfig) -> float:
     """Bytes, roughly: 8 per parameter (4 per frozen one), what optimizers remember, and per token
     and layer what a block keeps for its backward pass.
     """
     train = config.train
-    tokens = train.rows * train.context
+    tokens = train.batch_size * train.seq_len
     wide = 2 if train.precision != "fp32" else 4
-    inside = sum(block.feed.flops() / model.dim * 0.6 + 10 * model.dim for block in shape.blocks)
-    residuals = [x for b in shape.blocks for x in (b.mix_residual, b.feed_residual)]
-    kept = inside * wide + sum(residual.kept() for residual in residuals)
-    if train.checkpointing:
-        state = model.residual.expand(torch.empty(1, 1, model.dim, device="meta")).numel()
-        kept = 2 * state * len(shape.blocks) * wide + kept / len(shape.blocks)
-    held = 4.0 * (shape.parameter_count() + counts(shape).trained) + _moments(shape, config)
+    inside = sum(
+        block.feed.flops() / model_config.dim * 0.6 + 10 * model_config.dim for block in lm.blocks
+    )
+    residuals = [x for b in lm.blocks for x in (b.mix_residual, b.feed_residual)]
+    kept = inside * wide + sum(residual.activation_bytes() for residual in residuals)
+    if train.activation_checkpointing:
+        state = model_config.residual.expand(
+            torch.empty(1, 1, model_config.dim, device="meta")
+        ).numel()
+        kept = 2 * state * len(lm.blocks) * wide + kept / len(lm.blocks)
+    held = 4.0 * (lm.parameter_count() + count_parameters(lm).trainable) + _moments(lm, config)
     return held + tokens * kept + 12.0 * 2**23
 
 
@@ -141,7 +145,10 @@ def _moments(shape: LM, config: RunConfig) -> float:
     sizes = {role: sum(p.numel() for _, p in named) for role, named in partition(shape).items()}
     matrices = sizes.pop("matrix")
     optim = config.optim
-    return matrices * optim.matrices.REMEMBERED + sum(sizes.values()) * optim.others.REMEMBERED
+    return (
+        matrices * optim.matrices.STATE_BYTES_PER_PARAM
+        + sum(sizes.values()) * optim.others.STATE_BYTES_PER_PARAM
+    )
 
 
 def _disk(shape: LM, config: RunConfig, name: str) -> None:
@@ -167,36 +174,36 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     began = time.monotonic()
     seed_all(config.train.seed)
     lm, objective = LM(model), config.objective.build()
-    if (adapters := policy_adapters(config)) is not None:
-        lora.add(lm, adapters)
-    lm.checkpointing = config.train.checkpointing
+    if (adapters := resolve_lora_config(config)) is not None:
+        lora.add_adapters(lm, adapters)
+    lm.activation_checkpointing = config.train.activation_checkpointing
     judge = copy.deepcopy(lm).eval().requires_grad_(False)
-    objective.frozen = dict.fromkeys(config.objective.judges(), judge)
-    scorer = Scorer(judge, torch.zeros(1, model.dim))
-    objective.scorers = dict.fromkeys(config.objective.reward_models(), scorer)
+    objective.frozen_models = dict.fromkeys(config.objective.frozen_models(), judge)
+    scorer = RewardModel(judge, torch.zeros(1, model.dim))
+    objective.reward_models = dict.fromkeys(config.objective.reward_models(), scorer)
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)
-    rows = 2 if config.objective.shape == "pairs" else 1
-    ids = torch.randint(0, model.vocab_size, (rows, TOKENS + 1), generator=generator)
-    positions = torch.arange(TOKENS).expand(rows, TOKENS)
-    everything = torch.ones(rows, TOKENS, dtype=torch.bool)
+    rows = 2 if config.objective.data_format == "pairs" else 1
+    ids = torch.randint(0, model.vocab_size, (rows, STEP_TOKENS + 1), generator=generator)
+    positions = torch.arange(STEP_TOKENS).expand(rows, STEP_TOKENS)
+    everything = torch.ones(rows, STEP_TOKENS, dtype=torch.bool)
     nowhere, source = torch.zeros_like(positions), torch.zeros(rows, dtype=torch.long)
     row = Batch(ids[:, :-1], ids[:, 1:], everything, positions, nowhere, source)
-    batch: Any = objective.example(row)
+    batch: Any = objective.dummy_batch(row)
     loss = objective.loss(lm, batch)
-    units = objective.weight(batch)
+    units = objective.units(batch)
     (loss.total / units).backward()
     _check_finite(float(loss.total.detach() / units), [*optimizers.parameters()])
-    lm.after_backward(loss.probes)
-    optimizers.set_multiplier(multiplier(config.optim.schedule, 0, config.train.steps))
+    lm.after_backward(loss.grad_probes)
+    optimizers.set_lr_multiplier(lr_multiplier(config.optim.schedule, 0, config.train.steps))
     optimizers.step()
     said = f"loss {float(loss.total.detach() / units):.3f}"
     if rows == 1:
         expected = torch.tensor(float(model.vocab_size)).log().item()
         said += f" (ln of {model.vocab_size} ids is {expected:.3f})"
     say(
-        f" step      one step of {TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
+        f" step      one step of {STEP_TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
         f"s, {said}"
     )
 

@@ -8,7 +8,7 @@ from collections import deque
 from tinsmith.core.errors import Failure
 
 
-class TooManyBadSteps(Failure):
+class TooManyNonfiniteSteps(Failure):
     """Training cannot go on; the message names the last good checkpoint."""
 
 
@@ -18,28 +18,28 @@ class Guard:
     def __init__(self, limit: int):
         self.limit = limit
         self.total = 0
-        self.in_a_row = 0
+        self.consecutive = 0
 
-    def saw(self, healthy: bool) -> None:
+    def update(self, healthy: bool) -> None:
         """Note one step."""
-        self.in_a_row = 0 if healthy else self.in_a_row + 1
+        self.consecutive = 0 if healthy else self.consecutive + 1
         self.total += not healthy
 
     @property
-    def lost(self) -> bool:
+    def exceeded(self) -> bool:
         """More bad steps in a row than allowed."""
-        return self.in_a_row > self.limit
+        return self.consecutive > self.limit
 
     def state(self) -> list[int]:
         """What a checkpoint keeps."""
-        return [self.total, self.in_a_row]
+        return [self.total, self.consecutive]
 
-    def restore(self, saved: list[int]) -> None:
+    def load_state(self, saved: list[int]) -> None:
         """Put back what `state` gave."""
-        self.total, self.in_a_row = saved
+        self.total, self.consecutive = saved
 
 
-class Spikes:
+class LossSpikeDetector:
     """Notices a logged loss far above those before it: worth a look at data and learning rate.
 
     Far: above the median of the last 50 by more than a tenth of it and by more than 8 times their
@@ -47,14 +47,14 @@ class Spikes:
     loss that stays high is told once.
     """
 
-    ENOUGH, KEPT = 10, 50
+    MIN_HISTORY, WINDOW = 10, 50
 
     def __init__(self) -> None:
-        self.recent: deque[float] = deque(maxlen=self.KEPT)
+        self.recent: deque[float] = deque(maxlen=self.WINDOW)
 
-    def saw(self, loss: float) -> float | None:
+    def update(self, loss: float) -> float | None:
         """Note a loss; the median before it, if it is far above that."""
-        usual = statistics.median(self.recent) if len(self.recent) >= self.ENOUGH else loss
+        usual = statistics.median(self.recent) if len(self.recent) >= self.MIN_HISTORY else loss
         spread = statistics.median([abs(each - usual) for each in self.recent] or [0.0])
         leapt = loss > usual + max(8 * spread, abs(usual) / 10)
         if leapt:
@@ -66,6 +66,6 @@ class Spikes:
         """What a checkpoint keeps."""
         return list(self.recent)
 
-    def restore(self, saved: list[float]) -> None:
+    def load_state(self, saved: list[float]) -> None:
         """Put back what `state` gave."""
-        self.recent = deque(saved, maxlen=self.KEPT)
+        self.recent = deque(saved, maxlen=self.WINDOW)

@@ -1,4 +1,9 @@
-"""Sums and counts, made into global means once."""
+"""Sums and counts, made into global means once.
+
+Speed of training since the last line, without the time of evaluation, samples and saves.
+"""
+
+import time
 
 import torch
 from torch import Tensor
@@ -7,7 +12,27 @@ from tinsmith.objectives.base import Metric
 from tinsmith.train.parallel import Ranks
 
 
-class Meters:
+class ThroughputMeter:
+    """Counts seconds that were spent on steps."""
+
+    def __init__(self, tokens: int):
+        self._since = time.monotonic()
+        self._paused = 0.0
+        self._tokens = tokens
+
+    def exclude(self, seconds: float) -> None:
+        """These seconds were not spent on steps."""
+        self._paused += seconds
+
+    def tokens_per_second(self, now: float, tokens: int) -> float:
+        """Tokens per second since the last call."""
+        seconds = max(now - self._since - self._paused, 1e-9)
+        speed = (tokens - self._tokens) / seconds
+        self._since, self._paused, self._tokens = now, 0.0, tokens
+        return max(speed, 1e-9)
+
+
+class MetricAccumulator:
     """Totals and counts by name, in float64."""
 
     def __init__(self) -> None:
@@ -16,19 +41,19 @@ class Meters:
     def add(self, metrics: dict[str, Metric]) -> None:
         """Add one micro-batch's totals and counts."""
         for name, metric in metrics.items():
-            pair = torch.stack([exact(metric.total), exact(metric.count)])
+            pair = torch.stack([to_float64(metric.total), to_float64(metric.count)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def merge(self, other: "Meters") -> None:
+    def merge(self, other: "MetricAccumulator") -> None:
         """Add what another has gathered."""
         for name, pair in other.sums.items():
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def reduce(self, ranks: Ranks) -> "Meters":
+    def all_reduce(self, ranks: Ranks) -> "MetricAccumulator":
         """The same over all ranks, in place, with one message."""
-        if self.sums and ranks.world > 1:
+        if self.sums and ranks.world_size > 1:
             names = sorted(self.sums)
-            summed = ranks.all_sum(torch.stack([self.sums[name] for name in names]))
+            summed = ranks.all_reduce_sum(torch.stack([self.sums[name] for name in names]))
             self.sums = dict(zip(names, summed, strict=True))
         return self
 
@@ -37,7 +62,7 @@ class Meters:
         pairs = {name: pair.tolist() for name, pair in self.sums.items()}
         return {name: total / count for name, (total, count) in pairs.items() if count}
 
-    def finite(self) -> bool:
+    def all_finite(self) -> bool:
         """No total is NaN or infinite."""
         return all(bool(torch.isfinite(pair).all()) for pair in self.sums.values())
 
@@ -45,7 +70,7 @@ class Meters:
         """What a checkpoint keeps."""
         return {name: pair.tolist() for name, pair in sorted(self.sums.items())}
 
-    def restore(self, saved: dict[str, list[float]], device: torch.device) -> None:
+    def load_state(self, saved: dict[str, list[float]], device: torch.device) -> None:
         """Put back what `state` gave."""
         self.sums = {
             name: torch.tensor(pair, dtype=torch.float64, device=device)
@@ -53,7 +78,7 @@ class Meters:
         }
 
 
-def exact(value: Tensor) -> Tensor:
+def to_float64(value: Tensor) -> Tensor:
     """In float64, where that exists."""
     value = value.detach()
     return (value.cpu() if value.device.type == "mps" else value).double()

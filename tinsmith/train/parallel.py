@@ -21,53 +21,53 @@ from tinsmith.nn.model import LM
 class Ranks:
     """This process and its peers; with one process every call is free."""
 
-    def __init__(self, rank: int, world: int, device: torch.device, kind: str):
-        self.rank, self.world, self.device, self.kind = rank, world, device, kind
+    def __init__(self, rank: int, world_size: int, device: torch.device, kind: str):
+        self.rank, self.world_size, self.device, self.kind = rank, world_size, device, kind
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Rank 0 speaks and writes."""
         return self.rank == 0
 
-    def all_sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
-        if self.world == 1:
+        if self.world_size == 1:
             return flag
-        return bool(self.all_sum(torch.tensor(float(flag), device=self.device)).item())
+        return bool(self.all_reduce_sum(torch.tensor(float(flag), device=self.device)).item())
 
     def barrier(self) -> None:
         """Wait for all."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
-    def gather(self, data: bytes) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [data]
-        sizes = torch.zeros(self.world, dtype=torch.long, device=self.device)
+        sizes = torch.zeros(self.world_size, dtype=torch.long, device=self.device)
         sizes[self.rank] = len(data)
-        longest = int(self.all_sum(sizes).max())
+        longest = int(self.all_reduce_sum(sizes).max())
         mine = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-        parts = [torch.zeros_like(mine) for _ in range(self.world)]
+        parts = [torch.zeros_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine)
         return [
             bytes(p[:size].cpu().numpy()) for p, size in zip(parts, sizes.tolist(), strict=True)
         ]
 
-    def leave(self) -> None:
+    def destroy(self) -> None:
         """End the process group, if there is one."""
-        if self.world > 1 and dist.is_initialized():
+        if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def join(kind: str, device: str) -> Ranks:
+def init_distributed(kind: str, device: str) -> Ranks:
     """Read what torchrun says of this process and meet the others.
 
     Raises UserError for a device that is not there, and where several processes were started with
@@ -105,9 +105,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def apply(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
+def parallelize(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
     """Make all ranks start from rank 0's weights, and shard them where asked."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return
     for tensor in (
         *policy.parameters(),
@@ -120,7 +120,7 @@ def apply(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         for block in policy.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(policy, mesh=mesh)
@@ -130,12 +130,12 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     """Mean over ranks of the gradients of parameters that are whole on every rank (sharded ones
     already are).
     """
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return
     for parameter in parameters:
         if not isinstance(parameter, DTensor) and parameter.grad is not None:
             dist.all_reduce(parameter.grad)
-            parameter.grad /= ranks.world
+            parameter.grad /= ranks.world_size
 
 
 def full_tensors(module: nn.Module) -> dict[str, Tensor]:

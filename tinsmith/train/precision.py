@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from tinsmith.optim.muon import product_dtype
+from tinsmith.optim.muon import fast_matmul_dtype
 from tinsmith.train.parallel import pick_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,48 +25,48 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def fastest() -> str:
+def fastest_precision() -> str:
     """`bf16` where this machine multiplies it faster than float32, else `fp32`."""
     probe = torch.empty(0, device=pick_device("auto"))
-    return "bf16" if product_dtype(probe) == torch.bfloat16 else "fp32"
+    return "bf16" if fast_matmul_dtype(probe) == torch.bfloat16 else "fp32"
 
 
-class LossScale:
+class LossScaler:
     """The factor on the loss; 1 and unmoved unless the precision is fp16."""
 
-    def __init__(self, precision: str, start: float = 2.0**16, growth_interval: int = 2000):
-        self.active = precision == "fp16"
-        self.value = start if self.active else 1.0
+    def __init__(self, precision: str, init_scale: float = 2.0**16, growth_interval: int = 2000):
+        self.enabled = precision == "fp16"
+        self.scale = init_scale if self.enabled else 1.0
         self.growth_interval = growth_interval
-        self.quiet = 0
+        self.steps_since_overflow = 0
 
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the scale, in place."""
-        if self.active:
+        if self.enabled:
             gradients = [p.grad for p in parameters if p.grad is not None]
             for gradient in gradients:
-                gradient.mul_(1.0 / self.value)
+                gradient.mul_(1.0 / self.scale)
 
     def update(self, overflow: bool) -> None:
         """After a step: halve at an overflow, double after `growth_interval` steps without one."""
-        if not self.active:
+        if not self.enabled:
             return
-        self.quiet = 0 if overflow else self.quiet + 1
+        self.steps_since_overflow = 0 if overflow else self.steps_since_overflow + 1
         if overflow:
-            self.value = max(self.value / 2, 2.0**-14)
-        elif self.quiet >= self.growth_interval:
-            self.value, self.quiet = self.value * 2, 0
+            self.scale = max(self.scale / 2, 2.0**-14)
+        elif self.steps_since_overflow >= self.growth_interval:
+            self.scale, self.steps_since_overflow = self.scale * 2, 0
 
     @property
     def exhausted(self) -> bool:
         """Even the smallest scale overflows: it is not the scale."""
-        return self.value <= 2.0**-14
+        return self.scale <= 2.0**-14
 
     def state(self) -> list[float]:
         """What a checkpoint keeps."""
-        return [self.value, self.quiet]
+        return [self.scale, self.steps_since_overflow]
 
-    def restore(self, saved: list[float]) -> None:
+    def load_state(self, saved: list[float]) -> None:
         """Put back what `state` gave."""
-        if self.active:
-            self.value, self.quiet = saved[0], int(saved[1])
+        if self.enabled:
+            self.scale, self.steps_since_overflow = saved[0], int(saved[1])

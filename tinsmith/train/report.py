@@ -13,10 +13,10 @@ from typing import Any
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.parse import read_yaml
-from tinsmith.train.canvas import pictures
-from tinsmith.train.figure import draw_run, draw_runs
-from tinsmith.train.heatmap import draw_experts
-from tinsmith.train.history import History
+from tinsmith.train.plots.experts import draw_experts
+from tinsmith.train.plots.history import History
+from tinsmith.train.plots.loss import draw_run, draw_runs
+from tinsmith.train.plots.style import render_figures
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -32,7 +32,7 @@ def plot_run(folder: Path) -> Path:
     if history.of_kind("routing"):
         drawn["experts"] = draw_experts
     for name, draw in drawn.items():
-        for kind, data in pictures(partial(draw, history), ("png", "svg")).items():
+        for kind, data in render_figures(partial(draw, history), ("png", "svg")).items():
             atomic_write(folder / f"{name}.{kind}", data)
     return folder / "loss.png"
 
@@ -45,7 +45,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> Path:
     if not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist")
     histories = [History.read(folder) for folder in folders]
-    atomic_write(out, pictures(partial(draw_runs, histories), [kind])[kind])
+    atomic_write(out, render_figures(partial(draw_runs, histories), [kind])[kind])
     return out
 
 

@@ -1,9 +1,12 @@
-"""A run put together: data, model, objective, optimizer, log, and where it stands."""
+"""A run put together: data, model, objective, optimizer, log, and where it stands.
+
+Where a run stands: everything that moves and is neither a weight nor a moment.
+"""
 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,50 @@ from torch import Tensor, nn
 from tinsmith.config import RunConfig, dump
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
-from tinsmith.core.faults import event
+from tinsmith.core.kill_points import event
 from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import size
-from tinsmith.data.sources import Source
+from tinsmith.data.loader.loader import TokenizedDataset
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.objectives.base import Feed
-from tinsmith.objectives.score import Scorer
+from tinsmith.objectives.base import RankLoader
 from tinsmith.optim.build import Optimizers
+from tinsmith.rewards.model import RewardModel
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel
-from tinsmith.train.clock import Clock
-from tinsmith.train.guard import Guard, Spikes
-from tinsmith.train.meters import Meters
+from tinsmith.train.expert_stats import ExpertStats
+from tinsmith.train.guard import Guard, LossSpikeDetector
+from tinsmith.train.meters import MetricAccumulator, ThroughputMeter
 from tinsmith.train.parallel import Ranks
-from tinsmith.train.precision import LossScale
-from tinsmith.train.routing import RoutingMeter
-from tinsmith.train.state import State
+from tinsmith.train.precision import LossScaler
 
-CARRIED = "objective."
+
+@dataclass
+class TrainerState:
+    """Saved as `state.json`, so it holds plain values only."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    tokens: int = 0
+    """Positions seen, over all ranks."""
+    best: dict[str, float] | None = None
+    """Step, loss and other measures of the best evaluation."""
+    evaluation: dict[str, float] | None = None
+    """The newest evaluation."""
+    pending: list[str] = field(default_factory=list)
+    """What was still to be done after this step when the run was stopped."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "TrainerState":
+        """From what `to_dict` gave; other keys of the file are left alone."""
+        return cls(**{name: saved[name] for name in cls.__dataclass_fields__})
+
+
+OBJECTIVE_PREFIX = "objective."
 """Stands before the names of the objective's tensors in a rank's file of random states."""
 
 
@@ -53,46 +80,52 @@ class Run:
         folder: Path,
         ranks: Ranks,
         log: RunLog,
-        flag: StopFlag,
+        stop_flag: StopFlag,
         policy: LM,
         tokenizer: Tokenizer,
-        source: Source,
-        validation: Source | None,
-        frozen: dict[str, LM],
-        scorers: dict[str, Scorer],
+        source: TokenizedDataset,
+        validation: TokenizedDataset | None,
+        frozen_models: dict[str, LM],
+        reward_models: dict[str, RewardModel],
     ):
-        self.config, self.folder, self.ranks, self.log, self.flag = config, folder, ranks, log, flag
+        self.config, self.folder, self.ranks, self.log, self.stop_flag = (
+            config,
+            folder,
+            ranks,
+            log,
+            stop_flag,
+        )
         self.policy, self.tokenizer = policy, tokenizer
         self.source, self.validation = source, validation
         self.objective = config.objective.build().to(ranks.device)
-        self.objective.frozen, self.objective.scorers = frozen, scorers
+        self.objective.frozen_models, self.objective.reward_models = frozen_models, reward_models
         self.objective.peers = self
         self.objective.prepare(policy, tokenizer)
-        policy.checkpointing = config.train.checkpointing
-        parallel.apply(policy, self.objective, ranks)
+        policy.activation_checkpointing = config.train.activation_checkpointing
+        parallel.parallelize(policy, self.objective, ranks)
         if config.train.compile:
             policy.compile()
         self.optimizers = Optimizers.build(policy, self.objective, config.optim)
-        self.feed = Feed(source, config.train.rows, ranks.rank, ranks.world)
-        self.batches: Iterator[Any] = self.objective.batches(self.feed, policy)
-        self.state = State()
-        self.meters = Meters()
-        self.routing = RoutingMeter()
-        self.guard = Guard(config.train.bad_steps)
-        self.spikes = Spikes()
-        self.scale = LossScale(config.train.precision)
-        self.clock = Clock(0)
-        self.report: dict[str, Any] = {"sources": []}
+        self.loader = RankLoader(source, config.train.batch_size, ranks.rank, ranks.world_size)
+        self.batches: Iterator[Any] = self.objective.batches(self.loader, policy)
+        self.state = TrainerState()
+        self.metrics = MetricAccumulator()
+        self.expert_stats = ExpertStats()
+        self.guard = Guard(config.train.max_nonfinite_steps)
+        self.spike_detector = LossSpikeDetector()
+        self.loss_scaler = LossScaler(config.train.precision)
+        self.throughput = ThroughputMeter(0)
+        self.data_report: dict[str, Any] = {"sources": []}
         self.failed_saves = 0
         self.save_now = False
         rng.seed_all(rng.derive(config.train.seed, "rank", ranks.rank))
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoint_dir(self) -> Path:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
 
-    def parameters(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return list(self.optimizers.parameters())
 
@@ -101,53 +134,53 @@ class Run:
         them. Whether any rank is `busy`.
         """
         event(f"in {self.state.pending[0] if self.state.pending else 'step'}")
-        asked = torch.tensor([float(self.flag.stop), float(busy)], device=self.ranks.device)
-        stop, anybody = self.ranks.all_sum(asked).tolist()
+        asked = torch.tensor([float(self.stop_flag.stop), float(busy)], device=self.ranks.device)
+        stop, anybody = self.ranks.all_reduce_sum(asked).tolist()
         if stop:
             raise Interrupted
         return anybody > 0
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Every rank's tensors, on the CPU; shapes may differ."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return [tensors]
-        return [tensors_of(data) for data in self.ranks.gather(bytes_of(_apart(tensors)))]
+        return [tensors_of(data) for data in self.ranks.all_gather_bytes(bytes_of(_apart(tensors)))]
 
-    def snapshot(self) -> checkpoint.Snapshot:
+    def build_checkpoint(self) -> checkpoint.Checkpoint:
         """Everything needed to go on from here; every rank must call it."""
         tensors, values = rng.capture()
-        carried = _apart(self.objective.carried())
-        tensors |= {f"{CARRIED}{name}": tensor for name, tensor in carried.items()}
+        carried = _apart(self.objective.rank_state())
+        tensors |= {f"{OBJECTIVE_PREFIX}{name}": tensor for name, tensor in carried.items()}
         saved = bytes_of(tensors, metadata={"values": json.dumps(values)})
-        state = self.state.plain() | {
-            "cursor": self.feed.cursor,
-            "meters": self.meters.state(),
-            "routing": self.routing.state(),
+        state = self.state.to_dict() | {
+            "cursor": self.loader.cursor,
+            "meters": self.metrics.state(),
+            "routing": self.expert_stats.state(),
             "guard": self.guard.state(),
-            "spikes": self.spikes.state(),
-            "loss_scale": self.scale.state(),
-            "objective": self.objective.progress(),
+            "spikes": self.spike_detector.state(),
+            "loss_scale": self.loss_scaler.state(),
+            "objective": self.objective.state(),
         }
-        return checkpoint.Snapshot(
+        return checkpoint.Checkpoint(
             parallel.full_tensors(self.policy),
             self.optimizers.state_tensors(),
             parallel.full_tensors(self.objective),
             state,
-            self.ranks.gather(saved),
+            self.ranks.all_gather_bytes(saved),
         )
 
-    def save(self) -> bool:
+    def save_checkpoint(self) -> bool:
         """Write a checkpoint and prune old ones; False, after a warning, where the disk is full."""
-        snapshot = self.snapshot()
+        snapshot = self.build_checkpoint()
         problem = ""
-        if self.ranks.first:
+        if self.ranks.is_main:
             try:
                 folder = checkpoint.save(
-                    self.checkpoints, snapshot, self._described(), self.tokenizer
+                    self.checkpoint_dir, snapshot, self._described(), self.tokenizer
                 )
                 best = self.state.best
                 checkpoint.prune(
-                    self.checkpoints, self.config.train.keep, int(best["step"]) if best else None
+                    self.checkpoint_dir, self.config.train.keep, int(best["step"]) if best else None
                 )
                 self.log.line(
                     f" saved  {folder.relative_to(self.folder)} ({size(snapshot.nbytes)})"
@@ -166,24 +199,24 @@ class Run:
         """The recipe with the model as it is, so that a checkpoint can be opened on its own."""
         return dump(replace(self.config, model=self.policy.config))
 
-    def restore(self, folder: Path) -> None:
+    def load_checkpoint(self, folder: Path) -> None:
         """Go on from a checkpoint, to the same bits."""
         saved = checkpoint.load(folder)
         parallel.load_full_tensors(self.policy, saved.model, str(folder))
         parallel.load_full_tensors(self.objective, saved.objective, str(folder))
         self.optimizers.load_state_tensors(saved.optim)
-        self.state = State.read(saved.state)
-        self.clock = Clock(self.state.tokens)
-        self.feed.cursor = saved.state["cursor"]
-        self.meters.restore(saved.state["meters"], self.meter_device)
-        self.routing.restore(saved.state.get("routing", {}), self.meter_device)
-        self.guard.restore(saved.state["guard"])
-        self.spikes.restore(saved.state.get("spikes", []))
-        self.scale.restore(saved.state["loss_scale"])
-        self.objective.restore_progress(saved.state["objective"])
-        self.objective.restore_carried(self._carried(saved.rng))
-        self.batches = self.objective.batches(self.feed, self.policy)
-        if len(saved.rng) == self.ranks.world:
+        self.state = TrainerState.from_dict(saved.state)
+        self.throughput = ThroughputMeter(self.state.tokens)
+        self.loader.cursor = saved.state["cursor"]
+        self.metrics.load_state(saved.state["meters"], self.metrics_device)
+        self.expert_stats.load_state(saved.state.get("routing", {}), self.metrics_device)
+        self.guard.load_state(saved.state["guard"])
+        self.spike_detector.load_state(saved.state.get("spikes", []))
+        self.loss_scaler.load_state(saved.state["loss_scale"])
+        self.objective.load_state(saved.state["objective"])
+        self.objective.load_rank_state(self._carried(saved.rng))
+        self.batches = self.objective.batches(self.loader, self.policy)
+        if len(saved.rng) == self.ranks.world_size:
             restore_rng(saved.rng[self.ranks.rank])
         else:
             rng.seed_all(
@@ -194,18 +227,18 @@ class Run:
         """The objective's own tensors in the files of all ranks that were, for this one."""
         parts = [
             {
-                name.removeprefix(CARRIED): tensor.to(self.ranks.device)
+                name.removeprefix(OBJECTIVE_PREFIX): tensor.to(self.ranks.device)
                 for name, tensor in tensors_of(data).items()
-                if name.startswith(CARRIED)
+                if name.startswith(OBJECTIVE_PREFIX)
             }
             for data in files
         ]
-        if len(parts) == self.ranks.world:
+        if len(parts) == self.ranks.world_size:
             return parts[self.ranks.rank]
-        return self.objective.shared_out(parts, self.ranks.rank, self.ranks.world)
+        return self.objective.reshard_rank_state(parts, self.ranks.rank, self.ranks.world_size)
 
     @property
-    def meter_device(self) -> torch.device:
+    def metrics_device(self) -> torch.device:
         """Where sums in float64 live."""
         return torch.device("cpu") if self.ranks.device.type == "mps" else self.ranks.device
 
@@ -222,7 +255,7 @@ def restore_rng(data: bytes) -> None:
     rng.restore(tensors_of(data), json.loads(header["__metadata__"]["values"]))
 
 
-def grown(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
+def resize_embeddings(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
     """The model with room for every id of the tokenizer: new rows are the mean of the old, a
     multiple of 64 in all.
     """
@@ -242,7 +275,7 @@ def grown(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
     return _made(replace(lm.config, vocab_size=new), lm, tensors)
 
 
-def rebuilt(config: ModelConfig, lm: LM) -> LM:
+def with_config(config: ModelConfig, lm: LM) -> LM:
     """The same weights in a model of `config`, which differs in what acts in training only."""
     return _made(config, lm, lm.state_dict())
 
@@ -253,10 +286,10 @@ def _made(config: ModelConfig, like: LM, tensors: dict[str, Tensor]) -> LM:
     return made
 
 
-def check_vocabulary(config_vocab: int, tokenizer: Tokenizer) -> None:
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer) -> None:
     """Every id must have a row."""
-    if tokenizer.vocab_size > config_vocab:
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"model.vocab_size: {config_vocab} is smaller than the tokenizer's "
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size} ids; raise it"
         )

@@ -3,19 +3,19 @@
 import torch
 
 from tinsmith.core.rng import derive
-from tinsmith.data.batch import Batch
-from tinsmith.data.config import Shape
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.batch import Batch
 from tinsmith.infer.engine import Engine
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.text.chat import encode_prompt, normalise
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Run
 
-PROMPTS = 3
+NUM_PROMPTS = 3
 PROMPT_TOKENS = 12
 
 
-def prompts(run: Run) -> list[list[int]]:
+def sample_prompts(run: Run) -> list[list[int]]:
     """The recipe's prompts; otherwise the beginnings of the first validation (or training)
     documents or chats.
     """
@@ -24,16 +24,16 @@ def prompts(run: Run) -> list[list[int]]:
         return [_encoded(run, text) for text in given]
     source = run.validation or run.source
     found: list[list[int]] = []
-    for index in range(min(source.size, 4 * PROMPTS)):
-        batch = source.rows(index, 1)
-        found += _beginnings(batch, run.config.objective.shape)
-        if len(found) >= PROMPTS:
+    for index in range(min(source.size, 4 * NUM_PROMPTS)):
+        batch = source.get_batch(index, 1)
+        found += _beginnings(batch, run.config.objective.data_format)
+        if len(found) >= NUM_PROMPTS:
             break
-    return found[:PROMPTS]
+    return found[:NUM_PROMPTS]
 
 
 def _encoded(run: Run, text: str) -> list[int]:
-    if run.config.objective.shape != "documents":
+    if run.config.objective.data_format != "documents":
         return encode_prompt(
             run.tokenizer,
             normalise({"messages": [{"role": "user", "content": text}]}, answered=False),
@@ -41,7 +41,7 @@ def _encoded(run: Run, text: str) -> list[int]:
     return run.tokenizer.encode(text)
 
 
-def _beginnings(batch: Batch, shape: Shape) -> list[list[int]]:
+def _beginnings(batch: Batch, shape: DataFormat) -> list[list[int]]:
     """A few first tokens of the documents that begin in a row; of a chat or a pair, all before its
     first answer; a prompt as it is.
     """
@@ -60,25 +60,27 @@ def _beginnings(batch: Batch, shape: Shape) -> list[list[int]]:
 
 
 @torch.no_grad()
-def draw(run: Run) -> list[dict[str, str]]:
+def generate_samples(run: Run) -> list[dict[str, str]]:
     """Continue every prompt, the first greedily, from seeds that depend on the step alone."""
     was_training = run.policy.training
     run.policy.eval()
-    given = prompts(run)
+    given = sample_prompts(run)
     ends = (run.tokenizer.end_of_text, run.tokenizer.end_of_turn)
     said: dict[int, list[int]] = {}
     try:
         with autocast(run.config.train.precision, run.ranks.device):
-            longest = max((len(ids) for ids in given), default=0) + run.config.eval.new_tokens
-            engine = Engine(run.policy, rows=max(1, len(given)), capacity=longest, eos=ends)
+            longest = max((len(ids) for ids in given), default=0) + run.config.eval.max_new_tokens
+            engine = Engine(
+                run.policy, max_batch_size=max(1, len(given)), max_seq_len=longest, eos_ids=ends
+            )
             for index, ids in enumerate(given):
                 seed = derive(run.config.train.seed, "sample", run.state.step, index)
-                sampling = Sampling(temperature=0.8 if index else 0.0, seed=seed)
-                said[engine.add(ids, sampling, run.config.eval.new_tokens)] = []
-            while engine.active or engine.waiting:
+                sampling = SamplingParams(temperature=0.8 if index else 0.0, seed=seed)
+                said[engine.add(ids, sampling, run.config.eval.max_new_tokens)] = []
+            while engine.num_active or engine.num_waiting:
                 run.poll()
                 for event in engine.step():
-                    said[event.number].append(event.token)
+                    said[event.request_id].append(event.token)
     finally:
         run.policy.train(was_training)
     tokenizer = run.tokenizer

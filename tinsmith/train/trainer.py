@@ -18,20 +18,20 @@ from torch.distributed.tensor import DTensor
 from tinsmith.config import RunConfig
 from tinsmith.core import rng
 from tinsmith.core.errors import Stopped
-from tinsmith.core.faults import event
+from tinsmith.core.kill_points import event
 from tinsmith.core.signals import StopFlag
 from tinsmith.objectives.base import Loss, Metric
-from tinsmith.optim.schedule import multiplier
+from tinsmith.optim.schedule import lr_multiplier
 from tinsmith.train import checkpoint
-from tinsmith.train.dues import DUES, attend, bad_step
-from tinsmith.train.finish import finish
-from tinsmith.train.folder import default_name, run_folder
-from tinsmith.train.guard import TooManyBadSteps
-from tinsmith.train.meters import Meters
+from tinsmith.train.export import export_run
+from tinsmith.train.guard import TooManyNonfiniteSteps
+from tinsmith.train.hooks import HOOKS, log_nonfinite_step, run_hooks
+from tinsmith.train.meters import MetricAccumulator
 from tinsmith.train.parallel import average_gradients
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Interrupted, Run
-from tinsmith.train.start import start
+from tinsmith.train.run_dir import default_run_name, run_folder
+from tinsmith.train.setup import setup_run
 
 
 def train(
@@ -52,60 +52,60 @@ def train(
     checkpoint, TooManyBadSteps where the numbers are beyond repair, DiskFull where two saves in a
     row failed.
     """
-    name = name or default_name(recipe)
+    name = name or default_run_name(recipe)
     with StopFlag() as flag:
-        run = start(config, name, flag, resume=resume, resume_from=resume_from)
+        run = setup_run(config, name, flag, resume=resume, resume_from=resume_from)
         if run is None:
             return run_folder(name)
         try:
-            loop(run)
-            finish(run)
+            train_loop(run)
+            export_run(run)
         except Interrupted:
-            raise stopped(run) from None
+            raise save_and_stop(run) from None
         finally:
             run.log.close()
-            run.ranks.leave()
+            run.ranks.destroy()
     return run.folder
 
 
-def loop(run: Run) -> None:
+def train_loop(run: Run) -> None:
     """Steps, and what is due after each; raises Interrupted with the run at a whole step."""
-    attend(run, list(run.state.pending))
+    run_hooks(run, list(run.state.pending))
     while run.state.step < run.config.train.steps:
         tensors, values = rng.capture()
-        cursor, mark = run.feed.cursor, run.objective.mark()
+        cursor, mark = run.loader.cursor, run.objective.snapshot()
         try:
-            step(run)
+            train_step(run)
         except Interrupted:
             run.optimizers.zero_grad()
             rng.restore(tensors, values)
-            run.feed.cursor = cursor
-            run.objective.rewind(mark)
+            run.loader.cursor = cursor
+            run.objective.restore_snapshot(mark)
             raise
         event("step")
-        attend(run, list(DUES))
+        run_hooks(run, list(HOOKS))
         if run.failed_saves > 1:
             raise checkpoint.DiskFull(
                 "two checkpoints in a row could not be saved; free some space, then --resume"
             )
 
 
-def step(run: Run) -> None:
+def train_step(run: Run) -> None:
     """One optimizer step over `accumulate` micro-batches."""
-    begin = run.feed.cursor
+    begin = run.loader.cursor
     micro = []
-    for _ in range(run.config.train.accumulate):
+    for _ in range(run.config.train.grad_accum_steps):
         run.poll()
         with autocast(run.config.train.precision, run.ranks.device):
             micro.append(next(run.batches).to(run.ranks.device))
     units = (
-        torch.stack([run.objective.weight(batch) for batch in micro])
+        torch.stack([run.objective.units(batch) for batch in micro])
         .sum()
         .double()
-        .to(run.meter_device)
+        .to(run.metrics_device)
     )
-    units = run.ranks.all_sum(units).clamp(min=1)
-    gathered = Meters()
+    units = run.ranks.all_reduce_sum(units).clamp(min=1)
+    gathered = MetricAccumulator()
     stats: dict[str, Tensor] = {}
     for batch in micro:
         run.poll()
@@ -114,16 +114,18 @@ def step(run: Run) -> None:
         for key, value in loss.stats.items():
             stats[key] = stats[key] + value if key in stats else value
         event("micro-step")
-    healthy = update(run, gathered.reduce(run.ranks), stats)
+    healthy = optimizer_step(run, gathered.all_reduce(run.ranks), stats)
     run.optimizers.zero_grad()
     run.state.step += 1
-    run.state.tokens += run.config.train.positions
+    run.state.tokens += run.config.train.tokens_per_step
     if not healthy:
-        bad_step(run, begin)
-        if run.guard.lost:
-            good, _ = checkpoint.latest(run.checkpoints)
+        log_nonfinite_step(run, begin)
+        if run.guard.exceeded:
+            good, _ = checkpoint.latest(run.checkpoint_dir)
             where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
-            raise TooManyBadSteps(f"{run.guard.in_a_row} steps in a row were not finite; {where}")
+            raise TooManyNonfiniteSteps(
+                f"{run.guard.consecutive} steps in a row were not finite; {where}"
+            )
 
 
 def backward(run: Run, batch: Any, units: Tensor) -> Loss:
@@ -132,49 +134,52 @@ def backward(run: Run, batch: Any, units: Tensor) -> Loss:
     """
     with autocast(run.config.train.precision, run.ranks.device):
         loss = run.objective.loss(run.policy, batch)
-    share = (run.ranks.world / units).to(loss.total) * run.scale.value
+    share = (run.ranks.world_size / units).to(loss.total) * run.loss_scaler.scale
     (loss.total * share).backward()
-    return loss._replace(stats=loss.stats | run.policy.after_backward(loss.probes))
+    return loss._replace(stats=loss.stats | run.policy.after_backward(loss.grad_probes))
 
 
-def update(run: Run, gathered: Meters, stats: dict[str, Tensor]) -> bool:
+def optimizer_step(run: Run, metrics: MetricAccumulator, stats: dict[str, Tensor]) -> bool:
     """Clip, check, step. False where a number was not a number: then nothing has changed but the
     loss scale.
     """
-    parameters = [p for p in run.parameters() if p.grad is not None]
+    parameters = [p for p in run.trainable_parameters() if p.grad is not None]
     average_gradients(parameters, run.ranks)
-    run.scale.unscale(parameters)
+    run.loss_scaler.unscale(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    finite = gathered.finite()
+    finite = metrics.all_finite()
     overflow = (
-        run.scale.active and finite and not math.isfinite(float(norm)) and not run.scale.exhausted
+        run.loss_scaler.enabled
+        and finite
+        and not math.isfinite(float(norm))
+        and not run.loss_scaler.exhausted
     )
-    run.scale.update(overflow)
+    run.loss_scaler.update(overflow)
     healthy = finite and math.isfinite(float(norm))
-    run.guard.saw(healthy or overflow)
+    run.guard.update(healthy or overflow)
     if not healthy:
         return overflow
-    if not run.objective.accept(gathered.means()):
+    if not run.objective.accept_step(metrics.means()):
         return True
-    if run.config.optim.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optim.clip, norm)
-    run.optimizers.set_multiplier(
-        multiplier(run.config.optim.schedule, run.state.step, run.config.train.steps)
+    if run.config.optim.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optim.max_grad_norm, norm)
+    run.optimizers.set_lr_multiplier(
+        lr_multiplier(run.config.optim.schedule, run.state.step, run.config.train.steps)
     )
     run.optimizers.step()
-    summed = {key: run.ranks.all_sum(value) for key, value in stats.items()}
-    run.routing.add(summed)
-    run.optimizers.forget(run.policy.post_step(summed))
-    one = torch.ones((), dtype=torch.float64, device=run.meter_device)
-    gathered.add({"grad_norm": Metric(norm.to(one), one)})
-    run.meters.merge(gathered)
+    summed = {key: run.ranks.all_reduce_sum(value) for key, value in stats.items()}
+    run.expert_stats.add(summed)
+    run.optimizers.reset_state(run.policy.post_step(summed))
+    one = torch.ones((), dtype=torch.float64, device=run.metrics_device)
+    metrics.add({"grad_norm": Metric(norm.to(one), one)})
+    run.metrics.merge(metrics)
     return True
 
 
-def stopped(run: Run) -> Stopped:
+def save_and_stop(run: Run) -> Stopped:
     """Save what there is and say how to go on."""
-    if not run.save():
+    if not run.save_checkpoint():
         raise checkpoint.DiskFull(
             "the stop was asked for, but its checkpoint could not be saved; free some space"
         )

@@ -14,13 +14,13 @@ from tinsmith.core.log import say
 from tinsmith.core.parse import Config, nearest, parse
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
 from tinsmith.text.records import normalise
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import pick_device
-from tinsmith.verbs.exchange import scaling
+from tinsmith.verbs.export_import import scaling
 from tinsmith.verbs.generate import sampling
 
 HELP = """ /reset              forget the conversation
@@ -51,9 +51,9 @@ class Settings(Config):
             raise UserError("--max-new: at least 1")
         self.sampling()
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """What the sampler takes."""
-        names = [field.name for field in fields(Sampling)]
+        names = [field.name for field in fields(SamplingParams)]
         return sampling(**{name: getattr(self, name) for name in names})
 
 
@@ -78,7 +78,7 @@ class Session:
         ids = encode_prompt(
             self.tokenizer, normalise(self.record(), answered=False), thinking=thinking
         )
-        room = self.lm.config.max_context - len(ids)
+        room = self.lm.config.max_seq_len - len(ids)
         if room < 1:
             self.messages.pop()
             raise UserError(f"the conversation is full ({len(ids)} tokens): /reset or /undo")
@@ -88,8 +88,8 @@ class Session:
             self.lm,
             self.tokenizer,
             ids,
-            sampling=chosen.sampling(),
-            max_new=min(chosen.max_new, room),
+            sampling_params=chosen.sampling(),
+            max_new_tokens=min(chosen.max_new, room),
         )
         try:
             for piece in pieces:

@@ -14,8 +14,8 @@ import tinsmith
 from tinsmith.core.files import free_space
 from tinsmith.core.log import say
 from tinsmith.core.units import size
-from tinsmith.train.folder import runs_root
 from tinsmith.train.parallel import pick_device
+from tinsmith.train.run_dir import runs_root
 
 OPTIONAL = {
     "transformers": "hub",

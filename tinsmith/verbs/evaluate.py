@@ -10,8 +10,8 @@ from tinsmith.config import RunConfig, from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import finite, say
 from tinsmith.core.parse import read_yaml
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import Source, open_source
+from tinsmith.data.loader.loader import TokenizedDataset, open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.evals.arc import evaluate_arc
 from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
 from tinsmith.evals.choice import evaluate_choice
@@ -20,9 +20,9 @@ from tinsmith.evals.routing import evaluate_routing, token_classes
 from tinsmith.hub.load import load
 from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
-from tinsmith.train.folder import runs_root
 from tinsmith.train.parallel import pick_device
-from tinsmith.verbs.exchange import scaling
+from tinsmith.train.run_dir import runs_root
+from tinsmith.verbs.export_import import scaling
 from tinsmith.verbs.puzzles import picture_place, puzzles_of, run_of, save_puzzles
 
 BATCH_ROWS = 16
@@ -74,7 +74,7 @@ def evaluate(
             results |= _arc(model, lm, tokenizer, text)
         elif Path(task).exists():
             found = evaluate_choice(
-                lm, tokenizer, task, limit=text.limit, batch_rows=BATCH_ROWS, say=_aside
+                lm, tokenizer, task, limit=text.limit, batch_size=BATCH_ROWS, say=_aside
             )
             results[task] = found.to_dict()
         else:
@@ -92,14 +92,14 @@ def evaluate(
 def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
     config = _recipe(model)
     if text.data is not None:
-        trained_on = config and min(config.train.context, lm.config.max_context)
+        trained_on = config and min(config.train.seq_len, lm.config.max_seq_len)
         found = evaluate_text(
             lm,
             tokenizer,
             text.data,
-            context=text.context or trained_on,
+            seq_len=text.context or trained_on,
             limit=text.limit,
-            batch_rows=BATCH_ROWS,
+            batch_size=BATCH_ROWS,
             say=_aside,
         )
         return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
@@ -110,8 +110,8 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
         lm,
         validation,
         torch.from_numpy(tokenizer.byte_lengths()),
-        rows=text.limit or validation.size,
-        batch_rows=BATCH_ROWS,
+        max_samples=text.limit or validation.size,
+        batch_size=BATCH_ROWS,
         device=lm.embed.weight.device,
         poll=lambda: None,
     )
@@ -123,27 +123,27 @@ def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, 
     config = _recipe(model)
     if config is None or text.data is not None:
         raise UserError("--tasks routing: measures the validation split of a run; name its folder")
-    if not lm.routed():
+    if not lm.routed_modules():
         raise UserError(f"{model}: has no experts, so --tasks routing has nothing to measure")
     validation = _validation(model, config, tokenizer)
     found = evaluate_routing(
         lm,
         validation,
         token_classes(tokenizer),
-        rows=text.limit or validation.size,
-        batch_rows=BATCH_ROWS,
+        max_samples=text.limit or validation.size,
+        batch_size=BATCH_ROWS,
         device=lm.embed.weight.device,
         poll=lambda: None,
     )
     return {f"routing {name}": each.to_dict() for name, each in found.items()}
 
 
-def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> Source:
-    shape, train = config.objective.shape, config.train
+def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> TokenizedDataset:
+    shape, train = config.objective.data_format, config.train
     if shape not in ("documents", "chats"):
         raise UserError(f"{model}: was trained on {shape}; say with --data what text to measure")
     prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
-    return open_source(prepared.folder, shape, "validation", train.context, train.seed)
+    return open_dataset(prepared.folder, shape, "validation", train.seq_len, train.seed)
 
 
 def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
@@ -151,12 +151,14 @@ def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, A
     config = _recipe(model)
     if config is None:
         raise UserError(f"{model}: is not part of a run: no prompts for --tasks format")
-    context, seed = config.train.context, config.train.seed
+    context, seed = config.train.seq_len, config.train.seed
     place = runs_root() / ".data"
-    prepared = prepare(config.data, tokenizer, "prompts", place, _aside, context=context)
-    source = open_source(prepared.folder, "prompts", "validation", context, seed)
-    prompts = [source.prompts(int(i), 1)[0] for i in source.spread(text.limit or source.size)]
-    return evaluate_format(lm, tokenizer, prompts, rows=BATCH_ROWS).to_dict()
+    prepared = prepare(config.data, tokenizer, "prompts", place, _aside, seq_len=context)
+    source = open_dataset(prepared.folder, "prompts", "validation", context, seed)
+    prompts = [
+        source.get_prompts(int(i), 1)[0] for i in source.evenly_spaced(text.limit or source.size)
+    ]
+    return evaluate_format(lm, tokenizer, prompts, batch_size=BATCH_ROWS).to_dict()
 
 
 def _arc(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:

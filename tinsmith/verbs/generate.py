@@ -10,13 +10,13 @@ from tinsmith.core.log import say
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import Completion, stream
 from tinsmith.infer.generate import generate as complete
-from tinsmith.infer.sample import Sampling
+from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
 from tinsmith.text.records import normalise
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import pick_device
-from tinsmith.verbs.exchange import scaling
+from tinsmith.verbs.export_import import scaling
 
 
 class Request(NamedTuple):
@@ -25,14 +25,14 @@ class Request(NamedTuple):
     count: int
     chat: bool
     max_new: int
-    sampling: Sampling
+    sampling: SamplingParams
     stop: tuple[str, ...]
 
 
-def sampling(**settings: float | None) -> Sampling:
+def sampling(**settings: float | None) -> SamplingParams:
     """Flags as the sampler takes them; UserError names a value that cannot be."""
     try:
-        return Sampling(**settings)  # type: ignore[arg-type]
+        return SamplingParams(**settings)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
@@ -56,8 +56,8 @@ def generate(
         lm,
         tokenizer,
         repeated,
-        sampling=request.sampling,
-        max_new=request.max_new,
+        sampling_params=request.sampling,
+        max_new_tokens=request.max_new,
         stop=request.stop,
     )
     _print_all([text for text in texts for _ in range(request.count)], done, request.chat, as_json)
@@ -79,7 +79,12 @@ def _standard_input() -> str:
 
 def _show(lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Request) -> None:
     pieces = stream(
-        lm, tokenizer, ids, sampling=request.sampling, max_new=request.max_new, stop=request.stop
+        lm,
+        tokenizer,
+        ids,
+        sampling_params=request.sampling,
+        max_new_tokens=request.max_new,
+        stop=request.stop,
     )
     first = next(pieces, "")  # a prompt that does not fit is refused here, before it is printed
     for piece in chain([first if request.chat else text + first], pieces):
@@ -94,8 +99,8 @@ def _print_all(texts: list[str], done: list[Completion], chat: bool, as_json: bo
             row = {
                 "prompt": text,
                 "text": each.text,
-                "finish": each.finish,
-                "tokens": len(each.ids),
+                "finish_reason": each.finish_reason,
+                "completion_tokens": len(each.token_ids),
             }
             say(json.dumps(row, ensure_ascii=False))
         else:

@@ -5,10 +5,10 @@ from pathlib import Path
 from tinsmith.config import load
 from tinsmith.core.log import say
 from tinsmith.core.signals import StopFlag
-from tinsmith.data.prepare import prepare as make
+from tinsmith.data.prepare.prepare import prepare as make
 from tinsmith.hub.load import load as load_model
-from tinsmith.train.folder import runs_root
-from tinsmith.train.start import tokenizer_for
+from tinsmith.train.run_dir import runs_root
+from tinsmith.train.setup import resolve_tokenizer
 
 
 def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
@@ -19,11 +19,11 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
         given = load_model(config.init_from)[1] if config.init_from else None
         made = make(
             config.data,
-            tokenizer_for(config, given),
-            config.objective.shape,
+            resolve_tokenizer(config, given),
+            config.objective.data_format,
             root,
             say,
             lambda: flag.stop,
-            context=config.train.context,
+            seq_len=config.train.seq_len,
         )
     say(f" prepared  {made.folder}")

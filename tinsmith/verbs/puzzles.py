@@ -7,15 +7,15 @@ from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.rng import derive
-from tinsmith.data.arc import open_tasks, read_tasks
-from tinsmith.data.config import Arc
+from tinsmith.data.arc.generators import TRAIN_RULES, generate_puzzles, held_out_compositions
+from tinsmith.data.arc.grids import Puzzle
+from tinsmith.data.config import ArcData
 from tinsmith.data.files import Reject
-from tinsmith.data.grids import Puzzle
-from tinsmith.data.rules import SEEN, generated, held_back_beside
-from tinsmith.evals.arc import Outcome
+from tinsmith.data.sources.arc import open_tasks, read_tasks
+from tinsmith.evals.arc import ArcOutcome
 from tinsmith.evals.bpb import report_rejects
-from tinsmith.train.canvas import pictures
-from tinsmith.train.mosaic import draw_puzzles
+from tinsmith.train.plots.arc import draw_puzzles
+from tinsmith.train.plots.style import render_figures
 
 TASKS = 100
 """Generated of each group where nobody says otherwise."""
@@ -39,15 +39,15 @@ def puzzles_of(
     if solutions is not None:
         raise UserError("--solutions: are those of --data, which is not given")
     sections = () if config is None else config.data
-    mine = [each for each in sections if isinstance(each, Arc) and each.path is None]
+    mine = [each for each in sections if isinstance(each, ArcData) and each.path is None]
     if not mine:
         raise UserError(f"{model}: is no run on generated puzzles; say with --data what to solve")
     section, count = mine[0], limit or TASKS
-    rules = section.rules or SEEN
+    rules = section.rules or TRAIN_RULES
     seed = derive(section.seed, "examination")
-    groups = {"seen": rules, "held back": held_back_beside(rules)}
+    groups = {"seen": rules, "held back": held_out_compositions(rules)}
     return {
-        name: list(generated(each, seed, count, section.sizes))
+        name: list(generate_puzzles(each, seed, count, section.sizes))
         for name, each in groups.items()
         if each
     }
@@ -76,11 +76,11 @@ def picture_place(model: str) -> Path:
     return run if run.is_dir() else Path()
 
 
-def save_puzzles(folder: Path, outcomes: Sequence[Outcome]) -> Path:
+def save_puzzles(folder: Path, outcomes: Sequence[ArcOutcome]) -> Path:
     """A picture of some outcomes in `folder`; its path. UserError where it cannot be written."""
     path = folder / "arc_agi.png"
     try:
-        atomic_write(path, pictures(lambda: draw_puzzles(outcomes), ["png"])["png"])
+        atomic_write(path, render_figures(lambda: draw_puzzles(outcomes), ["png"])["png"])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     return path

@@ -12,12 +12,12 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import say
 from tinsmith.core.parse import read_yaml
 from tinsmith.core.units import duration
-from tinsmith.data.prepare import prepare
-from tinsmith.data.sources import open_source
+from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
-from tinsmith.train.folder import run_folder, runs_root
-from tinsmith.train.precision import fastest
+from tinsmith.train.precision import fastest_precision
+from tinsmith.train.run_dir import run_folder, runs_root
 from tinsmith.train.trainer import train
 from tinsmith.verbs.generate import prompt_ids, sampling
 
@@ -89,7 +89,7 @@ def _recipe(part: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
     smaller = data.pop("tiny")
     chosen = merge(data, smaller) if tiny else data
     if chosen["train"]["precision"] == "bf16":
-        chosen["train"]["precision"] = fastest()
+        chosen["train"]["precision"] = fastest_precision()
     return from_dict(chosen | extra, f"quickstart {part}")
 
 
@@ -100,7 +100,9 @@ def _answer(chat: Path) -> None:
         say(f"\n> {question}")
         ids = prompt_ids(tokenizer, question, True)
         settings = sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
-        for piece in stream(lm, tokenizer, ids, sampling=settings, max_new=ANSWER_TOKENS):
+        for piece in stream(
+            lm, tokenizer, ids, sampling_params=settings, max_new_tokens=ANSWER_TOKENS
+        ):
             sys.stdout.write(piece)
             sys.stdout.flush()
         say("")
@@ -110,13 +112,13 @@ def _mark(run: Path, exam: RunConfig) -> float:
     """The share of the exam's held-back sums that a model gets right, as its objective counts."""
     lm, tokenizer = load(run)
     assert tokenizer is not None
-    shape, context = exam.objective.shape, exam.train.context
+    shape, context = exam.objective.data_format, exam.train.seq_len
     place = runs_root() / ".data"
-    prepared = prepare(exam.data, tokenizer, shape, place, lambda line: None, context=context)
-    held_back = open_source(prepared.folder, shape, "validation", context, exam.train.seed)
+    prepared = prepare(exam.data, tokenizer, shape, place, lambda line: None, seq_len=context)
+    held_back = open_dataset(prepared.folder, shape, "validation", context, exam.train.seed)
     objective = exam.objective.build()
     objective.prepare(lm, tokenizer)
-    return objective.examine(lm, held_back, exam.eval.rows)["reward"]
+    return objective.evaluate(lm, held_back, exam.eval.max_samples)["reward"]
 
 
 def _what_now(runs: dict[str, Path]) -> list[str]:

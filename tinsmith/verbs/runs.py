@@ -6,8 +6,8 @@ from pathlib import Path
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import say
 from tinsmith.core.units import duration, size
-from tinsmith.train.folder import runs_root
 from tinsmith.train.report import plot_run, plot_runs, runs_table
+from tinsmith.train.run_dir import runs_root
 
 
 def table(as_json: bool) -> None:

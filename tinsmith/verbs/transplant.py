@@ -6,34 +6,46 @@ from tinsmith.config import set_key
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import say
 from tinsmith.core.rng import seed_all
-from tinsmith.hub.card import Facts, model_card
-from tinsmith.hub.hf import Exported, export_folder
-from tinsmith.hub.load import config_of, load
-from tinsmith.hub.transplant import Init, Plan, table, transplanted, transplanted_config
+from tinsmith.hub.card import CardFacts, model_card
+from tinsmith.hub.hf import ExportResult, export_folder
+from tinsmith.hub.load import load, load_config
+from tinsmith.hub.transplant import (
+    ExpertInit,
+    TransplantPlan,
+    build_transplant,
+    parameter_table,
+    transplant_config,
+)
 from tinsmith.nn.config import ModelConfig
-from tinsmith.nn.parts.trained import counts
-from tinsmith.verbs.exchange import check_free
+from tinsmith.nn.parameters import count_parameters
+from tinsmith.verbs.export_import import check_free
 
 
 def transplant(
-    source: str, out: Path, keys: list[str], init: Init, train_norms: bool, seed: int, dry: bool
+    source: str,
+    out: Path,
+    keys: list[str],
+    init: ExpertInit,
+    train_norms: bool,
+    seed: int,
+    dry: bool,
 ) -> None:
     """Write the sparse model to `out`, whole or not at all; with `dry`, only count."""
-    plan = Plan(_section(keys), init, train_norms)
+    plan = TransplantPlan(_section(keys), init, train_norms)
     check_free(out)
-    dense = config_of(source)
-    sparse = transplanted_config(dense, plan)
+    dense = load_config(source)
+    sparse = transplant_config(dense, plan)
     _print_table(dense, sparse)
     if dry:
         say(" dry run   ok; nothing was written")
         return
     teacher, tokenizer = load(source)
     seed_all(seed)
-    student = transplanted(teacher, plan)
+    student = build_transplant(teacher, plan)
     feeds = ", ".join(dict.fromkeys(layer.feed_forward.kind for layer in sparse.layers))
 
-    def card(done: Exported) -> str:
-        facts = Facts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
+    def card(done: ExportResult) -> str:
+        facts = CardFacts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
         facts["base"] = source
         but = " but for its norms" if train_norms else ""
         facts["architecture"] = f"{feeds} ({init}) in the skeleton of its base, frozen{but}"
@@ -41,7 +53,7 @@ def transplant(
 
     export_folder(student, tokenizer, out, card=card)
     said = "" if tokenizer else ", without a tokenizer"
-    say(f" written   {out} ({counts(student)}{said})")
+    say(f" written   {out} ({count_parameters(student)}{said})")
 
 
 def _section(keys: list[str]) -> dict:
@@ -52,19 +64,19 @@ def _section(keys: list[str]) -> dict:
 
 
 def _print_table(dense: ModelConfig, sparse: ModelConfig) -> None:
-    lines = table(sparse)
+    lines = parameter_table(sparse)
     for line in lines:
-        state = "trained" if line.trained else "frozen"
-        say(f" model     {line.name:<12} {line.parameters:>14,}  {state}")
-    trained = sum(line.parameters for line in lines if line.trained)
-    total = sum(line.parameters for line in lines)
-    before = sum(line.parameters for line in table(dense))
+        state = "trained" if line.trainable else "frozen"
+        say(f" model     {line.name:<12} {line.num_parameters:>14,}  {state}")
+    trained = sum(line.num_parameters for line in lines if line.trainable)
+    total = sum(line.num_parameters for line in lines)
+    before = sum(line.num_parameters for line in parameter_table(dense))
     say(f" model     {'frozen':<12} {total - trained:>14,}")
     say(f" model     {'trained':<12} {trained:>14,}")
     say(f" model     {'all':<12} {total:>14,}  (the dense model: {before:,})")
 
 
-def check_init(init: str) -> Init:
+def check_init(init: str) -> ExpertInit:
     """The value of --init."""
     if init not in ("random", "slice"):
         raise UserError(f"--init {init}: only random and slice are known")

@@ -1,11 +1,11 @@
 """DeepSeek's experts: many small ones, balanced by a bias instead of a loss (2401.06066,
 2408.15664, DeepSeek-V3 2412.19437).
 
-    s = sigmoid(W x), or softmax(W x)      chosen: the K best of s + b, of the `kept_groups` best
+    s = sigmoid(W x), or softmax(W x)      chosen: the K best of s + b, of the `topk_group` best
     w = scale s / sum of the chosen s                                   of `groups` equal groups
 
 The bias b chooses and never weighs. No gradient reaches it; after every optimizer step it moves by
-`bias_rate` against the load that the experts had in the global batch; casts leave it in at least
+`bias_update_speed` against the load that the experts had in the global batch; casts leave it in at least
 float32. In training, `noise` s multiplies each logit by a number drawn evenly from 1 - s/2 to
 1 + s/2 (Tiny-R2), and the `balance` loss holds the unbiased choice of every row
 (`routing.balance.sequence`). With K = 1 the raw score counts: a weight of 1 would teach the gate
@@ -21,74 +21,78 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import FeedForwardKind, Reset, Site
-from tinsmith.nn.parts.choose import decided, top
-from tinsmith.nn.parts.exact import Exact
-from tinsmith.nn.routing.balance import push, sequence
-from tinsmith.nn.routing.experts import Activation
-from tinsmith.nn.routing.gates import Route, weights_of, within_groups
-from tinsmith.nn.routing.layer import ChosenExperts, Cost, check_coefficients, check_sizes
+from tinsmith.nn.contract import BuildContext, FeedForwardConfigBase, OptimizerReset
+from tinsmith.nn.layers.stable_topk import must_save, stable_topk
+from tinsmith.nn.moe.balance import sequence_loss, update_bias
+from tinsmith.nn.moe.experts import Activation
+from tinsmith.nn.moe.layer import AuxLoss, SparseMoEFeedForward, check_coefficients, check_sizes
+from tinsmith.nn.moe.router import RouterOutput, combine_weights, group_limited_scores
+from tinsmith.nn.precision import Fp32Params
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepSeekMoE(FeedForwardKind):
-    """`top_k` of `experts` of width `hidden`, and `shared` ones that every token meets."""
+class DeepSeekMoE(FeedForwardConfigBase):
+    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token meets."""
 
     kind: Literal["deepseek_moe"] = "deepseek_moe"
     experts: Size = 8
     top_k: Size = 2
-    hidden: Size
-    shared: Size = 1
+    hidden_dim: Size
+    n_shared_experts: Size = 1
     activation: Activation = "swiglu"
     score: Literal["sigmoid", "softmax"] = "sigmoid"
-    renormalise: bool = True
-    scale: float = 1.0
-    groups: Size = 1
-    kept_groups: Size | None = None  # null: all of them
-    bias_rate: float = 0.001
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: Size = 1
+    topk_group: Size | None = None  # null: all of them
+    bias_update_speed: float = 0.001
     balance_weight: float = 0.0001
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sizes(self.experts, self.top_k, self.hidden, self.shared)
+        check_sizes(self.experts, self.top_k, self.hidden_dim, self.n_shared_experts)
         check_coefficients(
-            bias_rate=self.bias_rate, balance_weight=self.balance_weight, noise=self.noise
+            bias_update_speed=self.bias_update_speed,
+            balance_weight=self.balance_weight,
+            noise=self.noise,
         )
         if self.noise > 2:
             raise ValueError(f"noise={self.noise} must be at most 2: more turns signs of logits")
-        if not self.scale > 0:
-            raise ValueError(f"scale={self.scale} must be above 0")
-        if self.groups < 1 or self.experts % self.groups:
-            raise ValueError(f"groups={self.groups} must divide experts={self.experts}")
-        if not 1 <= self.kept <= self.groups:
-            raise ValueError(f"kept_groups={self.kept} must be from 1 to groups={self.groups}")
-        within = self.kept * (self.experts // self.groups)
+        if not self.routed_scaling_factor > 0:
+            raise ValueError(f"routed_scaling_factor={self.routed_scaling_factor} must be above 0")
+        if self.n_group < 1 or self.experts % self.n_group:
+            raise ValueError(f"n_group={self.n_group} must divide experts={self.experts}")
+        if not 1 <= self.num_topk_groups <= self.n_group:
+            raise ValueError(
+                f"topk_group={self.num_topk_groups} must be from 1 to n_group={self.n_group}"
+            )
+        within = self.num_topk_groups * (self.experts // self.n_group)
         if self.top_k > within:
-            raise ValueError(f"top_k={self.top_k} is more than the {within} experts of kept_groups")
+            raise ValueError(f"top_k={self.top_k} is more than the {within} experts of topk_group")
 
     @property
-    def kept(self) -> int:
+    def num_topk_groups(self) -> int:
         """How many groups a token may choose from."""
-        return self.groups if self.kept_groups is None else self.kept_groups
+        return self.n_group if self.topk_group is None else self.topk_group
 
-    def build(self, site: Site) -> "DeepSeekFeedForward":
+    def build(self, build_ctx: BuildContext) -> "DeepSeekFeedForward":
         """The module."""
-        return DeepSeekFeedForward(self, site)
+        return DeepSeekFeedForward(self, build_ctx)
 
 
-class DeepSeekFeedForward(Exact, ChosenExperts):
+class DeepSeekFeedForward(Fp32Params, SparseMoEFeedForward):
     """The module of `DeepSeekMoE`."""
 
-    EXACT: ClassVar = ("bias",)
+    FP32_PARAMS: ClassVar = ("bias",)
     bias: Tensor
 
-    def __init__(self, config: DeepSeekMoE, site: Site):
-        sizes = (config.experts, config.top_k, config.hidden, config.shared)
-        super().__init__(site, *sizes, config.activation)
+    def __init__(self, config: DeepSeekMoE, build_ctx: BuildContext):
+        sizes = (config.experts, config.top_k, config.hidden_dim, config.n_shared_experts)
+        super().__init__(build_ctx, *sizes, config.activation)
         self.config = config
         self.register_buffer("bias", torch.zeros(config.experts))
 
-    def route(self, x_ND: Tensor) -> Route:
+    def route(self, x_ND: Tensor) -> RouterOutput:
         """By score and bias."""
         config, logits_NE = self.config, self.router(x_ND)
         if self.training and config.noise:
@@ -98,24 +102,30 @@ class DeepSeekFeedForward(Exact, ChosenExperts):
         else:
             scores_NE = logits_NE.sigmoid()
             probabilities_NE = scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)
-        open_NE = within_groups(scores_NE.detach() + self.bias, config.groups, config.kept)
-        choices_NK = decided(top(open_NE, self.top_k))
-        weights_NK = config.scale * weights_of(scores_NE, choices_NK, config.renormalise)
-        return Route(logits_NE, probabilities_NE, choices_NK, weights_NK)
+        open_NE = group_limited_scores(
+            scores_NE.detach() + self.bias, config.n_group, config.num_topk_groups
+        )
+        choices_NK = must_save(stable_topk(open_NE, self.top_k))
+        weights_NK = config.routed_scaling_factor * combine_weights(
+            scores_NE, choices_NK, config.norm_topk_prob
+        )
+        return RouterOutput(logits_NE, probabilities_NE, choices_NK, weights_NK)
 
-    def costs(self, route: Route, valid_BT: Tensor) -> dict[str, Cost]:
+    def aux_losses(self, router_output: RouterOutput, valid_BT: Tensor) -> dict[str, AuxLoss]:
         """`balance`, of what would be chosen without the bias."""
-        probabilities_BTE = route.probabilities_NE.unflatten(0, valid_BT.shape)
-        value = sequence(probabilities_BTE, top(probabilities_BTE, self.top_k), valid_BT)
-        return {"balance": Cost(value, self.config.balance_weight)}
+        probabilities_BTE = router_output.probabilities_NE.unflatten(0, valid_BT.shape)
+        value = sequence_loss(
+            probabilities_BTE, stable_topk(probabilities_BTE, self.top_k), valid_BT
+        )
+        return {"balance": AuxLoss(value, self.config.balance_weight)}
 
-    def watched(self) -> dict[str, Tensor]:
+    def router_state(self) -> dict[str, Tensor]:
         """The bias."""
         return {"bias": self.bias}
 
     @torch.no_grad()
-    def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
+    def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
         """The bias moves against the load of the global batch; that of a frozen gate stays."""
         if self.router.weight.requires_grad:
-            push(self.bias, stats["load"], self.config.bias_rate)
+            update_bias(self.bias, stats["load"], self.config.bias_update_speed)
         return []

@@ -11,50 +11,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardKind, Out, Site
-from tinsmith.nn.parts.init import Output
+from tinsmith.nn.contract import BuildContext, Ctx, FeedForward, FeedForwardConfigBase, Out
+from tinsmith.nn.layers.init import ResidualProj
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLU(FeedForwardKind):
-    """Gated feed-forward of width `hidden`."""
+class SwiGLU(FeedForwardConfigBase):
+    """Gated feed-forward of width `hidden_dim`."""
 
     kind: Literal["swiglu"] = "swiglu"
-    hidden: Size
+    hidden_dim: Size
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self.hidden)
+        _positive(self.hidden_dim)
 
-    def build(self, site: Site) -> "SwiGLUFeedForward":
+    def build(self, build_ctx: BuildContext) -> "SwiGLUFeedForward":
         """The module."""
-        return SwiGLUFeedForward(self, site)
+        return SwiGLUFeedForward(self, build_ctx)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLU2(FeedForwardKind):
-    """Feed-forward of width `hidden` with a squared ReLU."""
+class ReLU2(FeedForwardConfigBase):
+    """Feed-forward of width `hidden_dim` with a squared ReLU."""
 
     kind: Literal["relu2"] = "relu2"
-    hidden: Size
+    hidden_dim: Size
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self.hidden)
+        _positive(self.hidden_dim)
 
-    def build(self, site: Site) -> "ReLU2FeedForward":
+    def build(self, build_ctx: BuildContext) -> "ReLU2FeedForward":
         """The module."""
-        return ReLU2FeedForward(self, site)
+        return ReLU2FeedForward(self, build_ctx)
 
 
 class SwiGLUFeedForward(FeedForward):
     """The module of `SwiGLU`."""
 
-    def __init__(self, config: SwiGLU, site: Site):
+    def __init__(self, config: SwiGLU, build_ctx: BuildContext):
         super().__init__()
-        self.gate_proj = nn.Linear(site.dim, config.hidden, bias=config.bias)
-        self.up_proj = nn.Linear(site.dim, config.hidden, bias=config.bias)
-        self.down_proj = Output(config.hidden, site.dim, bias=config.bias)
+        self.gate_proj = nn.Linear(build_ctx.dim, config.hidden_dim, bias=config.bias)
+        self.up_proj = nn.Linear(build_ctx.dim, config.hidden_dim, bias=config.bias)
+        self.down_proj = ResidualProj(config.hidden_dim, build_ctx.dim, bias=config.bias)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
@@ -68,10 +68,10 @@ class SwiGLUFeedForward(FeedForward):
 class ReLU2FeedForward(FeedForward):
     """The module of `ReLU2`."""
 
-    def __init__(self, config: ReLU2, site: Site):
+    def __init__(self, config: ReLU2, build_ctx: BuildContext):
         super().__init__()
-        self.up_proj = nn.Linear(site.dim, config.hidden, bias=config.bias)
-        self.down_proj = Output(config.hidden, site.dim, bias=config.bias)
+        self.up_proj = nn.Linear(build_ctx.dim, config.hidden_dim, bias=config.bias)
+        self.down_proj = ResidualProj(config.hidden_dim, build_ctx.dim, bias=config.bias)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
@@ -84,4 +84,4 @@ class ReLU2FeedForward(FeedForward):
 
 def _positive(hidden: int) -> None:
     if hidden < 1:
-        raise ValueError(f"hidden={hidden} must be at least 1")
+        raise ValueError(f"hidden_dim={hidden} must be at least 1")

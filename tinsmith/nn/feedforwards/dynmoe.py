@@ -18,85 +18,103 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, FeedForward, FeedForwardKind, Out, Reset, Site
-from tinsmith.nn.routing.dispatch import combine, plan_of_mask
-from tinsmith.nn.routing.experts import Activation, Experts
-from tinsmith.nn.routing.gated import Gated
-from tinsmith.nn.routing.learning import Learning, learn
-from tinsmith.nn.routing.rebirth import births
-from tinsmith.nn.routing.surprise import Listen, listen
-from tinsmith.nn.routing.threshold import Choice, Gate, Threshold
+from tinsmith.nn.contract import (
+    BuildContext,
+    Ctx,
+    FeedForward,
+    FeedForwardConfigBase,
+    OptimizerReset,
+    Out,
+)
+from tinsmith.nn.moe.cosine_router import (
+    CosineRouted,
+    CosineRouter,
+    CosineRouterConfig,
+    CosineRouterOutput,
+)
+from tinsmith.nn.moe.dead_experts import expert_reset_stds
+from tinsmith.nn.moe.dispatch import combine, plan_from_mask
+from tinsmith.nn.moe.experts import Activation, Experts
+from tinsmith.nn.moe.surprise import AttachProbes, attach_probes
+from tinsmith.nn.moe.surprise_router import SurpriseRouterConfig, add_router_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynMoE(Threshold, Learning, FeedForwardKind):
-    """`experts` of width `hidden`, each token with those above their thresholds."""
+class DynMoE(CosineRouterConfig, SurpriseRouterConfig, FeedForwardConfigBase):
+    """`experts` of width `hidden_dim`, each token with those above their thresholds."""
 
     kind: Literal["dyn_moe"] = "dyn_moe"
-    hidden: Size
+    hidden_dim: Size
     activation: Activation = "swiglu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_learning()
-        if self.from_surprise and self.experts < 2:
+        self.check_surprise_router()
+        if self.uses_surprise and self.experts < 2:
             raise ValueError(f"router_grad={self.router_grad} compares experts; experts=1 is one")
-        if self.hidden < 1:
-            raise ValueError(f"hidden={self.hidden} must be at least 1")
+        if self.hidden_dim < 1:
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
 
-    def build(self, site: Site) -> "DynMoEFeedForward":
+    def build(self, build_ctx: BuildContext) -> "DynMoEFeedForward":
         """The module."""
-        return DynMoEFeedForward(self, site)
+        return DynMoEFeedForward(self, build_ctx)
 
 
-class DynMoEFeedForward(FeedForward, Gated):
+class DynMoEFeedForward(FeedForward, CosineRouted):
     """The module of `DynMoE`."""
 
-    def __init__(self, config: DynMoE, site: Site):
+    def __init__(self, config: DynMoE, build_ctx: BuildContext):
         super().__init__()
         self.config = config
-        self.gate = Gate(config, site.dim, site.layer)
-        self.experts = Experts(site.dim, config.experts, config.hidden, config.activation)
+        self.gate = CosineRouter(config, build_ctx.dim, build_ctx.layer_idx)
+        self.experts = Experts(build_ctx.dim, config.experts, config.hidden_dim, config.activation)
         # a compiler cannot make tensors that wait for a gradient; only here, as it loads one
         self._listen = cast(
-            Listen, torch.compiler.disable(listen) if config.from_surprise else listen
+            AttachProbes,
+            torch.compiler.disable(attach_probes) if config.uses_surprise else attach_probes,
         )
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
         """x (B, T, D) -> Out.y (B, T, D); stats and losses are the gate's."""
         x_ND = x.flatten(0, 1)
-        choice = self.choose(x, ctx, learns=self.config.from_task)
-        if self.training and torch.is_grad_enabled() and self.config.from_surprise:
+        choice = self.route(x, ctx, differentiable=self.config.uses_task_gradient)
+        if self.training and torch.is_grad_enabled() and self.config.uses_surprise:
             return self._listening(x, choice)
-        plan = plan_of_mask(choice.mask_NE)
-        weights_P = plan.weights(choice.weight_NE)
+        plan = plan_from_mask(choice.mask_NE)
+        weights_P = plan.gather_weights(choice.weight_NE)
         y_ND = combine(self.experts(x_ND, plan), weights_P, plan, len(x_ND))
         return Out(y_ND.view_as(x), choice.losses, choice.stats)
 
-    def _listening(self, x: Tensor, choice: Choice) -> Out:
+    def _listening(self, x: Tensor, choice: CosineRouterOutput) -> Out:
         y_ND, probes = self._listen(
             self.experts,
             x.flatten(0, 1),
             choice.mask_NE,
             choice.weight_NE,
-            self.config.wants_gradient,
+            self.config.needs_output_grad,
         )
         losses = choice.losses | {"sdl": choice.losses["sdl"] + probes["share"]}
         return Out(y_ND.view_as(x), losses, choice.stats, probes)
 
-    def after_backward(self, probes: dict[str, Tensor]) -> dict[str, Tensor]:
+    def after_backward(self, grad_probes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Where it was asked for, the gate learns from surprise."""
-        return learn(self.config, self.gate, self.experts, probes) if probes else {}
+        return (
+            add_router_gradients(self.config, self.gate, self.experts, grad_probes)
+            if grad_probes
+            else {}
+        )
 
-    def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
+    def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
         """Re-birth."""
-        return self.gate.post_step(stats, births(self.experts))
+        return self.gate.post_step(stats, expert_reset_stds(self.experts))
 
     def flops(self) -> int:
         """Of a token that has as many experts as SDL asks for; at first it is half of all."""
-        return self.gate.flops() + round(self.config.active * self.experts.flops())
+        return self.gate.flops() + round(
+            self.config.target_experts_per_token * self.experts.flops()
+        )
 
-    def idle_parameters(self) -> int:
+    def inactive_parameters(self) -> int:
         """Those of the experts that a token does not have, if it has as many as SDL asks for."""
         held = sum(parameter.numel() for parameter in self.experts.parameters())
-        return round(held * (1 - self.config.active / self.config.experts))
+        return round(held * (1 - self.config.target_experts_per_token / self.config.experts))

@@ -17,13 +17,18 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-LEAST = 16
-QUERIES = 64
+MIN_TILE = 16
+QUERY_TILE = 64
 """Rows of queries and heads that a block is multiplied with at a time."""
 
 
 def forward(
-    q_NTJD: Tensor, k_NSD: Tensor, v_NSD: Tensor, begins_NTC: Tensor, place_NT: Tensor, size: int
+    q_NTJD: Tensor,
+    k_NSD: Tensor,
+    v_NSD: Tensor,
+    begins_NTC: Tensor,
+    cache_position_NT: Tensor,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
     """As `parts.selected._attend`."""
     rows, queries, heads, width = q_NTJD.shape
@@ -32,7 +37,7 @@ def forward(
     _launch(
         _forward,
         (queries, rows),
-        *(x.contiguous() for x in (q_NTJD, k_NSD, v_NSD, begins_NTC, place_NT)),
+        *(x.contiguous() for x in (q_NTJD, k_NSD, v_NSD, begins_NTC, cache_position_NT)),
         y_NTJD,
         level_NTJ,
         1 / math.sqrt(width),
@@ -50,7 +55,7 @@ def backward(
     k_NSD: Tensor,
     v_NSD: Tensor,
     begins_NTC: Tensor,
-    place_NT: Tensor,
+    cache_position_NT: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `parts.selected._backward`."""
@@ -61,15 +66,25 @@ def backward(
     given = tuple(x.contiguous() for x in given)
     dq_NTJD, dk_NSD, dv_NSD = (torch.zeros_like(x) for x in given[3:])
     scale, sizes = 1 / math.sqrt(width), _sizes(heads, width, size)
-    begins_NTC, place_NT = begins_NTC.contiguous(), place_NT.contiguous()
-    more = (begins_NTC, place_NT, dq_NTJD, scale, queries, keys, count)
+    begins_NTC, cache_position_NT = begins_NTC.contiguous(), cache_position_NT.contiguous()
+    more = (begins_NTC, cache_position_NT, dq_NTJD, scale, queries, keys, count)
     _launch(_backward_queries, (queries, rows), *given, *more, **sizes)
     sorted_NX, order_NX = begins_NTC.flatten(1).sort(stable=True)
     edges = torch.arange(keys + 1, device=q_NTJD.device).expand(rows, -1).contiguous()
     first_NS = torch.searchsorted(sorted_NX, edges)
     asked_NX = (order_NX // max(count, 1)).contiguous()
-    more = (asked_NX, first_NS, place_NT, dk_NSD, dv_NSD, scale, queries, keys, asked_NX.shape[1])
-    many = max(QUERIES // sizes["JP"], 1)
+    more = (
+        asked_NX,
+        first_NS,
+        cache_position_NT,
+        dk_NSD,
+        dv_NSD,
+        scale,
+        queries,
+        keys,
+        asked_NX.shape[1],
+    )
+    many = max(QUERY_TILE // sizes["JP"], 1)
     _launch(_backward_keys, (keys, rows), *given, *more, **sizes, MANY=many)
     return dq_NTJD, dk_NSD, dv_NSD
 
@@ -80,7 +95,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: int) -
 
 def _sizes(heads: int, width: int, size: int) -> dict[str, int]:
     rounded = {
-        name: max(LEAST, 1 << (number - 1).bit_length())
+        name: max(MIN_TILE, 1 << (number - 1).bit_length())
         for name, number in (("JP", heads), ("DP", width), ("KP", size))
     }
     return {"J": heads, "D": width, "SIZE": size} | rounded

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
-from tinsmith.nn.parts.attend import reach
-from tinsmith.nn.parts.cache import Append
-from tinsmith.nn.parts.chosen import Choice, attend_chosen
-from tinsmith.nn.parts.indexer import IndexedHeads
-from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import linear_flops
+from tinsmith.nn.attention.cache import KVCache
+from tinsmith.nn.attention.core import attention_span
+from tinsmith.nn.attention.indexer import IndexedHeads
+from tinsmith.nn.attention.latent import linear_flops
+from tinsmith.nn.attention.token_sparse import TokenSparseConfig, attend_topk_tokens
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.layers.init import ResidualProj
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +32,26 @@ class DSA(IndexedHeads):
 
     kind: Literal["dsa"] = "dsa"
 
-    def build(self, site: Site) -> "DSAMixer":
+    def build(self, build_ctx: BuildContext) -> "DSAMixer":
         """The module."""
-        return DSAMixer(self, site)
+        return DSAMixer(self, build_ctx)
 
 
 class DSAMixer(Mixer):
     """The module of `DSA`."""
 
-    def __init__(self, config: DSA, site: Site):
+    def __init__(self, config: DSA, build_ctx: BuildContext):
         super().__init__()
-        self.config, self.dim = config, site.dim
-        self.rotary_dim = config.rope_dim if site.rotary else None
-        self.nope_factor = site.rotary_factor**2
-        self.attention, self.dropout = site.attention, site.attention_dropout
-        self.queries, self.keys = config.queries(site.dim), config.keys(site.dim)
-        self.indexer = config.indexer(site.dim)
-        self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
+        self.config, self.dim = config, build_ctx.dim
+        self.rotary_dim = config.rope_dim if build_ctx.use_rope else None
+        self.nope_factor = build_ctx.attention_scaling**2
+        self.attention, self.dropout = build_ctx.attention, build_ctx.attention_dropout
+        self.queries, self.keys = (
+            config.build_queries(build_ctx.dim),
+            config.build_keys(build_ctx.dim),
+        )
+        self.indexer = config.build_indexer(build_ctx.dim)
+        self.o_proj = ResidualProj(config.heads * config.v_dim, build_ctx.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D); in training, losses["indexer"]."""
@@ -57,36 +60,38 @@ class DSAMixer(Mixer):
         latent_BSC, rope_BSR = self.keys(x, rotary)
         index = self.indexer(x, source, rotary)
         if cache is None:
-            seen = reach(ctx.segments, x.shape[1], None, x.device)
+            seen = attention_span(ctx.segments, x.shape[1], None, x.device)
         else:
             held, seen = cache.append(ctx.segments, latent_BSC, rope_BSR, index.k_BSE)
             latent_BSC, rope_BSR, k_BSE = (tensor.to(x.dtype) for tensor in held)
             index = index._replace(k_BSE=k_BSE)
-        q_BTHD = self.keys.absorbed(nope_BTHN * self.nope_factor, rope_BTHR)
+        q_BTHD = self.keys.absorb_queries(nope_BTHN * self.nope_factor, rope_BTHR)
         k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
         v_BS1C, choice = latent_BSC[:, :, None], self._choice()
-        mixed_BTHC, lost = attend_chosen(q_BTHD, k_BS1D, v_BS1C, index, seen, ctx.segments, choice)
-        y = self.o_proj(self.keys.values(mixed_BTHC).flatten(2))
+        mixed_BTHC, lost = attend_topk_tokens(
+            q_BTHD, k_BS1D, v_BS1C, index, seen, ctx.segments, choice
+        )
+        y = self.o_proj(self.keys.project_values(mixed_BTHC).flatten(2))
         return Out(y, {} if lost is None else {"indexer": self.config.index_weight * lost})
 
-    def _choice(self) -> Choice:
+    def _choice(self) -> TokenSparseConfig:
         learns = self.config.index_target if self.training else None
         dropout = self.dropout if self.training else 0.0
-        return Choice(self.config.keep, learns, self.attention, dropout)
+        return TokenSparseConfig(self.config.index_topk, learns, self.attention, dropout)
 
     def new_cache(
-        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """Latents, turned keys and index keys: kv_rank + rope_dim + index_dim numbers per token."""
         widths = (self.config.kv_rank, self.config.rope_dim, self.config.index_dim)
-        return Append(rows, capacity, [(width,) for width in widths], dtype, device)
+        return KVCache(batch_size, capacity, [(width,) for width in widths], dtype, device)
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """Projections, index scores of all earlier tokens, attention to the chosen ones."""
         config = self.config
-        indexed = config.index_heads * config.index_dim * (context + 1)
-        kept = min(config.keep, context)
-        seen = kept - kept * (kept - 1) / (2 * context)
+        indexed = config.index_heads * config.index_dim * (seq_len + 1)
+        kept = min(config.index_topk, seq_len)
+        seen = kept - kept * (kept - 1) / (2 * seq_len)
         chosen = 2 * config.heads * (2 * config.kv_rank + config.rope_dim) * seen
         absorbed = 2 * config.heads * config.kv_rank * (config.nope_dim + config.v_dim)
         # LatentKeys.up is applied to queries and sums instead of keys: that is `absorbed`

@@ -22,17 +22,21 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, MixerKind, Out, Reset, Site
-from tinsmith.nn.mixers.gqa import GQA, HeadsMixer
-from tinsmith.nn.parts.grouped import grouped
-from tinsmith.nn.parts.init import OutputStack, Stack
-from tinsmith.nn.routing.gated import Gated, Mixture
-from tinsmith.nn.routing.rebirth import births
-from tinsmith.nn.routing.threshold import Gate, Threshold
+from tinsmith.nn.contract import BuildContext, Ctx, MixerConfigBase, OptimizerReset, Out
+from tinsmith.nn.mixers.gqa import GQA, AttentionMixer
+from tinsmith.nn.moe.cosine_router import (
+    CosineRouted,
+    CosineRouter,
+    CosineRouterConfig,
+    ExpertMixture,
+)
+from tinsmith.nn.moe.dead_experts import expert_reset_stds
+from tinsmith.nn.moe.experts import ExpertOutWeight, ExpertWeight
+from tinsmith.nn.moe.grouped_gemm import grouped_linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynHeads(Threshold, MixerKind):
+class DynHeads(CosineRouterConfig, MixerConfigBase):
     """Attention whose projections are experts that each token chooses."""
 
     kind: Literal["dyn_heads"] = "dyn_heads"
@@ -46,10 +50,10 @@ class DynHeads(Threshold, MixerKind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.shape.heads == self.heads  # GQA refuses sizes that do not fit
+        assert self.gqa_config.heads == self.heads  # GQA refuses sizes that do not fit
 
     @property
-    def shape(self) -> GQA:
+    def gqa_config(self) -> GQA:
         """The attention that every expert could be alone."""
         return GQA(
             heads=self.heads,
@@ -62,47 +66,51 @@ class DynHeads(Threshold, MixerKind):
 
     def check(self, dim: int) -> None:
         """As gqa."""
-        self.shape.check(dim)
+        self.gqa_config.check(dim)
 
-    def build(self, site: Site) -> "DynHeadsMixer":
+    def build(self, build_ctx: BuildContext) -> "DynHeadsMixer":
         """The module."""
-        return DynHeadsMixer(self, site)
+        return DynHeadsMixer(self, build_ctx)
 
 
-class DynHeadsMixer(HeadsMixer, Gated):
+class DynHeadsMixer(AttentionMixer, CosineRouted):
     """The module of `DynHeads`."""
 
-    def __init__(self, config: DynHeads, site: Site):
-        super().__init__(config.shape, site)
-        self.active = config.active
-        queries, keys = self.inner
-        self.gate = Gate(config, site.dim, site.layer)
-        self.q_proj = Stack(config.experts, site.dim, queries)
-        self.k_proj = Stack(config.experts, site.dim, keys)
-        self.v_proj = Stack(config.experts, site.dim, keys)
-        self.o_proj = OutputStack(config.experts, queries, site.dim)
+    def __init__(self, config: DynHeads, build_ctx: BuildContext):
+        super().__init__(config.gqa_config, build_ctx)
+        self.active = config.target_experts_per_token
+        queries, keys = self.proj_dims
+        self.gate = CosineRouter(config, build_ctx.dim, build_ctx.layer_idx)
+        self.q_proj = ExpertWeight(config.experts, build_ctx.dim, queries)
+        self.k_proj = ExpertWeight(config.experts, build_ctx.dim, keys)
+        self.v_proj = ExpertWeight(config.experts, build_ctx.dim, keys)
+        self.o_proj = ExpertOutWeight(config.experts, queries, build_ctx.dim)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
-        choice = self.choose(x, ctx)
-        mixture = Mixture.of(choice)
+        choice = self.route(x, ctx)
+        mixture = ExpertMixture.from_router_output(choice)
 
-        def mixed(x_BTI: Tensor, stack: Stack) -> Tensor:
-            return mixture(x_BTI, lambda x_PI, ends_E: grouped(x_PI, stack.weight, ends_E))
+        def mixed(x_BTI: Tensor, stack: ExpertWeight) -> Tensor:
+            return mixture(x_BTI, lambda x_PI, ends_E: grouped_linear(x_PI, stack.weight, ends_E))
 
         q_BTI, k_BTJ, v_BTJ = (mixed(x, stack) for stack in (self.q_proj, self.k_proj, self.v_proj))
-        seen_BTI = self.look(q_BTI, k_BTJ, v_BTJ, ctx, cache).y
+        seen_BTI = self.attend(q_BTI, k_BTJ, v_BTJ, ctx, cache).y
         return Out(mixed(seen_BTI, self.o_proj), choice.losses, choice.stats)
 
-    def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
+    def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
         """Count, and let experts that never fire begin anew."""
-        return self.gate.post_step(stats, births(self))
+        return self.gate.post_step(stats, expert_reset_stds(self))
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """Projections by as many experts as a token is to have, the gate, attention."""
-        return int(self.active * self.projecting() + self.gate.flops() + self.looking(context))
+        return int(
+            self.active * self.projection_flops()
+            + self.gate.flops()
+            + self.attention_flops(seq_len)
+        )
 
-    def idle_parameters(self) -> int:
+    def inactive_parameters(self) -> int:
         """Those of the experts that a token does not have, if it has as many as SDL asks for."""
         held = sum(s.weight.numel() for s in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         return round(held * (1 - self.active / self.gate.config.experts))

@@ -20,15 +20,27 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, MixerKind, Out, Reset, Site
+from tinsmith.nn.contract import (
+    BuildContext,
+    Ctx,
+    LayerCache,
+    Mixer,
+    MixerConfigBase,
+    OptimizerReset,
+    Out,
+)
 from tinsmith.nn.mixers.gqa import GQA
-from tinsmith.nn.parts.grouped import grouped
-from tinsmith.nn.routing.gated import Gated, Mixture
-from tinsmith.nn.routing.threshold import Gate, Threshold
+from tinsmith.nn.moe.cosine_router import (
+    CosineRouted,
+    CosineRouter,
+    CosineRouterConfig,
+    ExpertMixture,
+)
+from tinsmith.nn.moe.grouped_gemm import grouped_linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynLoRA(Threshold, MixerKind):
+class DynLoRA(CosineRouterConfig, MixerConfigBase):
     """A base gqa whose projections each token may change, by the experts it chooses."""
 
     kind: Literal["dyn_lora"] = "dyn_lora"
@@ -50,87 +62,87 @@ class DynLoRA(Threshold, MixerKind):
         """As the base."""
         self.base.check(dim)
 
-    def value_shape(self, dim: int) -> tuple[int, int] | None:
+    def value_residual_shape(self, dim: int) -> tuple[int, int] | None:
         """The base takes part in the value residual, or not."""
-        return self.base.value_shape(dim)
+        return self.base.value_residual_shape(dim)
 
-    def build(self, site: Site) -> "DynLoRAMixer":
+    def build(self, build_ctx: BuildContext) -> "DynLoRAMixer":
         """The module."""
-        return DynLoRAMixer(self, site)
+        return DynLoRAMixer(self, build_ctx)
 
 
-class LowRank(nn.Module):
+class LowRankExperts(nn.Module):
     """A change B_e A_e to a linear layer for each of E experts."""
 
     def __init__(self, experts: int, layer: nn.Linear, rank: int):
         super().__init__()
-        self.spread = 1 / math.sqrt(layer.in_features)
+        self.init_std = 1 / math.sqrt(layer.in_features)
         self.down = nn.Parameter(torch.empty(experts, rank, layer.in_features))
         self.up = nn.Parameter(torch.zeros(experts, layer.out_features, rank))
-        nn.init.normal_(self.down, std=self.spread)
+        nn.init.normal_(self.down, std=self.init_std)
 
     def forward(self, x_PI: Tensor, ends_E: Tensor) -> Tensor:
         """(P, O): what each pair's expert adds."""
-        return grouped(grouped(x_PI, self.down, ends_E), self.up, ends_E)
+        return grouped_linear(grouped_linear(x_PI, self.down, ends_E), self.up, ends_E)
 
     def flops(self) -> int:
         """Operations of one pair."""
         return 2 * (self.down[0].numel() + self.up[0].numel())
 
 
-class DynLoRAMixer(Mixer, Gated):
+class DynLoRAMixer(Mixer, CosineRouted):
     """The module of `DynLoRA`."""
 
-    def __init__(self, config: DynLoRA, site: Site):
+    def __init__(self, config: DynLoRA, build_ctx: BuildContext):
         super().__init__()
-        self.active, self.scale = config.active, config.alpha / config.rank
-        self.base = config.base.build(site)
+        self.active, self.scale = config.target_experts_per_token, config.alpha / config.rank
+        self.base = config.base.build(build_ctx)
         self.base.requires_grad_(not config.freeze_base)
         self.rotary_dim = self.base.rotary_dim
-        self.gate = Gate(config, site.dim, site.layer)
-        self.q_delta = LowRank(config.experts, self.base.q_proj, config.rank)
-        self.k_delta = LowRank(config.experts, self.base.k_proj, config.rank)
-        self.v_delta = LowRank(config.experts, self.base.v_proj, config.rank)
-        self.o_delta = LowRank(config.experts, self.base.o_proj, config.rank)
+        self.gate = CosineRouter(config, build_ctx.dim, build_ctx.layer_idx)
+        self.q_delta = LowRankExperts(config.experts, self.base.q_proj, config.rank)
+        self.k_delta = LowRankExperts(config.experts, self.base.k_proj, config.rank)
+        self.v_delta = LowRankExperts(config.experts, self.base.v_proj, config.rank)
+        self.o_delta = LowRankExperts(config.experts, self.base.o_proj, config.rank)
 
     @property
-    def deltas(self) -> tuple[LowRank, ...]:
+    def deltas(self) -> tuple[LowRankExperts, ...]:
         """All changes."""
         return self.q_delta, self.k_delta, self.v_delta, self.o_delta
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
-        choice = self.choose(x, ctx)
-        mixture = Mixture.of(choice)
+        choice = self.route(x, ctx)
+        mixture = ExpertMixture.from_router_output(choice)
 
-        def changed(x_BTI: Tensor, layer: nn.Linear, delta: LowRank) -> Tensor:
+        def changed(x_BTI: Tensor, layer: nn.Linear, delta: LowRankExperts) -> Tensor:
             return layer(x_BTI) + self.scale * mixture(x_BTI, delta)
 
         base = self.base
         q_BTI = changed(x, base.q_proj, self.q_delta)
         k_BTJ = changed(x, base.k_proj, self.k_delta)
         v_BTJ = changed(x, base.v_proj, self.v_delta)
-        seen = base.look(q_BTI, k_BTJ, v_BTJ, ctx, cache)
+        seen = base.attend(q_BTI, k_BTJ, v_BTJ, ctx, cache)
         y_BTD = changed(seen.y, base.o_proj, self.o_delta)
-        return Out(y_BTD, choice.losses, choice.stats, value=seen.value)
+        return Out(y_BTD, choice.losses, choice.stats, value_residual=seen.value_residual)
 
     def new_cache(
-        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """The base's, of changed keys and values."""
-        return self.base.new_cache(rows, capacity, dtype, device)
+        return self.base.new_cache(batch_size, capacity, dtype, device)
 
-    def post_step(self, stats: dict[str, Tensor]) -> list[Reset]:
+    def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
         """Count, and let experts that never fire begin anew."""
-        births = {delta.down: delta.spread for delta in self.deltas}
+        births = {delta.down: delta.init_std for delta in self.deltas}
         return self.gate.post_step(stats, births | {delta.up: 0.0 for delta in self.deltas})
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """The base, the gate, and as many changes as a token is to have."""
         changes = self.active * sum(delta.flops() for delta in self.deltas)
-        return int(self.base.flops(context) + self.gate.flops() + changes)
+        return int(self.base.flops(seq_len) + self.gate.flops() + changes)
 
-    def idle_parameters(self) -> int:
+    def inactive_parameters(self) -> int:
         """Those of the experts that a token does not have, if it has as many as SDL asks for."""
         held = sum(p.numel() for delta in self.deltas for p in delta.parameters())
         return round(held * (1 - self.active / self.gate.config.experts))

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
-from tinsmith.nn.parts.attend import attend, reach
-from tinsmith.nn.parts.cache import Append, Ring
-from tinsmith.nn.parts.heads import GroupedHeads
-from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.norm import RMSNorm
-from tinsmith.nn.parts.rope import rotate
+from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
+from tinsmith.nn.attention.core import GroupedHeads, attend, attention_span
+from tinsmith.nn.attention.rope import apply_rotary_emb
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,100 +44,110 @@ class GQA(GroupedHeads):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.heads % self.groups:
+        if self.heads % self.num_kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
 
-    def build(self, site: Site) -> "GQAMixer":
+    def build(self, build_ctx: BuildContext) -> "GQAMixer":
         """The module."""
-        return GQAMixer(self, site)
+        return GQAMixer(self, build_ctx)
 
 
-class HeadsMixer(Mixer):
+class AttentionMixer(Mixer):
     """What is done with queries, keys and values, however they were projected: norms, rotation,
     the value residual, the cache, attention.
     """
 
-    def __init__(self, config: GQA, site: Site):
+    def __init__(self, config: GQA, build_ctx: BuildContext):
         super().__init__()
-        self.heads, self.groups, self.width = config.heads, config.groups, config.width(site.dim)
+        self.heads, self.num_kv_heads, self.head_dim = (
+            config.heads,
+            config.num_kv_heads,
+            config.resolve_head_dim(build_ctx.dim),
+        )
         self.window = config.window
-        self.attention, self.dropout = site.attention, site.attention_dropout
-        self.rotary_dim = self.width if config.rope and site.rotary else None
-        self.dim = site.dim
-        self.q_norm = RMSNorm(self.width, site.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.width, site.norm_eps) if config.qk_norm else nn.Identity()
+        self.attention, self.dropout = build_ctx.attention, build_ctx.attention_dropout
+        self.rotary_dim = self.head_dim if config.rope and build_ctx.use_rope else None
+        self.dim = build_ctx.dim
+        self.q_norm = (
+            RMSNorm(self.head_dim, build_ctx.norm_eps) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            RMSNorm(self.head_dim, build_ctx.norm_eps) if config.qk_norm else nn.Identity()
+        )
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
-        self.offers = config.value_residual
-        mixes = config.value_residual and not site.first_value
+        self.value_residual = config.value_residual
+        mixes = config.value_residual and not build_ctx.is_value_residual_source
         self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
 
-    def look(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, ctx: Ctx, cache: Any) -> Out:
+    def attend(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, ctx: Ctx, cache: Any) -> Out:
         """Out.y (B, T, I) is what the heads saw, before the output projection; I = heads head_dim,
         J = kv_heads head_dim.
         """
         rows, count, _ = q_BTI.shape
-        q_BTHD = self.q_norm(q_BTI.view(rows, count, self.heads, self.width))
-        k_BTGD = self.k_norm(k_BTJ.view(rows, count, self.groups, self.width))
-        v_BTGD = v_BTJ.view(rows, count, self.groups, self.width)
+        q_BTHD = self.q_norm(q_BTI.view(rows, count, self.heads, self.head_dim))
+        k_BTGD = self.k_norm(k_BTJ.view(rows, count, self.num_kv_heads, self.head_dim))
+        v_BTGD = v_BTJ.view(rows, count, self.num_kv_heads, self.head_dim)
         if self.rotary_dim:
             rotary = ctx.rotary[self.rotary_dim]
-            q_BTHD, k_BTGD = rotate(q_BTHD, rotary), rotate(k_BTGD, rotary)
-        offered = v_BTGD if self.offers else None
-        if self.value_mix is not None and ctx.value is not None:
-            v_BTGD = (self.value_mix[0] * ctx.value + self.value_mix[1] * v_BTGD).to(v_BTGD.dtype)
+            q_BTHD, k_BTGD = apply_rotary_emb(q_BTHD, rotary), apply_rotary_emb(k_BTGD, rotary)
+        offered = v_BTGD if self.value_residual else None
+        if self.value_mix is not None and ctx.value_residual is not None:
+            v_BTGD = (self.value_mix[0] * ctx.value_residual + self.value_mix[1] * v_BTGD).to(
+                v_BTGD.dtype
+            )
         if cache is None:
-            seen = reach(ctx.segments, count, self.window, q_BTI.device)
+            seen = attention_span(ctx.segments, count, self.window, q_BTI.device)
         else:
             (k_BTGD, v_BTGD), seen = cache.append(ctx.segments, k_BTGD, v_BTGD)
         dropout = self.dropout if self.training else 0.0
         y_BTHD = attend(
             q_BTHD, k_BTGD, v_BTGD, seen, kind=self.attention, dropout=dropout, sinks_H=self.sinks
         )
-        return Out(y_BTHD.flatten(2), value=offered)
+        return Out(y_BTHD.flatten(2), value_residual=offered)
 
     def new_cache(
-        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """Keys (already rotated) and values (already mixed): 2 kv_heads head_dim numbers per
         token held.
         """
-        shapes: list[tuple[int, ...]] = [(self.groups, self.width)] * 2
+        shapes: list[tuple[int, ...]] = [(self.num_kv_heads, self.head_dim)] * 2
         if self.window is not None:
-            return Ring(rows, capacity, self.window, shapes, dtype, device)
-        return Append(rows, capacity, shapes, dtype, device)
+            return RotatingKVCache(batch_size, capacity, self.window, shapes, dtype, device)
+        return KVCache(batch_size, capacity, shapes, dtype, device)
 
     @property
-    def inner(self) -> tuple[int, int]:
+    def proj_dims(self) -> tuple[int, int]:
         """Widths of all queries, and of all keys or all values."""
-        return self.heads * self.width, self.groups * self.width
+        return self.heads * self.head_dim, self.num_kv_heads * self.head_dim
 
-    def projecting(self) -> int:
+    def projection_flops(self) -> int:
         """Operations per token of projections to queries, keys, values and back."""
-        return 4 * self.dim * sum(self.inner)
+        return 4 * self.dim * sum(self.proj_dims)
 
-    def looking(self, context: int) -> float:
+    def attention_flops(self, seq_len: int) -> float:
         """Operations per token of scores and sums over the keys that are seen on average."""
-        window = min(self.window or context, context)
-        return 4 * self.inner[0] * (window - window * (window - 1) / (2 * context))
+        window = min(self.window or seq_len, seq_len)
+        return 4 * self.proj_dims[0] * (window - window * (window - 1) / (2 * seq_len))
 
 
-class GQAMixer(HeadsMixer):
+class GQAMixer(AttentionMixer):
     """The module of `GQA`."""
 
-    def __init__(self, config: GQA, site: Site):
-        super().__init__(config, site)
+    def __init__(self, config: GQA, build_ctx: BuildContext):
+        super().__init__(config, build_ctx)
         qkv_bias, out_bias = config.bias != "none", config.bias == "all"
-        queries, keys = self.inner
-        self.q_proj = nn.Linear(site.dim, queries, bias=qkv_bias)
-        self.k_proj = nn.Linear(site.dim, keys, bias=qkv_bias)
-        self.v_proj = nn.Linear(site.dim, keys, bias=qkv_bias)
-        self.o_proj = Output(queries, site.dim, bias=out_bias)
+        queries, keys = self.proj_dims
+        self.q_proj = nn.Linear(build_ctx.dim, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(build_ctx.dim, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(build_ctx.dim, keys, bias=qkv_bias)
+        self.o_proj = ResidualProj(queries, build_ctx.dim, bias=out_bias)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
-        seen = self.look(self.q_proj(x), self.k_proj(x), self.v_proj(x), ctx, cache)
+        seen = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), ctx, cache)
         return seen._replace(y=self.o_proj(seen.y))
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """Projections and attention."""
-        return int(self.projecting() + self.looking(context))
+        return int(self.projection_flops() + self.attention_flops(seq_len))

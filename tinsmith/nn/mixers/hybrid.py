@@ -16,17 +16,22 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
-from tinsmith.nn.parts.attend import Reach, reach
-from tinsmith.nn.parts.blocks import spots
-from tinsmith.nn.parts.branches import BRANCHES, Asked, Branch, BranchedHeads, Name
-from tinsmith.nn.parts.cache import Append
-from tinsmith.nn.parts.heads import BranchGate
-from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import linear_flops
-from tinsmith.nn.parts.norm import wide
+from tinsmith.nn.attention.cache import KVCache
+from tinsmith.nn.attention.compress import block_positions
+from tinsmith.nn.attention.core import BranchGate, Span, attention_span
+from tinsmith.nn.attention.latent import linear_flops
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.mixers.hybrid_branches import (
+    BRANCHES,
+    AttentionBranch,
+    BranchedHeads,
+    BranchInputs,
+    BranchName,
+)
+from tinsmith.nn.precision import at_least_fp32
 
-MODES: dict[str, tuple[Name, ...]] = {
+MODES: dict[str, tuple[BranchName, ...]] = {
     "nsa": ("compress", "select", "window"),
     "swa": ("compress", "window"),
     "dsa": ("compress", "select"),
@@ -39,57 +44,57 @@ class Hybrid(BranchedHeads):
 
     kind: Literal["hybrid"] = "hybrid"
     mode: Literal["nsa", "swa", "dsa"] | None = None  # nsa, unless branches are named
-    branches: tuple[Name, ...] | None = None
+    branches: tuple[BranchName, ...] | None = None
     gate: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode is not None and self.branches is not None:
             raise ValueError(f"give mode={self.mode} or branches, not both")
-        if not self.present or len(set(self.present)) < len(self.present):
-            raise ValueError(f"branches={list(self.present)} must be some, each once")
+        if not self.branch_names or len(set(self.branch_names)) < len(self.branch_names):
+            raise ValueError(f"branches={list(self.branch_names)} must be some, each once")
 
     @property
-    def present(self) -> tuple[Name, ...]:
+    def branch_names(self) -> tuple[BranchName, ...]:
         """The branches that are built."""
         return MODES[self.mode or "nsa"] if self.branches is None else self.branches
 
-    def build(self, site: Site) -> "HybridMixer":
+    def build(self, build_ctx: BuildContext) -> "HybridMixer":
         """The module."""
-        return HybridMixer(self, site)
+        return HybridMixer(self, build_ctx)
 
 
 class HybridMixer(Mixer):
     """The module of `Hybrid`."""
 
-    def __init__(self, config: Hybrid, site: Site):
+    def __init__(self, config: Hybrid, build_ctx: BuildContext):
         super().__init__()
-        self.config, self.dim = config, site.dim
-        self.rotary_dim = config.rope_dim if site.rotary else None
-        self.nope_factor = site.rotary_factor**2
-        self.dropout = site.attention_dropout
-        self.queries = config.queries(site.dim)
-        branches = {name: BRANCHES[name](config, site) for name in config.present}
-        self.branches = cast(Mapping[str, Branch], nn.ModuleDict(branches))
+        self.config, self.dim = config, build_ctx.dim
+        self.rotary_dim = config.rope_dim if build_ctx.use_rope else None
+        self.nope_factor = build_ctx.attention_scaling**2
+        self.dropout = build_ctx.attention_dropout
+        self.queries = config.build_queries(build_ctx.dim)
+        branches = {name: BRANCHES[name](config, build_ctx) for name in config.branch_names}
+        self.branches = cast(Mapping[str, AttentionBranch], nn.ModuleDict(branches))
         gates = config.heads * len(branches)
-        self.branch_gate = BranchGate(site.dim, gates) if len(branches) > 1 else None
-        self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
+        self.branch_gate = BranchGate(build_ctx.dim, gates) if len(branches) > 1 else None
+        self.o_proj = ResidualProj(config.heads * config.v_dim, build_ctx.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D); in training, the losses of an indexer."""
         rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
         nope_BTHN, rope_BTHR, source = self.queries(x, rotary)
         if cache is None:
-            seen, keys = reach(ctx.segments, x.shape[1], None, x.device), x.shape[1]
+            seen, keys = attention_span(ctx.segments, x.shape[1], None, x.device), x.shape[1]
         else:
-            seen, keys = cache.count(ctx.segments, x)
-        at = spots(seen, x.shape[1], keys, x.device)
+            seen, keys = cache.append(ctx.segments, x)
+        at = block_positions(seen, x.shape[1], keys, x.device)
         dropout = self.dropout if self.training else 0.0
         nope_BTHN = nope_BTHN * self.nope_factor
-        asked = Asked(x, nope_BTHN, rope_BTHR, source, rotary, ctx, seen, at, dropout)
+        asked = BranchInputs(x, nope_BTHN, rope_BTHR, source, rotary, ctx, seen, at, dropout)
         said, losses = [], {}
         for name, branch in self.branches.items():
-            y_BTHV, more = branch(asked, None if cache is None else cache.parts[name])
+            y_BTHV, more = branch(asked, None if cache is None else cache.branch_caches[name])
             said.append(y_BTHV)
             losses |= more
         return Out(self.o_proj(self._mixed(x, said).flatten(2)), losses)
@@ -97,64 +102,64 @@ class HybridMixer(Mixer):
     def _mixed(self, x: Tensor, said: list[Tensor]) -> Tensor:
         if self.branch_gate is None:
             return said[0]
-        scores_BTHZ = self.branch_gate(x).to(wide(x.dtype)).unflatten(-1, (-1, len(said)))
+        scores_BTHZ = self.branch_gate(x).to(at_least_fp32(x.dtype)).unflatten(-1, (-1, len(said)))
         softmax = self.config.gate == "softmax"
         gates_BTHZ = scores_BTHZ.softmax(-1) if softmax else scores_BTHZ.sigmoid()
         parts = (gate * y for gate, y in zip(gates_BTHZ[..., None].unbind(3), said, strict=True))
         return sum(parts, start=torch.zeros_like(said[0])).to(said[0].dtype)
 
     def new_cache(
-        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """What each branch remembers; see there."""
         parts = {
-            name: branch.new_cache(rows, capacity, dtype, device)
+            name: branch.new_cache(batch_size, capacity, dtype, device)
             for name, branch in self.branches.items()
         }
-        return HybridCache(parts, Append(rows, capacity, [(0,)], dtype, device))
+        return HybridCache(parts, KVCache(batch_size, capacity, [(0,)], dtype, device))
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """Projections, and what each branch does with the tokens that it sees on average."""
-        said = sum(branch.flops(context) for branch in self.branches.values())
+        said = sum(branch.flops(seq_len) for branch in self.branches.values())
         return int(linear_flops(self) + said)
 
 
 class HybridCache:
     """What each branch remembers; which tokens there were is counted once."""
 
-    def __init__(self, parts: dict[str, Any], counted: Append):
-        self.parts = parts
-        self.counted = counted
+    def __init__(self, branch_caches: dict[str, Any], token_counter: KVCache):
+        self.branch_caches = branch_caches
+        self.token_counter = token_counter
 
     @property
     def lengths(self) -> Tensor:
         """(B,) tokens absorbed per row."""
-        return self.counted.lengths
+        return self.token_counter.lengths
 
-    def count(self, segments_BT: Tensor | None, x: Tensor) -> tuple[Reach, int]:
+    def append(self, segments_BT: Tensor | None, x: Tensor) -> tuple[Span, int]:
         """Take in the tokens of a call; what they see of all tokens, and how many those are."""
-        (held,), seen = self.counted.append(segments_BT, x[..., :0])
+        (held,), seen = self.token_counter.append(segments_BT, x[..., :0])
         return seen, held.shape[1]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows."""
-        for part in (*self.parts.values(), self.counted):
+        for part in (*self.branch_caches.values(), self.token_counter):
             part.select(rows)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the newest tokens; possible while no window and no block has dropped any."""
-        parts = (*self.parts.values(), self.counted)
+        parts = (*self.branch_caches.values(), self.token_counter)
         for part in parts:
-            part.check_rewind(lengths)
+            part.check_truncate(lengths)
         for part in parts:
             part.truncate(lengths)
 
     def join(self, other: "HybridCache") -> None:
         """Append the rows of another cache."""
-        for name, part in self.parts.items():
-            part.join(other.parts[name])
-        self.counted.join(other.counted)
+        for name, part in self.branch_caches.items():
+            part.join(other.branch_caches[name])
+        self.token_counter.join(other.token_counter)
 
     def nbytes(self) -> int:
         """All of it."""
-        return sum(part.nbytes() for part in self.parts.values())
+        return sum(part.nbytes() for part in self.branch_caches.values())

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinsmith.nn.contract import Ctx, LayerCache, Mixer, Out, Site
-from tinsmith.nn.parts.attend import Reach, attend, reach
-from tinsmith.nn.parts.cache import Append
-from tinsmith.nn.parts.init import Output
-from tinsmith.nn.parts.latent import LatentHeads, linear_flops
+from tinsmith.nn.attention.cache import KVCache
+from tinsmith.nn.attention.core import Span, attend, attention_span
+from tinsmith.nn.attention.latent import LatentHeads, linear_flops
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.layers.init import ResidualProj
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +30,25 @@ class MLA(LatentHeads):
 
     kind: Literal["mla"] = "mla"
 
-    def build(self, site: Site) -> "MLAMixer":
+    def build(self, build_ctx: BuildContext) -> "MLAMixer":
         """The module."""
-        return MLAMixer(self, site)
+        return MLAMixer(self, build_ctx)
 
 
 class MLAMixer(Mixer):
     """The module of `MLA`."""
 
-    def __init__(self, config: MLA, site: Site):
+    def __init__(self, config: MLA, build_ctx: BuildContext):
         super().__init__()
-        self.config, self.dim = config, site.dim
-        self.rotary_dim = config.rope_dim if site.rotary else None
-        self.nope_factor = site.rotary_factor**2
-        self.attention, self.dropout = site.attention, site.attention_dropout
-        self.queries, self.keys = config.queries(site.dim), config.keys(site.dim)
-        self.o_proj = Output(config.heads * config.v_dim, site.dim, bias=False)
+        self.config, self.dim = config, build_ctx.dim
+        self.rotary_dim = config.rope_dim if build_ctx.use_rope else None
+        self.nope_factor = build_ctx.attention_scaling**2
+        self.attention, self.dropout = build_ctx.attention, build_ctx.attention_dropout
+        self.queries, self.keys = (
+            config.build_queries(build_ctx.dim),
+            config.build_keys(build_ctx.dim),
+        )
+        self.o_proj = ResidualProj(config.heads * config.v_dim, build_ctx.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
         """x (B, T, D) -> Out.y (B, T, D)."""
@@ -54,11 +57,11 @@ class MLAMixer(Mixer):
         nope_BTHN = nope_BTHN * self.nope_factor
         latent_BSC, rope_BSR = self.keys(x, rotary)
         if cache is None:
-            seen, way = reach(ctx.segments, x.shape[1], None, x.device), self._expanded
+            seen, way = attention_span(ctx.segments, x.shape[1], None, x.device), self._expanded
         else:
             (latent_BSC, rope_BSR), seen = cache.append(ctx.segments, latent_BSC, rope_BSR)
             latent_BSC, rope_BSR = latent_BSC.to(x.dtype), rope_BSR.to(x.dtype)
-            way = self._absorbed if self.config.absorbing_pays(x.shape[1]) else self._expanded
+            way = self._absorbed if self.config.prefer_absorbed(x.shape[1]) else self._expanded
         y_BTHV = way(nope_BTHN, rope_BTHR, latent_BSC, rope_BSR, seen)
         return Out(self.o_proj(y_BTHV.flatten(2)))
 
@@ -68,9 +71,9 @@ class MLAMixer(Mixer):
         rope_BTHR: Tensor,
         latent_BSC: Tensor,
         rope_BSR: Tensor,
-        seen: Reach,
+        seen: Span,
     ) -> Tensor:
-        k_BSHD, v_BSHV = self.keys.expanded(latent_BSC, rope_BSR)
+        k_BSHD, v_BSHV = self.keys.expand(latent_BSC, rope_BSR)
         return self._attend(torch.cat((nope_BTHN, rope_BTHR), -1), k_BSHD, v_BSHV, seen)
 
     def _absorbed(
@@ -79,23 +82,23 @@ class MLAMixer(Mixer):
         rope_BTHR: Tensor,
         latent_BSC: Tensor,
         rope_BSR: Tensor,
-        seen: Reach,
+        seen: Span,
     ) -> Tensor:
-        q_BTHD = self.keys.absorbed(nope_BTHN, rope_BTHR)
+        q_BTHD = self.keys.absorb_queries(nope_BTHN, rope_BTHR)
         k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
-        return self.keys.values(self._attend(q_BTHD, k_BS1D, latent_BSC[:, :, None], seen))
+        return self.keys.project_values(self._attend(q_BTHD, k_BS1D, latent_BSC[:, :, None], seen))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Reach) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Span) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, seen, kind=self.attention, dropout=dropout)
 
     def new_cache(
-        self, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         """Latents (normalised) and turned keys: kv_rank + rope_dim numbers per token."""
         shapes: list[tuple[int, ...]] = [(self.config.kv_rank,), (self.config.rope_dim,)]
-        return Append(rows, capacity, shapes, dtype, device)
+        return KVCache(batch_size, capacity, shapes, dtype, device)
 
-    def flops(self, context: int) -> int:
+    def flops(self, seq_len: int) -> int:
         """Projections, and scores and sums over the keys that are seen on average."""
-        return linear_flops(self) + self.config.pair_flops * (context + 1) // 2
+        return linear_flops(self) + self.config.pair_flops * (seq_len + 1) // 2

@@ -24,20 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Residual, Site
-from tinsmith.nn.parts.norm import exactly, wide
-from tinsmith.nn.parts.streams import (
-    Streams,
-    add,
-    kept_bytes,
-    mix,
-    product_flops,
+from tinsmith.nn.contract import BuildContext, Residual
+from tinsmith.nn.precision import at_least_fp32, no_autocast
+from tinsmith.nn.residuals.streams import (
+    MultiStreamConfigBase,
+    add_to_streams,
+    mix_streams,
+    mixing_flops,
     project_normed,
+    stream_activation_bytes,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyper(Streams):
+class Hyper(MultiStreamConfigBase):
     """Several streams, mixed by learned weights that may depend on the token."""
 
     kind: Literal["hyper"] = "hyper"
@@ -54,9 +54,9 @@ class Hyper(Streams):
         if dim % self.fracs:
             raise ValueError(f"dim={dim} must be a multiple of fracs={self.fracs}")
 
-    def build(self, site: Site) -> "HyperResidual":
+    def build(self, build_ctx: BuildContext) -> "HyperResidual":
         """The module."""
-        return HyperResidual(self, site)
+        return HyperResidual(self, build_ctx)
 
 
 class HyperResidual(Residual):
@@ -64,13 +64,13 @@ class HyperResidual(Residual):
 
     ROLE: ClassVar[Literal["vector"]] = "vector"
 
-    def __init__(self, config: Hyper, site: Site):
+    def __init__(self, config: Hyper, build_ctx: BuildContext):
         super().__init__()
-        self.streams, self.fracs, self.eps = config.streams, config.fracs, site.norm_eps
+        self.streams, self.fracs, self.eps = config.streams, config.fracs, build_ctx.norm_eps
         self.dynamic = config.dynamic
         self.pieces = self.streams * self.fracs
-        self.width = site.dim // self.fracs
-        self.static = nn.Parameter(self._start(site.sub_layer % self.streams))
+        self.width = build_ctx.dim // self.fracs
+        self.static = nn.Parameter(self._start(build_ctx.sublayer_idx % self.streams))
         if self.dynamic:
             columns = self.static.shape[1]
             self.projection = nn.Parameter(torch.zeros(self.width, columns))
@@ -80,30 +80,30 @@ class HyperResidual(Residual):
         """(B, T, n, D) -> what the sub-layer reads, and the mixed streams with the weights of
         what it will say.
         """
-        with exactly(h.device):
-            h_BTPD = h.to(wide(h.dtype)).unflatten(-1, (self.fracs, -1)).flatten(2, 3)
+        with no_autocast(h.device):
+            h_BTPD = h.to(at_least_fp32(h.dtype)).unflatten(-1, (self.fracs, -1)).flatten(2, 3)
             weights_BTPC = self._weights(h_BTPD)
             taken, back_BTPF = weights_BTPC.split([self.fracs + self.pieces, self.fracs], -1)
-            x_BTFD, kept_BTPD = mix(taken.mT, h_BTPD).split([self.fracs, self.pieces], 2)
+            x_BTFD, kept_BTPD = mix_streams(taken.mT, h_BTPD).split([self.fracs, self.pieces], 2)
         return x_BTFD.flatten(2).to(h.dtype), (kept_BTPD, back_BTPF)
 
-    def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
+    def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
         """The mixed streams plus what was said, (B, T, n, D)."""
-        kept_BTPD, back_BTPF = kept
-        with exactly(h.device):
+        kept_BTPD, back_BTPF = saved
+        with no_autocast(h.device):
             pairs = back_BTPF.unflatten(2, (self.streams, self.fracs))
             onto_BTPF = pairs.mT.flatten(2, 3)
-            after_BTPD = add(kept_BTPD, onto_BTPF, y.unflatten(-1, (self.fracs, -1)))
+            after_BTPD = add_to_streams(kept_BTPD, onto_BTPF, y.unflatten(-1, (self.fracs, -1)))
         return after_BTPD.view(h.shape).to(h.dtype)
 
     def flops(self) -> int:
         """Of the projection, which is of every piece alone, and the mixes."""
         made = self.static.shape[1] if self.dynamic else 0
-        return product_flops(made, self.pieces, self.fracs, self.width)
+        return mixing_flops(made, self.pieces, self.fracs, self.width)
 
-    def kept(self) -> int:
+    def activation_bytes(self) -> int:
         """The streams and what was said."""
-        return kept_bytes(self.pieces * self.width, self.fracs * self.width)
+        return stream_activation_bytes(self.pieces * self.width, self.fracs * self.width)
 
     def _weights(self, h_BTPD: Tensor) -> Tensor:
         """(B, T, P, C): for every piece its columns of A_m and of A_r, and its row of B."""

@@ -26,27 +26,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import Residual, Site
-from tinsmith.nn.parts.norm import exactly, trains_eagerly, wide
-from tinsmith.nn.parts.streams import (
-    Streams,
-    add,
-    kept_bytes,
-    mix,
-    product_flops,
+from tinsmith.nn.contract import BuildContext, Residual
+from tinsmith.nn.precision import at_least_fp32, no_autocast, use_custom_backward
+from tinsmith.nn.residuals.streams import (
+    MultiStreamConfigBase,
+    add_to_streams,
+    mix_streams,
+    mixing_flops,
     project_normed,
+    stream_activation_bytes,
 )
 
-READ = 0.88
+INIT_READ_WEIGHT = 0.88
 """The share of its first stream in what a sub-layer reads at first."""
-STAY = 3.0
+INIT_DIAGONAL_LOGIT = 3.0
 """How much larger the logit on the diagonal of H_res is at first than those beside it."""
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """Logits over a smaller temperature may be beyond float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MHyper(Streams):
+class MHyper(MultiStreamConfigBase):
     """Several streams, mixed by doubly stochastic matrices that depend on the token."""
 
     kind: Literal["mhyper"] = "mhyper"
@@ -57,13 +57,13 @@ class MHyper(Streams):
         super().__post_init__()
         if self.sinkhorn_iterations < 1:
             raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1")
-        if not self.sinkhorn_temperature >= COLDEST:
+        if not self.sinkhorn_temperature >= MIN_TEMPERATURE:
             given = f"sinkhorn_temperature={self.sinkhorn_temperature}"
-            raise ValueError(f"{given} must be at least {COLDEST}")
+            raise ValueError(f"{given} must be at least {MIN_TEMPERATURE}")
 
-    def build(self, site: Site) -> "MHyperResidual":
+    def build(self, build_ctx: BuildContext) -> "MHyperResidual":
         """The module."""
-        return MHyperResidual(self, site)
+        return MHyperResidual(self, build_ctx)
 
 
 class MHyperResidual(Residual):
@@ -71,40 +71,40 @@ class MHyperResidual(Residual):
 
     ROLE: ClassVar[Literal["vector"]] = "vector"
 
-    def __init__(self, config: MHyper, site: Site):
+    def __init__(self, config: MHyper, build_ctx: BuildContext):
         super().__init__()
-        self.streams, self.eps = config.streams, site.norm_eps
+        self.streams, self.eps = config.streams, build_ctx.norm_eps
         self.iterations = config.sinkhorn_iterations
         self.temperature = config.sinkhorn_temperature
         self.sizes = [self.streams, self.streams, self.streams**2]
-        width = self.streams * site.dim
+        width = self.streams * build_ctx.dim
         self.projection = nn.Parameter(torch.randn(width, sum(self.sizes)) * 0.5 / width**0.5)
         self.scale = nn.Parameter(torch.full((3,), 0.01))
-        self.bias = nn.Parameter(self._start(site.sub_layer % self.streams))
+        self.bias = nn.Parameter(self._start(build_ctx.sublayer_idx % self.streams))
 
     def read(self, h: Tensor) -> tuple[Tensor, Any]:
         """(B, T, n, D) -> H_pre X, and H_res X with H_post."""
-        with exactly(h.device):
-            h_BTnD = h.to(wide(h.dtype))
+        with no_autocast(h.device):
+            h_BTnD = h.to(at_least_fp32(h.dtype))
             pre_BTn, post_BTn, res_BTnn = self._weights(h_BTnD)
             taken = torch.cat((pre_BTn.unsqueeze(2), res_BTnn), 2)
-            x_BT1D, kept_BTnD = mix(taken, h_BTnD).split([1, self.streams], 2)
+            x_BT1D, kept_BTnD = mix_streams(taken, h_BTnD).split([1, self.streams], 2)
         return x_BT1D.squeeze(2).to(h.dtype), (kept_BTnD, post_BTn.unsqueeze(-1))
 
-    def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
+    def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
         """H_res X + H_post^T y, (B, T, n, D)."""
-        kept_BTnD, post_BTn1 = kept
-        with exactly(h.device):
-            return add(kept_BTnD, post_BTn1, y.unsqueeze(2)).to(h.dtype)
+        kept_BTnD, post_BTn1 = saved
+        with no_autocast(h.device):
+            return add_to_streams(kept_BTnD, post_BTn1, y.unsqueeze(2)).to(h.dtype)
 
     def flops(self) -> int:
         """Of the projection and the mixes; Sinkhorn's sums are few."""
-        return product_flops(sum(self.sizes), self.streams, 1, len(self.projection) // self.streams)
+        return mixing_flops(sum(self.sizes), self.streams, 1, len(self.projection) // self.streams)
 
-    def kept(self) -> int:
+    def activation_bytes(self) -> int:
         """The streams and what was said."""
         width = len(self.projection)
-        return kept_bytes(width, width // self.streams)
+        return stream_activation_bytes(width, width // self.streams)
 
     def _weights(self, h_BTnD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
@@ -118,9 +118,9 @@ class MHyperResidual(Residual):
 
     def _start(self, stream: int) -> Tensor:
         """The first b_pre, b_post and b_res, one after the other."""
-        pre = torch.full((self.streams,), _logit((1 - READ) / (self.streams - 1)))
-        pre[stream] = _logit(READ)
-        res = STAY * self.temperature * torch.eye(self.streams)
+        pre = torch.full((self.streams,), _logit((1 - INIT_READ_WEIGHT) / (self.streams - 1)))
+        pre[stream] = _logit(INIT_READ_WEIGHT)
+        res = INIT_DIAGONAL_LOGIT * self.temperature * torch.eye(self.streams)
         return torch.cat((pre, torch.zeros(self.streams), res.flatten()))
 
 
@@ -134,7 +134,7 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """
     # Tokens last: sums over n numbers that lie side by side would take several times as long.
     logits_nnBT = logits.movedim((-2, -1), (0, 1)).contiguous()
-    balance = _Balance.apply if trains_eagerly() else _balance
+    balance = _Balance.apply if use_custom_backward() else _balance
     mix_nnBT: Tensor = balance(logits_nnBT, iterations)  # type: ignore[assignment]
     return mix_nnBT.movedim((0, 1), (-2, -1))
 

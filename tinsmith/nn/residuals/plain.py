@@ -5,16 +5,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tinsmith.nn.contract import Residual, ResidualKind, Site
+from tinsmith.nn.contract import BuildContext, Residual, ResidualConfigBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain(ResidualKind):
+class Plain(ResidualConfigBase):
     """One stream that every sub-layer adds to."""
 
     kind: Literal["plain"] = "plain"
 
-    def build(self, site: Site) -> "PlainResidual":
+    def build(self, build_ctx: BuildContext) -> "PlainResidual":
         """The module."""
         return PlainResidual()
 
@@ -34,7 +34,7 @@ class PlainResidual(Residual):
         """(B, T, D) -> itself."""
         return h, None
 
-    def write(self, h: Tensor, y: Tensor, kept: Any) -> Tensor:
+    def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
         """h + y."""
         return h + y
 
@@ -42,6 +42,6 @@ class PlainResidual(Residual):
         """No product."""
         return 0
 
-    def kept(self) -> int:
+    def activation_bytes(self) -> int:
         """A sum keeps nothing."""
         return 0

@@ -1,0 +1,77 @@
+"""A prepared folder: found, opened and described."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.units import count
+from tinsmith.data.prepare.shards import Shards
+from tinsmith.data.prompts import METADATA_DIR
+from tinsmith.text.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
+
+class PreparedData(NamedTuple):
+    """Data ready for training: the folder with the shards, its tokenizer, and the counts of
+    `report.json`."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    report: dict[str, Any]
+
+
+def open_prepared(folder: Path, *, verify: bool = False) -> PreparedData:
+    """Open a prepared folder, checking the sizes of its shards (with `verify`, their hashes)."""
+    report = read_report(folder)
+    for number in range(len(report["sources"])):
+        for part in ("train", "validation"):
+            place = folder / str(number) / part
+            Shards.open(place, verify=verify)
+            if report["data_format"] == "prompts":
+                Shards.open(place / METADATA_DIR, verify=verify)
+    return PreparedData(folder, Tokenizer.load(folder), report)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The counts of a prepared folder."""
+    path = folder / "report.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete {folder} and run `tinsmith prepare` again"
+        ) from None
+
+
+def find_prepared(folder: Path, say: Say) -> PreparedData | None:
+    """The folder, if it is there and its sizes are right; otherwise nothing."""
+    if not folder.exists():
+        return None
+    try:
+        prepared = open_prepared(folder)
+    except UserError as error:
+        say(f" prepare   {folder} is damaged, so it is made again ({error})")
+        return None
+    say(f" prepare   found {folder}")
+    return prepared
+
+
+def summarise(prepared: PreparedData, say: Say) -> None:
+    """One line per source: how much there is, and how much could not be used."""
+    shape, rejects = prepared.report["data_format"], prepared.folder / "rejects.jsonl"
+    for source in prepared.report["sources"]:
+        name, rejected, held_back = source["name"], source["rejected"], source["validation"]
+        total = {key: source["train"][key] + held_back[key] for key in held_back}
+        parts = [
+            f"{count(total['documents'])} {shape}",
+            f"{count(total['tokens'])} tokens",
+            f"{total['bytes'] / total['tokens']:.2f} B/token",
+        ]
+        if rejected:
+            parts.append(f"{rejected} lines rejected ({rejects})")
+        if not held_back["documents"]:
+            parts.append("nothing held back for validation")
+        say(f" prepare   {name}: {', '.join(parts)}")

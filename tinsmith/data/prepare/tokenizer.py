@@ -1,0 +1,60 @@
+"""The tokenizer of prepared data: given, loaded, or trained on the part that is trained on."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tinsmith.core.progress import Progress
+from tinsmith.data.documents import Document
+from tinsmith.data.prepare.split import in_sample
+from tinsmith.text.bpe import train_bpe
+from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
+from tinsmith.text.grid_vocab import grid_tokenizer
+from tinsmith.text.tokenizer import Tokenizer
+
+
+def load_tokenizer_or_config(
+    tokenizer: TokenizerConfig | Tokenizer,
+) -> Tokenizer | TrainTokenizerConfig:
+    """The tokenizer itself, loaded where a path names it, or how it is to be trained."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer.path:
+        return Tokenizer.load(tokenizer.path)
+    if tokenizer.symbols:
+        return grid_tokenizer()
+    return tokenizer.train or TrainTokenizerConfig()
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer | TrainTokenizerConfig) -> Any:
+    """Plain data that decides what text becomes."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.fingerprint()
+    return [tokenizer.vocab_size, tokenizer.max_bytes]
+
+
+def train_tokenizer(
+    settings: TrainTokenizerConfig,
+    documents: Iterable[tuple[bool, Document]],
+    total_bytes: int,
+    progress: Progress,
+) -> Tokenizer:
+    """Train a BPE on a sample of what is not held back: (whether for validation, document).
+
+    `total` bytes of text in all; the sample is spread evenly over them, at most `max_bytes`.
+    """
+    sample = _sample(documents, settings.max_bytes, settings.max_bytes / total_bytes, progress)
+    return train_bpe(sample, settings.vocab_size)
+
+
+def _sample(
+    documents: Iterable[tuple[bool, Document]], most: int, share: float, progress: Progress
+) -> Iterator[str]:
+    taken = 0
+    for held_back, document in documents:
+        progress.advance(document.bytes)
+        if held_back or (share < 1 and not in_sample(document, share)):
+            continue
+        if taken and taken + document.bytes > most:
+            return
+        taken += document.bytes
+        yield from document.tokenizer_texts()

@@ -1,0 +1,65 @@
+"""A stack of small feed-forwards, each run on the tokens that chose it.
+
+    swiglu   f_e(x) = W_down (SiLU(W_gate x) * W_up x)      (Shazeer, 2002.05202)
+    relu2    f_e(x) = W_down relu(W_up x)^2                 (So et al., 2109.08668)
+
+Legend: N tokens, P pairs, E experts, D width, H width of an expert.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinsmith.nn.moe.dispatch import DispatchPlan
+from tinsmith.nn.moe.grouped_gemm import autocast_operand, grouped_linear
+
+Activation = Literal["swiglu", "relu2"]
+
+GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`grouped`, or one that does more."""
+
+
+class Experts(nn.Module):
+    """`gate_proj` and `up_proj` (E, H, D), `down_proj` (E, D, H); `relu2` has no `gate_proj`."""
+
+    def __init__(self, dim: int, num_experts: int, hidden_dim: int, activation: Activation):
+        super().__init__()
+        self.gate_proj = (
+            ExpertWeight(num_experts, dim, hidden_dim) if activation == "swiglu" else None
+        )
+        self.up_proj = ExpertWeight(num_experts, dim, hidden_dim)
+        self.down_proj = ExpertOutWeight(num_experts, hidden_dim, dim)
+
+    def forward(self, x_ND: Tensor, plan: DispatchPlan) -> Tensor:
+        """(P, D): of each pair what its expert says to its token."""
+        inner_PH = self.intermediate(plan.gather(autocast_operand(x_ND)), plan.ends_E)
+        return grouped_linear(inner_PH, self.down_proj.weight, plan.ends_E)
+
+    def intermediate(
+        self, x_PD: Tensor, ends_E: Tensor, matmul: GroupedMatmul = grouped_linear
+    ) -> Tensor:
+        """(P, H): what the down projection is given. `product` is how rows meet their matrices."""
+        up_PH = matmul(x_PD, self.up_proj.weight, ends_E)
+        if self.gate_proj is None:
+            return F.relu(up_PH).square()
+        return F.silu(matmul(x_PD, self.gate_proj.weight, ends_E)) * up_PH
+
+    def flops(self) -> int:
+        """Floating-point operations of one pair."""
+        matrices = 2 if self.gate_proj is None else 3
+        return 2 * matrices * self.up_proj.weight[0].numel()
+
+
+class ExpertWeight(nn.Module):
+    """A matrix (O, I) for each of E experts, without biases; `parts.grouped` multiplies by them."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+
+class ExpertOutWeight(ExpertWeight):
+    """A stack that writes into the residual stream."""

@@ -1,0 +1,138 @@
+"""Products of rows that are grouped, each group with a matrix of its own.
+
+    grouped   y_p = W_e x_p              for the rows p of group e
+    outer     G_e = sum_p dy_p x_p'      over the rows p of group e
+
+Group e has the rows from `ends[e - 1]` (0 for the first) to `ends[e]`; rows past the last end
+belong to nobody: 0 comes of them and nothing is computed. Each of the two is the other's gradient,
+so any order of derivative exists. On a GPU that is `F.grouped_mm`, which waits for nothing;
+elsewhere, and in float64, a loop of products, which a CPU runs as fast. Both operators are opaque
+to torch.compile.
+
+Legend: P rows (pairs of an expert and a token), E groups (experts), I inputs, O outputs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_linear(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """(P, O): each row times the matrix of its group, a linear layer per group.
+
+    `ends` (E,) int32, ascending, at most P. Under autocast both sides are cast, as `F.linear`'s
+    are.
+    """
+    return _grouped(autocast_operand(x_PI), autocast_operand(weight_EOI), ends_E)
+
+
+def autocast_operand(x: Tensor) -> Tensor:
+    """As autocast would have a product read it; float64 and no autocast: as it is."""
+    device = x.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if mixed and x.dtype != torch.float64 else x
+
+
+def grouped_outer(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, O, I): the sum over each group's rows of the outer product of `dy` and `x`, which is the
+    gradient of `grouped` by its weights; 0 for a group without rows.
+    """
+    return _outer(dy_PO, x_PI, ends_E)
+
+
+def group_slices(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """Every group that has rows, with them. Waits for a GPU."""
+    begin = 0
+    for group, end in enumerate(ends_E.tolist()):
+        if end > begin:
+            yield group, slice(begin, end)
+        begin = end
+
+
+def grouped_linear_loop(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped` on any device and in any precision."""
+    y_PO = x_PI.new_empty(len(x_PI), weight_EOI.shape[1])
+    last = 0
+    for group, rows in group_slices(ends_E):
+        torch.mm(x_PI[rows], weight_EOI[group].mT, out=y_PO[rows])
+        last = rows.stop
+    y_PO[last:] = 0
+    return y_PO
+
+
+def grouped_outer_loop(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+    """`outer` on any device and in any precision."""
+    sums_EOI = x_PI.new_zeros(len(ends_E), dy_PO.shape[1], x_PI.shape[1])
+    for group, rows in group_slices(ends_E):
+        torch.mm(dy_PO[rows].mT, x_PI[rows], out=sums_EOI[group])
+    return sums_EOI
+
+
+def _serves(*matrices: Tensor) -> bool:
+    """`F.grouped_mm` takes bfloat16 whose rows begin at multiples of 16 bytes."""
+    return all(x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 for x in matrices)
+
+
+def grouped_linear_cuda(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped` by torch's own kernel where it serves."""
+    if not (_serves(x_PI, weight_EOI, weight_EOI.mT) and len(x_PI)):
+        return grouped_linear_loop(x_PI, weight_EOI, ends_E)
+    y_PO = F.grouped_mm(x_PI.contiguous(), weight_EOI.mT, offs=ends_E)
+    nobody = torch.arange(len(y_PO), device=y_PO.device) >= ends_E[-1]
+    return y_PO.masked_fill_(nobody[:, None], 0)
+
+
+def grouped_outer_cuda(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+    """`outer` by torch's own kernel where it serves."""
+    if not (_serves(dy_PO, x_PI) and len(x_PI)):
+        return grouped_outer_loop(dy_PO, x_PI, ends_E)
+    return F.grouped_mm(dy_PO.contiguous().mT, x_PI.contiguous(), offs=ends_E)
+
+
+_grouped = torch.library.custom_op("tinsmith::grouped", grouped_linear_loop, mutates_args=())
+_outer = torch.library.custom_op("tinsmith::grouped_outer", grouped_outer_loop, mutates_args=())
+
+
+_grouped.register_kernel("cuda", grouped_linear_cuda)
+_outer.register_kernel("cuda", grouped_outer_cuda)
+
+
+@_grouped.register_fake
+def _(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    return x_PI.new_empty(x_PI.shape[0], weight_EOI.shape[1])
+
+
+@_outer.register_fake
+def _(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:
+    return x_PI.new_empty(ends_E.shape[0], dy_PO.shape[1], x_PI.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_gradients(ctx: Any, dy_PO: Tensor) -> tuple[Tensor | None, ...]:
+    x_PI, weight_EOI, ends_E = ctx.saved_tensors
+    dx, dweight = ctx.needs_input_grad[:2]
+    return (
+        _grouped(dy_PO, weight_EOI.mT, ends_E) if dx else None,
+        _outer(dy_PO, x_PI, ends_E) if dweight else None,
+        None,
+    )
+
+
+def _outer_gradients(ctx: Any, dsums_EOI: Tensor) -> tuple[Tensor | None, ...]:
+    dy_PO, x_PI, ends_E = ctx.saved_tensors
+    ddy, dx = ctx.needs_input_grad[:2]
+    return (
+        _grouped(x_PI, dsums_EOI, ends_E) if ddy else None,
+        _grouped(dy_PO, dsums_EOI.mT, ends_E) if dx else None,
+        None,
+    )
+
+
+_grouped.register_autograd(_grouped_gradients, setup_context=_keep)
+_outer.register_autograd(_outer_gradients, setup_context=_keep)

@@ -1,0 +1,118 @@
+"""Which weights of a model are meant by names and patterns.
+
+A target is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack of
+experts (E, rows, columns), or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is
+every linear layer. The head is none of them: it is read whole, and may be the embedding.
+
+Which tensors of a model are trained: the one home of freezing.
+
+A model's config names them (`trained`), so a frozen skeleton is remembered wherever the config is:
+in recipes, checkpoints and folders. A pattern names a tensor (`blocks.0.feed_norm.weight`) or all
+of a module (`blocks.*.feed`); `*` stands for any letters, dots too. Adapters (`nn.lora`) freeze
+everything else, and `dyn_lora` may freeze its base. A frozen tensor has no gradient and no
+optimizer state.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import nearest
+from tinsmith.nn.layers.init import LMHead
+
+
+class TargetWeight(NamedTuple):
+    """A weight that could be meant."""
+
+    name: str
+    """What targets are compared with: of a linear layer, or of a stack itself."""
+    module: nn.Module
+    param_name: str
+    """Its name in the module."""
+
+    def matches(self, target: str) -> bool:
+        """Whether `target` names it."""
+        if target == "all":
+            return isinstance(self.module, nn.Linear)
+        return _matches(self.name, target)
+
+
+def match_targets(model: nn.Module, targets: Sequence[str]) -> list[TargetWeight]:
+    """Everything that some target names; UserError where one names nothing."""
+    known = list(target_weights(model))
+    for target in targets:
+        if not any(candidate.matches(target) for candidate in known):
+            raise UserError(_unknown(model, target, known))
+    return [each for each in known if any(each.matches(target) for target in targets)]
+
+
+def target_weights(model: nn.Module) -> Iterator[TargetWeight]:
+    """All that a target could name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            if not isinstance(module, LMHead):
+                yield TargetWeight(name, module, "weight")
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield TargetWeight(f"{name}.{key}".removeprefix("."), module, key)
+
+
+def _matches(name: str, target: str) -> bool:
+    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+
+
+def _unknown(model: nn.Module, target: str, candidates: list[TargetWeight]) -> str:
+    short = [re.sub(r"^blocks\.\d+\.", "", candidate.name) for candidate in candidates]
+    known = list(dict.fromkeys(short))
+    there = f"there are {', '.join(known)}"
+    if any(_matches(name, target) for name, _ in model.named_modules() if name):
+        return f"lora.targets: '{target}' is not a linear layer that can be adapted; {there}"
+    hint = nearest(target, [*known, *(name.rpartition(".")[2] for name in known)])
+    return f"lora.targets: '{target}' names no linear layer of this model; {there}{hint}"
+
+
+ALL_PARAMETERS = ("*",)
+
+
+class TrainableCounts(NamedTuple):
+    """Numbers in tensors, shared ones once."""
+
+    trainable: int
+    frozen: int
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} trained, {self.frozen:,} frozen"
+
+
+def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze what no pattern names; what a part has frozen itself stays so. UserError for a pattern
+    that names nothing.
+    """
+    names = {name: _with_owners(name) for name, _ in model.named_parameters()}
+    known = {part for parts in names.values() for part in parts}
+    for pattern in patterns:
+        if not any(fnmatchcase(part, pattern) for part in known):
+            hint = nearest(pattern, sorted(known))
+            raise UserError(f"model.trainable: '{pattern}' names no tensor of this model{hint}")
+    for name, parameter in model.named_parameters():
+        if not any(fnmatchcase(part, each) for part in names[name] for each in patterns):
+            parameter.requires_grad_(False)
+
+
+def count_parameters(model: nn.Module) -> TrainableCounts:
+    """How much of `model` is trained, and how much is not."""
+    found = {True: 0, False: 0}
+    for parameter in model.parameters():
+        found[parameter.requires_grad] += parameter.numel()
+    return TrainableCounts(found[True], found[False])
+
+
+def _with_owners(name: str) -> list[str]:
+    """`a.b.weight` -> a, a.b, a.b.weight."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

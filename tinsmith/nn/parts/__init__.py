@@ -1,3 +1,0 @@
-"""Pieces that several mixers share: attention itself, caches, rotary tables, norms,
-initialisation.
-"""

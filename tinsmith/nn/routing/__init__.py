@@ -1,1 +1,0 @@
-"""What layers with a router share: gates, dispatch, experts, balance."""

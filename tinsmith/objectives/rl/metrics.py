@@ -1,0 +1,63 @@
+"""What is worth knowing of a part of a rollout."""
+
+import torch
+from torch import Tensor
+
+from tinsmith.losses.logprobs import kl
+from tinsmith.losses.policy import is_clipped, log_ratio
+from tinsmith.objectives.base import Metric
+from tinsmith.objectives.rl.base import RLConfig
+from tinsmith.objectives.rl.rollout import RolloutBatch
+
+
+def rollout_metrics(config: RLConfig, rows: RolloutBatch, logprobs: Tensor) -> dict[str, Metric]:
+    """What is worth knowing of a part of a rollout. Estimators of a KL divergence are named:
+    `kl` is that to the reference, `approx_kl` that to the policy that answered.
+    """
+    mask, new = rows.mask, logprobs.detach()
+    answers, tokens = _count(rows.rewards), mask.sum()
+    bounds = (config.clip_low, config.clip_high)
+    outside = is_clipped(new, rows.old_logprobs, rows.advantages, mask, *bounds)
+    moved = kl(log_ratio(new, rows.old_logprobs, mask), torch.zeros_like(new), "k2")
+    rewarded = torch.isfinite(rows.rewards)
+    groups = rows.rewards.view(
+        -1, config.num_generations if config.num_generations > 1 else len(rows.rewards)
+    )
+    metrics = {
+        "reward": Metric(rows.rewards.nansum(), rewarded.sum()),
+        "reward_std": _mean(group_std(groups)),
+        "completion_length": Metric(mask.sum().float(), (mask.any(1)).sum()),
+        "truncated_fraction": Metric(rows.truncated.sum(), answers),
+        "reward_failed_fraction": Metric((~rewarded).sum(), answers),
+        "clip_fraction": Metric(outside.sum(), tokens),
+        "approx_kl": Metric(moved.sum(), tokens),
+        "sampling_entropy": Metric(-(rows.old_logprobs * mask).sum(), tokens),
+    }
+    if config.tools:
+        metrics["turns"] = Metric(count_turns(mask).sum(), mask.any(1).sum())
+    if config.frozen_models():
+        away = log_ratio(new, rows.ref_logprobs, mask)
+        metrics["kl"] = Metric(kl(away, torch.zeros_like(away), "k3").sum(), tokens)
+    return metrics
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """(P,) population standard deviation of every row of (P, G), of the rewards that there are."""
+    there = torch.isfinite(rewards)
+    count = there.sum(1).clamp(min=1)
+    known = torch.where(there, rewards, 0)
+    mean = known.sum(1, keepdim=True) / count[:, None]
+    return (torch.where(there, known - mean, 0).square().sum(1) / count).sqrt()
+
+
+def count_turns(mask: Tensor) -> Tensor:
+    """(B,) how often the policy spoke: stretches of a mask (B, T) that are True."""
+    return mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(len(rows), device=rows.device)
+
+
+def _mean(values: Tensor) -> Metric:
+    return Metric(values.sum(), _count(values))

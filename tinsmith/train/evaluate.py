@@ -1,0 +1,108 @@
+"""What a run measures on data that are held back: one way for each shape of data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tinsmith.core.log import Metrics
+from tinsmith.data.config import DataFormat
+from tinsmith.data.loader.loader import TokenizedDataset
+from tinsmith.evals.bpb import evaluate_bpb
+from tinsmith.evals.choice import evaluate_choice
+from tinsmith.evals.routing import Specialisation, evaluate_routing, token_classes
+from tinsmith.evals.validation import evaluate_objective
+from tinsmith.train.precision import autocast
+from tinsmith.train.run import Run
+
+
+def evaluate_validation(run: Run, validation: TokenizedDataset) -> dict[str, float]:
+    """Numbers by name, `loss` among them, by which the best checkpoint is found."""
+    with autocast(run.config.train.precision, run.ranks.device):
+        return EVALUATORS[run.config.objective.data_format](run, validation)
+
+
+def _text(run: Run, validation: TokenizedDataset) -> dict[str, float]:
+    """Nats per token and bits per byte; of several sources, bits per byte of each."""
+    found = evaluate_bpb(
+        run.policy,
+        validation,
+        torch.from_numpy(run.tokenizer.byte_lengths()).to(run.ranks.device),
+        max_samples=run.config.eval.max_samples,
+        batch_size=_batch_rows(run),
+        device=run.ranks.device,
+        poll=run.poll,
+    )
+    values = {"loss": found["all"].loss, "bpb": found["all"].bpb}
+    if len(found) > 2:
+        values |= {f"bpb.{name}": each.bpb for name, each in found.items() if name != "all"}
+    return values
+
+
+def _own(run: Run, validation: TokenizedDataset) -> dict[str, float]:
+    """The objective's own metrics: of pairs loss, margin, accuracy."""
+    return evaluate_objective(
+        run.objective,
+        run.policy,
+        validation,
+        max_samples=run.config.eval.max_samples,
+        batch_size=_batch_rows(run),
+        device=run.ranks.device,
+        poll=run.poll,
+    )
+
+
+def _answers(run: Run, validation: TokenizedDataset) -> dict[str, float]:
+    """What answers to held-back prompts earn."""
+    return run.objective.evaluate(run.policy, validation, run.config.eval.max_samples)
+
+
+EVALUATORS: dict[DataFormat, Callable[[Run, TokenizedDataset], dict[str, float]]] = {
+    "documents": _text,
+    "chats": _text,
+    "answers": _own,
+    "pairs": _own,
+    "prompts": _answers,
+}
+
+
+def evaluate_choice_tasks(run: Run) -> Metrics:
+    """Accuracy on every multiple-choice file of `eval.tasks`."""
+    found: Metrics = {}
+    for path in run.config.eval.tasks:
+        if path != "bpb":
+            with autocast(run.config.train.precision, run.ranks.device):
+                result = evaluate_choice(
+                    run.policy,
+                    run.tokenizer,
+                    path,
+                    limit=run.config.eval.max_samples,
+                    poll=run.poll,
+                )
+            found[f"accuracy.{Path(path).name.split('.')[0]}"] = result.to_dict()["acc"]
+    return found
+
+
+def evaluate_specialisation(run: Run, validation: TokenizedDataset) -> dict[str, Specialisation]:
+    """How much the experts of a run that ends have come to differ; empty where there are none, and
+    where the data are no text.
+    """
+    if (
+        run.state.step < run.config.train.steps
+        or EVALUATORS[run.config.objective.data_format] != _text
+    ):
+        return {}
+    with autocast(run.config.train.precision, run.ranks.device):
+        return evaluate_routing(
+            run.policy,
+            validation,
+            token_classes(run.tokenizer),
+            max_samples=run.config.eval.max_samples,
+            batch_size=_batch_rows(run),
+            device=run.ranks.device,
+            poll=run.poll,
+        )
+
+
+def _batch_rows(run: Run) -> int:
+    return max(1, run.config.train.batch_size // run.ranks.world_size)

@@ -1,0 +1,170 @@
+"""What a finished run leaves: plot, samples, and `final/`, a folder that others open, with its
+card.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from safetensors.torch import save as bytes_of
+
+from tinsmith.config import dump
+from tinsmith.core.errors import UserError
+from tinsmith.core.files import atomic_write
+from tinsmith.core.log import read_metrics
+from tinsmith.data.config import DataFormat
+from tinsmith.hub.card import CardDataset, CardFacts, CardSample, CardScore, model_card
+from tinsmith.hub.hf import ExportResult, write_folder
+from tinsmith.hub.peft.adapters import Adapters, write_adapters
+from tinsmith.nn import lora
+from tinsmith.train import parallel
+from tinsmith.train.checkpoint import OBJECTIVE_FILE
+from tinsmith.train.report import plot_run, write_samples
+from tinsmith.train.run import Run
+from tinsmith.train.run_dir import environment
+
+
+def export_run(run: Run) -> None:
+    """Write all of it; every rank must call it. Doing it twice changes nothing."""
+    own = run.policy.state_dict().keys()
+    state = {name: t for name, t in parallel.full_tensors(run.policy).items() if name in own}
+    trained = dict(run.objective.named_parameters()).keys()
+    heads = {k: v for k, v in parallel.full_tensors(run.objective).items() if k in trained}
+    if not run.ranks.is_main:
+        return
+    plot = plot_run(run.folder)
+    pictures = [path for path in (plot, plot.with_name("experts.png")) if path.exists()]
+    write_samples(run.folder)
+    final = run.folder / "final"
+    state, pairs = lora.split_state_dict(state)
+    config = run.config.lora
+    done = write_folder(
+        run.policy.config,
+        state if config is None else lora.merged_state_dict(state, pairs, config.scaling),
+        run.tokenizer,
+        final,
+        card=lambda exported: model_card(card_facts(run, exported)),
+        extra_files=pictures,
+        overwrite=True,
+        write_extra=None
+        if config is None
+        else lambda place: write_adapter(run, Adapters(config, pairs), place),
+    )
+    if heads:  # a reward model is no model without its head
+        atomic_write(final / OBJECTIVE_FILE, bytes_of(heads))
+    best = run.state.best
+    said = f"{_first(best)} (best, step {int(best['step'])})  " if best else ""
+    opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
+    drawn = ", ".join(path.name for path in pictures)
+    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
+
+
+def write_adapter(run: Run, adapters: Adapters, folder: Path) -> None:
+    """What a run has trained, in PEFT's format, beside the model that it is merged into."""
+    try:
+        write_adapters(folder / "adapter", run.policy.config, adapters, run.config.init_from)
+    except UserError as error:
+        run.log.line(f" warning no adapter/ in final/: {error}")
+
+
+def card_facts(run: Run, exported: ExportResult) -> CardFacts:
+    """Everything the card may say, from the run alone."""
+    config, model, env = run.config, run.policy.config, environment(run.ranks)
+    layers = dict.fromkeys((layer.mixer.kind, layer.feed_forward.kind) for layer in model.layers)
+    found = CardFacts(
+        name=run.folder.name,
+        parameters=exported.parameters,
+        family=exported.family,
+        reason=exported.reason,
+        dtype=exported.dtype,
+        hashes=exported.hashes,
+        max_seq_len=model.max_seq_len,
+        architecture=f"{model.depth} layers of {model.dim}: "
+        + ", ".join(" + ".join(pair) for pair in layers),
+        objective=config.objective.kind,
+        tokens_seen=run.state.tokens,
+        steps=run.state.step,
+        data=[_data(source) for source in run.data_report["sources"]],
+        recipe=dump(config),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions=env["versions"],
+        loss_plot="loss.png",
+        scores=_scores(run),
+        tokenizer=True,
+        chat=config.objective.data_format != "documents",
+    )
+    if env["git"]:
+        found["commit"] = env["git"]["sha"] + (" with changes" if env["git"]["dirty"] else "")
+    if config.init_from:
+        found["base"] = config.init_from
+    return found | _samples(run.folder)
+
+
+def _data(source: dict) -> CardDataset:
+    parts = [source["train"], source["validation"]]
+    documents, tokens = (sum(part[key] for part in parts) for key in ("documents", "tokens"))
+    return CardDataset(
+        name=source["name"], documents=documents, tokens=tokens, rejected=source["rejected"]
+    )
+
+
+_MEASURED: dict[DataFormat, dict[str, str]] = {
+    "documents": {"bpb": "bits per byte", "loss": "nats per token"},
+    "chats": {"bpb": "bits per byte", "loss": "nats per token"},
+    "prompts": {
+        "reward": "reward of greedy answers",
+        "divergence": "divergence from the teacher at greedy answers",
+        "truncated_fraction": "answers cut off",
+    },
+    "answers": {
+        "loss": "nats per learned token",
+        "alignment_loss": "nats per token of answers after the model's own beginnings",
+    },
+    "pairs": {"accuracy": "pairs ranked right", "margin": "margin", "loss": "loss per pair"},
+}
+"""What a card says of the newest evaluation."""
+
+
+HEADLINE_METRICS = ("bpb", "accuracy", "reward", "divergence", "loss")
+"""What is told first of an evaluation, as far as it is there."""
+
+
+def _first(evaluation: dict[str, float]) -> str:
+    name = next(name for name in HEADLINE_METRICS if name in evaluation)
+    return f"{name} {evaluation[name]:.3f}"
+
+
+def _scores(run: Run) -> list[CardScore]:
+    last = run.state.evaluation
+    if last is None:
+        return []
+    items = min(run.config.eval.max_samples, run.validation.size if run.validation else 0)
+    shape = run.config.objective.data_format
+    if shape not in ("pairs", "prompts"):
+        items *= run.config.train.seq_len
+    return [
+        CardScore(task="validation", metric=metric, value=last[name], items=items)
+        for name, metric in _MEASURED[shape].items()
+        if name in last
+    ]
+
+
+def _samples(folder: Path) -> CardFacts:
+    drawn = [
+        line["samples"]
+        for line in read_metrics(folder / "metrics.jsonl")
+        if line["kind"] == "samples"
+    ]
+    if not drawn or not drawn[-1]:
+        return CardFacts()  # type: ignore[typeddict-item]
+    newest = [CardSample(prompt=each["prompt"], text=each["text"]) for each in drawn[-1]]
+    worst = min(newest, key=lambda each: distinct_trigrams(each["text"]))
+    note = "the one that repeats itself most"
+    return CardFacts(samples=newest, bad_sample=CardSample(**worst, note=note))  # type: ignore[typeddict-item]
+
+
+def distinct_trigrams(text: str) -> float:
+    """The share of different three-word sequences; 0 for text without three words."""
+    words = text.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(triples)) / len(triples) if triples else 0.0

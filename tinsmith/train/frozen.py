@@ -1,0 +1,102 @@
+"""The frozen models of an objective: references and teachers. Every start and resume loads them
+anew, and they are never part of a checkpoint.
+"""
+
+import copy
+
+import torch
+from safetensors.torch import load_file
+
+from tinsmith.core.errors import UserError
+from tinsmith.hub.load import load, locate
+from tinsmith.nn import lora
+from tinsmith.nn.model import LM
+from tinsmith.nn.quant import nbytes, quantize
+from tinsmith.objectives import ObjectiveConfig
+from tinsmith.rewards.model import RewardModel
+from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train.checkpoint import OBJECTIVE_FILE
+
+
+def load_frozen_models(
+    config: ObjectiveConfig, policy: LM, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, LM]:
+    """What `config.judges()` asks for; `policy` must stand as it does before the first step.
+
+    Where that is what is left when its adapters are off, no copy is made, and the judge is not
+    among those found (see `objectives.reference`).
+
+    Weights are held as the config says. UserError where a folder's model reads other ids than the
+    policy.
+    """
+    found = {}
+    for name, folder in config.frozen_models().items():
+        if folder is None and lora.adapters(policy):
+            continue
+        lm = copy.deepcopy(policy) if folder is None else _loaded(name, folder, tokenizer, device)
+        _check_head(name, lm, policy)
+        found[name] = quantize(lm.eval(), config.frozen_weight_dtype())
+    return found
+
+
+def check_frozen_models(config: ObjectiveConfig, policy: LM) -> dict[str, int]:
+    """Bytes that each of `config.judges()` takes beside `policy`; UserError where a folder holds no
+    model of as many ids.
+    """
+    sizes = {}
+    for name, folder in config.frozen_models().items():
+        if folder is not None:
+            lm, _ = _opened(name, folder, torch.device("cpu"))
+            _check_head(name, lm, policy)
+            sizes[name] = nbytes(quantize(lm, config.frozen_weight_dtype()))
+        elif not lora.adapters(policy):
+            sizes[name] = nbytes(policy)
+    return sizes
+
+
+def _check_head(name: str, lm: LM, policy: LM) -> None:
+    ids, wanted = lm.config.vocab_size, policy.config.vocab_size
+    if ids != wanted:
+        raise UserError(
+            f"objective.{name}: its head has {ids} ids and that of this run's model {wanted}; both "
+            "must have the same model.vocab_size"
+        )
+
+
+def load_reward_models(
+    config: ObjectiveConfig, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, RewardModel]:
+    """The reward models that `config.reward_models()` asks for, by their folders."""
+    return {
+        folder: load_reward_model(folder, tokenizer, device) for folder in config.reward_models()
+    }
+
+
+def load_reward_model(folder: str, tokenizer: Tokenizer, device: torch.device) -> RewardModel:
+    """The reward model of a run of `objective: {kind: reward}`, by its folder or one inside it.
+
+    UserError where there is no such model, or it reads other ids than `tokenizer` writes.
+    """
+    lm = _loaded("rewards", folder, tokenizer, device)
+    heads = locate(folder) / OBJECTIVE_FILE
+    tensors = load_file(heads) if heads.is_file() else {}
+    if "head.weight" not in tensors:
+        raise UserError(f"{folder}: no reward model; train one with objective: {{kind: reward}}")
+    return RewardModel(lm, tensors["head.weight"])
+
+
+def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:
+    lm, own = _opened(name, folder, device)
+    if own is not None and own.fingerprint() != tokenizer.fingerprint():
+        raise UserError(
+            f"objective.{name}: {folder} has another vocabulary than this run's tokenizer; both "
+            "must read the same ids"
+        )
+    return lm
+
+
+def _opened(name: str, folder: str, device: torch.device) -> tuple[LM, Tokenizer | None]:
+    try:
+        return load(folder, device=str(device), dtype=torch.float32)
+    except UserError as error:
+        raise UserError(f"objective.{name}: {error}") from None

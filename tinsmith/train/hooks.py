@@ -1,0 +1,149 @@
+"""What happens between steps: log, evaluate, sample, save, in this order, each at its own
+interval.
+"""
+
+import math
+import time
+
+from tinsmith.core.log import Metrics
+from tinsmith.core.units import count, duration
+from tinsmith.optim.schedule import lr_multiplier
+from tinsmith.train.evaluate import (
+    evaluate_choice_tasks,
+    evaluate_specialisation,
+    evaluate_validation,
+)
+from tinsmith.train.expert_stats import format_line
+from tinsmith.train.run import Interrupted, Run
+from tinsmith.train.samples import generate_samples
+
+
+def run_hooks(run: Run, names: list[str]) -> None:
+    """Do what is due after the present step. An interruption leaves word of what was not done."""
+    for index, name in enumerate(names):
+        run.state.pending = names[index + 1 :] if name == "save" else names[index:]
+        HOOKS[name](run)
+    run.state.pending = []
+    if names and run.ranks.any(run.stop_flag.stop):
+        raise Interrupted
+
+
+def _due(run: Run, every: int) -> bool:
+    return run.state.step % every == 0 or run.state.step == run.config.train.steps
+
+
+def log(run: Run) -> None:
+    """One line, and the same numbers in metrics.jsonl; means since the last line."""
+    if not _due(run, run.config.log.every) or not run.metrics.sums:
+        return
+    means = run.metrics.means()
+    run.metrics.sums = {}
+    steps, now = run.config.train.steps, time.monotonic()
+    speed = run.throughput.tokens_per_second(now, run.state.tokens)
+    left = (steps - run.state.step) * run.config.train.tokens_per_step / speed
+    rate = lr_multiplier(run.config.optim.schedule, run.state.step - 1, steps)
+    values: Metrics = {"step": run.state.step, "kind": "train", **means}
+    values |= {
+        "lr_multiplier": rate,
+        "tokens": run.state.tokens,
+        "epoch": round(run.source.epoch_of(run.loader.cursor), 6),
+        "nonfinite_steps": run.guard.total,
+        "tokens_per_second": speed,
+        "eta_seconds": left,
+    }
+    if run.loss_scaler.enabled:
+        values["loss_scale"] = run.loss_scaler.scale
+    run.log.metrics(values)
+    extra = "".join(f"  {k} {v:.3g}" for k, v in means.items() if k not in ("loss", "grad_norm"))
+    percent = 100 * run.state.step // steps
+    place = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
+    norm = f"norm {means.get('grad_norm', math.nan):.2f}  lr {rate:.2f}{extra}"
+    run.log.line(f" step {place}  {norm}  {count(speed)} tok/s  eta {duration(left)}")
+    _experts(run)
+    _spike(run, means.get("loss", math.nan))
+
+
+def _experts(run: Run) -> None:
+    """What the experts did since the last line, where there are any."""
+    found = run.expert_stats.pop_metrics(run.policy)
+    if found:
+        run.log.metrics({"step": run.state.step, "kind": "routing"} | found)
+        run.log.line(f" experts {format_line(found)}")
+
+
+def _spike(run: Run, loss: float) -> None:
+    """Say where the loss leapt."""
+    usual = run.spike_detector.update(loss) if math.isfinite(loss) else None
+    if usual is not None:
+        values: Metrics = {"step": run.state.step, "kind": "spike", "loss": loss, "median": usual}
+        run.log.metrics(values)
+        said = f"loss {loss:.3f} is far above the {usual:.3f} before it"
+        run.log.line(f" warning step {run.state.step}: {said}; a lower lr may help")
+
+
+def evaluate(run: Run) -> None:
+    """Measure on validation data."""
+    if run.validation is None or not _due(run, run.config.train.eval_every):
+        return
+    began = time.monotonic()
+    values = evaluate_validation(run, run.validation)
+    found = evaluate_specialisation(run, run.validation)
+    run.log.metrics({"step": run.state.step, "kind": "eval"} | values | evaluate_choice_tasks(run))
+    whole = {name: value for name, value in values.items() if "." not in name}
+    run.state.evaluation, loss = {"step": run.state.step, **whole}, whole["loss"]
+    better = run.state.best is None or loss < run.state.best["loss"]
+    if better and math.isfinite(loss):
+        run.state.best = dict(run.state.evaluation)
+        run.save_now = run.config.train.keep.best
+    mark = " (best)" if better else ""
+    said = "".join(f"  {name} {value:.3f}" for name, value in list(whole.items())[:3])
+    run.log.line(f" eval   step {run.state.step}{said}{mark}")
+    if found:
+        layers = {name: one.to_dict() for name, one in found.items()}
+        run.log.metrics({"step": run.state.step, "kind": "specialisation", "layers": layers})
+        run.log.line(f" experts {found['all']}")
+    run.throughput.exclude(time.monotonic() - began)
+
+
+def sample(run: Run) -> None:
+    """Continue fixed prompts; all go to samples.md, a few to the terminal."""
+    if not _due(run, run.config.train.sample_every):
+        return
+    began = time.monotonic()
+    drawn = generate_samples(run)
+    run.log.metrics({"step": run.state.step, "kind": "samples", "samples": drawn})
+    for each in drawn[: run.config.log.samples]:
+        asked, said = (" ".join(each[part].split()) for part in ("prompt", "text"))
+        run.log.line(f" sample {asked[-44:]} >> {said[:80]}")
+    run.throughput.exclude(time.monotonic() - began)
+
+
+def save(run: Run) -> None:
+    """A checkpoint, at its interval, at a new best, at the end, or because SIGUSR1 asked."""
+    asked = run.ranks.any(run.stop_flag.save)
+    run.stop_flag.save = False
+    if not (_due(run, run.config.train.save_every) or run.save_now or asked):
+        return
+    began = time.monotonic()
+    run.save_now = False
+    run.save_checkpoint()
+    run.throughput.exclude(time.monotonic() - began)
+
+
+def log_nonfinite_step(run: Run, first_sample: int) -> None:
+    """Say which samples made a step that was skipped."""
+    stop = run.loader.cursor
+    run.log.metrics(
+        {
+            "step": run.state.step,
+            "kind": "nonfinite_step",
+            "first_sample": first_sample,
+            "end_sample": stop,
+        }
+    )
+    skipped = f"skipped (samples {first_sample} to {stop - 1}; {run.guard.total} so far)"
+    run.log.line(f" warning step {run.state.step}: loss or gradient is not finite, {skipped}")
+
+
+HOOKS = {"log": log, "evaluate": evaluate, "sample": sample, "save": save}
+"""In the order in which they are done."""

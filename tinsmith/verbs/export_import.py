@@ -1,0 +1,71 @@
+"""`tinsmith export` and `tinsmith import`."""
+
+from pathlib import Path
+
+import yaml
+
+from tinsmith.core.errors import UserError
+from tinsmith.core.log import say
+from tinsmith.core.units import count
+from tinsmith.hub.hf import export_folder
+from tinsmith.hub.load import load, load_adapters
+from tinsmith.hub.peft.adapters import merge_adapters, read_adapters, write_adapters
+
+
+def export(model: str, out: Path, to: str, adapter: Path | None) -> None:
+    """Any model as a Hugging Face folder, with adapters merged into it; or a run's adapters."""
+    if to not in ("hf", "peft"):
+        raise UserError(f"--to {to}: only hf and peft are known")
+    if to == "hf":
+        _write(model, out, None, adapter)
+    elif adapter is not None:
+        raise UserError("--adapter: is merged into a model, so it goes with --to hf")
+    else:
+        _write_adapters(model, out)
+
+
+def import_(source: str, out: Path, rope_scaling: str | None) -> None:
+    """A Hugging Face folder, read strictly and written anew."""
+    _write(source, out, scaling(rope_scaling), None)
+
+
+def _write(
+    model: str, out: Path, rope_scaling: dict[str, object] | None, adapter: Path | None
+) -> None:
+    check_free(out)
+    lm, tokenizer = load(model, rope_scaling=rope_scaling)
+    if adapter is not None:
+        merge_adapters(lm, read_adapters(adapter, lm.config))
+    export_folder(lm, tokenizer, out)
+    said = "" if tokenizer else ", without a tokenizer"
+    say(f" written  {out} ({count(lm.parameter_count())} parameters{said})")
+
+
+def _write_adapters(model: str, out: Path) -> None:
+    check_free(out)
+    config, made, base = load_adapters(model)
+    write_adapters(out, config, made, base)
+    numbers = sum(tensor.numel() for pair in made.pairs.values() for tensor in pair)
+    say(f" written  {out} ({count(numbers)} parameters of adapters, for {base or 'its base'})")
+
+
+def check_free(out: Path) -> None:
+    """UserError where a folder that is to be written holds something."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not empty; choose another folder")
+
+
+def scaling(text: str | None) -> dict[str, object] | None:
+    """The value of --rope-scaling, YAML."""
+    if text is None:
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(
+            f"--rope-scaling '{text}': write it like '{{kind: yarn, factor: 4, original_max_seq_len: "
+            f"2048}}'"
+        )
+    return value
