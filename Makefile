@@ -1,6 +1,8 @@
-# make quickstart    the whole story on this machine, in minutes
-# make test          lint, types and the default tests
-# make test-all      the slow ones too
+# make quickstart    install, then train, fine-tune, align and ask two small models, in minutes
+# make check         lint, types and the quick tests, before every commit: 2 minutes on 2 cores
+# make test          check and the default tests: 6 minutes
+# make test-all      the slow tests too: 20 minutes
+# make format        format the code
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.13 python3.11 python3,$(if $(shell $(name) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13)" 2>/dev/null && echo yes),$(name))))
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder  # a file's tests share what takes long to make
 
-.PHONY: help quickstart install install-dev lint test test-all format clean
+.PHONY: help quickstart install install-dev lint check test test-all format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,6 +39,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint
+	$(BIN)/python -m pytest $(SPREAD) -m check
 
 test: lint
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow"

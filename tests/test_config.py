@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from tinsmith.config import dump, from_dict, load, merge, migrate, set_key
+from tinsmith.config import dump, from_dict, load, merge, check_schema, set_key
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import plain, read_count
+from tinsmith.core.parse import to_plain, read_count
 
 BASE = {
     "model": {"preset": "minimind2-26m"},
@@ -45,7 +45,7 @@ def test_preset_keys_can_be_overridden_and_show_up_resolved():
     config = from_dict(BASE | {"model": {"preset": "minimind2-26m", "depth": 3}})
     assert config.model is not None
     assert (config.model.depth, config.model.dim) == (3, 512)
-    assert "preset" not in plain(config)["model"]
+    assert "preset" not in to_plain(config)["model"]
 
 
 def test_without_a_tokenizer_one_of_the_models_vocabulary_is_trained():
@@ -116,4 +116,4 @@ def test_errors_name_the_key_and_the_remedy(changes, expected):
 
 def test_merge_is_deep_and_migrate_marks_the_schema():
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == {"a": {"b": 1, "c": 3}}
-    assert migrate({})["schema"] == 1
+    assert check_schema({})["schema"] == 1

@@ -1,97 +1,142 @@
-"""Rules of the house that a machine can check: who imports whom, and what must not occur."""
+"""Rules of the code base that a machine can check: imports, names, docstrings, sizes, pages."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "tinsmith"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tinsmith"
 
 MAY_IMPORT = {
     "core": set(),
+    "distributed": {"core"},
     "text": {"core"},
     "data": {"core", "text"},
-    "nn": {"core"},
-    "optim": {"core"},
+    "nn": {"core", "distributed"},
+    "losses": {"core", "nn"},
+    "optim": {"core", "distributed"},
     "infer": {"core", "nn", "text"},
-    "objectives": {"core", "text", "data", "nn", "infer"},
+    "rewards": {"core", "text", "data", "nn"},
+    "objectives": {
+        *("core", "distributed", "text", "data", "nn", "infer", "losses", "rewards"),
+    },
     "hub": {"core", "text", "nn", "infer"},
-    "evals": {"core", "text", "data", "nn", "infer", "objectives"},
+    "evals": {"core", "text", "data", "nn", "infer", "losses", "objectives"},
     "train": {
-        *("core", "text", "data", "nn", "optim", "infer", "objectives", "evals", "hub"),
-        *("config",),
+        *("core", "distributed", "text", "data", "nn", "optim", "infer", "losses", "rewards"),
+        *("objectives", "evals", "hub", "config"),
     },
 }
-"""What a package may import beside itself; verbs, cli and config may import everything."""
+"""Packages that a package may import beside itself. verbs, cli and config may import all of them.
+docs/architecture.md draws this table.
+"""
 
 THIRD_PARTY = {
     "core": {"numpy", "torch", "pydantic", "pydantic_core", "yaml", "rich"},
+    "distributed": {"torch"},
     "text": {"numpy", "tokenizers", "jinja2", "huggingface_hub"},
     "nn": {"torch"},
+    "losses": {"torch"},
     "optim": {"torch"},
     "infer": {"torch"},
 }
-"""What a package may import from outside the standard library, where that is limited."""
+"""Libraries beyond the standard one that a package may import, where that is limited."""
+
+MAX_LINES = 400
+MIN_LINES = 60
+SLOTS = {
+    *("nn/mixers", "nn/feedforwards", "nn/residuals", "objectives", "data/sources"),
+    *("data/formats", "verbs", "hub/families"),
+}
+"""Folders in which every file is one variant, so that a short file is right."""
+
+BANNED = set(
+    "judge judges judged judging dues told asked said heard listen listens lesson lessons survey "
+    "surveyed reborn rebirth births born spoken spots somebody nobody everybody".split()
+)
+"""Words that name nothing a practitioner would search for; see docs/style.md."""
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def library(package: str = "") -> list[Path]:
+    return files(f"tinsmith/{package}")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path: Path) -> set[str]:
     """Absolute names imported anywhere in a file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    names = set()
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def files(package: str) -> list[Path]:
-    return sorted((PACKAGE / package).rglob("*.py"))
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
-def test_imports_go_one_way(package):
-    assert files(package)
-    for path in files(package):
+def test_imports_follow_the_table(package):
+    assert library(package)
+    for path in library(package):
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "tinsmith" and len(parts) > 1:
                 allowed = MAY_IMPORT[package] | {package, "__version__"}
-                assert parts[1] in allowed, f"{path.relative_to(PACKAGE)} imports {name}"
+                assert parts[1] in allowed, f"{name_of(path)} imports {name}"
+
+
+def test_every_package_is_in_the_table():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == {*MAY_IMPORT, "verbs"}
 
 
 @pytest.mark.parametrize("package", THIRD_PARTY)
 def test_third_party_imports_are_the_listed_ones(package):
-    for path in files(package):
+    for path in library(package):
         for name in imports(path):
             top = name.split(".")[0]
             known = {"tinsmith", *sys.stdlib_module_names, *THIRD_PARTY[package]}
             known |= {"triton"} if path.parent.name == "kernels" else set()
-            known |= {"bitsandbytes"} if path.name in ("quant.py", "memory.py") else set()
-            assert top in known, f"{path.relative_to(PACKAGE)} imports {name}"
-
-
-def test_kernels_are_imported_where_they_are_used_only():
-    code = "import tinsmith.nn.model, tinsmith.infer.engine, tinsmith.train.trainer"
-    assert not any(name.startswith("tinsmith.nn.kernels") for name in modules_after(code))
+            known |= {"bitsandbytes"} if path.name in ("quant.py", "state_io.py") else set()
+            assert top in known, f"{name_of(path)} imports {name}"
 
 
 def test_only_rng_imports_torch_in_core():
-    for path in files("core"):
+    for path in library("core"):
         if path.name != "rng.py":
             assert not any(name.startswith("torch") for name in imports(path)), path.name
 
 
+def test_kernels_are_imported_only_where_they_are_used():
+    code = "import tinsmith.nn.model, tinsmith.infer.engine, tinsmith.train.trainer"
+    assert not any(name.startswith("tinsmith.nn.kernels") for name in modules_after(code))
+
+
 def test_T10_no_pickle_and_nothing_that_runs_text():
     """No pickle, torch.load, eval, exec, yaml.load, jinja2.Template or trust_remote_code=True."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        banned = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+    banned = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+    for path in library():
         for name in imports(path):
             assert name.split(".")[0] not in banned, f"{path.name} imports {name}"
-        for node in ast.walk(tree):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "compile"), f"{path.name}:{node.lineno}"
@@ -122,7 +167,7 @@ def test_help_imports_nothing_heavy():
         assert heavy not in loaded, heavy
 
 
-def test_import_tinsmith_costs_nothing():
+def test_import_tinsmith_loads_no_heavy_library():
     assert not {"torch", "numpy", "yaml", "typer"} & modules_after("import tinsmith")
 
 
@@ -131,4 +176,99 @@ def test_nn_loads_torch_and_core_only():
     for other in ("tokenizers", "pydantic", "yaml", "transformers", "matplotlib"):
         assert other not in loaded, other
     own = {name.split(".")[1] for name in loaded if name.startswith("tinsmith.")}
-    assert own == {"core", "nn"}
+    assert own == {"core", "distributed", "nn"}
+
+
+def test_no_public_class_name_is_defined_twice():
+    homes = defaultdict(set)
+    for path in library():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].add(name_of(path))
+    assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every docstring of a module, class, function or constant."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                yield node.lineno, node.value.value
+
+
+def test_no_docstring_of_one_or_two_words():
+    short = [
+        f"{name_of(path)}:{line}: {text}"
+        for path in library()
+        for line, text in docstrings(path)
+        if len(text.split()) < 3
+    ]
+    assert not short, "\n".join(short)
+
+
+def test_no_module_above_400_lines():
+    long = {name_of(path): len(path.read_text(encoding="utf-8").split("\n")) for path in library()}
+    assert not {name: lines for name, lines in long.items() if lines > MAX_LINES + 1}
+
+
+def test_no_short_file_with_a_single_reader():
+    """Such a file belongs to its reader, unless it is one variant of a slot."""
+    readers = defaultdict(set)
+    for path in library():
+        for name in imports(path):
+            for module in (name, name.rpartition(".")[0]):
+                readers[module].add(path)
+    lonely = []
+    for path in library():
+        module = name_of(path).removesuffix(".py").replace("/", ".")
+        folder = path.parent.relative_to(PACKAGE).as_posix()
+        lines = len(path.read_text(encoding="utf-8").split("\n")) - 1
+        if path.name.startswith("__") or folder in SLOTS or lines >= MIN_LINES:
+            continue
+        if len(readers[module] - {path}) == 1:
+            (reader,) = readers[module] - {path}
+            lonely.append(f"{name_of(path)} ({lines} lines) belongs to {name_of(reader)}")
+    assert not lonely, "\n".join(lonely)
+
+
+def identifiers(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, name) of everything that a file names."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+
+
+@pytest.mark.parametrize("folder", ["tinsmith", "tests", "benchmarks", "experiments"])
+def test_no_identifier_with_a_banned_word(folder):
+    bad = []
+    for path in files(folder):
+        for line, name in identifiers(path):
+            words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+            if BANNED & {word.lower() for word in words}:
+                bad.append(f"{name_of(path)}:{line}: {name}")
+    assert not bad, "\n".join(sorted(set(bad)))
+
+
+def reachable(package: str) -> set[str]:
+    """Packages that `package` may import, directly or through others."""
+    direct = MAY_IMPORT.get(package, set())
+    return direct.union(*(reachable(other) for other in direct))
+
+
+def test_the_picture_of_the_packages_is_the_table():
+    """docs/architecture.md draws the table without the arrows that follow from others."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    arrows = set(re.findall(r"^ +(\w+) --> (\w+)$", page, re.M))
+    expected = {
+        (package, other)
+        for package, row in MAY_IMPORT.items()
+        for other in row
+        if not any(other in reachable(between) for between in row - {other})
+    }
+    assert arrows == expected

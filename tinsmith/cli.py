@@ -149,10 +149,10 @@ def evaluate(
     tinsmith eval runs/first
     tinsmith eval runs/first --tasks bpb,questions.jsonl --data book.txt --json
     """
-    from tinsmith.verbs.evaluate import Text
+    from tinsmith.verbs.evaluate import EvalOptions
     from tinsmith.verbs.evaluate import evaluate as run
 
-    run(model, tasks, Text(data, context, limit, solutions), device, rope_scaling, as_json)
+    run(model, tasks, EvalOptions(data, context, limit, solutions), device, rope_scaling, as_json)
 
 
 @app.command()

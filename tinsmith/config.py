@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, json_schema, nearest, parse, plain, read_yaml, write_yaml
+from tinsmith.core.parse import Config, json_schema, did_you_mean, parse, to_plain, read_yaml, write_yaml
 from tinsmith.data.config import ArcData, DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
 from tinsmith.nn.lora import LoRA
@@ -76,10 +76,10 @@ def load(
     path: Path, overrides: list[str] | None = None, more: list[Path] | None = None
 ) -> RunConfig:
     """The recipe at `path`, validated; UserError is one line with file, key and remedy."""
-    return from_dict(tree(path, overrides, more), str(path))
+    return from_dict(load_tree(path, overrides, more), str(path))
 
 
-def tree(
+def load_tree(
     path: Path, overrides: list[str] | None = None, more: list[Path] | None = None
 ) -> dict[str, Any]:
     """The recipe as plain data, with overrides and presets applied, before validation."""
@@ -93,7 +93,7 @@ def tree(
 
 def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
     """Plain data as a RunConfig."""
-    data = migrate(dict(data), where)
+    data = check_schema(dict(data), where)
     if isinstance(data.get("model"), dict):
         data["model"] = with_preset(data["model"], f"{where}: model" if where else "model")
     single = isinstance(data.get("data"), dict)
@@ -102,13 +102,13 @@ def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
     try:
         return parse(RunConfig, data, where)
     except UserError as error:
-        said = str(error).replace("data.0", "data", 1) if single else str(error)
-        raise UserError(said) from None
+        message = str(error).replace("data.0", "data", 1) if single else str(error)
+        raise UserError(message) from None
 
 
 def dump(config: RunConfig) -> str:
     """The whole resolved tree as YAML; `load` reads it back to an equal tree."""
-    return write_yaml(plain(config))
+    return write_yaml(to_plain(config))
 
 
 def schema() -> dict[str, Any]:
@@ -116,7 +116,7 @@ def schema() -> dict[str, Any]:
     return json_schema(RunConfig)
 
 
-def migrate(data: dict[str, Any], where: str = "") -> dict[str, Any]:
+def check_schema(data: dict[str, Any], where: str = "") -> dict[str, Any]:
     """Bring a tree of an older schema up to date."""
     version = data.get("schema", SCHEMA)
     if not isinstance(version, int) or version > SCHEMA or version < 1:
@@ -183,5 +183,5 @@ def _mapping(data: Any, path: Path) -> dict[str, Any]:
     known = list(RunConfig.__dataclass_fields__)
     for key in data:
         if key not in known:
-            raise UserError(f"{path}: {key}: unknown key{nearest(str(key), known)}")
+            raise UserError(f"{path}: {key}: unknown key{did_you_mean(str(key), known)}")
     return data

@@ -25,7 +25,7 @@ from tinsmith.config import from_dict
 from tinsmith.core.log import Metrics, read_metrics
 from tinsmith.data.pairs import encode_pair, read_pair
 from tinsmith.hub.load import load
-from tinsmith.text.chat import encode_chat, normalise
+from tinsmith.text.chat import encode_chat, parse_conversation
 from tinsmith.train.trainer import train
 
 
@@ -92,7 +92,7 @@ class School:
         _, tokenizer = load(begun)
         assert tokenizer is not None
         if name == "sft":
-            return sum(sum(encode_chat(tokenizer, normalise(row)).mask) for row in self.rows)
+            return sum(sum(encode_chat(tokenizer, parse_conversation(row)).mask) for row in self.rows)
         pairs = (encode_pair(tokenizer, read_pair(row), cases.ROOM) for row in self.rows)
         return sum(sum(side.mask) for pair in pairs for side in pair)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.eavi import cases
 from tinsmith import LM, Tokenizer
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.arc.encoding import ArcExample, encode_example
 from tinsmith.data.arc.generators import generate_puzzles
 from tinsmith.data.arc.grids import Puzzle
@@ -18,7 +18,7 @@ from tinsmith.evals.validation import evaluate_objective
 from tinsmith.hub.load import load
 from tinsmith.objectives.eavi import EAVI
 
-SEED = derive(0, "examination")
+SEED = derive_seed(0, "examination")
 MAX_NEW = 2 * cases.SIZES.largest * (cases.SIZES.largest + 1)
 """Ids of an answer: twice those of the largest input."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.contract import Ctx
 
@@ -117,7 +117,7 @@ def test_depth_does_not_make_the_stream_grow(make, residual):
 
 
 def test_its_kind_is_the_first_key_that_is_shown(lm):
-    assert next(iter(plain(lm.config.residual))) == "kind"
+    assert next(iter(to_plain(lm.config.residual))) == "kind"
 
 
 @pytest.mark.costly

@@ -35,7 +35,7 @@ def test_missing_files_folders_and_endless_files_are_refused(tmp_path, monkeypat
         read_object(tmp_path / "absent.json")
     with pytest.raises(UserError, match="directory"):
         read_object(tmp_path)
-    monkeypatch.setattr(jsonfile, "LARGEST", 10)
+    monkeypatch.setattr(jsonfile, "MAX_JSON_BYTES", 10)
     path = tmp_path / "long.json"
     path.write_text('{"a": "0123456789"}')
     with pytest.raises(UserError, match="longer than 10 bytes"):

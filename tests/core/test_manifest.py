@@ -33,7 +33,7 @@ def test_a_manifest_lists_every_file_with_size_and_hash_and_carries_extras(saved
     assert list(manifest["files"]) == ["config.yaml", "inner/state.json", "model.safetensors"]
     assert manifest["files"]["model.safetensors"]["bytes"] == 700
     assert verify(saved) is None
-    assert verify(saved, hashes=True, needs=["model.safetensors"]) is None
+    assert verify(saved, hashes=True, required=["model.safetensors"]) is None
 
 
 def truncate(folder):
@@ -102,16 +102,16 @@ def a_folder_in_place_of_a_file(folder):
 MUTATIONS = {
     truncate: "model.safetensors has 699 bytes instead of 700",
     empty: "model.safetensors has 0 bytes instead of 700",
-    flip_a_bit: "model.safetensors is not what was saved (its SHA-256 differs)",
+    flip_a_bit: "model.safetensors was changed after saving (its SHA-256 differs)",
     remove_a_file: "inner/state.json is missing",
-    remove_the_manifest: "manifest.json is missing (its saving never finished)",
+    remove_the_manifest: "manifest.json is missing (saving was interrupted)",
     break_the_json: "manifest.json: not valid JSON",
     empty_the_manifest: "manifest.json: not valid JSON",
     make_the_manifest_a_list: "manifest.json: not a JSON object",
     nest_the_manifest_deeply: "manifest.json: not valid JSON",
     another_schema: "manifest.json has schema 2, and this version reads 1",
     no_files: "manifest.json lists no files",
-    a_size_that_is_no_number: "manifest.json does not say bytes and sha256 of config.yaml",
+    a_size_that_is_no_number: "manifest.json has no size and SHA-256 for config.yaml",
     a_name_that_leads_out: "'../outside' leads out of",
     a_folder_in_place_of_a_file: "config.yaml is missing",
 }
@@ -139,7 +139,7 @@ def test_T5_sizes_are_compared_even_without_hashes_and_contents_only_with_them(s
 
 def test_T5_a_file_that_is_needed_must_be_listed(saved):
     assert (
-        verify(saved, needs=["optim.safetensors"])
+        verify(saved, required=["optim.safetensors"])
         == "manifest.json does not list optim.safetensors"
     )
 

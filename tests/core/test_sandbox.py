@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.sandbox import Limits, run_python
+from tinsmith.core.sandbox import SandboxLimits, run_python
 
-ROOMY = Limits(seconds=20.0, strict=True)
+ROOMY = SandboxLimits(seconds=20.0, strict=True)
 """For programs that end by themselves, on a machine that may be busy."""
 
 
 def confined() -> bool:
     """Whether this system has all fences."""
     try:
-        return run_python("pass", Limits(strict=True)).status == "ok"
+        return run_python("pass", SandboxLimits(strict=True)).status == "ok"
     except UserError:
         return False
 
@@ -68,7 +68,7 @@ def test_a_wrong_syntax_and_odd_characters_fail():
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "input()"])
 def test_a_program_that_goes_on_is_ended_in_time(program):
     began = time.monotonic()
-    found = run_python(program, Limits(seconds=1.0))
+    found = run_python(program, SandboxLimits(seconds=1.0))
     assert time.monotonic() - began < 10
     assert found.status == ("failed" if program == "input()" else "timeout")
     assert not children()
@@ -83,9 +83,9 @@ def test_a_program_that_wants_all_memory_gets_none():
 def test_a_program_that_prints_a_gigabyte_is_ended(tmp_path):
     began = time.monotonic()
     program = "import sys\nfor _ in range(1024): sys.stdout.write('x' * 2**20)"
-    found = run_python(program, Limits(seconds=30.0))
+    found = run_python(program, SandboxLimits(seconds=30.0))
     assert found.status == "flood"
-    assert len(found.output) == Limits().output_bytes
+    assert len(found.output) == SandboxLimits().output_bytes
     assert time.monotonic() - began < 20
 
 
@@ -149,7 +149,7 @@ def test_limits_cannot_be_raised_again():
     program = (
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(4 << 30)"
     )
-    assert run_python(program, ROOMY if confined() else Limits()).status == "failed"
+    assert run_python(program, ROOMY if confined() else SandboxLimits()).status == "failed"
 
 
 def test_a_program_sees_nothing_of_the_environment(monkeypatch):
@@ -167,14 +167,14 @@ def test_hashes_and_so_orders_are_the_same_every_time():
 def test_a_file_limit_holds_without_landlock_too(monkeypatch):
     """The kernel's limit on the bytes of a file is there on every system."""
     program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_FSIZE))"
-    assert run_python(program, Limits(file_bytes=1000)).output.strip() == "(1000, 1000)"
+    assert run_python(program, SandboxLimits(file_bytes=1000)).output.strip() == "(1000, 1000)"
 
 
 def test_missing_fences_are_said_where_they_are_asked_for(monkeypatch, tmp_path):
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import confine\n"
-        "confine.fence = lambda libc: ['landlock']\n"
-        'confine.main(\'{"seconds": 1, "memory_bytes": 9, "file_bytes": 0, "strict": true}\')'
+        "import sys; sys.path.insert(0, sys.argv[1]); import sandbox_child\n"
+        "sandbox_child.restrict = lambda libc: ['landlock']\n"
+        'sandbox_child.main(\'{"seconds": 1, "memory_bytes": 9, "file_bytes": 0, "strict": true}\')'
     )
     core = Path(__file__).resolve().parents[2] / "tinsmith" / "core"
     done = subprocess.run(

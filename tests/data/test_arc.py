@@ -24,9 +24,9 @@ from tinsmith.data.config import ArcData, TextData
 from tinsmith.data.files import Reject
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.sources.arc import find_task_files, read_solutions, read_tasks
-from tinsmith.text.grid_vocab import NAMES, grid_tokenizer
+from tinsmith.text.grid_vocab import SYMBOLS, grid_tokenizer
 
-SOLUTION, TURN, END = NAMES.index("<|solution|>"), NAMES.index("<|im_start|>"), 11
+SOLUTION, TURN, END = SYMBOLS.index("<|solution|>"), SYMBOLS.index("<|im_start|>"), 11
 ODD = ((1, 2, 3), (4, 5, 6))
 """A grid that no symmetry leaves as it is."""
 
@@ -76,7 +76,7 @@ def test_D1_parse_undoes_serialise_on_grids_of_1_to_30_rows_and_columns():
 
 
 def test_D1_what_is_no_grid_parses_to_none():
-    line = NAMES.index("\n")
+    line = SYMBOLS.index("\n")
     for bad in (
         *([], [END], [1, 2], [1, line, END], [1, 2, line, 3, END], [line, 1, END]),
         *([1, SOLUTION, END], [1] * 31 + [END], [1, line] * 30 + [1, END]),
@@ -175,7 +175,7 @@ def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every,
     for row in range(4):
         places = batch.mask[row].nonzero()[:, 0]
         learned = batch.targets[row][places]
-        assert set(learned.tolist()) <= {*range(10), END, NAMES.index("\n")}
+        assert set(learned.tolist()) <= {*range(10), END, SYMBOLS.index("\n")}
         assert torch.equal(batch.ids[row][places + 1], learned), "shifted by one"
         assert batch.ids[row, places[0]] == SOLUTION
 
@@ -218,7 +218,7 @@ def test_the_vocabulary_opens_in_transformers(symbols, tmp_path):
     mine = type(symbols).load(tmp_path)
     assert mine.fingerprint() == symbols.fingerprint()
     assert mine.vocab_size == 18
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot represent"):
         symbols.encode("a")
 
 
@@ -315,7 +315,7 @@ def test_grids_want_their_own_ids_and_text_does_not_have_them(
 ):
     with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
         prepared(ArcData(count=4), "chats", tokenizer)
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot represent"):
         prepared(TextData(path=str(story_file)), "documents", symbols)
 
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, parse, plain
+from tinsmith.core.parse import Config, parse, to_plain
 from tinsmith.data.config import ChatsData, DataConfig, HubData, StdlibData, TasksData, TextData
 
 
@@ -36,8 +36,8 @@ def test_what_is_written_out_reads_back():
         ChatsData(path="x"),
         HubData(name="n", limit=5),
     ):
-        assert next(iter(plain(config))) == "kind"
-        assert read(plain(config)) == config
+        assert next(iter(to_plain(config))) == "kind"
+        assert read(to_plain(config)) == config
 
 
 @pytest.mark.parametrize(

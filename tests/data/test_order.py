@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.loader.order import ROUNDS, order, order_many, permute, permute_many
 
 WORD = 2**64 - 1
@@ -20,7 +20,7 @@ def slow_permute(index, size, seed, *keys):
     half = max(2, ((size - 1).bit_length() + 1) // 2)
     mask = 2**half - 1
     round_keys = [
-        slow_mix((derive(seed, *keys) + number) & WORD) for number in range(1, ROUNDS + 1)
+        slow_mix((derive_seed(seed, *keys) + number) & WORD) for number in range(1, ROUNDS + 1)
     ]
     while True:
         left, right = index >> half, index & mask

@@ -10,7 +10,7 @@ from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prompts import read_prompt
 from tinsmith.data.sources import tasks
 from tinsmith.objectives.base import RankLoader
-from tinsmith.text.chat import BadRecord, encode_prompt, normalise
+from tinsmith.text.chat import BadRecord, encode_prompt, parse_conversation
 
 CONTEXT = 64
 
@@ -37,7 +37,7 @@ ASK = said("user", "What is 2 + 3?")
 )
 def test_every_layout_says_the_same_question(record):
     question = read_prompt(record)
-    assert question.prompt == normalise({"messages": [ASK]}, answered=False)
+    assert question.prompt == parse_conversation({"messages": [ASK]}, answered=False)
     assert question.answer == "5"
     assert question.record == record
 
@@ -71,7 +71,7 @@ def test_a_prompt_has_ids_answer_number_and_its_record(source, tokenizer):
     found = source.get_prompts(0, source.size)
     assert sorted(prompt.prompt_id for prompt in found) == list(range(source.size))
     for prompt in found:
-        asked = normalise({"messages": [said("user", prompt.record["prompt"])]}, answered=False)
+        asked = parse_conversation({"messages": [said("user", prompt.record["prompt"])]}, answered=False)
         assert prompt.ids == encode_prompt(tokenizer, asked)
         made = tasks.GeneratedTask(
             prompt.record["task"], prompt.record["prompt"], "", prompt.answer

@@ -13,7 +13,7 @@ import pytest
 
 from tinsmith.config import dump, from_dict, load
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.transplant import TransplantPlan, build_transplant
 from tinsmith.nn.model import LM
@@ -112,7 +112,7 @@ def test_recipe_is_commented_and_round_trips(path):
     assert len(head) >= 2, "what it is, and what it takes"
     assert any("min" in line or "hour" in line or "day" in line for line in head), head
     config = load(path)
-    assert from_dict(plain(config)) == config
+    assert from_dict(to_plain(config)) == config
     assert "schema: 1" in dump(config)
 
 

@@ -13,13 +13,13 @@ from tinsmith.data.arc.grids import Pair, Puzzle, View
 from tinsmith.evals import arc
 from tinsmith.evals.arc import ArcOutcome, ArcResult, aug_scores, evaluate_arc, rank_candidates
 from tinsmith.nn.model import LM, ModelConfig
-from tinsmith.text.grid_vocab import NAMES, grid_tokenizer
+from tinsmith.text.grid_vocab import SYMBOLS, grid_tokenizer
 from tinsmith.train.plots.arc import draw_puzzles, pick_outcomes
 from tinsmith.train.plots.style import render_figures
-from tinsmith.verbs.puzzles import puzzles_of, save_puzzles
+from tinsmith.verbs.puzzles import open_puzzles, save_puzzles
 
 ONE, TWO, WIDE = ((1,),), ((2,),), ((1, 1),)
-END = NAMES.index("<|im_end|>")
+END = SYMBOLS.index("<|im_end|>")
 GRIDS = grid_tokenizer()
 
 
@@ -84,7 +84,7 @@ def test_D6_a_model_that_says_the_answer_scores_1(copier):
     """The same way there: after the opening symbol a cell of colour 1, then the end."""
     lm = make(dim=20, tie_embeddings=False)
     lm.load_state_dict(copier.state_dict() | {"head.weight": torch.zeros(18, 20)})
-    opening = NAMES.index("<|solution|>")
+    opening = SYMBOLS.index("<|solution|>")
     with torch.no_grad():
         lm.head.weight[1, opening] = lm.head.weight[END, 1] = 5
     assert evaluate_arc(lm, GRIDS, [puzzle(answer=ONE)]).score == 1
@@ -145,7 +145,7 @@ def test_D4_the_answer_is_no_part_of_what_is_asked(monkeypatch):
     assert runs[0] == runs[1] == runs[2]
     assert asked[0] == asked[len(asked) // 3] == asked[2 * len(asked) // 3]
     for prompt in asked[0]:
-        assert prompt[-2:] == [NAMES.index("<|im_start|>"), NAMES.index("<|solution|>")]
+        assert prompt[-2:] == [SYMBOLS.index("<|im_start|>"), SYMBOLS.index("<|solution|>")]
 
 
 class Always:
@@ -217,23 +217,23 @@ def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
     solutions = tmp_path / "solutions.json"
     solutions.write_text(json.dumps({"c": [[[3]]]}))
     told: list[str] = []
-    groups = puzzles_of("m", None, path, solutions, None, told.append)
+    groups = open_puzzles("m", None, path, solutions, None, told.append)
     assert [each.answer for each in groups["tasks"]] == [ONE, ((3,),)]
     assert len(told) == 1
     assert f"{path}:2: task b: no demonstrations" in told[0]
     path.write_text("[]")
     with pytest.raises(UserError, match="no task in it can be used"):
-        puzzles_of("m", None, path, None, None, told.append)
+        open_puzzles("m", None, path, None, None, told.append)
     with pytest.raises(UserError, match="say with --data what to solve"):
-        puzzles_of("m", None, None, None, None, told.append)
+        open_puzzles("m", None, None, None, None, told.append)
     with pytest.raises(UserError, match="--solutions: are those of --data"):
-        puzzles_of("m", None, None, solutions, None, told.append)
+        open_puzzles("m", None, None, solutions, None, told.append)
     path.write_text(json.dumps({"a": good, "bad": [], "c": hidden}))
-    assert len(puzzles_of("m", None, path, solutions, None, told.append)["tasks"]) == 2
+    assert len(open_puzzles("m", None, path, solutions, None, told.append)["tasks"]) == 2
     assert f"{path}:2: task bad: not a task" in told[-1]
     path.write_text(json.dumps({"a": good, "c": hidden}))
     told.clear()
-    (found,) = puzzles_of("m", None, tmp_path, solutions, None, told.append).values()
+    (found,) = open_puzzles("m", None, tmp_path, solutions, None, told.append).values()
     assert [each.answer for each in found] == [ONE, ((3,),)]
     assert told == [], "the file of solutions is no task"
 

@@ -8,7 +8,7 @@ from tinsmith.evals import format as form
 from tinsmith.evals.format import evaluate_format, extract_answer
 from tinsmith.infer.generate import Completion
 from tinsmith.text.bpe import train_bpe
-from tinsmith.text.chat import encode_chat, normalise
+from tinsmith.text.chat import encode_chat, parse_conversation
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -62,7 +62,7 @@ def test_empty_doubled_or_swapped_is_not_the_form(parts, tokenizer):
 def test_a_tagged_task_has_the_form_and_is_checked(tokenizer):
     task = generate_task("arithmetic", 0, 5)
     record = task.chat(answer_tags=True)
-    whole, mask = encode_chat(tokenizer, normalise(record))
+    whole, mask = encode_chat(tokenizer, parse_conversation(record))
     said = [number for number, own in zip(whole, mask, strict=True) if own]
     assert extract_answer(tokenizer, said) == task.answer
     assert check_answer(task, record["messages"][1]["content"])

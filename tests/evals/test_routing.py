@@ -19,7 +19,7 @@ from tinsmith.evals.routing import (
 )
 from tinsmith.hub.hf import write_folder
 from tinsmith.nn.contract import FeedForward, Out, Routed
-from tinsmith.verbs.evaluate import Text, evaluate
+from tinsmith.verbs.evaluate import EvalOptions, evaluate
 
 
 class Planted(FeedForward, Routed):
@@ -269,4 +269,4 @@ def test_the_verb_says_what_it_cannot_measure(make_lm, tokenizer, tmp_path):
     lm = make_lm().float()
     write_folder(lm.config, lm.state_dict(), tokenizer, tmp_path / "m")
     with pytest.raises(UserError, match="validation split of a run"):
-        evaluate(str(tmp_path / "m"), "routing", Text(None, None, None), "cpu", None, False)
+        evaluate(str(tmp_path / "m"), "routing", EvalOptions(None, None, None), "cpu", None, False)

@@ -10,7 +10,7 @@ from tinsmith.objectives.base import RankLoader
 from tinsmith.objectives.kd import generalized_jsd
 from tinsmith.objectives.on_policy_kd import LinearRamp, OnPolicyKD
 from tinsmith.text.bpe import train_bpe
-from tinsmith.text.chat import encode_prompt, normalise
+from tinsmith.text.chat import encode_prompt, parse_conversation
 
 VOCAB = 330
 
@@ -32,7 +32,7 @@ class Prompts:
     def prompt(self, number: int) -> Prompt:
         answer = None if number % 5 == 4 else f"it is {number}"
         record = {"prompt": f"what is {number * 'one '}?", "answer": answer}
-        asked = normalise(
+        asked = parse_conversation(
             {"messages": [{"role": "user", "content": record["prompt"]}]}, answered=False
         )
         return Prompt(encode_prompt(self.tokenizer, asked), number, answer, record)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.sandbox import Limits
+from tinsmith.core.sandbox import SandboxLimits
 from tinsmith.data.prompts import Prompt, read_prompt
 from tinsmith.data.sources import tasks
 from tinsmith.rewards.classifier import Classifier
@@ -118,7 +118,7 @@ TESTS = ["assert double(2) == 4", "assert double(0) == 0"]
     ],
 )
 def test_unit_tests_are_passed_or_not_whatever_the_program_does(text, worth):
-    assert unit_tests(asked(test_list=TESTS), text, limits=Limits(seconds=5.0)) == worth
+    assert unit_tests(asked(test_list=TESTS), text, limits=SandboxLimits(seconds=5.0)) == worth
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tinsmith.objectives.kd import KD
 from tinsmith.objectives.sft import SFT
 from tinsmith.objectives.token_weights import TagWeights, TokenWeights
 from tinsmith.text.bpe import train_bpe
-from tinsmith.text.chat import encode_chat, normalise
+from tinsmith.text.chat import encode_chat, parse_conversation
 
 WEIGHTS = {"think": 10.0, "answer": 7.0}
 ANSWER = "<answer>x < y, and </ think> or <thin k> are no tags</answer>"
@@ -27,7 +27,7 @@ def encoded(tokenizer) -> Batch:
             {"role": "assistant", "reasoning_content": "1 < 2 > 0", "content": ANSWER},
         ]
     }
-    ids, mask = encode_chat(tokenizer, normalise(chat))
+    ids, mask = encode_chat(tokenizer, parse_conversation(chat))
     whole, counted = torch.tensor([ids]), torch.tensor([mask])
     where = torch.arange(len(ids) - 1)[None]
     targets = torch.where(counted, whole, 0)[:, 1:]

@@ -3,7 +3,7 @@
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import parse, plain
+from tinsmith.core.parse import parse, to_plain
 from tinsmith.optim.config import (
     WSD,
     AdamWConfig,
@@ -36,7 +36,7 @@ def test_the_recipe_of_the_documentation_is_the_default():
     ],
 )
 def test_configs_survive_writing_and_reading(config):
-    assert parse(OptimConfig, plain(config)) == config
+    assert parse(OptimConfig, to_plain(config)) == config
 
 
 def test_counts_may_be_written_as_people_do():

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
-from tinsmith.text.bpe import SMALLEST, train_bpe
+from tinsmith.text.bpe import MIN_VOCAB_SIZE, train_bpe
 from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import SPECIALS
 
@@ -35,8 +35,8 @@ def test_merges_and_ids_are_those_of_the_slow_oracle(slow_bpe, seed):
     chance = random.Random(seed)
     parts = ["a", "b", "ab ", "aaa", "c", "\n", "\u00e9", " ", "the ", "12", "()", "\u4e2d"]
     text = "".join(chance.choice(parts) for _ in range(chance.choice([20, 200, 1000])))
-    trained = train_bpe([text], SMALLEST + 40)
-    learned = slow_bpe.train(words(trained, text), SMALLEST, 40)
+    trained = train_bpe([text], MIN_VOCAB_SIZE + 40)
+    learned = slow_bpe.train(words(trained, text), MIN_VOCAB_SIZE, 40)
     model = json.loads(trained.to_json())["model"]
     vocabulary = model["vocab"]
     assert [(vocabulary[left], vocabulary[right]) for left, right in model["merges"]] == learned
@@ -44,7 +44,7 @@ def test_merges_and_ids_are_those_of_the_slow_oracle(slow_bpe, seed):
     expected = [
         number
         for word in words(trained, other)
-        for number in slow_bpe.encode(word, learned, SMALLEST)
+        for number in slow_bpe.encode(word, learned, MIN_VOCAB_SIZE)
     ]
     assert trained.encode(other) == expected
 
@@ -66,7 +66,7 @@ def test_the_same_text_gives_the_same_file_in_another_process(corpus):
 
 
 def test_a_vocabulary_has_the_size_asked_for_all_bytes_and_the_specials_first(corpus):
-    for size in (SMALLEST, 300, 777):
+    for size in (MIN_VOCAB_SIZE, 300, 777):
         trained = train_bpe(corpus, size)
         assert trained.vocab_size == size
         vocabulary = json.loads(trained.to_json())["model"]["vocab"]
@@ -76,11 +76,11 @@ def test_a_vocabulary_has_the_size_asked_for_all_bytes_and_the_specials_first(co
 
 
 def test_a_text_with_nothing_left_to_merge_gives_fewer_ids():
-    assert train_bpe(["abab"], 1000).vocab_size == SMALLEST + 2
-    assert train_bpe([], 1000).vocab_size == SMALLEST
+    assert train_bpe(["abab"], 1000).vocab_size == MIN_VOCAB_SIZE + 2
+    assert train_bpe([], 1000).vocab_size == MIN_VOCAB_SIZE
 
 
-@pytest.mark.parametrize("size", [0, SMALLEST - 1])
+@pytest.mark.parametrize("size", [0, MIN_VOCAB_SIZE - 1])
 def test_a_vocabulary_too_small_for_bytes_and_specials_is_refused(size):
     with pytest.raises(UserError, match=rf"tokenizer.train.vocab_size: {size} is too small.*272"):
         train_bpe(["a"], size)

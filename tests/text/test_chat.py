@@ -14,7 +14,7 @@ from tinsmith.text.chat import (
     Message,
     encode_chat,
     encode_prompt,
-    normalise,
+    parse_conversation,
     render,
 )
 from tinsmith.text.specials import TAGS
@@ -223,7 +223,7 @@ def test_any_chat_keeps_its_text_its_mask_and_its_prompt(families, any_text, fam
             for _, answer, reasoning in turns
         ]
         said = "".join(
-            tokenizer.piece(number).decode("utf-8", "surrogateescape")
+            tokenizer.token_bytes(number).decode("utf-8", "surrogateescape")
             for number, mine in zip(*encoded, strict=True)
             if mine
         )
@@ -250,7 +250,7 @@ def test_a_prompt_that_opens_reasoning_is_a_prefix_too(tokenizer, reasoning):
 
 
 def test_a_prompt_that_is_already_answered_is_refused(tokenizer):
-    with pytest.raises(UserError, match="not with the assistant"):
+    with pytest.raises(UserError, match="not of the assistant"):
         encode_prompt(tokenizer, TURNS)
 
 
@@ -304,7 +304,7 @@ def test_a_foreign_template_with_its_own_end_of_turn(families):
         ("user", "a</s>"), ("assistant", "b</s>"), ("user", "c"), ("assistant", "d")
     )
     encoded = encode_chat(tokenizer, conversation)
-    raw = b"".join(map(tokenizer.piece, encoded.ids))
+    raw = b"".join(map(tokenizer.token_bytes, encoded.ids))
     assert raw == b"<s>[INST] a</s> [/INST] b</s></s>[INST] c [/INST] d</s>"
     assert learned(tokenizer, encoded) == ["b</s></s>", "d</s>"]
     assert encoded.ids.count(tokenizer.special("</s>")) == 2
@@ -338,10 +338,10 @@ def test_a_foreign_template_that_forgets_old_reasoning(tokenizer):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (COUNTING, "changes a prompt once it is answered"),
+        (COUNTING, "renders an answered prompt differently"),
         (ENDLESS, r"ends a turn without <\|im_end\|>"),
         (LATE, r"ends a turn without <\|im_end\|>"),
-        ("{{ messages }}", "changes a prompt"),
+        ("{{ messages }}", "renders an answered prompt differently"),
         ("{{ ''.__class__() }}", "the chat template failed"),
     ],
 )
@@ -359,7 +359,7 @@ def test_real_chats_are_encoded_whole(real_data, tokenizer):
     for path in sorted(path for folder in folders for path in folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines()[:40]:
             try:
-                conversation = normalise(json.loads(line))
+                conversation = parse_conversation(json.loads(line))
             except UserError:
                 continue
             encoded = encode_chat(tokenizer, conversation)

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.chat import normalise, render
+from tinsmith.text.chat import parse_conversation, render
 from tinsmith.text.specials import our_template
 from tinsmith.text.tokenizer import SPECIALS, Tokenizer
 
@@ -160,7 +160,7 @@ def test_broken_old_folders_are_named_in_one_line(gpt2_folder, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((gpt2_folder / name).read_bytes())
     (tmp_path / "merges.txt").write_text("#version: 0.2\nno such pair\n")
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="do not agree"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     with pytest.raises(UserError, match=r"a Qwen2Tokenizer without tokenizer\.json"):
@@ -212,7 +212,7 @@ def test_transformers_renders_a_chat_as_we_do(folder, name, generate):
         for role, content, *more in chat["messages"]
     ]
     record = {"messages": messages, "tools": chat.get("tools")}
-    conversation = normalise(record)
+    conversation = parse_conversation(record)
     for message in messages:
         for call in message.get("tool_calls", []):
             call.setdefault("arguments", {})

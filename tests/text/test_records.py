@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.chat import BadRecord, Call, Conversation, Message, normalise
+from tinsmith.text.chat import BadRecord, Call, Conversation, Message, parse_conversation
 
 ASK = {"role": "user", "content": "1+1?"}
 ANSWER = {"role": "assistant", "content": "2"}
@@ -17,7 +17,7 @@ RESULT = {"role": "tool", "content": "2"}
 
 
 def said(record, **options):
-    return [(m.role, m.content) for m in normalise(record, **options).messages]
+    return [(m.role, m.content) for m in parse_conversation(record, **options).messages]
 
 
 def test_messages():
@@ -56,7 +56,7 @@ def test_llamafactory_parts_of_reasoning_and_calls():
         "messages": [ASK, {"role": "assistant", "content": parts}, RESULT | {"content": result}]
     }
     call = Call(name="add", arguments={"x": 1})
-    assert normalise(record).messages[1:] == (
+    assert parse_conversation(record).messages[1:] == (
         Message(role="assistant", content="So:", reasoning="use it", calls=(call,)),
         Message(role="tool", content="2"),
     )
@@ -73,7 +73,7 @@ def test_sharegpt():
             {"from": "gpt", "value": "It is 2."},
         ],
     }
-    conversation = normalise(record)
+    conversation = parse_conversation(record)
     assert conversation.messages == (
         Message(role="system", content="S"),
         Message(role="user", content="1+1?"),
@@ -100,7 +100,7 @@ def test_minimind():
             ANSWER,
         ]
     }
-    conversation = normalise(record)
+    conversation = parse_conversation(record)
     assert conversation.tools == (TOOL,)
     assert [message.role for message in conversation.messages] == [
         "user",
@@ -147,8 +147,8 @@ def test_a_blank_system_message_is_left_out():
 def test_a_prompt_need_not_be_answered():
     assert said({"messages": [ASK]}, answered=False) == [("user", "1+1?")]
     assert said({"instruction": "I"}, answered=False) == [("user", "I")]
-    whole = normalise({"messages": [ASK, ANSWER]})
-    assert whole.prompt() == normalise({"messages": [ASK]}, answered=False)
+    whole = parse_conversation({"messages": [ASK, ANSWER]})
+    assert whole.prompt() == parse_conversation({"messages": [ASK]}, answered=False)
     assert whole.prompt().prompt() == whole.prompt()
 
 
@@ -175,15 +175,15 @@ def messages(*items):
         (messages({"role": "user", "content": [{"type": "image"}]}), "`content` is not text"),
         (messages({"role": "user", "content": [{"type": []}]}), "`content` is not text"),
         (messages({"role": "user", "content": [{"type": "text"}]}), "`content` is not text"),
-        (messages(ASK, ASK, ANSWER), "message 2: user where assistant should speak"),
-        (messages(ANSWER, ASK), "message 1: assistant where system or user should speak"),
-        (messages(ASK, ANSWER, ANSWER), "message 3: assistant where user should speak"),
-        (messages(ASK, ANSWER, RESULT), "message 3: tool where user should speak"),
-        (messages(ASK, CALL, ASK, ANSWER), "message 3: user where tool should speak"),
+        (messages(ASK, ASK, ANSWER), "message 2: role user, expected assistant"),
+        (messages(ANSWER, ASK), "message 1: role assistant, expected system or user"),
+        (messages(ASK, ANSWER, ANSWER), "message 3: role assistant, expected user"),
+        (messages(ASK, ANSWER, RESULT), "message 3: role tool, expected user"),
+        (messages(ASK, CALL, ASK, ANSWER), "message 3: role user, expected tool"),
         (messages(ASK, {"role": "system", "content": "S"}, ANSWER), "message 2: system where"),
         (messages(ASK, {"role": "assistant", "content": " \n"}), "message 2: empty content"),
         (messages({"role": "user", "content": ""}, ANSWER), "message 1: empty content"),
-        (messages(ASK, {"role": "assistant", "content": "\ud800"}), "half a character"),
+        (messages(ASK, {"role": "assistant", "content": "\ud800"}), "lone surrogate"),
         (messages(ASK, ANSWER | {"reasoning_content": 5}), "`reasoning_content` is not text"),
         (messages(ASK, ANSWER | {"tool_calls": "[{"}), "`tool_calls`: not valid JSON"),
         (messages(ASK, ANSWER | {"tool_calls": [{}]}), "a tool call has no name"),
@@ -215,7 +215,7 @@ def messages(*items):
 )
 def test_T9_a_defect_has_a_short_reason(record, reason):
     with pytest.raises(BadRecord) as caught:
-        normalise(record)
+        parse_conversation(record)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
@@ -250,7 +250,7 @@ ITEM = st.fixed_dictionaries(
 @given(st.dictionaries(KEYS, st.lists(ITEM, max_size=4) | JSON, max_size=4) | JSON, st.booleans())
 def test_T9_any_json_is_a_conversation_or_a_reason(record, answered):
     try:
-        outcome = normalise(record, answered=answered)
+        outcome = parse_conversation(record, answered=answered)
     except BadRecord as error:
         outcome = str(error)
     assert isinstance(outcome, Conversation) or (outcome and "\n" not in outcome)

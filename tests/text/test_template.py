@@ -8,8 +8,8 @@ import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.text.specials import our_template
-from tinsmith.text.template import LONGEST, ChatTemplate
-from tinsmith.text.template_limits import Refused
+from tinsmith.text.template import MAX_TEMPLATE_CHARS, ChatTemplate
+from tinsmith.text.template_limits import TemplateRefused
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo <b>"}]
 
@@ -175,7 +175,7 @@ def test_a_template_that_fails_is_one_line(source):
 
 def test_a_template_that_is_too_long_is_refused():
     with pytest.raises(UserError, match="longer than"):
-        ChatTemplate("x" * (LONGEST + 1))
+        ChatTemplate("x" * (MAX_TEMPLATE_CHARS + 1))
 
 
 def test_the_room_is_a_bound_on_all_that_is_emitted():
@@ -185,7 +185,7 @@ def test_the_room_is_a_bound_on_all_that_is_emitted():
 
 
 def test_a_template_may_refuse_messages_in_its_own_words():
-    with pytest.raises(Refused, match="no system please"):
+    with pytest.raises(TemplateRefused, match="no system please"):
         run("{{ raise_exception('no system please') }}")
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.byte_encoding import cut
+from tinsmith.text.byte_encoding import split_text
 from tinsmith.text.specials import CHAT_TOKENS
-from tinsmith.text.tokenizer import LONGEST, SPECIALS, Tokenizer
+from tinsmith.text.tokenizer import MAX_PIECE_CHARS, SPECIALS, Tokenizer
 
 FAMILIES = ["own", "gpt2", "llama", "metaspace", "qwen"]
 
@@ -46,7 +46,7 @@ def test_any_text_comes_back_as_it_was_and_holds_no_special_id(families, any_tex
         assert added.isdisjoint(ids)
         assert tokenizer.encode_many([text]) == [ids]
         inside = tokenizer.encode_inside(text)
-        assert b"".join(tokenizer.piece(number) for number in inside) == text.encode()
+        assert b"".join(tokenizer.token_bytes(number) for number in inside) == text.encode()
         assert added.isdisjoint(inside)
 
     check()
@@ -154,7 +154,7 @@ def test_a_vocabulary_of_symbols_writes_its_symbols_and_refuses_the_rest():
     assert symbols.encode("01\n0") == [1, 2, 3, 1]
     assert symbols.decode([1, 2, 3, 1]) == "01\n0"
     for text in ("2", "0[UNK]", b"\xff", "<|endoftext|>"):
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match="cannot represent"):
             symbols.encode(text)
 
 
@@ -164,7 +164,7 @@ def test_a_vocabulary_that_lacks_bytes_says_so_instead_of_losing_them(corpus):
     small = Tokenizer(made.to_str())
     assert small.decode(small.encode("abba")) == "abba"
     for text in ("abc", b"a\xff"):
-        with pytest.raises(UserError, match="cannot write"):
+        with pytest.raises(UserError, match="cannot represent"):
             small.encode(text)
 
 
@@ -221,7 +221,7 @@ def test_a_long_text_has_the_ids_it_has_in_one_go(families, corpus, family):
     tokenizer = families[family]
     reference = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     text = "".join(corpus) * (250_000 // len("".join(corpus)) + 1)
-    assert len(text) > 2 * LONGEST
+    assert len(text) > 2 * MAX_PIECE_CHARS
     ids = reference.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text) == ids
     assert tokenizer.encode_many([text, "x"]) == [ids, tokenizer.encode("x")]
@@ -230,7 +230,7 @@ def test_a_long_text_has_the_ids_it_has_in_one_go(families, corpus, family):
 @settings(derandomize=True, deadline=None)
 @given(text=st.text("ab\n ", max_size=60), longest=st.integers(1, 20))
 def test_parts_of_a_long_text_are_short_and_make_it_whole(text, longest):
-    parts = cut(text, longest)
+    parts = split_text(text, longest)
     assert "".join(parts) == text
     assert max(map(len, parts)) <= longest
     assert all(parts) or not text

@@ -8,12 +8,12 @@ import torch
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.hub.load import load
 from tinsmith.train import checkpoint
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.trainer import train
-from tinsmith.verbs.evaluate import Text, evaluate
+from tinsmith.verbs.evaluate import EvalOptions, evaluate
 
 NSA = {
     **{"kind": "nsa", "heads": 4, "kv_heads": 2, "compress_block": 4, "compress_stride": 4},
@@ -130,7 +130,7 @@ def test_the_second_stage_begins_where_the_first_ends_and_tells_both_halves(stag
 def test_eval_tells_of_seen_and_held_back_rules_and_draws(stages, tmp_path, capsys, real_data):
     """As `tinsmith eval RUN --tasks arc_agi`; rules held back are of the kinds that were seen."""
     run = stages["second"][0]
-    evaluate(str(run), "arc_agi", Text(None, None, 3), "cpu", None, True)
+    evaluate(str(run), "arc_agi", EvalOptions(None, None, 3), "cpu", None, True)
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["arc_agi seen", "arc_agi held back"]
     assert found["arc_agi seen"]["outputs"] == 3
@@ -139,7 +139,7 @@ def test_eval_tells_of_seen_and_held_back_rules_and_draws(stages, tmp_path, caps
     assert found["arc_agi held back"]["by_task"].keys() == held_back
     assert (run / "arc_agi.png").read_bytes().startswith(b"\x89PNG")
     tasks = real_data / "arc_agi1" / "training_small10.jsonl"
-    evaluate(str(run / "final"), "arc_agi", Text(tasks, None, 2), "cpu", None, False)
+    evaluate(str(run / "final"), "arc_agi", EvalOptions(tasks, None, 2), "cpu", None, False)
     assert "arc_agi training_small10" in capsys.readouterr().out
 
 
@@ -154,7 +154,7 @@ def test_grids_bring_their_tokenizer_and_a_recipe_round_trips(recipe):
     config = from_dict(recipe)
     assert config.tokenizer is not None
     assert config.tokenizer.symbols == "grids"
-    assert from_dict(plain(config)) == config
+    assert from_dict(to_plain(config)) == config
     with pytest.raises(UserError, match=r"give exactly one of `tokenizer.train`"):
         from_dict(recipe | {"tokenizer": {"symbols": "grids", "path": "x"}})
 

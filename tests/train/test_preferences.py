@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
-from tinsmith.core.rng import generator
+from tinsmith.core.rng import make_generator
 from tinsmith.hub.load import load
-from tinsmith.text.chat import encode_chat, normalise
+from tinsmith.text.chat import encode_chat, parse_conversation
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.frozen import load_reward_model
 from tinsmith.train.setup import resolve_model_config
 from tinsmith.train.trainer import train
-from tinsmith.verbs.evaluate import Text, evaluate
+from tinsmith.verbs.evaluate import EvalOptions, evaluate
 
 KIND = ["Gladly.", "Here you are.", "Of course.", "With pleasure."]
 RUDE = ["Go away.", "No way.", "Stop that.", "I will not."]
@@ -28,7 +28,7 @@ OBJECTIVE = {"objective": {"kind": "dpo"}}
 @pytest.fixture
 def pairs(tmp_path):
     """Answers that are kind and answers that are rude, about many things."""
-    draw = generator(0, "pairs")
+    draw = make_generator(0, "pairs")
 
     def pick(items):
         return items[int(torch.randint(len(items), (), generator=draw))]
@@ -206,7 +206,7 @@ def test_a_finished_run_opens_and_its_card_says_what_was_measured(run):
     assert "pairs ranked right" in card
     assert not (folder / "final" / "objective.safetensors").exists()
     with pytest.raises(UserError, match="was trained on pairs; say with --data"):
-        evaluate(str(folder), "bpb", Text(None, None, None), "cpu", None, True)
+        evaluate(str(folder), "bpb", EvalOptions(None, None, None), "cpu", None, True)
     assert rows(folder, "samples")[-1]["samples"][0]["prompt"].endswith("<|im_start|>assistant\n")
 
 
@@ -217,7 +217,7 @@ def test_a_trained_reward_model_is_loaded_as_a_reward(run):
     asked = {"role": "user", "content": "Give me tea."}
     ids = [
         encode_chat(
-            tokenizer, normalise({"messages": [asked, {"role": "assistant", "content": said}]})
+            tokenizer, parse_conversation({"messages": [asked, {"role": "assistant", "content": said}]})
         ).ids[:-1]
         for said in ("Gladly. Tea.", "Go away. Tea.")
     ]

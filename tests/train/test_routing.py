@@ -17,7 +17,7 @@ from tinsmith.train.plots.experts import draw_experts
 from tinsmith.train.plots.history import History
 from tinsmith.train.report import plot_run
 from tinsmith.train.trainer import train
-from tinsmith.verbs.evaluate import Text, evaluate
+from tinsmith.verbs.evaluate import EvalOptions, evaluate
 
 HEADS = {"kind": "dyn_heads", "heads": 4, "experts": 3}
 FEEDS = {
@@ -184,7 +184,7 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
         assert not gate.window.load.is_meta
         assert int(gate.window.tokens) == 0, "a model of its own, not in the middle of a window"
     said = capsys.readouterr().out
-    evaluate(str(whole), "routing", Text(None, None, 8), "cpu", None, True)
+    evaluate(str(whole), "routing", EvalOptions(None, None, 8), "cpu", None, True)
     again = json.loads(capsys.readouterr().out)
     for name, layer in found["layers"].items():
         assert again[f"routing {name}"] == pytest.approx(layer)

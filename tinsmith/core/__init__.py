@@ -1,3 +1,1 @@
-"""Ground that everything stands on: errors, files, random states, logs, signals. No neural
-networks.
-"""
+"""Shared basics without neural networks: errors, files, parsing, random states, logs, signals."""

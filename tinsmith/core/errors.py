@@ -1,18 +1,16 @@
-"""The ways in which a verb ends early; anything else is a bug and shows its traceback."""
+"""Exceptions with which a command ends early. Any other exception is a bug and shows a traceback."""
 
 
 class UserError(Exception):
-    """Bad input. Its text is one line that says what, where and what to do; the process exits
-    with 2.
-    """
+    """Bad input. The message is one line: where, what is wrong, what to do. Exit code 2."""
 
 
 class Failure(Exception):
-    """The run cannot go on, through nobody's bad input; one line, and the process exits with 1."""
+    """The run cannot continue, and no input is at fault (disk full, NaN). One line, exit code 1."""
 
 
 class Stopped(Exception):
-    """Training stopped on request after saving; the process exits with `code` (75: resume me)."""
+    """Training stopped on request after a checkpoint. Exit code 75: resume later."""
 
     def __init__(self, message: str, code: int = 75):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Files that are either there, whole, or not there at all."""
+"""Atomic writes of files and folders, and checks of file names that come from outside."""
 
 import hashlib
 import os
@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.kill_points import event
+from tinsmith.core.kill_points import kill_point
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a
-    part.
-    """
+    """Write a file atomically: a reader, or a crash, sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     raw = data.encode("utf-8") if isinstance(data, str) else data
     try:
@@ -22,20 +20,19 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        event(f"written {path.name}")
+        kill_point(f"written {path.name}")
         temporary.replace(path)
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    event(f"renamed {path.name}")
+    kill_point(f"renamed {path.name}")
 
 
 @contextmanager
 def atomic_dir(target: Path) -> Generator[Path]:
-    """A temporary folder beside `target` that becomes `target` on success and vanishes on failure.
+    """Yield a temporary folder that is renamed to `target` on success and removed on failure.
 
-    An existing `target` is replaced. Files written inside should be fsynced by `fsync_tree`, which
-    this calls.
+    An existing `target` is replaced. All files are fsynced before the rename.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -45,7 +42,7 @@ def atomic_dir(target: Path) -> Generator[Path]:
     try:
         yield temporary
         fsync_tree(temporary)
-        event(f"complete {target.name}")
+        kill_point(f"complete {target.name}")
         if target.exists():
             old = target.with_name(f".{target.name}.old-{os.getpid()}")
             target.rename(old)
@@ -54,14 +51,14 @@ def atomic_dir(target: Path) -> Generator[Path]:
         else:
             temporary.rename(target)
         fsync_folder(target.parent)
-        event(f"renamed {target.name}")
+        kill_point(f"renamed {target.name}")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder` (names like `.x.tmp-123`)."""
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files that a killed process left in `folder` (names like `.x.tmp-123`)."""
     if not folder.is_dir():
         return
     for path in folder.glob(".*.tmp-*"):
@@ -83,7 +80,7 @@ def _is_alive(process: str) -> bool:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Force every file below `folder`, and the folders themselves, to the disk."""
+    """Fsync every file and folder below `folder`."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
@@ -94,7 +91,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk."""
+    """Fsync the entries of one folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,21 +100,21 @@ def fsync_folder(folder: Path) -> None:
 
 
 def free_space(path: Path) -> int:
-    """Free bytes on the disk that holds `path` or its nearest existing parent."""
+    """Return the free bytes on the disk of `path` or of its nearest existing parent."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(root: Path, name: str) -> Path:
-    """`root / name`, refused where the name leaves `root` (absolute, `..`, NUL or a link that
-    leads out).
+    """Return `root / name`. Raise UserError if the name leaves `root`: an absolute path, `..`, NUL,
+    or a symbolic link that points outside.
     """
     if "\0" in name or not name or Path(name).is_absolute():
         raise UserError(f"{name!r} is not a file name inside {root}")
@@ -128,5 +125,5 @@ def inside(root: Path, name: str) -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
+    """Return the total size in bytes of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""JSON objects from files that came from anywhere."""
+"""Read JSON objects from untrusted files, with a size limit."""
 
 import json
 from pathlib import Path
@@ -6,25 +6,25 @@ from typing import Any
 
 from tinsmith.core.errors import UserError
 
-LARGEST = 64 * 2**20
-"""Bytes; the index of a model of a million tensors is smaller."""
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON file to read. The index of a model with a million tensors is smaller."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
-    UserError names the file where it cannot be read, is longer than `LARGEST`, or holds anything
-    but one object.
+    Raise UserError, which names the file, if it cannot be read, is longer than `MAX_JSON_BYTES`, or
+    holds anything but one object.
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(LARGEST + 1)
+            raw = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if len(raw) > LARGEST:
-        raise UserError(f"{path}: longer than {LARGEST} bytes, which no such file should be")
+    if len(raw) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: longer than {MAX_JSON_BYTES} bytes, not a model's file")
     try:
         content = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
-"""Counted events at which a test may kill the process: `TINSMITH_KILL_AT=17` means SIGKILL at the
-17th, or the signal that `TINSMITH_KILL_BY` names.
+"""Kill points: counted events at which a fault test can kill the process.
 
-A kill at a counted event is the same on a fast and on a slow machine, which a kill after some
-seconds is not. `TINSMITH_COUNT_EVENTS=FILE` writes how many events a run passed, so that a test can
-choose among them.
+`TINSMITH_KILL_AT=17` sends SIGKILL, or the signal in `TINSMITH_KILL_BY`, at the 17th event. Unlike
+a kill after some seconds, it hits the same instruction on a fast and on a slow machine.
+`TINSMITH_COUNT_EVENTS=FILE` writes the names of all events that a run passed, so that a test can
+pick some of them.
 """
 
 import atexit
@@ -15,15 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def event(name: str) -> None:
-    """Call with a name where a sudden death would be interesting; nearly free outside of tests."""
+def kill_point(name: str) -> None:
+    """Mark a point at which a test may kill the process. Costs almost nothing outside of tests."""
     if passed := _watcher():
         passed(name)
 
 
 @functools.cache
 def _watcher() -> Callable[[str], None] | None:
-    """What the environment asks for, at the first event."""
+    """Return the function that counts events, or None if no environment variable is set."""
     limit = int(os.environ.get("TINSMITH_KILL_AT", "0"))
     report = os.environ.get("TINSMITH_COUNT_EVENTS")
     if not limit and not report:

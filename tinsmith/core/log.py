@@ -1,6 +1,4 @@
-"""Where a run speaks: aligned lines on the terminal, the same in `log.txt`, numbers in
-`metrics.jsonl`.
-"""
+"""Run log: lines on the terminal and in `log.txt`, metrics in `metrics.jsonl`."""
 
 import json
 import math
@@ -12,18 +10,18 @@ from typing import Any
 Metrics = dict[str, Any]
 
 
-def say(line: str, *, err: bool = False) -> None:
-    """One line for a person, at once."""
+def print_line(line: str, *, err: bool = False) -> None:
+    """Print one line and flush."""
     print(line, file=sys.stderr if err else sys.stdout, flush=True)
 
 
-def warn(line: str) -> None:
-    """A warning for a person, on standard error."""
-    say(f" warning {line}", err=True)
+def print_warning(line: str) -> None:
+    """Print a warning on standard error."""
+    print_line(f" warning {line}", err=True)
 
 
 class RunLog:
-    """Lines and metrics of one run. Silent on every rank but the first."""
+    """Lines and metrics of one run. With `quiet` (ranks other than 0) nothing is written."""
 
     def __init__(self, folder: Path | None, *, quiet: bool = False):
         self.folder = folder
@@ -32,32 +30,32 @@ class RunLog:
         self.closers: list[Callable[[], None]] = []
 
     def line(self, text: str) -> None:
-        """Print a line and keep it in `log.txt`."""
+        """Print a line and append it to `log.txt`."""
         if self.quiet:
             return
-        say(text)
+        print_line(text)
         if self.folder:
             with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def metrics(self, values: Metrics) -> None:
-        """Append one object to `metrics.jsonl` (numbers that are not finite become null) and
-        tell the trackers.
+        """Append one object to `metrics.jsonl` and pass it to the trackers. NaN and infinity become
+        null.
         """
         if self.quiet or not self.folder:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(values)) + "\n")
+            file.write(json.dumps(nonfinite_to_none(values)) + "\n")
         for listener in self.listeners:
             listener(values)
 
     def close(self) -> None:
-        """Let the trackers finish."""
+        """Close the trackers."""
         for closer in self.closers:
             closer()
 
-    def cut(self, step: int) -> None:
-        """Forget metrics after `step`: a resumed run writes them again."""
+    def truncate(self, step: int) -> None:
+        """Remove metrics after `step`, because a resumed run writes them again."""
         if self.quiet or not self.folder:
             return
         path = self.folder / "metrics.jsonl"
@@ -68,19 +66,19 @@ class RunLog:
             atomic_write(path, "".join(line + "\n" for line in kept))
 
 
-def finite(values: Any) -> Any:
-    """The same values with NaN and infinity as None, which JSON can say."""
+def nonfinite_to_none(values: Any) -> Any:
+    """Replace NaN and infinity by None, because JSON has no notation for them."""
     if isinstance(values, dict):
-        return {key: finite(value) for key, value in values.items()}
+        return {key: nonfinite_to_none(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [finite(value) for value in values]
+        return [nonfinite_to_none(value) for value in values]
     if isinstance(values, float) and not math.isfinite(values):
         return None
     return values
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """All whole lines of a `metrics.jsonl`; a torn last line (killed while writing) is left out."""
+    """Read all complete lines of a `metrics.jsonl`. A truncated last line is skipped."""
     return [json.loads(line) for line in _whole_lines(path)]
 
 

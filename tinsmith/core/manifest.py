@@ -1,8 +1,8 @@
-"""What makes a folder of files a checkpoint: `manifest.json`, written last.
+"""Checkpoint manifests: `manifest.json` lists every file of a checkpoint and is written last.
 
     {"schema": 1, "version": "0.1.0", "files": {NAME: {"bytes": N, "sha256": HEX}}, ...}
 
-A folder whose manifest is missing, unreadable or at odds with its files is never loaded.
+A folder is never loaded if its manifest is missing, unreadable or differs from its files.
 """
 
 import json
@@ -22,14 +22,14 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 def step_name(step: int) -> str:
-    """The name of the folder that holds the checkpoint of a step: `step-00000400`."""
+    """Return the folder name of the checkpoint of a step, such as `step-00000400`."""
     return f"step-{step:08d}"
 
 
 def write_manifest(folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """List every file below `folder`, with size and SHA-256, in its `manifest.json`.
+    """Write `manifest.json` with the size and SHA-256 of every file below `folder`.
 
-    `extra` joins the manifest's top level; its keys must not be the manifest's own.
+    `extra` is added at the top level. Its keys must differ from the manifest's own.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     files = {
@@ -41,15 +41,15 @@ def write_manifest(folder: Path, extra: dict[str, Any] | None = None) -> None:
     atomic_write(folder / MANIFEST, json.dumps(own | (extra or {}), indent=2) + "\n")
 
 
-def verify(folder: Path, hashes: bool = False, needs: Sequence[str] = ()) -> str | None:
-    """None where `folder` is what its manifest says, else the reason, in one line.
+def verify(folder: Path, hashes: bool = False, required: Sequence[str] = ()) -> str | None:
+    """Compare `folder` with its manifest. Return None if they agree, else the reason in one line.
 
-    Sizes are always compared, contents only with `hashes`. `needs` are names that the manifest must
-    list.
+    File sizes are always compared, SHA-256 sums only with `hashes`. `required` names files that the
+    manifest must list.
     """
     try:
         files = _listed(folder)
-        for name in needs:
+        for name in required:
             if name not in files:
                 raise UserError(f"{MANIFEST} does not list {name}")
         for name, entry in files.items():
@@ -62,15 +62,15 @@ def verify(folder: Path, hashes: bool = False, needs: Sequence[str] = ()) -> str
 
 
 def newest_valid(
-    checkpoints: Path, hashes: bool = True, needs: Sequence[str] = ()
+    checkpoints: Path, hashes: bool = True, required: Sequence[str] = ()
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the highest step that passes `verify`, and why newer ones were passed over.
+    """Return the newest checkpoint that passes `verify`, and the reasons why newer ones failed.
 
-    Folders are known by their name (`step_name`); everything else in `checkpoints` is ignored.
+    Only folders named by `step_name` count.
     """
     skipped: list[str] = []
     for folder in steps(checkpoints):
-        reason = verify(folder, hashes, needs)
+        reason = verify(folder, hashes, required)
         if reason is None:
             return folder, skipped
         skipped.append(f"{folder.name}: {reason}")
@@ -78,7 +78,7 @@ def newest_valid(
 
 
 def steps(checkpoints: Path) -> list[Path]:
-    """The folders in `checkpoints` that are named after a step, newest first, valid or not."""
+    """Return all checkpoint folders, newest step first, valid or not."""
     if not checkpoints.is_dir():
         return []
     found = [
@@ -92,7 +92,7 @@ def steps(checkpoints: Path) -> list[Path]:
 def _listed(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{MANIFEST} is missing (its saving never finished)")
+        raise UserError(f"{MANIFEST} is missing (saving was interrupted)")
     try:
         manifest = read_object(path)
     except UserError as error:
@@ -107,7 +107,7 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(entry, dict) or not (
             type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
         ):
-            raise UserError(f"{MANIFEST} does not say bytes and sha256 of {name}")
+            raise UserError(f"{MANIFEST} has no size and SHA-256 for {name}")
     return files
 
 
@@ -119,4 +119,4 @@ def _compare(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> No
     if size != entry["bytes"]:
         raise UserError(f"{name} has {size} bytes instead of {entry['bytes']}")
     if hashes and sha256(path) != entry["sha256"]:
-        raise UserError(f"{name} is not what was saved (its SHA-256 differs)")
+        raise UserError(f"{name} was changed after saving (its SHA-256 differs)")

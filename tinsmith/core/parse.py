@@ -1,7 +1,7 @@
-"""The border between text and typed configuration.
+"""Parse YAML and plain data into frozen config dataclasses, with one-line errors.
 
-Config classes are plain frozen dataclasses that inherit from `Config`; pydantic and PyYAML are
-imported only here, inside functions, so that importing a model never pays for them.
+Config classes inherit from `Config`. pydantic and PyYAML are imported only here and only inside
+functions, so that importing a model does not load them.
 """
 
 import difflib
@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 class Config:
-    """Base of every config dataclass: unknown keys are refused, and neither `true` nor NaN nor
-    infinity is a number.
+    """Base of every config dataclass. Unknown keys are errors, and `true`, NaN and infinity are not
+    accepted as numbers.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
@@ -35,9 +35,7 @@ class Config:
 
 
 class Kind:
-    """Marks a union of configs whose members are told apart by their `kind`: `Annotated[A | B,
-    Kind()]`.
-    """
+    """Mark a union of configs as discriminated by the `kind` field: `Annotated[A | B, Kind()]`."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic import Field
@@ -48,7 +46,7 @@ class Kind:
 
 
 class _CountReader:
-    """Lets an int field accept what people write for large numbers: `1e6`, `20k`, `1_000_000`."""
+    """Make an int field accept large numbers as people write them: `1e6`, `20k`, `1_000_000`."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
@@ -57,7 +55,9 @@ class _CountReader:
 
 
 def _refuse_truth_for_numbers(kind: Any, data: Any) -> Any:
-    """The data as it is. Python's `True` is an int, so pydantic reads `depth: true` as 1."""
+    """Raise ValueError for a boolean in a number field. Python's `True` is an int, so pydantic
+    would read `depth: true` as 1.
+    """
     from pydantic_core import InitErrorDetails, ValidationError
 
     hints = get_type_hints(kind) if isinstance(data, dict) else {}
@@ -76,8 +76,8 @@ def _refuse_truth_for_numbers(kind: Any, data: Any) -> Any:
 
 
 def read_count(value: Any) -> Any:
-    """`20k` -> 20000, `1e6` -> 1000000; anything else is returned as it is, for the validator to
-    judge.
+    """Parse `20k` as 20000 and `1e6` as 1000000. Anything else is returned unchanged, and the
+    validator accepts or rejects it.
     """
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -99,7 +99,7 @@ Count = Annotated[int, _CountReader()]
 
 
 class _SizeBounds:
-    """Lets no size through that torch could not even multiply by another one."""
+    """Reject tensor sizes that overflow when torch multiplies two of them."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
@@ -108,13 +108,13 @@ class _SizeBounds:
 
 
 Size = Annotated[int, _SizeBounds()]
-"""The length of an axis of a tensor."""
+"""Length of one tensor dimension."""
 
 
 def parse(kind: Any, data: Any, where: str = "") -> Any:
     """Validate plain data as `kind` (any type that pydantic understands).
 
-    Raises UserError with one line: where, the key, what is wrong, and the nearest known name for an
+    Raise UserError with one line: where, the key, what is wrong, and the closest known name for an
     unknown one.
     """
     from pydantic import TypeAdapter, ValidationError
@@ -129,25 +129,25 @@ def parse(kind: Any, data: Any, where: str = "") -> Any:
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """The JSON schema of a config type, for editors."""
+    """Return the JSON schema of a config type, for editors."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind).json_schema()
 
 
-def plain(config: Any) -> Any:
-    """A config as dicts, lists and scalars; the inverse of `parse`."""
+def to_plain(config: Any) -> Any:
+    """Convert a config to dicts, lists and scalars. This is the inverse of `parse`."""
     if is_dataclass(config):
-        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, tuple | list):
-        return [plain(item) for item in config]
+        return [to_plain(item) for item in config]
     if isinstance(config, dict):
-        return {key: plain(value) for key, value in config.items()}
+        return {key: to_plain(value) for key, value in config.items()}
     return config
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; UserError names file and line where it cannot be read."""
+    """Read a YAML file. Raise UserError with file and line if it cannot be read."""
     import yaml
 
     try:
@@ -167,7 +167,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def write_yaml(data: Any) -> str:
-    """Plain data as YAML text, keys in their own order."""
+    """Write plain data as YAML text and keep the order of keys."""
     import yaml
 
     return yaml.safe_dump(
@@ -175,15 +175,15 @@ def write_yaml(data: Any) -> str:
     )
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """`. Did you mean 'x'?` for the closest of `names`, or an empty string."""
+def did_you_mean(name: str, names: list[str]) -> str:
+    """Return `. Did you mean 'x'?` for the closest of `names`, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
     return f". Did you mean '{close[0]}'?" if close else ""
 
 
 def _nearest_file(path: Path) -> str:
     parent = path.parent
-    return nearest(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
+    return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
 
 
 def _explain(kind: Any, problem: Any, where: str) -> str:
@@ -193,15 +193,16 @@ def _explain(kind: Any, problem: Any, where: str) -> str:
         known = [f.name for f in fields(owner)] if owner else []
         if (new := new_key(str(keys[-1]), known)) is not None:
             return f"{place}: `{keys[-1]}` is now `{new}`"
-        return f"{place}: unknown key{nearest(str(keys[-1]), known) or _list(known)}"
+        return f"{place}: unknown key{did_you_mean(str(keys[-1]), known) or _list(known)}"
     if problem["type"] == "missing":
-        return f"{place}: required and not given"
+        return f"{place}: required key is missing"
     if problem["type"] == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         tag = problem["ctx"]["tag"]
         if (new := new_kind(tag, expected)) is not None:
             return f"{place}.kind: `{tag}` is now `{new}`"
-        return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{nearest(tag, expected)}"
+        hint = did_you_mean(tag, expected)
+        return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{hint}"
     if problem["type"] == "union_tag_not_found":
         known = [str(_tag(_bare(member))) for member in get_args(_bare(reached))]
         return f"{place}: needs a `kind`{_list(known)}"
@@ -222,7 +223,7 @@ _SHAPES = {
         ("model_attributes_type", "dataclass_type", "dict_type"), "must be keys and values, {...}"
     ),
 }
-"""What a value of another shape should have been, in the words of YAML."""
+"""pydantic error type -> the expected YAML shape."""
 
 
 def _list(names: list[str]) -> str:
@@ -230,8 +231,8 @@ def _list(names: list[str]) -> str:
 
 
 def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any, Any]:
-    """The keys a user wrote (without pydantic's union tags), the dataclass that owns the last of
-    them, and the type that was asked for there.
+    """Return the user's keys without pydantic's union tags, the dataclass that owns the last key,
+    and the expected type at that key.
     """
     keys: list[Any] = []
     owner = None

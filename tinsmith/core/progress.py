@@ -1,14 +1,14 @@
-"""Lines that tell how far a long job is, and the place where a stop request is noticed."""
+"""Progress lines of long jobs. Each update also checks for a stop request."""
 
 import time
 from collections.abc import Callable
 
 from tinsmith.core.errors import Stopped
-from tinsmith.core.units import duration, size
+from tinsmith.core.units import format_duration, format_size
 
 
 class Progress:
-    """Says every few seconds how many of `total` bytes are done (`total` None: not known)."""
+    """Print every few seconds how many of `total` bytes are done (`total` None: unknown)."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Progress:
         self._began = self._told = time.monotonic()
 
     def advance(self, amount: int) -> None:
-        """Count `amount` more bytes. Raises Stopped where a stop was asked for."""
+        """Add `amount` bytes. Raise Stopped if a stop was requested."""
         self.done += amount
         if self._stop and self._stop():
             raise Stopped(f"stopped while {self.desc}; nothing was changed")
@@ -35,6 +35,7 @@ class Progress:
     def _state(self, elapsed: float) -> str:
         rate = self.done / elapsed
         if not self.total:
-            return f"{size(self.done)}  {size(rate)}/s"
+            return f"{format_size(self.done)}  {format_size(rate)}/s"
         left = max(0, self.total - self.done) / max(rate, 1)
-        return f"{100 * self.done / self.total:3.0f}%  {size(rate)}/s  eta {duration(left)}"
+        percent = f"{100 * self.done / self.total:3.0f}%"
+        return f"{percent}  {format_size(rate)}/s  eta {format_duration(left)}"

@@ -1,6 +1,4 @@
-"""Random numbers: generators that are a pure function of a seed and some keys, and whole states
-for checkpoints.
-"""
+"""Random seeds and generators derived from a seed and keys, and RNG states for checkpoints."""
 
 import hashlib
 import random
@@ -10,29 +8,31 @@ import torch
 from torch import Tensor
 
 
-def derive(seed: int, *keys: int | str) -> int:
-    """A 63-bit seed made from `seed` and `keys`; different keys give unrelated streams."""
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """Derive a 63-bit seed from `seed` and `keys`. Different keys give independent streams."""
     text = "/".join([str(seed), *map(str, keys)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator that depends on nothing but its arguments."""
-    made = torch.Generator(device=device)
-    made.manual_seed(derive(seed, *keys))
-    return made
+def make_generator(
+    seed: int, *keys: int | str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Make a torch generator seeded by `derive_seed`."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(derive_seed(seed, *keys))
+    return generator
 
 
 def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
+    """Seed Python, numpy and torch on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def capture() -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The global random states: tensors (torch, one per CUDA device) and JSON-ready values
-    (python, numpy).
+    """Return the global RNG states: tensors (torch, each CUDA device) and JSON values (Python,
+    numpy).
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -47,7 +47,7 @@ def capture() -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def restore(tensors: dict[str, Tensor], values: dict[str, object]) -> None:
-    """Put back what `capture` took. CUDA states are restored where the devices exist."""
+    """Restore the states that `capture` returned. CUDA states are restored on devices that exist."""
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
         for i in range(

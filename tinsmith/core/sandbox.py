@@ -1,9 +1,9 @@
-"""Programs that a model wrote, run where they can do little: answers that are to be tested.
+"""Run programs that a model wrote in a restricted process, to test them (reward `unit_tests`).
 
 A program gets a Python of its own with an empty environment, in a process of its own, with limits
-on time, memory, files and output; see `confine.py` for what else it cannot do. That is made for
-programs that are wrong by accident: they loop, fork, fill the memory or the disk. It is no wall
-against an attacker; who wants one runs all of it in a container.
+on time, memory, files and output; `sandbox_child.py` lists the other restrictions. The sandbox is
+made for programs that are wrong by accident: they loop, fork, fill the memory or the disk. It does
+not stop an attacker. Run everything in a container if you need that.
 """
 
 import json
@@ -32,45 +32,47 @@ def _load():
     return compile(text, "<program>", "exec")
 exec(_load())
 """
-"""Becomes the program that stdin holds, and leaves it nothing there to read again."""
+"""Program text that reads the real program from stdin, empties stdin and runs it."""
 _KEPT = 4096
-"""Bytes read at a time."""
+"""Bytes to read from the program at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a program may use."""
+class SandboxLimits:
+    """Resource limits of a sandboxed program."""
 
     seconds: float = 5.0
-    """By the clock, from its start to its end."""
+    """Wall-clock time."""
     memory_bytes: int = 1 << 29
-    """Of address space."""
+    """Address space."""
     file_bytes: int = 0
-    """That may be written to one file, where files can be written at all."""
+    """Largest file that the program may write, if it may write files at all."""
     output_bytes: int = 1 << 16
-    """Said on stdout and stderr together; more ends the program."""
+    """Output on stdout and stderr together. The program is killed if it prints more."""
     strict: bool = False
-    """Run nothing where the system cannot keep it from writing files and from making processes."""
+    """If True, refuse to run on a system that cannot forbid writing files and starting processes.
+    """
 
 
-class Outcome(NamedTuple):
-    """How a program ended."""
+class SandboxResult(NamedTuple):
+    """Result of a sandboxed program."""
 
     status: Status
-    """`ok`: exit code 0. `failed`: another one, or a signal. `timeout` and `flood`: it was killed,
-    for its time or for what it printed."""
+    """`ok`: exit code 0. `failed`: another exit code, or a signal. `timeout` and `flood`: killed
+    for its time or for its output.
+    """
     code: int
-    """The exit code; minus the signal that ended it."""
+    """Exit code, or minus the number of the signal that ended the program."""
     output: str
-    """What it said, up to `output_bytes`."""
+    """Output on stdout and stderr, up to `output_bytes`."""
     seconds: float
 
 
-def run_python(program: str, limits: Limits = Limits()) -> Outcome:
-    """Run the text of a Python program to its end, or to one of its limits.
+def run_python(program: str, limits: SandboxLimits = SandboxLimits()) -> SandboxResult:
+    """Run the text of a Python program until it ends or reaches a limit.
 
-    Whatever the program does is an Outcome. UserError where this system has no such limits, or
-    lacks a fence that `strict` wants.
+    Whatever the program does is reported in the result. Raise UserError if this system has no such
+    limits, or lacks a restriction that `strict` requires.
     """
     if sys.platform == "win32":
         raise UserError("sandbox: programs cannot be confined on Windows; use Linux or macOS")
@@ -81,7 +83,7 @@ def run_python(program: str, limits: Limits = Limits()) -> Outcome:
         "strict": limits.strict,
     }
     python = [sys.executable, "-s", "-P", "-S", "-B", "-u"]
-    confine = str(Path(__file__).with_name("confine.py"))
+    confine = str(Path(__file__).with_name("sandbox_child.py"))
     began = time.monotonic()
     with tempfile.TemporaryFile() as source:
         source.write(program.encode("utf-8", "replace"))
@@ -96,41 +98,41 @@ def run_python(program: str, limits: Limits = Limits()) -> Outcome:
             start_new_session=True,
         )
     try:
-        status, said = _listen(process, began + limits.seconds, limits.output_bytes)
+        status, raw = _read_output(process, began + limits.seconds, limits.output_bytes)
     finally:
         _end(process)
     code = process.returncode
     if status == "ok" and code:
         status = "failed"
-    output = said.decode("utf-8", "replace")
+    output = raw.decode("utf-8", "replace")
     if code == 1 and output.startswith("not confined:"):
         raise UserError(f"sandbox: {output.strip()}; set strict: false, or use a newer Linux")
-    return Outcome(status, code, output, time.monotonic() - began)
+    return SandboxResult(status, code, output, time.monotonic() - began)
 
 
-def _listen(process: subprocess.Popen[bytes], end: float, most: int) -> tuple[Status, bytes]:
-    """What the process says until it ends, runs out of time, or has said too much."""
+def _read_output(process: subprocess.Popen[bytes], end: float, most: int) -> tuple[Status, bytes]:
+    """Read the output until the process ends, runs out of time or prints too much."""
     assert process.stdout is not None
-    heard, open_ = bytearray(), True
+    received, open_ = bytearray(), True
     while open_:
         left = end - time.monotonic()
         if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-            return "timeout", bytes(heard)
+            return "timeout", bytes(received)
         new = os.read(process.stdout.fileno(), _KEPT)
-        heard += new
+        received += new
         open_ = bool(new)
-        if len(heard) > most:
-            return "flood", bytes(heard[:most])
+        if len(received) > most:
+            return "flood", bytes(received[:most])
     try:
         process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return "timeout", bytes(heard)
-    return "ok", bytes(heard)
+        return "timeout", bytes(received)
+    return "ok", bytes(received)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of it and of its group."""
-    with suppress(ProcessLookupError, PermissionError):  # all of it has ended already
+    """Kill the process and its group."""
+    with suppress(ProcessLookupError, PermissionError):  # all processes have ended already
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()

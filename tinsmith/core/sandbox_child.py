@@ -1,17 +1,18 @@
-"""Run as a program by `sandbox.py`: gives up what the sandboxed program is not to have, then
-becomes it. Nothing of Tinsmith is imported here.
+"""Drop privileges, then execute the sandboxed program. `sandbox.py` runs this file as a script.
+It imports nothing of Tinsmith.
 
-    python -I -S -B confine.py LIMITS COMMAND...
+    python -I -S -B sandbox_child.py LIMITS COMMAND...
 
-Four fences, each where the system has it:
+Four restrictions, each applied if the system has it:
 
-- limits of the kernel: seconds of the processor, bytes of memory, bytes of a file, no core dumps;
+- kernel limits (setrlimit): seconds of the processor, bytes of memory, bytes of a file, no core
+  dumps;
 - for root, no capabilities, so that limits cannot be raised again;
 - Landlock (Linux 5.13): nothing can be written, made or removed in any file system;
 - seccomp (Linux, x86-64 and arm64): no new processes or threads, no signals to others, no sockets.
 
-LIMITS is JSON: {"seconds", "memory_bytes", "file_bytes", "strict"}; with `strict`, missing fences
-end it.
+LIMITS is JSON: {"seconds", "memory_bytes", "file_bytes", "strict"}; with `strict`, a
+missing restriction ends the program.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ import sys
 
 NO_NEW_PRIVILEGES, DROP_CAPABILITY, SET_SECCOMP = 38, 24, 22
 WRITING = {1: 0x1FF2, 2: 0x3FF2, 3: 0x7FF2}
-"""Landlock's rights to write, make, remove, refer and truncate, by its version."""
+"""Landlock version -> its rights to write, make, remove, refer and truncate."""
 _COMMON = (424, 425, 434, 435)  # pidfd_send_signal, io_uring_setup, pidfd_open, clone3
 CALLS = {
     "x86_64": (
@@ -40,13 +41,13 @@ CALLS = {
         (40, 97, 117, 129, 130, 131, 138, 198, 199, 219, 220, 240, 268, 270, 271, 280),
     ),
 }
-"""By machine: its number for seccomp, and those of the refused system calls."""
+"""Machine -> its seccomp architecture number, and the refused system calls."""
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 
 
 class Step(ctypes.Structure):
-    """One instruction of a packet filter."""
+    """One instruction of a packet filter for seccomp."""
 
     _fields_ = (
         ("code", ctypes.c_uint16),
@@ -57,13 +58,13 @@ class Step(ctypes.Structure):
 
 
 class Program(ctypes.Structure):
-    """A packet filter."""
+    """A packet filter program for seccomp."""
 
     _fields_ = (("length", ctypes.c_uint16), ("steps", ctypes.POINTER(Step)))
 
 
 def limit(seconds: float, memory_bytes: int, file_bytes: int) -> None:
-    """The kernel's limits, which the program cannot raise."""
+    """Set kernel limits that the program cannot raise."""
     # the kernel counts whole seconds, and starting Python takes part of one
     cpu = math.ceil(seconds) + 1
     for kind, value in (
@@ -75,22 +76,22 @@ def limit(seconds: float, memory_bytes: int, file_bytes: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def fence(libc: ctypes.CDLL) -> list[str]:
-    """Landlock and seccomp; the names of those that are not to be had."""
+def restrict(libc: ctypes.CDLL) -> list[str]:
+    """Apply Landlock and seccomp. Return the names of those that this system lacks."""
     if libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         return ["landlock", "seccomp"]
     if os.geteuid() == 0:
         for capability in range(64):
             libc.prctl(DROP_CAPABILITY, capability, 0, 0, 0)
     missing = []
-    if not _no_writing(libc):
+    if not _forbid_writing(libc):
         missing.append("landlock")
-    if not _no_calls(libc):
+    if not _forbid_calls(libc):
         missing.append("seccomp")
     return missing
 
 
-def _no_writing(libc: ctypes.CDLL) -> bool:
+def _forbid_writing(libc: ctypes.CDLL) -> bool:
     version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return False
@@ -99,7 +100,7 @@ def _no_writing(libc: ctypes.CDLL) -> bool:
     return ruleset >= 0 and libc.syscall(446, ruleset, 0) == 0
 
 
-def _no_calls(libc: ctypes.CDLL) -> bool:
+def _forbid_calls(libc: ctypes.CDLL) -> bool:
     if platform.machine() not in CALLS:
         return False
     machine, own = CALLS[platform.machine()]
@@ -114,11 +115,11 @@ def _no_calls(libc: ctypes.CDLL) -> bool:
 
 
 def main(limits: str, *command: str) -> None:
-    """Never returns."""
+    """Apply the restrictions and replace this process by the command. Never returns."""
     wanted = json.loads(limits)
     strict = wanted.pop("strict")
     linux = sys.platform == "linux"
-    missing = fence(ctypes.CDLL(None, use_errno=True)) if linux else ["landlock", "seccomp"]
+    missing = restrict(ctypes.CDLL(None, use_errno=True)) if linux else ["landlock", "seccomp"]
     if strict and missing:
         sys.exit(f"not confined: this system has no {' and no '.join(missing)}")
     limit(**wanted)

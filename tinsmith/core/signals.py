@@ -1,6 +1,4 @@
-"""Stop requests: SIGTERM and SIGINT ask for one checkpoint and an end, SIGUSR1 for a checkpoint
-and no end.
-"""
+"""Signal handling: SIGTERM and SIGINT request a checkpoint and a stop, SIGUSR1 a checkpoint only."""
 
 import os
 import signal
@@ -11,7 +9,7 @@ from typing import Any
 
 
 class StopFlag:
-    """In force inside `with StopFlag() as flag:`; polled wherever time is spent.
+    """Flags set by signals inside `with StopFlag() as flag:`. Long-running code polls them.
 
     The first SIGINT or SIGTERM sets `stop`; a second SIGINT ends the process at once. SIGUSR1 sets
     `save`.
@@ -28,8 +26,8 @@ class StopFlag:
         }
 
     def __enter__(self) -> "StopFlag":
-        """Take over the signals. Outside the main thread, where Python does not allow it, only
-        watch the flag.
+        """Install the signal handlers. Outside the main thread Python does not allow that, and only
+        the flag exists.
         """
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():

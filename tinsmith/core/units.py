@@ -1,16 +1,16 @@
-"""Numbers for people: counts, durations, sizes, and the other way round."""
+"""Format counts, sizes and durations for people."""
 
 
-def count(number: float) -> str:
-    """1234567 -> `1.23M`; small whole numbers stay as they are."""
+def format_count(number: float) -> str:
+    """Format 1234567 as `1.23M`. Small whole numbers are not abbreviated."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}" if number != int(number) else str(int(number))
 
 
-def size(number: float) -> str:
-    """Bytes as `151 MB` (decimal units)."""
+def format_size(number: float) -> str:
+    """Format bytes as `151 MB` (decimal units)."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(number) < 1000:
             return f"{number:.3g} {unit}"
@@ -18,8 +18,8 @@ def size(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as `51s`, `4m10s`, `2h05m`, `3d04h`."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as `51s`, `4m10s`, `2h05m`, `3d04h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tinsmith.core.parse import Config, Count, Kind, nearest
+from tinsmith.core.parse import Config, Count, Kind, did_you_mean
 from tinsmith.data.arc.generators import TRAIN_RULES, Sizes
 
 DataFormat = Literal["documents", "chats", "answers", "pairs", "prompts"]
@@ -163,7 +163,7 @@ class ArcData(DataSection):
         for name in self.rules:
             if name not in TRAIN_RULES:
                 raise ValueError(
-                    f"rules: '{name}' is none to train on{nearest(name, list(TRAIN_RULES))}"
+                    f"rules: '{name}' is none to train on{did_you_mean(name, list(TRAIN_RULES))}"
                 )
         for name, lowest, highest in (
             *(("views", 1, 10**6), ("count", 1, 10**9), ("min_grid_size", 3, self.max_grid_size)),

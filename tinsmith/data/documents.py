@@ -9,13 +9,13 @@ from tinsmith.data.config import ArcData, ChatsData, DataConfig, DataFormat, Hub
 from tinsmith.data.files import Reject
 from tinsmith.data.pairs import PreferencePair, read_pair
 from tinsmith.data.prompts import PromptExample, read_prompt
-from tinsmith.text.chat import Conversation, Message, normalise, words
+from tinsmith.text.chat import Conversation, Message, parse_conversation, template_texts
 
 Content = str | Conversation | PreferencePair | PromptExample | ArcExample
 READERS: dict[DataFormat, Callable[[Any], Content]] = {
-    "documents": normalise,
-    "chats": normalise,
-    "answers": normalise,
+    "documents": parse_conversation,
+    "chats": parse_conversation,
+    "answers": parse_conversation,
     "pairs": read_pair,
     "prompts": read_prompt,
 }
@@ -63,7 +63,7 @@ class Document(NamedTuple):
         """
         content = self.content.prompt if isinstance(self.content, PromptExample) else self.content
         if isinstance(content, Conversation) and content.tools:
-            return words(content)
+            return template_texts(content)
         return self.texts()
 
 

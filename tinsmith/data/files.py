@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import nearest
-from tinsmith.core.units import size
+from tinsmith.core.parse import did_you_mean
+from tinsmith.core.units import format_size
 
 MAX_LINE_BYTES = 10_000_000
 """Bytes of a .jsonl line; a longer one is rejected without being kept in memory."""
@@ -209,7 +209,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
                 if len(raw.rstrip(b"\r\n")) <= MAX_LINE_BYTES:
                     yield number, raw
                     continue
-                yield number, Reject(str(path), number, f"longer than {size(MAX_LINE_BYTES)}")
+                yield number, Reject(str(path), number, f"longer than {format_size(MAX_LINE_BYTES)}")
                 while line and not line.endswith(b"\n"):
                     line = file.readline(CHUNK_CHARS)
         except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -267,7 +267,7 @@ def _below(folder: Path) -> list[Path]:
 
 def _nearest(path: Path) -> str:
     parent = path.parent
-    return nearest(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
+    return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
 
 
 def _known(path: Path) -> bool:

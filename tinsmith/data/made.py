@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.data.arc.encoding import ArcExample
 from tinsmith.data.arc.generators import TRAIN_RULES, generate_puzzles
 from tinsmith.data.arc.grids import augment
@@ -35,7 +35,7 @@ def open_stdlib(config: StdlibData, data_format: DataFormat) -> DataSource:
         return iter(kept)
 
     identity = [
-        plain(config),
+        to_plain(config),
         platform.python_version(),
         len(found),
         sum(len(module.text) for module in found),
@@ -65,7 +65,7 @@ def open_generated_tasks(config: TasksData, data_format: DataFormat) -> DataSour
     return DataSource(
         "tasks",
         config,
-        plain(config),
+        to_plain(config),
         limit_documents(lambda: _tasks(config, data_format), config.limit),
     )
 
@@ -97,7 +97,7 @@ def _row(
 def open_generated_puzzles(config: ArcData) -> DataSource:
     """Puzzles of generated rules."""
     stream = limit_documents(lambda: arc_documents(config, _generated(config)), config.limit)
-    return DataSource("arc", config, plain(config), stream)
+    return DataSource("arc", config, to_plain(config), stream)
 
 
 def _generated(config: ArcData) -> Iterator[ArcTask]:

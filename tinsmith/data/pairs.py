@@ -11,10 +11,10 @@ from typing import Any
 from tinsmith.text.chat import (
     BadRecord,
     Conversation,
-    Encoded,
+    EncodedChat,
     encode_chat,
     encode_prompt,
-    normalise,
+    parse_conversation,
 )
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -66,13 +66,13 @@ def prompt_messages(record: dict[str, Any]) -> list[Any]:
             return record[key]
     if "instruction" in record:
         bare = {key: record[key] for key in ("instruction", "input", "history") if key in record}
-        return _plain(normalise(bare, answered=False))
+        return _plain(parse_conversation(bare, answered=False))
     return []
 
 
 def encode_pair(
     tokenizer: Tokenizer, pair: PreferencePair, seq_len: int
-) -> tuple[Encoded, Encoded]:
+) -> tuple[EncodedChat, EncodedChat]:
     """Ids and mask of both sides, chosen first, each cut to `context` ids.
 
     BadRecord where the prompt is too long for a single token of an answer to be left, or nothing
@@ -108,7 +108,7 @@ def _side(record: dict[str, Any], name: str) -> Conversation:
             raise BadRecord(f"`{name}` is neither text nor messages")
         messages = turns if len(turns) > 1 else [*asked, *turns]
     given = {key: record[key] for key in ("system", "tools") if key in record}
-    whole = normalise({"messages": messages} | given)
+    whole = parse_conversation({"messages": messages} | given)
     if whole.messages[-1].role != "assistant" or len(whole.messages) < 2:
         raise BadRecord(f"`{name}` does not answer anything")
     return whole
@@ -132,11 +132,11 @@ def _plain(conversation: Conversation) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in conversation.messages]
 
 
-def _answer_only(encoded: Encoded, prompt: int, context: int) -> Encoded:
+def _answer_only(encoded: EncodedChat, prompt: int, context: int) -> EncodedChat:
     """At most `context` ids, up to the last that is learned; the mask on the answer alone."""
     ids = encoded.ids[:context]
     mask = [said and place >= prompt for place, said in enumerate(encoded.mask[:context])]
     if not any(mask):
         raise BadRecord(f"nothing is left of an answer within the context of {context}")
     end = len(mask) - mask[::-1].index(True)
-    return Encoded(ids[:end], mask[:end])
+    return EncodedChat(ids[:end], mask[:end])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tinsmith.data.pairs import prompt_messages
-from tinsmith.text.chat import BadRecord, Conversation, encode_prompt, normalise
+from tinsmith.text.chat import BadRecord, Conversation, encode_prompt, parse_conversation
 from tinsmith.text.records import answer_of
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def read_prompt(record: Any) -> PromptExample:
     if not messages:
         raise BadRecord("has none of `prompt`, `question`, `messages`, `instruction`")
     given = {key: record[key] for key in ("system", "tools") if key in record}
-    whole = normalise({"messages": messages} | given, answered=False)
+    whole = parse_conversation({"messages": messages} | given, answered=False)
     asked = whole.prompt()
     if not asked.messages:
         raise BadRecord("nobody asks anything")

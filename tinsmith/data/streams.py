@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.data import files
 from tinsmith.data.config import (
     ArcData,
@@ -78,7 +78,7 @@ def _arc(config: ArcData, path: str, key: str) -> DataSource:
     stream = limit_documents(
         lambda: arc_documents(config, read_tasks(found, solutions)), config.limit
     )
-    identity = [plain(config), *map(_stamp, found), solutions]
+    identity = [to_plain(config), *map(_stamp, found), solutions]
     return DataSource(_name(files.expand_path(path)), config, identity, stream)
 
 
@@ -98,7 +98,7 @@ def _files(config: TextData | ChatsData, shape: DataFormat, key: str) -> DataSou
     stream = limit_documents(lambda: _read(found, config, shape), config.limit)
     held = limit_documents(lambda: _read(held_back, config, shape), config.limit)
     validation = held if held_back else None
-    identity = [plain(config), *map(_stamp, found), "validation", *map(_stamp, held_back)]
+    identity = [to_plain(config), *map(_stamp, found), "validation", *map(_stamp, held_back)]
     return DataSource(_name(files.expand_path(config.path)), config, identity, stream, validation)
 
 
@@ -145,7 +145,7 @@ def _hub(config: HubData, shape: DataFormat, fetched: HubFetcher) -> DataSource:
         if local.is_dir()
         else []
     )
-    return DataSource(local.name, config, [plain(config), *stamps], read)
+    return DataSource(local.name, config, [to_plain(config), *stamps], read)
 
 
 def _text(item: files.TextChunk) -> Document:

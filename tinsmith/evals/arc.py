@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.arc.encoding import (
     MAX_ANSWER_TOKENS,
     check_grid_tokenizer,
@@ -145,7 +145,7 @@ class _Asker(NamedTuple):
             for view in VIEWS
             if len(prompt := _prompt(puzzles[number], view)) < self.lm.config.max_seq_len
         ]
-        seeds = [derive(0, puzzles[n].name, puzzles[n].test_index, v.symmetry) for n, v, _ in asked]
+        seeds = [derive_seed(0, puzzles[n].name, puzzles[n].test_index, v.symmetry) for n, v, _ in asked]
         said = generate(
             *(self.lm, self.tokenizer, [prompt for _, _, prompt in asked]),
             sampling_params=[SamplingParams(temperature=temperature, seed=seed) for seed in seeds],

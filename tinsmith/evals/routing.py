@@ -104,7 +104,7 @@ def token_classes(tokenizer: Tokenizer) -> Tensor:
     special = set(tokenizer.added_tokens.values())
     return torch.tensor(
         [
-            0 if number in special else TOKEN_CLASSES.index(_class(tokenizer.piece(number)))
+            0 if number in special else TOKEN_CLASSES.index(_class(tokenizer.token_bytes(number)))
             for number in range(tokenizer.vocab_size)
         ]
     )

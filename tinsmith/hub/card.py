@@ -6,7 +6,7 @@ import re
 from typing import NotRequired, Required, TypedDict
 
 from tinsmith.core.parse import write_yaml
-from tinsmith.core.units import count
+from tinsmith.core.units import format_count
 
 
 class CardDataset(TypedDict):
@@ -122,7 +122,7 @@ def _introduction(facts: CardFacts) -> str:
         ("Class", _class(facts)),
     ]
     table = _table(["", ""], [[name, value] for name, value in rows if value])
-    size = count(facts["parameters"])
+    size = format_count(facts["parameters"])
     return f"A language model of {size} parameters, made with Tinsmith.\n\n{table}"
 
 

@@ -5,7 +5,7 @@ and Tinsmith's own.
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import nearest
+from tinsmith.core.parse import did_you_mean
 from tinsmith.hub.families import deepseek, llama
 from tinsmith.hub.families.rope import read_rope
 from tinsmith.hub.keys import ConfigReader
@@ -44,7 +44,7 @@ def config_from_hf(data: dict[str, Any], where: str = "config.json") -> ModelCon
         return _own(data, where)
     if not isinstance(kind, str) or kind not in MODULE_BY_FAMILY:
         known = [*MODULE_BY_FAMILY, TINSMITH_MODEL_TYPE]
-        hint = nearest(kind, known) if isinstance(kind, str) else ""
+        hint = did_you_mean(kind, known) if isinstance(kind, str) else ""
         raise UserError(f"{where}: model_type: {kind!r:.60} is not one of {', '.join(known)}{hint}")
     keys = ConfigReader(data, where)
     for key, allowed in _ONLY.items():

@@ -10,7 +10,7 @@ import torch
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.jsonfile import read_object
-from tinsmith.core.log import say, warn
+from tinsmith.core.log import print_line, print_warning
 from tinsmith.core.manifest import MANIFEST, newest_valid, verify
 from tinsmith.core.parse import parse, read_yaml
 from tinsmith.hub.families.names import IDENTITY_MAP
@@ -99,9 +99,9 @@ def _inside(folder: Path) -> Path:
         return folder
     if (folder / "final" / "config.json").is_file():
         return folder / "final"
-    found, skipped = newest_valid(folder / "checkpoints", needs=REQUIRED_FILES)
+    found, skipped = newest_valid(folder / "checkpoints", required=REQUIRED_FILES)
     for line in skipped if found else []:
-        warn(f"passed over {folder / 'checkpoints'}/{line}")
+        print_warning(f"passed over {folder / 'checkpoints'}/{line}")
     if found:
         return found
     if skipped:
@@ -135,7 +135,7 @@ def _open_checkpoint(
 
 def _recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
     """What a checkpoint's recipe says of its model, of its adapters and of where it began."""
-    reason = verify(folder, hashes=True, needs=REQUIRED_FILES)
+    reason = verify(folder, hashes=True, required=REQUIRED_FILES)
     if reason is not None:
         raise UserError(f"{folder}: not a valid checkpoint: {reason}")
     where = folder / "config.yaml"
@@ -173,7 +173,7 @@ def _fetch(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    say(f"fetching {name} from the Hugging Face Hub: {', '.join(files)}", err=True)
+    print_line(f"fetching {name} from the Hugging Face Hub: {', '.join(files)}", err=True)
     try:
         folder = snapshot_download(
             name, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"]
@@ -183,7 +183,7 @@ def _fetch(name: str, files: Sequence[str]) -> Path:
         raise UserError(
             f"{name}: no such folder here, and the Hugging Face Hub did not give it: {reason}"
         ) from None
-    say(f"{name} is at revision {Path(folder).name}", err=True)
+    print_line(f"{name} is at revision {Path(folder).name}", err=True)
     return Path(folder)
 
 

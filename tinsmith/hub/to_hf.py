@@ -5,7 +5,7 @@ description inside.
 
 from typing import Any, NamedTuple
 
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.hub.families import deepseek, llama, moe
 from tinsmith.hub.from_hf import SCHEMA_VERSION, TINSMITH_MODEL_TYPE, TRAINABLE_KEY, config_from_hf
 from tinsmith.nn.config import ModelConfig
@@ -84,7 +84,7 @@ def _write_own(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": config.depth,
         "max_position_embeddings": config.max_seq_len,
         "tie_word_embeddings": config.tie_embeddings,
-        TINSMITH_MODEL_TYPE: {"schema": SCHEMA_VERSION, "model": plain(config)},
+        TINSMITH_MODEL_TYPE: {"schema": SCHEMA_VERSION, "model": to_plain(config)},
     }
 
 

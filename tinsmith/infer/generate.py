@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.infer.engine import Engine, Event
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.infer.stop import StopStrings
@@ -140,7 +140,7 @@ def with_distinct_seeds(sampling_params: SamplingParams, count: int) -> list[Sam
         return [sampling_params] * count
     seeds = [
         sampling_params.seed,
-        *(derive(sampling_params.seed, "answer", i) for i in range(1, count)),
+        *(derive_seed(sampling_params.seed, "answer", i) for i in range(1, count)),
     ]
     return [replace(sampling_params, seed=seed) for seed in seeds[:count]]
 

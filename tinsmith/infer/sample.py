@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Config
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 
 MIN_TEMPERATURE = 1e-6
 """Below this temperature only the best token is left."""
@@ -99,7 +99,7 @@ def _mass(top_p: float | None) -> float:
 
 def uniform(seed: int, step: int) -> float:
     """The random number of one row at one step, in [0, 1)."""
-    return (derive(seed, "token", step) >> 10) / 2**53
+    return (derive_seed(seed, "token", step) >> 10) / 2**53
 
 
 def sample(

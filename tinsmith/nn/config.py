@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Size, nearest, parse, plain, read_yaml
+from tinsmith.core.parse import Config, Size, did_you_mean, parse, to_plain, read_yaml
 from tinsmith.nn.attention.rope import Rope
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig
@@ -106,7 +106,7 @@ class ModelConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
-        return plain(self)
+        return to_plain(self)
 
 
 def presets() -> list[str]:
@@ -128,7 +128,7 @@ def with_preset(data: Any, where: str = "model") -> Any:
     name, known = str(data["preset"]), presets()
     if name not in known:
         raise UserError(
-            f"{where}.preset: '{name}' is not one of {', '.join(known)}{nearest(name, known)}"
+            f"{where}.preset: '{name}' is not one of {', '.join(known)}{did_you_mean(name, known)}"
         )
     base = read_yaml(Path(str(resources.files("tinsmith.nn") / "presets" / f"{name}.yaml")))
     return base | {key: value for key, value in data.items() if key != "preset"}

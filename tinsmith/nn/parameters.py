@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch import nn
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import nearest
+from tinsmith.core.parse import did_you_mean
 from tinsmith.nn.layers.init import LMHead
 
 
@@ -72,7 +72,7 @@ def _unknown(model: nn.Module, target: str, candidates: list[TargetWeight]) -> s
     there = f"there are {', '.join(known)}"
     if any(_matches(name, target) for name, _ in model.named_modules() if name):
         return f"lora.targets: '{target}' is not a linear layer that can be adapted; {there}"
-    hint = nearest(target, [*known, *(name.rpartition(".")[2] for name in known)])
+    hint = did_you_mean(target, [*known, *(name.rpartition(".")[2] for name in known)])
     return f"lora.targets: '{target}' names no linear layer of this model; {there}{hint}"
 
 
@@ -97,7 +97,7 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
     known = {part for parts in names.values() for part in parts}
     for pattern in patterns:
         if not any(fnmatchcase(part, pattern) for part in known):
-            hint = nearest(pattern, sorted(known))
+            hint = did_you_mean(pattern, sorted(known))
             raise UserError(f"model.trainable: '{pattern}' names no tensor of this model{hint}")
     for name, parameter in model.named_parameters():
         if not any(fnmatchcase(part, each) for part in names[name] for each in patterns):

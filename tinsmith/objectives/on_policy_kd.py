@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Config, Count
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.config import DataFormat
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prompts import Prompt, read_prompt
@@ -173,7 +173,7 @@ class OnPolicyDistillation(Objective):
         episodes = generate_rollouts(
             policy,
             [prompts[place].ids for place in asked],
-            [derive(self.config.seed, "answer", first + place) for place in asked],
+            [derive_seed(self.config.seed, "answer", first + place) for place in asked],
             self.limits,
             poll=self.peers.poll,
         )
@@ -278,7 +278,7 @@ class OnPolicyDistillation(Objective):
 
 def _chance(seed: int, batch: int) -> float:
     """A number in [0, 1) that all processes agree about."""
-    return derive(seed, "batch", batch) % 2**32 / 2**32
+    return derive_seed(seed, "batch", batch) % 2**32 / 2**32
 
 
 def _episode(prompt: list[int], answer: list[int]) -> Rollout:

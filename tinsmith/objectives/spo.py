@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.prompts import Prompt
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.logprobs import row_sums
@@ -275,7 +275,7 @@ class SPOObjective(CriticFreeObjective):
             return
         new = [prompt for prompt in prompts if prompt.prompt_id not in self.tracker.state]
         seeds = [
-            derive(self.config.seed, "first", prompt.prompt_id, i)
+            derive_seed(self.config.seed, "first", prompt.prompt_id, i)
             for prompt in new
             for i in range(count)
         ]

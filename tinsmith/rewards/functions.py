@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from tinsmith.core.sandbox import Limits, run_python
+from tinsmith.core.sandbox import SandboxLimits, run_python
 from tinsmith.data.prompts import Prompt
 from tinsmith.data.sources.tasks import GeneratedTask, check_answer, extract_final_answer
 
@@ -35,7 +35,7 @@ BatchReward = Callable[[Sequence[Response]], Sequence[float | BaseException]]
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _CODE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)```", re.DOTALL)
-UNIT_TEST_LIMITS = Limits()
+UNIT_TEST_LIMITS = SandboxLimits()
 """Of programs that are tested."""
 
 
@@ -168,7 +168,7 @@ def distinct_ngrams(prompt: Prompt, text: str, *, n: int = 3) -> float:
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
-def unit_tests(prompt: Prompt, text: str, *, limits: Limits = UNIT_TEST_LIMITS) -> float:
+def unit_tests(prompt: Prompt, text: str, *, limits: SandboxLimits = UNIT_TEST_LIMITS) -> float:
     """1 where the answer's program passes all tests of the row, else 0.
 
     The program is the last fenced block of what follows `</think>`, or all of it. Tests are Python

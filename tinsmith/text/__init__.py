@@ -1,1 +1,1 @@
-"""Bytes to ids and back: tokenizers, chat templates, streaming text."""
+"""Tokenizers, chat templates, chat records and text streaming."""

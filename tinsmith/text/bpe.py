@@ -1,7 +1,8 @@
 """Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes, as GPT-2 does).
 
-A text is first cut into words, digits, signs and blanks; merges never cross a cut. Every digit
-stays a token of its own, because arithmetic is so much easier to learn for a small model.
+Pre-tokenization first splits a text into words, digits, punctuation and whitespace, and merges
+never cross a split. Every digit stays a token of its own, because a small model then learns
+arithmetic much more easily.
 """
 
 import json
@@ -11,32 +12,34 @@ from tinsmith.core.errors import UserError
 from tinsmith.text.specials import SPECIALS, TAGS, as_added
 from tinsmith.text.tokenizer import Tokenizer
 
-SMALLEST = 256 + len(SPECIALS)
-"""Ids of a vocabulary that has merged nothing."""
+MIN_VOCAB_SIZE = 256 + len(SPECIALS)
+"""Vocabulary size before any merge: 256 bytes plus special tokens."""
 
 _CUTS = (
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with the blank or sign before it
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with the space or sign before it
     r"|\p{N}"  # one digit
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # signs, with the line's end after them
-    r"|\s*[\r\n]+"  # ends of lines
-    r"|\s+(?!\S)"  # blanks, but for the last one, which belongs to the next word
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # punctuation, with the line end after it
+    r"|\s*[\r\n]+"  # line ends
+    r"|\s+(?!\S)"  # whitespace without its last space, which belongs to the next word
     r"|\s+"
 )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn `vocab_size` ids from texts: specials from id 0 on, all 256 bytes, then merges.
+    """Train a tokenizer of `vocab_size` ids: special tokens from id 0 on, all 256 bytes, then
+    merges.
 
-    Deterministic: equal texts give an equal `tokenizer.json`. Fewer ids come out only where no
-    pair is left to merge. UserError where `vocab_size` has no room for specials and bytes.
+    Equal texts give an equal `tokenizer.json`. The vocabulary is smaller than `vocab_size` only if
+    no pair is left to merge. Raise UserError if `vocab_size` is too small for special tokens and
+    bytes.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"tokenizer.train.vocab_size: {vocab_size} is too small; "
-            f"bytes and special tokens alone take {SMALLEST}"
+            f"bytes and special tokens alone take {MIN_VOCAB_SIZE}"
         )
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -55,5 +58,5 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     learner.train_from_iterator(texts, trainer)
     settings = json.loads(learner.to_str())
     for token in settings["added_tokens"]:
-        token["special"] = token["content"] not in TAGS  # the trainer makes all of them special
+        token["special"] = token["content"] not in TAGS  # the trainer marks all of them as special
     return Tokenizer(json.dumps(settings))

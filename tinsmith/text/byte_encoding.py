@@ -1,9 +1,9 @@
-"""How a vocabulary writes bytes: what its pieces stand for, and a tokenizer that only sees text.
+"""Map pieces of a vocabulary to bytes: GPT-2's byte-to-unicode table, and byte fallback.
 
-Three spellings exist. *bytes*: every byte is one printable character (GPT-2's byte-level
+There are three encodings. *bytes*: every byte is one printable character (GPT-2's byte-level
 alphabet). *fallback*: pieces are text with `▁` for a space, and `<0xE2>` for a byte that no piece
-covers (SentencePiece with byte fallback). *words*: pieces are just text, a vocabulary of symbols;
-what they cannot write is refused.
+covers (SentencePiece with byte fallback). *words*: pieces are plain text, for a vocabulary of
+symbols; other text is an error.
 """
 
 import re
@@ -15,14 +15,14 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """How pieces are written, and whether the tokenizer itself puts one space before a text."""
+class ByteEncoding:
+    """How a vocabulary encodes bytes, and whether the tokenizer adds a space before a text."""
 
     kind: Literal["bytes", "fallback", "words"]
     leading_space: bool = False
 
     def piece(self, text: str) -> bytes:
-        """The bytes that a piece of the vocabulary stands for."""
+        """Return the bytes of a piece of the vocabulary."""
         if self.kind == "bytes" and all(character in _BYTES for character in text):
             return bytes(_BYTES[character] for character in text)
         if self.kind == "fallback":
@@ -31,33 +31,34 @@ class Spelling:
         return text.encode()
 
     def byte(self, value: int) -> str:
-        """The piece of a single byte."""
+        """Return the piece that encodes a single byte."""
         return _CHARACTERS[value] if self.kind == "bytes" else f"<0x{value:02X}>"
 
 
 def is_blank(name: str) -> bool:
-    """Whether a token is but a run of blanks, which is text even where a vocabulary adds it."""
+    """True for a token of whitespace only. It counts as text even if the vocabulary adds it."""
     return not name.strip(f" \t\r\n{SPACE}")
 
 
-def spelling_of(settings: dict[str, Any]) -> Spelling:
-    """Find the spelling of a parsed `tokenizer.json`."""
+def read_byte_encoding(settings: dict[str, Any]) -> ByteEncoding:
+    """Detect the byte encoding of a parsed `tokenizer.json`."""
     normalizers = _parts(settings.get("normalizer"))
     splitters = _parts(settings.get("pre_tokenizer"))
     if any(part["type"] == "ByteLevel" for part in normalizers + splitters):
-        return Spelling("bytes")
+        return ByteEncoding("bytes")
     leading = any(part["type"] == "Prepend" for part in normalizers) or any(
         part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never"
         for part in splitters
     )
-    return Spelling("fallback" if settings["model"].get("byte_fallback") else "words", leading)
+    return ByteEncoding("fallback" if settings["model"].get("byte_fallback") else "words", leading)
 
 
-def text_only(settings: dict[str, Any], spelling: Spelling) -> dict[str, Any]:
-    """The same tokenizer without added tokens, and without steps that change a text.
+def without_text_changes(settings: dict[str, Any], spelling: ByteEncoding) -> dict[str, Any]:
+    """Return the tokenizer settings without added tokens and without steps that change a text.
 
-    A normaliser such as NFC would make encoding lossy, so only those that *spell* are kept. A
-    space put before a text is left to the caller, who alone knows where a text begins.
+    A normalizer such as NFC makes encoding lossy, so only normalizers that are part of the byte
+    encoding stay. The caller adds the space before a text, because only the caller knows where a
+    text begins.
     """
     model = settings["model"] | ({"dropout": None} if "dropout" in settings["model"] else {})
     bare = settings | {"added_tokens": [], "post_processor": None, "model": model}
@@ -72,18 +73,19 @@ def text_only(settings: dict[str, Any], spelling: Spelling) -> dict[str, Any]:
     }
 
 
-def cut(text: str, longest: int) -> list[str]:
-    """Cut a text in parts of at most `longest` characters, where that changes no ids if possible.
+def split_text(text: str, max_chars: int) -> list[str]:
+    """Split a text into parts of at most `max_chars` characters, if possible without changing ids.
 
-    That is after a single line end between two lines that neither end nor begin with a blank.
+    A split changes no ids after a single line end between two lines without whitespace at the
+    split.
     """
     parts = []
     start = 0
-    while len(text) - start > longest:
-        place = end = start + longest
-        while (place := text.rfind("\n", start + 1, place)) > 0:
-            if not text[place - 1].isspace() and not text[place + 1].isspace():
-                end = place + 1
+    while len(text) - start > max_chars:
+        position = end = start + max_chars
+        while (position := text.rfind("\n", start + 1, position)) > 0:
+            if not text[position - 1].isspace() and not text[position + 1].isspace():
+                end = position + 1
                 break
         parts.append(text[start:end])
         start = end
@@ -97,7 +99,7 @@ def _without_prefix(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A step of the pipeline as a flat list: sequences are opened, nothing gives an empty list."""
+    """Return a pipeline step as a flat list. A `Sequence` is expanded, None gives an empty list."""
     if step is None:
         return []
     if step["type"] != "Sequence":
@@ -107,11 +109,12 @@ def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _alphabet() -> dict[int, str]:
-    """Byte -> character: printable Latin-1 is itself, the rest follows from U+0100 on (GPT-2)."""
+    """Build GPT-2's byte-to-unicode table: printable Latin-1 maps to itself, the rest to U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {byte: chr(byte) for byte in printable}
-    return alphabet | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return alphabet | {byte: chr(256 + position) for position, byte in enumerate(others)}
 
 
 _CHARACTERS = _alphabet()

@@ -1,14 +1,13 @@
-"""Conversations as text and as ids, with the mask of what the assistant says.
+"""Encode conversations with a chat template, with the loss mask of the assistant's tokens.
 
-What a message says is text, whatever it says: a name such as `<|im_end|>` in it is spelled out in
-ordinary tokens. One exception: an assistant's own words may hold tags such as `<think>` or
-`<answer>`, and there these are single ids, because who wrote the record wrote what the model is to
-say. In every other role nothing is.
+The content of a message is always text: a name such as `<|im_end|>` in it is encoded with ordinary
+tokens. There is one exception. In an assistant message, tags such as `<think>` or `<answer>` become
+single ids, because the record contains what the model should generate.
 
-How it is done: inside messages, every character that could begin a special token's name is
-followed by a guard, a character that occurs nowhere in the conversation. The template is rendered,
-names without a guard become ids, and the guards are taken out of the rest. This holds for any
-template, those of downloaded tokenizers included.
+Method: inside messages, every character that could begin the name of a special token is followed by
+a guard, a character that occurs nowhere in the conversation. The template is rendered, names
+without a guard become ids, and the guards are removed from the rest. This works for any template,
+including those of downloaded tokenizers.
 """
 
 import re
@@ -18,60 +17,62 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.records import BadRecord, Call, Conversation, Message, normalise
+from tinsmith.text.records import BadRecord, Call, Conversation, Message, parse_conversation
 from tinsmith.text.specials import END_OF_TEXT, SPECIALS, TAGS, our_template
-from tinsmith.text.template import ChatTemplate, compiled
-from tinsmith.text.template_limits import Refused
+from tinsmith.text.template import ChatTemplate, compile_template
+from tinsmith.text.template_limits import TemplateRefused
 from tinsmith.text.tokenizer import Tokenizer
 
 __all__ = [
     "BadRecord",
     "Call",
     "Conversation",
-    "Encoded",
+    "EncodedChat",
     "Message",
     "encode_chat",
     "encode_prompt",
-    "normalise",
+    "parse_conversation",
     "render",
-    "words",
+    "template_texts",
 ]
 
 _OPENING = re.compile(r"<think>\n(?:\n</think>\n\n)?")
-"""What a prompt may already hold of an answer: reasoning that is open, or closed at once."""
+"""Text that a prompt may add after the assistant header: an open or an empty reasoning block."""
 _NAMES = re.compile("|".join(map(re.escape, SPECIALS)))
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 _Change = Callable[[str, str], str]
 
 
-class Encoded(NamedTuple):
-    """Ids, and for each whether the assistant says it (its end of turn included)."""
+class EncodedChat(NamedTuple):
+    """Token ids and the loss mask: True on tokens of the assistant, its end-of-turn token included.
+    """
 
     ids: list[int]
     mask: list[bool]
 
 
 def render(conversation: Conversation, generate: bool = False, thinking: bool | None = None) -> str:
-    """A conversation in Tinsmith's ChatML.
+    """Render a conversation in Tinsmith's ChatML.
 
-    `generate` opens the assistant's next turn, `thinking` its `<think>` too.
+    `generate` adds the header of the assistant's next turn; `thinking` also opens `<think>`.
     """
     return _script(None, conversation, lambda role, text: text).text(generate, thinking)
 
 
-def words(conversation: Conversation) -> list[str]:
-    """The text of a conversation in Tinsmith's ChatML, the template's own words included, between
-    the names that are ids of their own: what a tokenizer learns from that is to encode it.
+def template_texts(conversation: Conversation) -> list[str]:
+    """Return the text of a conversation in Tinsmith's ChatML, split at special tokens.
+
+    A tokenizer is trained on these texts, so that it also learns the words of the template.
     """
     return [piece for piece in _NAMES.split(render(conversation)) if piece]
 
 
-def encode_chat(tokenizer: Tokenizer, conversation: Conversation) -> Encoded:
-    """A conversation with its loss mask, by the tokenizer's own template or else Tinsmith's.
+def encode_chat(tokenizer: Tokenizer, conversation: Conversation) -> EncodedChat:
+    """Encode a conversation with its loss mask, by the tokenizer's own template or Tinsmith's.
 
-    The mask covers reasoning, content, calls and the end-of-turn token of every assistant turn,
-    not the header before and not the line end after it. UserError where a template does not show
-    where turns begin and end; BadRecord where it refuses the conversation.
+    The mask covers reasoning, content, calls and the end-of-turn token of every assistant turn, but
+    not the header before it and not the line end after it. Raise UserError if the template does not
+    show where turns begin and end, and BadRecord if it refuses the conversation.
     """
     return _encoded(tokenizer, conversation, generate=False, thinking=None)
 
@@ -79,82 +80,90 @@ def encode_chat(tokenizer: Tokenizer, conversation: Conversation) -> Encoded:
 def encode_prompt(
     tokenizer: Tokenizer, conversation: Conversation, thinking: bool | None = None
 ) -> list[int]:
-    """Ids up to the header of the answer: a prefix of `encode_chat` once the answer is there."""
+    """Encode a prompt up to the header of the answer. It is a prefix of `encode_chat` of the
+    answered conversation.
+    """
     if conversation.messages and conversation.messages[-1].role == "assistant":
-        raise UserError("a prompt ends with what a user or a tool says, not with the assistant")
+        raise UserError(
+            "a prompt must end with a message of a user or a tool, not of the assistant"
+        )
     return _encoded(tokenizer, conversation, generate=True, thinking=thinking).ids
 
 
 def _encoded(
     tokenizer: Tokenizer, conversation: Conversation, *, generate: bool, thinking: bool | None
-) -> Encoded:
-    """Encode stretch by stretch, cut where turns of the assistant begin and end."""
+) -> EncodedChat:
+    """Encode piece by piece, split where assistant turns begin and end."""
     guards = _Guards(tokenizer, conversation)
     script = _script(tokenizer, conversation, guards.protect)
     text = script.text(generate, thinking)
     ids: list[int] = []
     mask: list[bool] = []
-    place = 0
+    position = 0
     for start, opened, end in [*_turns(tokenizer, script, text, guards.mark), (len(text),) * 3]:
-        for stop, said in ((start, False), (opened, True), (end, True)):
-            new = guards.encode(text[place:stop])
+        for stop, is_target in ((start, False), (opened, True), (end, True)):
+            new = guards.encode(text[position:stop])
             ids += new
-            mask += [said] * len(new)
-            place = stop
-    return Encoded(ids, mask)
+            mask += [is_target] * len(new)
+            position = stop
+    return EncodedChat(ids, mask)
 
 
 def _turns(
     tokenizer: Tokenizer, script: "_Script", text: str, mark: str
 ) -> Iterator[tuple[int, int, int]]:
-    """Where the assistant's turns lie in a rendered text: start, end of what opens it, end.
+    """Find the assistant's turns in a rendered text: start, end of the opening text, end.
 
-    A turn starts where the prompt for it ends, and ends with the first end-of-turn token from
-    there.
+    A turn starts where its prompt ends, and ends with the first end-of-turn token after that.
     """
     closing = tokenizer.decode([tokenizer.end_of_turn])
-    for place, message in enumerate(script.messages):
+    for index, message in enumerate(script.messages):
         if message["role"] != "assistant":
             continue
-        header = script.text(True, None, until=place)
+        header = script.text(True, None, until=index)
         if not text.startswith(header):
-            raise UserError("the chat template changes a prompt once it is answered: no loss mask")
+            raise UserError(
+                "the chat template renders an answered prompt differently, so there is no mask"
+            )
         start = len(header)
         found = text.find(closing, start)
         if found < 0 or mark in text[start:found]:
-            raise UserError(f"the chat template ends a turn without {closing}: no loss mask")
+            raise UserError(
+                f"the chat template ends a turn without {closing}, so there is no loss mask"
+            )
         opening = _OPENING.match(text, start)
         yield start, opening.end() if opening else start, found + len(closing)
 
 
 class _Guards:
-    """Two characters that a conversation does not have.
+    """Two characters that do not occur in the conversation.
 
-    The guard keeps names inside messages from being tokens; the mark stands where somebody else
-    than the assistant begins to speak.
+    The guard prevents names inside messages from becoming special tokens. The mark stands where a
+    turn of another role begins.
     """
 
     def __init__(self, tokenizer: Tokenizer, conversation: Conversation):
         self._tokenizer = tokenizer
         self._patterns = _patterns(tuple(tokenizer.added_tokens))
-        said: list[str] = []
-        _script(tokenizer, conversation, lambda role, text: said.append(text) or text)
-        free = [c for c in _NONCHARACTERS if not any(c in text for text in said)]
+        texts: list[str] = []
+        _script(tokenizer, conversation, lambda role, text: texts.append(text) or text)
+        free = [c for c in _NONCHARACTERS if not any(c in text for text in texts)]
         if len(free) < 2:
-            raise BadRecord("uses nearly all of Unicode's noncharacters")
+            raise BadRecord("the conversation uses nearly all of Unicode's noncharacters")
         self._guard, self.mark = free[:2]
 
     def protect(self, role: str, text: str) -> str:
-        """Put a guard behind whatever could begin a name, but for an assistant's tags."""
+        """Insert a guard after every character that could begin a name, except in assistant tags.
+        """
         begins = self._patterns.begins_or_tag if role == "assistant" else self._patterns.begins
         guarded = begins.sub(self._guarded, text)
         return self.mark + guarded if role in ("user", "tool") else guarded
 
     def encode(self, text: str) -> list[int]:
-        """Names without a guard as their ids, all else as text."""
+        """Encode names without a guard as special ids, and everything else as text."""
         ids: list[int] = []
-        for place, piece in enumerate(self._patterns.names.split(text)):
-            if place % 2:
+        for index, piece in enumerate(self._patterns.names.split(text)):
+            if index % 2:
                 ids.append(self._tokenizer.special(piece))
             elif piece:
                 bare = piece.replace(self._guard, "").replace(self.mark, "")
@@ -166,7 +175,7 @@ class _Guards:
 
 
 class _Patterns(NamedTuple):
-    """For a vocabulary's added tokens: a name, what begins one, and that or a whole tag."""
+    """Patterns for added tokens: a whole name, the first character of one, that or a whole tag."""
 
     names: re.Pattern[str]
     begins: re.Pattern[str]
@@ -175,7 +184,7 @@ class _Patterns(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _patterns(names: tuple[str, ...]) -> _Patterns:
-    """Names of a single character are left out, as a guard could not break them: they stay text."""
+    """Compile the patterns. Names of one character are left out: a guard cannot split them."""
     real = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
     begins = "[" + re.escape("".join(sorted({name[0] for name in real}))) + "]"
     tags = "|".join(map(re.escape, TAGS))
@@ -188,7 +197,7 @@ def _patterns(names: tuple[str, ...]) -> _Patterns:
 
 @dataclass(frozen=True)
 class _Script:
-    """A conversation as chat templates want it, and the template."""
+    """A conversation as plain data for a chat template, and the template."""
 
     template: ChatTemplate
     messages: list[dict[str, Any]]
@@ -210,15 +219,17 @@ class _Script:
             variables["enable_thinking"] = thinking
         try:
             return self.template.render(variables, self.room)
-        except Refused as error:
-            raise BadRecord(f"the chat template refuses it: {error}") from None
+        except TemplateRefused as error:
+            raise BadRecord(f"the chat template refuses this conversation: {error}") from None
 
 
 def _script(tokenizer: Tokenizer | None, conversation: Conversation, change: _Change) -> _Script:
-    """The conversation with every text in it changed; what describes tools has the role `tools`."""
+    """Prepare a conversation for its template, with `change` applied to every text. Tool
+    descriptions have the role `tools`.
+    """
     own = tokenizer.chat_template if tokenizer else None
     return _Script(
-        template=compiled(our_template() if own is None else own),
+        template=compile_template(our_template() if own is None else own),
         messages=[_plain(message, change) for message in conversation.messages],
         tools=[_changed(tool, "tools", change) for tool in conversation.tools],
         bos=(tokenizer.bos or "") if tokenizer else END_OF_TEXT,

@@ -16,8 +16,8 @@ class TrainTokenizerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Config):
-    """`train` one, or take the one at `path`: a file, a folder, or a name on the Hub; or one of
-    fixed `symbols`: the 18 of grids, see `text.symbols`.
+    """Choose the tokenizer: `train` one, open one at `path` (a file, a folder or a Hub name), or
+    use the fixed `symbols` of grids (`text.grid_vocab`).
     """
 
     train: TrainTokenizerConfig | None = None

@@ -1,4 +1,4 @@
-"""Find a tokenizer: a file, a folder, an old GPT-2 folder, or a name on the Hugging Face Hub."""
+"""Find a tokenizer in a file, a folder, an old GPT-2 folder, or on the Hugging Face Hub."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
+from tinsmith.core.log import print_line
 from tinsmith.text.specials import END_OF_TEXT, as_added, our_template
 
 _FILES = (
@@ -21,18 +21,18 @@ _GPT2_CLASSES = ("", "GPT2Tokenizer", "GPT2TokenizerFast")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class Found(NamedTuple):
-    """Where it is, the text of its `tokenizer.json`, two roles, and a template of its own."""
+class TokenizerFiles(NamedTuple):
+    """Path, text of `tokenizer.json`, names of the BOS and EOS tokens, and chat template."""
 
-    place: Path
+    path: Path
     settings: str
     bos: str | None
     eos: str
     chat_template: str | None
 
 
-def find(path_or_name: str | Path) -> Found:
-    """Read the tokenizer at a path or, where there is no such path, of that name on the Hub."""
+def find_tokenizer(path_or_name: str | Path) -> TokenizerFiles:
+    """Read the tokenizer at a path, or of that name on the Hub if the path does not exist."""
     path = Path(path_or_name).expanduser()
     if path.is_file():
         return _from_file(path)
@@ -44,21 +44,21 @@ def find(path_or_name: str | Path) -> Found:
     return _from_folder(_fetch(name))
 
 
-def _from_folder(folder: Path) -> Found:
+def _from_folder(folder: Path) -> TokenizerFiles:
     for inner in (folder, folder / "final"):
         if (inner / "tokenizer.json").is_file():
             return _from_file(inner / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return Found(folder, _from_vocabulary(folder), *_roles(folder))
+        return TokenizerFiles(folder, _from_vocabulary(folder), *_roles(folder))
     raise UserError(f"{folder}: has no tokenizer.json (nor vocab.json with merges.txt)")
 
 
-def _from_file(path: Path) -> Found:
-    return Found(path, _read(path), *_roles(path.parent))
+def _from_file(path: Path) -> TokenizerFiles:
+    return TokenizerFiles(path, _read(path), *_roles(path.parent))
 
 
 def _roles(folder: Path) -> tuple[str | None, str, str | None]:
-    """The tokens that begin and end a text, and the chat template where it is not Tinsmith's."""
+    """Read BOS token, EOS token and the chat template (None: Tinsmith's) of a folder."""
     path, beside = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = _read_object(path)
     templates = config.get("chat_template")
@@ -73,7 +73,7 @@ def _roles(folder: Path) -> tuple[str | None, str, str | None]:
 
 
 def _name(value: Any) -> str | None:
-    """A token's name, which may come with its flags."""
+    """Return the name of a token, which may be given as an object with flags."""
     value = value["content"] if isinstance(value, dict) else value
     if not isinstance(value, str | None):
         raise TypeError(value)
@@ -81,7 +81,7 @@ def _name(value: Any) -> str | None:
 
 
 def _from_vocabulary(folder: Path) -> str:
-    """`tokenizer.json` text for GPT-2's older pair of files."""
+    """Convert GPT-2's `vocab.json` and `merges.txt` to the text of a `tokenizer.json`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     kind = _read_object(folder / "tokenizer_config.json").get("tokenizer_class", "")
@@ -94,7 +94,7 @@ def _from_vocabulary(folder: Path) -> str:
     try:
         made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(a, b) for a, b in merges]))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from None
+        raise UserError(f"{folder}: vocab.json and merges.txt do not agree: {error}") from None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     names = [END_OF_TEXT] if END_OF_TEXT in vocabulary else []
@@ -111,12 +111,14 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    say(f"fetching the tokenizer of {name} from the Hugging Face Hub", err=True)
+    print_line(f"fetching the tokenizer of {name} from the Hugging Face Hub", err=True)
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such path, and not to be had from the Hub: {reason}") from None
+        raise UserError(
+            f"{name}: no such path, and the Hub does not provide it: {reason}"
+        ) from None
 
 
 def _read(path: Path) -> str:
@@ -129,7 +131,7 @@ def _read(path: Path) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no such file."""
+    """Read a JSON object from a file. A missing file gives an empty object."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,8 @@
-"""Chat records as people write them, made into one form, or refused with a reason."""
+"""Parse chat records of several formats into `Conversation`, or reject them with a reason.
+
+The repr of `Conversation`, `Message` and `Call` is the key of the train/validation split: renaming
+a class or a field, or reordering fields, would move samples between the two.
+"""
 
 import json
 from collections.abc import Sequence
@@ -23,19 +27,19 @@ _ROLES: dict[str, Role] = {
 }
 
 
-ANSWERS = ("answer", "output", "final")
-"""Fields that hold what is said to a question: worked out, if it is, before the bare result."""
-DEEPEST = 64
-"""Levels of nesting in tools and in arguments."""
+ANSWER_FIELDS = ("answer", "output", "final")
+"""Fields that may hold the answer to a question: the worked solution before the bare result."""
+MAX_JSON_DEPTH = 64
+"""Largest nesting depth of JSON in tools and arguments."""
 
 
 class BadRecord(UserError):
-    """A chat record that cannot be used; its text is a short reason."""
+    """A chat record that cannot be used. The message is a short reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call of a tool: its name and its arguments by name."""
+    """One tool call: the tool's name and its arguments by name."""
 
     name: str
     arguments: dict[str, Any]
@@ -43,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """What one role says. Only an assistant has `reasoning` and `calls`."""
+    """One message. Only an assistant message has `reasoning` and `calls`."""
 
     role: Role
     content: str
@@ -53,48 +57,48 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages in order, and the tools that may be called, each as the object that describes it."""
+    """Messages in order, and the JSON descriptions of the tools that the assistant may call."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
 
     def prompt(self) -> "Conversation":
-        """The same without what the assistant says last: what an answer is to be generated for."""
+        """Return the conversation without its last assistant message: the prompt of that answer."""
         last = self.messages[-1:]
         kept = self.messages[:-1] if last and last[0].role == "assistant" else self.messages
         return Conversation(messages=kept, tools=self.tools)
 
 
-def normalise(record: Any, *, answered: bool = True) -> Conversation:
+def parse_conversation(record: Any, *, answered: bool = True) -> Conversation:
     """Read `messages` (OpenAI), `conversations` (ShareGPT, MiniMind), `instruction` (Alpaca), or a
-    `question` or `prompt` with its answer in one of `ANSWERS`.
+    `question` or `prompt` with its answer in one of `ANSWER_FIELDS`.
 
     Tools come from the record's `tools` or those of its system message, as a list or as JSON text.
-    A blank system message is left out. With `answered` the assistant must speak; without, the
-    record is a prompt and need not be answered. BadRecord says what is wrong: a missing field, a
-    wrong type, roles out of order, nothing said.
+    A blank system message is dropped. With `answered`, an assistant message is required; otherwise
+    the record is a prompt. Raise BadRecord with the reason: a missing field, a wrong type, roles
+    out of order, empty content.
     """
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
     items = _items(record, answered)
     tools = _tools(record, items)
-    messages = [_message(item, f"message {place + 1}") for place, item in enumerate(items)]
+    messages = [_message(item, f"message {index + 1}") for index, item in enumerate(items)]
     system = record.get("system")
     if system and (not messages or messages[0].role != "system"):
         messages.insert(0, Message(role="system", content=_text(system, "`system`")))
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages.pop(0)
     _check_order(messages)
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if not message.content.strip() and message.role != "tool" and not message.calls:
-            raise BadRecord(f"message {place + 1}: empty content")
+            raise BadRecord(f"message {index + 1}: empty content")
     if answered and all(message.role != "assistant" for message in messages):
         raise BadRecord("no assistant turn")
     return Conversation(messages=tuple(messages), tools=tuple(tools))
 
 
 def _items(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
-    """The record's messages as role/content objects, not yet judged."""
+    """Return the record's messages as role/content objects, not yet validated."""
     for key in ("messages", "conversations"):
         if key in record:
             items = record[key]
@@ -121,7 +125,7 @@ def _from_sharegpt(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_parts(item: dict[str, Any]) -> dict[str, Any]:
-    """Join a content in parts: texts (OpenAI), reasoning and calls (LLaMA-Factory)."""
+    """Join a content given in parts: texts (OpenAI), reasoning and calls (LLaMA-Factory)."""
     parts = item.get("content")
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return item
@@ -141,29 +145,29 @@ def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
     ):
         raise BadRecord("`history` is not a list of pairs")
-    said: list[Any] = [text for pair in history for text in pair]
+    turns: list[Any] = [text for pair in history for text in pair]
     parts = [_text(record[key], f"`{key}`") for key in ("instruction", "input") if record.get(key)]
-    said.append("\n\n".join(parts))
+    turns.append("\n\n".join(parts))
     if "output" in record:
-        said.append(record["output"])
+        turns.append(record["output"])
     elif answered:
         raise BadRecord("`output` is missing")
     return [
-        {"role": ("user", "assistant")[place % 2], "content": text}
-        for place, text in enumerate(said)
+        {"role": ("user", "assistant")[index % 2], "content": text}
+        for index, text in enumerate(turns)
     ]
 
 
-def _from_question(record: dict[str, Any], asks: str, answered: bool) -> list[dict[str, Any]]:
-    items = [{"role": "user", "content": _text(record[asks], f"`{asks}`")}]
-    said = answer_of(record, ANSWERS)
-    if said is None and answered:
-        raise BadRecord(f"no text in any of {', '.join(f'`{key}`' for key in ANSWERS)}")
-    return items if said is None else [*items, {"role": "assistant", "content": said}]
+def _from_question(record: dict[str, Any], field: str, answered: bool) -> list[dict[str, Any]]:
+    items = [{"role": "user", "content": _text(record[field], f"`{field}`")}]
+    answer = answer_of(record, ANSWER_FIELDS)
+    if answer is None and answered:
+        raise BadRecord(f"no text in any of {', '.join(f'`{key}`' for key in ANSWER_FIELDS)}")
+    return items if answer is None else [*items, {"role": "assistant", "content": answer}]
 
 
 def answer_of(record: dict[str, Any], fields: Sequence[str]) -> str | None:
-    """The first of these fields that holds a text or a number, as text."""
+    """Return the first of these fields that holds a text or a number, as text."""
     for field in fields:
         value = record.get(field)
         if isinstance(value, str):
@@ -225,7 +229,7 @@ def _tools(record: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str
 
 
 def _parsed(value: Any, where: str) -> Any:
-    """A value that may have been written as JSON text; None for empty text."""
+    """Decode a value that may be JSON text. Empty text gives None."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -235,14 +239,14 @@ def _parsed(value: Any, where: str) -> Any:
 
 
 def _json(value: Any, where: str, depth: int = 0) -> Any:
-    """The value itself, once it is seen to be JSON of sane depth whose texts can be written."""
-    if depth > DEEPEST:
-        raise BadRecord(f"{where}: nested more than {DEEPEST} levels deep")
+    """Return the value after checking that it is JSON of limited depth without lone surrogates."""
+    if depth > MAX_JSON_DEPTH:
+        raise BadRecord(f"{where}: nested more than {MAX_JSON_DEPTH} levels deep")
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise BadRecord(f"{where} has half a character (a lone surrogate)") from None
+            raise BadRecord(f"{where} contains a lone surrogate") from None
     elif isinstance(value, dict):
         for key, item in value.items():
             _json(item, where, depth + 1)
@@ -264,12 +268,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _check_order(messages: list[Message]) -> None:
-    """System first only; user and assistant in turn; results of tools after calls of tools."""
+    """Check the order: system first, user and assistant in turn, tool results after tool calls."""
     allowed: tuple[str, ...] = ("system", "user")
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message.role not in allowed:
             expected = " or ".join(allowed)
-            raise BadRecord(f"message {place + 1}: {message.role} where {expected} should speak")
+            raise BadRecord(f"message {index + 1}: role {message.role}, expected {expected}")
         if message.role == "assistant":
             allowed = ("tool",) if message.calls else ("user",)
         else:

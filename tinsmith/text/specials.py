@@ -1,4 +1,4 @@
-"""The special tokens of every tokenizer here, and the chat template that is written in them."""
+"""Special tokens of Tinsmith's tokenizers, and its chat template."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PAD = "<|pad|>"
-"""Fills rows, in a vocabulary that has it; else the end of a text does."""
+"""Padding token, in a vocabulary that has it. Otherwise the end-of-text token pads rows."""
 TAGS = (
     "<think>",
     "</think>",
@@ -18,21 +18,21 @@ TAGS = (
     "<tool_response>",
     "</tool_response>",
 )
-"""Marks inside a turn: single ids that `skip_special_tokens` leaves in the text."""
+"""Tags inside a turn: single ids that `skip_special_tokens` leaves in the text."""
 
 CHAT_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN, *TAGS)
-"""What is added to a tokenizer that lacks it."""
+"""Tokens that are added to a tokenizer without them."""
 SPECIALS: tuple[str, ...] = (*CHAT_TOKENS, *(f"<|reserved_{number}|>" for number in range(5)))
-"""The first ids of every tokenizer that is trained here, from 0 on."""
+"""First ids of every tokenizer that Tinsmith trains, from 0 on."""
 
 _TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def as_added(names: Iterable[str]) -> list[AddedToken]:
-    """The names as added tokens: special, but for the tags, and never subject to a normaliser."""
+    """Make added tokens of these names: special except for the tags, and never normalized."""
     return [AddedToken(name, special=name not in TAGS, normalized=False) for name in names]
 
 
 def our_template() -> str:
-    """Tinsmith's chat template, ChatML with tools and reasoning, as Jinja."""
+    """Return Tinsmith's chat template: ChatML with tools and reasoning, as Jinja."""
     return _TEMPLATE.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ids to text, piece by piece, as it is generated."""
+"""Decode token ids to text incrementally during generation (streaming)."""
 
 import codecs
 
@@ -6,10 +6,10 @@ from tinsmith.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns ids into increments of text that never split a character.
+    """Decodes ids to text deltas that never split a UTF-8 character.
 
-    All increments together are `tokenizer.decode` of all ids: bytes that are not UTF-8 become
-    U+FFFD, but only once it is clear that no character comes of them.
+    All deltas together equal `tokenizer.decode` of all ids. Bytes that are not UTF-8 become U+FFFD
+    as soon as no later byte can complete the character.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -17,12 +17,12 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = True
 
-    def push(self, number: int) -> str:
-        """The text that is certain with this id, possibly none."""
-        raw = self._tokenizer.piece(number, first=self._first)
+    def push(self, token: int) -> str:
+        """Add one id and return the text that is now complete, possibly empty."""
+        raw = self._tokenizer.token_bytes(token, first=self._first)
         self._first = False
         return self._decoder.decode(raw)
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that never became whole."""
+        """Return the rest: U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)

@@ -1,9 +1,9 @@
-"""Jinja whose programs end soon and stay small.
+"""Limit the time and memory of Jinja templates.
 
-Jinja's sandbox keeps a template from Python's insides. What it does not bound is work: nested
-loops, macros that call themselves, text that doubles. So a template's tree is rewritten before it
-is compiled: every turn of a loop, every call and every list that it makes costs a step, and
-whatever can lengthen a text is measured before it is done.
+Jinja's sandbox blocks access to Python internals, but it does not bound work: nested loops,
+recursive macros, text that doubles. Therefore the template's syntax tree is rewritten before it is
+compiled. Every loop iteration, call and list costs a step, and every operation that can lengthen a
+text is measured before it runs.
 """
 
 import json
@@ -19,10 +19,10 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-STEPS = 200_000
-"""Turns of loops, calls and parts of lists in one rendering."""
-SECONDS = 10.0
-"""One rendering; a real template needs a thousandth of it."""
+MAX_STEPS = 200_000
+"""Largest number of loop iterations, calls and list items in one rendering."""
+MAX_SECONDS = 10.0
+"""Time limit of one rendering. A real template needs a thousandth of it."""
 
 _FILTERS = (
     *("capitalize", "count", "default", "dictsort", "first", "int", "items", "last", "length"),
@@ -42,12 +42,12 @@ _FORBIDDEN = (nodes.Block, nodes.Extends, nodes.FromImport, nodes.Import, nodes.
 _PLAIN = str | int | float | list | tuple | dict | Undefined | None
 
 
-class Refused(TemplateError):
-    """A template's own `raise_exception`: it does not take these messages."""
+class TemplateRefused(TemplateError):
+    """The template called `raise_exception`: it refuses these messages."""
 
 
-class Bounded(ImmutableSandboxedEnvironment):
-    """Jinja with only what chat templates use; `start` opens the account a rendering draws on."""
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja environment with only the features of chat templates. `start` resets the limits."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -56,20 +56,22 @@ class Bounded(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.filters = {name: self.filters[name] for name in _FILTERS}
         self.filters |= {"join": self._join, "replace": self._replace, "string": self._text}
-        self.filters |= {"counted": self._counted, "made": self._made, "emitted": self._emitted}
+        self.filters |= {"counted": self._counted, "emitted": self._emitted}
+        self.filters["made"] = self._count_parts
         self.filters["tojson"] = self._tojson
         self.globals = {"range": self._range, "namespace": Namespace, "raise_exception": _refuse}
         self.start(0)
 
     def start(self, room: int) -> None:
-        """Begin a rendering that may emit `room` characters."""
+        """Start a rendering with at most `room` characters of output."""
         self._room = room
         self._emitted_so_far = 0
-        self._steps = STEPS
-        self._deadline = time.monotonic() + SECONDS
+        self._steps = MAX_STEPS
+        self._deadline = time.monotonic() + MAX_SECONDS
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """The named methods of text, lists and dicts, and what `loop` and `namespace` offer."""
+        """Allow listed methods of text, lists and dicts, and attributes of `loop` and `namespace`.
+        """
         for kind, names in _METHODS.items():
             if isinstance(obj, kind):
                 return attr in names
@@ -77,17 +79,17 @@ class Bounded(ImmutableSandboxedEnvironment):
         return ours and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """No `str.format`, which pads to any width: it is then refused as an unsafe attribute."""
+        """Refuse `str.format`, which can pad to any width, as an unsafe attribute."""
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Call something on the template's behalf, at the price of a step."""
+        """Call a function for the template and count one step."""
         self._step()
         if type(obj) is type("".replace) and obj.__name__ == "replace":
             return self._replace(obj.__self__, *args, **kwargs)
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Work out an intercepted operator, where the result cannot be large."""
+        """Evaluate an intercepted operator if the result cannot be large."""
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "**" or (operator == "%" and not numbers):
             raise SecurityError(f"the operator {operator} is not allowed here")
@@ -95,13 +97,13 @@ class Bounded(ImmutableSandboxedEnvironment):
             self._fits(_length(left, right, operator))
             self._step(_length(left, right, operator) // 1000 + 1)
         elif _bits(left) + _bits(right) > 256:
-            raise SecurityError("its numbers grow too large")
+            raise SecurityError("its numbers become too large")
         return super().call_binop(context, operator, left, right)
 
     def _step(self, steps: int = 1) -> None:
         self._steps -= steps
         if self._steps < 0 or time.monotonic() > self._deadline:
-            raise SecurityError(f"it takes more than {STEPS} steps or {SECONDS:g} seconds")
+            raise SecurityError(f"it takes more than {MAX_STEPS} steps or {MAX_SECONDS:g} seconds")
 
     def _fits(self, length: int) -> None:
         if length > self._room:
@@ -112,19 +114,20 @@ class Bounded(ImmutableSandboxedEnvironment):
             self._step()
             yield value
 
-    def _made(self, value: Any) -> Any:
-        """Walk through a value: a list that holds itself many times over runs out of steps here."""
+    def _count_parts(self, value: Any) -> Any:
+        """Count the parts of a nested value as steps, because a list may contain itself many times.
+        """
         self._step()
         if isinstance(value, dict):
-            value = {key: self._made(item) for key, item in value.items()}
+            value = {key: self._count_parts(item) for key, item in value.items()}
         elif isinstance(value, list | tuple):
-            value = type(value)(self._made(item) for item in value)
+            value = type(value)(self._count_parts(item) for item in value)
         return value
 
     def _text(self, value: Any) -> str:
         if not isinstance(value, _PLAIN):
             raise SecurityError(f"a {type(value).__name__} is not text")
-        return value if isinstance(value, str) else str(self._made(value))
+        return value if isinstance(value, str) else str(self._count_parts(value))
 
     def _emitted(self, value: Any) -> str:
         text = self._text(value)
@@ -135,7 +138,7 @@ class Bounded(ImmutableSandboxedEnvironment):
     def _tojson(self, value: Any, indent: int | None = None) -> str:
         if indent is not None and not 0 <= indent <= 8:
             raise SecurityError("tojson takes an indent of at most 8")
-        return json.dumps(self._made(value), ensure_ascii=False, indent=indent)
+        return json.dumps(self._count_parts(value), ensure_ascii=False, indent=indent)
 
     def _join(
         self, values: Iterable[Any], separator: str = "", attribute: str | None = None
@@ -156,20 +159,20 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which templates mark what the assistant says: its body, no more."""
+    """Jinja extension for `{% generation %}`, which marks assistant text. Renders only its body."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Read up to `endgeneration` and stand for what is between."""
+        """Parse up to `endgeneration` and return the body."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def rewritten(tree: nodes.Template) -> nodes.Template:
-    """Loops count, lists are measured, output is added up, and `~` is a `join`.
+def rewrite_template(tree: nodes.Template) -> nodes.Template:
+    """Rewrite the syntax tree so that loops, lists and output are counted, and `~` is a `join`.
 
-    ValueError for what is forbidden: other templates, blocks, loops that call themselves.
+    Raise ValueError for forbidden constructs: other templates, blocks, recursive loops.
     """
     for node in [tree, *tree.find_all(nodes.Node)]:
         if isinstance(node, _FORBIDDEN):
@@ -206,7 +209,7 @@ def _filtered(node: nodes.Node, name: str) -> Any:
 
 
 def _length(left: Any, right: Any, operator: str) -> int:
-    """How long the sum or the product of texts or lists would be."""
+    """Return the length of the sum or product of texts or lists without computing it."""
     lengths = [
         len(value) if isinstance(value, str | list | tuple) else 0 for value in (left, right)
     ]
@@ -221,4 +224,4 @@ def _bits(number: float) -> int:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise Refused(message)
+    raise TemplateRefused(message)

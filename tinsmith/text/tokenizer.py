@@ -1,8 +1,7 @@
-"""Text to token ids and back, losslessly, over Hugging Face's `tokenizer.json`.
+"""Lossless tokenizer over Hugging Face's `tokenizer.json`.
 
-Two tokenizers stand behind one `Tokenizer`: the whole one, which is what gets saved, and one
-without added tokens, which does the encoding. So no text, whatever it says, ever becomes a special
-id: those come from `special` alone.
+A `Tokenizer` holds two tokenizers: the complete one, which is saved, and one without added tokens,
+which encodes. Therefore no text ever becomes a special token id. Only `special` returns those.
 """
 
 import hashlib
@@ -17,8 +16,14 @@ import tokenizers
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
-from tinsmith.core.parse import nearest
-from tinsmith.text.byte_encoding import SPACE, cut, is_blank, spelling_of, text_only
+from tinsmith.core.parse import did_you_mean
+from tinsmith.text.byte_encoding import (
+    SPACE,
+    is_blank,
+    read_byte_encoding,
+    split_text,
+    without_text_changes,
+)
 from tinsmith.text.specials import (
     CHAT_TOKENS,
     END_OF_TEXT,
@@ -32,8 +37,9 @@ from tinsmith.text.specials import (
 
 __all__ = ["SPECIALS", "Tokenizer"]
 
-LONGEST = 100_000
-"""Characters encoded in one go: longer is slower, and the splitters panic at 10 million blanks."""
+MAX_PIECE_CHARS = 100_000
+"""Characters to encode at once. Longer texts are slower, and 10 million spaces crash the splitter.
+"""
 
 _BROKEN = re.compile("[\udc80-\udcff]")
 _BROKEN_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE}]")
@@ -41,17 +47,17 @@ _PROBE = (
     " a  B\t\r\n\n don't 1234 e\u0301 \u00e9 \ufb01 \u4e2d\u6587\u3000"
     " \U0001f469\u200d\U0001f4bb \x00\x7f\u2028<|x|>  "
 )
-"""Text that a lossy step changes: accents both ways, a ligature, runs of blanks, control marks."""
+"""Text that a lossy step changes: both forms of accents, a ligature, spaces, control characters."""
 
 
 class Tokenizer:
-    """A vocabulary: `bytes_of` undoes `encode` on all bytes, and `decode` on all text.
+    """A tokenizer. `bytes_of` inverts `encode` on all bytes, and `decode` inverts it on all text.
 
     `settings` is the text of a `tokenizer.json`; `bos` and `eos` name the tokens to which a
     `tokenizer_config.json` gives these roles; `chat_template` is a Jinja template of the
-    tokenizer's own (None: Tinsmith's ChatML). The id `end_of_text` ends documents, `end_of_turn`
-    what one role says: in a foreign tokenizer its own `eos` does, where it has no chat token for
-    that.
+    tokenizer's own (None: Tinsmith's ChatML). The id `end_of_text` ends documents, and
+    `end_of_turn` ends a message. In a foreign tokenizer without a chat token, its own `eos` is
+    `end_of_turn`.
     """
 
     def __init__(
@@ -66,8 +72,10 @@ class Tokenizer:
         self.bos, self.eos, self.chat_template = bos, eos, chat_template
         if not _is_complete(parsed):
             _add_missing(self._whole, [name for name in (*CHAT_TOKENS, bos, eos) if name])
-        self._spelling = spelling_of(parsed)
-        self._text = tokenizers.Tokenizer.from_str(json.dumps(text_only(parsed, self._spelling)))
+        self._spelling = read_byte_encoding(parsed)
+        self._text = tokenizers.Tokenizer.from_str(
+            json.dumps(without_text_changes(parsed, self._spelling))
+        )
         pieces = self._whole.get_vocab(with_added_tokens=False)
         added = self._whole.get_added_tokens_decoder()
         self._added = {
@@ -95,35 +103,35 @@ class Tokenizer:
     def load(path_or_name: str | Path) -> "Tokenizer":
         """Open a `tokenizer.json`, a folder with one (or with GPT-2's two files), or a Hub name.
 
-        Chat tokens that it lacks are added behind its last id, but for a vocabulary of symbols
-        that ends texts and turns. UserError where there is no tokenizer.
+        Missing chat tokens are added after its last id, except for a fixed vocabulary of symbols
+        that has end tokens of its own. Raise UserError if there is no tokenizer.
         """
-        from tinsmith.text.loading import find
+        from tinsmith.text.loading import find_tokenizer
 
-        found = find(path_or_name)
+        found = find_tokenizer(path_or_name)
         try:
             return Tokenizer(
                 found.settings, bos=found.bos, eos=found.eos, chat_template=found.chat_template
             )
         except UserError as error:
-            raise UserError(f"{found.place}: {error}") from None
+            raise UserError(f"{found.position}: {error}") from None
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Ids of a text, never an added token's; bytes that are not UTF-8 become byte tokens.
+        """Encode a text to ids, never to added tokens. Bytes that are not UTF-8 become byte tokens.
 
-        UserError on a lone surrogate, and on text that a vocabulary without all bytes cannot
-        write.
+        Raise UserError for a lone surrogate, and for text that a vocabulary without all bytes
+        cannot represent.
         """
         return self._encode(text, first=True)
 
     def encode_inside(self, text: str | bytes) -> list[int]:
-        """As `encode`, for a text that follows other ids: no space is put in front of it."""
+        """Encode a text that follows other ids: no space is added before it."""
         return self._encode(text, first=False)
 
     def encode_many(self, texts: Iterable[str | bytes]) -> list[list[int]]:
-        """`encode` for many texts, on all cores."""
+        """Encode many texts in parallel on all cores."""
         given = list(texts)
-        readied = [self._ready(text, first=True) for text in given]
+        readied = [self._as_one_text(text, first=True) for text in given]
         encodings = iter(
             self._text.encode_batch_fast(
                 [ready for ready in readied if ready], add_special_tokens=False
@@ -135,37 +143,37 @@ class Tokenizer:
         ]
 
     def special(self, name: str) -> int:
-        """The id of an added token; UserError where there is none of that name."""
+        """Return the id of an added token. Raise UserError if there is none of that name."""
         if name not in self._added:
-            known = nearest(name, list(self._added))
+            known = did_you_mean(name, list(self._added))
             raise UserError(f"the tokenizer has no special token '{name}'{known}")
         return self._added[name]
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        """Name -> id of every added token."""
+        """Return name -> id of every added token."""
         return dict(self._added)
 
-    def piece(self, number: int, *, first: bool = False) -> bytes:
-        """The bytes of one id, none for an unknown one.
+    def token_bytes(self, number: int, *, first: bool = False) -> bytes:
+        """Return the bytes of one id, empty for an unknown one.
 
-        With `first`, without the space that some tokenizers put before a text.
+        With `first`, the space that some tokenizers add before a text is removed.
         """
         raw = self._bytes.get(number, b"")
         return raw.removeprefix(b" ") if first and self._spelling.leading_space else raw
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of ids; an added token gives its name, an unknown id nothing."""
+        """Return the exact bytes of ids. An added token gives its name, an unknown id nothing."""
         numbers = list(ids)
-        start = [self.piece(number, first=True) for number in numbers[:1]]
+        start = [self.token_bytes(number, first=True) for number in numbers[:1]]
         return b"".join(start + self._raw(numbers[1:]))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens shown, U+FFFD where bytes are not UTF-8."""
+        """Decode ids to text with special tokens shown, and U+FFFD for bytes that are not UTF-8."""
         return self.bytes_of(ids).decode("utf-8", "replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """(V,) int64: bytes of text that each id stands for; 0 for added and unknown ids."""
+        """Return (V,) int64: the number of text bytes of each id, 0 for added and unknown ids."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for number, raw in self._bytes.items():
             lengths[number] = len(raw)
@@ -173,11 +181,11 @@ class Tokenizer:
         return lengths
 
     def to_json(self) -> str:
-        """The text of `tokenizer.json`."""
+        """Return the text of `tokenizer.json`."""
         return self._whole.to_str(pretty=True)
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that decides which ids a text or a chat becomes."""
+        """Return the SHA-256 of everything that determines the ids of a text or chat."""
         parts = [json.loads(self.to_json()), self.bos, self.eos, self.chat_template]
         canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -185,7 +193,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
-        The folder is what transformers' `AutoTokenizer` and `Tokenizer.load` open.
+        `AutoTokenizer` of transformers and `Tokenizer.load` open the folder.
         """
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -202,12 +210,14 @@ class Tokenizer:
         atomic_write(folder / "chat_template.jinja", template)
 
     def _encode(self, text: str | bytes, *, first: bool) -> list[int]:
-        ready = self._ready(text, first=first)
+        ready = self._as_one_text(text, first=first)
         ids = self._ids(ready) if ready else self._piecewise(text, first=first)
         return self._checked(ids, text, first=first)
 
-    def _ready(self, text: str | bytes, *, first: bool) -> str:
-        """What can be encoded in one go, or nothing: then the text has to go piecewise."""
+    def _as_one_text(self, text: str | bytes, *, first: bool) -> str:
+        """Return the text if it can be encoded at once, else an empty string: then encode
+        piecewise.
+        """
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
@@ -216,12 +226,12 @@ class Tokenizer:
         else:
             _refuse_surrogates(text)
         spaced = self._spelling.kind == "fallback" and SPACE in text
-        if not text or spaced or len(text) > LONGEST:
+        if not text or spaced or len(text) > MAX_PIECE_CHARS:
             return ""
         return " " + text if first and self._spelling.leading_space else text
 
     def _piecewise(self, text: str | bytes, *, first: bool) -> list[int]:
-        """Bytes that are not UTF-8, and `▁` that means itself, as byte tokens; the rest as text."""
+        """Encode non-UTF-8 bytes and a literal `▁` as byte tokens, and the rest as text."""
         raw = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
         raw = " " + raw if raw and first and self._spelling.leading_space else raw
         pattern = _BROKEN_OR_MARK if self._spelling.kind == "fallback" else _BROKEN
@@ -234,20 +244,24 @@ class Tokenizer:
         return ids + self._ids(raw[start:])
 
     def _ids(self, text: str) -> list[int]:
-        if len(text) <= LONGEST:
+        if len(text) <= MAX_PIECE_CHARS:
             return self._text.encode(text, add_special_tokens=False).ids
-        encodings = self._text.encode_batch_fast(cut(text, LONGEST), add_special_tokens=False)
+        encodings = self._text.encode_batch_fast(
+            split_text(text, MAX_PIECE_CHARS), add_special_tokens=False
+        )
         return [number for encoding in encodings for number in encoding.ids]
 
     def _checked(self, ids: list[int], text: str | bytes, *, first: bool) -> list[int]:
-        """Spell out added tokens that text happened to reach, and see that nothing was lost."""
+        """Replace added tokens that the text reached by byte tokens, and check that nothing is
+        lost.
+        """
         if self._every_byte and not self._reachable.isdisjoint(ids):
             ids = [spelled for number in ids for spelled in self._spelled_out(number)]
         if not self._exact:
             raw = text.encode() if isinstance(text, str) else text
             written = self.bytes_of(ids) if first else b"".join(self._raw(ids))
             if written != raw or not self._reachable.isdisjoint(ids):
-                raise UserError(f"the tokenizer's vocabulary cannot write {raw[:40]!r}")
+                raise UserError(f"the tokenizer's vocabulary cannot represent {raw[:40]!r}")
         return ids
 
     def _spelled_out(self, number: int) -> list[int]:
@@ -267,7 +281,7 @@ def _rebuild(settings: str, bos: str | None, eos: str, chat_template: str | None
 
 
 def _open(settings: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
-    """Parse a `tokenizer.json`, without padding and truncation, which belong to one use of it."""
+    """Parse a `tokenizer.json` without its padding and truncation settings."""
     try:
         parsed = json.loads(settings) | {"truncation": None, "padding": None}
         return parsed, tokenizers.Tokenizer.from_str(json.dumps(parsed))
@@ -276,8 +290,8 @@ def _open(settings: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
 
 
 def _is_complete(settings: dict[str, Any]) -> bool:
-    """Whether it is a fixed vocabulary of symbols that has ends of texts and turns: what it cannot
-    write besides, tags for example, has no meaning in it.
+    """True for a fixed vocabulary of symbols with end-of-text and end-of-turn tokens. Other special
+    tokens, such as tags, have no meaning in it.
     """
     added = {token["content"] for token in settings.get("added_tokens", [])}
     symbols = settings["model"].get("type") == "WordLevel"
@@ -285,7 +299,7 @@ def _is_complete(settings: dict[str, Any]) -> bool:
 
 
 def _add_missing(whole: tokenizers.Tokenizer, names: list[str]) -> None:
-    """Add the tokens that are not there yet behind the last id; those that are keep their ids."""
+    """Add missing tokens after the last id. Existing tokens keep their ids."""
     known = {token.content for token in whole.get_added_tokens_decoder().values()}
     whole.add_tokens(as_added(name for name in dict.fromkeys(names) if name not in known))
 
@@ -294,5 +308,7 @@ def _refuse_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        place = error.start
-        raise UserError(f"character {place} of a text is a lone surrogate: no character") from None
+        position = error.start
+        raise UserError(
+            f"character {position} of a text is a lone surrogate, not a character"
+        ) from None

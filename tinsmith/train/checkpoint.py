@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinsmith.core.errors import Failure, UserError
-from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
-from tinsmith.core.kill_points import event
+from tinsmith.core.files import atomic_dir, atomic_write, free_space, remove_stale
+from tinsmith.core.kill_points import kill_point
 from tinsmith.core.manifest import newest_valid, verify, write_manifest
-from tinsmith.core.units import size
+from tinsmith.core.units import format_size
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.config import KeepConfig
 
@@ -60,17 +60,17 @@ def save(root: Path, checkpoint: Checkpoint, config: str, tokenizer: Tokenizer) 
     root.mkdir(parents=True, exist_ok=True)
     free = free_space(root)
     if free < checkpoint.nbytes:
-        raise DiskFull(f"{size(checkpoint.nbytes)} needed, {size(free)} free at {root}")
+        raise DiskFull(f"{format_size(checkpoint.nbytes)} needed, {format_size(free)} free at {root}")
     try:
         with atomic_dir(target) as folder:
             _write(folder, checkpoint, config, tokenizer)
             write_manifest(folder, {"step": step})
-            event("manifest")
+            kill_point("manifest")
         atomic_write(root / "LATEST", target.name + "\n")
     except (OSError, SafetensorError) as error:
         if _is_full(error):
             raise DiskFull(
-                f"{size(checkpoint.nbytes)} needed, {size(free_space(root))} free at {root}"
+                f"{format_size(checkpoint.nbytes)} needed, {format_size(free_space(root))} free at {root}"
             ) from None
         raise
     return target
@@ -85,15 +85,15 @@ def _write(folder: Path, snapshot: Checkpoint, config: str, tokenizer: Tokenizer
     ):
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors", metadata=meta)
-            event(f"{name}.safetensors")
+            kill_point(f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
-    event("state.json")
+    kill_point("state.json")
     for rank, data in enumerate(snapshot.rng):
         (folder / f"rng-{rank:05d}.safetensors").write_bytes(data)
     (folder / "config.yaml").write_text(config, encoding="utf-8")
-    event("config.yaml")
+    kill_point("config.yaml")
     tokenizer.save(folder)
-    event("tokenizer")
+    kill_point("tokenizer")
 
 
 def _is_full(error: Exception) -> bool:
@@ -104,7 +104,7 @@ def _is_full(error: Exception) -> bool:
 
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint; UserError says in one line what is wrong with it."""
-    problem = verify(folder, hashes=True, needs=REQUIRED_FILES)
+    problem = verify(folder, hashes=True, required=REQUIRED_FILES)
     if problem:
         raise UserError(f"{folder}: {problem}")
     try:
@@ -126,12 +126,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def latest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint under `root`, and why newer ones were passed over."""
-    return newest_valid(root, needs=REQUIRED_FILES)
+    return newest_valid(root, required=REQUIRED_FILES)
 
 
 def remove_incomplete(root: Path) -> None:
     """Remove what a killed save left behind."""
-    sweep(root)
+    remove_stale(root)
 
 
 def prune(root: Path, keep: KeepConfig, best_step: int | None) -> None:
@@ -153,7 +153,7 @@ def prune(root: Path, keep: KeepConfig, best_step: int | None) -> None:
         if folder not in kept:
             doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
             folder.rename(doomed)
-            event("prune")
+            kill_point("prune")
             shutil.rmtree(doomed, ignore_errors=True)
 
 

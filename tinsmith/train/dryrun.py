@@ -16,10 +16,10 @@ from torch.nn.utils import get_total_norm
 from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import free_space
-from tinsmith.core.log import say, warn
-from tinsmith.core.parse import plain
+from tinsmith.core.log import print_line, print_warning
+from tinsmith.core.parse import to_plain
 from tinsmith.core.rng import seed_all
-from tinsmith.core.units import count, size
+from tinsmith.core.units import format_count, format_size
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prepare.scan import check_data
 from tinsmith.hub.load import load
@@ -31,7 +31,7 @@ from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import lr_multiplier
 from tinsmith.rewards.model import RewardModel
-from tinsmith.text.bpe import SMALLEST, train_bpe
+from tinsmith.text.bpe import MIN_VOCAB_SIZE, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.frozen import check_frozen_models
 from tinsmith.train.parallel import pick_device
@@ -57,18 +57,18 @@ def dry_run(config: RunConfig, name: str) -> None:
     _parameters(shape, config)
     _cost(shape, model, config)
     for line in check_data(config.data, config.objective.data_format):
-        say(f" data      {line}")
+        print_line(f" data      {line}")
     _disk(shape, config, name)
     if shape.parameter_count() <= MAX_STEP_PARAMS:
         _one_step(model, config)
     else:
-        warn(
-            f"no step was tried: {count(shape.parameter_count())} parameters are too many for a "
+        print_warning(
+            f"no step was tried: {format_count(shape.parameter_count())} parameters are too many for a "
             "dry run"
         )
     for judge, held in check_frozen_models(config.objective, shape).items():
-        say(f" memory    {size(held)} more for the {judge}")
-    say(" dry run   ok; nothing was written")
+        print_line(f" memory    {format_size(held)} more for the {judge}")
+    print_line(" dry run   ok; nothing was written")
 
 
 def _model_config(config: RunConfig) -> ModelConfig:
@@ -87,22 +87,22 @@ def _recipe(config: RunConfig) -> None:
             for index, inner in enumerate(value):
                 show(inner, f"{path}.{index}")
         else:
-            say(f" recipe    {path:<44} {value!r}  ({type(value).__name__})")
+            print_line(f" recipe    {path:<44} {value!r}  ({type(value).__name__})")
 
-    show(plain(config), "")
+    show(to_plain(config), "")
 
 
 def _parameters(shape: LM, config: RunConfig) -> None:
     total, active = shape.parameter_count(), shape.active_parameter_count()
     idle = "" if active == total else f", of which a token meets {active:,}"
-    say(f" model     {total:,} parameters{idle}")
+    print_line(f" model     {total:,} parameters{idle}")
     if config.lora is not None:
-        say(f" lora      {lora.describe(shape, config.lora)}")
+        print_line(f" lora      {lora.describe(shape, config.lora)}")
     elif count_parameters(shape).frozen:
-        say(f" frozen    {count_parameters(shape)}")
+        print_line(f" frozen    {count_parameters(shape)}")
     for role, members in partition(shape).items():
         if members:
-            say(
+            print_line(
                 f" model     {role:<10} {sum(p.numel() for _, p in members):>14,} in "
                 f"{len(members)} tensors"
             )
@@ -112,9 +112,9 @@ def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
     train = config.train
     forward = shape.flops(train.seq_len)
     total = 3 * forward * train.steps * train.tokens_per_step
-    say(f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run")
-    say(
-        f" memory    about {size(estimate_memory(shape, model, config))} (weights, gradients, moments, "
+    print_line(f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run")
+    print_line(
+        f" memory    about {format_size(estimate_memory(shape, model, config))} (weights, gradients, moments, "
         "activations, logits)"
     )
 
@@ -156,18 +156,18 @@ def _disk(shape: LM, config: RunConfig, name: str) -> None:
     kept = config.train.keep.last + config.train.keep.best + 1
     place = run_folder(name)
     free = free_space(runs_root().resolve())
-    say(f" output    {place} (shards in {runs_root() / '.data'})")
-    say(
-        f" disk      {kept} checkpoints of {size(each)} at most: {size(kept * each)}; "
-        f"{size(free)} free"
+    print_line(f" output    {place} (shards in {runs_root() / '.data'})")
+    print_line(
+        f" disk      {kept} checkpoints of {format_size(each)} at most: {format_size(kept * each)}; "
+        f"{format_size(free)} free"
     )
     if kept * each > free:
         raise UserError(
-            f"{place}: the run wants {size(kept * each)} and {size(free)} are free; lower "
+            f"{place}: the run wants {format_size(kept * each)} and {format_size(free)} are free; lower "
             "train.keep.last"
         )
     if place.exists():
-        say(f" output    {place} exists already: choose another --name, or --resume")
+        print_line(f" output    {place} exists already: choose another --name, or --resume")
 
 
 def _one_step(model: ModelConfig, config: RunConfig) -> None:
@@ -202,7 +202,7 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     if rows == 1:
         expected = torch.tensor(float(model.vocab_size)).log().item()
         said += f" (ln of {model.vocab_size} ids is {expected:.3f})"
-    say(
+    print_line(
         f" step      one step of {STEP_TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
         f"s, {said}"
     )
@@ -219,4 +219,4 @@ def _check_finite(loss: float, parameters: list[nn.Parameter]) -> None:
 
 def _stand_in(vocab_size: int) -> Tokenizer:
     """A tokenizer that has learned nothing, since the run's own may not have been trained yet."""
-    return train_bpe([""], max(vocab_size, SMALLEST))
+    return train_bpe([""], max(vocab_size, MIN_VOCAB_SIZE))

@@ -6,7 +6,7 @@ import math
 import time
 
 from tinsmith.core.log import Metrics
-from tinsmith.core.units import count, duration
+from tinsmith.core.units import format_count, format_duration
 from tinsmith.optim.schedule import lr_multiplier
 from tinsmith.train.evaluate import (
     evaluate_choice_tasks,
@@ -58,7 +58,7 @@ def log(run: Run) -> None:
     percent = 100 * run.state.step // steps
     place = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
     norm = f"norm {means.get('grad_norm', math.nan):.2f}  lr {rate:.2f}{extra}"
-    run.log.line(f" step {place}  {norm}  {count(speed)} tok/s  eta {duration(left)}")
+    run.log.line(f" step {place}  {norm}  {format_count(speed)} tok/s  eta {format_duration(left)}")
     _experts(run)
     _spike(run, means.get("loss", math.nan))
 

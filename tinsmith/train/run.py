@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tinsmith.config import RunConfig, dump
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
-from tinsmith.core.kill_points import event
+from tinsmith.core.kill_points import kill_point
 from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
-from tinsmith.core.units import size
+from tinsmith.core.units import format_size
 from tinsmith.data.loader.loader import TokenizedDataset
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.objectives.base import RankLoader
@@ -118,7 +118,7 @@ class Run:
         self.data_report: dict[str, Any] = {"sources": []}
         self.failed_saves = 0
         self.save_now = False
-        rng.seed_all(rng.derive(config.train.seed, "rank", ranks.rank))
+        rng.seed_all(rng.derive_seed(config.train.seed, "rank", ranks.rank))
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -133,7 +133,7 @@ class Run:
         """Called wherever time is spent; a stop that any rank was asked for interrupts all of
         them. Whether any rank is `busy`.
         """
-        event(f"in {self.state.pending[0] if self.state.pending else 'step'}")
+        kill_point(f"in {self.state.pending[0] if self.state.pending else 'step'}")
         asked = torch.tensor([float(self.stop_flag.stop), float(busy)], device=self.ranks.device)
         stop, anybody = self.ranks.all_reduce_sum(asked).tolist()
         if stop:
@@ -183,7 +183,7 @@ class Run:
                     self.checkpoint_dir, self.config.train.keep, int(best["step"]) if best else None
                 )
                 self.log.line(
-                    f" saved  {folder.relative_to(self.folder)} ({size(snapshot.nbytes)})"
+                    f" saved  {folder.relative_to(self.folder)} ({format_size(snapshot.nbytes)})"
                 )
             except checkpoint.DiskFull as error:
                 problem = str(error)
@@ -220,7 +220,7 @@ class Run:
             restore_rng(saved.rng[self.ranks.rank])
         else:
             rng.seed_all(
-                rng.derive(self.config.train.seed, "rank", self.ranks.rank, self.state.step)
+                rng.derive_seed(self.config.train.seed, "rank", self.ranks.rank, self.state.step)
             )
 
     def _carried(self, files: list[bytes]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import tinsmith
 from tinsmith.config import RunConfig, dump, from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write, inside
-from tinsmith.core.parse import plain, read_yaml
+from tinsmith.core.parse import to_plain, read_yaml
 from tinsmith.train.parallel import Ranks
 
 MUTABLE_SECTIONS = {"log", "eval", "parallel", "init_from", "schema"}
@@ -113,7 +113,7 @@ def check_resume_config(folder: Path, config: RunConfig) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old, new = plain(from_dict(read_yaml(path), str(path))), plain(config)
+    old, new = to_plain(from_dict(read_yaml(path), str(path))), to_plain(config)
     for section in old.keys() - MUTABLE_SECTIONS - {"train"}:
         if old[section] != new[section]:
             raise UserError(_differs(folder, section, old[section], new[section]))

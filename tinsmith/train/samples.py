@@ -2,12 +2,12 @@
 
 import torch
 
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.config import DataFormat
 from tinsmith.data.loader.batch import Batch
 from tinsmith.infer.engine import Engine
 from tinsmith.infer.sample import SamplingParams
-from tinsmith.text.chat import encode_prompt, normalise
+from tinsmith.text.chat import encode_prompt, parse_conversation
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Run
 
@@ -36,7 +36,7 @@ def _encoded(run: Run, text: str) -> list[int]:
     if run.config.objective.data_format != "documents":
         return encode_prompt(
             run.tokenizer,
-            normalise({"messages": [{"role": "user", "content": text}]}, answered=False),
+            parse_conversation({"messages": [{"role": "user", "content": text}]}, answered=False),
         )
     return run.tokenizer.encode(text)
 
@@ -74,7 +74,7 @@ def generate_samples(run: Run) -> list[dict[str, str]]:
                 run.policy, max_batch_size=max(1, len(given)), max_seq_len=longest, eos_ids=ends
             )
             for index, ids in enumerate(given):
-                seed = derive(run.config.train.seed, "sample", run.state.step, index)
+                seed = derive_seed(run.config.train.seed, "sample", run.state.step, index)
                 sampling = SamplingParams(temperature=0.8 if index else 0.0, seed=seed)
                 said[engine.add(ids, sampling, run.config.eval.max_new_tokens)] = []
             while engine.num_active or engine.num_waiting:

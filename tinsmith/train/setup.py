@@ -12,9 +12,9 @@ from tinsmith.core import rng
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import RunLog
 from tinsmith.core.malloc import keep_freed_memory
-from tinsmith.core.parse import plain
+from tinsmith.core.parse import to_plain
 from tinsmith.core.signals import StopFlag
-from tinsmith.core.units import count
+from tinsmith.core.units import format_count
 from tinsmith.data.loader.loader import TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.prepare.prepared import PreparedData
@@ -92,12 +92,12 @@ def _begin(
     run = _assemble(config, place, ranks, log, flag)
     if found:
         run.load_checkpoint(found)
-        run.log.cut(run.state.step)
+        run.log.truncate(run.state.step)
         run.log.line(f" resume    from {found} at step {run.state.step}")
     elif ranks.is_main:
-        run.log.cut(0)
+        run.log.truncate(0)
     trackers = config.log.trackers if ranks.is_main else ()
-    log.closers.append(attach_trackers(trackers, place, plain(config), place.name, log))
+    log.closers.append(attach_trackers(trackers, place, to_plain(config), place.name, log))
     return run
 
 
@@ -230,7 +230,7 @@ def log_header(run: Run) -> None:
     config, train = run.config, run.config.train
     kinds = " + ".join(dict.fromkeys(layer.mixer.kind for layer in run.policy.config.layers))
     feeds = " + ".join(dict.fromkeys(layer.feed_forward.kind for layer in run.policy.config.layers))
-    size = count(run.policy.parameter_count())
+    size = format_count(run.policy.parameter_count())
     log = run.log
     log.line(f"  model      {size} params   {kinds} | {feeds} | {run.policy.config.residual.kind}")
     if config.lora is not None:
@@ -239,10 +239,10 @@ def log_header(run: Run) -> None:
         log.line(f"  frozen     {count_parameters(run.policy)}")
     per_token = run.source.bytes / max(1, run.source.tokens)
     names = " + ".join(run.source.names)
-    log.line(f"  data       {names}: {count(run.source.tokens)} tokens, {per_token:.2f} B/token")
+    log.line(f"  data       {names}: {format_count(run.source.tokens)} tokens, {per_token:.2f} B/token")
     total = train.steps * train.tokens_per_step
     matrices, others = config.optim.matrices, config.optim.others
-    shape = f"{train.steps:,} steps x {train.tokens_per_step:,} tokens = {count(total)} tokens"
+    shape = f"{train.steps:,} steps x {train.tokens_per_step:,} tokens = {format_count(total)} tokens"
     epochs = train.steps * train.batch_size * train.grad_accum_steps / run.source.size
     rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}"
     rates = f"{rates}, {config.optim.schedule.kind}"

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import Metrics, RunLog, warn
+from tinsmith.core.log import Metrics, RunLog, print_warning
 from tinsmith.core.parse import write_yaml
 from tinsmith.train.plots.history import is_number
 
@@ -149,7 +149,7 @@ def _begin(
     except ImportError:
         raise UserError(NOT_INSTALLED.format(name=one)) from None
     except Exception as error:  # whatever a server, a disk or a library may answer
-        warn(f"{one} could not be started: {_line(error)}; training goes on without it")
+        print_warning(f"{one} could not be started: {_line(error)}; training goes on without it")
 
 
 def _guarded(open_ones: dict[str, Tracker], one: str, action: Callable[[], None]) -> None:
@@ -158,7 +158,7 @@ def _guarded(open_ones: dict[str, Tracker], one: str, action: Callable[[], None]
         action()
     except Exception as error:  # whatever a server, a disk or a library may answer
         del open_ones[one]
-        warn(f"{one} failed: {_line(error)}; training goes on without it")
+        print_warning(f"{one} failed: {_line(error)}; training goes on without it")
 
 
 def _line(error: Exception) -> str:

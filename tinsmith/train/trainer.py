@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tinsmith.config import RunConfig
 from tinsmith.core import rng
 from tinsmith.core.errors import Stopped
-from tinsmith.core.kill_points import event
+from tinsmith.core.kill_points import kill_point
 from tinsmith.core.signals import StopFlag
 from tinsmith.objectives.base import Loss, Metric
 from tinsmith.optim.schedule import lr_multiplier
@@ -82,7 +82,7 @@ def train_loop(run: Run) -> None:
             run.loader.cursor = cursor
             run.objective.restore_snapshot(mark)
             raise
-        event("step")
+        kill_point("step")
         run_hooks(run, list(HOOKS))
         if run.failed_saves > 1:
             raise checkpoint.DiskFull(
@@ -113,7 +113,7 @@ def train_step(run: Run) -> None:
         gathered.add(loss.metrics)
         for key, value in loss.stats.items():
             stats[key] = stats[key] + value if key in stats else value
-        event("micro-step")
+        kill_point("micro-step")
     healthy = optimizer_step(run, gathered.all_reduce(run.ranks), stats)
     run.optimizers.zero_grad()
     run.state.step += 1

@@ -10,17 +10,17 @@ from typing import Any
 import yaml
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
-from tinsmith.core.parse import Config, nearest, parse
+from tinsmith.core.log import print_line
+from tinsmith.core.parse import Config, did_you_mean, parse
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
-from tinsmith.text.records import normalise
+from tinsmith.text.records import parse_conversation
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import pick_device
-from tinsmith.verbs.export_import import scaling
+from tinsmith.verbs.export_import import parse_rope_scaling
 from tinsmith.verbs.generate import sampling
 
 HELP = """ /reset              forget the conversation
@@ -76,7 +76,7 @@ class Session:
         self.messages.append({"role": "user", "content": text})
         thinking = True if self.settings.thinking else None
         ids = encode_prompt(
-            self.tokenizer, normalise(self.record(), answered=False), thinking=thinking
+            self.tokenizer, parse_conversation(self.record(), answered=False), thinking=thinking
         )
         room = self.lm.config.max_seq_len - len(ids)
         if room < 1:
@@ -113,13 +113,13 @@ class Session:
 
 def chat(model: str, system: str | None, settings: Settings, rope_scaling: str | None) -> None:
     """Read, answer, repeat."""
-    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=scaling(rope_scaling))
+    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling))
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so it cannot talk")
     session = Session(lm, tokenizer, system, settings)
     interactive = sys.stdin.isatty()
     if interactive:
-        say(f" {model}: say something, or /help")
+        print_line(f" {model}: say something, or /help")
     interrupted = False
     while True:
         try:
@@ -130,7 +130,7 @@ def chat(model: str, system: str | None, settings: Settings, rope_scaling: str |
             if interrupted:
                 return
             interrupted = True
-            say("\n Ctrl-C again quits")
+            print_line("\n Ctrl-C again quits")
             continue
         interrupted = False
         if line in ("/quit", "/exit"):
@@ -146,7 +146,7 @@ def _answer(session: Session, line: str) -> None:
         else:
             _say_answer(session, line)
     except UserError as error:
-        say(f" {error}")
+        print_line(f" {error}")
 
 
 def _say_answer(session: Session, text: str) -> None:
@@ -161,7 +161,7 @@ def _say_answer(session: Session, text: str) -> None:
 def _command(session: Session, line: str) -> None:
     name, _, rest = line[1:].partition(" ")
     commands: dict[str, Callable[[Session, str], None]] = {
-        "help": lambda s, text: say(HELP),
+        "help": lambda s, text: print_line(HELP),
         "reset": _reset,
         "undo": _undo,
         "retry": _retry,
@@ -170,17 +170,17 @@ def _command(session: Session, line: str) -> None:
         "system": _system,
     }
     if name not in commands:
-        raise UserError(f"/{name} is unknown{nearest(name, list(commands)) or '; /help lists all'}")
+        raise UserError(f"/{name} is unknown{did_you_mean(name, list(commands)) or '; /help lists all'}")
     commands[name](session, rest.strip())
 
 
 def _reset(session: Session, rest: str) -> None:
     session.messages.clear()
-    say(" forgotten")
+    print_line(" forgotten")
 
 
 def _undo(session: Session, rest: str) -> None:
-    say(" taken back" if session.undo() is not None else " nothing to take back")
+    print_line(" taken back" if session.undo() is not None else " nothing to take back")
 
 
 def _retry(session: Session, rest: str) -> None:
@@ -198,7 +198,7 @@ def _save(session: Session, rest: str) -> None:
             file.write(json.dumps(session.record(), ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{rest}: {error.strerror}") from None
-    say(f" added to {rest}")
+    print_line(f" added to {rest}")
 
 
 def _set(session: Session, rest: str) -> None:
@@ -208,9 +208,9 @@ def _set(session: Session, rest: str) -> None:
         raise UserError(f"/set KEY=VALUE, with KEY one of {', '.join(names)}")
     current = {name: getattr(session.settings, name) for name in names}
     session.settings = parse(Settings, current | {key: yaml.safe_load(text)}, "/set")
-    say(f" {key} is {getattr(session.settings, key)}")
+    print_line(f" {key} is {getattr(session.settings, key)}")
 
 
 def _system(session: Session, rest: str) -> None:
     session.system = rest or None
-    say(" the system message is set" if rest else " no system message")
+    print_line(" the system message is set" if rest else " no system message")

@@ -6,38 +6,38 @@ from typing import Any
 
 from tinsmith.config import load
 from tinsmith.config import schema as make_schema
-from tinsmith.core.log import say
-from tinsmith.core.parse import plain, read_yaml
+from tinsmith.core.log import print_line
+from tinsmith.core.parse import to_plain, read_yaml
 from tinsmith.nn.config import with_preset
 
 
 def show(recipe: Path, overrides: list[str], more: list[Path]) -> None:
     """Every key of the resolved recipe, one a line, with the origin of what is not a default."""
-    resolved = flat(plain(load(recipe, overrides, more)))
+    resolved = flat(to_plain(load(recipe, overrides, more)))
     origins = _origins(recipe, overrides, more)
     for key, value in resolved.items():
         origin = origins.get(key)
         line = f"{key}: {value!r}"
-        say(f"{line:<60} # {origin}" if origin else line)
+        print_line(f"{line:<60} # {origin}" if origin else line)
 
 
 def check(recipe: Path, overrides: list[str], more: list[Path]) -> None:
     """Nothing but `ok`, or an error."""
     load(recipe, overrides, more)
-    say("ok")
+    print_line("ok")
 
 
 def schema() -> None:
     """The JSON schema."""
-    say(json.dumps(make_schema(), indent=1))
+    print_line(json.dumps(make_schema(), indent=1))
 
 
 def diff(left: Path, right: Path) -> None:
     """Keys in which two recipes differ, as `key: left -> right`."""
-    one, two = flat(plain(load(left))), flat(plain(load(right)))
+    one, two = flat(to_plain(load(left))), flat(to_plain(load(right)))
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
-            say(f"{key}: {one.get(key)!r} -> {two.get(key)!r}")
+            print_line(f"{key}: {one.get(key)!r} -> {two.get(key)!r}")
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:

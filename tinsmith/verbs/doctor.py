@@ -12,8 +12,8 @@ import torch
 
 import tinsmith
 from tinsmith.core.files import free_space
-from tinsmith.core.log import say
-from tinsmith.core.units import size
+from tinsmith.core.log import print_line
+from tinsmith.core.units import format_size
 from tinsmith.train.parallel import pick_device
 from tinsmith.train.run_dir import runs_root
 
@@ -28,17 +28,17 @@ OPTIONAL = {
 
 def doctor(as_json: bool) -> None:
     """Facts, then what could be better."""
-    facts = look()
+    facts = collect_facts()
     if as_json:
-        say(json.dumps(facts, indent=1))
+        print_line(json.dumps(facts, indent=1))
         return
     for name, value in facts.items():
-        say(f" {name:<18} {value}")
-    for advice in advise(facts):
-        say(f" hint   {advice}")
+        print_line(f" {name:<18} {value}")
+    for advice in give_advice(facts):
+        print_line(f" hint   {advice}")
 
 
-def look() -> dict[str, Any]:
+def collect_facts() -> dict[str, Any]:
     """Versions, device, speed of matrix products, disk, optional packages."""
     device = pick_device("auto")
     speeds = {name: matmul_speed(device, dtype) for name, dtype in _dtypes(device).items()}
@@ -53,12 +53,12 @@ def look() -> dict[str, Any]:
         **{f"{name} GFLOP/s": round(speed) for name, speed in speeds.items()},
         "runs": str(runs_root().resolve()),
         "writable": os.access(_existing(runs_root()), os.W_OK),
-        "disk free": size(free_space(runs_root().resolve())),
+        "disk free": format_size(free_space(runs_root().resolve())),
         "optional missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
     }
 
 
-def advise(facts: dict[str, Any]) -> list[str]:
+def give_advice(facts: dict[str, Any]) -> list[str]:
     """What the facts suggest."""
     hints = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):

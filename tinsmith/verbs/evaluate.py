@@ -8,7 +8,7 @@ import torch
 
 from tinsmith.config import RunConfig, from_dict
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import finite, say
+from tinsmith.core.log import nonfinite_to_none, print_line
 from tinsmith.core.parse import read_yaml
 from tinsmith.data.loader.loader import TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare
@@ -22,13 +22,13 @@ from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import pick_device
 from tinsmith.train.run_dir import runs_root
-from tinsmith.verbs.export_import import scaling
-from tinsmith.verbs.puzzles import picture_place, puzzles_of, run_of, save_puzzles
+from tinsmith.verbs.export_import import parse_rope_scaling
+from tinsmith.verbs.puzzles import picture_folder, open_puzzles, run_folder_of, save_puzzles
 
-BATCH_ROWS = 16
+BATCH_SIZE = 16
 
 
-class Text(NamedTuple):
+class EvalOptions(NamedTuple):
     """What bits per byte are measured on."""
 
     data: Path | None
@@ -44,13 +44,13 @@ class Text(NamedTuple):
 def evaluate(
     model: str,
     tasks: str,
-    text: Text,
+    text: EvalOptions,
     device: str,
     rope_scaling: str | None,
     as_json: bool,
 ) -> None:
     """Run every task and print what was found."""
-    lm, tokenizer = load(model, device=pick_device(device), rope_scaling=scaling(rope_scaling))
+    lm, tokenizer = load(model, device=pick_device(device), rope_scaling=parse_rope_scaling(rope_scaling))
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so no text can be measured")
     for name in ("context", "limit"):
@@ -74,22 +74,22 @@ def evaluate(
             results |= _arc(model, lm, tokenizer, text)
         elif Path(task).exists():
             found = evaluate_choice(
-                lm, tokenizer, task, limit=text.limit, batch_size=BATCH_ROWS, say=_aside
+                lm, tokenizer, task, limit=text.limit, batch_size=BATCH_SIZE, say=_aside
             )
             results[task] = found.to_dict()
         else:
             known = "arc_agi, bpb, format, routing"
             raise UserError(f"--tasks {task}: neither of {known} nor a file of questions")
     if as_json:
-        say(json.dumps(finite(results), indent=1))
+        print_line(json.dumps(nonfinite_to_none(results), indent=1))
     else:
         for name, found in results.items():
-            say(f" {name:<32} " + _numbers(found))
+            print_line(f" {name:<32} " + _numbers(found))
             for task, score in found.get("by_task", {}).items():
-                say(f"   {task:<30} score {score:.4g}")
+                print_line(f"   {task:<30} score {score:.4g}")
 
 
-def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
     config = _recipe(model)
     if text.data is not None:
         trained_on = config and min(config.train.seq_len, lm.config.max_seq_len)
@@ -99,7 +99,7 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
             text.data,
             seq_len=text.context or trained_on,
             limit=text.limit,
-            batch_size=BATCH_ROWS,
+            batch_size=BATCH_SIZE,
             say=_aside,
         )
         return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
@@ -111,14 +111,14 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict
         validation,
         torch.from_numpy(tokenizer.byte_lengths()),
         max_samples=text.limit or validation.size,
-        batch_size=BATCH_ROWS,
+        batch_size=BATCH_SIZE,
         device=lm.embed.weight.device,
         poll=lambda: None,
     )
     return {f"bpb {name}": each.to_dict() for name, each in parts.items()}
 
 
-def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
     """How much experts specialise, on the validation split of the run."""
     config = _recipe(model)
     if config is None or text.data is not None:
@@ -131,7 +131,7 @@ def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, 
         validation,
         token_classes(tokenizer),
         max_samples=text.limit or validation.size,
-        batch_size=BATCH_ROWS,
+        batch_size=BATCH_SIZE,
         device=lm.embed.weight.device,
         poll=lambda: None,
     )
@@ -146,7 +146,7 @@ def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> Tokenize
     return open_dataset(prepared.folder, shape, "validation", train.seq_len, train.seed)
 
 
-def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+def _format(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
     """Greedy answers to the held-back prompts of the model's own run."""
     config = _recipe(model)
     if config is None:
@@ -158,21 +158,21 @@ def _format(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, A
     prompts = [
         source.get_prompts(int(i), 1)[0] for i in source.evenly_spaced(text.limit or source.size)
     ]
-    return evaluate_format(lm, tokenizer, prompts, batch_size=BATCH_ROWS).to_dict()
+    return evaluate_format(lm, tokenizer, prompts, batch_size=BATCH_SIZE).to_dict()
 
 
-def _arc(model: str, lm: LM, tokenizer: Tokenizer, text: Text) -> dict[str, Any]:
+def _arc(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
     """Puzzles, and a picture of some of them in the run's folder, or beside the model."""
-    groups = puzzles_of(model, _recipe(model), text.data, text.solutions, text.limit, _aside)
+    groups = open_puzzles(model, _recipe(model), text.data, text.solutions, text.limit, _aside)
     found = {name: evaluate_arc(lm, tokenizer, each) for name, each in groups.items()}
     outcomes = [outcome for result in found.values() for outcome in result.outcomes]
-    _aside(f" picture {save_puzzles(picture_place(model), outcomes)}")
+    _aside(f" picture {save_puzzles(picture_folder(model), outcomes)}")
     return {f"arc_agi {name}": result.to_dict() for name, result in found.items()}
 
 
 def _recipe(model: str) -> RunConfig | None:
     """The recipe of the run that `model` is, or whose `final` or checkpoint it is."""
-    run = run_of(Path(model))
+    run = run_folder_of(Path(model))
     recipe = run / "config.yaml"
     whole = recipe.exists() and (run / "checkpoints").is_dir()
     return from_dict(read_yaml(recipe), str(recipe)) if whole else None
@@ -184,4 +184,4 @@ def _numbers(found: dict[str, Any]) -> str:
 
 
 def _aside(line: str) -> None:
-    say(line, err=True)
+    print_line(line, err=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
-from tinsmith.core.units import count
+from tinsmith.core.log import print_line
+from tinsmith.core.units import format_count
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.load import load, load_adapters
 from tinsmith.hub.peft.adapters import merge_adapters, read_adapters, write_adapters
@@ -26,36 +26,36 @@ def export(model: str, out: Path, to: str, adapter: Path | None) -> None:
 
 def import_(source: str, out: Path, rope_scaling: str | None) -> None:
     """A Hugging Face folder, read strictly and written anew."""
-    _write(source, out, scaling(rope_scaling), None)
+    _write(source, out, parse_rope_scaling(rope_scaling), None)
 
 
 def _write(
     model: str, out: Path, rope_scaling: dict[str, object] | None, adapter: Path | None
 ) -> None:
-    check_free(out)
+    check_output_free(out)
     lm, tokenizer = load(model, rope_scaling=rope_scaling)
     if adapter is not None:
         merge_adapters(lm, read_adapters(adapter, lm.config))
     export_folder(lm, tokenizer, out)
     said = "" if tokenizer else ", without a tokenizer"
-    say(f" written  {out} ({count(lm.parameter_count())} parameters{said})")
+    print_line(f" written  {out} ({format_count(lm.parameter_count())} parameters{said})")
 
 
 def _write_adapters(model: str, out: Path) -> None:
-    check_free(out)
+    check_output_free(out)
     config, made, base = load_adapters(model)
     write_adapters(out, config, made, base)
     numbers = sum(tensor.numel() for pair in made.pairs.values() for tensor in pair)
-    say(f" written  {out} ({count(numbers)} parameters of adapters, for {base or 'its base'})")
+    print_line(f" written  {out} ({format_count(numbers)} parameters of adapters, for {base or 'its base'})")
 
 
-def check_free(out: Path) -> None:
+def check_output_free(out: Path) -> None:
     """UserError where a folder that is to be written holds something."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; choose another folder")
 
 
-def scaling(text: str | None) -> dict[str, object] | None:
+def parse_rope_scaling(text: str | None) -> dict[str, object] | None:
     """The value of --rope-scaling, YAML."""
     if text is None:
         return None

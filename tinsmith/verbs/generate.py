@@ -6,17 +6,17 @@ from itertools import chain
 from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
+from tinsmith.core.log import print_line
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import Completion, stream
 from tinsmith.infer.generate import generate as complete
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
-from tinsmith.text.records import normalise
+from tinsmith.text.records import parse_conversation
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import pick_device
-from tinsmith.verbs.export_import import scaling
+from tinsmith.verbs.export_import import parse_rope_scaling
 
 
 class Request(NamedTuple):
@@ -44,7 +44,7 @@ def generate(
     if request.count < 1 or request.max_new < 1:
         raise UserError("--count and --max-new: at least 1")
     texts = prompts or [_standard_input()]
-    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=scaling(rope_scaling))
+    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling))
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so it cannot read a prompt")
     encoded = [prompt_ids(tokenizer, text, request.chat) for text in texts]
@@ -67,7 +67,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
     """A prompt's ids; nothing at all begins where documents begin."""
     if chat:
         record = {"messages": [{"role": "user", "content": text}]}
-        return encode_prompt(tokenizer, normalise(record, answered=False))
+        return encode_prompt(tokenizer, parse_conversation(record, answered=False))
     return tokenizer.encode(text) or [tokenizer.end_of_text]
 
 
@@ -102,6 +102,6 @@ def _print_all(texts: list[str], done: list[Completion], chat: bool, as_json: bo
                 "finish_reason": each.finish_reason,
                 "completion_tokens": len(each.token_ids),
             }
-            say(json.dumps(row, ensure_ascii=False))
+            print_line(json.dumps(row, ensure_ascii=False))
         else:
-            say((each.text if chat else text + each.text) + "\n")
+            print_line((each.text if chat else text + each.text) + "\n")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tinsmith.config import load
-from tinsmith.core.log import say
+from tinsmith.core.log import print_line
 from tinsmith.core.signals import StopFlag
 from tinsmith.data.prepare.prepare import prepare as make
 from tinsmith.hub.load import load as load_model
@@ -22,8 +22,8 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
             resolve_tokenizer(config, given),
             config.objective.data_format,
             root,
-            say,
+            print_line,
             lambda: flag.stop,
             seq_len=config.train.seq_len,
         )
-    say(f" prepared  {made.folder}")
+    print_line(f" prepared  {made.folder}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.arc.generators import TRAIN_RULES, generate_puzzles, held_out_compositions
 from tinsmith.data.arc.grids import Puzzle
 from tinsmith.data.config import ArcData
@@ -17,11 +17,11 @@ from tinsmith.evals.bpb import report_rejects
 from tinsmith.train.plots.arc import draw_puzzles
 from tinsmith.train.plots.style import render_figures
 
-TASKS = 100
+MAX_TASKS = 100
 """Generated of each group where nobody says otherwise."""
 
 
-def puzzles_of(
+def open_puzzles(
     model: str,
     config: RunConfig | None,
     data: Path | None,
@@ -42,9 +42,9 @@ def puzzles_of(
     mine = [each for each in sections if isinstance(each, ArcData) and each.path is None]
     if not mine:
         raise UserError(f"{model}: is no run on generated puzzles; say with --data what to solve")
-    section, count = mine[0], limit or TASKS
+    section, count = mine[0], limit or MAX_TASKS
     rules = section.rules or TRAIN_RULES
-    seed = derive(section.seed, "examination")
+    seed = derive_seed(section.seed, "examination")
     groups = {"seen": rules, "held back": held_out_compositions(rules)}
     return {
         name: list(generate_puzzles(each, seed, count, section.sizes))
@@ -64,15 +64,15 @@ def _read(
     return [puzzle for task in tasks for puzzle in task.puzzles]
 
 
-def run_of(path: Path) -> Path:
+def run_folder_of(path: Path) -> Path:
     """The folder of the run that `path` is, or whose `final` or checkpoint it is; else `path`."""
     above = (path, path.parent, path.parent.parent)
     return next((each for each in above if (each / "checkpoints").is_dir()), path)
 
 
-def picture_place(model: str) -> Path:
+def picture_folder(model: str) -> Path:
     """The run's folder, or the model's where it is no run; else this one."""
-    run = run_of(Path(model))
+    run = run_folder_of(Path(model))
     return run if run.is_dir() else Path()
 
 

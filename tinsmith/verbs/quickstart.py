@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tinsmith.config import RunConfig, from_dict, merge
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
+from tinsmith.core.log import print_line
 from tinsmith.core.parse import read_yaml
-from tinsmith.core.units import duration
+from tinsmith.core.units import format_duration
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load
@@ -22,7 +22,7 @@ from tinsmith.train.trainer import train
 from tinsmith.verbs.generate import prompt_ids, sampling
 
 
-class Part(NamedTuple):
+class Stage(NamedTuple):
     """A run of the story."""
 
     recipe: str
@@ -34,14 +34,14 @@ class Part(NamedTuple):
     """The recipe of the part whose model it begins with."""
 
 
-PARTS = (
-    Part("pretrain", "", "a tokenizer and a model of Python's own source code"),
-    Part("chat", "-chat", "the same model learns to answer", start="pretrain"),
-    Part("sums", "-sums", "a smaller model learns sums from a careless teacher"),
-    Part("dpo", "-dpo", "it learns to prefer right sums to nearly right ones", start="sums"),
-    Part("grpo", "-grpo", "instead, it learns from its own answers, each checked", start="sums"),
+STAGES = (
+    Stage("pretrain", "", "a tokenizer and a model of Python's own source code"),
+    Stage("chat", "-chat", "the same model learns to answer", start="pretrain"),
+    Stage("sums", "-sums", "a smaller model learns sums from a careless teacher"),
+    Stage("dpo", "-dpo", "it learns to prefer right sums to nearly right ones", start="sums"),
+    Stage("grpo", "-grpo", "instead, it learns from its own answers, each checked", start="sums"),
 )
-EXAMINED = {"sums": "fine-tuning", "dpo": "DPO", "grpo": "GRPO"}
+EXAM_LABELS = {"sums": "fine-tuning", "dpo": "DPO", "grpo": "GRPO"}
 """Parts whose sums are counted, and what is said of them."""
 QUESTIONS = (
     "Write a Python function `is_even(n)`. Return True if n is even.",
@@ -56,26 +56,26 @@ def quickstart(tiny: bool, name: str) -> None:
     began = time.monotonic()
     name = _free(name)
     runs: dict[str, Path] = {}
-    for number, part in enumerate(PARTS, 1):
+    for number, part in enumerate(STAGES, 1):
         run = name + part.ending
-        say(f"\nPart {number} of {len(PARTS)}: {part.story} ({run})")
+        print_line(f"\nPart {number} of {len(STAGES)}: {part.story} ({run})")
         start = {} if part.start is None else {"init_from": str(runs[part.start])}
         runs[part.recipe] = train(_recipe(part.recipe, tiny, start), run, recipe="quickstart")
-    say("\nThree questions to the model of part 2")
+    print_line("\nThree questions to the model of part 2")
     _answer(runs["chat"])
-    say("\nSums that were held back, answered greedily by the models of parts 3 to 5")
-    for recipe, learned in EXAMINED.items():
+    print_line("\nSums that were held back, answered greedily by the models of parts 3 to 5")
+    for recipe, learned in EXAM_LABELS.items():
         exam = _recipe("grpo", tiny, {"init_from": str(runs[recipe])})
-        say(f" {f'after {learned}':<18} {_mark(runs[recipe], exam):>4.0%} right")
-    said = f"\nDone in {duration(time.monotonic() - began)}. What is there now:"
-    say(f"{said}\n" + "\n".join(f"  {line}" for line in _what_now(runs)))
+        print_line(f" {f'after {learned}':<18} {_mark(runs[recipe], exam):>4.0%} right")
+    said = f"\nDone in {format_duration(time.monotonic() - began)}. What is there now:"
+    print_line(f"{said}\n" + "\n".join(f"  {line}" for line in _what_now(runs)))
 
 
 def _free(name: str) -> str:
     """The name, or the name with the first number for which no run exists."""
     for number in range(1, 10_000):
         candidate = name if number == 1 else f"{name}-{number}"
-        if not any(run_folder(candidate + part.ending).exists() for part in PARTS):
+        if not any(run_folder(candidate + part.ending).exists() for part in STAGES):
             return candidate
     raise UserError(f"--name {name}: too many runs of this name; choose another")
 
@@ -97,7 +97,7 @@ def _answer(chat: Path) -> None:
     lm, tokenizer = load(chat)
     assert tokenizer is not None
     for question in QUESTIONS:
-        say(f"\n> {question}")
+        print_line(f"\n> {question}")
         ids = prompt_ids(tokenizer, question, True)
         settings = sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
         for piece in stream(
@@ -105,7 +105,7 @@ def _answer(chat: Path) -> None:
         ):
             sys.stdout.write(piece)
             sys.stdout.flush()
-        say("")
+        print_line("")
 
 
 def _mark(run: Path, exam: RunConfig) -> float:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
-from tinsmith.core.units import duration, size
+from tinsmith.core.log import print_line
+from tinsmith.core.units import format_duration, format_size
 from tinsmith.train.report import plot_run, plot_runs, runs_table
 from tinsmith.train.run_dir import runs_root
 
@@ -14,18 +14,18 @@ def table(as_json: bool) -> None:
     """All runs under the runs folder."""
     rows = runs_table(runs_root())
     if as_json:
-        say(json.dumps(rows, indent=1))
+        print_line(json.dumps(rows, indent=1))
         return
     if not rows:
-        say(f"no runs under {runs_root()}")
+        print_line(f"no runs under {runs_root()}")
         return
-    say(f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}")
+    print_line(f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}")
     for row in rows:
         step = f"{row['step']}/{row['steps'] or '?'}"
         best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
-        age, bulk = duration(row["age_seconds"]), size(row["bytes"])
+        age, bulk = format_duration(row["age_seconds"]), format_size(row["bytes"])
         done = "" if row["finished"] else "  unfinished"
-        say(
+        print_line(
             f"{row['name']:<32} {row['objective']:<10} {step:>13} {best:>9} {age:>8} "
             f"{bulk:>8}{done}"
         )
@@ -37,6 +37,6 @@ def plot(runs: list[Path], out: Path | None) -> None:
         if not (run / "metrics.jsonl").exists():
             raise UserError(f"{run}: no metrics.jsonl there; is it a run's folder?")
     if len(runs) == 1 and out is None:
-        say(str(plot_run(runs[0])))
+        print_line(str(plot_run(runs[0])))
     else:
-        say(str(plot_runs(runs, out or Path("runs.png"))))
+        print_line(str(plot_runs(runs, out or Path("runs.png"))))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tinsmith.config import set_key
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import say
+from tinsmith.core.log import print_line
 from tinsmith.core.rng import seed_all
 from tinsmith.hub.card import CardFacts, model_card
 from tinsmith.hub.hf import ExportResult, export_folder
@@ -18,7 +18,7 @@ from tinsmith.hub.transplant import (
 )
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.parameters import count_parameters
-from tinsmith.verbs.export_import import check_free
+from tinsmith.verbs.export_import import check_output_free
 
 
 def transplant(
@@ -32,12 +32,12 @@ def transplant(
 ) -> None:
     """Write the sparse model to `out`, whole or not at all; with `dry`, only count."""
     plan = TransplantPlan(_section(keys), init, train_norms)
-    check_free(out)
+    check_output_free(out)
     dense = load_config(source)
     sparse = transplant_config(dense, plan)
     _print_table(dense, sparse)
     if dry:
-        say(" dry run   ok; nothing was written")
+        print_line(" dry run   ok; nothing was written")
         return
     teacher, tokenizer = load(source)
     seed_all(seed)
@@ -53,7 +53,7 @@ def transplant(
 
     export_folder(student, tokenizer, out, card=card)
     said = "" if tokenizer else ", without a tokenizer"
-    say(f" written   {out} ({count_parameters(student)}{said})")
+    print_line(f" written   {out} ({count_parameters(student)}{said})")
 
 
 def _section(keys: list[str]) -> dict:
@@ -67,13 +67,13 @@ def _print_table(dense: ModelConfig, sparse: ModelConfig) -> None:
     lines = parameter_table(sparse)
     for line in lines:
         state = "trained" if line.trainable else "frozen"
-        say(f" model     {line.name:<12} {line.num_parameters:>14,}  {state}")
+        print_line(f" model     {line.name:<12} {line.num_parameters:>14,}  {state}")
     trained = sum(line.num_parameters for line in lines if line.trainable)
     total = sum(line.num_parameters for line in lines)
     before = sum(line.num_parameters for line in parameter_table(dense))
-    say(f" model     {'frozen':<12} {total - trained:>14,}")
-    say(f" model     {'trained':<12} {trained:>14,}")
-    say(f" model     {'all':<12} {total:>14,}  (the dense model: {before:,})")
+    print_line(f" model     {'frozen':<12} {total - trained:>14,}")
+    print_line(f" model     {'trained':<12} {trained:>14,}")
+    print_line(f" model     {'all':<12} {total:>14,}  (the dense model: {before:,})")
 
 
 def check_init(init: str) -> ExpertInit:

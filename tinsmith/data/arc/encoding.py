@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.data.arc.grids import MAX_GRID_SIZE, Grid, Pair, Puzzle
-from tinsmith.text.grid_vocab import COLOURS, NAMES, PROBLEM, SOLUTION, START_OF_TEXT
+from tinsmith.text.grid_vocab import NUM_COLOURS, SYMBOLS, PROBLEM, SOLUTION, START_OF_TEXT
 from tinsmith.text.specials import END_OF_TEXT, END_OF_TURN, START_OF_TURN
 from tinsmith.text.tokenizer import Tokenizer
 
 MAX_ANSWER_TOKENS = MAX_GRID_SIZE * MAX_GRID_SIZE + MAX_GRID_SIZE
 """Ids of an answer, at most, its end of turn included."""
-NEWLINE_ID = NAMES.index("\n")
-_BEGIN, _END = NAMES.index(START_OF_TURN), NAMES.index(END_OF_TURN)
-_PROBLEM, _SOLUTION = NAMES.index(PROBLEM), NAMES.index(SOLUTION)
-_BOS, _EOS = NAMES.index(START_OF_TEXT), NAMES.index(END_OF_TEXT)
+NEWLINE_ID = SYMBOLS.index("\n")
+_BEGIN, _END = SYMBOLS.index(START_OF_TURN), SYMBOLS.index(END_OF_TURN)
+_PROBLEM, _SOLUTION = SYMBOLS.index(PROBLEM), SYMBOLS.index(SOLUTION)
+_BOS, _EOS = SYMBOLS.index(START_OF_TEXT), SYMBOLS.index(END_OF_TEXT)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class EncodedExample(NamedTuple):
 
 def is_grid_tokenizer(tokenizer: Tokenizer) -> bool:
     """Whether ids mean what they do here."""
-    return tokenizer.vocab_size == len(NAMES) and PROBLEM in tokenizer.added_tokens
+    return tokenizer.vocab_size == len(SYMBOLS) and PROBLEM in tokenizer.added_tokens
 
 
 def check_grid_tokenizer(tokenizer: Tokenizer) -> None:
@@ -93,7 +93,7 @@ def parse_answer(ids: Sequence[int]) -> Grid | None:
     for number in ids[:-1]:
         if number == NEWLINE_ID:
             rows.append([])
-        elif number < COLOURS:
+        elif number < NUM_COLOURS:
             rows[-1].append(number)
         else:
             return None

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.files import atomic_dir, atomic_write, free_space, sweep
+from tinsmith.core.files import atomic_dir, atomic_write, free_space, remove_stale
 from tinsmith.core.progress import Progress
-from tinsmith.core.units import size
+from tinsmith.core.units import format_size
 from tinsmith.data.config import DataConfig, DataFormat, HubData
 from tinsmith.data.documents import DataSource, HubFetcher
 from tinsmith.data.prepare.encode import MASKED_FORMATS, DocumentEncoder
@@ -80,7 +80,7 @@ def prepare(
     folder = root / _hash(FORMAT, data_format, tokenizer_fingerprint(known), identities, *sized)
     try:
         with _disk_trouble(root):
-            sweep(root)
+            remove_stale(root)
             found = find_prepared(folder, say)
             if found:
                 return found
@@ -124,7 +124,7 @@ class _Work:
 
     def _train(self, surveys: list[ScanResult], settings: TrainTokenizerConfig) -> Tokenizer:
         total = sum(surveyed.bytes for surveyed in surveys)
-        amount, wanted = size(min(total, settings.max_bytes)), settings.vocab_size
+        amount, wanted = format_size(min(total, settings.max_bytes)), settings.vocab_size
         self._say(f" prepare   training a tokenizer of {wanted} ids on {amount}")
         documents = (item for surveyed in surveys for item in surveyed.split_documents())
         progress = self._progress("reading for the tokenizer", total)
@@ -153,7 +153,7 @@ class _Work:
         token_bytes = (2 if tokenizer.vocab_size <= 2**16 else 4) + (self._shape in MASKED_FORMATS)
         need, free = text_bytes * token_bytes // 2, free_space(self._folder)
         if free < need:
-            needed, there = size(need), size(free)
+            needed, there = format_size(need), format_size(free)
             root = self._folder.parent
             raise UserError(f"{root}: no space: shards need about {needed}, {there} are free")
 
@@ -197,7 +197,7 @@ def _disk_trouble(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = size(free_space(root))
+            free = format_size(free_space(root))
             raise UserError(f"{root}: the disk is full, {free} free; nothing was changed") from None
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise UserError(f"{error.filename or root}: {error.strerror}") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.units import count
+from tinsmith.core.units import format_count
 from tinsmith.data.prepare.shards import Shards
 from tinsmith.data.prompts import METADATA_DIR
 from tinsmith.text.tokenizer import Tokenizer
@@ -66,8 +66,8 @@ def summarise(prepared: PreparedData, say: Say) -> None:
         name, rejected, held_back = source["name"], source["rejected"], source["validation"]
         total = {key: source["train"][key] + held_back[key] for key in held_back}
         parts = [
-            f"{count(total['documents'])} {shape}",
-            f"{count(total['tokens'])} tokens",
+            f"{format_count(total['documents'])} {shape}",
+            f"{format_count(total['tokens'])} tokens",
             f"{total['bytes'] / total['tokens']:.2f} B/token",
         ]
         if rejected:

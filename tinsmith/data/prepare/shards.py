@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write, inside, sha256
-from tinsmith.core.kill_points import event
+from tinsmith.core.kill_points import kill_point
 
 FORMAT = 1
 MANIFEST = "shards.json"
@@ -90,7 +90,7 @@ class ShardWriter:
         if self._open:
             self._shards.append(self._open.finish())
             self._open = None
-            event(f"shard {len(self._shards)}")
+            kill_point(f"shard {len(self._shards)}")
 
     def __enter__(self) -> "ShardWriter":
         return self

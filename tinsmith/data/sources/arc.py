@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import nearest
+from tinsmith.core.parse import did_you_mean
 from tinsmith.data import files
 from tinsmith.data.arc.grids import MAX_GRID_SIZE, Grid, Pair, Puzzle
 from tinsmith.data.files import Reject
-from tinsmith.text.grid_vocab import COLOURS
+from tinsmith.text.grid_vocab import NUM_COLOURS
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
 Solutions = dict[str, list[Any]]
@@ -42,7 +42,7 @@ def find_task_files(path: str, key: str = "data.path") -> list[Path]:
         return found
     if not start.is_file():
         there = [each.name for each in start.parent.iterdir()] if start.parent.is_dir() else []
-        raise UserError(f"{key}: {start} does not exist{nearest(start.name, there)}")
+        raise UserError(f"{key}: {start} does not exist{did_you_mean(start.name, there)}")
     if not start.name.endswith(SUFFIXES):
         raise UserError(f"{key}: {start} is not of a known kind; use {', '.join(SUFFIXES)}")
     return [start]
@@ -130,8 +130,8 @@ def _grid(value: Any, where: str) -> Grid:
         size = f"{len(value)} x {width}"
         raise ValueError(f"{where}: {size}; a grid has 1 to {MAX_GRID_SIZE} rows and columns")
     for cell in (cell for row in value for cell in row):
-        if type(cell) is not int or not 0 <= cell < COLOURS:
-            raise ValueError(f"{where}: {cell!r} is no colour from 0 to {COLOURS - 1}")
+        if type(cell) is not int or not 0 <= cell < NUM_COLOURS:
+            raise ValueError(f"{where}: {cell!r} is no colour from 0 to {NUM_COLOURS - 1}")
     return tuple(map(tuple, value))
 
 

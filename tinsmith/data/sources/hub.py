@@ -13,7 +13,7 @@ from typing import Any
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.progress import Progress
-from tinsmith.core.units import count
+from tinsmith.core.units import format_count
 from tinsmith.data import files
 from tinsmith.data.config import HubData
 
@@ -27,7 +27,7 @@ def fetch(
     """
     say(
         f" prepare   fetching {label(config)} through `datasets`"
-        + (f", {count(config.limit)} rows" if config.limit else "")
+        + (f", {format_count(config.limit)} rows" if config.limit else "")
     )
     progress = Progress(f"fetching {config.name}", None, say, stop)
     with path.open("w", encoding="utf-8") as file:

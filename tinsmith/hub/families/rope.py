@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import nearest, parse
+from tinsmith.core.parse import did_you_mean, parse
 from tinsmith.hub.keys import ConfigReader
 from tinsmith.nn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
 from tinsmith.nn.config import ModelConfig
@@ -95,7 +95,7 @@ def read_scaling(data: dict[str, Any], max_seq_len: int, where: str) -> RopeScal
     known = (*_KEYS[kind], *_ALWAYS)
     for key, value in data.items():
         if key not in known and value is not None and key != "original_max_position_embeddings":
-            keys.fail(key, f"unknown for rope_type {kind!r}{nearest(key, list(known))}")
+            keys.fail(key, f"unknown for rope_type {kind!r}{did_you_mean(key, list(known))}")
     try:
         return None if kind == "default" else _scaling(kind, keys, max_seq_len)
     except ValueError as error:

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinsmith.core.rng import generator
+from tinsmith.core.rng import make_generator
 from tinsmith.distributed.dtensor import gather_detached, write_rows
 from tinsmith.nn.contract import OptimizerReset
 from tinsmith.nn.layers.init import linear_init_std
@@ -104,7 +104,7 @@ class UsageWindow(nn.Module):
         reset_stds: ResetStds,
     ) -> list[OptimizerReset]:
         rows = dead_E.nonzero().flatten()
-        draw = generator(0, "rebirth", self.layer_idx, int(self.looks))
+        draw = make_generator(0, "rebirth", self.layer_idx, int(self.looks))
         alive = gather_detached(prototypes)[~dead_E].cpu().double()
         found = _directions(self.unrouted.cpu().double(), alive, len(rows), draw)
         write_rows(prototypes, rows, prototype_norm(prototypes.shape[1]) * found)

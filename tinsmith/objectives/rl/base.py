@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.log import warn
+from tinsmith.core.log import print_warning
 from tinsmith.core.parse import Count
-from tinsmith.core.rng import derive
+from tinsmith.core.rng import derive_seed
 from tinsmith.data.config import DataFormat
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prompts import Prompt
@@ -183,7 +183,7 @@ class RLObjective(Objective):
         prompts = loader.next_prompts()
         repeated = [prompt for prompt in prompts for _ in range(self.config.num_generations)]
         seeds = [
-            derive(self.config.seed, "answer", first + place, number)
+            derive_seed(self.config.seed, "answer", first + place, number)
             for place in range(len(prompts))
             for number in range(self.config.num_generations)
         ]
@@ -237,7 +237,7 @@ class RLObjective(Objective):
         judged = score_responses(self.weighted_rewards, answers)
         for failure in judged.failures:
             judged.rewards[failure.response_index] = math.nan
-            warn(
+            print_warning(
                 f"no reward: {failure.reward_name} of prompt {failure.prompt_id}: {failure.reason}"
             )
         return judged.rewards

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinsmith.core.kill_points import event
-from tinsmith.core.rng import derive
+from tinsmith.core.kill_points import kill_point
+from tinsmith.core.rng import derive_seed
 from tinsmith.infer.engine import Engine
 from tinsmith.infer.generate import eval_mode
 from tinsmith.infer.sample import SamplingParams
@@ -109,7 +109,7 @@ def generate_rollouts(
         for episode in episodes:
             table.submit(episode)
         while poll(table.busy):
-            event("rollout")
+            kill_point("rollout")
             table.step()
     return episodes
 
@@ -134,7 +134,7 @@ class RolloutRunner:
         episode.finish_reason = None
         if len(episode.ids) >= self._engine.max_seq_len:
             return
-        seed = derive(episode.seed, "turn", episode.turns)
+        seed = derive_seed(episode.seed, "turn", episode.turns)
         sampling = SamplingParams(temperature=self._limits.temperature, seed=seed)
         number = self._engine.add(episode.ids, sampling, self._limits.max_new_tokens)
         self._running[number] = episode

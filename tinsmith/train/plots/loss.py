@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinsmith.core.units import count
+from tinsmith.core.units import format_count
 from tinsmith.train.plots.history import History, Series
 from tinsmith.train.plots.style import (
     BAD,
@@ -148,7 +148,7 @@ def _summary(history: History) -> str:
     parts = []
     tokens, bpb = history.series("train", "tokens"), history.series("eval", "bpb")
     if len(tokens):
-        parts.append(f"{history.step:,} steps, {count(tokens.values[-1])} tokens")
+        parts.append(f"{history.step:,} steps, {format_count(tokens.values[-1])} tokens")
     if len(bpb):
         best = int(bpb.values.argmin())
         value, step = bpb.values[best], int(bpb.steps[best])
