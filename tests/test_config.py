@@ -91,7 +91,7 @@ def test_counts_that_are_none_are_refused(value):
         ({"data": [{"kind": "stdlib"}, {"kind": "x"}]}, "data.1.kind: 'x' is not one of"),
         ({"data": []}, "data must name at least one source"),
         ({"model": {"preset": "minimind2-26"}}, "Did you mean 'minimind2-26m'?"),
-        ({"schema": 99}, "schema: 99 is unknown here"),
+        ({"schema": 99}, "schema: 99 is not supported"),
         ({"model": {"preset": "minimind2-26m", "depth": True}}, "model.depth: Input should be a"),
         ({"train": {"seed": False}}, "train.seed: Input should be a valid integer (got False)"),
         (

@@ -1,4 +1,4 @@
-"""The verbs of the command line. Nothing heavy is imported before a verb needs it."""
+"""The command line. Heavy libraries are imported inside the commands that need them."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(
-    no_args_is_help=True, help="Look at recipes: show, check, schema, diff.", rich_markup_mode=None
+    no_args_is_help=True, help="Show, check and compare recipes.", rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
 
@@ -32,7 +32,7 @@ Overrides = Annotated[
 ]
 More = Annotated[
     list[Path] | None,
-    typer.Option("-c", "--config", help="Another YAML file on top of the recipe."),
+    typer.Option("-c", "--config", help="Another YAML file, merged over the recipe."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
@@ -40,31 +40,36 @@ Scaling = Annotated[
     str | None, typer.Option("--rope-scaling", help="YAML, e.g. '{kind: yarn, factor: 4, ...}'.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only.")]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from the k most likely tokens only (0: all).")
+]
 TopP = Annotated[
-    float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    float | None,
+    typer.Option(
+        help="Sample from the most likely tokens with this total probability (nucleus sampling)."
+    ),
 ]
 MinP = Annotated[
-    float | None, typer.Option(help="Leave out tokens below this share of the likeliest one.")
+    float | None, typer.Option(help="Drop tokens below this fraction of the largest probability.")
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: tokens that were there already become less likely.")
+    float, typer.Option(help="Above 1, tokens that occurred already become less likely.")
 ]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed. The same seed gives the same text.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens to make, at most.")]
 
 
 @app.command()
 def quickstart(
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="The same story in under two minutes.")
+        bool, typer.Option("--tiny", help="A smaller version that takes under two minutes.")
     ] = False,
     name: Annotated[str, typer.Option(help="The run's name.")] = "quickstart",
 ) -> None:
-    """The whole story on this machine, in minutes.
+    """Train, fine-tune and align small models on this machine in minutes.
 
-    A tokenizer, pretraining, fine-tuning, three answers; then sums that a smaller model learns
-    from a careless teacher, and better from preferences and from rewards.
+    A tokenizer, pretraining, chat fine-tuning and three answers. Then a smaller model learns sums
+    with 60 % wrong labels, and improves by DPO and by GRPO.
 
     \b
     tinsmith quickstart
@@ -77,9 +82,9 @@ def quickstart(
 
 @app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
-    """Turn raw files into tokenizer and shards.
+    """Convert raw files to a tokenizer and token shards.
 
-    Prints counts, rejected lines and bytes per token; the tokenizer is trained if there is none.
+    Prints counts, rejected lines and bytes per token. The tokenizer is trained if there is none.
 
     \b
     tinsmith prepare recipes/tiny/pretrain.yaml
@@ -94,19 +99,18 @@ def prepare(recipe: Recipe, overrides: Overrides = None, more: More = None) -> N
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="The run's name: a folder under runs/.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run: a folder under runs/.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of --name.")
+        bool, typer.Option("--resume", help="Resume from the newest valid checkpoint of --name.")
     ] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    resume_from: Annotated[Path | None, typer.Option(help="Resume from this checkpoint.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, take one tiny step, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check the recipe, take one tiny step and write nothing."),
     ] = False,
     more: More = None,
 ) -> None:
-    """Train what a recipe says.
-
-    The recipe's objective says what for: to continue texts, or to answer.
+    """Train a model as a recipe describes: pretrain, fine-tune, align or distil.
 
     \b
     tinsmith train recipes/tiny/pretrain.yaml --name first
@@ -122,28 +126,30 @@ def evaluate(
     model: ModelPath,
     tasks: Annotated[
         str,
-        typer.Option(help="Comma-separated: bpb, routing, format, arc_agi, question files."),
+        typer.Option(
+            help="Comma-separated: bpb, routing, format, arc_agi, or question files (.jsonl)."
+        ),
     ] = "bpb",
     data: Annotated[
         Path | None,
         typer.Option(help="Text for bits per byte, or tasks for arc_agi (default: the run's own)."),
     ] = None,
     solutions: Annotated[
-        Path | None, typer.Option(help="Outputs of the tests of --data, for arc_agi.")
+        Path | None, typer.Option(help="File with the test outputs of --data, for arc_agi.")
     ] = None,
-    context: Annotated[
+    seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window of --data (default: what the run trained on)."),
+        typer.Option(help="Window length in tokens on --data (default: train.seq_len of the run)."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="At most so many rows, questions, puzzles per task.")
+        int | None, typer.Option(help="Largest number of rows, questions or puzzles per task.")
     ] = None,
     device: Device = "auto",
     rope_scaling: Scaling = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: bits per byte, multiple choice, how its experts specialise, the format of
-    its answers, puzzles of ARC-AGI.
+    """Evaluate a model: bits per byte, multiple choice, expert specialisation, answer format,
+    ARC-AGI puzzles.
 
     \b
     tinsmith eval runs/first
@@ -152,7 +158,7 @@ def evaluate(
     from tinsmith.verbs.evaluate import EvalOptions
     from tinsmith.verbs.evaluate import evaluate as run
 
-    run(model, tasks, EvalOptions(data, context, limit, solutions), device, rope_scaling, as_json)
+    run(model, tasks, EvalOptions(data, seq_len, limit, solutions), device, rope_scaling, as_json)
 
 
 @app.command()
@@ -160,11 +166,11 @@ def generate(
     model: ModelPath,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("-p", "--prompt", help="What to continue; else standard input."),
+        typer.Option("-p", "--prompt", help="Prompt to continue (default: standard input)."),
     ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="Continuations per prompt.")] = 1,
+    count: Annotated[int, typer.Option("-n", "--count", help="Completions per prompt.")] = 1,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")
+        bool, typer.Option("--chat", help="Use the prompt as a user message and print the answer.")
     ] = False,
     max_new: MaxNew = 200,
     temperature: Temperature = 0.8,
@@ -174,12 +180,12 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; may be given several times.")
+        list[str] | None, typer.Option(help="Stop string; may be given several times.")
     ] = None,
     rope_scaling: Scaling = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text.
+    """Generate text from a prompt.
 
     \b
     tinsmith generate runs/first -p "def fibonacci(n):"
@@ -212,12 +218,11 @@ def chat(
     max_new: MaxNew = 400,
     seed: Seed = None,
     thinking: Annotated[
-        bool, typer.Option("--thinking", help="Let every answer begin with <think>.")
+        bool, typer.Option("--thinking", help="Start every answer with <think>.")
     ] = False,
     rope_scaling: Scaling = None,
 ) -> None:
-    """Talk to a model. /help lists what can be said beside text; Ctrl-C stops an answer, twice
-    quits.
+    """Chat with a model. /help lists the commands. Ctrl-C stops an answer; twice, it quits.
 
     \b
     tinsmith chat runs/quickstart
@@ -244,13 +249,14 @@ def export(
     model: ModelPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     to: Annotated[
-        str, typer.Option(help="hf: a Hugging Face folder; peft: a checkpoint's adapters alone.")
+        str,
+        typer.Option(help="hf: a Hugging Face folder. peft: only the adapters of a checkpoint."),
     ] = "hf",
     adapter: Annotated[
-        Path | None, typer.Option(help="A folder of adapters (PEFT's) to merge into the model.")
+        Path | None, typer.Option(help="A PEFT adapter folder to merge into the model.")
     ] = None,
 ) -> None:
-    """Write a model as a folder that others open.
+    """Export a model as a Hugging Face folder, or its LoRA adapters in PEFT's format.
 
     \b
     tinsmith export runs/first out/
@@ -269,9 +275,9 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     rope_scaling: Scaling = None,
 ) -> None:
-    """Take in a Hugging Face model.
+    """Import a Hugging Face model.
 
-    It is checked tensor by tensor and written as a folder of this project's own making.
+    Every tensor is checked, and the model is written to a new folder.
 
     \b
     tinsmith import ~/models/my-llama runs/llama
@@ -290,23 +296,26 @@ def transplant(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Of the new feed-forward: experts=64, router_grad=smk, kind=topk_moe.",
+            help="Keys of the new feed-forward: experts=64, router_grad=smk, kind=topk_moe.",
         ),
     ] = None,
     init: Annotated[
-        str, typer.Option(help="How experts begin: random, or slice (parts of the dense layer).")
+        str,
+        typer.Option(
+            help="Initialisation of experts: random, or slice (parts of the dense layer)."
+        ),
     ] = "random",
     train_norms: Annotated[
-        bool, typer.Option("--train-norms", help="Train the norms too; else they are frozen.")
+        bool, typer.Option("--train-norms", help="Train the norms too. By default they are frozen.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the new weights.")] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count parameters from the config alone.")
+        bool, typer.Option("--dry-run", help="Count parameters from the config and write nothing.")
     ] = False,
 ) -> None:
-    """Put experts in the place of a dense model's feed-forwards.
+    """Replace the feed-forwards of a dense model by experts.
 
-    All else is kept and frozen: embedding, attention, norms. Train it with objective kd.
+    Embedding, attention and norms are kept and frozen. Train the result with objective kd.
 
     \b
     tinsmith transplant Qwen/Qwen3-0.6B runs/hyper-smoe router_grad=smk
@@ -320,7 +329,7 @@ def transplant(
 
 @config_app.command()
 def show(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
-    """Print the whole resolved recipe; what is not a default says where it comes from.
+    """Print the resolved recipe, with the origin of values that are not defaults.
 
     \b
     tinsmith config show recipes/tiny/pretrain.yaml
@@ -333,7 +342,7 @@ def show(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None
 
 @config_app.command()
 def check(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
-    """Validate a recipe and say nothing but `ok`.
+    """Validate a recipe and print `ok`.
 
     \b
     tinsmith config check my.yaml
@@ -346,7 +355,7 @@ def check(recipe: Recipe, overrides: Overrides = None, more: More = None) -> Non
 
 @config_app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, with every key there is.
+    """Print the JSON schema of a recipe with all keys.
 
     \b
     tinsmith config schema > recipe.schema.json
@@ -374,7 +383,7 @@ def diff(left: Recipe, right: Recipe) -> None:
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The picture to write (default: in the run).")
+        Path | None, typer.Option("-o", "--out", help="Picture to write (default: into the run).")
     ] = None,
 ) -> None:
     """Draw the curves of a run, or of several in one picture.
@@ -390,9 +399,7 @@ def plot(
 
 @app.command("runs")
 def list_runs(as_json: Json = False) -> None:
-    """List the runs, the newest first.
-
-    Name, objective, step, best bits per byte, age, size.
+    """List the runs, newest first, with objective, step, best bits per byte, age and size.
 
     \b
     tinsmith runs
@@ -405,9 +412,7 @@ def list_runs(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Look at this machine.
-
-    Versions, device, speed, disk, optional parts.
+    """Report versions, device, speed, disk and optional packages of this machine.
 
     \b
     tinsmith doctor
@@ -431,12 +436,12 @@ def version(
 
 
 def main() -> None:
-    """Run a verb. Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped and to be resumed."""
+    """Run a command. Exit codes: 0 success, 1 failure, 2 bad input, 75 stopped, resume later."""
     code = _run()
     sys.stdout.flush()
     sys.stderr.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(code)  # torch's collectives may abort an interpreter that ends with FSDP about
+        os._exit(code)  # torch's collectives may abort an interpreter that exits after FSDP
     sys.exit(code)
 
 
@@ -446,13 +451,13 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        return _say(f"error: {error}", 2)
+        return _print_error(f"error: {error}", 2)
     except Failure as error:
-        return _say(f"failed: {error}", 1)
+        return _print_error(f"failed: {error}", 1)
     except Stopped as error:
-        return _say(str(error), error.code)
+        return _print_error(str(error), error.code)
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _print_error("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as done:
@@ -460,6 +465,6 @@ def _run() -> int:
     return 0
 
 
-def _say(line: str, code: int) -> int:
+def _print_error(line: str, code: int) -> int:
     print(" ".join(line.split("\n")), file=sys.stderr)
     return code

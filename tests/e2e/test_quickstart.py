@@ -127,8 +127,8 @@ def test_eval_gives_bits_per_byte_and_choices(shell, quickstart):
     assert "a name is missing" in shell("eval", "runs/quickstart", "--tasks", "bpb,", code=2)
     asked = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
     as_trained = shell(*asked)
-    assert shell(*asked, "--context", 128) == as_trained
-    assert shell(*asked, "--context", 16) != as_trained
+    assert shell(*asked, "--seq-len", 128) == as_trained
+    assert shell(*asked, "--seq-len", 16) != as_trained
 
 
 def test_export_then_import_then_eval(shell, quickstart):

@@ -11,7 +11,7 @@ from tinsmith.core.log import Metrics, read_metrics
 from tinsmith.train.trainer import train
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-SHORT = ["rows=2", "steps=2", "eval_every=2", "save_every=2", "sample_every=100", "context=512"]
+SHORT = ["batch_size=2", "steps=2", "eval_every=2", "save_every=2", "sample_every=100", "seq_len=512"]
 
 Run = Callable[..., list[Metrics]]
 

@@ -217,7 +217,7 @@ def test_any_chat_keeps_its_text_its_mask_and_its_prompt(families, any_text, fam
             spoken += [("user", question), ("assistant", answer, reasoning)]
         conversation = chat(*spoken)
         encoded = encode_chat(tokenizer, conversation)
-        assert b"".join(map(tokenizer.piece, encoded.ids)).decode() == render(conversation)
+        assert b"".join(map(tokenizer.token_bytes, encoded.ids)).decode() == render(conversation)
         expected = [
             (f"<think>\n{reasoning}\n</think>\n\n" if reasoning else "") + f"{answer}<|im_end|>"
             for _, answer, reasoning in turns

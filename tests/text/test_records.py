@@ -180,7 +180,7 @@ def messages(*items):
         (messages(ASK, ANSWER, ANSWER), "message 3: role assistant, expected user"),
         (messages(ASK, ANSWER, RESULT), "message 3: role tool, expected user"),
         (messages(ASK, CALL, ASK, ANSWER), "message 3: role user, expected tool"),
-        (messages(ASK, {"role": "system", "content": "S"}, ANSWER), "message 2: system where"),
+        (messages(ASK, {"role": "system", "content": "S"}, ANSWER), "message 2: role system"),
         (messages(ASK, {"role": "assistant", "content": " \n"}), "message 2: empty content"),
         (messages({"role": "user", "content": ""}, ANSWER), "message 1: empty content"),
         (messages(ASK, {"role": "assistant", "content": "\ud800"}), "lone surrogate"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tinsmith.core.errors import UserError
+from tinsmith.core.plugins import outside_variants
 from tinsmith.core.renamed_keys import new_key, new_kind
 
 T = TypeVar("T")
@@ -35,14 +36,29 @@ class Config:
 
 
 class Kind:
-    """Mark a union of configs as discriminated by the `kind` field: `Annotated[A | B, Kind()]`."""
+    """Mark a union of configs as discriminated by the `kind` field: `Annotated[A | B, Kind()]`.
+
+    Variants that the user imported (`core.plugins`) are members too.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic import Field
 
-        if len(get_args(source)) < 2:
+        members = _with_outside(_members(source))
+        if len(members) < 2:
             return handler(source)
-        return handler.generate_schema(Annotated[source, Field(discriminator="kind")])
+        union = Union[members]  # noqa: UP007 (the members are known at run time)
+        return handler.generate_schema(Annotated[union, Field(discriminator="kind")])
+
+
+def _members(union: Any) -> tuple[Any, ...]:
+    """Return the members of a union, without annotations. Any other type is its own member."""
+    is_union = get_origin(union) in (Union, types.UnionType)
+    return tuple(_bare(member) for member in get_args(union)) if is_union else (union,)
+
+
+def _with_outside(members: tuple[Any, ...]) -> tuple[Any, ...]:
+    return members + outside_variants(tuple(m for m in members if is_dataclass(m)))
 
 
 class _CountReader:
@@ -201,7 +217,7 @@ def _explain(kind: Any, problem: Any, where: str) -> str:
         tag = problem["ctx"]["tag"]
         if (new := new_kind(tag, expected)) is not None:
             return f"{place}.kind: `{tag}` is now `{new}`"
-        hint = did_you_mean(tag, expected)
+        hint = did_you_mean(tag, expected) or "; name the file of a kind of your own with --import"
         return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{hint}"
     if problem["type"] == "union_tag_not_found":
         known = [str(_tag(_bare(member))) for member in get_args(_bare(reached))]
@@ -239,7 +255,7 @@ def _walk(kind: Any, location: tuple[Any, ...]) -> tuple[list[Any], Any, Any]:
     for step in location:
         kind = _bare(kind)
         if get_origin(kind) in (Union, types.UnionType):
-            members = [m for m in (_bare(a) for a in get_args(kind)) if m is not type(None)]
+            members = [m for m in _with_outside(_members(kind)) if m is not type(None)]
             tagged = [m for m in members if is_dataclass(m) and _tag(m) == step]
             named = [m for m in members if getattr(m, "__name__", None) == step or str(m) == step]
             if tagged or named:

@@ -114,7 +114,7 @@ class Tokenizer:
                 found.settings, bos=found.bos, eos=found.eos, chat_template=found.chat_template
             )
         except UserError as error:
-            raise UserError(f"{found.position}: {error}") from None
+            raise UserError(f"{found.path}: {error}") from None
 
     def encode(self, text: str | bytes) -> list[int]:
         """Encode a text to ids, never to added tokens. Bytes that are not UTF-8 become byte tokens.

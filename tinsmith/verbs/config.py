@@ -1,4 +1,4 @@
-"""`tinsmith config`: recipes looked at."""
+"""`tinsmith config`: show, check and compare recipes."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 from tinsmith.config import load
 from tinsmith.config import schema as make_schema
 from tinsmith.core.log import print_line
-from tinsmith.core.parse import to_plain, read_yaml
+from tinsmith.core.parse import read_yaml, to_plain
 from tinsmith.nn.config import with_preset
 
 
 def show(recipe: Path, overrides: list[str], more: list[Path]) -> None:
-    """Every key of the resolved recipe, one a line, with the origin of what is not a default."""
+    """Print every key of the resolved recipe with the origin of values that are not defaults."""
     resolved = flat(to_plain(load(recipe, overrides, more)))
     origins = _origins(recipe, overrides, more)
     for key, value in resolved.items():
@@ -22,18 +22,18 @@ def show(recipe: Path, overrides: list[str], more: list[Path]) -> None:
 
 
 def check(recipe: Path, overrides: list[str], more: list[Path]) -> None:
-    """Nothing but `ok`, or an error."""
+    """Print `ok`, or raise UserError."""
     load(recipe, overrides, more)
     print_line("ok")
 
 
 def schema() -> None:
-    """The JSON schema."""
+    """Print the JSON schema of a recipe."""
     print_line(json.dumps(make_schema(), indent=1))
 
 
 def diff(left: Path, right: Path) -> None:
-    """Keys in which two recipes differ, as `key: left -> right`."""
+    """Print the keys in which two recipes differ, as `key: left -> right`."""
     one, two = flat(to_plain(load(left))), flat(to_plain(load(right)))
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
@@ -41,7 +41,7 @@ def diff(left: Path, right: Path) -> None:
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree as `a.b.0.c` -> leaf."""
+    """Flatten a tree to `a.b.0.c` -> leaf."""
     items = (
         data.items()
         if isinstance(data, dict)

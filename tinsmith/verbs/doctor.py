@@ -1,4 +1,4 @@
-"""`tinsmith doctor`: this machine, as training will find it."""
+"""`tinsmith doctor`: report versions, device, speed and disk of this machine."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ OPTIONAL = {
 
 
 def doctor(as_json: bool) -> None:
-    """Facts, then what could be better."""
+    """Print the facts about this machine, then advice."""
     facts = collect_facts()
     if as_json:
         print_line(json.dumps(facts, indent=1))
@@ -39,7 +39,7 @@ def doctor(as_json: bool) -> None:
 
 
 def collect_facts() -> dict[str, Any]:
-    """Versions, device, speed of matrix products, disk, optional packages."""
+    """Collect versions, device, speed of matrix products, free disk and optional packages."""
     device = pick_device("auto")
     speeds = {name: matmul_speed(device, dtype) for name, dtype in _dtypes(device).items()}
     return {
@@ -59,7 +59,7 @@ def collect_facts() -> dict[str, Any]:
 
 
 def give_advice(facts: dict[str, Any]) -> list[str]:
-    """What the facts suggest."""
+    """Return one line of advice per problem in the facts."""
     hints = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         hints.append(f"Python {facts['python']} is untested; 3.11 to 3.13 are")
@@ -76,7 +76,7 @@ def give_advice(facts: dict[str, Any]) -> list[str]:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, width: int = 1024) -> float:
-    """GFLOP/s of a square matrix product, the best of a few."""
+    """Measure GFLOP/s of a square matrix product, the best of a few runs."""
     a = torch.randn(width, width, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""`tinsmith eval`: a model measured."""
+"""`tinsmith eval`: measure a model on evaluation tasks."""
 
 import json
 from pathlib import Path
@@ -23,22 +23,22 @@ from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import pick_device
 from tinsmith.train.run_dir import runs_root
 from tinsmith.verbs.export_import import parse_rope_scaling
-from tinsmith.verbs.puzzles import picture_folder, open_puzzles, run_folder_of, save_puzzles
+from tinsmith.verbs.puzzles import open_puzzles, picture_folder, run_folder_of, save_puzzles
 
 BATCH_SIZE = 16
 
 
 class EvalOptions(NamedTuple):
-    """What bits per byte are measured on."""
+    """Options of the evaluation tasks."""
 
     data: Path | None
-    """None: the validation split of the run."""
-    context: int | None
-    """Tokens of a window of `data`; None: what the run trained on, else the model's context."""
+    """Text for `bpb`, or ARC tasks. None: the validation split of the run."""
+    seq_len: int | None
+    """Window length in tokens on `data`. None: `train.seq_len` of the run, else `max_seq_len`."""
     limit: int | None
-    """At most so many rows, or questions per task; of generated puzzles so many, else 100."""
+    """Largest number of rows, questions or puzzles per task (generated puzzles: 100 by default)."""
     solutions: Path | None = None
-    """Outputs of the tests of `data`, where they are in a file of their own."""
+    """File with the test outputs of the ARC tasks in `data`, if they are separate."""
 
 
 def evaluate(
@@ -49,18 +49,22 @@ def evaluate(
     rope_scaling: str | None,
     as_json: bool,
 ) -> None:
-    """Run every task and print what was found."""
-    lm, tokenizer = load(model, device=pick_device(device), rope_scaling=parse_rope_scaling(rope_scaling))
+    """Run every task and print its results."""
+    lm, tokenizer = load(
+        model, device=pick_device(device), rope_scaling=parse_rope_scaling(rope_scaling)
+    )
     if tokenizer is None:
-        raise UserError(f"{model}: has no tokenizer, so no text can be measured")
-    for name in ("context", "limit"):
+        raise UserError(f"{model}: has no tokenizer, so it cannot be evaluated on text")
+    for name in ("seq_len", "limit"):
         value = getattr(text, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     results: dict[str, Any] = {}
     names = [name.strip() for name in tasks.split(",")]
-    if text.context is not None and "bpb" not in names:
-        raise UserError(f"--context {text.context}: belongs to --tasks bpb, which is not asked for")
+    if text.seq_len is not None and "bpb" not in names:
+        raise UserError(
+            f"--seq-len {text.seq_len}: applies to --tasks bpb only; add bpb or leave it out"
+        )
     for task in names:
         if not task:
             raise UserError(f"--tasks '{tasks}': a name is missing; try bpb")
@@ -97,14 +101,14 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) 
             lm,
             tokenizer,
             text.data,
-            seq_len=text.context or trained_on,
+            seq_len=text.seq_len or trained_on,
             limit=text.limit,
             batch_size=BATCH_SIZE,
             say=_aside,
         )
         return {f"bpb {name}": each.to_dict() for name, each in found.parts.items()}
     if config is None:
-        raise UserError(f"{model}: is not part of a run; say with --data what text to measure")
+        raise UserError(f"{model}: is not part of a run; name a text with --data")
     validation = _validation(model, config, tokenizer)
     parts = evaluate_bpb(
         lm,
@@ -119,7 +123,7 @@ def _bits_per_byte(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) 
 
 
 def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
-    """How much experts specialise, on the validation split of the run."""
+    """Measure expert specialisation on the validation split of the run."""
     config = _recipe(model)
     if config is None or text.data is not None:
         raise UserError("--tasks routing: measures the validation split of a run; name its folder")
@@ -141,13 +145,13 @@ def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dic
 def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> TokenizedDataset:
     shape, train = config.objective.data_format, config.train
     if shape not in ("documents", "chats"):
-        raise UserError(f"{model}: was trained on {shape}; say with --data what text to measure")
+        raise UserError(f"{model}: was trained on {shape}; name a text with --data")
     prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
     return open_dataset(prepared.folder, shape, "validation", train.seq_len, train.seed)
 
 
 def _format(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
-    """Greedy answers to the held-back prompts of the model's own run."""
+    """Measure the format of greedy completions of the validation prompts of the run."""
     config = _recipe(model)
     if config is None:
         raise UserError(f"{model}: is not part of a run: no prompts for --tasks format")
@@ -162,7 +166,7 @@ def _format(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict
 
 
 def _arc(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:
-    """Puzzles, and a picture of some of them in the run's folder, or beside the model."""
+    """Solve ARC puzzles and draw some of them into the run's folder, or beside the model."""
     groups = open_puzzles(model, _recipe(model), text.data, text.solutions, text.limit, _aside)
     found = {name: evaluate_arc(lm, tokenizer, each) for name, each in groups.items()}
     outcomes = [outcome for result in found.values() for outcome in result.outcomes]
@@ -171,7 +175,7 @@ def _arc(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[st
 
 
 def _recipe(model: str) -> RunConfig | None:
-    """The recipe of the run that `model` is, or whose `final` or checkpoint it is."""
+    """Return the recipe of the run that `model` belongs to, or None."""
     run = run_folder_of(Path(model))
     recipe = run / "config.yaml"
     whole = recipe.exists() and (run / "checkpoints").is_dir()

@@ -1,4 +1,4 @@
-"""`tinsmith export` and `tinsmith import`."""
+"""`tinsmith export` and `tinsmith import`: write and read Hugging Face folders."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from tinsmith.hub.peft.adapters import merge_adapters, read_adapters, write_adap
 
 
 def export(model: str, out: Path, to: str, adapter: Path | None) -> None:
-    """Any model as a Hugging Face folder, with adapters merged into it; or a run's adapters."""
+    """Write a model as a Hugging Face folder with adapters merged, or write a run's adapters."""
     if to not in ("hf", "peft"):
         raise UserError(f"--to {to}: only hf and peft are known")
     if to == "hf":
         _write(model, out, None, adapter)
     elif adapter is not None:
-        raise UserError("--adapter: is merged into a model, so it goes with --to hf")
+        raise UserError("--adapter: merges adapters into a model; use it with --to hf")
     else:
         _write_adapters(model, out)
 
 
 def import_(source: str, out: Path, rope_scaling: str | None) -> None:
-    """A Hugging Face folder, read strictly and written anew."""
+    """Read a Hugging Face folder strictly and write it as a new folder."""
     _write(source, out, parse_rope_scaling(rope_scaling), None)
 
 
@@ -37,8 +37,8 @@ def _write(
     if adapter is not None:
         merge_adapters(lm, read_adapters(adapter, lm.config))
     export_folder(lm, tokenizer, out)
-    said = "" if tokenizer else ", without a tokenizer"
-    print_line(f" written  {out} ({format_count(lm.parameter_count())} parameters{said})")
+    note = "" if tokenizer else ", without a tokenizer"
+    print_line(f" written  {out} ({format_count(lm.parameter_count())} parameters{note})")
 
 
 def _write_adapters(model: str, out: Path) -> None:
@@ -46,17 +46,19 @@ def _write_adapters(model: str, out: Path) -> None:
     config, made, base = load_adapters(model)
     write_adapters(out, config, made, base)
     numbers = sum(tensor.numel() for pair in made.pairs.values() for tensor in pair)
-    print_line(f" written  {out} ({format_count(numbers)} parameters of adapters, for {base or 'its base'})")
+    print_line(
+        f" written  {out} ({format_count(numbers)} parameters of adapters, for {base or 'its base'})"
+    )
 
 
 def check_output_free(out: Path) -> None:
-    """UserError where a folder that is to be written holds something."""
+    """Raise UserError if the output folder is not empty."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; choose another folder")
 
 
 def parse_rope_scaling(text: str | None) -> dict[str, object] | None:
-    """The value of --rope-scaling, YAML."""
+    """Parse the YAML value of --rope-scaling."""
     if text is None:
         return None
     try:
@@ -65,7 +67,7 @@ def parse_rope_scaling(text: str | None) -> dict[str, object] | None:
         value = None
     if not isinstance(value, dict):
         raise UserError(
-            f"--rope-scaling '{text}': write it like '{{kind: yarn, factor: 4, original_max_seq_len: "
-            f"2048}}'"
+            f"--rope-scaling '{text}': write it like "
+            "'{kind: yarn, factor: 4, original_max_seq_len: 2048}'"
         )
     return value

@@ -1,4 +1,4 @@
-"""`tinsmith prepare`: raw files to shards."""
+"""`tinsmith prepare`: convert raw files to token shards."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tinsmith.train.setup import resolve_tokenizer
 
 
 def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
-    """Make, or find, the shards that `tinsmith train` with the same arguments will read."""
+    """Make, or find, the token shards that `tinsmith train` with the same arguments reads."""
     config = load(recipe, overrides, more)
     with StopFlag() as flag:
         root = runs_root() / ".data"

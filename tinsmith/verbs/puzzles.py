@@ -1,4 +1,4 @@
-"""What `tinsmith eval --tasks arc_agi` asks, and where its picture goes."""
+"""Puzzles of `tinsmith eval --tasks arc_agi`, and the picture of its results."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from tinsmith.train.plots.arc import draw_puzzles
 from tinsmith.train.plots.style import render_figures
 
 MAX_TASKS = 100
-"""Generated of each group where nobody says otherwise."""
+"""Default number of generated puzzles per group."""
 
 
 def open_puzzles(
@@ -29,19 +29,19 @@ def open_puzzles(
     limit: int | None,
     say: Callable[[str], None],
 ) -> dict[str, list[Puzzle]]:
-    """Puzzles by name of their group: those of `data`; else, for a run on generated ones, new
-    puzzles of the rules that it has seen, and of those that are held back.
+    """Return puzzles by group: those of `data`, or, for a run on generated puzzles, new puzzles of
+    its training rules and of held-out rules.
 
-    UserError where there are none.
+    Raise UserError if there are none.
     """
     if data is not None:
         return {data.name.split(".")[0]: _read(data, solutions, limit, say)}
     if solutions is not None:
-        raise UserError("--solutions: are those of --data, which is not given")
+        raise UserError("--solutions: needs --data")
     sections = () if config is None else config.data
     mine = [each for each in sections if isinstance(each, ArcData) and each.path is None]
     if not mine:
-        raise UserError(f"{model}: is no run on generated puzzles; say with --data what to solve")
+        raise UserError(f"{model}: is not a run on generated puzzles; name ARC tasks with --data")
     section, count = mine[0], limit or MAX_TASKS
     rules = section.rules or TRAIN_RULES
     seed = derive_seed(section.seed, "examination")
@@ -65,19 +65,21 @@ def _read(
 
 
 def run_folder_of(path: Path) -> Path:
-    """The folder of the run that `path` is, or whose `final` or checkpoint it is; else `path`."""
+    """Return the folder of the run that `path` belongs to, else `path`."""
     above = (path, path.parent, path.parent.parent)
     return next((each for each in above if (each / "checkpoints").is_dir()), path)
 
 
 def picture_folder(model: str) -> Path:
-    """The run's folder, or the model's where it is no run; else this one."""
+    """Return the run's folder, or the model's folder, or the current folder."""
     run = run_folder_of(Path(model))
     return run if run.is_dir() else Path()
 
 
 def save_puzzles(folder: Path, outcomes: Sequence[ArcOutcome]) -> Path:
-    """A picture of some outcomes in `folder`; its path. UserError where it cannot be written."""
+    """Draw some outcomes into `folder` and return the path. Raise UserError if it cannot be
+    written.
+    """
     path = folder / "arc_agi.png"
     try:
         atomic_write(path, render_figures(lambda: draw_puzzles(outcomes), ["png"])["png"])

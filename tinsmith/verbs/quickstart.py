@@ -1,5 +1,7 @@
-"""`tinsmith quickstart`: the whole story on this machine, on text that every Python has and on sums
-that are made here."""
+"""`tinsmith quickstart`: train, fine-tune and align small models on this machine.
+
+The data is the source code of Python's standard library, and generated sums.
+"""
 
 import sys
 import time
@@ -23,26 +25,30 @@ from tinsmith.verbs.generate import prompt_ids, sampling
 
 
 class Stage(NamedTuple):
-    """A run of the story."""
+    """One run of the quickstart."""
 
     recipe: str
-    """Its file in `quickstart_recipes`."""
+    """Name of its file in `quickstart_recipes`."""
     ending: str
-    """What the name of the run has after that of the story."""
+    """Suffix of the run's name."""
     story: str
     start: str | None = None
-    """The recipe of the part whose model it begins with."""
+    """Recipe of the stage whose model it starts from."""
 
 
 STAGES = (
     Stage("pretrain", "", "a tokenizer and a model of Python's own source code"),
     Stage("chat", "-chat", "the same model learns to answer", start="pretrain"),
-    Stage("sums", "-sums", "a smaller model learns sums from a careless teacher"),
-    Stage("dpo", "-dpo", "it learns to prefer right sums to nearly right ones", start="sums"),
-    Stage("grpo", "-grpo", "instead, it learns from its own answers, each checked", start="sums"),
+    Stage("sums", "-sums", "a smaller model learns sums whose labels are wrong 60 % of the time"),
+    Stage(
+        "dpo", "-dpo", "DPO: it learns to prefer correct sums to nearly correct ones", start="sums"
+    ),
+    Stage(
+        "grpo", "-grpo", "GRPO: instead, it learns from its own answers, each checked", start="sums"
+    ),
 )
 EXAM_LABELS = {"sums": "fine-tuning", "dpo": "DPO", "grpo": "GRPO"}
-"""Parts whose sums are counted, and what is said of them."""
+"""Stages whose accuracy on sums is measured -> label of the result."""
 QUESTIONS = (
     "Write a Python function `is_even(n)`. Return True if n is even.",
     "Implement the method `Stack.push(self, item)` in Python. Add an item to the stack.",
@@ -52,7 +58,7 @@ ANSWER_TOKENS = 120
 
 
 def quickstart(tiny: bool, name: str) -> None:
-    """Train every part, in a run that is named `NAME` and its ending, then ask and examine."""
+    """Train every stage in a run named NAME plus suffix, then print answers and accuracies."""
     began = time.monotonic()
     name = _free(name)
     runs: dict[str, Path] = {}
@@ -61,18 +67,18 @@ def quickstart(tiny: bool, name: str) -> None:
         print_line(f"\nPart {number} of {len(STAGES)}: {part.story} ({run})")
         start = {} if part.start is None else {"init_from": str(runs[part.start])}
         runs[part.recipe] = train(_recipe(part.recipe, tiny, start), run, recipe="quickstart")
-    print_line("\nThree questions to the model of part 2")
+    print_line("\nThree prompts to the model of part 2")
     _answer(runs["chat"])
-    print_line("\nSums that were held back, answered greedily by the models of parts 3 to 5")
+    print_line("\nAccuracy on held-out sums, greedy decoding, of the models of parts 3 to 5")
     for recipe, learned in EXAM_LABELS.items():
         exam = _recipe("grpo", tiny, {"init_from": str(runs[recipe])})
         print_line(f" {f'after {learned}':<18} {_mark(runs[recipe], exam):>4.0%} right")
-    said = f"\nDone in {format_duration(time.monotonic() - began)}. What is there now:"
-    print_line(f"{said}\n" + "\n".join(f"  {line}" for line in _what_now(runs)))
+    summary = f"\nDone in {format_duration(time.monotonic() - began)}. Results and next steps:"
+    print_line(f"{summary}\n" + "\n".join(f"  {line}" for line in _what_now(runs)))
 
 
 def _free(name: str) -> str:
-    """The name, or the name with the first number for which no run exists."""
+    """Return the name, or the name with the first number for which no run exists."""
     for number in range(1, 10_000):
         candidate = name if number == 1 else f"{name}-{number}"
         if not any(run_folder(candidate + part.ending).exists() for part in STAGES):
@@ -81,8 +87,8 @@ def _free(name: str) -> str:
 
 
 def _recipe(part: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
-    """A recipe of the package, with its own `tiny` changes on top if asked; its bf16 is meant for
-    machines that are faster with it.
+    """Load a recipe of the package, with its `tiny` overrides if requested. bf16 becomes fp32 on
+    machines where bf16 is slower.
     """
     where = resources.files("tinsmith.verbs") / "quickstart_recipes" / f"{part}.yaml"
     data = read_yaml(Path(str(where)))
@@ -109,7 +115,7 @@ def _answer(chat: Path) -> None:
 
 
 def _mark(run: Path, exam: RunConfig) -> float:
-    """The share of the exam's held-back sums that a model gets right, as its objective counts."""
+    """Return the accuracy of a model on the held-out sums of the exam."""
     lm, tokenizer = load(run)
     assert tokenizer is not None
     shape, context = exam.objective.data_format, exam.train.seq_len
@@ -126,7 +132,7 @@ def _what_now(runs: dict[str, Path]) -> list[str]:
     lines = {
         f"{chat}/loss.png, samples.md, metrics.jsonl": "how it learned",
         f"{chat}/final": "opens with transformers; README.md is its card",
-        f'tinsmith generate {base} -p "def main():"': "the base model goes on writing",
+        f'tinsmith generate {base} -p "def main():"': "the base model continues a text",
         f"tinsmith chat {chat}": "talk to it",
         f"tinsmith chat {grpo} --temperature 0": "ask it: What is 7 + 8?",
         "tinsmith runs": "all runs so far",

@@ -1,4 +1,4 @@
-"""`tinsmith runs` and `tinsmith plot`."""
+"""`tinsmith runs` and `tinsmith plot`: list runs and draw their curves."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tinsmith.train.run_dir import runs_root
 
 
 def table(as_json: bool) -> None:
-    """All runs under the runs folder."""
+    """Print a table of all runs under the runs folder."""
     rows = runs_table(runs_root())
     if as_json:
         print_line(json.dumps(rows, indent=1))
@@ -19,7 +19,9 @@ def table(as_json: bool) -> None:
     if not rows:
         print_line(f"no runs under {runs_root()}")
         return
-    print_line(f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}")
+    print_line(
+        f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}"
+    )
     for row in rows:
         step = f"{row['step']}/{row['steps'] or '?'}"
         best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
@@ -32,10 +34,10 @@ def table(as_json: bool) -> None:
 
 
 def plot(runs: list[Path], out: Path | None) -> None:
-    """Curves of one run into its folder, or of several into one picture."""
+    """Draw the curves of one run into its folder, or of several runs into one picture."""
     for run in runs:
         if not (run / "metrics.jsonl").exists():
-            raise UserError(f"{run}: no metrics.jsonl there; is it a run's folder?")
+            raise UserError(f"{run}: has no metrics.jsonl; name the folder of a run")
     if len(runs) == 1 and out is None:
         print_line(str(plot_run(runs[0])))
     else:

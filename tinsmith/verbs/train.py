@@ -1,4 +1,4 @@
-"""`tinsmith train`: a recipe, from start to end."""
+"""`tinsmith train`: run a recipe."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ def train(
     resume_from: Path | None,
     dry: bool,
 ) -> None:
-    """Validate the recipe, then run it (or, with `dry`, only look)."""
+    """Validate the recipe, then train, or only check it with `dry`."""
     config = load(recipe, overrides, more)
     if dry:
         dry_run(config, name or recipe.stem)
         return
     if (resume or resume_from) and name is None:
-        raise UserError("--resume: say which run to resume with --name")
+        raise UserError("--resume: name the run to resume with --name")
     if resume_from is not None and not (resume_from / "manifest.json").exists():
         raise UserError(
             f"--resume-from {resume_from}: no checkpoint there (a folder step-... with a "

@@ -1,4 +1,4 @@
-"""`tinsmith transplant`: experts in the place of a dense model's feed-forwards."""
+"""`tinsmith transplant`: replace the feed-forwards of a dense model by experts."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def transplant(
     seed: int,
     dry: bool,
 ) -> None:
-    """Write the sparse model to `out`, whole or not at all; with `dry`, only count."""
+    """Write the sparse model to `out` atomically, or with `dry` only count parameters."""
     plan = TransplantPlan(_section(keys), init, train_norms)
     check_output_free(out)
     dense = load_config(source)
@@ -48,12 +48,14 @@ def transplant(
         facts = CardFacts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
         facts["base"] = source
         but = " but for its norms" if train_norms else ""
-        facts["architecture"] = f"{feeds} ({init}) in the skeleton of its base, frozen{but}"
+        facts["architecture"] = (
+            f"{feeds} ({init}) in the frozen attention, embedding and head of its base{but}"
+        )
         return model_card(facts)
 
     export_folder(student, tokenizer, out, card=card)
-    said = "" if tokenizer else ", without a tokenizer"
-    print_line(f" written   {out} ({count_parameters(student)}{said})")
+    note = "" if tokenizer else ", without a tokenizer"
+    print_line(f" written   {out} ({count_parameters(student)}{note})")
 
 
 def _section(keys: list[str]) -> dict:
@@ -77,7 +79,7 @@ def _print_table(dense: ModelConfig, sparse: ModelConfig) -> None:
 
 
 def check_init(init: str) -> ExpertInit:
-    """The value of --init."""
+    """Validate the value of --init."""
     if init not in ("random", "slice"):
         raise UserError(f"--init {init}: only random and slice are known")
     return "slice" if init == "slice" else "random"
