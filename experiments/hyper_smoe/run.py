@@ -73,7 +73,7 @@ def measured(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     size = count_parameters(student)
     return {
         **{"case": name, "seed": seed, "steps": length},
-        **{"trained": size.trainable, "frozen": size.frozen},
+        **{"trained": size.trainable, "frozen": size.frozen_models},
         **{"bpb": bits(lines), "teacher": bits(list(read_metrics(teacher / "metrics.jsonl")))},
         **{"step_s": step_seconds(lines), "forward": forward(student, known)},
         **{"curve": [[line["tokens"], line.get("divergence")] for line in trained]},

@@ -55,7 +55,7 @@ def test_prefill_equals_chunks_equals_one_by_one(lm, draw, size):
     ids = draw(2, size)
     expected = lm(ids).logits
     for splits in splits_of(size):
-        caches = lm.new_caches(rows=2, capacity=size)
+        caches = lm.new_caches(batch_size=2, capacity=size)
         begin, found = 0, []
         for length in splits:
             found.append(lm(ids[:, begin : begin + length], caches=caches).logits)
@@ -69,7 +69,7 @@ def test_rows_of_different_length(lm, draw, side):
     """Padded prefill, a padded and uneven chunk, then one by one while some rows wait."""
     ids = draw(4, 24)
     wholes = lm(ids).logits
-    caches = lm.new_caches(rows=4, capacity=24)
+    caches = lm.new_caches(batch_size=4, capacity=24)
     done = [0] * 4
     rounds = [LENGTHS, LATER, [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1], [3, 2, 0, 3]]
     for added in rounds:
@@ -88,7 +88,7 @@ def test_rows_of_different_length_go_on_without_segments(lm, draw):
     spread, segments = rows_of(
         [ids[row, :length] for row, length in enumerate(LENGTHS)], 12, "left"
     )
-    caches = lm.new_caches(rows=4, capacity=20)
+    caches = lm.new_caches(batch_size=4, capacity=20)
     lm(spread, segments=segments, caches=caches)
     more = draw(4, 6, seed=4)
     found = torch.cat(
@@ -108,7 +108,7 @@ def test_documents_go_on_from_call_to_call(lm, draw):
     ids = draw(2, 18)
     expected = lm(ids, segments=segments).logits
     for splits in ([18], [1] * 18, [3, 1, 1, 7, 6], [10, 8]):
-        caches = lm.new_caches(rows=2, capacity=18)
+        caches = lm.new_caches(batch_size=2, capacity=18)
         begin, found = 0, []
         for length in splits:
             part = slice(begin, begin + length)
@@ -123,7 +123,7 @@ def test_rows_are_selected_reordered_and_repeated(lm, draw):
     ids, more = draw(4, 12), draw(4, 12, seed=7)
     histories = [ids[row, :length] for row, length in enumerate(LENGTHS)]
     spread, segments = rows_of(histories, 12, "left")
-    caches = lm.new_caches(rows=4, capacity=20)
+    caches = lm.new_caches(batch_size=4, capacity=20)
     lm(spread, segments=segments, caches=caches)
     for step, order in enumerate(([3, 0, 0, 2], [1, 3], [1], [0, 0, 0])):
         for cache in caches:
@@ -152,7 +152,7 @@ def test_selecting_no_row_leaves_room_for_new_ones(lm, draw):
 def test_truncated_caches_go_on_as_if_nothing_had_been(lm, draw, kept):
     """Only while no more than a window (5) was absorbed; a memory that cannot rewind says so."""
     ids, other = draw(2, 4), draw(2, 9, seed=3)
-    caches = lm.new_caches(rows=2, capacity=20)
+    caches = lm.new_caches(batch_size=2, capacity=20)
     lm(ids, caches=caches)
     for cache in caches:
         cache.truncate(torch.tensor(kept))
@@ -165,7 +165,7 @@ def test_truncated_caches_go_on_as_if_nothing_had_been(lm, draw, kept):
 
 def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
     ids, other = draw(2, 20), draw(2, 4, seed=3)
-    caches = lm.new_caches(rows=2, capacity=40)
+    caches = lm.new_caches(batch_size=2, capacity=40)
     lm(ids, caches=caches)
     refused, said = [], []
     for cache in caches:
@@ -184,7 +184,7 @@ def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
 
 
 def test_truncating_to_more_than_there_is_is_an_error(lm, draw):
-    caches = lm.new_caches(rows=2, capacity=8)
+    caches = lm.new_caches(batch_size=2, capacity=8)
     lm(draw(2, 3), caches=caches)
     for lengths in ([4, 3], [3, -1]):
         with pytest.raises(ValueError, match="cannot truncate"):
@@ -208,7 +208,7 @@ def test_caches_of_different_capacity_join(lm, draw, mine, theirs):
     ids = draw(2, 13)
     both = []
     for row, (length, capacity) in enumerate((mine, theirs)):
-        caches = lm.new_caches(rows=1, capacity=capacity)
+        caches = lm.new_caches(batch_size=1, capacity=capacity)
         if length:
             lm(ids[row : row + 1, :length], caches=caches)
         both.append(caches)
@@ -230,7 +230,7 @@ def test_caches_of_different_capacity_join(lm, draw, mine, theirs):
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_full_cache_says_so_and_changes_nothing(lm, draw, padded):
     ids = draw(2, 12)
-    caches = lm.new_caches(rows=2, capacity=12)
+    caches = lm.new_caches(batch_size=2, capacity=12)
     if padded:
         lm(*_padded_start(ids), caches=caches)
         first = [4, 7]
@@ -267,7 +267,7 @@ def test_padding_takes_no_room(lm, draw):
     """Rows of 12 positions with at most 5 tokens fit where 5 tokens fit."""
     ids = draw(2, 5)
     spread, segments = rows_of([ids[0], ids[1, :2]], 12, "right")
-    caches = lm.new_caches(rows=2, capacity=5)
+    caches = lm.new_caches(batch_size=2, capacity=5)
     found = lm(spread, segments=segments, caches=caches).logits
     close(found[0, :5], lm(ids[:1]).logits[0])
     assert lengths_of(caches) == [5, 2]
@@ -277,7 +277,7 @@ def test_requests_do_not_disturb_each_other(lm, draw):
     """Two sets of caches on one model, in turns."""
     ids = draw(2, 12)
     expected = lm(ids).logits
-    caches = [lm.new_caches(rows=1, capacity=12) for _ in range(2)]
+    caches = [lm.new_caches(batch_size=1, capacity=12) for _ in range(2)]
     for begin, end in ((0, 4), (4, 5), (5, 6), (6, 12)):
         for row in range(2):
             found = lm(ids[row : row + 1, begin:end], caches=caches[row]).logits
@@ -325,7 +325,7 @@ def test_any_history_of_a_batch_equals_the_full_forward(lm, draw, seed):
     """
     turn = random.Random(seed)
     capacity = 40
-    caches = lm.new_caches(rows=2, capacity=capacity)
+    caches = lm.new_caches(batch_size=2, capacity=capacity)
     rows: list[list[tuple[int, int]]] = [[], []]  # (id, document) of every token of every row
     for _ in range(14):
         move = turn.choice(["take", "take", "take", "take", "rewind", "select", "join"])
@@ -339,7 +339,7 @@ def test_any_history_of_a_batch_equals_the_full_forward(lm, draw, seed):
                 cache.select(torch.tensor(order))
             rows = [list(rows[i]) for i in order]
         else:
-            arrivals = lm.new_caches(rows=1, capacity=turn.choice([6, 30]))
+            arrivals = lm.new_caches(batch_size=1, capacity=turn.choice([6, 30]))
             rows += _take(lm, arrivals, [[]], turn, 6)
             for cache, arrival in zip(caches, arrivals, strict=True):
                 cache.join(arrival)

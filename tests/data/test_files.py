@@ -13,12 +13,12 @@ from tinsmith.data import files
 from tinsmith.data.files import Reject, find_files, get_text, read_records, read_texts
 
 
-def read_rows(path):
-    """(line, record or reason) of every row."""
+def records_of(path):
+    """(line, record or reason) of every record."""
     return [(r.line, r.reason if isinstance(r, Reject) else r.data) for r in read_records(path)]
 
 
-def read_texts(path):
+def texts_of(path):
     return [(t.line, t.reason if isinstance(t, Reject) else t.text) for t in read_texts(path)]
 
 
@@ -40,7 +40,7 @@ GOOD = {"text": "fine"}
     ],
 )
 def test_T9_a_bad_json_line_is_named_with_its_reason(write_lines, bad, reason):
-    assert read_rows(write_lines("x.jsonl", [GOOD, bad, GOOD])) == [
+    assert records_of(write_lines("x.jsonl", [GOOD, bad, GOOD])) == [
         (1, GOOD),
         (2, reason),
         (3, GOOD),
@@ -49,7 +49,7 @@ def test_T9_a_bad_json_line_is_named_with_its_reason(write_lines, bad, reason):
 
 def test_T9_a_line_above_the_limit_is_rejected_and_the_next_one_read(write_lines):
     long = {"text": "x" * files.MAX_LINE_BYTES}
-    found = read_rows(write_lines("x.jsonl", [GOOD, long, GOOD]))
+    found = records_of(write_lines("x.jsonl", [GOOD, long, GOOD]))
     assert found == [(1, GOOD), (2, "longer than 10 MB"), (3, GOOD)]
 
 
@@ -61,19 +61,19 @@ def test_T9_the_longest_line_allowed_is_exactly_the_limit(tmp_path, monkeypatch,
     for end in (b"\n", b"\r\n", b""):
         path = tmp_path / "x.jsonl"
         path.write_bytes(raw + end)
-        assert isinstance(read_rows(path)[0][1], dict) == (extra <= 0)
+        assert isinstance(records_of(path)[0][1], dict) == (extra <= 0)
 
 
 def test_T9_a_byte_order_mark_at_the_start_is_accepted(write_lines):
-    assert read_rows(write_lines("x.jsonl", [GOOD], start=b"\xef\xbb\xbf")) == [(1, GOOD)]
-    assert read_texts(write_lines("x.txt", [b"fine"], start=b"\xef\xbb\xbf")) == [(1, "fine\n")]
+    assert records_of(write_lines("x.jsonl", [GOOD], start=b"\xef\xbb\xbf")) == [(1, GOOD)]
+    assert texts_of(write_lines("x.txt", [b"fine"], start=b"\xef\xbb\xbf")) == [(1, "fine\n")]
 
 
 def test_T9_crlf_line_ends_are_accepted(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "fine"}\r\n\r\n{"text": "fine"}\r\n')
     (tmp_path / "x.txt").write_bytes(b"a\r\nb\r\n<|endoftext|>\r\nc\r\n")
-    assert read_rows(tmp_path / "x.jsonl") == [(1, GOOD), (3, GOOD)]
-    assert read_texts(tmp_path / "x.txt") == [(1, "a\nb\n"), (4, "c\n")]
+    assert records_of(tmp_path / "x.jsonl") == [(1, GOOD), (3, GOOD)]
+    assert texts_of(tmp_path / "x.txt") == [(1, "a\nb\n"), (4, "c\n")]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_T9_a_row_without_usable_text_says_why(record, reason):
 
 
 def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
-    found = read_texts(write_lines("x.txt", [b"one", b"\xff\xfe", b"t\x00wo", b"three"]))
+    found = texts_of(write_lines("x.txt", [b"one", b"\xff\xfe", b"t\x00wo", b"three"]))
     assert found == [(2, "not UTF-8"), (3, "holds a NUL character"), (1, "one\nthree\n")]
 
 
@@ -132,7 +132,7 @@ def test_T9_a_damaged_gzip_file_gives_what_is_before_the_damage(tmp_path):
 
 def test_T9_lines_of_a_gzip_file_are_counted_like_those_of_a_plain_one(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n\n{\n'))
-    assert read_rows(tmp_path / "x.jsonl.gz")[-1][0] == 3
+    assert records_of(tmp_path / "x.jsonl.gz")[-1][0] == 3
 
 
 @given(st.binary(max_size=200))
@@ -189,7 +189,7 @@ def test_a_text_file_is_split_at_end_of_text_lines(write_lines):
         b"2",
         b" <|endoftext|> ",
     ]
-    assert read_texts(write_lines("x.txt", lines)) == [(1, "one\n"), (6, "two\n2\n")]
+    assert texts_of(write_lines("x.txt", lines)) == [(1, "one\n"), (6, "two\n2\n")]
 
 
 def write_parquet(path, records):
@@ -264,4 +264,4 @@ def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch, name):
     monkeypatch.setattr("gzip.open", refuse)
     monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
     with pytest.raises(UserError, match=rf"{name}: Permission denied"):
-        list(read_texts(path) if name.endswith("txt") else read_records(path))
+        list(texts_of(path) if name.endswith("txt") else read_records(path))

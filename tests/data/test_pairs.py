@@ -77,9 +77,9 @@ def test_a_transcript_keeps_its_earlier_turns_in_the_prompt():
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
         ({"prompt": "a", "chosen": "b", "rejected": "  "}, "`rejected` is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` is neither text nor messages"),
-        ({"chosen": "b", "rejected": "c"}, "assistant where"),
+        ({"chosen": "b", "rejected": "c"}, "role assistant, expected"),
         ({"chosen": [ASK, YES], "rejected": [said("user", "x"), NO]}, "different prompts"),
-        ({"prompt": [ASK], "chosen": [YES], "rejected": [said("user", "x")]}, "user where"),
+        ({"prompt": [ASK], "chosen": [YES], "rejected": [said("user", "x")]}, "role user, expected"),
         ({"chosen": [ASK, YES], "rejected": [ASK, said("assistant", "")]}, "empty content"),
     ],
 )
@@ -94,7 +94,7 @@ def pair():
 
 
 def test_the_mask_is_the_answer_with_its_end_of_turn(tokenizer, pair):
-    prompt = encode_prompt(tokenizer, pair.asked)
+    prompt = encode_prompt(tokenizer, pair.prompt)
     for side, text in zip(encode_pair(tokenizer, pair, CONTEXT), (GOOD, BAD), strict=True):
         assert side.ids[: len(prompt)] == prompt
         assert not any(side.mask[: len(prompt)])
@@ -114,7 +114,7 @@ def test_earlier_answers_are_not_learned(tokenizer):
 
 
 def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, pair):
-    prompt = len(encode_prompt(tokenizer, pair.asked))
+    prompt = len(encode_prompt(tokenizer, pair.prompt))
     chosen, rejected = encode_pair(tokenizer, pair, prompt + 1)
     assert len(chosen.ids) == len(rejected.ids) == prompt + 1
     assert (sum(chosen.mask), sum(rejected.mask)) == (1, 1)

@@ -65,12 +65,12 @@ def test_a_stop_request_ends_it_soon_and_leaves_nothing(prepared, story_file, tm
 SCRIPT = """
 import sys
 from pathlib import Path
-from tinsmith.data.config import Text
+from tinsmith.data.config import TextData
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.text.chat import BadRecord, encode_chat
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 tokenizer = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=300))
-prepare(Text(path=sys.argv[1]), tokenizer, "documents", Path(sys.argv[2]))
+prepare(TextData(path=sys.argv[1]), tokenizer, "documents", Path(sys.argv[2]))
 """
 
 

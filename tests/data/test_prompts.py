@@ -53,7 +53,7 @@ def test_a_question_may_have_no_answer():
         ({"text": "x"}, "has none of `prompt`"),
         ({"prompt": "", "answer": "5"}, "empty content"),
         ({"prompt": "a", "answer": " "}, "empty answer"),
-        ({"messages": [said("assistant", "5")]}, "assistant where"),
+        ({"messages": [said("assistant", "5")]}, "role assistant, expected"),
     ],
 )
 def test_what_is_no_question_is_refused_with_a_reason(record, reason):

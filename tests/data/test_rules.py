@@ -135,8 +135,8 @@ def test_a_known_puzzle_never_changes():
     [
         ({"rules": ["miror"]}, "'miror' is none to train on. Did you mean 'mirror'"),
         ({"rules": ["swap+mirror"]}, "'swap+mirror' is none to train on"),
-        ({"min_grid_size": 2}, "smallest=2 must be from 3 to 6"),
-        ({"max_grid_size": 11}, "largest=11 must be from 3 to 10"),
+        ({"min_grid_size": 2}, "min_grid_size=2 must be from 3 to 6"),
+        ({"max_grid_size": 11}, "max_grid_size=11 must be from 3 to 10"),
         ({"demonstrations": 0}, "demonstrations=0 must be from 1 to 10"),
         ({"views": 0}, "views=0 must be from 1"),
         ({"solutions": "x.json"}, "solutions are of tasks at a path"),

@@ -86,7 +86,7 @@ def test_the_order_depends_on_the_seed(folder):
 def test_an_epoch_of_a_single_source_is_every_row_once_and_the_next_one_is_shuffled_anew(source):
     single = source.subset("first")
     assert single.size == -(-SIZES["first"] // CONTEXT)
-    epochs = [single.rows(e * single.size, single.size) for e in range(2)]
+    epochs = [single.get_batch(e * single.size, single.size) for e in range(2)]
     for batch in epochs:
         ids = batch.ids[batch.segments >= 0]
         assert sorted(ids.tolist()) == list(range(3, 3 + SIZES["first"]))
@@ -98,7 +98,7 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs(source):
     batch = source.get_batch(0, 3000)
     for number, name in enumerate(SIZES):
         own = batch.ids[batch.source == number]
-        alone = open_like(source, name).rows(0, len(own))
+        alone = open_like(source, name).get_batch(0, len(own))
         assert torch.equal(own, alone.ids)
 
 

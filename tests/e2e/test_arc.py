@@ -65,7 +65,7 @@ def test_eval_reads_a_folder_of_tasks_with_its_solutions(shell, run, tasks):
     ("words", "expected"),
     [
         (["--data", "tasks"], "test 1 has no output, and there is no solution for it"),
-        (["--solutions", "solutions.json"], "--solutions: are those of --data"),
+        (["--solutions", "solutions.json"], "--solutions: needs --data"),
         (["--seq-len", "64"], "--seq-len 64: applies to --tasks bpb"),
         (["--data", "nowhere"], "nowhere does not exist"),
     ],

@@ -154,14 +154,14 @@ class Always:
     def __init__(self, greedy, sampled):
         self.greedy, self.sampled, self.seeds = greedy, sampled, []
 
-    def __call__(self, lm, tokenizer, prompts, *, sampling, max_new, rows):
-        said = []
-        for each in sampling:
+    def __call__(self, lm, tokenizer, prompts, *, sampling_params, max_new_tokens, batch_size):
+        completions = []
+        for each in sampling_params:
             self.seeds.append(each.seed)
             grid = self.greedy if each.greedy else self.sampled
             ids = [1, 1, 1] if grid is None else encode_answer(grid)
-            said.append(type("Said", (), {"ids": ids})())
-        return said
+            completions.append(type("Stub", (), {"token_ids": ids})())
+        return completions
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,9 @@ def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="no task in it can be used"):
         open_puzzles("m", None, path, None, None, told.append)
-    with pytest.raises(UserError, match="say with --data what to solve"):
+    with pytest.raises(UserError, match="name ARC tasks with --data"):
         open_puzzles("m", None, None, None, None, told.append)
-    with pytest.raises(UserError, match="--solutions: are those of --data"):
+    with pytest.raises(UserError, match="--solutions: needs --data"):
         open_puzzles("m", None, None, solutions, None, told.append)
     path.write_text(json.dumps({"a": good, "bad": [], "c": hidden}))
     assert len(open_puzzles("m", None, path, solutions, None, told.append)["tasks"]) == 2

@@ -110,7 +110,7 @@ def test_sums_are_those_of_a_plain_loop_by_source(make_lm, source, lengths, batc
     found = measure(lm, source, lengths, batch_rows=batch_rows)
     assert list(found) == ["tales", "code", "all"]
     for name in ("tales", "code"):
-        wanted = by_hand(lm, source.part(name).all_rows, lengths)
+        wanted = by_hand(lm, source.subset(name).all_rows, lengths)
         assert found[name] == pytest.approx(tuple(wanted), abs=1e-9)
         assert found[name].loss == pytest.approx(wanted[0] / wanted[1])
         assert found[name].bpb == pytest.approx(wanted[2] / math.log(2) / wanted[3])

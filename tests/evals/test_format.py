@@ -75,4 +75,4 @@ def test_shares_are_of_all_answers(tokenizer, monkeypatch):
     monkeypatch.setattr(form, "generate", lambda *rest, **settings: answers)
     prompts = [Prompt([1], n, answer, {}) for n, answer in enumerate(("4 2", "5", "4 2", None))]
     found = evaluate_format(None, tokenizer, prompts).to_dict()  # type: ignore[arg-type]
-    assert found == {"format": 0.75, "accuracy": 0.25, "answers": 4}
+    assert found == {"format": 0.75, "accuracy": 0.25, "completions": 4}

@@ -230,7 +230,7 @@ def test_every_kind_chooses_what_it_counts(feed, make_lm):
     found = {}
 
     def listen(name, part):
-        return lambda module, given: found.update({name: part.chosen(*given[:2])})
+        return lambda module, given: found.update({name: part.expert_mask(*given[:2])})
 
     for name, part in lm.routed_modules().items():
         part.register_forward_pre_hook(listen(name, part))

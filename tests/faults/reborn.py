@@ -24,11 +24,11 @@ def compared(run):
     tensors = parallel.full_tensors(run.policy) | run.optimizers.state_tensors()
     for name, tensor in sorted(tensors.items()):
         mine = tensor.double().contiguous()
-        theirs = [torch.empty_like(mine) for _ in range(run.ranks.world)]
+        theirs = [torch.empty_like(mine) for _ in range(run.ranks.world_size)]
         dist.all_gather(theirs, mine)
         if not torch.equal(theirs[0], theirs[1]):
             print(f"differs: {name}", flush=True)
-    if run.ranks.first:
+    if run.ranks.is_main:
         print(f"compared {len(tensors)} tensors", flush=True)
     finish(run)
 

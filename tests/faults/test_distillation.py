@@ -51,7 +51,7 @@ def students(shared_place, recipe, teacher) -> dict[str, dict]:
         for kind, keys in objectives.items()
     }
     sparse = str(shared_place.folder / "sparse")
-    words = ("experts=4", "hidden=16", "router_grad=smk", "reset_interval=2")
+    words = ("experts=4", "hidden_dim=16", "router_grad=smk", "reset_interval=2")
     code, said = shared_place.call("transplant", folder, sparse, *words)
     assert code == 0, said
     experts = found["kd"] | {"init_from": sparse}

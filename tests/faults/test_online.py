@@ -15,9 +15,9 @@ OBJECTIVES = {
 }
 COMMON = {
     "rewards": [{"kind": "length", "low": 20, "high": 40}],
-    "max_new": 6,
-    "minibatches": 2,
-    "updates": 2,
+    "max_new_tokens": 6,
+    "num_minibatches": 2,
+    "num_epochs": 2,
 }
 
 

@@ -55,7 +55,7 @@ def test_T3_two_ranks_give_the_gradients_of_one_process(
     """
     plain = recipe | {"model": steady_model, "log": {"every": 1}}
     adam = {"kind": "adamw", "lr": 1.0e-2, "eps": 1.0, "weight_decay": 0.0}
-    optim = {"matrices": adam, "others": adam, "clip": None}
+    optim = {"matrices": adam, "others": adam, "max_grad_norm": None}
     data = of_pairs(plain, objective, batch_size=4, grad_accum_steps=1, steps=4, save_every=4)
     data |= {"optim": optim}
     code, said = shared_place.train(data, f"one-{objective}")

@@ -84,8 +84,8 @@ def written_out(config):
     layers = [
         (
             one.mixer.heads,
-            one.mixer.groups,
-            one.mixer.width(config.dim),
+            one.mixer.num_kv_heads,
+            one.mixer.resolve_head_dim(config.dim),
             one.mixer.qk_norm,
             one.mixer.bias,
             one.mixer.window,
@@ -274,7 +274,7 @@ DENSE = {"first_k_dense_replace": 4}
         ("llama", {"rope_interleaved": True}, "rope_interleaved: True is not supported"),
         ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 is not"),
         ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling: rope_type: 'longrope'"),
-        ("llama", {"vocab_size": None}, "vocab_size: required and not given"),
+        ("llama", {"vocab_size": None}, "vocab_size: required key is missing"),
         ("llama", {"hidden_size": "32"}, "hidden_size: must be a whole number"),
         ("llama", {"hidden_size": True}, "hidden_size: must be a whole number"),
         ("llama", {"hidden_size": 32.5}, "hidden_size: must be a whole number"),

@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_noticed_when_a_model_is_loaded(tmp_path, model):
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    with pytest.raises(UserError, match=r"not a valid checkpoint: model\.safetensors is not"):
+    with pytest.raises(UserError, match=r"not a valid checkpoint: model\.safetensors was changed"):
         load(folder)
     with pytest.raises(UserError, match=r"no valid checkpoint; step-00000001: model\."):
         load(tmp_path / "run")

@@ -219,7 +219,7 @@ def test_a_stretching_that_is_asked_for_wrongly_is_one_line(model):
     config = model().config
     for scaling, said in (
         ({"kind": "yarm", "factor": 4}, "'yarm' is not one of"),
-        ({"kind": "yarn", "factor": 4}, "original_max_seq_len: required and not given"),
+        ({"kind": "yarn", "factor": 4}, "original_max_seq_len: required key is missing"),
         ({"kind": "yarn", "factr": 4}, "factr"),
         ("yarn", "needs keys and values"),
     ):

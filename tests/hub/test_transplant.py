@@ -266,7 +266,7 @@ def test_the_same_seed_makes_the_same_experts(dense):
             "slice",
             "5 experts of width 9 have 45 hidden units, the dense layer has 48",
         ),
-        (KINDS["topk_moe"] | {"n_shared_experts": 1}, "slice", "shared=1 must be 0"),
+        (KINDS["topk_moe"] | {"n_shared_experts": 1}, "slice", "n_shared_experts=1 must be 0"),
     ],
     ids=str,
 )

@@ -47,7 +47,7 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
             number = engine.add(prompt, GREEDY, count)
             asked[number], heard[number] = (prompt, count), []
         if asked and turn.random() < 0.15:
-            over = {n for n, events in heard.items() if events and events[-1].finish}
+            over = {n for n, events in heard.items() if events and events[-1].finish_reason}
             number = turn.choice(sorted(asked)[-5:])
             engine.cancel(number)
             dropped |= {number} - over
@@ -65,7 +65,7 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
         expected = greedily(lm, prompt, count)
         found = tokens_of(heard[number])
         assert found == (expected[: len(found)] if number in dropped else expected)
-        assert [event.finish for event in heard[number][:-1]] == [None] * (len(found) - 1)
+        assert [event.finish_reason for event in heard[number][:-1]] == [None] * (len(found) - 1)
 
 
 def test_many_rows_are_refilled_a_few_at_a_time(small, draw):

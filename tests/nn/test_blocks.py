@@ -43,7 +43,7 @@ def expected(segments, cut):
 
 def told(cut, at, blocks_NL, row=0):
     """The same, from slots."""
-    first, count = (x.expand(at.cache_position_BT.shape[0], -1)[row].tolist() for x in cut.seen(at))
+    first, count = (x.expand(at.cache_position_BT.shape[0], -1)[row].tolist() for x in cut.visible_blocks(at))
     return [blocks_NL[f : f + n] for f, n in zip(first, count, strict=True)]
 
 
@@ -53,8 +53,8 @@ def test_every_token_sees_the_blocks_of_its_document_that_are_over(cut, segments
     length = len(segments)
     seen = attention_span(torch.tensor([segments]), length, None, CPU)
     places = torch.arange(length)[None, :, None]
-    blocks_NL = cut.cut(places, seen)[0, ..., 0].tolist()
-    assert len(blocks_NL) == cut.slots(length)
+    blocks_NL = cut.gather_blocks(places, seen)[0, ..., 0].tolist()
+    assert len(blocks_NL) == cut.num_slots(length)
     assert told(cut, block_positions(seen, length, length, CPU), blocks_NL) == expected(
         segments, cut
     )
@@ -66,10 +66,10 @@ def test_one_document_needs_no_table(cut, length):
     """The view of plain rows holds what the table of packed ones does, block i in slot i."""
     seen = attention_span(None, length, None, CPU)
     x = torch.randn(2, length, 3, 2)
-    blocks = cut.cut(x, seen)
-    table = cut.cut(x, attention_span(torch.zeros(2, length, dtype=torch.long), length, None, CPU))
+    blocks = cut.gather_blocks(x, seen)
+    table = cut.gather_blocks(x, attention_span(torch.zeros(2, length, dtype=torch.long), length, None, CPU))
     assert torch.equal(blocks, table)
-    for i in range(cut.slots(length)):
+    for i in range(cut.num_slots(length)):
         assert torch.equal(blocks[:, i], x[:, i * cut.stride : i * cut.stride + cut.size])
     at = block_positions(seen, length, length, CPU)
     assert [len(list_) for list_ in told(cut, at, list(range(99)))] == [
@@ -83,9 +83,9 @@ def test_no_two_blocks_share_a_slot_wherever_documents_begin(cut):
     for _ in range(50):
         segments = (torch.rand(1, 40, generator=source) < 0.15).cumsum(1)
         at = block_positions(attention_span(segments, 40, None, CPU), 40, 40, CPU)
-        slots = cut.slot(at.cache_position_BT[cut.ends(at)]).tolist()
+        slots = cut.slot_index(at.cache_position_BT[cut.block_ends(at)]).tolist()
         assert len(set(slots)) == len(slots)
-        assert all(0 <= slot < cut.slots(40) for slot in slots)
+        assert all(0 <= slot < cut.num_slots(40) for slot in slots)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -94,7 +94,7 @@ def test_gradients_of_the_table_are_those_of_the_view(cut):
     gradients = []
     for segments in (None, torch.zeros(1, 17, dtype=torch.long)):
         x = torch.randn(1, 17, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        blocks = cut.cut(x, attention_span(segments, 17, None, CPU))
+        blocks = cut.gather_blocks(x, attention_span(segments, 17, None, CPU))
         weights = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(1))
         gradients.append(torch.autograd.grad((blocks * weights).sum(), x)[0])
     torch.testing.assert_close(*gradients)

@@ -230,7 +230,7 @@ def test_equal_scores_choose_the_earliest():
 
 
 def test_equal_scores_choose_the_same_in_every_way_of_decoding():
-    lm = stirred(model_of(keep=3)).eval()
+    lm = stirred(model_of(index_topk=3)).eval()
     for block in lm.blocks:
         torch.nn.init.zeros_(block.mixer.indexer.weigh.weight)
     ids = torch.randint(0, 48, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -335,7 +335,7 @@ def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"index_topk": 0}, "keep=0 must be at least 1"),
+        ({"index_topk": 0}, "index_topk=0 must be at least 1"),
         ({"index_heads": 0}, "index_heads=0 must be at least 1"),
         ({"index_dim": 3, "rope_dim": 64}, "index_dim=3 must be even and divide rope_dim=64"),
         ({"index_dim": 24, "rope_dim": 64}, "index_dim=24 must be even and divide rope_dim=64"),

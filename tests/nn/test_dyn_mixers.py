@@ -328,10 +328,10 @@ def test_the_value_residual_is_the_bases():
     assert DynLoRA(experts=2, base=GQA(heads=3)).value_residual_shape(D) is None
     later = made(config)
     x, ctx = noise(2, T, D), context()
-    offered = later(x, ctx).value
+    offered = later(x, ctx).value_residual
     assert offered.shape == (2, T, 3, 8)
-    assert not torch.equal(later(x, ctx._replace(value=noise(2, T, 3, 8))).y, later(x, ctx).y)
-    assert torch.equal(later(x, ctx._replace(value=noise(2, T, 3, 8))).value, offered)
+    assert not torch.equal(later(x, ctx._replace(value_residual=noise(2, T, 3, 8))).y, later(x, ctx).y)
+    assert torch.equal(later(x, ctx._replace(value_residual=noise(2, T, 3, 8))).value_residual, offered)
 
 
 def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():

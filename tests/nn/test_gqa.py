@@ -32,7 +32,7 @@ def test_biases_as_asked(small, bias, expected):
 
 def test_A4_heads_are_repeated_after_the_cache(small):
     """The cache holds kv_heads, not heads."""
-    (cache, *_) = small().new_caches(rows=3, capacity=10)
+    (cache, *_) = small().new_caches(batch_size=3, capacity=10)
     assert cache.nbytes() == 3 * 10 * 2 * 2 * 8 * 8
     wide = small({"head_dim": 20, "kv_heads": 1}).new_caches(3, 10)[0]
     assert wide.nbytes() == 3 * 10 * 2 * 1 * 20 * 8

@@ -96,8 +96,8 @@ def _parameters(mode):
 def test_blocks_of_one_token_alone_are_mla(scaling):
     rope = Rope(scaling=scaling)
     sizes = SMALL | {"compress_block": 1, "branches": ("compress",)}
-    ours = mixer_of(Hybrid(**sizes), rotary_factor=rope.attention_scaling)
-    mla = mixer_of(MLA(**LATENT), rotary_factor=rope.attention_scaling)
+    ours = mixer_of(Hybrid(**sizes), attention_scaling=rope.attention_scaling)
+    mla = mixer_of(MLA(**LATENT), attention_scaling=rope.attention_scaling)
     state = ours.state_dict()
     mla.load_state_dict({k.replace("branches.compress.", ""): v for k, v in state.items()})
     x = noise(2, TOKENS, DIM)
@@ -267,7 +267,7 @@ def test_it_compiles_as_a_whole():
         ({"branches": ("window", "window")}, "must be some, each once"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"compress_block": 0}, "compress_block=0 must be at least 1"),
-        ({"index_topk": 0}, "keep=0 must be at least 1"),
+        ({"index_topk": 0}, "index_topk=0 must be at least 1"),
         ({"rope_dim": 3}, "rope_dim=3 must be even"),
     ],
 )

@@ -35,7 +35,7 @@ def choose(q, k, cut, segments=None, *, size, count):
 def drawn(length, cut, rows=2, heads=4, groups=2, scale=2.0):
     source = torch.Generator().manual_seed(length)
     q = scale * torch.randn(rows, length, heads, 8, generator=source, dtype=torch.float64)
-    k = torch.randn(rows, cut.slots(length), groups, 8, generator=source, dtype=torch.float64)
+    k = torch.randn(rows, cut.num_slots(length), groups, 8, generator=source, dtype=torch.float64)
     return q, k
 
 

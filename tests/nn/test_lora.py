@@ -305,7 +305,7 @@ def test_what_is_packed_of_an_adapted_layer_is_its_weight_with_the_adapter(build
     torch.testing.assert_close(twin(ids).logits, lm(ids).logits, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(twin(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
-    assert twin.blocks[0].mixer.q_proj.order is not None
+    assert twin.blocks[0].mixer.q_proj.packed_weight is not None
 
 
 def test_state_is_the_bases_names_and_two_more_for_every_target(build):

@@ -28,7 +28,7 @@ def config(request):
 
 def mixer_of(config, dtype=torch.float64, rope=None):
     torch.manual_seed(0)
-    factor = 1.0 if rope is None else rope.factor
+    factor = 1.0 if rope is None else rope.attention_scaling
     mixer = config.build(BuildContext(DIM, 0, 1, attention_scaling=factor)).to(dtype).eval()
     with torch.no_grad():
         for parameter in mixer.parameters():

@@ -76,7 +76,7 @@ def test_the_first_loss_is_ln_v(section, positions, tied, norm, depth):
 def test_what_the_model_returns(small, ids, dtype):
     lm = small().to(dtype)
     out = lm(ids)
-    assert ModelOut._fields == ("logits", "losses", "stats", "probes", "hidden")
+    assert ModelOut._fields == ("logits", "losses", "stats", "grad_probes", "hidden")
     assert out.logits.shape == (2, 12, 48)
     assert out.logits.dtype == torch.promote_types(dtype, torch.float32)
     assert out.hidden.shape == (2, 12, 32)

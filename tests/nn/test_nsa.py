@@ -101,7 +101,7 @@ class TestPaper:
         with torch.no_grad():
             out = heard(mixer, x, value=first)
             close(out.y[0], nsa(mixer, x[0], first[0])[0])
-        close(out.value[0].flatten(1), x[0] @ mixer.window_v.weight.T)
+        close(out.value_residual[0].flatten(1), x[0] @ mixer.window_v.weight.T)
 
     def test_the_same_blocks_are_chosen(self, monkeypatch):
         mixer, x, found = alone(select_block=4, select_count=4), noise(1, 40, 16), []

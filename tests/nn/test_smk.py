@@ -514,7 +514,7 @@ def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
             "router_grad=smk compares experts; experts=1 is one",
         ),
         ({"router_grad": "tsk"}, "router_grad"),
-        ({"hidden_dim": 0}, "hidden=0 must be at least 1"),
+        ({"hidden_dim": 0}, "hidden_dim=0 must be at least 1"),
         ({"experts": 0}, "experts=0 must be at least 1"),
         ({"target_active": 33}, "target_active=33.0 must be above 0 and at most experts=32"),
     ],

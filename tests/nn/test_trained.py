@@ -17,7 +17,7 @@ MODEL = {"vocab_size": 40, "dim": 16, "depth": 2, "max_seq_len": 32, "pattern": 
 
 
 def model(*trained, **changes):
-    return LM(ModelConfig.from_dict(MODEL | {"trained": list(trained)} | changes))
+    return LM(ModelConfig.from_dict(MODEL | {"trainable": list(trained)} | changes))
 
 
 def names(lm):
@@ -82,7 +82,7 @@ def test_a_gate_that_is_frozen_learns_nothing_from_surprise(trained):
 def test_patterns_that_name_nothing_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"model.trainable: 'bloks.\*.feed' names no tensor"):
         model("bloks.*.feed")
-    with pytest.raises(UserError, match="trained must name at least one tensor"):
+    with pytest.raises(UserError, match="trainable must name at least one tensor"):
         model()
     with pytest.raises(UserError, match=r"Did you mean 'embed\.weight'"):
         model("embed.weigth")

@@ -21,10 +21,10 @@ from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.ppo import PPO
 from tinsmith.objectives.spo import SPO
 
-SMALL = {"max_new": 6, "decode_rows": 3, "minibatches": 2, "temperature": 0.9}
+SMALL = {"max_new_tokens": 6, "generation_batch_size": 3, "num_minibatches": 2, "temperature": 0.9}
 CONFIGS = {
     "grpo": GRPO(num_generations=3, kl_coef=0.1, **SMALL),
-    "dapo": GRPO(num_generations=3, loss="dapo", mask_mask_truncated=True, **SMALL),
+    "dapo": GRPO(num_generations=3, loss="dapo", mask_truncated=True, **SMALL),
     "dr_grpo": GRPO(num_generations=3, loss="dr_grpo", **SMALL),
     "ppo": PPO(kl_coef=0.1, **SMALL),
     "critic": PPO(critic="model", **SMALL),
@@ -68,7 +68,7 @@ def gradients(name: str, rank: int, world: int) -> dict[str, Tensor]:
         for part, batch in enumerate(islice(batches, 2)):
             lm.zero_grad()
             objective.zero_grad()
-            units = summed(objective.weight(batch).double(), world)
+            units = summed(objective.units(batch).double(), world)
             (objective.loss(lm, batch).total / units).backward()
             named = [*lm.named_parameters(), *objective.named_parameters()]
             for key, parameter in named:
@@ -79,7 +79,7 @@ def gradients(name: str, rank: int, world: int) -> dict[str, Tensor]:
                 parameter += 0.02 * moved
     if name == "spo":
         found["tracker"] = torch.tensor([objective.tracker.state[n] for n in range(10)])
-        found["kept"] = torch.tensor([len(objective.memory.kept[n].ids) for n in range(10)])
+        found["kept"] = torch.tensor([len(objective.response_cache.responses[n].ids) for n in range(10)])
     return found
 
 

@@ -130,7 +130,7 @@ def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
 def test_E2_an_excursion_that_says_the_truth_is_teacher_forcing_to_the_bit(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
-    found = ready().aligned(lm, batch, span, one_hot(batch, span))
+    found = ready().loss_given_excursion(lm, batch, span, one_hot(batch, span))
     teacher, align = found.metrics["teacher_forcing_loss"], found.metrics["alignment_loss"]
     assert teacher.total == align.total
     assert teacher.count == align.count == span.length_B.sum()
@@ -154,11 +154,11 @@ def test_the_loss_is_the_formula_row_by_row(small, share):
     batch = batch_of(every=False)
     span = last_answer_span(batch.mask)
     said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
-    found = ready(align=share).loss(lm, batch)
+    found = ready(alignment_weight=share).loss(lm, batch)
     taught = frozen_loss(lm, batch, span, one_hot(batch, span))
     expected = (1 - share) * taught + share * frozen_loss(lm, batch, span, said)
     torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=0)
-    assert ready().weight(batch) == span.length_B.sum()
+    assert ready().units(batch) == span.length_B.sum()
     mine, theirs = gradients(lm, found.total), gradients(lm, expected)
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-9, atol=1e-11)
@@ -176,7 +176,7 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
     def said():
         return excursion(lm, batch.ids, span, temperature=1.0, hard=False)
 
-    objective, start = ready(align=1.0), said()
+    objective, start = ready(alignment_weight=1.0), said()
     weight = lm.get_parameter(name)
     gradient = gradients(lm, objective.loss(lm, batch).total)[name]
     direction = torch.randn_like(weight)
@@ -187,7 +187,7 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
         for sign in (1, -1):
             with torch.no_grad():
                 weight.add_(sign * step * direction)
-                total = objective.aligned(lm, batch, span, excursed()).total
+                total = objective.loss_given_excursion(lm, batch, span, excursed()).total
                 weight.sub_(sign * step * direction)
             found.append(float(total))
         return (found[0] - found[1]) / (2 * step)
@@ -245,7 +245,7 @@ def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursio
     said = excursion(lm, batch.ids, span, **settings)
     assert torch.equal(excursion(lm, batch.ids, span, **settings), said)
     drawn = []
-    for run in (lambda: ready().loss(lm, batch), lambda: ready().aligned(lm, batch, span, said)):
+    for run in (lambda: ready().loss(lm, batch), lambda: ready().loss_given_excursion(lm, batch, span, said)):
         torch.manual_seed(1)
         run()
         drawn.append(torch.rand(3))
@@ -310,7 +310,7 @@ def test_E7_the_taught_rows_are_a_step_of_teacher_forcing(lm):
     batch = batch_of()
     teacher = SFT(reads="answers").build()
     alone = teacher.loss(lm.eval(), batch)
-    none = ready(align=0.0).loss(lm, batch)
+    none = ready(alignment_weight=0.0).loss(lm, batch)
     torch.testing.assert_close(none.total, alone.total, rtol=1e-12, atol=0)
     mine, theirs = gradients(lm, none.total), gradients(lm, alone.total)
     assert mine.keys() == theirs.keys()
@@ -328,11 +328,11 @@ def test_outputs_of_demonstrations_count_once_whatever_the_share(small):
     every, last = batch_of(every=True), batch_of(every=False)
     told = []
     for share in (0.2, 0.7):
-        totals = [ready(align=share).loss(lm, each).total for each in (every, last)]
+        totals = [ready(alignment_weight=share).loss(lm, each).total for each in (every, last)]
         told.append(float((totals[0] - totals[1]).detach()))
     assert told[0] == pytest.approx(told[1], rel=1e-12)
     assert told[0] > 1
-    assert ready().weight(every) == every.mask.sum() > ready().weight(last)
+    assert ready().units(every) == every.mask.sum() > ready().units(last)
 
 
 def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
@@ -340,7 +340,7 @@ def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
-    found = ready().aligned(lm, batch, span, said)
+    found = ready().loss_given_excursion(lm, batch, span, said)
     true = F.one_hot(batch.ids, VOCAB).double()
     both = torch.cat((true, splice_excursion(true, span, said)))
     out = lm(both, batch.positions.repeat(2, 1), batch.segments.repeat(2, 1), logits=False)
@@ -356,9 +356,9 @@ def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
 def test_answers_shaped_as_their_inputs_are_told_apart(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(("recolour", "count", "fill", "tile"))
-    found = ready(align=1.0).loss(lm, batch).metrics
+    found = ready(alignment_weight=1.0).loss(lm, batch).metrics
     pair = [
-        ready(align=1.0).loss(lm, batch.rows(n, n + 1)).metrics["alignment_loss"] for n in (0, 2)
+        ready(alignment_weight=1.0).loss(lm, batch.rows(n, n + 1)).metrics["alignment_loss"] for n in (0, 2)
     ]
     equal = found["alignment_loss_equal_shape"]
     assert equal.count == sum(each.count for each in pair)
@@ -391,7 +391,7 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
         found = objective.loss(lm, batch)
         first = first or {name: float(m.total / m.count) for name, m in found.metrics.items()}
         optimizer.zero_grad()
-        (found.total / objective.weight(batch)).backward()
+        (found.total / objective.units(batch)).backward()
         optimizer.step()
     last = {name: float(m.total / m.count) for name, m in found.metrics.items()}
     assert last["alignment_loss"] < 0.2 * first["alignment_loss"]
@@ -405,8 +405,8 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"alignment_loss": 1.1}, "align=1.1 must be a share from 0 to 1"),
-        ({"alignment_loss": -0.1}, "align=-0.1"),
+        ({"alignment_weight": 1.1}, "alignment_weight=1.1 must be a share from 0 to 1"),
+        ({"alignment_weight": -0.1}, "alignment_weight=-0.1"),
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
     ],
 )
@@ -429,7 +429,7 @@ def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
     batch = batch_of()
     with torch.autocast("cpu", torch.bfloat16):
         alone = SFT(reads="answers").build().loss(lm, batch).total
-        none = ready(align=0.0).loss(lm, batch)
+        none = ready(alignment_weight=0.0).loss(lm, batch)
         found = ready().loss(lm, batch)
     assert float(none.total.detach()) == pytest.approx(float(alone.detach()), rel=1e-3)
     found.total.backward()

@@ -224,7 +224,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(keys, small):
 def test_the_objective_is_kd_loss_and_cross_entropy_over_the_targets_that_count(small):
     student, teacher = small(), small(dim=48, depth=1)
     mask = torch.rand(2, 12) > 0.5
-    asked = objective(teacher, temperature=1.5, hard=0.5)
+    asked = objective(teacher, temperature=1.5, ce_weight=0.5)
     given = batch(mask)
     found = asked.loss(student, given)
     logits = student(given.ids, given.positions, given.segments).logits
@@ -254,7 +254,7 @@ def test_teacher_and_student_run_in_one_precision_and_the_teacher_without_gradie
 
 def test_splitting_a_batch_changes_no_gradient(small):
     teacher, mask = small(dim=48), torch.rand(2, 12) > 0.5
-    asked, given = objective(teacher, hard=0.3), batch(mask)
+    asked, given = objective(teacher, ce_weight=0.3), batch(mask)
     grads = []
     for parts in ([given], given.split(1)):
         student = small()
@@ -270,7 +270,7 @@ def test_splitting_a_batch_changes_no_gradient(small):
     [
         ({}, "teacher"),
         ({"teacher": "x", "temperature": 0}, "temperature=0.0 must be a number above 0"),
-        ({"teacher": "x", "hard": 1}, "hard=1.0 must be at least 0 and below 1"),
+        ({"teacher": "x", "ce_weight": 1}, "ce_weight=1.0 must be at least 0 and below 1"),
         ({"teacher": "x", "beta": 0.5}, "beta=0.5 must be above 0 and below 1, with loss: jsd"),
         ({"teacher": "x", "loss": "jsd", "beta": 2}, "beta=2.0 must be from 0 to 1"),
         ({"teacher": "x", "weights": {"think": 0}}, "think=0.0 must be a number above 0"),

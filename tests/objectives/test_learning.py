@@ -88,8 +88,8 @@ class School:
         )
 
     def practised(self, kind: str, start: Path, steps: int) -> Path:
-        section = {"max_new": 4, "decode_rows": 256, "seed": self.seed} | KINDS[kind]
-        batches = section.get("minibatches", 1)
+        section = {"max_new_tokens": 4, "generation_batch_size": 256, "seed": self.seed} | KINDS[kind]
+        batches = section.get("num_minibatches", 1)
         rates = {"matrices": adamw(3e-4), "others": adamw(3e-4), "schedule": {"kind": "constant"}}
         return self.run(
             kind,
@@ -107,7 +107,7 @@ class School:
         """Of greedy answers to all the sums that were held back."""
         lm, tokenizer = load(run / "final")
         assert tokenizer is not None
-        section = {"max_new": 4} | KINDS["grpo"]
+        section = {"max_new_tokens": 4} | KINDS["grpo"]
         told = {"init_from": str(run), "data": self.data("held"), "objective": section}
         config, place = from_dict(told), self.folder / "exam"
         made = prepare(config.data, tokenizer, "prompts", place, print, seq_len=self.room)

@@ -70,22 +70,22 @@ def test_the_ramp_goes_from_begin_to_end():
 
 def test_own_answers_come_as_often_as_the_ramp_says(made):
     share = LinearRamp(begin=0.5, end=0.5)
-    drawn = [bool(lesson.sampled.all()) for lesson in batches(made, 40, share=share)]
+    drawn = [bool(lesson.sampled.all()) for lesson in batches(made, 40, on_policy_fraction=share)]
     assert 10 <= sum(drawn) <= 30
     assert not any(
-        bool(lesson.sampled.all()) for lesson in batches(made, 5, share=LinearRamp(begin=0, end=0))
+        bool(lesson.sampled.all()) for lesson in batches(made, 5, on_policy_fraction=LinearRamp(begin=0, end=0))
     )
 
 
 def test_answers_of_the_data_are_whole_and_end_their_turn(made, tokenizer):
-    (lesson,) = batches(made, 1, share=LinearRamp(begin=0, end=0))
+    (lesson,) = batches(made, 1, on_policy_fraction=LinearRamp(begin=0, end=0))
     said = lesson.student.targets[1][lesson.student.mask[1]].tolist()
     assert tokenizer.decode(said) == "it is 1<|im_end|>"
     assert lesson.sampled.tolist() == [False] * 4
 
 
 def test_a_prompt_without_an_answer_is_always_answered_by_the_student(made):
-    _, lesson = batches(made, 2, share=LinearRamp(begin=0, end=0))
+    _, lesson = batches(made, 2, on_policy_fraction=LinearRamp(begin=0, end=0))
     assert lesson.sampled.tolist() == [True, False, False, False]
     assert bool(lesson.student.mask[0].any())
 
@@ -119,7 +119,7 @@ def test_without_a_hint_both_read_the_same(made):
 
 
 def test_only_the_teacher_reads_the_hint_and_both_the_same_answer(made, tokenizer):
-    (lesson,) = batches(made, 1, hint="psst: {answer}, <|im_end|>!")
+    (lesson,) = batches(made, 1, privileged_prompt="psst: {answer}, <|im_end|>!")
     for row in range(4):
         theirs = tokenizer.decode(lesson.teacher.ids[row].tolist())
         ours = tokenizer.decode(lesson.student.ids[row].tolist())
@@ -133,28 +133,28 @@ def test_only_the_teacher_reads_the_hint_and_both_the_same_answer(made, tokenize
 
 
 def test_a_hint_joins_the_system_message_that_is_there(made, tokenizer):
-    objective, _, _ = made(hint="psst")
+    objective, _, _ = made(privileged_prompt="psst")
     record = {"system": "be kind", "prompt": "one?"}
-    told = objective.told(Prompt([], 0, None, record))
-    assert "<|im_start|>system\nbe kind\n\npsst<|im_end|>" in tokenizer.decode(told)
+    prompt = objective.teacher_prompt_ids(Prompt([], 0, None, record))
+    assert "<|im_start|>system\nbe kind\n\npsst<|im_end|>" in tokenizer.decode(prompt)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_loss_is_the_divergence_at_the_answers_tokens(beta, made):
     objective, student, feed = made(
-        beta=beta, temperature=1.3, hint="it is {answer}", teacher={"dim": 48}
+        beta=beta, distill_temperature=1.3, privileged_prompt="it is {answer}", teacher={"dim": 48}
     )
     lesson = next(objective.batches(feed, student))
     found = objective.loss(student, lesson)
     ours = student(lesson.student.ids, segments=lesson.student.segments).logits
-    theirs = objective.frozen["teacher"](
+    theirs = objective.frozen_models["teacher"](
         lesson.teacher.ids, segments=lesson.teacher.segments
     ).logits
     both = (ours[lesson.student.mask][None], theirs[lesson.teacher.mask][None])
     mean = generalized_jsd(*both, torch.ones(1, both[0].shape[1]), beta, 1.3)
-    assert torch.allclose(found.total / objective.weight(lesson), mean, atol=1e-10)
+    assert torch.allclose(found.total / objective.units(lesson), mean, atol=1e-10)
     found.total.backward()
-    assert all(p.grad is None for p in objective.frozen["teacher"].parameters())
+    assert all(p.grad is None for p in objective.frozen_models["teacher"].parameters())
     assert any(bool((p.grad != 0).any()) for p in student.parameters())
 
 
@@ -170,14 +170,14 @@ def test_two_ranks_answer_what_one_process_would(made):
     whole = batches(made, 2)
     for rank in range(2):
         for one, part in zip(whole, batches(made, 2, world=2, rank=rank), strict=True):
-            rows = one.student.rows(torch.arange(2 * rank, 2 * rank + 2))
+            rows = one.student.select_rows(torch.arange(2 * rank, 2 * rank + 2))
             width = part.student.ids.shape[1]
             assert torch.equal(rows.ids[:, :width], part.student.ids)
             assert torch.equal(rows.mask[:, :width], part.student.mask)
 
 
 def test_an_answer_that_does_not_fit_behind_the_teachers_prompt_is_cut_for_both(made):
-    for lesson in batches(made, 3, teacher={"max_seq_len": 60}, hint="a long hint"):
+    for lesson in batches(made, 3, teacher={"max_seq_len": 60}, privileged_prompt="a long hint"):
         assert lesson.teacher.ids.shape[1] < 60
         assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
 
@@ -187,7 +187,7 @@ def test_a_batch_without_answers_is_zero(made):
     lesson = next(objective.batches(feed, student))
     loss = objective.loss(student, lesson)
     loss.total.backward()
-    assert int(objective.weight(lesson)) == 0
+    assert int(objective.units(lesson)) == 0
     assert loss.total.item() == 0
 
 
@@ -204,9 +204,9 @@ def test_sampling_leaves_global_randomness_and_the_students_mode_alone(made):
     ("keys", "said"),
     [
         ({"beta": 2}, r"beta=2\.0 must be from 0 to 1"),
-        ({"max_new": 0}, "max_new=0 must be at least 1"),
-        ({"sampling": 0}, r"sampling=0\.0 must be a number above 0"),
-        ({"share": {"end": 1.5}}, r"end=1\.5 must be from 0 to 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"sampling_temperature": 0}, r"sampling_temperature=0\.0 must be a number above 0"),
+        ({"on_policy_fraction": {"end": 1.5}}, r"end=1\.5 must be from 0 to 1"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(keys, said):

@@ -20,7 +20,7 @@ from tinsmith.objectives.rl.rollout import Rollout
 from tinsmith.objectives.spo import SPO
 from tinsmith.rewards.functions import WeightedReward, as_batch_reward
 
-SMALL = {"max_new": 6, "decode_rows": 8, "temperature": 0.9}
+SMALL = {"max_new_tokens": 6, "generation_batch_size": 8, "temperature": 0.9}
 CONFIGS = {
     "grpo": GRPO(num_generations=3, kl_coef=0.1, num_minibatches=2, num_epochs=2, **SMALL),
     "dr_grpo": GRPO(num_generations=3, loss="dr_grpo", num_minibatches=2, num_epochs=2, **SMALL),
@@ -34,7 +34,7 @@ def gradients(objective, lm, batch):
     lm.zero_grad()
     objective.zero_grad()
     loss = objective.loss(lm, batch)
-    (loss.total / objective.weight(batch)).backward()
+    (loss.total / objective.units(batch)).backward()
     named = [*lm.named_parameters(), *objective.named_parameters()]
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
@@ -60,11 +60,11 @@ def test_parts_of_a_rollout_are_whole_groups_and_make_up_all_of_it(name, small, 
     parts = list(islice(objective.batches(Prompts(), lm), 4))
     for a, b in zip(parts[:2], parts[2:], strict=True):
         assert all(torch.equal(one, two) for one, two in zip(a, b, strict=True))
-    assert sum(len(part.ids) for part in parts[:2]) == 4 * config.answers
-    firsts = [part.ids[:: config.answers, 0].tolist() for part in parts[:2]]
+    assert sum(len(part.ids) for part in parts[:2]) == 4 * config.num_generations
+    firsts = [part.ids[:: config.num_generations, 0].tolist() for part in parts[:2]]
     assert firsts == [[5, 7], [6, 8]]
     for part in parts:
-        groups = part.ids[:, 0].view(-1, config.answers)
+        groups = part.ids[:, 0].view(-1, config.num_generations)
         assert bool((groups == groups[:, :1]).all())
 
 
@@ -77,9 +77,9 @@ def test_parts_and_their_sum_have_the_same_gradient(name, small, ready):
     one, two = next(batches), next(batches)
     whole = objective.rollout
     expected = gradients(objective, lm, whole)
-    units = objective.weight(one) + objective.weight(two)
+    units = objective.units(one) + objective.units(two)
     found = {
-        key: (a * objective.weight(one) + b * objective.weight(two)) / units
+        key: (a * objective.units(one) + b * objective.units(two)) / units
         for (key, a), b in zip(
             gradients(objective, lm, one).items(),
             gradients(objective, lm, two).values(),
@@ -113,12 +113,12 @@ def test_T2_a_rollout_in_hand_is_part_of_what_is_saved(name, small, ready):
         feed, before = Prompts(), ready(CONFIGS[name], lm)
         given = list(islice(before.batches(feed, lm), stop))
         after = ready(CONFIGS[name], lm)
-        after.restore_progress(before.progress())
-        after.restore_carried({key: value.clone() for key, value in before.carried().items()})
+        after.load_state(before.state())
+        after.load_rank_state({key: value.clone() for key, value in before.rank_state().items()})
         given += list(islice(after.batches(feed, lm), 12 - stop))
         for one, two in zip(given, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-        assert after.carried().keys() == whole.carried().keys()
+        assert after.rank_state().keys() == whole.rank_state().keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -129,7 +129,7 @@ def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(na
     feed, objective = Prompts(), ready(CONFIGS[name], lm)
     batches = objective.batches(feed, lm)
     given = list(islice(batches, 3))
-    mark, cursor = objective.mark(), feed.cursor
+    mark, cursor = objective.snapshot(), feed.cursor
     list(islice(batches, 5))
 
     class Stopping(SingleProcess):
@@ -141,7 +141,7 @@ def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(na
         next(batches)
     assert lm.training
     objective.peers = SingleProcess()
-    objective.rewind(mark)
+    objective.restore_snapshot(mark)
     feed.cursor = cursor
     given += list(islice(objective.batches(feed, lm), 9))
     for one, two in zip(given, expected, strict=True):
@@ -205,13 +205,13 @@ def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small
     """Prompts are of 2 to 4 tokens: of 4 the longest gets no answer, and of 2 none does."""
     lm = small()
     objective = ready(CONFIGS[name], lm)
-    objective.limits = replace(objective.limits, context=room)
-    objective.score = lambda prompts, episodes: [float(len(each.answer)) for each in episodes]
+    objective.limits = replace(objective.limits, max_seq_len=room)
+    objective.score = lambda prompts, episodes: [float(len(each.completion_ids)) for each in episodes]
     for batch in islice(objective.batches(Prompts(), lm), 4):
         assert bool(torch.isfinite(batch.advantages).all())
         total = objective.loss(lm, batch).total
         assert bool(torch.isfinite(total))
-        found = gradients(objective, lm, batch) if objective.weight(batch) else {}
+        found = gradients(objective, lm, batch) if objective.units(batch) else {}
         assert all(bool(torch.isfinite(gradient).all()) for gradient in found.values())
         assert room > 2 or not batch.mask.any()
 
@@ -220,7 +220,7 @@ def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
     lm = small()
     keep = ready(GRPO(num_generations=3, **SMALL), lm)
     drop = ready(
-        GRPO(num_generations=3, mask_mask_truncated=True, truncation_penalty=0.25, **SMALL), lm
+        GRPO(num_generations=3, mask_truncated=True, truncation_penalty=0.25, **SMALL), lm
     )
     kept, dropped = (next(each.batches(Prompts(), lm)) for each in (keep, drop))
     cut = kept.truncated
@@ -239,16 +239,16 @@ def test_prompts_that_do_not_come_out_even_are_refused(small, ready):
 @pytest.mark.parametrize(
     ("config", "key", "value"),
     [
-        (GRPO, "answers", 1),
+        (GRPO, "num_generations", 1),
         (GRPO, "temperature", 0.0),
-        (GRPO, "beta", -0.1),
+        (GRPO, "kl_coef", -0.1),
         (GRPO, "clip_low", 1.5),
-        (GRPO, "updates", 0),
+        (GRPO, "num_epochs", 0),
         (PPO, "lam", 1.1),
-        (PPO, "max_moved", 0.0),
-        (SPO, "answers", 2),
+        (PPO, "target_kl", 0.0),
+        (SPO, "num_generations", 2),
         (SPO, "rho_min", 0.99),
-        (SPO, "highest", 0.0),
+        (SPO, "reward_max", 0.0),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(config, key, value):
@@ -264,9 +264,9 @@ def test_ppo_reward_stands_at_the_last_token_and_the_divergence_at_every_one(sma
     objective = ready(PPO(kl_coef=0.3, gamma=0.9, lam=0.8, whiten=False, **SMALL), lm)
     with torch.no_grad():
         objective.value.weight.normal_()
-        objective.frozen["reference"].head.weight.normal_()
+        objective.frozen_models["reference"].head.weight.normal_()
     rows = next(objective.batches(Prompts(), lm))
-    away = (rows.old - rows.reference) * rows.mask
+    away = (rows.old_logprobs - rows.ref_logprobs) * rows.mask
     assert away.abs().sum() > 0.1
     rewards = -0.3 * away
     for row in range(4):
@@ -300,13 +300,13 @@ def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, re
     feed = Prompts()
     batches = objective.batches(feed, lm)
     next(batches)
-    assert objective.accept({"approx_kl": 0.009})
+    assert objective.accept_step({"approx_kl": 0.009})
     next(batches)
     assert feed.cursor == 4
-    assert not objective.accept({"approx_kl": 0.011})
+    assert not objective.accept_step({"approx_kl": 0.011})
     next(batches)
     assert feed.cursor == 8
-    assert objective.place == 1
+    assert objective.minibatch_index == 1
 
 
 def test_rewards_go_to_the_last_token_of_what_was_said():
@@ -331,7 +331,7 @@ def test_whitened_values_have_mean_0_and_deviation_1():
 def test_spo_judges_an_answer_by_what_its_prompt_was_expected_to_earn_before(small, ready):
     lm = small()
     objective = ready(SPO(whiten=False, **SMALL), lm)
-    feed, expected = Prompts(batch_size=10), objective.config.tracker()
+    feed, expected = Prompts(batch_size=10), objective.config.new_tracker()
     batches = objective.batches(feed, lm)
     first, second = next(batches), next(batches)
     for rows in (first, second):
@@ -353,7 +353,7 @@ def test_spo_measures_the_policy_on_the_answer_it_gave_to_the_same_prompt(small,
     with torch.no_grad():
         lm.head.weight += 0.2 * torch.randn_like(lm.head.weight)
         now = objective.logprobs(lm, rows)[0]
-    expected = ((now - rows.old).abs() * rows.mask).sum(1) / rows.mask.sum(1)
+    expected = ((now - rows.old_logprobs).abs() * rows.mask).sum(1) / rows.mask.sum(1)
     found = objective.distances(lm, [3, 99, 7])
     assert found.tolist() == pytest.approx([float(expected[3]), 0.0, float(expected[7])], abs=1e-6)
 
@@ -363,8 +363,8 @@ def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, re
     objective = ready(SPO(warmup_samples=8, **SMALL), lm)
     batches = objective.batches(Prompts(batch_size=10), lm)
     asked = []
-    answers = objective.num_generations
-    objective.num_generations = lambda policy, prompts, seeds: (
+    answers = objective.generate
+    objective.generate = lambda policy, prompts, seeds: (
         asked.append(len(prompts)) or answers(policy, prompts, seeds)
     )
     next(batches)
@@ -377,7 +377,7 @@ def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
     lm = small()
     objective = ready(SPO(reward_min=-3, reward_max=3, **SMALL), lm)
     rewards = torch.tensor([-5.0, -3.0, 0.0, 4.5, math.nan])
-    found = objective.normalised(rewards)
+    found = objective.normalize_rewards(rewards)
     assert found[:4].tolist() == [0.0, 0.0, 0.5, 1.0]
     assert math.isnan(found[4])
 
@@ -396,7 +396,7 @@ def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small,
             raise KeyError("gone")
         return math.nan if prompt.prompt_id == 2 else len(text) / 20
 
-    objective.rules = [WeightedReward("broken", as_batch_reward(broken))]
+    objective.weighted_rewards = [WeightedReward("broken", as_batch_reward(broken))]
     rows = next(objective.batches(Prompts(), lm))
     assert rows.rewards.view(4, 3).isnan().all(1).tolist() == [False, True, True, False]
     assert not rows.mask.view(4, -1)[1:3].any()
@@ -406,7 +406,7 @@ def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small,
 
 
 def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):
-    rewards = [{"kind": "exact"}, {"kind": "length", "low": 3, "high": 9, "weight": 0.5}]
+    rewards = [{"kind": "exact_match"}, {"kind": "length", "low": 3, "high": 9, "weight": 0.5}]
     config = parse(GRPO, {"kind": "grpo", "rewards": rewards})
     objective = config.build()
     objective.prepare(small(), TOKENIZER)
@@ -432,17 +432,17 @@ def test_T3_a_rollout_of_two_processes_goes_on_in_one_and_back(name, small, read
     parts = []
     for rank in range(2):
         half = ready(CONFIGS[name], lm)
-        half.rollout = whole.rollout.rows(
-            torch.arange(2 * whole.config.answers) + rank * 2 * whole.config.answers
+        half.rollout = whole.rollout.select_rows(
+            torch.arange(2 * whole.config.num_generations) + rank * 2 * whole.config.num_generations
         )
         half.place = 1
-        parts.append(half.carried() | {k: v for k, v in whole.carried().items() if "." in k})
-    found = whole.shared_out(parts, 0, 1)
-    assert found.keys() == whole.carried().keys()
-    for key, value in whole.carried().items():
+        parts.append(half.rank_state() | {k: v for k, v in whole.rank_state().items() if "." in k})
+    found = whole.reshard_rank_state(parts, 0, 1)
+    assert found.keys() == whole.rank_state().keys()
+    for key, value in whole.rank_state().items():
         assert torch.equal(found[key], value), key
     for rank in range(2):
-        again = whole.shared_out([whole.carried()], rank, 2)
+        again = whole.reshard_rank_state([whole.rank_state()], rank, 2)
         for key, value in parts[rank].items():
             assert torch.equal(again[key], value), key
-    assert not {k for k in whole.shared_out([{}, {}], 0, 1) if "." not in k}
+    assert not {k for k in whole.reshard_rank_state([{}, {}], 0, 1) if "." not in k}

@@ -31,7 +31,7 @@ def case():
 
 def keywords(loss: str, **changed: float) -> dict:
     extra = {"max_length": 9} if loss == "dr_grpo" else {}
-    return {"clip_low": 0.2, "clip_high": 0.3, "beta": 0.04, "loss": loss} | extra | changed
+    return {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.04, "loss": loss} | extra | changed
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
@@ -55,7 +55,7 @@ def test_loss_and_gradient_equal_liger(loss, beta, case):
     )
     (slope,) = torch.autograd.grad(expected, new)
     told = reference if beta else None
-    found = grpo_loss(new, old, told, advantages, mask, **keywords(loss, beta=beta))
+    found = grpo_loss(new, old, told, advantages, mask, **keywords(loss, kl_coef=beta))
     assert torch.allclose(found, expected, atol=1e-12)
     (own,) = torch.autograd.grad(found, new)
     assert torch.allclose(own, slope, atol=1e-12)
@@ -89,7 +89,7 @@ def test_masked_positions_get_exactly_zero_gradient(loss, case):
 def test_gradient_is_that_of_reinforce_where_old_is_new(loss, case):
     new, _, _, advantages, mask = case
     (found,) = torch.autograd.grad(
-        grpo_loss(new, new.detach(), None, advantages, mask, **keywords(loss, beta=0.0)), new
+        grpo_loss(new, new.detach(), None, advantages, mask, **keywords(loss, kl_coef=0.0)), new
     )
     tokens = mask.sum()
     scale = {
@@ -106,7 +106,7 @@ def test_a_group_of_equal_rewards_has_zero_gradient(loss, case):
     new, old, _, _, mask = case
     advantages = group_advantages(torch.full((2, 3), 0.7, dtype=torch.float64)).flatten()
     (slope,) = torch.autograd.grad(
-        grpo_loss(new, old, None, advantages, mask, **keywords(loss, beta=0.0)), new
+        grpo_loss(new, old, None, advantages, mask, **keywords(loss, kl_coef=0.0)), new
     )
     assert bool((slope == 0).all())
 
@@ -210,15 +210,15 @@ def test_k1_has_no_expected_gradient_k2_is_reverse_and_k3_forward_kl():
     assert not torch.allclose(reverse, forward, atol=1e-3)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("kl_estimator", ["k2", "k3"])
 @pytest.mark.parametrize("apart", [100.0, -100.0])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_ratios_beyond_float32_are_finite_and_clipped_ones_have_no_gradient(loss, apart, estimator):
+def test_ratios_beyond_float32_are_finite_and_clipped_ones_have_no_gradient(loss, apart, kl_estimator):
     """exp(89) is infinite in float32, and 0 * infinity no number."""
     old = torch.tensor([[-1.0, -1.0, -1.0]])
     new = (old + apart).requires_grad_()
     advantages, mask = torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3, dtype=torch.bool)
-    told = keywords(loss, beta=0.04) | {"estimator": estimator}
+    told = keywords(loss, kl_coef=0.04) | {"kl_estimator": kl_estimator}
     total = grpo_loss(new, old, old, advantages, mask, **told)
     (slope,) = torch.autograd.grad(total, new)
     assert bool(torch.isfinite(total))
@@ -234,7 +234,7 @@ def test_an_unknown_loss_and_a_divergence_from_nothing_are_refused(case):
     new, old, reference, advantages, mask = case
     with pytest.raises(ValueError, match="loss=nope must be grpo, dapo, dr_grpo or cispo"):
         grpo_loss(new, old, reference, advantages, mask, **keywords("nope"))
-    with pytest.raises(ValueError, match=r"beta=0\.04 wants reference_logprobs"):
+    with pytest.raises(ValueError, match=r"kl_coef=0\.04 requires ref_logprobs"):
         grpo_loss(new, old, None, advantages, mask, **keywords("grpo"))
 
 

@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_bradley_and_terry():
 def test_training_starts_at_exactly_ln_2(lm, objective, batch):
     loss = objective.loss(lm, batch)
     assert loss.total.item() / 2 == math.log(2)
-    assert int(objective.weight(batch)) == 2
+    assert int(objective.units(batch)) == 2
     assert loss.metrics["accuracy"].total.item() == 0
 
 

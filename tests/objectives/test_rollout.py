@@ -29,9 +29,9 @@ def texts(episodes):
 def test_answers_do_not_depend_on_how_rows_were_batched(mixer, temperature, small):
     lm = small(mixer)
     wanted = replace(LIMITS, temperature=temperature)
-    together = texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, rows=5)))
-    assert texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, rows=1))) == together
-    backwards = generate_rollouts(lm, PROMPTS[::-1], SEEDS[::-1], replace(wanted, rows=2))
+    together = texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, batch_size=5)))
+    assert texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, batch_size=1))) == together
+    backwards = generate_rollouts(lm, PROMPTS[::-1], SEEDS[::-1], replace(wanted, batch_size=2))
     assert texts(backwards)[::-1] == together
     alone = [
         generate_rollouts(lm, [p], [s], wanted)[0].ids for p, s in zip(PROMPTS, SEEDS, strict=True)
@@ -98,7 +98,7 @@ def test_a_shared_prompt_is_taken_in_once(small):
     lm = small()
     counted = Counted(lm)
     prompt = list(range(2, 22))
-    limits = replace(LIMITS, rows=4, stops=())
+    limits = replace(LIMITS, batch_size=4, eos_ids=())
     episodes = generate_rollouts(lm, [prompt] * 8, list(range(8)), limits)
     assert len({tuple(each.completion_ids) for each in episodes}) == 8
     assert counted.positions == 20 + 8 * (12 - 1)
@@ -109,7 +109,7 @@ def test_a_row_that_is_over_makes_room_for_the_next_prompt(small):
     lm = small()
     counted = Counted(lm)
     episodes = generate_rollouts(
-        lm, [[5, 6]] * 24, list(range(24)), replace(LIMITS, rows=4, max_new=30)
+        lm, [[5, 6]] * 24, list(range(24)), replace(LIMITS, batch_size=4, max_new_tokens=30)
     )
     lengths = [len(each.completion_ids) for each in episodes]
     fixed = sum(max(lengths[start : start + 4]) for start in range(0, 24, 4))

@@ -25,7 +25,7 @@ NOBODY: Any = None
 @pytest.mark.parametrize("config", [DPO(), GRPO(), PPO(), SPO()], ids=lambda config: config.kind)
 @pytest.mark.parametrize("model", RESTLESS, ids=str)
 def test_a_restless_policy_is_refused(model, config, small):
-    assert config.still
+    assert config.deterministic
     lm = small(**model)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
         config.build().prepare(lm, NOBODY)

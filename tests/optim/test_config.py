@@ -17,7 +17,7 @@ RECIPE = {
     "matrices": {"kind": "muon", "lr": 0.02, "momentum": 0.95},
     "others": {"kind": "adamw", "lr": "3.0e-3", "betas": [0.9, 0.95], "weight_decay": 0.1},
     "schedule": {"kind": "wsd", "warmup": 100, "decay": 0.3},
-    "clip": 1.0,
+    "max_grad_norm": 1.0,
 }
 
 
@@ -61,9 +61,9 @@ def test_counts_may_be_written_as_people_do():
         ({"schedule": {"kind": "wsd", "warmup": -1}}, "r.yaml: schedule: warmup=-1 is a number"),
         (
             {"schedule": {"kind": "cosine", "min_lr_ratio": 2}},
-            "r.yaml: schedule: final=2.0 is a share",
+            "r.yaml: schedule: min_lr_ratio=2.0 is a share",
         ),
-        ({"clip": 0}, "r.yaml: clip=0.0 must be above 0"),
+        ({"max_grad_norm": 0}, "r.yaml: max_grad_norm=0.0 must be above 0"),
     ],
 )
 def test_bad_values_are_named_in_one_line(data, said):

@@ -12,8 +12,8 @@ from tinsmith.optim.schedule import lr_multiplier
 shares = st.floats(0, 1)
 warmups = st.integers(0, 60)
 schedules = st.one_of(
-    st.builds(WSD, warmup=warmups, decay=shares, final=shares),
-    st.builds(Cosine, warmup=warmups, final=shares),
+    st.builds(WSD, warmup=warmups, decay=shares, min_lr_ratio=shares),
+    st.builds(Cosine, warmup=warmups, min_lr_ratio=shares),
     st.builds(Constant, warmup=warmups),
 )
 

@@ -86,8 +86,8 @@ def nsa(mixer: Any, x_TC: Tensor, first_TGD: Tensor | None = None) -> tuple[Tens
     """What an NSA mixer (its weights, no norms) says to one document x (T, C), with the first
     layer's values where they are mixed in; and the blocks chosen, by group and token.
     """
-    config, width = mixer.config, mixer.width
-    groups, share = config.num_kv_heads, config.heads // config.groups
+    config, width = mixer.config, mixer.head_dim
+    groups, share = config.num_kv_heads, config.heads // config.num_kv_heads
     size, stride = config.compress_block, config.compress_stride
     length = len(x_TC)
 

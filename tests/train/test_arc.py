@@ -170,7 +170,7 @@ def test_a_dry_run_tries_a_step(stage, recipe, monkeypatch, tmp_path, capsys):
 def test_eavi_reads_any_chats(run, recipe):
     model = {**recipe["model"], "vocab_size": 320, "max_seq_len": 160}
     data = {"kind": "tasks", "tasks": ["copy"], "count": 60, "length": 3, "reasoning": False}
-    train_section = {**recipe["train"], "context": 160}
+    train_section = {**recipe["train"], "seq_len": 160}
     folder = run("second", "chats", model=model, data=data, train=train_section)
     told = lines(folder, "train")[-1]
     assert "alignment_loss" in told
@@ -178,7 +178,7 @@ def test_eavi_reads_any_chats(run, recipe):
 
 
 def test_eavi_wants_the_whole_policy_in_every_process(recipe):
-    with pytest.raises(UserError, match=r"parallel.kind=fsdp cannot be"):
+    with pytest.raises(UserError, match=r"parallel.kind=fsdp: this objective"):
         from_dict(recipe | {"objective": {"kind": "eavi"}, "parallel": {"kind": "fsdp"}})
 
 

@@ -69,9 +69,9 @@ def test_T11_divergence_from_the_teacher_goes_down(loss, teacher):
 
 
 def test_T11_divergence_at_own_answers_goes_down(teacher):
-    keys = {"max_new": 16, "share": {"begin": 0, "end": 1, "over": 40}}
+    keys = {"max_new_tokens": 16, "on_policy_fraction": {"begin": 0, "end": 1, "over": 40}}
     folder = distilled(teacher, "own", kind="on_policy_kd", **keys)
-    said = [row["on_policy"] for row in rows(folder, "train")]
+    said = [row["on_policy_fraction"] for row in rows(folder, "train")]
     found = [row["divergence"] for row in rows(folder, "eval")]
     assert said[0] < 0.5
     assert said[-1] == 1

@@ -67,8 +67,8 @@ def test_what_optimizers_remember_is_that_of_trained_weights_alone():
 
 
 def test_checkpointed_blocks_keep_all_streams_at_their_border():
-    plain, config = estimated({"kind": "plain"}, checkpointing=True)
-    several, _ = estimated({"kind": "mhyper", "streams": 4}, checkpointing=True)
+    plain, config = estimated({"kind": "plain"}, activation_checkpointing=True)
+    several, _ = estimated({"kind": "mhyper", "streams": 4}, activation_checkpointing=True)
     wide = 4 if config.train.precision == "fp32" else 2
     tokens = 8 * 128
     borders = tokens * 2 * 4 * (4 - 1) * 64 * wide
@@ -129,7 +129,7 @@ def test_a_judge_that_is_nowhere_is_refused(objective):
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "spo"])
 def test_minibatches_that_do_not_divide_the_prompts_are_refused(kind):
-    objective = {"kind": kind, "max_new": 4, "minibatches": 3}
-    with pytest.raises(UserError, match=r"objective\.minibatches: 3 must divide the 4 prompts"):
+    objective = {"kind": kind, "max_new_tokens": 4, "num_minibatches": 3}
+    with pytest.raises(UserError, match=r"objective\.num_minibatches: 3 must divide the 4 prompts"):
         tried(objective)
-    tried(objective, rows=6)
+    tried(objective, batch_size=6)

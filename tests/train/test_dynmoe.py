@@ -105,7 +105,7 @@ def test_R7_a_run_resumed_in_the_middle_of_a_window_ends_in_the_same_bits(feed, 
 
 def test_checkpointing_changes_no_bit(run):
     feed = {"router_grad": "smk"}
-    kept, formed_again = run("kept", feed=feed), run("again", feed=feed, checkpointing=True)
+    kept, formed_again = run("kept", feed=feed), run("again", feed=feed, activation_checkpointing=True)
     for name, value in kept["step-00000012"].model.items():
         assert torch.equal(value, formed_again["step-00000012"].model[name]), name
 

@@ -111,7 +111,7 @@ def test_T2_a_resumed_run_ends_in_the_same_bits(kind, planted, run):
 
 
 def test_checkpointing_changes_no_bit(run):
-    kept, formed_again = run("kept", NOISY), run("again", NOISY, checkpointing=True)
+    kept, formed_again = run("kept", NOISY), run("again", NOISY, activation_checkpointing=True)
     assert all(torch.equal(value, formed_again[name]) for name, value in kept.items())
 
 

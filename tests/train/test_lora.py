@@ -142,7 +142,7 @@ def test_adapters_are_exported_and_merged_by_a_verb(runs, tmp_path):
     [
         (["--to", "gguf"], "--to gguf: only hf and peft are known"),
         (["--to", "peft"], "has no adapters; only a run with a lora section has"),
-        (["--to", "peft", "--adapter", "x"], "--adapter: is merged into a model"),
+        (["--to", "peft", "--adapter", "x"], "--adapter: merges adapters into a model"),
         (["--adapter", "absent"], "absent/adapter_config.json: no such file"),
     ],
 )

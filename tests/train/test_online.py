@@ -36,7 +36,7 @@ RECIPE = {
 
 
 def recipe(kind: str, **objective):
-    section = {"kind": kind, "max_new": 6, "rewards": [{"kind": "distinct_ngrams"}]} | objective
+    section = {"kind": kind, "max_new_tokens": 6, "rewards": [{"kind": "distinct_ngrams"}]} | objective
     return from_dict(RECIPE | {"objective": section})
 
 
@@ -47,13 +47,13 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dry_run_tries_a_step(kind, capsys):
-    dry_run(recipe(kind, beta=0.1), "dry")
+    dry_run(recipe(kind, kl_coef=0.1), "dry")
     assert "one step of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
-    folder = train(recipe(kind, beta=0.1), kind)
+    folder = train(recipe(kind, kl_coef=0.1), kind)
     lines = list(read_metrics(folder / "metrics.jsonl"))
     exams = [line for line in lines if line["kind"] == "eval"]
     assert [line["step"] for line in exams] == [1, 2]
@@ -73,9 +73,9 @@ def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
     """The reference is the policy with its adapters off; a rollout is two steps here."""
-    section = {"kind": kind, "max_new": 6, "beta": 0.1, "minibatches": 2, "updates": 2}
+    section = {"kind": kind, "max_new_tokens": 6, "kl_coef": 0.1, "num_minibatches": 2, "num_epochs": 2}
     section |= {
-        "rewards": [{"kind": "distinct_ngrams"}, {"kind": "completion_length", "low": 4, "high": 9}]
+        "rewards": [{"kind": "distinct_ngrams"}, {"kind": "length", "low": 4, "high": 9}]
     }
     lora = {"targets": ["mixer.q_proj", "feed.*"], "rank": 2}
     steps = {"steps": 6, "precision": "fp32", "save_every": 3, "eval_every": 6, "sample_every": 6}
@@ -102,7 +102,7 @@ def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_T2_the_first_ratio_is_1_where_the_model_could_drop_and_be_noisy(kind, noisy):
     """Answers come from a policy in eval mode; a step later the same in training mode."""
-    section = {"kind": kind, "max_new": 6, "rewards": [{"kind": "distinct_ngrams"}]}
+    section = {"kind": kind, "max_new_tokens": 6, "rewards": [{"kind": "distinct_ngrams"}]}
     lora = {"targets": "mixer.q_proj", "rank": 2, "dropout": 0.3}
     steps = {"steps": 2, "precision": "fp32", "save_every": 1}
     data = RECIPE | {"model": noisy, "objective": section, "lora": lora}
@@ -131,7 +131,7 @@ def test_ppo_takes_no_step_that_has_moved_too_far():
         "num_epochs": 2,
     }
     section = {**RECIPE["train"], "precision": "fp32", "steps": 3, "save_every": 1}
-    limited = objective | {"max_moved": 1e-9}
+    limited = objective | {"target_kl": 1e-9}
     folder = train(from_dict(RECIPE | {"objective": limited, "train": section}), "early")
     first, second, third = (
         checkpoint.load(folder / "checkpoints" / f"step-{step:08d}") for step in (1, 2, 3)
@@ -143,7 +143,7 @@ def test_ppo_takes_no_step_that_has_moved_too_far():
 
 
 def test_a_policy_spread_over_processes_is_refused():
-    with pytest.raises(UserError, match=r"parallel\.kind=fsdp cannot be"):
+    with pytest.raises(UserError, match=r"parallel\.kind=fsdp: this objective"):
         from_dict(RECIPE | {"objective": {"kind": "grpo"}, "parallel": {"kind": "fsdp"}})
 
 

@@ -205,7 +205,7 @@ def test_a_finished_run_opens_and_its_card_says_what_was_measured(run):
     card = (folder / "final" / "README.md").read_text(encoding="utf-8")
     assert "pairs ranked right" in card
     assert not (folder / "final" / "objective.safetensors").exists()
-    with pytest.raises(UserError, match="was trained on pairs; say with --data"):
+    with pytest.raises(UserError, match="was trained on pairs; name a text with --data"):
         evaluate(str(folder), "bpb", EvalOptions(None, None, None), "cpu", None, True)
     assert rows(folder, "samples")[-1]["samples"][0]["prompt"].endswith("<|im_start|>assistant\n")
 

@@ -21,7 +21,7 @@ HELD_BACK = 60
 
 
 def run(name: str, **section: Any) -> Path:
-    length = {"context": ROOM, "rows": 16, "precision": "fp32"}
+    length = {"seq_len": ROOM, "batch_size": 16, "precision": "fp32"}
     never = {"save_every": 10_000, "eval_every": 10_000, "sample_every": 10_000}
     rates = {"matrices": {"kind": "muon", "lr": 0.02}, "others": {"kind": "adamw", "lr": 3e-3}}
     schedule = {"kind": "wsd", "warmup": 5, "decay": 0.4}

@@ -65,13 +65,13 @@ def judge(place) -> Path:
 
 
 def answering(kind: str, *rewards: dict[str, Any], **objective: Any) -> dict[str, Any]:
-    return {"kind": kind, "max_new": 6, "rewards": list(rewards)} | objective
+    return {"kind": kind, "max_new_tokens": 6, "rewards": list(rewards)} | objective
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "spo"])
 def test_a_policy_learns_from_a_reward_model_that_stays_as_it_is(kind, place, judge):
     before = {file.name: file.read_bytes() for file in (judge / "final").iterdir()}
-    rewards = ({"kind": "model", "path": str(judge)}, {"kind": "variety", "weight": 0.1})
+    rewards = ({"kind": "reward_model", "path": str(judge)}, {"kind": "variety", "weight": 0.1})
     folder = run(place, kind, answering(kind, *rewards), 2, init_from=str(judge))
     lines = list(read_metrics(folder / "metrics.jsonl"))
     steps = [line for line in lines if line["kind"] == "train"]
@@ -82,7 +82,7 @@ def test_a_policy_learns_from_a_reward_model_that_stays_as_it_is(kind, place, ju
 
 
 def test_T11_the_score_of_answers_goes_up(place, judge):
-    objective = answering("grpo", {"kind": "model", "path": str(judge)}, answers=8, decode_rows=128)
+    objective = answering("grpo", {"kind": "reward_model", "path": str(judge)}, num_generations=8, generation_batch_size=128)
     folder = run(place, "liked", objective, 40, init_from=str(judge))
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
     found = [line["reward"] for line in lines]
@@ -121,14 +121,14 @@ def test_what_is_no_reward_model_of_this_vocabulary_is_refused_in_one_line(place
         (str(foreign), "objective.rewards: .*another vocabulary"),
         (str(place / "nowhere"), "nowhere: no such folder"),
     ):
-        objective = answering("grpo", {"kind": "model", "path": folder})
+        objective = answering("grpo", {"kind": "reward_model", "path": folder})
         with pytest.raises(UserError, match=said) as refused:
             run(place, "refused", objective, 1, init_from=str(judge))
         assert "\n" not in str(refused.value)
 
 
 def test_a_dry_run_needs_no_reward_model(capsys):
-    objective = answering("grpo", {"kind": "model", "path": "runs/to-be-trained"})
+    objective = answering("grpo", {"kind": "reward_model", "path": "runs/to-be-trained"})
     start = {"model": MODEL, "tokenizer": {"train": {"vocab_size": 320}}}
     data = {"kind": "tasks", "tasks": ["arithmetic"], "count": 100}
     recipe = start | {"data": data, "objective": objective, "train": TRAIN | {"steps": 1}}

@@ -117,8 +117,8 @@ def test_H4_frozen_tensors_stay_the_same_to_the_bit_and_have_no_optimizer_state(
 def test_a_card_says_what_is_frozen(dense, sparse, tmp_path):
     normed = transplant(dense, tmp_path / "normed", "experts=8", "--train-norms")
     cards = [(out / "README.md").read_text(encoding="utf-8") for out in (sparse["task"], normed)]
-    assert ["frozen but for its norms" in card for card in cards] == [False, True]
-    assert all("in the skeleton of its base, frozen" in card for card in cards)
+    assert ["head of its base but for its norms" in card for card in cards] == [False, True]
+    assert all("in the frozen attention, embedding and head of its base" in card for card in cards)
 
 
 @pytest.mark.parametrize("matrices", ["adamw8bit", "adafactor"])
@@ -164,7 +164,7 @@ def test_T2_a_resumed_distillation_ends_in_the_same_bits(feed, matrices, distil)
 
 @pytest.mark.parametrize("feed", ["smk", "topk_moe"])
 def test_H7_checkpointing_changes_no_bit(feed, distil):
-    kept, again = distil(feed, "kept"), distil(feed, "again", checkpointing=True)
+    kept, again = distil(feed, "kept"), distil(feed, "again", activation_checkpointing=True)
     for name, one in kept.items():
         for key, tensor in one.model.items():
             assert torch.equal(tensor, again[name].model[key]), (name, key)
@@ -212,7 +212,7 @@ def test_a_recipe_that_repeats_the_model_has_the_last_word_on_what_is_trained(
 ):
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
     start = load(sparse["task"])[0]
-    section = start.config.to_dict() | {"trained": ["*"]}
+    section = start.config.to_dict() | {"trainable": ["*"]}
     data = {"init_from": str(sparse["task"]), "model": section, "train": TRAIN | {"steps": 2}}
     objective = {"kind": "kd", "teacher": str(dense)}
     run = train(from_dict(COMMON | data | {"objective": objective}), "all")

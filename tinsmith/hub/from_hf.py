@@ -84,7 +84,7 @@ def _stock(kind: str, keys: ConfigReader) -> ModelConfig:
         max_seq_len=context,
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         norm_eps=keys.number("rms_norm_eps", family.norm_eps),
-        rope=read_rope(keys.data, context, keys.where, side.read_scaling, family.theta),
+        rope=read_rope(keys.data, context, keys.where, side.read_scaling, family.rope_theta),
         dropout=Dropout(attention=keys.number("attention_dropout", 0.0, above=-1)),
         trainable=_trained(keys),
     )

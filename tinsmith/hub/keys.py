@@ -71,5 +71,5 @@ class ConfigReader:
         value = self.data.get(key)
         value = default if value is None else value
         if value is None:
-            self.fail(key, "required and not given")
+            self.fail(key, "required key is missing")
         return value

@@ -84,11 +84,11 @@ def grpo_loss(
     kl_estimator: KLLossEstimator = "k3",
 ) -> Tensor:
     """One scalar. Log-probabilities (B, T) of the sampled tokens, `advantages` (B,) or (B, T),
-    `mask` (B, T); the ratio is clipped to [1 - clip_low, 1 + clip_high]. `reference_logprobs` may
-    be None where `beta` is 0. `dr_grpo` wants `max_length`, the longest an answer may be.
+    `mask` (B, T); the ratio is clipped to [1 - clip_low, 1 + clip_high]. `ref_logprobs` may
+    be None where `kl_coef` is 0. `dr_grpo` wants `max_length`, the longest an answer may be.
 
     Masked positions get exactly zero gradient; no tokens at all give 0. ValueError for an unknown
-    `loss`, for `dr_grpo` without `max_length`, and for a `beta` without `reference_logprobs`.
+    `loss`, for `dr_grpo` without `max_length`, and for a `kl_coef` without `ref_logprobs`.
     """
     each = token_loss(
         logprobs,
@@ -145,7 +145,7 @@ def token_loss(
     if kl_coef == 0:
         return each
     if ref_logprobs is None:
-        raise ValueError(f"beta={kl_coef} wants reference_logprobs, which are None")
+        raise ValueError(f"kl_coef={kl_coef} requires ref_logprobs, which are None")
     # the difference is all that an estimator looks at
     away = log_ratio(logprobs, ref_logprobs, mask)
     return each + kl_coef * kl(away, torch.zeros_like(away), kl_estimator)

@@ -75,7 +75,7 @@ class ModelConfig(Config):
         if self.positions == "sinusoidal" and self.dim % 2:
             raise ValueError(f"dim={self.dim} must be even for sinusoidal positions")
         if not self.trainable:
-            raise ValueError("trained must name at least one tensor; '*' is all of them")
+            raise ValueError("trainable must name at least one tensor; '*' is all of them")
         self.residual.check(self.dim)
         shapes: set[tuple[int, int]] = set()
         for layer in self.layers:

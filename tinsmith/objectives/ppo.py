@@ -165,7 +165,7 @@ class PPOObjective(RLObjective):
         limit = self.config.target_kl
         if limit is None or means.get("approx_kl", 0.0) <= limit:
             return True
-        self.place = self.config.num_minibatches * self.config.num_epochs
+        self.minibatch_index = self.config.num_minibatches * self.config.num_epochs
         return False
 
 

@@ -198,7 +198,7 @@ class SPO(CriticFreeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations != 1:
-            raise ValueError(f"answers={self.num_generations} must be 1: spo has a single stream")
+            raise ValueError(f"num_generations={self.num_generations} must be 1: spo has a single stream")
         if self.warmup_samples < 0:
             raise ValueError(f"warmup_samples={self.warmup_samples} must be at least 0")
         if not self.reward_min < self.reward_max:

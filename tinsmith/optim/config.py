@@ -4,7 +4,7 @@
       matrices: {kind: muon, lr: 0.02, momentum: 0.95}        # or adamw, adamw8bit, adafactor
       others: {kind: adamw, lr: 3.0e-3, betas: [0.9, 0.95], weight_decay: 0.1}
       schedule: {kind: wsd, warmup: 100, decay: 0.3}          # or cosine, constant
-      clip: 1.0
+      max_grad_norm: 1.0
 
 `matrices` is the optimizer of the weight matrices inside the blocks, `others` of everything else
 (see `groups.partition`); both follow `schedule`.

@@ -62,7 +62,7 @@ class View(NamedTuple):
     def apply_to_puzzle(self, puzzle: Puzzle) -> Puzzle:
         """The puzzle, every grid of it seen so."""
         return puzzle._replace(
-            shown=tuple(
+            demonstrations=tuple(
                 Pair(self.apply(pair.input), self.apply(pair.output))
                 for pair in puzzle.demonstrations
             ),

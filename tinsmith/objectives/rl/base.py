@@ -190,7 +190,7 @@ class RLObjective(Objective):
         rows = self.generate_and_score(policy, repeated, seeds)
         if self.config.frozen_models():
             with reference_model(policy, self.frozen_models.get("reference")) as lm:
-                rows = rows._replace(reference=self.logprobs(lm, rows)[0])
+                rows = rows._replace(ref_logprobs=self.logprobs(lm, rows)[0])
         return self.with_advantages(policy, prompts, rows)
 
     def generate_and_score(
