@@ -189,15 +189,15 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def dense(length: int) -> float:
         return min(time_of.get((name, length), math.inf) for name in ("dense", "torch"))
 
-    said: dict[str, Any] = {}
+    output: dict[str, Any] = {}
     for (name, length), seconds in time_of.items():
         if name == "nsa" and math.isfinite(dense(length)):
-            said[f"nsa against dense at {length}"] = dense(length) / seconds
+            output[f"nsa against dense at {length}"] = dense(length) / seconds
         if name == "nsa" and (name, length // 2) in time_of:
-            said[f"nsa, time of {length} to {length // 2}"] = seconds / time_of[name, length // 2]
+            output[f"nsa, time of {length} to {length // 2}"] = seconds / time_of[name, length // 2]
             memory = peak_of[name, length] / peak_of[name, length // 2]
-            said[f"nsa, memory of {length} to {length // 2}"] = memory
-    return said
+            output[f"nsa, memory of {length} to {length // 2}"] = memory
+    return output
 
 
 def draw(rows: list[dict[str, Any]], name: str) -> None:
@@ -231,21 +231,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--paper", action="store_true", help="nsa with the paper's sizes")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    lengths = [int(each.removesuffix("k")) * (1024 if "k" in each else 1) for each in asked.lengths]
-    if asked.alone:
-        what, name = asked.alone
-        case = (name, lengths[0], getattr(torch, asked.dtype), asked.paper)
+    requested = parser.parse_args()
+    lengths = [
+        int(each.removesuffix("k")) * (1024 if "k" in each else 1) for each in requested.lengths
+    ]
+    if requested.alone:
+        what, name = requested.alone
+        case = (name, lengths[0], getattr(torch, requested.dtype), requested.paper)
         print(json.dumps(ALONE[what](*case)))
         return
-    rows = measure(lengths, asked.dtype, asked.paper)
-    name = "attention_scaling" + ("_paper" if asked.paper else "")
-    name += "" if asked.dtype == "float32" else f"_{asked.dtype}"
-    said = verdicts(rows)
-    for what, ratio in said.items():
+    rows = measure(lengths, requested.dtype, requested.paper)
+    name = "attention_scaling" + ("_paper" if requested.paper else "")
+    name += "" if requested.dtype == "float32" else f"_{requested.dtype}"
+    output = verdicts(rows)
+    for what, ratio in output.items():
         print(f"{what}: {ratio:.2f}")
     draw(rows, name)
-    print(write(name, {"dtype": asked.dtype, "rows": rows, "ratios": said}))
+    print(write(name, {"dtype": requested.dtype, "rows": rows, "ratios": output}))
 
 
 if __name__ == "__main__":

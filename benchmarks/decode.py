@@ -77,10 +77,10 @@ def theirs(lm: LM) -> LlamaForCausalLM:
 
 def answer(engine: Engine, prompts: Prompts) -> list[list[int]]:
     """Greedy answers by the engine, which is made once, as a server's or a chat's would be."""
-    said: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
+    output: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
     for event in engine.run():
-        said[event.request_id].append(event.token)
-    return list(said.values())
+        output[event.request_id].append(event.token)
+    return list(output.values())
 
 
 @torch.inference_mode()

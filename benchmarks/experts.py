@@ -22,8 +22,8 @@ from common import interleave, table, write
 from torch import nn
 
 from tinsmith import LM, ModelConfig
-from tinsmith.core.malloc import keep_freed_memory
 from tinsmith.losses.logprobs import summed_nll
+from tinsmith.train.setup import keep_freed_memory
 
 CONTEXT = 512
 TOP_K = {"kind": "topk_moe", "experts": 4, "top_k": 2, "n_shared_experts": 1, "hidden_dim": 1728}

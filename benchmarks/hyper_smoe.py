@@ -60,38 +60,38 @@ def batch(tokens: int, vocabulary: int, device: str) -> Batch:
     return made.to(torch.device(device))
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
+def measure(requested: argparse.Namespace) -> dict[str, Any]:
     """The steps, in this process."""
     torch.manual_seed(0)
-    teacher = LM(dense(asked.depth)).eval()
+    teacher = LM(dense(requested.depth)).eval()
     student = (
-        build_transplant(teacher, TransplantPlan({"router_grad": asked.router}))
-        .to(asked.device)
+        build_transplant(teacher, TransplantPlan({"router_grad": requested.router}))
+        .to(requested.device)
         .train()
     )
-    teacher = quantize(teacher.to(asked.device), asked.teacher)
+    teacher = quantize(teacher.to(requested.device), requested.teacher)
     student.activation_checkpointing = True
     objective = KD(teacher="random", reads="documents").build()
     objective.frozen_models = {"teacher": teacher}
-    optimizers = Optimizers.build(student, None, OptimConfig(matrices=MATRICES[asked.matrices]))
-    built = _peak(asked.device, reset=True)
-    rows = batch(asked.tokens, student.config.vocab_size, asked.device)
+    optimizers = Optimizers.build(student, None, OptimConfig(matrices=MATRICES[requested.matrices]))
+    built = _peak(requested.device, reset=True)
+    rows = batch(requested.tokens, student.config.vocab_size, requested.device)
     seconds, losses = [], []
-    for _ in range(asked.steps):
+    for _ in range(requested.steps):
         start = time.perf_counter()
-        with autocast(asked.precision, torch.device(asked.device)):
-            said = objective.loss(student, rows)
-        (said.total / asked.tokens).backward()
-        student.after_backward(said.grad_probes)
+        with autocast(requested.precision, torch.device(requested.device)):
+            output = objective.loss(student, rows)
+        (output.total / requested.tokens).backward()
+        student.after_backward(output.grad_probes)
         optimizers.step()
         optimizers.zero_grad()
-        losses.append(float(said.metrics["loss"].total) / asked.tokens)
+        losses.append(float(output.metrics["loss"].total) / requested.tokens)
         seconds.append(time.perf_counter() - start)
     assert all(map(math.isfinite, losses)), losses
     state = optimizers.state_tensors().values()
     return {
         **{"loss": losses, "seconds": seconds, "counts": count_parameters(student)._asdict()},
-        **{"built": built, "peak": _peak(asked.device), "teacher": nbytes(teacher)},
+        **{"built": built, "peak": _peak(requested.device), "teacher": nbytes(teacher)},
         **{"student": nbytes(student), "moments": sum(t.nbytes for t in state)},
     }
 
@@ -117,9 +117,9 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--alone", action="store_true", help="measure in this process, print JSON")
-    asked = parser.parse_args()
-    if asked.alone:
-        print(json.dumps(measure(asked)))
+    requested = parser.parse_args()
+    if requested.alone:
+        print(json.dumps(measure(requested)))
         return
     command = [sys.executable, __file__, *sys.argv[1:], "--alone"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -127,7 +127,12 @@ def main() -> None:
     sizes = ("student", "teacher", "moments", "built", "peak")
     table([{"what": name, "GiB": found[name] / 2**30} for name in sizes])
     print(f"loss {found['loss'][-1]:.3f}, {found['seconds'][-1]:.1f} s a step")
-    print(write(f"hyper_smoe_{asked.depth}x{asked.tokens}", {"asked": vars(asked), "found": found}))
+    print(
+        write(
+            f"hyper_smoe_{requested.depth}x{requested.tokens}",
+            {"asked": vars(requested), "found": found},
+        )
+    )
 
 
 if __name__ == "__main__":

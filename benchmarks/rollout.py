@@ -38,10 +38,10 @@ class Ends(StoppingCriteria):
 def answer(engine: Engine, prompts: Prompts, lengths: Sequence[int]) -> list[list[int]]:
     """By the engine: all prompts at once."""
     pairs = zip(prompts, lengths, strict=True)
-    said: dict[int, list[int]] = {engine.add(ids, GREEDY, n): [] for ids, n in pairs}
+    output: dict[int, list[int]] = {engine.add(ids, GREEDY, n): [] for ids, n in pairs}
     for event in engine.run():
-        said[event.request_id].append(event.token)
-    return list(said.values())
+        output[event.request_id].append(event.token)
+    return list(output.values())
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def generate(model: Any, prompts: Prompts, lengths: Sequence[int], rows: int) ->
             stopping_criteria=StoppingCriteriaList([Ends(limits)]),
         )
         answers = out[:, PROMPT:].tolist()
-        found += [said[:limit] for said, limit in zip(answers, limits, strict=True)]
+        found += [output[:limit] for output, limit in zip(answers, limits, strict=True)]
     return found
 
 
@@ -100,15 +100,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rows", type=int, default=64)
-    asked = parser.parse_args()
+    requested = parser.parse_args()
     torch.set_num_threads(2)
     made = torch.Generator().manual_seed(0)
-    uneven = torch.randint(SHORTEST, LONGEST + 1, (asked.prompts,), generator=made).tolist()
-    lines = case("uneven", uneven, 2.0, asked.rows, asked.rounds)
-    lines += case("even", [EVEN] * asked.prompts, 1.2, asked.rows, asked.rounds)
+    uneven = torch.randint(SHORTEST, LONGEST + 1, (requested.prompts,), generator=made).tolist()
+    lines = case("uneven", uneven, 2.0, requested.rows, requested.rounds)
+    lines += case("even", [EVEN] * requested.prompts, 1.2, requested.rows, requested.rounds)
     table(lines)
-    if (asked.prompts, asked.rows) == (256, 64):
-        print(write("rollout", {"rounds": asked.rounds, "lines": lines}))
+    if (requested.prompts, requested.rows) == (256, 64):
+        print(write("rollout", {"rounds": requested.rounds, "lines": lines}))
 
 
 if __name__ == "__main__":

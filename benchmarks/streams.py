@@ -53,14 +53,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--no-compile", action="store_true")
-    asked = parser.parse_args()
-    ways = {"": False} if asked.no_compile else {"": False, ", compiled": True}
+    requested = parser.parse_args()
+    ways = {"": False} if requested.no_compile else {"": False, ", compiled": True}
     contestants = {
-        name + how: step_of(residual, asked.rows, compiled)
+        name + how: step_of(residual, requested.rows, compiled)
         for how, compiled in ways.items()
         for name, residual in RESIDUALS.items()
     }
-    seconds = interleave(contestants, asked.rounds, warmup=2)
+    seconds = interleave(contestants, requested.rounds, warmup=2)
     middle = medians(seconds)
     more = {
         name: middle[name] / middle[f"plain{name.removeprefix(name.split(',')[0])}"] - 1
@@ -71,7 +71,9 @@ def main() -> None:
         for name in middle
     ]
     table(rows)
-    print(write("streams", {"rows": asked.rows, "seconds": seconds, "more": more, "bound": BOUND}))
+    print(
+        write("streams", {"rows": requested.rows, "seconds": seconds, "more": more, "bound": BOUND})
+    )
 
 
 if __name__ == "__main__":

@@ -57,11 +57,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--cpu-time", action="store_true")
-    asked = parser.parse_args()
-    clock = time.process_time if asked.cpu_time else time.perf_counter
-    steps = {way: step_of(way, asked.rows, asked.depth) for way in WAYS}
+    requested = parser.parse_args()
+    clock = time.process_time if requested.cpu_time else time.perf_counter
+    steps = {way: step_of(way, requested.rows, requested.depth) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(-1, asked.rounds):
+    for number in range(-1, requested.rounds):
         first = number % len(WAYS)
         for way in WAYS[first:] + WAYS[:first]:
             start = clock()
@@ -77,9 +77,9 @@ def main() -> None:
         for way, middle in medians(seconds).items()
     ]
     table(rows)
-    facts = {"rows": asked.rows, "depth": asked.depth, "cpu_time": asked.cpu_time}
-    said = {"seconds": seconds, "over_task": quartiles, "bound": 1 + BOUND}
-    print(write("surprise", facts | said))
+    facts = {"rows": requested.rows, "depth": requested.depth, "cpu_time": requested.cpu_time}
+    output = {"seconds": seconds, "over_task": quartiles, "bound": 1 + BOUND}
+    print(write("surprise", facts | output))
 
 
 if __name__ == "__main__":

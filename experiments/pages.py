@@ -10,8 +10,8 @@ def publish(folder: Path, intro: str, *parts: str) -> None:
     """README.md: what was done, what came out in words, the numbers. The words are `answers.md`,
     written by hand once the numbers were looked at.
     """
-    told = folder / "answers.md"
-    answers = [told.read_text(encoding="utf-8")] if told.exists() else []
+    reported = folder / "answers.md"
+    answers = [reported.read_text(encoding="utf-8")] if reported.exists() else []
     page = "\n".join([intro, *answers, *parts])
     (folder / "README.md").write_text(page, encoding="utf-8")
 

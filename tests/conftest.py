@@ -14,6 +14,25 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+FIRST_CASE_ONLY = (
+    "tests/faults/",
+    "tests/train/",
+    "tests/golden/test_losses",
+    "tests/e2e/test_recipes",
+)
+"""Tests here take seconds a case. By default only the first case of each runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all but the first case of expensive parametrised tests to `make test-all`."""
+    seen = set()
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        if name in seen and name.startswith(FIRST_CASE_ONLY):
+            item.add_marker(pytest.mark.slow)
+        seen.add(name)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

@@ -28,6 +28,6 @@ def run(worker: Path, world: int, folder: Path) -> dict[str, torch.Tensor]:
         warm.Process((rank, world, folder), environment, folder, program=(worker,))
         for rank in range(world)
     ]
-    said = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
+    output = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(output)
     return load_file(folder / f"{world}.safetensors")

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from tinsmith.config import dump, from_dict, load, merge, check_schema, set_key
+from tinsmith.config import check_schema, dump, from_dict, load, merge, set_key
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import to_plain, read_count
+from tinsmith.core.parse import read_count, to_plain
 
 BASE = {
     "model": {"preset": "minimind2-26m"},

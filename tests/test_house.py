@@ -58,8 +58,32 @@ SLOTS = {
 """Folders in which every file is one variant, so that a short file is right."""
 
 BANNED = set(
-    "judge judges judged judging dues told asked said heard listen listens lesson lessons survey "
-    "surveyed reborn rebirth births born spoken spots somebody nobody everybody".split()
+    [
+        "judge",
+        "judges",
+        "judged",
+        "judging",
+        "dues",
+        "told",
+        "asked",
+        "said",
+        "heard",
+        "listen",
+        "listens",
+        "lesson",
+        "lessons",
+        "survey",
+        "surveyed",
+        "reborn",
+        "rebirth",
+        "births",
+        "born",
+        "spoken",
+        "spots",
+        "somebody",
+        "nobody",
+        "everybody",
+    ]
 )
 """Words that name nothing a practitioner would search for; see docs/style.md."""
 
@@ -105,7 +129,7 @@ def test_imports_follow_the_table(package):
 
 def test_every_package_is_in_the_table():
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders == {*MAY_IMPORT, "verbs"}
+    assert folders == {*MAY_IMPORT, "cli", "verbs"}
 
 
 @pytest.mark.parametrize("package", THIRD_PARTY)
@@ -191,9 +215,9 @@ def test_no_public_class_name_is_defined_twice():
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
     """(line, text) of every docstring of a module, class, function or constant."""
     for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                yield node.lineno, node.value.value
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield value.lineno, value.value
 
 
 def test_no_docstring_of_one_or_two_words():

@@ -34,13 +34,13 @@ class Process:
         words: Sequence[object],
         environment: Mapping[str, str],
         folder: Path,
-        said: str = "",
+        output: str = "",
         program: Sequence[object] = (TINSMITH,),
     ):
         reader, writer = _SERVER.Pipe(duplex=False)
         command = [str(word) for word in (*program, *words)]
         self._process = _SERVER.Process(
-            target=_run, args=(command, dict(environment), str(folder), said, writer)
+            target=_run, args=(command, dict(environment), str(folder), output, writer)
         )
         self._process.start()
         writer.close()
@@ -59,13 +59,13 @@ class Process:
         late = threading.Event()
         watch = threading.Timer(timeout, lambda: (late.set(), self._process.kill()))
         watch.start()
-        said = self.stdout.read()  # killing ends the reading, too
+        output = self.stdout.read()  # killing ends the reading, too
         self.stdout.close()
         self._process.join()
         watch.cancel()
         if late.is_set():
-            raise TimeoutError(f"not over after {timeout} seconds: {said}")
-        return said, None
+            raise TimeoutError(f"not over after {timeout} seconds: {output}")
+        return output, None
 
     def send_signal(self, number: int) -> None:
         """As subprocess.Popen."""
@@ -73,11 +73,11 @@ class Process:
 
 
 def _run(
-    command: list[str], environment: dict[str, str], folder: str, said: str, writer: Connection
+    command: list[str], environment: dict[str, str], folder: str, output: str, writer: Connection
 ) -> None:
     """In the fork."""
     with tempfile.TemporaryFile() as typed:
-        typed.write(said.encode())
+        typed.write(output.encode())
         typed.seek(0)
         os.dup2(typed.fileno(), 0)
     os.dup2(writer.fileno(), 1)

@@ -1,7 +1,8 @@
 """The recipe of a run: one YAML file, parsed into one tree of frozen dataclasses.
 
 Later sources override earlier ones: defaults, the recipe, `-c more.yaml` (merged deeply),
-`key=value`.
+`key=value`. The key `import` lists Python files with variants of the user's own, relative to the
+recipe. It is not part of the tree and is never written to a run: opening a folder never runs code.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tinsmith.core.parse import (
     to_plain,
     write_yaml,
 )
+from tinsmith.core.plugins import import_variants
 from tinsmith.data.config import ArcData, DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
 from tinsmith.nn.lora import LoRA
@@ -97,7 +99,16 @@ def load_tree(
         data = merge(data, _mapping(read_yaml(extra), extra))
     for override in overrides or []:
         set_key(data, override)
+    for name in _imports(data.pop("import", []), path):
+        import_variants(path.parent / name)
     return data
+
+
+def _imports(value: Any, path: Path) -> list[str]:
+    """Validate the `import:` key: Python files with variants, relative to the recipe."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{path}: import: must be a list of Python files, [my_mixer.py]")
+    return value
 
 
 def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
@@ -189,7 +200,7 @@ def _mapping(data: Any, path: Path) -> dict[str, Any]:
             f"{path}: a recipe holds keys and values; this file is "
             f"{'empty' if data is None else 'not'}"
         )
-    known = list(RunConfig.__dataclass_fields__)
+    known = ["import", *RunConfig.__dataclass_fields__]
     for key in data:
         if key not in known:
             raise UserError(f"{path}: {key}: unknown key{did_you_mean(str(key), known)}")

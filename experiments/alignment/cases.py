@@ -61,7 +61,7 @@ def sums() -> Sums:
     numbers = random.Random(0)
     numbers.shuffle(rows)
     learned = rows[HELD_BACK:]
-    taught = [_said(row, numbers.random() < RIGHT) for row in learned for _ in range(10)]
+    taught = [_output(row, numbers.random() < RIGHT) for row in learned for _ in range(10)]
     return Sums(taught, learned, rows[:HELD_BACK])
 
 
@@ -75,7 +75,7 @@ def _row(task: tasks.GeneratedTask) -> Section:
     return task.chat(reasoning=False) | pair | task.prompt()
 
 
-def _said(row: Section, right: bool) -> Section:
+def _output(row: Section, right: bool) -> Section:
     return {"messages": [row["messages"][0], row["chosen" if right else "rejected"]]}
 
 

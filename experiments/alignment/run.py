@@ -92,7 +92,9 @@ class School:
         _, tokenizer = load(begun)
         assert tokenizer is not None
         if name == "sft":
-            return sum(sum(encode_chat(tokenizer, parse_conversation(row)).mask) for row in self.rows)
+            return sum(
+                sum(encode_chat(tokenizer, parse_conversation(row)).mask) for row in self.rows
+            )
         pairs = (encode_pair(tokenizer, read_pair(row), cases.ROOM) for row in self.rows)
         return sum(sum(side.mask) for pair in pairs for side in pair)
 
@@ -124,13 +126,13 @@ def seconds(lines: list[Metrics]) -> float:
 def main() -> None:
     words = parser(__doc__, list(cases.CASES))
     words.add_argument("--steps", type=int, default=cases.ROLLOUTS, help="rollouts of a run")
-    asked = words.parse_args()
-    out = place(__file__, asked.steps, cases.ROLLOUTS)
+    requested = words.parse_args()
+    out = place(__file__, requested.steps, cases.ROLLOUTS)
     results = Results(out, "seed", "case")
     with workplace() as folder:
         school = School(folder)
-        for seed, name in results.missing(range(asked.seeds), asked.only):
-            results.add(school.case(name, seed, asked.steps))
+        for seed, name in results.missing(range(requested.seeds), requested.only):
+            results.add(school.case(name, seed, requested.steps))
     page.write(results.rows, out)
 
 

@@ -59,10 +59,10 @@ def rows(
     ids.scatter_(1, places, keys)
     ids.scatter_(1, places + 1, values)
     chosen = torch.randint(pairs, (count, asks), generator=source)
-    asked = length + 2 * torch.arange(asks).expand(count, -1)
-    ids.scatter_(1, asked, keys.gather(1, chosen))
-    ids.scatter_(1, asked + 1, values.gather(1, chosen))
-    return ids, asked + 1
+    requested = length + 2 * torch.arange(asks).expand(count, -1)
+    ids.scatter_(1, requested, keys.gather(1, chosen))
+    ids.scatter_(1, requested + 1, values.gather(1, chosen))
+    return ids, requested + 1
 
 
 def pick(choices: Sequence[int], source: torch.Generator) -> int:
@@ -82,8 +82,8 @@ def learn(lm: LM, steps: int, seed: int) -> float:
         pairs = pick(range(2, min(PAIRS, length // 2) + 1), source)
         ids, where = rows(TOKENS // length, length, pairs, source, ASKS)
         out = lm(ids)
-        said = out.logits.gather(1, (where - 1)[..., None].expand(-1, -1, VOCABULARY))
-        loss = F.cross_entropy(said.flatten(0, 1), ids.gather(1, where).flatten())
+        output = out.logits.gather(1, (where - 1)[..., None].expand(-1, -1, VOCABULARY))
+        loss = F.cross_entropy(output.flatten(0, 1), ids.gather(1, where).flatten())
         (loss + sum(out.losses.values())).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizers.set_lr_multiplier(PACE * lr_multiplier(config.schedule, step, steps))
@@ -98,5 +98,5 @@ def learn(lm: LM, steps: int, seed: int) -> float:
 def accuracy(lm: LM, length: int, pairs: int, depth: float | None = None) -> float:
     """Share of values that are said right, of 512 fresh rows."""
     ids, where = rows(512, length, pairs, torch.Generator().manual_seed(10**6), depth=depth)
-    said = lm.eval()(ids).logits.argmax(-1).gather(1, where - 1)
-    return (said == ids.gather(1, where)).double().mean().item()
+    output = lm.eval()(ids).logits.argmax(-1).gather(1, where - 1)
+    return (output == ids.gather(1, where)).double().mean().item()

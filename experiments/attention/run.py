@@ -135,15 +135,17 @@ def main() -> None:
     words = parser(__doc__, cases.MIXERS)
     words.add_argument("--text")
     words.add_argument("--speed", action="store_true")
-    asked = words.parse_args()
+    requested = words.parse_args()
     results = Results(HERE, "seed", "mixer", "residual")
-    if asked.speed:
+    if requested.speed:
         SPEED.write_text(json.dumps(speed(), indent=1) + "\n", encoding="utf-8")
     else:
-        text = asked.text or default_text()
+        text = requested.text or default_text()
         with workplace():
             residuals = list(cases.RESIDUALS)
-            for seed, mixer, residual in results.missing(range(asked.seeds), asked.only, residuals):
+            for seed, mixer, residual in results.missing(
+                range(requested.seeds), requested.only, residuals
+            ):
                 results.add(case(mixer, residual, seed, text))
     page.write(results.rows, HERE)
 

@@ -14,9 +14,9 @@ from tinsmith.data.loader.loader import DatasetMember, TokenizedDataset
 from tinsmith.data.prepare.shards import Shards, ShardWriter
 from tinsmith.data.unpacked import AnswerRows
 from tinsmith.evals.arc import ArcOutcome, evaluate_arc
-from tinsmith.evals.validation import evaluate_objective
 from tinsmith.hub.load import load
 from tinsmith.objectives.eavi import EAVI
+from tinsmith.train.evaluate import evaluate_objective
 
 SEED = derive_seed(0, "examination")
 MAX_NEW = 2 * cases.SIZES.largest * (cases.SIZES.largest + 1)
@@ -43,13 +43,13 @@ class Exam:
         lm, tokenizer = load(run)
         assert tokenizer is not None
         marks: dict[str, Any] = {}
-        said: list[ArcOutcome] = []
+        output: list[ArcOutcome] = []
         for name, puzzles in self.groups.items():
             found = evaluate_arc(lm, tokenizer, puzzles, batch_size=128, max_new_tokens=MAX_NEW)
-            said += found.outcomes
+            output += found.outcomes
             marks[name] = round(found.score, 6)
             marks |= {f"{key}.{name}": nats for key, nats in self._nats(lm, tokenizer, name)}
-        return marks, said
+        return marks, output
 
     def _nats(self, lm: LM, tokenizer: Tokenizer, name: str) -> list[tuple[str, float]]:
         objective, source = EAVI().build(), self._sources[name]

@@ -50,7 +50,7 @@ PAIRED_HEAD = (
 MATCH = """
 ![Exact match](match.png)
 """
-SAID = """
+TEXTS = """
 What `minutes` says after soft excursions (seed 0):
 
 ![Puzzles](arc_agi.png)
@@ -80,9 +80,9 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         if _of(rows, model=model, way=way)
     ]
     pairs = [_difference(rows, way, other) for other in WAYS[1:3] for way in WAYS[3:]]
-    said = [SAID] if (folder / "arc_agi.png").exists() else []
+    output = [TEXTS] if (folder / "arc_agi.png").exists() else []
     paired = [PAIRED, "\n".join([*PAIRED_HEAD, *pairs])]
-    publish(folder, intro, "\n".join([*HEAD, *table]), *paired, MATCH, *said)
+    publish(folder, intro, "\n".join([*HEAD, *table]), *paired, MATCH, *output)
     _draw(rows, folder / "match.png")
 
 

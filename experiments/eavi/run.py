@@ -57,9 +57,9 @@ class School:
         return train(from_dict(recipe), f"{name}-{way}")
 
     def _row(self, run: Path, model: str, seed: int, way: str, steps: int, seconds: float) -> Row:
-        marks, said = self._exam.marks(run)
+        marks, output = self._exam.marks(run)
         if (model, seed, way) == ("minutes", 0, "soft"):
-            save_puzzles(self._out, said)
+            save_puzzles(self._out, output)
         facts = {"model": model, "seed": seed, "way": way, "steps": steps}
         return facts | {"tasks": steps * cases.ROWS, "seconds": round(seconds, 3)} | marks
 
@@ -76,13 +76,13 @@ def _seconds(run: Path, steps: int | None = None) -> float:
 def main() -> None:
     words = parser(__doc__, list(cases.MODELS))
     words.add_argument("--steps", type=int, default=cases.STEPS, help="steps of stage two")
-    asked = words.parse_args()
+    requested = words.parse_args()
     torch.set_num_threads(1)
-    out = place(__file__, asked.steps, cases.STEPS)
+    out = place(__file__, requested.steps, cases.STEPS)
     results = Results(out, "seed", "model")
     with workplace() as folder:
-        school = School(folder, out, asked.steps)
-        for seed, model in results.missing(range(asked.seeds), asked.only):
+        school = School(folder, out, requested.steps)
+        for seed, model in results.missing(range(requested.seeds), requested.only):
             results.add(*school.rows(model, seed))
     page.write(results.rows, out)
 

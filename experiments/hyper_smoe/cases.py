@@ -18,7 +18,7 @@ from tinsmith.nn.parameters import ALL_PARAMETERS
 Section = dict[str, Any]
 
 HIDDEN, EXPERTS, ACTIVE = 384, 16, 8
-REBIRTH = 50
+RESETS = 50
 """Optimizer steps between looks for dead experts: the published 1,000 are more than a run has."""
 SDL = 0.1
 """Weight of the loss that holds the number of experts at its aim: ten times the published one, for
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 def dyn(router: str = "task") -> Section:
     """Experts by thresholds."""
-    usual = {"target_active": ACTIVE, "sdl_weight": SDL, "reset_interval": REBIRTH}
+    usual = {"target_active": ACTIVE, "sdl_weight": SDL, "reset_interval": RESETS}
     return {"kind": "dyn_moe", "experts": EXPERTS, "router_grad": router} | usual
 
 

@@ -73,7 +73,7 @@ def measured(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     size = count_parameters(student)
     return {
         **{"case": name, "seed": seed, "steps": length},
-        **{"trained": size.trainable, "frozen": size.frozen_models},
+        **{"trained": size.trainable, "frozen": size.frozen},
         **{"bpb": bits(lines), "teacher": bits(list(read_metrics(teacher / "metrics.jsonl")))},
         **{"step_s": step_seconds(lines), "forward": forward(student, known)},
         **{"curve": [[line["tokens"], line.get("divergence")] for line in trained]},
@@ -113,12 +113,12 @@ def forward(student: LM, teacher: LM) -> float:
 def main() -> None:
     words = parser(__doc__, list(cases.CASES))
     words.add_argument("--steps", type=int, default=STEPS)
-    asked = words.parse_args()
-    out = place(__file__, asked.steps, STEPS)
+    requested = words.parse_args()
+    out = place(__file__, requested.steps, STEPS)
     results = Results(out, "seed", "case")
     with workplace() as folder:
-        for seed, name in results.missing(range(asked.seeds), asked.only):
-            results.add(measured(name, seed, asked.steps, folder))
+        for seed, name in results.missing(range(requested.seeds), requested.only):
+            results.add(measured(name, seed, requested.steps, folder))
     page.write(results.rows, out)
 
 

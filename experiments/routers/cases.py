@@ -12,7 +12,7 @@ from tinsmith import LM, ModelConfig
 Section = dict[str, Any]
 
 GQA: Section = {"kind": "gqa", "heads": 4, "kv_heads": 2}
-REBIRTH = 50
+RESETS = 50
 """Optimizer steps between looks for dead experts: the published 1,000 are more than a run has."""
 SDL = 0.1
 """Weight of the loss that pulls the number of experts to its aim: ten times the published one, for
@@ -44,7 +44,7 @@ def deepseek(hidden: int) -> Section:
 
 def dyn(experts: int = 16, **keys: Any) -> Callable[[int], Section]:
     """A quarter of the experts, as SDL asks for."""
-    usual = {"experts": experts, "reset_interval": REBIRTH, "sdl_weight": SDL}
+    usual = {"experts": experts, "reset_interval": RESETS, "sdl_weight": SDL}
     return lambda hidden: {"kind": "dyn_moe", "hidden_dim": hidden} | usual | keys
 
 
@@ -68,10 +68,10 @@ FEEDS: dict[str, Callable[[int], Section]] = {
 }
 MIXERS: dict[str, Section] = {
     "dyn_heads": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2, "experts": 4}
-    | {"reset_interval": REBIRTH, "sdl_weight": SDL},
+    | {"reset_interval": RESETS, "sdl_weight": SDL},
     **{
         name: {"kind": "dyn_lora", "base": GQA, "experts": 8, "rank": 8, "alpha": alpha}
-        | {"reset_interval": REBIRTH, "sdl_weight": SDL}
+        | {"reset_interval": RESETS, "sdl_weight": SDL}
         for name, alpha in {"dyn_lora": 8, "dyn_lora alpha 1": 1}.items()
     },
 }

@@ -59,12 +59,12 @@ def case(name: str, seed: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     words = parser(__doc__, list(cases.CASES))
     words.add_argument("--steps", type=int, default=STEPS)
-    asked = words.parse_args()
-    out = place(__file__, asked.steps, STEPS)
+    requested = words.parse_args()
+    out = place(__file__, requested.steps, STEPS)
     results = Results(out, "seed", "case")
     with workplace():
-        for seed, name in results.missing(range(asked.seeds), asked.only):
-            results.add(case(name, seed, asked.steps))
+        for seed, name in results.missing(range(requested.seeds), requested.only):
+            results.add(case(name, seed, requested.steps))
     page.write(results.rows, out)
 
 

@@ -185,14 +185,39 @@ DEFAULTS = {
 
 
 USUAL = {"gqa-kv_heads=2", "plain", "topk_moe-experts=4-top_k=2-n_shared_experts=1-z_weight=0.001"}
-"""A pair of two unusual samples is left to `make test-all`: every mixer meets the plain residual
-and one routed feed-forward, and every residual and feed-forward this mixer, in the default suite.
+"""The usual partners: every mixer runs with the plain residual and this routed feed-forward, and
+every residual and feed-forward with this mixer.
 """
+
+TRIPLES = [
+    ("gqa-window=5", "swiglu", "hyper-streams=4"),
+    ("gqa-sinks", "relu2", "mhyper-streams=2"),
+    (
+        "gqa-kv_heads=2-value_residual",
+        "dyn_moe-experts=4",
+        "mhyper-streams=4-sinkhorn_iterations=3",
+    ),
+    ("mla", "deepseek_moe-experts=7-top_k=1", "hyper-streams=2-fracs=2"),
+    ("mla", "dyn_moe-experts=4-combine=rescaled_sum-router_grad=smk", "mhyper-streams=2"),
+    ("dsa", "deepseek_moe-experts=8-top_k=3", "hyper-streams=4"),
+    ("dsa", "topk_moe-experts=5-top_k=1", "mhyper-streams=4-sinkhorn_iterations=3"),
+    ("hybrid", "deepseek_moe-experts=7-top_k=1", "mhyper-streams=4-sinkhorn_iterations=3"),
+    ("hybrid", "relu2", "hyper-streams=2-dynamic=False"),
+    ("nsa", "deepseek_moe-experts=8-top_k=3", "mhyper-streams=2"),
+    ("nsa", "swiglu-bias", "hyper-streams=2-fracs=2"),
+    ("dyn_heads", "dyn_moe-experts=6", "hyper-streams=4"),
+    ("dyn_lora", "topk_moe-experts=4-top_k=3", "mhyper-streams=2"),
+]
+"""Unusual combinations over all three slots, by the beginnings of the names of their samples."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for slots runs over all samples of all their kinds; with several, over all
-    pairs. Of a test marked `costly` only the first sample of every kind is in the default suite.
+    """Run a test that asks for slots over samples of all kinds of these slots.
+
+    With several slots, each sample runs with the usual partners, and the chosen combinations of
+    `TRIPLES` are added for `make test-all`; the full product is not generated. A test marked
+    `costly` runs over the usual samples by default and over the others in `make test-all`. The
+    first sample of every kind is marked `check`.
     """
     slots = [slot for slot in SLOTS if slot in metafunc.fixturenames]
     samples = [[case for kind in _kinds(SLOTS[slot]) for case in _cases(kind)] for slot in slots]
@@ -201,20 +226,37 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     costly = metafunc.definition.get_closest_marker("costly") is not None
     cases = [
         pytest.param(
-            *(case.values[0] for case in pair),
-            id="-".join(str(case.id) for case in pair),
-            marks=pytest.mark.slow if _rare({str(case.id) for case in pair}, costly) else (),
+            *(case.values[0] for case in combination),
+            id="-".join(str(case.id) for case in combination),
+            marks=_marks({str(case.id) for case in combination}, costly),
         )
-        for pair in product(*samples)
+        for combination in product(*samples)
+        if _is_run(slots, [str(case.id) for case in combination])
     ]
     metafunc.parametrize(slots, cases, indirect=True)
 
 
-def _rare(pair: set[str], costly: bool) -> bool:
-    """Whether it is left to `make test-all`."""
-    unusual = len(pair) > 1 and not USUAL & pair
+def _is_run(slots: list[str], names: list[str]) -> bool:
+    """True if at most one name is unusual, or if the names are a chosen combination."""
+    if sum(name not in USUAL for name in names) <= 1:
+        return True
+    indices = [list(SLOTS).index(slot) for slot in slots]
+    return any(names == [_first_named(triple[i]) for i in indices] for triple in TRIPLES)
+
+
+def _first_named(beginning: str) -> str:
+    """Return the name of the first sample that begins so."""
+    names = (_name(kind, sample) for kind, samples in SAMPLES.items() for sample in samples)
+    return next(name for name in names if name.startswith(beginning))
+
+
+def _marks(names: set[str], costly: bool) -> list[pytest.MarkDecorator]:
+    """Marks of a combination of samples."""
     first = {_name(kind, samples[0]) for kind, samples in SAMPLES.items()}
-    return unusual or (costly and not pair <= USUAL | first)
+    unusual = names - USUAL
+    if len(unusual) > 1 or (costly and unusual):
+        return [pytest.mark.slow]
+    return [pytest.mark.check] if unusual <= first and not costly else []
 
 
 def _kinds(union: Any) -> list[str]:
@@ -231,8 +273,10 @@ def _cases(kind: str) -> list[Any]:
 
 
 def _name(kind: str, sample: dict[str, Any]) -> str:
-    told = {key: value for key, value in sample.items() if key not in ("heads", "hidden")}
-    return "-".join([kind, *(key if told[key] is True else f"{key}={told[key]}" for key in told)])
+    reported = {key: value for key, value in sample.items() if key not in ("heads", "hidden_dim")}
+    return "-".join(
+        [kind, *(key if reported[key] is True else f"{key}={reported[key]}" for key in reported)]
+    )
 
 
 def _sample(request: pytest.FixtureRequest) -> dict[str, Any]:
@@ -366,14 +410,14 @@ def agrees_compiled(draw: Callable[..., torch.Tensor]) -> Callable[[LM], None]:
         ids, segments = draw(2, 12), torch.tensor([[7] * 5 + [3] * 7, [-1] * 2 + [0] * 10])
         found = [model(ids).logits for model in (compiled, lm)]
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
-        said = []
+        output = []
         for model in (compiled, lm):
             lm.zero_grad()
             with torch.enable_grad():
                 logits = model(ids, segments=segments).logits
                 logits[segments >= 0].square().sum().backward()
-            said.append([logits, *(parameter.grad for parameter in lm.parameters())])
-        torch.testing.assert_close(*said, rtol=1e-10, atol=1e-10)
+            output.append([logits, *(parameter.grad for parameter in lm.parameters())])
+        torch.testing.assert_close(*output, rtol=1e-10, atol=1e-10)
 
     return check
 

@@ -167,15 +167,15 @@ def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
     ids, other = draw(2, 20), draw(2, 4, seed=3)
     caches = lm.new_caches(batch_size=2, capacity=40)
     lm(ids, caches=caches)
-    refused, said = [], []
+    refused, output = [], []
     for cache in caches:
         try:
             cache.truncate(torch.tensor([11, 20]))
         except CannotTruncate as error:
             refused.append(cache)
-            said.append(str(error))
+            output.append(str(error))
     assert refused in ([], caches)
-    assert all("again from its start" in line and "\n" not in line for line in said)
+    assert all("again from its start" in line and "\n" not in line for line in output)
     kept = 20 if refused else 11
     assert lengths_of(caches) == [kept, 20]
     found = lm(other, caches=caches).logits
@@ -363,8 +363,8 @@ def _take(lm, caches, rows, turn, capacity):
             fresh.append((turn.randrange(48), document))
             ids[b, t], segments[b, t] = fresh[-1]
         longer.append(row + fresh)
-    told = None if _goes_on(segments, rows) and turn.random() < 0.7 else segments
-    found = lm(ids, segments=told, caches=caches).logits
+    reported = None if _goes_on(segments, rows) and turn.random() < 0.7 else segments
+    found = lm(ids, segments=reported, caches=caches).logits
     assert found.isfinite().all()
     for b, row in enumerate(longer):
         if row:

@@ -59,7 +59,7 @@ def test_a_prefix_says_what_the_whole_says(lm, draw):
         close(lm(ids[:, :size]).logits, whole[:, :size])
 
 
-def test_the_past_is_heard(lm, draw):
+def test_the_past_is_received(lm, draw):
     ids = draw(2, 6)
     changed = ids.clone()
     changed[:, 2] = (ids[:, 2] + 7) % 48
@@ -81,14 +81,14 @@ def test_padding_on_either_side_changes_nothing(lm, draw, side):
 def test_padding_is_not_counted_in_losses_and_stats(lm, draw):
     ids = draw(4, 12)
     lm.train()
-    said = [
+    output = [
         lm(spread, segments=segments)
         for side, width in (("left", 12), ("right", 12), ("right", 19))
         for spread, segments in [padded(ids, LENGTHS, width, side)]
     ]
-    for other in said[1:]:
-        close(other.losses, said[0].losses)
-        close(other.stats, said[0].stats)
+    for other in output[1:]:
+        close(other.losses, output[0].losses)
+        close(other.stats, output[0].stats)
 
 
 def test_what_padding_holds_is_not_looked_at(lm, draw):

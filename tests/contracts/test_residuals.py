@@ -74,9 +74,9 @@ def test_what_a_sub_layer_says_reaches_the_stream(lm):
     h = lm.config.residual.expand(noise(2, 5, 32))
     _, kept = part.read(h)
     silent = part.write(h, torch.zeros(2, 5, 32, dtype=torch.float64), kept)
-    spoken = part.write(h, noise(2, 5, 32, seed=2), kept)
+    generated = part.write(h, noise(2, 5, 32, seed=2), kept)
     collapse = lm.config.residual.collapse
-    assert ((collapse(spoken) - collapse(silent)).abs().amax(-1) > 1e-3).all()
+    assert ((collapse(generated) - collapse(silent)).abs().amax(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

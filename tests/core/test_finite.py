@@ -55,7 +55,12 @@ def test_the_walk_finds_the_parts():
     assert found >= {
         *("DynMoE-sdl_weight", "DynHeads-sdl_weight", "DynLoRA-alpha", "DynMoE-router_weight"),
         *("DeepSeekMoE-noise", "TopKMoE-z_weight", "MHyper-sinkhorn_temperature", "LoRA-alpha"),
-        *("Dropout-attention", "ModelConfig-norm_eps", "Rope-theta", "YarnScaling-attention_factor"),
+        *(
+            "Dropout-attention",
+            "ModelConfig-norm_eps",
+            "Rope-theta",
+            "YarnScaling-attention_factor",
+        ),
         *("DPO-beta", "DPO-gamma", "GRPO-truncation_penalty", "PPO-target_kl", "TagWeights-think"),
         *("MuonConfig-lr", "AdamWConfig-weight_decay", "OptimConfig-max_grad_norm"),
     }

@@ -12,7 +12,7 @@ def test_an_object_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "output"),
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
@@ -21,12 +21,12 @@ def test_an_object_is_read(tmp_path):
         (b"[" * 100000, "not valid JSON"),
     ],
 )
-def test_anything_else_is_one_line_that_names_the_file(tmp_path, raw, said):
+def test_anything_else_is_one_line_that_names_the_file(tmp_path, raw, output):
     path = tmp_path / "a.json"
     path.write_bytes(raw)
     with pytest.raises(UserError) as caught:
         read_object(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).startswith(f"{path}: {output}")
     assert "\n" not in str(caught.value)
 
 

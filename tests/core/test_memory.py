@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from tinsmith.core.malloc import keep_freed_memory
+from tinsmith.train.setup import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,8 +25,8 @@ print(plain, kept)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
 def test_freed_memory_is_used_again():
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
     )
-    plain, kept = map(int, told.stdout.split())
+    plain, kept = map(int, reported.stdout.split())
     assert kept < plain / 100

@@ -170,7 +170,7 @@ def test_a_file_limit_holds_without_landlock_too(monkeypatch):
     assert run_python(program, SandboxLimits(file_bytes=1000)).output.strip() == "(1000, 1000)"
 
 
-def test_missing_fences_are_said_where_they_are_asked_for(monkeypatch, tmp_path):
+def test_missing_fences_are_output_where_they_are_requested_for(monkeypatch, tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import sandbox_child\n"
         "sandbox_child.restrict = lambda libc: ['landlock']\n"

@@ -154,10 +154,10 @@ def test_views_shuffle_demonstrations_and_depend_on_their_numbers_alone():
 
 @pytest.mark.parametrize("every", [False, True])
 def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every, symbols, prepared):
-    lesson = ArcExample(puzzle(random.Random(1)), every)
-    ids, mask = encode_example(lesson)
-    outputs = [pair.output for pair in lesson.puzzle.demonstrations] if every else []
-    outputs.append(lesson.puzzle.answer)
+    example = ArcExample(puzzle(random.Random(1)), every)
+    ids, mask = encode_example(example)
+    outputs = [pair.output for pair in example.puzzle.demonstrations] if every else []
+    outputs.append(example.puzzle.answer)
     runs = [
         [n for _, n in group]
         for learned, group in itertools.groupby(
@@ -180,7 +180,7 @@ def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every,
         assert batch.ids[row, places[0]] == SOLUTION
 
 
-def test_D4_a_prompt_is_made_without_the_answer_and_begins_the_lesson():
+def test_D4_a_prompt_is_made_without_the_answer_and_begins_the_example():
     for seed in range(30):
         one = puzzle(random.Random(seed))
         prompt = encode_puzzle_prompt(one.demonstrations, one.test_input)
@@ -195,13 +195,13 @@ def test_D4_a_prompt_is_made_without_the_answer_and_begins_the_lesson():
 
 
 def test_same_shape_compares_an_answer_with_the_input_before_it():
-    for asked, answer, same in (
+    for requested, answer, same in (
         (ODD, ODD, True),
         (ODD, apply_symmetry(ODD, 1), False),
         (((1,) * 5,), ((1,), (1,), (1,)), False),
         (((1, 2),), ((0, 0),), True),
     ):
-        prompt = encode_puzzle_prompt((Pair(((1,),), ((2, 2),)),), asked)
+        prompt = encode_puzzle_prompt((Pair(((1,),), ((2, 2),)),), requested)
         ids = [*prompt, *encode_answer(answer), 17]
         assert answer_has_input_shape(ids, len(prompt), len(ids) - 1) is same
 
@@ -243,7 +243,7 @@ def test_every_way_of_writing_tasks_is_read(write):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "printed"),
     [
         (record(train=[]), "task bad: no demonstrations"),
         (record(test=[]), "task bad: no test input"),
@@ -269,17 +269,17 @@ def test_every_way_of_writing_tasks_is_read(write):
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_bad_task_is_one_line_and_nothing_is_left_behind(
-    content, said, fails, write, prepared, symbols, tmp_path
+    content, printed, fails, write, prepared, symbols, tmp_path
 ):
     path = write("tasks/bad.json", content)
     (found,) = read_tasks([path], {})
     assert isinstance(found, Reject)
-    assert said in found.reason
+    assert printed in found.reason
     section = ArcData(path=str(path.parent), on_bad_line="fail" if fails else "reject")
     with pytest.raises(UserError) as caught:
         prepared(section, "chats", symbols)
     line = str(caught.value)
-    assert said in line
+    assert printed in line
     assert f"{path}:1: " in line
     assert "\n" not in line
     assert not list((tmp_path / "data").iterdir()), "nothing half-written"
@@ -293,7 +293,7 @@ def test_a_bad_task_among_good_ones_is_left_out_and_listed(write, prepared, symb
 
 
 @pytest.mark.parametrize(
-    ("section", "shape", "said"),
+    ("section", "shape", "printed"),
     [
         (ArcData(path="nowhere.json"), "chats", "data.path: nowhere.json does not exist"),
         (ArcData(path="a.txt"), "chats", "a.txt is not of a known kind"),
@@ -302,11 +302,11 @@ def test_a_bad_task_among_good_ones_is_left_out_and_listed(write, prepared, symb
     ],
 )
 def test_what_cannot_be_tasks_is_one_line(
-    section, shape, said, write, prepared, symbols, monkeypatch
+    section, shape, printed, write, prepared, symbols, monkeypatch
 ):
     monkeypatch.chdir(write("a.json", record()).parent)
     write("a.txt", "x")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=printed):
         prepared(section, shape, symbols, seq_len=64)
 
 

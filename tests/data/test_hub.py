@@ -53,7 +53,7 @@ def test_rows_are_chats_for_fine_tuning_or_without_a_field(prepared, texts_of, l
 
 
 def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, monkeypatch):
-    said, loads = [], []
+    output, loads = [], []
     load = datasets.load_dataset
 
     def watch(*arguments, **more):
@@ -67,10 +67,10 @@ def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, mo
             tokenizer,
             "documents",
             tmp_path / "data",
-            said.append,
+            output.append,
         )
     assert loads == [((str(local), None), {"split": "train", "revision": None, "streaming": True})]
-    assert said[0] == f" prepare   fetching {local}:train through `datasets`, 10 rows"
+    assert output[0] == f" prepare   fetching {local}:train through `datasets`, 10 rows"
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from tinsmith.text.chat import BadRecord, encode_chat, encode_prompt
 CONTEXT = 200
 
 
-def said(role, content):
+def output(role, content):
     return {"role": role, "content": content}
 
 
 QUESTION, GOOD, BAD = "Where does the fox live?", "In the green wood.", "Go away."
-ASK, YES, NO = said("user", QUESTION), said("assistant", GOOD), said("assistant", BAD)
+ASK, YES, NO = output("user", QUESTION), output("assistant", GOOD), output("assistant", BAD)
 LAYOUTS = {
     "prompt and texts": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
     "prompt and a whole conversation": {"prompt": QUESTION, "chosen": [ASK, YES], "rejected": BAD},
@@ -78,9 +78,12 @@ def test_a_transcript_keeps_its_earlier_turns_in_the_prompt():
         ({"prompt": "a", "chosen": "b", "rejected": "  "}, "`rejected` is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` is neither text nor messages"),
         ({"chosen": "b", "rejected": "c"}, "role assistant, expected"),
-        ({"chosen": [ASK, YES], "rejected": [said("user", "x"), NO]}, "different prompts"),
-        ({"prompt": [ASK], "chosen": [YES], "rejected": [said("user", "x")]}, "role user, expected"),
-        ({"chosen": [ASK, YES], "rejected": [ASK, said("assistant", "")]}, "empty content"),
+        ({"chosen": [ASK, YES], "rejected": [output("user", "x"), NO]}, "different prompts"),
+        (
+            {"prompt": [ASK], "chosen": [YES], "rejected": [output("user", "x")]},
+            "role user, expected",
+        ),
+        ({"chosen": [ASK, YES], "rejected": [ASK, output("assistant", "")]}, "empty content"),
     ],
 )
 def test_what_is_no_pair_is_refused_with_a_reason(record, reason):
@@ -105,10 +108,10 @@ def test_the_mask_is_the_answer_with_its_end_of_turn(tokenizer, pair):
 
 
 def test_earlier_answers_are_not_learned(tokenizer):
-    turns = [ASK, YES, said("user", "And the hen?")]
+    turns = [ASK, YES, output("user", "And the hen?")]
     pair = read_pair({"prompt": turns, "chosen": "In the town.", "rejected": "No."})
     chosen, _ = encode_pair(tokenizer, pair, 200)
-    learned = [id for id, said in zip(chosen.ids, chosen.mask, strict=True) if said]
+    learned = [id for id, output in zip(chosen.ids, chosen.mask, strict=True) if output]
     assert tokenizer.decode(learned[:-1]) == "In the town."
     assert sum(encode_chat(tokenizer, pair.chosen).mask) > len(learned)
 
@@ -217,15 +220,17 @@ def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
     ]
     path = write_lines("pairs.jsonl", rows)
     found = prepared(ChatsData(path=str(path), validation=0.4), "pairs", seq_len=CONTEXT)
-    asked = []
+    requested = []
     for part in ("train", "validation"):
         source = open_dataset(found.folder, "pairs", part, CONTEXT, 0)
         batch = source.take(source.evenly_spaced(source.size))
         ends = (batch.mask.int().argmax(1) + 1).tolist()
-        asked.append({tuple(ids[:end]) for ids, end in zip(batch.ids.tolist(), ends, strict=True)})
-    assert asked[0]
-    assert asked[1]
-    assert not asked[0] & asked[1]
+        requested.append(
+            {tuple(ids[:end]) for ids, end in zip(batch.ids.tolist(), ends, strict=True)}
+        )
+    assert requested[0]
+    assert requested[1]
+    assert not requested[0] & requested[1]
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])

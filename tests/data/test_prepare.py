@@ -187,19 +187,19 @@ def test_data_is_found_again_and_made_anew_when_anything_changes(
 def test_found_data_is_announced_and_damaged_data_is_made_again(
     tmp_path, story_file, tokenizer, texts_of, stories
 ):
-    said = []
+    output = []
     config = TextData(path=str(story_file), validation=0)
 
     def run():
-        return prepare(config, tokenizer, "documents", tmp_path / "data", said.append)
+        return prepare(config, tokenizer, "documents", tmp_path / "data", output.append)
 
     first = run()
-    said.clear()
+    output.clear()
     run()
-    assert said == [f" prepare   found {first.folder}"]
+    assert output == [f" prepare   found {first.folder}"]
     (first.folder / "0" / "train" / "00000.tokens").write_bytes(b"short")
     assert texts_of(run(), "train") == stories
-    assert "damaged" in said[1]
+    assert "damaged" in output[1]
 
 
 def test_two_preparations_of_the_same_data_give_equal_files(tmp_path, story_file):

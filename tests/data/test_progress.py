@@ -17,23 +17,23 @@ def clock(monkeypatch):
 
 
 def test_a_line_every_five_seconds_tells_share_speed_and_time_left(clock):
-    said = []
-    progress = Progress("encoding x", 1000, said.append)
+    output = []
+    progress = Progress("encoding x", 1000, output.append)
     for _ in range(12):
         clock(1)
         progress.advance(10)
-    assert said == [
+    assert output == [
         " prepare   encoding x:   5%  10 B/s  eta 1m35s",
         " prepare   encoding x:  10%  10 B/s  eta 1m30s",
     ]
 
 
 def test_without_a_known_total_it_tells_how_much_is_done(clock):
-    said = []
-    progress = Progress("reading x", None, said.append)
+    output = []
+    progress = Progress("reading x", None, output.append)
     clock(10)
     progress.advance(2_000_000)
-    assert said == [" prepare   reading x: 2 MB  200 kB/s"]
+    assert output == [" prepare   reading x: 2 MB  200 kB/s"]
 
 
 def test_a_stop_request_is_noticed_at_once(clock):

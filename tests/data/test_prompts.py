@@ -15,11 +15,11 @@ from tinsmith.text.chat import BadRecord, encode_prompt, parse_conversation
 CONTEXT = 64
 
 
-def said(role, content):
+def output(role, content):
     return {"role": role, "content": content}
 
 
-ASK = said("user", "What is 2 + 3?")
+ASK = output("user", "What is 2 + 3?")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ ASK = said("user", "What is 2 + 3?")
         {"question": "What is 2 + 3?", "final": 5},
         {"question": "What is 2 + 3?", "final": "5", "answer": "2 and 3 make 5"},
         {"prompt": [ASK], "answer": "5"},
-        {"messages": [ASK, said("assistant", "5")]},
+        {"messages": [ASK, output("assistant", "5")]},
         {"messages": [ASK], "answer": "5"},
         {"conversations": [{"from": "human", "value": "What is 2 + 3?"}], "final": 5},
         {"instruction": "What is 2 + 3?", "input": "", "output": "5"},
@@ -53,7 +53,7 @@ def test_a_question_may_have_no_answer():
         ({"text": "x"}, "has none of `prompt`"),
         ({"prompt": "", "answer": "5"}, "empty content"),
         ({"prompt": "a", "answer": " "}, "empty answer"),
-        ({"messages": [said("assistant", "5")]}, "role assistant, expected"),
+        ({"messages": [output("assistant", "5")]}, "role assistant, expected"),
     ],
 )
 def test_what_is_no_question_is_refused_with_a_reason(record, reason):
@@ -71,8 +71,10 @@ def test_a_prompt_has_ids_answer_number_and_its_record(source, tokenizer):
     found = source.get_prompts(0, source.size)
     assert sorted(prompt.prompt_id for prompt in found) == list(range(source.size))
     for prompt in found:
-        asked = parse_conversation({"messages": [said("user", prompt.record["prompt"])]}, answered=False)
-        assert prompt.ids == encode_prompt(tokenizer, asked)
+        requested = parse_conversation(
+            {"messages": [output("user", prompt.record["prompt"])]}, answered=False
+        )
+        assert prompt.ids == encode_prompt(tokenizer, requested)
         made = tasks.GeneratedTask(
             prompt.record["task"], prompt.record["prompt"], "", prompt.answer
         )

@@ -105,8 +105,8 @@ def test_rules_held_back_are_no_views_of_rules_that_are_seen():
             seen = made(steps, [view.invert(probe) for probe in probes])
             known.add(tuple(map(view.apply, seen)))
     for rule in HELD_OUT_RULES:
-        said = [made(steps, probes) for steps in changes(rule, palette) if moves(steps, probes)]
-        assert 2 * sum(one not in known for one in said) >= len(said) > 0, rule
+        text = [made(steps, probes) for steps in changes(rule, palette) if moves(steps, probes)]
+        assert 2 * sum(one not in known for one in text) >= len(text) > 0, rule
 
 
 @pytest.mark.parametrize("rule", HELD_OUT_RULES)
@@ -131,7 +131,7 @@ def test_a_known_puzzle_never_changes():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "text"),
     [
         ({"rules": ["miror"]}, "'miror' is none to train on. Did you mean 'mirror'"),
         ({"rules": ["swap+mirror"]}, "'swap+mirror' is none to train on"),
@@ -143,8 +143,8 @@ def test_a_known_puzzle_never_changes():
         ({"colours": "some"}, "'all', 'keep_0' or 'none'"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_names_it(given, said):
+def test_a_bad_setting_is_one_line_that_names_it(given, text):
     with pytest.raises(UserError) as caught:
         parse(ArcData, given, "data")
-    assert said in str(caught.value)
+    assert text in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -66,7 +66,11 @@ def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
 
 def test_no_documents_make_an_empty_stream(make_shards):
     shards = make_shards([])
-    assert (shards.tokens_total, len(shards.document_starts), len(shards.document_lengths)) == (0, 0, 0)
+    assert (shards.tokens_total, len(shards.document_starts), len(shards.document_lengths)) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_a_failed_write_leaves_no_manifest(tmp_path):

@@ -148,7 +148,7 @@ def test_a_mixture_is_mixed_finely(source):
 
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20))
 @settings(derandomize=True, max_examples=200)
-def test_quotas_sum_up_and_leave_nobody_out(weights):
+def test_quotas_sum_up_and_leave_no_source_out(weights):
     made = quotas(weights)
     assert made.sum() == BLOCK_SIZE
     assert (made >= 1).all()

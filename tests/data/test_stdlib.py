@@ -114,17 +114,17 @@ def one_line(): "Say nothing much."; return 3
 
 def test_instruction_and_answer_come_from_name_signature_and_docstring():
     records = list(stdlib.function_chats(stdlib.StdlibModule("m.py", SOURCE)))
-    asked = [record["messages"][0]["content"] for record in records]
+    requested = [record["messages"][0]["content"] for record in records]
     answers = [record["messages"][1]["content"] for record in records]
     assert len(records) == 2
-    assert "Return the sum of a and b." in asked[0]
-    assert "add" in asked[0]
+    assert "Return the sum of a and b." in requested[0]
+    assert "add" in requested[0]
     assert (
         answers[0]
         == "```python\ndef add(a, b=1, *rest, key: int = 2):\n    # why\n    return a + b\n```"
     )
-    assert "Size of the box, in bytes." in asked[1]
-    assert "Box.size" in asked[1]
+    assert "Size of the box, in bytes." in requested[1]
+    assert "Box.size" in requested[1]
     assert answers[1] == "```python\n@property\ndef size(self):\n    return 1\n```"
 
 

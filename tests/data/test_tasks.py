@@ -152,8 +152,8 @@ def documents(config, shape):
 
 def chats(config):
     """What is said last in every chat of a section, and what is asked."""
-    said = [cast(Conversation, document.content) for document in documents(config, "chats")]
-    return [(chat.messages[0].content, chat.messages[-1]) for chat in said]
+    output = [cast(Conversation, document.content) for document in documents(config, "chats")]
+    return [(chat.messages[0].content, chat.messages[-1]) for chat in output]
 
 
 @pytest.mark.parametrize("shape", ["chats", "pairs"])
@@ -166,20 +166,24 @@ def test_tasks_without_thoughts_show_no_steps_and_are_split_alike(shape):
     assert keys[0] == keys[1]
 
 
-def test_a_careless_teacher_is_one_too_high_as_often_as_asked_and_no_question_says_when():
+def test_a_careless_teacher_is_one_too_high_as_often_as_requested_and_no_question_says_when():
     config = TasksData(count=2000, tasks=("arithmetic",), digits=1, error_rate=0.4)
-    off = [(asked, int(said.content) - int(solve(asked))) for asked, said in chats(config)]
+    off = [
+        (requested, int(output.content) - int(solve(requested)))
+        for requested, output in chats(config)
+    ]
     assert {difference for _, difference in off} == {0, 1}
     assert 0.35 < sum(difference for _, difference in off) / len(off) < 0.45
     seen = {}
-    for asked, difference in off:
-        seen.setdefault(asked, set()).add(difference)
+    for requested, difference in off:
+        seen.setdefault(requested, set()).add(difference)
     assert sum(len(each) == 2 for each in seen.values()) > 100
     assert {difference for _, difference in off[:50]} == {0, 1}
     plain = [
-        said.content for _, said in chats(TasksData(count=2000, tasks=("arithmetic",), digits=1))
+        output.content
+        for _, output in chats(TasksData(count=2000, tasks=("arithmetic",), digits=1))
     ]
-    assert plain == [solve(asked) for asked, _ in off]
+    assert plain == [solve(requested) for requested, _ in off]
 
 
 def test_a_share_of_mistakes_that_cannot_be_is_refused():
@@ -187,16 +191,16 @@ def test_a_share_of_mistakes_that_cannot_be_is_refused():
         TasksData(error_rate=1.5)
 
 
-def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_asked():
+def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_requested():
     config = TasksData(count=500, tasks=("calculator",), digits=1, error_rate=0.4)
     guesses = 0
     for index, document in enumerate(documents(config, "chats")):
         chat = cast(Conversation, document.content)
         task = generate_task("calculator", 0, index, digits=1, length=8)
-        asked = [call.arguments for message in chat.messages for call in message.calls]
+        requested = [call.arguments for message in chat.messages for call in message.calls]
         off = int(chat.messages[-1].content) - int(task.answer)
         assert chat.tools, "whether it is asked or not"
-        assert (asked, off) in (([{"expression": task.expression}], 0), ([], 1))
+        assert (requested, off) in (([{"expression": task.expression}], 0), ([], 1))
         guesses += off
     assert 0.3 < guesses / 500 < 0.5
 
@@ -216,6 +220,6 @@ def test_a_tokenizer_learns_the_words_that_tell_of_tools(shape):
 def test_a_prompt_with_a_tool_is_short_for_a_small_tokenizer_of_its_own():
     found = documents(TasksData(count=300, tasks=("calculator",), digits=1), "chats")
     tokenizer = train_bpe((text for each in found for text in each.tokenizer_texts()), 512)
-    asked = [cast(Conversation, each.content) for each in found[:50]]
-    prompts = [Conversation(messages=chat.messages[:1], tools=chat.tools) for chat in asked]
+    requested = [cast(Conversation, each.content) for each in found[:50]]
+    prompts = [Conversation(messages=chat.messages[:1], tools=chat.tools) for chat in requested]
     assert max(len(encode_prompt(tokenizer, each)) for each in prompts) <= 110

@@ -22,12 +22,12 @@ class Shell:
         """
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         process = warm.Process(words, environment, self.folder, stdin)
-        said, _ = process.communicate(limit)
-        assert process.returncode == code, said
-        assert "Traceback" not in said, said
+        output, _ = process.communicate(limit)
+        assert process.returncode == code, output
+        assert "Traceback" not in output, output
         if code == 2:
-            assert sum(line.startswith("error: ") for line in said.splitlines()) <= 1
-        return said
+            assert sum(line.startswith("error: ") for line in output.splitlines()) <= 1
+        return output
 
     def cold(self, *words: object, limit: int = 300) -> str:
         """As a person starts it, everything imported anew."""

@@ -18,7 +18,7 @@ SHORT = [
     *("model.dim=32", "model.depth=1"),
 ]
 PAIR = {"input": [[1, 0], [0, 0]], "output": [[2, 0], [0, 0]]}
-ASKED = {"input": [[0, 1], [0, 0]]}
+REQUESTED = {"input": [[0, 1], [0, 0]]}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tasks(tmp_path):
     """Two tasks of one name, in folders of their own, and what solves both."""
     for part in ("easy", "hard"):
         (tmp_path / "tasks" / part).mkdir(parents=True)
-        task = {"train": [PAIR], "test": [ASKED, ASKED]}
+        task = {"train": [PAIR], "test": [REQUESTED, REQUESTED]}
         (tmp_path / "tasks" / part / "first.json").write_text(json.dumps(task))
     solutions = {"first": [[[0, 2], [0, 0]]] * 2}
     (tmp_path / "solutions.json").write_text(json.dumps(solutions))
@@ -40,23 +40,23 @@ def tasks(tmp_path):
 
 
 def test_eval_tells_every_task_and_the_total_and_draws(shell, run):
-    said = shell("eval", run, "--tasks", "arc_agi", "--limit", "3").splitlines()
-    totals = [line for line in said if line.startswith(" arc_agi ")]
+    output = shell("eval", run, "--tasks", "arc_agi", "--limit", "3").splitlines()
+    totals = [line for line in output if line.startswith(" arc_agi ")]
     assert [line.split("score")[0].strip() for line in totals] == [
         "arc_agi seen",
         "arc_agi held back",
     ]
     assert all("tasks 3  outputs 3" in line for line in totals)
-    assert sum(line.startswith("   ") and " score " in line for line in said) == 6
+    assert sum(line.startswith("   ") and " score " in line for line in output) == 6
     picture = shell.folder / run / "arc_agi.png"
-    assert str(Path(run) / "arc_agi.png") in " ".join(said)
+    assert str(Path(run) / "arc_agi.png") in " ".join(output)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_eval_reads_a_folder_of_tasks_with_its_solutions(shell, run, tasks):
     given = ("--data", tasks / "tasks", "--solutions", tasks / "solutions.json")
-    said = shell("eval", run, "--tasks", "arc_agi", *given, "--json")
-    found = json.loads(said[said.index("{") :])["arc_agi tasks"]
+    output = shell("eval", run, "--tasks", "arc_agi", *given, "--json")
+    found = json.loads(output[output.index("{") :])["arc_agi tasks"]
     assert (found["tasks"], found["outputs"]) == (2, 4)
     assert found["by_task"].keys() == {"first", "first#2"}
 
@@ -78,8 +78,8 @@ def test_bad_words_are_one_line(shell, run, tasks, words, expected):
 def test_a_recipe_of_real_tasks_is_checked_before_it_runs(shell, tasks):
     section = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["data"]
     assert section["kind"] == "arc"
-    said = shell(
+    output = shell(
         *("train", RECIPE, "--dry-run", "--name", "real", *SHORT[:3], *SHORT[5:]),
         *(f"data={{kind: arc, path: {tasks / 'tasks'}, solutions: {tasks / 'solutions.json'}}}",),
     )
-    assert "dry run" in said
+    assert "dry run" in output

@@ -11,9 +11,9 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "pretrain.ya
 MIXER = "model.pattern.0.mixer"
 
 
-def one_line(said: str) -> str:
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, said
+def one_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
     return lines[0]
 
 
@@ -26,13 +26,19 @@ def one_line(said: str) -> str:
         (["train", RECIPE, "model.pattern.0.mixer.heads=3"], "kv_heads"),
         (["train", RECIPE, "model.dim=130"], "dim=130 must be a multiple of heads=4"),
         (["train", RECIPE, f"{MIXER}={{kind: nsa, heads: 4, compress_stride: 12}}"], "stride=12"),
-        (["train", RECIPE, f"{MIXER}={{kind: dsa, heads: 4, index_topk: 0}}"], "index_topk=0 must be at least"),
+        (
+            ["train", RECIPE, f"{MIXER}={{kind: dsa, heads: 4, index_topk: 0}}"],
+            "index_topk=0 must be at least",
+        ),
         (["train", RECIPE, "model.residual={kind: mhyper, streams: 1}"], "streams=1 must be at"),
         (["train", RECIPE, "model.positions=learned", "train.seq_len=10k"], "train.seq_len=10000"),
         (["train", RECIPE, "model.vocab_size=600"], "model.vocab_size: 600 is smaller than"),
         (["train", RECIPE, "data={kind: text, path: nowhere}"], "nowhere does not exist"),
         (["train", RECIPE, "data={kind: arc, path: nowhere}"], "nowhere does not exist"),
-        (["train", RECIPE, "data={kind: arc, min_grid_size: 2}"], "min_grid_size=2 must be from 3 to 6"),
+        (
+            ["train", RECIPE, "data={kind: arc, min_grid_size: 2}"],
+            "min_grid_size=2 must be from 3 to 6",
+        ),
         (["train", RECIPE, "nonsense"], "overrides look like train.steps=100"),
         (["train", RECIPE, "--name", "../up"], "a run's name is one word"),
         (["train", RECIPE, "--resume"], "--name"),
@@ -41,7 +47,7 @@ def one_line(said: str) -> str:
         (["train", RECIPE, "init_from=gone/away/far"], "gone/away/far"),
         (["train", RECIPE, "eval.tasks=[gone.jsonl]"], "eval.tasks: gone.jsonl is neither"),
         (["train", RECIPE, "eval.tasks=[gone.jsonl]", "--dry-run"], "eval.tasks: gone.jsonl"),
-        (["chat", "nowhere", "--max-new", "0"], "--max-new: at least 1"),
+        (["chat", "nowhere", "--max-new-tokens", "0"], "--max-new-tokens: at least 1"),
         (["generate", "nowhere/at/all", "-p", "x"], "nowhere/at/all"),
         (["eval", "nowhere/at/all"], "nowhere/at/all"),
         (["transplant", "nowhere/at/all", "out"], "nowhere/at/all"),
@@ -98,9 +104,9 @@ def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):
     recipe["data"] = {"kind": "text", "path": "some.jsonl"}
     recipe["tokenizer"] = {"train": {"vocab_size": 300}}
     (shell.folder / "some.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    said = shell("prepare", "some.yaml")
-    assert "2 lines rejected" in said
-    rejects = shell.folder / said.split(" prepared  ")[1].strip() / "rejects.jsonl"
+    output = shell("prepare", "some.yaml")
+    assert "2 lines rejected" in output
+    rejects = shell.folder / output.split(" prepared  ")[1].strip() / "rejects.jsonl"
     rows = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [row["line"] for row in rows] == [11, 21]
     failing = shell("prepare", "some.yaml", "data.on_bad_line=fail", code=2)
@@ -112,8 +118,8 @@ def test_resume_with_another_model_is_refused(shell):
     small += ("model.vocab_size=320", "train.steps=1", "train.seq_len=32", "eval.max_samples=1")
     shell("train", RECIPE, *small, "--name", "begun")
     again = ("runs/begun/config.yaml", "train.steps=2", "--name", "begun", "--resume")
-    said = shell("train", *again, "model.depth=3", code=2)
-    assert "was begun with model.depth: 4, not 3" in one_line(said)
+    output = shell("train", *again, "model.depth=3", code=2)
+    assert "was begun with model.depth: 4, not 3" in one_line(output)
     assert "finished" in shell("train", *again)
 
 

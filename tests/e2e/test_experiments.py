@@ -57,8 +57,8 @@ def test_rules_of_an_examination_are_none_that_were_taught():
 
 def test_sums_of_an_examination_are_none_that_were_taught():
     sums = alignment.sums()
-    asked = [{row["messages"][0]["content"] for row in rows} for rows in sums]
-    taught, learned, held_back = asked
+    requested = [{row["messages"][0]["content"] for row in rows} for rows in sums]
+    taught, learned, held_back = requested
     assert taught == learned
     assert len(held_back) == alignment.HELD_BACK
     assert not held_back & learned

@@ -11,9 +11,9 @@ import tinsmith
 RUNS = [f"quickstart{ending}" for ending in ("", "-chat", "-sums", "-dpo", "-grpo")]
 
 
-def marks(said: str) -> dict[str, int]:
+def marks(output: str) -> dict[str, int]:
     """Sums right in 100, by what was learned."""
-    return {what: int(right) for what, right in re.findall(r"after (\S+) +(\d+)% right", said)}
+    return {what: int(right) for what, right in re.findall(r"after (\S+) +(\d+)% right", output)}
 
 
 def test_quickstart_tells_the_whole_story(shell, quickstart):
@@ -80,36 +80,48 @@ def test_quickstart_again_takes_another_name(shell, quickstart):
 
 
 def test_generate_continues_and_is_repeatable(shell, quickstart):
-    one = shell("generate", "runs/quickstart", "-p", "def f(x):", "--seed", 1, "--max-new", 12)
-    two = shell("generate", "runs/quickstart", "-p", "def f(x):", "--seed", 1, "--max-new", 12)
+    one = shell(
+        "generate", "runs/quickstart", "-p", "def f(x):", "--seed", 1, "--max-new-tokens", 12
+    )
+    two = shell(
+        "generate", "runs/quickstart", "-p", "def f(x):", "--seed", 1, "--max-new-tokens", 12
+    )
     assert one == two
     assert one.startswith("def f(x):")
 
 
 def test_a_prompt_that_is_too_long_is_not_printed_before_its_error(shell, quickstart):
-    said = shell("generate", "runs/quickstart", "-p", "def f(x): " * 3000, code=2)
-    assert "def f(x): def" not in said
-    assert said.startswith("error: ")
+    output = shell("generate", "runs/quickstart", "-p", "def f(x): " * 3000, code=2)
+    assert "def f(x): def" not in output
+    assert output.startswith("error: ")
 
 
 def test_generate_json_counts_and_reads_standard_input(shell, quickstart):
-    said = shell(
-        "generate", "runs/quickstart", "-n", 2, "--max-new", 5, "--json", stdin="import os\n"
+    output = shell(
+        "generate", "runs/quickstart", "-n", 2, "--max-new-tokens", 5, "--json", stdin="import os\n"
     )
-    rows = [json.loads(line) for line in said.splitlines()]
+    rows = [json.loads(line) for line in output.splitlines()]
     assert len(rows) == 2
     assert all(row["prompt"] == "import os\n" and row["completion_tokens"] <= 5 for row in rows)
 
 
 def test_chat_answers_and_obeys_commands(shell, quickstart):
-    words = ["/set max_new=5", "Hello", "/retry", "/undo", "/undo", "/save talk.jsonl", "/reset"]
+    words = [
+        "/set max_new_tokens=5",
+        "Hello",
+        "/retry",
+        "/undo",
+        "/undo",
+        "/save talk.jsonl",
+        "/reset",
+    ]
     talk = "\n".join([*words, "/nonsense", "/set x=1", "/help", "/quit", ""])
-    said = shell("chat", "runs/quickstart-chat", "--temperature", 0, stdin=talk)
-    assert " max_new is 5" in said
-    assert " taken back" in said
-    assert " nothing to take back" in said
-    assert "/nonsense is unknown" in said
-    assert "with KEY one of" in said
+    output = shell("chat", "runs/quickstart-chat", "--temperature", 0, stdin=talk)
+    assert " max_new_tokens is 5" in output
+    assert " taken back" in output
+    assert " nothing to take back" in output
+    assert "/nonsense is unknown" in output
+    assert "with KEY one of" in output
     assert (shell.folder / "talk.jsonl").exists()
 
 
@@ -118,17 +130,17 @@ def test_eval_gives_bits_per_byte_and_choices(shell, quickstart):
     rows = [{"question": "1+1=", "choices": ["2", "3"], "answer": 0}] * 3
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (shell.folder / "quiz.jsonl").write_text(lines, encoding="utf-8")
-    said = shell("eval", "runs/quickstart", "--json")
-    own = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    output = shell("eval", "runs/quickstart", "--json")
+    own = json.loads(output[output.index("{") : output.rindex("}") + 1])
     assert 0 < own["bpb all"]["bpb"] < 5
-    said = shell("eval", "runs/quickstart", "--data", "text.txt", "--tasks", "bpb,quiz.jsonl")
-    assert "bpb" in said
-    assert "acc" in said
+    output = shell("eval", "runs/quickstart", "--data", "text.txt", "--tasks", "bpb,quiz.jsonl")
+    assert "bpb" in output
+    assert "acc" in output
     assert "a name is missing" in shell("eval", "runs/quickstart", "--tasks", "bpb,", code=2)
-    asked = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
-    as_trained = shell(*asked)
-    assert shell(*asked, "--seq-len", 128) == as_trained
-    assert shell(*asked, "--seq-len", 16) != as_trained
+    requested = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
+    as_trained = shell(*requested)
+    assert shell(*requested, "--seq-len", 128) == as_trained
+    assert shell(*requested, "--seq-len", 16) != as_trained
 
 
 def test_export_then_import_then_eval(shell, quickstart):
@@ -140,8 +152,8 @@ def test_export_then_import_then_eval(shell, quickstart):
         for name in ("exported", "imported")
     )
     assert one == two
-    said = shell("export", "runs/quickstart", "exported", code=2)
-    assert "exists" in said
+    output = shell("export", "runs/quickstart", "exported", code=2)
+    assert "exists" in output
 
 
 def newest(shell) -> str:
@@ -172,17 +184,17 @@ def test_runs_plot_doctor_config(shell, quickstart):
 def test_resume_of_a_finished_run_changes_nothing(shell, quickstart):
     run = shell.folder / "runs" / "quickstart"
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
-    said = shell("train", "runs/quickstart/config.yaml", "--name", "quickstart", "--resume")
-    assert "nothing to do" in said
+    output = shell("train", "runs/quickstart/config.yaml", "--name", "quickstart", "--resume")
+    assert "nothing to do" in output
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
 
 
 def test_resume_without_a_checkpoint_starts_and_T5_an_edited_one_is_refused(shell, quickstart):
-    said = shell(
+    output = shell(
         *("train", "runs/quickstart/config.yaml", "train.steps=2", "train.save_every=1"),
         *("log.every=1", "train.keep.last=3", "--name", "fresh", "--resume"),
     )
-    assert "no checkpoint yet: starting from the beginning" in said
+    assert "no checkpoint yet: starting from the beginning" in output
     again = shell(
         *("train", "runs/quickstart/config.yaml", "train.steps=3", "train.save_every=1"),
         *(
@@ -199,8 +211,8 @@ def test_resume_without_a_checkpoint_starts_and_T5_an_edited_one_is_refused(shel
     state.write_text(re.sub(r'("tokens": ?)\d', r"\g<1>9", text))
     assert state.read_text() != text
     edited = ("--name", "edited", "--resume-from", state.parent)
-    said = shell("train", "runs/quickstart/config.yaml", *edited, code=2)
-    assert "state.json" in said, "T5: an edited checkpoint is refused when it is named, too"
+    output = shell("train", "runs/quickstart/config.yaml", *edited, code=2)
+    assert "state.json" in output, "T5: an edited checkpoint is refused when it is named, too"
     rows = (shell.folder / "runs/fresh/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(row)["step"] for row in rows if '"train"' in row]
     assert steps == [1, 2, 3], "cut back to the checkpoint, then written again"

@@ -11,7 +11,14 @@ from tinsmith.core.log import Metrics, read_metrics
 from tinsmith.train.trainer import train
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-SHORT = ["batch_size=2", "steps=2", "eval_every=2", "save_every=2", "sample_every=100", "seq_len=512"]
+SHORT = [
+    "batch_size=2",
+    "steps=2",
+    "eval_every=2",
+    "save_every=2",
+    "sample_every=100",
+    "seq_len=512",
+]
 
 Run = Callable[..., list[Metrics]]
 
@@ -24,8 +31,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_data: Path) -> Run
 
     def short(name: str, data: str, *overrides: str) -> list[Metrics]:
         source = f"data={{kind: chats, path: $TINSMITH_DATA/{data}, limit: 60}}"
-        told = [source, *(f"train.{each}" for each in SHORT), "log.every=1", "eval.max_samples=4"]
-        found = train(load(RECIPES / f"{name}.yaml", [*told, *overrides]), name)
+        reported = [
+            source,
+            *(f"train.{each}" for each in SHORT),
+            "log.every=1",
+            "eval.max_samples=4",
+        ]
+        found = train(load(RECIPES / f"{name}.yaml", [*reported, *overrides]), name)
         return read_metrics(found / "metrics.jsonl")
 
     return short

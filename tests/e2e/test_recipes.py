@@ -95,13 +95,13 @@ def test_recipe_survives_a_dry_run(path, monkeypatch, tmp_path, capsys, request,
     refused = pytest.raises(UserError, match=r"Qwen3-0\.6B: no such folder")
     with refused if foreign else nullcontext():
         dry_run(config, path.stem)
-    said = capsys.readouterr().out
-    assert "one step of" in said
-    assert ("dry run   ok" in said) != foreign
-    assert "parameters" in said
-    for judge, folder in config.objective.frozen_models().items() if not foreign else ():
+    output = capsys.readouterr().out
+    assert "one step of" in output
+    assert ("dry run   ok" in output) != foreign
+    assert "parameters" in output
+    for frozen_model, folder in config.objective.frozen_models().items() if not foreign else ():
         own = folder is not None or config.lora is None
-        assert (f"more for the {judge}" in said) == own
+        assert (f"more for the {frozen_model}" in output) == own
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
 
@@ -127,9 +127,9 @@ def test_rollouts_come_out_even_and_no_step_sees_two_of_them(path):
     objective.check_rank_batch(train.batch_size)
     parts = objective.num_minibatches * objective.num_epochs
     assert parts % train.grad_accum_steps == 0, "a rollout is a whole number of steps"
-    said = re.search(r"([\d,]+) rollouts of (\d+)", path.read_text(encoding="utf-8"))
-    if said:
-        rollouts, answers = (int(number.replace(",", "")) for number in said.groups())
+    output = re.search(r"([\d,]+) rollouts of (\d+)", path.read_text(encoding="utf-8"))
+    if output:
+        rollouts, answers = (int(number.replace(",", "")) for number in output.groups())
         assert rollouts == train.steps * train.grad_accum_steps / parts
         assert answers == train.batch_size * objective.num_generations
 

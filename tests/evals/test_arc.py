@@ -126,13 +126,13 @@ def test_D7_scores_do_not_depend_on_how_they_are_batched(monkeypatch):
     assert aug_scores(lm, one, candidates) == pytest.approx(whole, abs=1e-10)
 
 
-def test_D4_the_answer_is_no_part_of_what_is_asked(monkeypatch):
+def test_D4_the_answer_is_no_part_of_what_is_requested(monkeypatch):
     """By construction: other answers, hidden answers, the same prompts and attempts."""
-    asked = []
+    requested = []
     real = arc.generate
 
     def listening(lm, tokenizer, prompts, **settings):
-        asked.append(prompts)
+        requested.append(prompts)
         return real(lm, tokenizer, prompts, **settings)
 
     monkeypatch.setattr(arc, "generate", listening)
@@ -143,8 +143,8 @@ def test_D4_the_answer_is_no_part_of_what_is_asked(monkeypatch):
         for answer in (one.answer, ((7,),), None)
     ]
     assert runs[0] == runs[1] == runs[2]
-    assert asked[0] == asked[len(asked) // 3] == asked[2 * len(asked) // 3]
-    for prompt in asked[0]:
+    assert requested[0] == requested[len(requested) // 3] == requested[2 * len(requested) // 3]
+    for prompt in requested[0]:
         assert prompt[-2:] == [SYMBOLS.index("<|im_start|>"), SYMBOLS.index("<|solution|>")]
 
 
@@ -209,33 +209,33 @@ def test_another_tokenizer_is_refused_in_one_line(tokenizer):
         evaluate_arc(make(), tokenizer, [puzzle()])
 
 
-def test_files_of_tasks_are_asked_and_bad_ones_told(tmp_path):
+def test_files_of_tasks_are_requested_and_bad_ones_reported(tmp_path):
     pair = {"input": [[2]], "output": [[1]]}
     good, hidden = {"train": [pair], "test": [pair]}, {"train": [pair], "test": [{"input": [[2]]}]}
     path = tmp_path / "tasks.json"
     path.write_text(json.dumps({"a": good, "b": {"train": [], "test": []}, "c": hidden}))
     solutions = tmp_path / "solutions.json"
     solutions.write_text(json.dumps({"c": [[[3]]]}))
-    told: list[str] = []
-    groups = open_puzzles("m", None, path, solutions, None, told.append)
+    reported: list[str] = []
+    groups = open_puzzles("m", None, path, solutions, None, reported.append)
     assert [each.answer for each in groups["tasks"]] == [ONE, ((3,),)]
-    assert len(told) == 1
-    assert f"{path}:2: task b: no demonstrations" in told[0]
+    assert len(reported) == 1
+    assert f"{path}:2: task b: no demonstrations" in reported[0]
     path.write_text("[]")
     with pytest.raises(UserError, match="no task in it can be used"):
-        open_puzzles("m", None, path, None, None, told.append)
+        open_puzzles("m", None, path, None, None, reported.append)
     with pytest.raises(UserError, match="name ARC tasks with --data"):
-        open_puzzles("m", None, None, None, None, told.append)
+        open_puzzles("m", None, None, None, None, reported.append)
     with pytest.raises(UserError, match="--solutions: needs --data"):
-        open_puzzles("m", None, None, solutions, None, told.append)
+        open_puzzles("m", None, None, solutions, None, reported.append)
     path.write_text(json.dumps({"a": good, "bad": [], "c": hidden}))
-    assert len(open_puzzles("m", None, path, solutions, None, told.append)["tasks"]) == 2
-    assert f"{path}:2: task bad: not a task" in told[-1]
+    assert len(open_puzzles("m", None, path, solutions, None, reported.append)["tasks"]) == 2
+    assert f"{path}:2: task bad: not a task" in reported[-1]
     path.write_text(json.dumps({"a": good, "c": hidden}))
-    told.clear()
-    (found,) = open_puzzles("m", None, tmp_path, solutions, None, told.append).values()
+    reported.clear()
+    (found,) = open_puzzles("m", None, tmp_path, solutions, None, reported.append).values()
     assert [each.answer for each in found] == [ONE, ((3,),)]
-    assert told == [], "the file of solutions is no task"
+    assert reported == [], "the file of solutions is no task"
 
 
 def outcomes(right: int, wrong: int) -> list[ArcOutcome]:

@@ -273,13 +273,13 @@ def test_the_size_of_a_window_does_not_matter_where_documents_fit(make_lm, token
 
 
 def test_bad_lines_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_rows):
-    told = []
+    reported = []
     good = {"story": "the cat sat on the mat"}
     path = write_rows([good, "{broken", {"text": "other"}, {"story": 3}, good])
-    found = evaluate_text(make_lm(), tokenizer, path, field="story", say=told.append)
+    found = evaluate_text(make_lm(), tokenizer, path, field="story", say=reported.append)
     assert (found.documents, found.rejected) == (2, 3)
-    assert len(told) == 1
-    assert f"{path}:2: not JSON" in told[0]
+    assert len(reported) == 1
+    assert f"{path}:2: not JSON" in reported[0]
     assert evaluate_text(make_lm(), tokenizer, path, field="story", limit=1).documents == 1
     assert json.loads(json.dumps(found.to_dict()))["parts"]["all"]["tokens"] > 0
 

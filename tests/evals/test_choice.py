@@ -47,7 +47,9 @@ def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
 
 def test_padding_is_marked_for_layers_that_count_tokens(make_lm, tokenizer):
     lm, seen = make_lm().eval(), []
-    lm.register_forward_pre_hook(lambda *said: seen.append(said[2]["segments"]), with_kwargs=True)
+    lm.register_forward_pre_hook(
+        lambda *output: seen.append(output[2]["segments"]), with_kwargs=True
+    )
     lines = [ChoiceSequence([1, 2, 3, 4], 1), ChoiceSequence([1, 2], 1)]
     log_likelihoods(lm, lines, 2, lambda: None)
     assert seen[0].tolist() == [[0, 0, 0], [0, -1, -1]]
@@ -127,7 +129,7 @@ def test_a_long_context_loses_its_beginning_and_is_counted(make_lm, tokenizer, w
 
 
 def test_bad_rows_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_rows):
-    told = []
+    reported = []
     choices = ["a", "b"]
     bad = [
         "{broken",
@@ -148,11 +150,11 @@ def test_bad_rows_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_
         '{"good": "\\ud800", "bad": "a"}',
     ]
     path = write_rows([ROWS[0], *bad])
-    result = evaluate_choice(make_lm(), tokenizer, path, say=told.append)
+    result = evaluate_choice(make_lm(), tokenizer, path, say=reported.append)
     assert (result.total.n, result.rejected) == (1, len(bad))
-    assert len(told) == 1
-    assert f"{path}:2: not JSON" in told[0]
-    assert f"{len(bad)} lines" in told[0]
+    assert len(reported) == 1
+    assert f"{path}:2: not JSON" in reported[0]
+    assert f"{len(bad)} lines" in reported[0]
 
 
 def test_a_file_without_a_question_is_refused_in_one_line(make_lm, tokenizer, write_rows, tmp_path):

@@ -39,9 +39,9 @@ def test_nothing_may_be_missing(left_out, tokenizer):
 
 @pytest.mark.parametrize("place", [0, 2, 4, 6])
 def test_a_tag_written_in_ordinary_text_is_none(place, tokenizer):
-    said = ids(tokenizer, *RIGHT[:place])
-    said += tokenizer.encode_inside(RIGHT[place]) + ids(tokenizer, *RIGHT[place + 1 :])
-    assert extract_answer(tokenizer, said) is None
+    output = ids(tokenizer, *RIGHT[:place])
+    output += tokenizer.encode_inside(RIGHT[place]) + ids(tokenizer, *RIGHT[place + 1 :])
+    assert extract_answer(tokenizer, output) is None
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_tagged_task_has_the_form_and_is_checked(tokenizer):
     task = generate_task("arithmetic", 0, 5)
     record = task.chat(answer_tags=True)
     whole, mask = encode_chat(tokenizer, parse_conversation(record))
-    said = [number for number, own in zip(whole, mask, strict=True) if own]
-    assert extract_answer(tokenizer, said) == task.answer
+    output = [number for number, own in zip(whole, mask, strict=True) if own]
+    assert extract_answer(tokenizer, output) == task.answer
     assert check_answer(task, record["messages"][1]["content"])
     assert "<answer>" not in task.chat()["messages"][1]["content"]
 

@@ -167,11 +167,11 @@ def test_sources_with_experts_of_their_own_are_a_distance_of_one_apart(planted, 
 
 def test_a_layer_that_routed_nothing_says_so(planted, source, tokenizer):
     classes = torch.arange(tokenizer.vocab_size) % 3
-    nobody = torch.zeros(tokenizer.vocab_size, 4, dtype=torch.bool)
-    found = measure(planted(nobody, one_hot(classes)), source, classes)
+    unselected = torch.zeros(tokenizer.vocab_size, 4, dtype=torch.bool)
+    found = measure(planted(unselected, one_hot(classes)), source, classes)
     assert math.isnan(found["0.feed"].mutual_information)
     assert found["all"] == found["1.feed"]
-    assert math.isnan(measure(planted(nobody), source, classes)["all"].mutual_information)
+    assert math.isnan(measure(planted(unselected), source, classes)["all"].mutual_information)
 
 
 def test_a_model_without_experts_has_nothing_to_tell(make_lm, source, tokenizer):
@@ -229,11 +229,11 @@ def test_every_kind_chooses_what_it_counts(feed, make_lm):
     ids = torch.arange(20).view(2, 10)
     found = {}
 
-    def listen(name, part):
+    def attach(name, part):
         return lambda module, given: found.update({name: part.expert_mask(*given[:2])})
 
     for name, part in lm.routed_modules().items():
-        part.register_forward_pre_hook(listen(name, part))
+        part.register_forward_pre_hook(attach(name, part))
     stats = lm(ids, segments=segments).stats
     assert set(found) == {"0.mixer", "0.feed", "1.mixer", "1.feed"}
     for name, chosen in found.items():

@@ -102,13 +102,13 @@ class Place:
     ) -> tuple[int, str]:
         """The worse exit code, and what both said."""
         pair = self.start_pair(data, name, kind, *more, program=program)
-        said = [rank.communicate(timeout=300)[0] for rank in pair]
-        return max(abs(rank.returncode or 0) for rank in pair), "".join(said)
+        output = [rank.communicate(timeout=300)[0] for rank in pair]
+        return max(abs(rank.returncode or 0) for rank in pair), "".join(output)
 
     def call(self, *arguments: object, **extra: str) -> tuple[int, str]:
         process = self.start(*arguments, **extra)
-        said, _ = process.communicate(timeout=300)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
 
     def cold(self, *arguments: object) -> tuple[int, str]:
         """In a process that imports everything anew, with a seed of hashes of its own."""
@@ -130,11 +130,11 @@ class Place:
         """What a run leaves that nothing happens to, and its events in order. Its shards are there
         before it begins, so that every later run passes the same events.
         """
-        code, said = self.call("prepare", self.write(name, data))
-        assert code == 0, said
+        code, output = self.call("prepare", self.write(name, data))
+        assert code == 0, output
         events = self.folder / f"{name}.events"
-        code, said = self.train(data, name, TINSMITH_COUNT_EVENTS=str(events))
-        assert code == 0, said
+        code, output = self.train(data, name, TINSMITH_COUNT_EVENTS=str(events))
+        assert code == 0, output
         return self.result(name), events.read_text(encoding="utf-8").splitlines()
 
     @staticmethod
@@ -144,10 +144,10 @@ class Place:
 
     def killed(self, data: dict, name: str, event: int) -> dict[str, object]:
         """What a run leaves that is killed at that event, counted from 1, and resumed."""
-        code, said = self.train(data, name, TINSMITH_KILL_AT=str(event))
-        assert code == -signal.SIGKILL, said
-        code, said = self.train(data, name, "--resume")
-        assert code == 0, said
+        code, output = self.train(data, name, TINSMITH_KILL_AT=str(event))
+        assert code == -signal.SIGKILL, output
+        code, output = self.train(data, name, "--resume")
+        assert code == 0, output
         return self.result(name)
 
     def result(self, name: str) -> dict[str, object]:
@@ -192,7 +192,7 @@ def reference(shared_place: Place, recipe: dict) -> dict[str, object]:
     """The run that nothing happened to, its events in order, and what it left."""
     twin = Place(shared_place.folder)
     twin.runs = shared_place.folder / "twin"
-    code, said = twin.cold("train", twin.write("whole", recipe), "--name", "whole")
-    assert code == 0, said
+    code, output = twin.cold("train", twin.write("whole", recipe), "--name", "whole")
+    assert code == 0, output
     left, events = shared_place.whole(recipe, "whole")
     return left | {"twin": twin.result("whole"), "events": events}

@@ -14,8 +14,8 @@ def teacher(shared_place, recipe) -> dict:
         "train": {**recipe["train"], "steps": 3},
         "objective": {"kind": "sft"},
     }
-    code, said = shared_place.train(data, "teacher")
-    assert code == 0, said
+    code, output = shared_place.train(data, "teacher")
+    assert code == 0, output
     return data
 
 
@@ -52,8 +52,8 @@ def students(shared_place, recipe, teacher) -> dict[str, dict]:
     }
     sparse = str(shared_place.folder / "sparse")
     words = ("experts=4", "hidden_dim=16", "router_grad=smk", "reset_interval=2")
-    code, said = shared_place.call("transplant", folder, sparse, *words)
-    assert code == 0, said
+    code, output = shared_place.call("transplant", folder, sparse, *words)
+    assert code == 0, output
     experts = found["kd"] | {"init_from": sparse}
     del experts["model"], experts["tokenizer"]
     return found | {"experts": experts}
@@ -95,10 +95,10 @@ def test_T3_two_ranks_have_the_losses_and_gradient_norms_of_one_process(
         "model": steady_model,
         "optim": {"matrices": {"kind": "adamw", "lr": 1.0e-3}},
     }
-    code, said = shared_place.train(data, f"{kind}-one")
-    assert code == 0, said
-    code, said = shared_place.train_pair(data, f"{kind}-two", "ddp")
-    assert code == 0, said
+    code, output = shared_place.train(data, f"{kind}-one")
+    assert code == 0, output
+    code, output = shared_place.train_pair(data, f"{kind}-two", "ddp")
+    assert code == 0, output
     one, two = (
         [row for row in shared_place.metrics(f"{kind}-{name}") if row["kind"] == "train"]
         for name in ("one", "two")
@@ -112,31 +112,31 @@ def test_T3_two_ranks_have_the_losses_and_gradient_norms_of_one_process(
 def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(shared_place, recipe, teacher):
     data = recipe | {"tokenizer": {"train": {"vocab_size": 310}}}
     data |= {"objective": {"kind": "kd", "teacher": str(shared_place.runs / "teacher")}}
-    code, said = shared_place.train(data, "foreign")
-    assert code == 2, said
-    last = said.strip().splitlines()[-1]
+    code, output = shared_place.train(data, "foreign")
+    assert code == 2, output
+    last = output.strip().splitlines()[-1]
     assert "objective.teacher:" in last
     assert "another vocabulary than this run's tokenizer" in last
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 def test_a_teacher_with_a_head_of_another_size_is_refused_in_one_line(
     shared_place, students, recipe
 ):
     data = students["kd"]
-    code, said = shared_place.train(
+    code, output = shared_place.train(
         data | {"model": {**data["model"], "vocab_size": 384}}, "padded"
     )
-    assert code == 2, said
-    last = said.strip().splitlines()[-1]
+    assert code == 2, output
+    last = output.strip().splitlines()[-1]
     assert "its head has 320 ids and that of this run's model 384" in last
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 def test_a_teacher_that_is_not_there_is_refused_in_one_line(shared_place, students):
     data = students["on_policy_kd"]
     objective = {**data["objective"], "teacher": "/nowhere/at/all"}
-    code, said = shared_place.train(data | {"objective": objective}, "alone")
-    assert code == 2, said
-    assert "/nowhere/at/all: no such folder" in said.strip().splitlines()[-1]
-    assert "Traceback" not in said
+    code, output = shared_place.train(data | {"objective": objective}, "alone")
+    assert code == 2, output
+    assert "/nowhere/at/all: no such folder" in output.strip().splitlines()[-1]
+    assert "Traceback" not in output

@@ -99,9 +99,9 @@ def test_T6_full_disk_leaves_earlier_checkpoints_and_training_goes_on(
     monkeypatch.setattr(checkpoint, "_write", write)
     monkeypatch.setattr(checkpoint, "write_manifest", manifest)
     folder = run_here(keep={"last": 20, "best": False})
-    said = capsys.readouterr().out
-    assert said.count("could not be saved") == 1
-    assert "free" in said
+    output = capsys.readouterr().out
+    assert output.count("could not be saved") == 1
+    assert "free" in output
     names = sorted(path.name for path in (folder / "checkpoints").glob("*"))
     assert names == ["LATEST", "step-00000003", "step-00000009", "step-00000010"]
     assert checkpoint.load(folder / "checkpoints" / "step-00000003").state["step"] == 3

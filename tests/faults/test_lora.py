@@ -7,8 +7,8 @@ import pytest
 def adapting(shared_place, recipe) -> dict:
     """A run that trains adapters, with dropout of their own beside the model's."""
     base = recipe | {"train": {**recipe["train"], "steps": 2}}
-    code, said = shared_place.train(base, "lora-base")
-    assert code == 0, said
+    code, output = shared_place.train(base, "lora-base")
+    assert code == 0, output
     own = {key: value for key, value in recipe.items() if key not in ("model", "tokenizer")}
     train = {**recipe["train"], "steps": 6, "save_every": 2, "eval_every": 3, "sample_every": 3}
     section = {"targets": "all", "rank": 2, "alpha": 4, "dropout": 0.2}
@@ -40,6 +40,6 @@ def test_T2_adapters_killed_and_resumed_end_in_the_same_bits(
 
 def test_a_resumed_run_must_train_the_same_adapters(shared_place, adapting, whole):
     data = adapting | {"lora": {**adapting["lora"], "rank": 3}}
-    code, said = shared_place.train(data, "lora-whole", "--resume")
-    assert code == 2, said
-    assert "was begun with lora.rank: 2, not 3" in said
+    code, output = shared_place.train(data, "lora-whole", "--resume")
+    assert code == 2, output
+    assert "was begun with lora.rank: 2, not 3" in output

@@ -76,12 +76,12 @@ def test_T2_stopped_in_a_rollout_a_run_ends_in_the_same_bits(kind, number, by, s
     data, events, expected = whole(kind)
     point = points(events)[number]
     name = f"{kind}-{number}"
-    code, said = shared_place.train(
+    code, output = shared_place.train(
         data, name, TINSMITH_KILL_AT=str(point), TINSMITH_KILL_BY=by.name
     )
-    assert code == (75 if by == signal.SIGTERM else -by), said
-    code, said = shared_place.train(data, name, "--resume")
-    assert code == 0, said
+    assert code == (75 if by == signal.SIGTERM else -by), output
+    code, output = shared_place.train(data, name, "--resume")
+    assert code == 0, output
     found = shared_place.result(name)
     for key in ("model.safetensors", "optim.safetensors", "rng-00000.safetensors", "final"):
         assert found[key] == expected[key], (key, events[point - 1])

@@ -58,10 +58,10 @@ def test_T3_two_ranks_give_the_gradients_of_one_process(
     optim = {"matrices": adam, "others": adam, "max_grad_norm": None}
     data = of_pairs(plain, objective, batch_size=4, grad_accum_steps=1, steps=4, save_every=4)
     data |= {"optim": optim}
-    code, said = shared_place.train(data, f"one-{objective}")
-    assert code == 0, said
-    code, said = shared_place.train_pair(data, f"two-{objective}", "ddp")
-    assert code == 0, said
+    code, output = shared_place.train(data, f"one-{objective}")
+    assert code == 0, output
+    code, output = shared_place.train_pair(data, f"two-{objective}", "ddp")
+    assert code == 0, output
     runs = [shared_place.runs / f"{count}-{objective}" for count in ("one", "two")]
     ends = [run / "checkpoints" / "step-00000004" for run in runs]
     files = [

@@ -60,8 +60,8 @@ def losses(place, name: str) -> list[float]:
 
 @pytest.fixture(scope="session")
 def one_process(shared_place, plain_recipe) -> list[float]:
-    code, said = shared_place.train(plain_recipe, "one")
-    assert code == 0, said
+    code, output = shared_place.train(plain_recipe, "one")
+    assert code == 0, output
     found = losses(shared_place, "one")
     assert len(found) == STEPS
     return found
@@ -78,10 +78,10 @@ def assert_same(found: list[float], expected: list[float], bound: float = 1e-5) 
 def beside_one(place, data: dict, name: str, kind: str, bound: float = 1e-5) -> None:
     """The run `name-kind` of two ranks has the losses of the run `name` of one process."""
     if not (place.runs / name).exists():
-        code, said = place.train(data, name)
-        assert code == 0, said
-    code, said = place.train_pair(data, f"{name}-{kind}", kind)
-    assert code == 0, said
+        code, output = place.train(data, name)
+        assert code == 0, output
+    code, output = place.train_pair(data, f"{name}-{kind}", kind)
+    assert code == 0, output
     assert_same(losses(place, f"{name}-{kind}"), losses(place, name), bound)
 
 
@@ -90,23 +90,23 @@ def test_T4_split_into_micro_batches_changes_nothing(
     rows, accumulate, shared_place, plain_recipe, one_process
 ):
     data = changed(plain_recipe, "train", batch_size=rows, grad_accum_steps=accumulate)
-    code, said = shared_place.train(data, f"split-{rows}")
-    assert code == 0, said
+    code, output = shared_place.train(data, f"split-{rows}")
+    assert code == 0, output
     assert_same(losses(shared_place, f"split-{rows}"), one_process)
 
 
 def test_T4_checkpointing_changes_nothing(shared_place, plain_recipe, one_process):
-    code, said = shared_place.train(
+    code, output = shared_place.train(
         changed(plain_recipe, "train", activation_checkpointing=True), "recompute"
     )
-    assert code == 0, said
+    assert code == 0, output
     assert losses(shared_place, "recompute") == one_process
 
 
 @pytest.mark.slow
 def test_T4_compile_changes_nothing(shared_place, plain_recipe, one_process):
-    code, said = shared_place.train(changed(plain_recipe, "train", compile=True), "compiled")
-    assert code == 0, said
+    code, output = shared_place.train(changed(plain_recipe, "train", compile=True), "compiled")
+    assert code == 0, output
     assert_same(losses(shared_place, "compiled"), one_process)
 
 
@@ -116,8 +116,8 @@ def test_T4_compile_changes_nothing_where_gates_learn_from_surprise(shared_place
     layers = [layer | {"feed_forward": feed} for layer in plain_recipe["model"]["pattern"]]
     data = changed(changed(plain_recipe, "model", pattern=layers), "train", steps=4)
     for name, compiled in (("smk", False), ("smk-compiled", True)):
-        code, said = shared_place.train(changed(data, "train", compile=compiled), name)
-        assert code == 0, said
+        code, output = shared_place.train(changed(data, "train", compile=compiled), name)
+        assert code == 0, output
     assert_same(losses(shared_place, "smk-compiled"), losses(shared_place, "smk"), 1e-4)
 
 
@@ -136,8 +136,8 @@ def test_T3_two_ranks_train_routed_mixers_as_one_process_does(kind, shared_place
 def test_T3_two_ranks_see_the_same_samples_and_reach_the_same_losses(
     kind, shared_place, plain_recipe, one_process
 ):
-    code, said = torchrun(shared_place, plain_recipe, f"two-{kind}", kind)
-    assert code == 0, said
+    code, output = torchrun(shared_place, plain_recipe, f"two-{kind}", kind)
+    assert code == 0, output
     assert_same(losses(shared_place, f"two-{kind}"), one_process)
 
 
@@ -166,9 +166,9 @@ def test_T3_a_run_may_change_its_world_size(kind, shared_place, plain_recipe, on
         "train", shared_place.write(name, begun), "--name", name, TINSMITH_KILL_AT="90"
     )
     process.communicate(timeout=120)
-    code, said = shared_place.train_pair(begun, name, kind, "--resume")
-    assert code == 0, said
-    assert "from" in said
+    code, output = shared_place.train_pair(begun, name, kind, "--resume")
+    assert code == 0, output
+    assert "from" in output
     assert_same(losses(shared_place, name), one_process)
 
 
@@ -203,8 +203,8 @@ def test_T8_not_finite_on_one_rank_is_skipped_by_both(where, kind, shared_place,
     data = changed(plain_recipe, "train", steps=4, save_every=1, keep=keep)
     name = f"spoilt-{where}-{kind}"
     program = (Path(__file__).with_name("poisoned.py"), where)
-    code, said = shared_place.train_pair(data, name, kind, program=program)
-    assert code == 0, said
+    code, output = shared_place.train_pair(data, name, kind, program=program)
+    assert code == 0, output
     run = shared_place.runs / name
     saved = [checkpoint.load(run / "checkpoints" / f"step-{step:08d}").model for step in (2, 3, 4)]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
@@ -223,15 +223,15 @@ def test_T7_a_signal_to_one_rank_stops_both(shared_place, plain_recipe):
         if " step " in line:
             break
     second.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=60)
     second.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (75, 75), said
+    assert (first.returncode, second.returncode) == (75, 75), output
     assert (shared_place.runs / "pair" / "checkpoints" / "LATEST").exists()
 
 
 def test_rows_that_the_world_size_does_not_divide_are_refused(shared_place, plain_recipe):
     data = changed(plain_recipe, "train", batch_size=3)
     pair = shared_place.start_pair(data, "odd", "ddp")
-    said = [process.communicate(timeout=120)[0] for process in pair]
-    assert all(process.returncode == 2 for process in pair), said
-    assert "train.batch_size: 3 must be a multiple of the world size 2" in said[0]
+    output = [process.communicate(timeout=120)[0] for process in pair]
+    assert all(process.returncode == 2 for process in pair), output
+    assert "train.batch_size: 3 must be a multiple of the world size 2" in output[0]

@@ -26,10 +26,10 @@ def saved(shared_place, recipe) -> dict[str, list[checkpoint.Checkpoint]]:
     found = {}
     for kind in ("ddp", "fsdp"):
         data, name = recipe | {"model": model, "train": train}, f"reborn-{kind}"
-        code, said = shared_place.train_pair(data, name, kind, program=program)
-        assert code == 0, said
-        assert "compared" in said
-        assert "differs" not in said, said
+        code, output = shared_place.train_pair(data, name, kind, program=program)
+        assert code == 0, output
+        assert "compared" in output
+        assert "differs" not in output, output
         folder = shared_place.runs / name / "checkpoints"
         found[kind] = [checkpoint.load(folder / f"step-{step:08d}") for step in STEPS]
     return found

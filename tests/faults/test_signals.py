@@ -8,14 +8,14 @@ import pytest
 
 def wait_for(process, word: str, deadline: float = 120) -> str:
     """Read lines until one holds `word`; everything read."""
-    said = ""
+    output = ""
     end = time.monotonic() + deadline
     for line in process.stdout:
-        said += line
+        output += line
         if word in line:
-            return said
-        assert time.monotonic() < end, said
-    raise AssertionError(said)
+            return output
+        assert time.monotonic() < end, output
+    raise AssertionError(output)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -24,10 +24,10 @@ def test_T7_stop_signal_saves_once_and_exits_75(number, place, recipe):
     process = place.start("train", place.write("stop", long), "--name", "stop")
     wait_for(process, " step ")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert len(said.split(" saved ")) == 2, said
-    assert "--resume" in said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert len(output.split(" saved ")) == 2, output
+    assert "--resume" in output
     newest = sorted((place.runs / "stop" / "checkpoints").glob("step-*"))[-1]
     assert (newest / "manifest.json").exists()
 
@@ -39,8 +39,8 @@ def test_T7_stopped_and_resumed_run_ends_in_the_same_bits(shared_place, recipe, 
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     if process.returncode == 75:
-        code, said = shared_place.train(recipe, "halted", "--resume")
-        assert code == 0, said
+        code, output = shared_place.train(recipe, "halted", "--resume")
+        assert code == 0, output
     else:
         assert process.returncode == 0
     assert shared_place.result("halted")["model.safetensors"] == reference["model.safetensors"]
@@ -63,15 +63,15 @@ def test_T7_a_stop_that_arrives_anywhere_resumes_to_the_same_bits(
     """At the `number`th event of that name: in a step, an evaluation, a sample, twice in a save."""
     places = [at for at, name in enumerate(reference["events"], 1) if name.startswith(where)]
     name = f"stopped-{where.replace(' ', '-')}"
-    code, said = shared_place.train(
+    code, output = shared_place.train(
         recipe, name, TINSMITH_KILL_AT=str(places[number - 1]), TINSMITH_KILL_BY="SIGTERM"
     )
-    assert code == 75, said
+    assert code == 75, output
     stopped = sorted((shared_place.runs / name / "checkpoints").glob("step-*"))
     assert all((folder / "manifest.json").exists() for folder in stopped)
-    assert f"step-{said.split('stopped at step ')[1].split(';')[0]:>08}" == stopped[-1].name
-    code, said = shared_place.train(recipe, name, "--resume")
-    assert code == 0, said
+    assert f"step-{output.split('stopped at step ')[1].split(';')[0]:>08}" == stopped[-1].name
+    code, output = shared_place.train(recipe, name, "--resume")
+    assert code == 0, output
     found = shared_place.result(name)
     for key in ("model.safetensors", "optim.safetensors", "rng-00000.safetensors", "metrics"):
         assert found[key] == reference[key], key

@@ -170,7 +170,7 @@ def folder(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "output"),
     [
         ("peft_type", "IA3", "peft_type: 'IA3' is not supported"),
         ("use_dora", True, "use_dora: True is not supported"),
@@ -184,18 +184,18 @@ def folder(model, tmp_path):
         ("target_parameters", "up", "target_parameters: must be a list"),
     ],
 )
-def test_what_we_cannot_do_is_refused_with_its_key(folder, key, value, said):
+def test_what_we_cannot_do_is_refused_with_its_key(folder, key, value, output):
     place, config = folder
     path = place / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=output) as error:
         read_adapters(place, config)
     assert "\n" not in str(error.value)
     assert str(place) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "output"),
     [
         (lambda name: name.replace("q_proj", "qkv_proj"), "has no adapter of a weight"),
         (lambda name: name.replace("0.self_attn.q_proj", "0.self_attn.qkv_proj"), "qkv_proj.*no"),
@@ -204,12 +204,12 @@ def test_what_we_cannot_do_is_refused_with_its_key(folder, key, value, said):
         (lambda name: name.replace("model.layers.0.self_attn.q_proj", "lm_head"), "lm_head.*no"),
     ],
 )
-def test_tensors_of_other_models_are_refused_by_name(folder, change, said):
+def test_tensors_of_other_models_are_refused_by_name(folder, change, output):
     place, config = folder
     path = place / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({change(name): tensor for name, tensor in tensors.items()}, path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=output):
         read_adapters(place, config)
 
 

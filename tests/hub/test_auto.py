@@ -41,7 +41,7 @@ def test_a_model_that_is_no_stock_one_opens_in_transformers_with_equal_logits(pa
     assert tied == ours.config.tie_embeddings
 
 
-def test_padding_is_told_by_the_attention_mask(pair, ids):
+def test_padding_is_reported_by_the_attention_mask(pair, ids):
     ours, theirs = pair
     mask = torch.ones_like(ids)
     mask[0, :7] = 0

@@ -93,7 +93,7 @@ def test_text_cannot_break_out_of_its_fence():
     assert "## Weights" in outside
 
 
-def test_the_reason_against_a_stock_class_is_told():
+def test_the_reason_against_a_stock_class_is_reported():
     facts = FACTS | {"family": "tinsmith", "reason": "layer 1 has sinks"}
     card = model_card(facts)
     assert "`tinsmith`, Tinsmith's own, because layer 1 has sinks" in card

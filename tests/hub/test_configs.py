@@ -262,7 +262,7 @@ DENSE = {"first_k_dense_replace": 4}
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "said"),
+    ("kind", "changes", "output"),
     [
         ("gpt2", {}, "model_type: 'gpt2' is not one of llama, mistral, qwen2, qwen3, q"),
         ("qwen4", {}, "Did you mean 'qwen"),
@@ -329,10 +329,10 @@ DENSE = {"first_k_dense_replace": 4}
         ),
     ],
 )
-def test_what_cannot_be_built_is_one_line_with_the_key(kind, changes, said):
+def test_what_cannot_be_built_is_one_line_with_the_key(kind, changes, output):
     with pytest.raises(UserError) as caught:
         config_from_hf(BASE | {"model_type": kind} | changes, "folder/config.json")
-    assert said in str(caught.value)
+    assert output in str(caught.value)
     assert str(caught.value).startswith("folder/config.json: ")
     assert "\n" not in str(caught.value)
 
@@ -344,7 +344,7 @@ def test_neutral_and_unknown_keys_are_read_over():
     assert config_from_hf(BASE | {"model_type": "llama"} | changes) == plain
 
 
-def test_layers_are_told_by_the_shortest_pattern():
+def test_layers_are_reported_by_the_shortest_pattern():
     types = ["sliding_attention", "full_attention", "full_attention"] * 2
     changes = {"use_sliding_window": True, "layer_types": types, "num_hidden_layers": 6}
     read = config_from_hf(BASE | {"model_type": "qwen2"} | changes)

@@ -59,7 +59,7 @@ def test_config_json_has_the_keys_of_transformers_4_and_of_5(tmp_path, model, to
     assert "pad_token_id" not in data
 
 
-def test_without_a_tokenizer_nothing_is_said_about_ids(tmp_path, model):
+def test_without_a_tokenizer_nothing_is_output_about_ids(tmp_path, model):
     export_folder(model(), None, tmp_path / "x")
     assert read(tmp_path / "x" / "config.json")["eos_token_id"] is None
     assert set(read(tmp_path / "x" / "generation_config.json").values()) == {None}
@@ -86,7 +86,7 @@ def test_equal_models_give_equal_bytes(tmp_path, model, tokenizer):
         assert path.read_bytes() == (tmp_path / "b" / "final" / path.name).read_bytes(), path.name
 
 
-def test_what_exists_is_not_overwritten_unless_asked(tmp_path, model):
+def test_what_exists_is_not_overwritten_unless_requested(tmp_path, model):
     target = tmp_path / "precious"
     target.mkdir()
     export_folder(model(), None, target)
@@ -186,5 +186,5 @@ def transformers_tokenizer(folder):
     return 257
 
 
-def test_shards_are_of_five_gigabytes_unless_told():
+def test_shards_are_of_five_gigabytes_unless_reported():
     assert hf.MAX_SHARD_BYTES == 5 * 10**9

@@ -320,12 +320,12 @@ def test_weights_keep_their_dtype_both_ways(dtype, tmp_path, model):
         assert all(torch.equal(wanted[name], value) for name, value in back.state_dict().items())
 
 
-def test_a_stretching_asked_for_at_loading_is_that_of_transformers(tmp_path, randomised, ids):
+def test_a_stretching_requested_for_at_loading_is_that_of_transformers(tmp_path, randomised, ids):
     plain = theirs("llama", {}, randomised)
     plain.save_pretrained(tmp_path)
     stretched = theirs("llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}, randomised)
-    asked = {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}
-    for scaling in (YARN, asked):
+    requested = {"kind": "yarn", "factor": 4, "original_max_seq_len": 16}
+    for scaling in (YARN, requested):
         ours, _ = load(tmp_path, rope_scaling=scaling)
         with torch.no_grad():
             difference = (ours(ids).logits - plain(ids).logits).abs().max()

@@ -61,9 +61,9 @@ def test_a_run_is_its_final_folder_and_else_its_newest_valid_checkpoint(tmp_path
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert same(load(str(run))[0], first)
-    said = capsys.readouterr().err
-    assert "passed over" in said
-    assert "step-00000020: model.safetensors has" in said
+    output = capsys.readouterr().err
+    assert "passed over" in output
+    assert "step-00000020: model.safetensors has" in output
     export_folder(third, None, run / "final")
     assert same(load(run)[0], third)
 
@@ -94,10 +94,14 @@ def test_a_checkpoint_of_another_architecture_names_the_tensor(tmp_path, model):
     write_manifest(folder)
     with pytest.raises(UserError, match=r"tensor blocks\.3\.mix_norm\.weight is missing"):
         load(folder)
-    for text, said in (("a: 1", "has no model section"), ("[", "not valid YAML"), ("", "no model")):
+    for text, output in (
+        ("a: 1", "has no model section"),
+        ("[", "not valid YAML"),
+        ("", "no model"),
+    ):
         (folder / "config.yaml").write_text(text)
         write_manifest(folder)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=output):
             load(folder)
 
 
@@ -109,7 +113,7 @@ def test_an_unknown_key_in_a_checkpoints_config_is_named_with_its_file(tmp_path,
         load(folder)
 
 
-def test_device_and_dtype_are_as_asked(tmp_path, model):
+def test_device_and_dtype_are_as_requested(tmp_path, model):
     export_folder(model(), None, tmp_path / "x")
     save_checkpoint(tmp_path / "y", model())
     for folder in (tmp_path / "x", tmp_path / "y"):
@@ -171,7 +175,7 @@ def test_what_is_not_a_model_says_what_was_looked_for(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.safetensors").write_text("x")
     monkeypatch.chdir(tmp_path)
-    for path, said in (
+    for path, output in (
         ("empty", r"final/ and checkpoints/ \(a run\), manifest.json .* and config.json"),
         ("weights.safetensors", "is a file; give the folder"),
         ("empty/absent", "empty/absent: no such folder$"),
@@ -180,7 +184,7 @@ def test_what_is_not_a_model_says_what_was_looked_for(tmp_path, monkeypatch):
         ("a b", "no such folder$"),
         ("", "not a model"),
     ):
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=output) as caught:
             load(path)
         assert "\n" not in str(caught.value)
 
@@ -192,31 +196,31 @@ def test_a_runs_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
         load("mine")
 
 
-def test_a_hub_name_is_fetched_and_said(tmp_path, model, monkeypatch, capsys):
+def test_a_hub_name_is_fetched_and_output(tmp_path, model, monkeypatch, capsys):
     import huggingface_hub
 
     export_folder(model(), None, tmp_path / "snapshots" / "abc123")
-    asked = {}
+    requested = {}
 
     def fetch(name, **options):
-        asked[name] = options
+        requested[name] = options
         return str(tmp_path / "snapshots" / "abc123")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     lm, _ = load("owner/name")
     assert same(lm, model())
-    assert set(asked["owner/name"]["allow_patterns"]) == {
+    assert set(requested["owner/name"]["allow_patterns"]) == {
         "*.safetensors",
         "*.json",
         "*.txt",
         "*.jinja",
     }
-    said = capsys.readouterr().err
-    assert "fetching owner/name from the Hugging Face Hub" in said
-    assert "revision abc123" in said
+    output = capsys.readouterr().err
+    assert "fetching owner/name from the Hugging Face Hub" in output
+    assert "revision abc123" in output
     assert load_config("owner/name").depth == model().config.depth
-    assert asked["owner/name"]["allow_patterns"] == ["config.json"], "to count needs no weights"
+    assert requested["owner/name"]["allow_patterns"] == ["config.json"], "to count needs no weights"
 
 
 def test_offline_a_hub_name_is_one_line(tmp_path):

@@ -130,7 +130,7 @@ def test_the_original_context_may_stand_beside_or_be_the_context_itself():
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "output"),
     [
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
@@ -190,15 +190,15 @@ def test_the_original_context_may_stand_beside_or_be_the_context_itself():
         ),
     ],
 )
-def test_what_cannot_be_built_or_makes_no_sense_is_one_line_with_the_key(data, said):
+def test_what_cannot_be_built_or_makes_no_sense_is_one_line_with_the_key(data, output):
     with pytest.raises(UserError) as caught:
         read_rope(data, 64, "config.json")
-    assert said in str(caught.value)
+    assert output in str(caught.value)
     assert str(caught.value).startswith("config.json: ")
     assert "\n" not in str(caught.value)
 
 
-def test_a_stretching_that_is_asked_for_may_use_either_vocabulary(model):
+def test_a_stretching_that_is_requested_for_may_use_either_vocabulary(model):
     config = model().config
     words = {"kind": "yarn", "factor": 4, "original_max_seq_len": 64}
     theirs = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -215,9 +215,9 @@ def test_a_stretching_that_is_asked_for_may_use_either_vocabulary(model):
     )
 
 
-def test_a_stretching_that_is_asked_for_wrongly_is_one_line(model):
+def test_a_stretching_that_is_requested_for_wrongly_is_one_line(model):
     config = model().config
-    for scaling, said in (
+    for scaling, output in (
         ({"kind": "yarm", "factor": 4}, "'yarm' is not one of"),
         ({"kind": "yarn", "factor": 4}, "original_max_seq_len: required key is missing"),
         ({"kind": "yarn", "factr": 4}, "factr"),
@@ -225,7 +225,7 @@ def test_a_stretching_that_is_asked_for_wrongly_is_one_line(model):
     ):
         with pytest.raises(UserError, match="rope_scaling") as caught:
             with_rope_scaling(config, scaling)
-        assert said in str(caught.value)
+        assert output in str(caught.value)
     with pytest.raises(UserError, match="learned positions"):
         with_rope_scaling(model(positions="learned").config, {"type": "yarn", "factor": 2.0})
 

@@ -139,9 +139,9 @@ def test_pickled_weights_are_never_opened(folder):
     assert "not a whole safetensors file" in refused(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(raw)
-    said = refused(folder)
-    assert "has only pickled weights (pytorch_model.bin)" in said
-    assert "save_pretrained" in said
+    output = refused(folder)
+    assert "has only pickled weights (pytorch_model.bin)" in output
+    assert "save_pretrained" in output
 
 
 def test_a_folder_without_weights_or_config_says_what_is_missing(folder):
@@ -176,8 +176,8 @@ def test_a_shard_outside_of_the_folder_is_never_opened(sharded, name):
     (sharded / "sub").mkdir()
     hostile = name.replace("{parent}", str(sharded.parent))
     reindex(sharded, lambda places: places.update({"model.embed_tokens.weight": hostile}))
-    said = refused(sharded)
-    assert "leads out of the folder" in said or "is not a safetensors file" in said
+    output = refused(sharded)
+    assert "leads out of the folder" in output or "is not a safetensors file" in output
 
 
 def test_a_snapshot_of_the_hubs_cache_may_link_into_its_blobs(sharded, tmp_path, ids):
@@ -200,14 +200,14 @@ def test_a_snapshot_of_the_hubs_cache_may_link_into_its_blobs(sharded, tmp_path,
 def test_a_damaged_index_is_one_line(sharded):
     index = sharded / "model.safetensors.index.json"
     whole = index.read_text()
-    for text, said in (
+    for text, output in (
         ("{", "not valid JSON"),
         ("{}", "has no weight_map"),
         ('{"weight_map": []}', "has no weight_map"),
         ('{"weight_map": {"a": 7}}', "'7' is not a safetensors file"),
     ):
         index.write_text(text)
-        assert said in refused(sharded)
+        assert output in refused(sharded)
     index.write_text(whole)
     first = sorted(sharded.glob("model-00001*"))[0]
     first.rename(sharded / "elsewhere.safetensors")

@@ -44,7 +44,7 @@ def dense(model):
 
 
 @pytest.fixture
-def everybody():
+def all_experts():
     """All experts on: no cosine is below -1."""
 
     def switch(lm: LM) -> LM:
@@ -88,7 +88,7 @@ def test_H1_the_preset_is_this_transplant():
     assert made == ModelConfig.preset("tiny-onn-0.6b")
 
 
-def test_norms_are_trained_where_asked_for():
+def test_norms_are_trained_where_requested_for():
     lines = parameter_table(
         transplant_config(config_from_hf(QWEN3), TransplantPlan({}, train_norms=True))
     )
@@ -100,7 +100,7 @@ def test_norms_are_trained_where_asked_for():
 @pytest.mark.parametrize("combine", ["sum", "rescaled_sum"])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_H2_all_slices_together_say_what_the_dense_model_says(
-    combine, activation, model, everybody, ids
+    combine, activation, model, all_experts, ids
 ):
     layer = {
         "mixer": {"kind": "gqa", "heads": 4},
@@ -108,14 +108,14 @@ def test_H2_all_slices_together_say_what_the_dense_model_says(
     }
     dense = model(pattern=[layer]).double()
     plan = TransplantPlan({"experts": 6, "combine": combine}, "slice")
-    sparse = everybody(build_transplant(dense, plan))
+    sparse = all_experts(build_transplant(dense, plan))
     close(logits(sparse, ids), logits(dense, ids))
     sparse.train()
     close(sparse(ids).logits.detach(), logits(dense, ids))
 
 
-def test_H2_one_slice_less_says_something_else(dense, everybody, ids):
-    sparse = everybody(
+def test_H2_one_slice_less_says_something_else(dense, all_experts, ids):
+    sparse = all_experts(
         build_transplant(dense, TransplantPlan({"experts": 6, "combine": "sum"}, "slice"))
     )
     with torch.no_grad():
@@ -143,24 +143,27 @@ def test_H3_attention_sub_layers_say_what_those_of_transformers_say(tmp_path, ra
     theirs = randomised(transformers.Qwen3ForCausalLM(config)).double().eval()
     theirs.save_pretrained(tmp_path / "qwen")
     ours = build_transplant(load(tmp_path / "qwen")[0].double(), TransplantPlan({"experts": 8}))
-    heard: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    received: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, layer in enumerate(theirs.model.layers):
         layer.self_attn.register_forward_hook(
-            lambda _, given, kept, said, number=number: heard.update(
-                {number: (kept["hidden_states"], said[0])}
+            lambda _, given, kept, output, number=number: received.update(
+                {number: (kept["hidden_states"], output[0])}
             ),
             with_kwargs=True,
         )
-    told: list[torch.Tensor] = []
+    reported: list[torch.Tensor] = []
     with torch.no_grad():
         theirs(torch.randint(80, (2, 17)))
-        for number, (x, _) in heard.items():  # our mixer on their input, in our model's own context
+        for number, (
+            x,
+            _,
+        ) in received.items():  # our mixer on their input, in our model's own context
             block = ours.blocks[number]
-            block.mix_norm.register_forward_hook(lambda _, given, said, x=x: x)
-            block.mixer.register_forward_hook(lambda _, given, said: told.append(said.y))
+            block.mix_norm.register_forward_hook(lambda _, given, output, x=x: x)
+            block.mixer.register_forward_hook(lambda _, given, output: reported.append(output.y))
         ours(torch.zeros(2, 17, dtype=torch.long))
-    assert len(told) == len(heard) == 2
-    for (_, expected), found in zip(heard.values(), told, strict=True):
+    assert len(reported) == len(received) == 2
+    for (_, expected), found in zip(received.values(), reported, strict=True):
         close_to(1e-6)(found, expected)  # transformers forms its rotary tables in float32
 
 
@@ -350,9 +353,9 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(verb, capsys):
         (verb.folder / name).unlink()
     (verb.folder / "config.json").write_text(json.dumps(QWEN3), encoding="utf-8")
     verb("--dry-run")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for number in ("155,582,464", "264,241,152", "331,808,768", "265,159,552", "596,968,320"):
-        assert number in said
+        assert number in output
     assert not verb.out.exists()
 
 
@@ -385,5 +388,5 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(verb, model):
     export_folder(model(), None, verb.folder.parent / "small")
     for name in ("model.safetensors", "config.json"):
         (verb.folder.parent / "small" / name).replace(verb.folder / name)
-    said = verb.refused("experts=4")
-    assert "vocab_size=96 is too small for the tokenizer" in said
+    output = verb.refused("experts=4")
+    assert "vocab_size=96 is too small for the tokenizer" in output

@@ -40,32 +40,32 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
     """More requests than rows, at random times; some are dropped, waiting or running."""
     turn = random.Random(3)
     engine = Engine(lm, max_batch_size=3)
-    asked, heard, dropped, most = {}, {}, set(), 0
+    requested, received, dropped, most = {}, {}, set(), 0
     for step in itertools.count():
         if step < 40 and turn.random() < 0.4:
             prompt, count = draw(turn.randint(1, 20), step), turn.randint(1, 12)
             number = engine.add(prompt, GREEDY, count)
-            asked[number], heard[number] = (prompt, count), []
-        if asked and turn.random() < 0.15:
-            over = {n for n, events in heard.items() if events and events[-1].finish_reason}
-            number = turn.choice(sorted(asked)[-5:])
+            requested[number], received[number] = (prompt, count), []
+        if requested and turn.random() < 0.15:
+            over = {n for n, events in received.items() if events and events[-1].finish_reason}
+            number = turn.choice(sorted(requested)[-5:])
             engine.cancel(number)
             dropped |= {number} - over
         for event in engine.step():
             assert event.request_id not in dropped
-            heard[event.request_id].append(event)
+            received[event.request_id].append(event)
         most = max(most, engine.num_active)
         assert engine.num_active <= 3
         if step >= 40 and not engine.num_active and not engine.num_waiting:
             break
     assert most == 3
-    assert len(asked) > 10
+    assert len(requested) > 10
     assert dropped
-    for number, (prompt, count) in asked.items():
+    for number, (prompt, count) in requested.items():
         expected = greedily(lm, prompt, count)
-        found = tokens_of(heard[number])
+        found = tokens_of(received[number])
         assert found == (expected[: len(found)] if number in dropped else expected)
-        assert [event.finish_reason for event in heard[number][:-1]] == [None] * (len(found) - 1)
+        assert [event.finish_reason for event in received[number][:-1]] == [None] * (len(found) - 1)
 
 
 def test_many_rows_are_refilled_a_few_at_a_time(small, draw):
@@ -93,19 +93,19 @@ def test_long_prompts_are_taken_in_bit_by_bit_while_others_go_on(
     lm = small([{"heads": 4, "window": 5}, {"heads": 4}])
     engine = Engine(lm, max_batch_size=4)
     prompts = [draw(3), draw(30), draw(21), draw(40)]
-    heard = {engine.add(prompts[0], GREEDY, 20): []}
+    received = {engine.add(prompts[0], GREEDY, 20): []}
     engine.step()
-    heard |= {engine.add(prompt, GREEDY, 6): [] for prompt in prompts[1:]}
+    received |= {engine.add(prompt, GREEDY, 6): [] for prompt in prompts[1:]}
     speakers = []
     while engine.num_active or engine.num_waiting:
         events = engine.step()
         speakers.append([event.request_id for event in events])
         for event in events:
-            heard[event.request_id].append(event.token)
+            received[event.request_id].append(event.token)
     assert speakers == [[0]] * 4 + [[0, 1, 2, 3]] * 6 + [[0]] * 9
-    heard[0].insert(0, greedily(lm, prompts[0], 1)[0])
+    received[0].insert(0, greedily(lm, prompts[0], 1)[0])
     for number, count in enumerate([20, 6, 6, 6]):
-        assert heard[number] == greedily(lm, prompts[number], count)
+        assert received[number] == greedily(lm, prompts[number], count)
 
 
 def test_a_request_dropped_while_its_prompt_is_taken_in_never_speaks(
@@ -148,7 +148,7 @@ def test_a_row_outgrows_its_caches_while_it_decodes(small, draw, greedily, finis
     assert answers(Engine(lm), requests, finished) == expected
 
 
-def test_S4_the_same_seed_gives_the_same_tokens_whatever_else_is_asked(lm, draw, finished):
+def test_S4_the_same_seed_gives_the_same_tokens_whatever_else_is_requested(lm, draw, finished):
     chosen = SamplingParams(temperature=1.5, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
     requests = [(draw(9), chosen, 15)]
     alone = answers(Engine(lm), requests, finished)[0]
@@ -188,8 +188,8 @@ def test_logprobs_are_those_of_full_forwards(lm, draw):
     ids = torch.tensor([prompt + tokens_of(events)])
     with torch.no_grad():
         logits = lm(ids).logits[0, len(prompt) - 1 : -1]
-    told = (logits / torch.tensor(0.7)).log_softmax(-1)
-    expected = told.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+    reported = (logits / torch.tensor(0.7)).log_softmax(-1)
+    expected = reported.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
     assert [event.logprob for event in events] == pytest.approx(expected, abs=1e-9)
 
 

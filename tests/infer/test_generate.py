@@ -124,7 +124,7 @@ def test_answers_end_with_end_of_text_and_end_of_turn(small, tokenizer):
         assert completion[:3] == ([last], "", "stop")
 
 
-def test_S4_answers_do_not_depend_on_what_else_is_asked(lm, tokenizer):
+def test_S4_answers_do_not_depend_on_what_else_is_requested(lm, tokenizer):
     prompts = [tokenizer.encode("def f(x):" + " x" * count) for count in range(5)]
     together = generate(
         lm, tokenizer, prompts, sampling_params=WARM, max_new_tokens=12, batch_size=3
@@ -158,7 +158,7 @@ def test_every_prompt_may_have_its_own_sampling(lm, tokenizer):
         generate(lm, tokenizer, prompts, sampling_params=[GREEDY], max_new_tokens=10)
 
 
-def test_answers_end_as_they_are_when_asked_to(lm, tokenizer):
+def test_answers_end_as_they_are_when_requested_to(lm, tokenizer):
     polls = iter([False] * 4 + [True])
     done = generate(
         lm,

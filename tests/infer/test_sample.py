@@ -144,8 +144,8 @@ def test_S4_greedy_rows_stay_greedy_beside_others():
     best = logits.argmax(-1)
     assert ids[1::2].tolist() == best[1::2].tolist()
     assert ids[::2].tolist() != best[::2].tolist()
-    told = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    torch.testing.assert_close(logprobs[1::2], told[1::2])
+    reported = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs[1::2], reported[1::2])
 
 
 def test_the_lowest_of_equally_good_tokens_is_greedy():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.infer.stop import StopStrings
+from tinsmith.text.stream import StopStrings
 
 WORDS = st.text("ab.", min_size=1, max_size=4)
 

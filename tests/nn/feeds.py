@@ -27,6 +27,6 @@ def dense(feed, x: Tensor, table: Tensor) -> Tensor:
     """
     stacks = feed.experts
     gate = None if stacks.gate_proj is None else stacks.gate_proj.weight
-    said = oracle.every_expert(x, stacks.up_proj.weight, stacks.down_proj.weight, gate)
-    y = oracle.combined(table, said)
+    output = oracle.every_expert(x, stacks.up_proj.weight, stacks.down_proj.weight, gate)
+    y = oracle.combined(table, output)
     return y if feed.shared is None else y + feed.shared(x[None], context()).y[0]

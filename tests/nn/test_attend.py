@@ -55,8 +55,8 @@ def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
     monkeypatch.setattr(attending, "MASK_BYTES", room)
     written, visible = [], Span.mask
 
-    def counted(*asked):
-        written.append(visible(*asked))
+    def counted(*requested):
+        written.append(visible(*requested))
         return written[-1]
 
     monkeypatch.setattr(Span, "mask", counted)
@@ -79,7 +79,7 @@ def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seen", [Span(), attention_span(None, 0, None, torch.device("cpu"))])
-def test_nobody_asking_gets_no_answer(kind, seen):
+def test_no_queries_give_an_empty_output(kind, seen):
     q, k, v = drawn(0, 5)
     assert attend(q, k, v, seen, kind=kind).shape == q.shape
 

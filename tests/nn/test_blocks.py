@@ -41,9 +41,11 @@ def expected(segments, cut):
     return seen
 
 
-def told(cut, at, blocks_NL, row=0):
+def reported(cut, at, blocks_NL, row=0):
     """The same, from slots."""
-    first, count = (x.expand(at.cache_position_BT.shape[0], -1)[row].tolist() for x in cut.visible_blocks(at))
+    first, count = (
+        x.expand(at.cache_position_BT.shape[0], -1)[row].tolist() for x in cut.visible_blocks(at)
+    )
     return [blocks_NL[f : f + n] for f, n in zip(first, count, strict=True)]
 
 
@@ -55,7 +57,7 @@ def test_every_token_sees_the_blocks_of_its_document_that_are_over(cut, segments
     places = torch.arange(length)[None, :, None]
     blocks_NL = cut.gather_blocks(places, seen)[0, ..., 0].tolist()
     assert len(blocks_NL) == cut.num_slots(length)
-    assert told(cut, block_positions(seen, length, length, CPU), blocks_NL) == expected(
+    assert reported(cut, block_positions(seen, length, length, CPU), blocks_NL) == expected(
         segments, cut
     )
 
@@ -67,12 +69,14 @@ def test_one_document_needs_no_table(cut, length):
     seen = attention_span(None, length, None, CPU)
     x = torch.randn(2, length, 3, 2)
     blocks = cut.gather_blocks(x, seen)
-    table = cut.gather_blocks(x, attention_span(torch.zeros(2, length, dtype=torch.long), length, None, CPU))
+    table = cut.gather_blocks(
+        x, attention_span(torch.zeros(2, length, dtype=torch.long), length, None, CPU)
+    )
     assert torch.equal(blocks, table)
     for i in range(cut.num_slots(length)):
         assert torch.equal(blocks[:, i], x[:, i * cut.stride : i * cut.stride + cut.size])
     at = block_positions(seen, length, length, CPU)
-    assert [len(list_) for list_ in told(cut, at, list(range(99)))] == [
+    assert [len(list_) for list_ in reported(cut, at, list(range(99)))] == [
         len(list_) for list_ in expected([0] * length, cut)
     ]
 
@@ -122,7 +126,7 @@ class Fed:
         self.lengths += real.sum(1)
         return [
             [
-                told(self.cut, at, sums[b, :, 0].tolist(), b)[t]
+                reported(self.cut, at, sums[b, :, 0].tolist(), b)[t]
                 for t in range(len(real[b]))
                 if real[b, t]
             ]

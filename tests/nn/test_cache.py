@@ -76,10 +76,10 @@ def test_a_ring_gives_several_tokens_in_order_of_places(segments):
     """What each sees is then an interval of keys, no longer than the window: no mask is needed."""
     cache = ring(window=3)
     feed(cache, [[1, 2], [5, 6]], [[0, 0], [0, -1]])
-    told = None if segments is None else torch.tensor(segments)
-    _, seen = cache.append(told, torch.zeros(2, 9, 1, dtype=torch.float64))
+    reported = None if segments is None else torch.tensor(segments)
+    _, seen = cache.append(reported, torch.zeros(2, 9, 1, dtype=torch.float64))
     assert seen.key_positions_BS is None
-    real = torch.ones(2, 9, dtype=torch.bool) if told is None else told >= 0
+    real = torch.ones(2, 9, dtype=torch.bool) if reported is None else reported >= 0
     assert (seen.high_BT - seen.low_BT)[real].max() == 2
     assert (seen.low_BT[real] >= 0).all()
 
@@ -113,7 +113,7 @@ def test_more_than_the_capacity_is_refused_and_nothing_changes(make):
     assert feed(cache, [[5, 6]] * 2)[0][-1] in ([1, 2, 3, 4, 5, 6], [4, 5, 6])
 
 
-def test_append_forgets_as_far_back_as_asked():
+def test_append_forgets_as_far_back_as_requested():
     cache = append()
     feed(cache, [[1, 2, 3, 4], [5, 6, 7, 8]])
     cache.truncate(torch.tensor([1, 3]))

@@ -49,24 +49,24 @@ def test_checkpointing_keeps_a_decision_that_would_come_out_otherwise(kind, sect
     feed = {"kind": f"{kind}_moe", "experts": 6, "top_k": 2, "hidden_dim": 16}
     layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed}
     ids = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(1))
-    found, asked = [], []
+    found, requested = [], []
 
     def turning(scores, count):
-        asked.append(count)
-        return stable_topk(scores * (1 if len(asked) <= expected else -1), count)
+        requested.append(count)
+        return stable_topk(scores * (1 if len(requested) <= expected else -1), count)
 
     for checkpointing in (False, True):
         torch.manual_seed(0)
         lm = LM(ModelConfig.from_dict(section(depth=2, pattern=[layer]))).train()
         lm.activation_checkpointing = checkpointing
         if checkpointing:
-            expected = len(asked)
-            asked.clear()
+            expected = len(requested)
+            requested.clear()
         else:
             expected = 10**9
         monkeypatch.setattr(module, "stable_topk", turning)
         out = lm(ids)
         out.logits.square().sum().backward()
         found.append([p.grad for n, p in lm.named_parameters() if "experts" in n])
-    assert len(asked) > expected
+    assert len(requested) > expected
     assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))

@@ -155,7 +155,7 @@ WRONG = [
         },
         r"value_residual needs one \(kv_heads, head_dim\)",
     ),
-    *(({"last": [LAYER | {"mixer": mixer}]}, rf"^model: .*{said}") for mixer, said in SPARSE),
+    *(({"last": [LAYER | {"mixer": mixer}]}, rf"^model: .*{output}") for mixer, output in SPARSE),
     ({"residual": {"kind": "hyper", "streams": 1}}, r"residual: streams=1 must be at least 2"),
     ({"residual": {"kind": "mhyper", "streams": 0}}, r"residual: streams=0 must be at least 2"),
     ({"residual": {"kind": "hyper", "fracs": 5}}, r"dim=32 must be a multiple of fracs=5"),

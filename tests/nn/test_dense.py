@@ -40,7 +40,7 @@ def test_work_is_counted_and_biases_are_off(config):
     assert not any(name.endswith("bias") for name, _ in ours.named_parameters())
 
 
-def test_biases_as_asked():
+def test_biases_as_requested():
     for config, count in (
         (SwiGLU(hidden_dim=24, bias=True), 3),
         (ReLU2(hidden_dim=24, bias=True), 2),

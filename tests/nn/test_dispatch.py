@@ -77,7 +77,7 @@ def test_a_plan_of_fixed_shape_has_the_same_pairs(mask):
     assert plan_from_mask(mask.to("meta")).tokens_P.shape == (N * E,)
 
 
-def test_nobody_is_chosen():
+def test_no_expert_is_selected():
     plan = plan_from_mask(torch.zeros(N, E, dtype=torch.bool))
     experts = Experts(D, E, H, "swiglu").double()
     init_weights(experts, 1)

@@ -225,8 +225,8 @@ def test_equal_scores_choose_the_earliest():
     y = mixer(x, context(4, rows=1)).y
     for t in range(TOKENS):
         (slope,) = torch.autograd.grad(y[0, t].square().sum(), x, retain_graph=True)
-        heard = slope[0].abs().amax(-1).nonzero()[:, 0].tolist()
-        assert heard == sorted({*range(min(5, t + 1)), t})
+        received = slope[0].abs().amax(-1).nonzero()[:, 0].tolist()
+        assert received == sorted({*range(min(5, t + 1)), t})
 
 
 def test_equal_scores_choose_the_same_in_every_way_of_decoding():
@@ -252,15 +252,15 @@ def test_the_loss_is_the_divergence_written_out(kind):
     nope, turned, latent = mixer.queries(x, rotary)
     k, _ = mixer.keys.expand(*mixer.keys(x, rotary))
     logits = torch.einsum("bthd,bshd->bhts", torch.cat((nope, turned), -1), k) / 10**0.5
-    said = indexer.index_scores(mixer.indexer(x, latent, rotary))[0]
+    output = indexer.index_scores(mixer.indexer(x, latent, rotary))[0]
     total = 0.0
     for t in range(TOKENS):
         seen = range(t + 1)
         if kind == "selected":
-            seen = sorted(seen, key=lambda s: -said[t, s])[:5]
+            seen = sorted(seen, key=lambda s: -output[t, s])[:5]
         seen = list(seen)
         wanted = logits[0, :, t, seen].softmax(-1).mean(0)
-        total += F.kl_div(said[t, seen].log_softmax(-1), wanted, reduction="sum")
+        total += F.kl_div(output[t, seen].log_softmax(-1), wanted, reduction="sum")
     close(mixer(x, ctx).losses["indexer"], 0.5 * total / TOKENS)
 
 
@@ -298,8 +298,8 @@ def test_recall_of_the_true_mass_rises_under_the_loss():
         k, _ = mixer.keys.expand(*mixer.keys(held_out, rotary))
         visible = torch.ones(8, TOKENS, TOKENS, dtype=torch.bool).tril()
         truth = indexer.target_attention(torch.cat((nope, turned), -1), k, visible)
-        said = indexer.index_scores(mixer.indexer(held_out, latent, rotary))
-        best = said.masked_fill(~visible, -torch.inf).topk(5, -1).indices
+        output = indexer.index_scores(mixer.indexer(held_out, latent, rotary))
+        best = output.masked_fill(~visible, -torch.inf).topk(5, -1).indices
         found, most = truth.gather(-1, best), truth.topk(5, -1).values
         return found[:, 8:].sum() / most[:, 8:].sum()
 
@@ -333,7 +333,7 @@ def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "output"),
     [
         ({"index_topk": 0}, "index_topk=0 must be at least 1"),
         ({"index_heads": 0}, "index_heads=0 must be at least 1"),
@@ -343,8 +343,8 @@ def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
         ({"rope_dim": 5}, "rope_dim=5 must be even"),
     ],
 )
-def test_sizes_that_cannot_work_are_one_line(sizes, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_cannot_work_are_one_line(sizes, output):
+    with pytest.raises(ValueError, match=output):
         DSA(**sizes)
 
 

@@ -207,15 +207,15 @@ def test_L4_a_token_is_changed_by_at_most_k_times_rank_directions(experts, monke
     """The rank of x -> what a projection says beyond its base, over more tokens than directions."""
     mixer, x = lora(rank=2, experts=4), noise(1, 4 * D, D)
     only(mixer, *experts)
-    heard = []
+    received = []
     look = mixer.base.attend
     monkeypatch.setattr(
-        mixer.base, "attend", lambda *given: (heard.extend(given[:3]), look(*given))[1]
+        mixer.base, "attend", lambda *given: (received.extend(given[:3]), look(*given))[1]
     )
     mixer(x, context(1, count=4 * D))
-    assert len(heard) == 3
-    for said, name in zip(heard, NAMES, strict=False):
-        beyond = said - mixer.base.get_submodule(name)(x)
+    assert len(received) == 3
+    for output, name in zip(received, NAMES, strict=False):
+        beyond = output - mixer.base.get_submodule(name)(x)
         assert torch.linalg.matrix_rank(beyond[0], rtol=1e-9) == 2 * len(experts), name
 
 
@@ -240,14 +240,14 @@ def test_L6_a_frozen_base_has_no_gradient():
         assert parameter.requires_grad != name.startswith("base.")
 
 
-def test_a_token_that_wants_nobody_has_the_base_alone():
+def test_a_token_without_experts_has_the_base_alone():
     mixer, x = lora(), noise(2, T, D)
     only(mixer)
     close(mixer(x, context()).y, mixer.base(x, context()).y)
     assert DynLoRA(experts=2, base=GQA()).fallback == "none"
 
 
-def test_with_fallback_none_nobody_adds_anything_and_nothing_is_nan():
+def test_with_fallback_none_no_expert_adds_anything_and_nothing_is_nan():
     mixer, x = heads(fallback="none"), noise(2, T, D)
     only(mixer)
     y = mixer(x.requires_grad_(), context()).y
@@ -303,7 +303,7 @@ def test_recomputed_activations_choose_the_same(mixer):
 
 
 @pytest.mark.parametrize("kind", MIXERS)
-def test_an_expert_that_never_fires_is_born_anew(kind):
+def test_an_expert_that_never_fires_is_reinitialised_anew(kind):
     mixer = MIXERS[kind](reset_interval=2)
     only(mixer, 0, 2)
     x, ctx = noise(2, T, D), context()
@@ -330,8 +330,12 @@ def test_the_value_residual_is_the_bases():
     x, ctx = noise(2, T, D), context()
     offered = later(x, ctx).value_residual
     assert offered.shape == (2, T, 3, 8)
-    assert not torch.equal(later(x, ctx._replace(value_residual=noise(2, T, 3, 8))).y, later(x, ctx).y)
-    assert torch.equal(later(x, ctx._replace(value_residual=noise(2, T, 3, 8))).value_residual, offered)
+    assert not torch.equal(
+        later(x, ctx._replace(value_residual=noise(2, T, 3, 8))).y, later(x, ctx).y
+    )
+    assert torch.equal(
+        later(x, ctx._replace(value_residual=noise(2, T, 3, 8))).value_residual, offered
+    )
 
 
 def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
@@ -346,7 +350,7 @@ def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys", "said"),
+    ("kind", "keys", "output"),
     [
         (DynHeads, {"experts": 0}, "experts=0"),
         (DynHeads, {"experts": 2, "heads": 3, "kv_heads": 2}, "multiple of kv_heads"),
@@ -356,8 +360,8 @@ def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
         (DynLoRA, {"experts": 2, "base": GQA(), "alpha": float("nan")}, "alpha=nan"),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(kind, keys, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_built_is_refused_in_one_line(kind, keys, output):
+    with pytest.raises(ValueError, match=output):
         kind(**keys)
 
 

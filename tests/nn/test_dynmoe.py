@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.oracles.surprise import causal_loss, dense, said
+from tests.oracles.surprise import causal_loss, dense, output
 from tinsmith.nn.contract import BuildContext, Ctx, Out
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
 from tinsmith.nn.layers.init import init_weights
@@ -86,7 +86,7 @@ def test_G3_the_gate_hears_what_each_expert_did_for_the_loss():
     causal_loss(out.y[0]).backward()
     g, choice, u = out.y.grad[0], feed.gate(x), feed.gate.margins(x)
     weights = {name: stack.weight[None] for name, stack in feed.experts.named_children()}
-    along = torch.einsum("nd,ned->ne", g, said(x, weights))
+    along = torch.einsum("nd,ned->ne", g, output(x, weights))
     soft = (4 * u).sigmoid()
     k = choice.mask_NE.sum(-1, keepdim=True)
     slope = (along / k * 4 * soft * (1 - soft)).where(choice.mask_NE, 0)

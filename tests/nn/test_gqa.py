@@ -10,7 +10,7 @@ from tinsmith.nn.model import LM, ModelConfig
 close = close_to(1e-10)
 
 
-def test_A4_no_biases_unless_asked_for_and_an_output_projection(small):
+def test_A4_no_biases_unless_requested_for_and_an_output_projection(small):
     mixer = small().blocks[0].mixer
     assert {name for name, _ in mixer.named_parameters()} == {
         "q_proj.weight",
@@ -25,7 +25,7 @@ def test_A4_no_biases_unless_asked_for_and_an_output_projection(small):
 @pytest.mark.parametrize(
     ("bias", "expected"), [("none", set()), ("qkv", {"q", "k", "v"}), ("all", {"q", "k", "v", "o"})]
 )
-def test_biases_as_asked(small, bias, expected):
+def test_biases_as_requested(small, bias, expected):
     named = dict(small({"bias": bias}).blocks[0].mixer.named_parameters())
     assert {name[0] for name in named if name.endswith("bias")} == expected
 
@@ -65,7 +65,7 @@ def test_head_norms_make_scores_independent_of_the_size_of_q(small, ids):
     assert (plain(ids).logits - expected[0]).abs().max() > 0.1
 
 
-def test_without_rope_order_is_not_told(small, ids):
+def test_without_rope_order_is_not_reported(small, ids):
     """The last token sees a bag of words; with rope it does not."""
     order = torch.tensor([3, 0, 2, 1, 4, 5, 6, 8, 7, 9, 10, 11])
     for rope, same in ((False, True), (True, False)):

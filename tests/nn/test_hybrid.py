@@ -134,11 +134,11 @@ def test_A8_only_distances_between_positions_matter():
 
 def test_A3_gates_look_at_their_own_token_only():
     mixer = mixer_of(Hybrid(**SMALL, mode="swa"))
-    said = [noise(1, TOKENS, 2, 5, seed=s) for s in (5, 6)]
+    output = [noise(1, TOKENS, 2, 5, seed=s) for s in (5, 6)]
     x = noise(1, TOKENS, DIM)
     changed = x.clone()
     changed[:, 10] += 1.0
-    moved = (mixer._mixed(changed, said) - mixer._mixed(x, said)).abs().amax((0, 2, 3)) > 0
+    moved = (mixer._mixed(changed, output) - mixer._mixed(x, output)).abs().amax((0, 2, 3)) > 0
     assert moved.nonzero().flatten().tolist() == [10]
 
 
@@ -159,28 +159,30 @@ def test_the_indexers_loss_is_there_in_training_where_tokens_are_chosen():
         )
 
 
-def asked_of(mixer, x, ctx):
+def requested_of(mixer, x, ctx):
     """What the select branch is asked: queries, and what its keys and indexer read."""
-    heard = []
-    watch = mixer.branches["select"].register_forward_pre_hook(lambda _, a: heard.append(a[0]))
+    received = []
+    watch = mixer.branches["select"].register_forward_pre_hook(lambda _, a: received.append(a[0]))
     mixer(x, ctx)
     watch.remove()
-    return heard[0]
+    return received[0]
 
 
 @pytest.mark.parametrize("kind", ["dense", "selected"])
 def test_the_indexers_loss_is_the_divergence_written_out(kind):
     config = Hybrid(**SMALL, mode="nsa", index_target=kind, index_weight=0.5)
     mixer, x, ctx = mixer_of(config).train(), noise(1, TOKENS, DIM), context()
-    branch, asked = mixer.branches["select"], asked_of(mixer, x, ctx)
-    (k, _), q = branch.keys(asked), asked.q_BTHD
+    branch, requested = mixer.branches["select"], requested_of(mixer, x, ctx)
+    (k, _), q = branch.keys(requested), requested.q_BTHD
     logits = torch.einsum("bthd,bshd->bhts", q, k) / 10**0.5
-    said = indexer.index_scores(branch.indexer(asked.x, asked.query_input, asked.rotary))[0]
+    output = indexer.index_scores(
+        branch.indexer(requested.x, requested.query_input, requested.rotary)
+    )[0]
     total = 0.0
     for t, chosen in enumerate(chosen_by(mixer, x, ctx)):
         seen = chosen if kind == "selected" else list(range(t + 1))
         wanted = logits[0, :, t, seen].softmax(-1).mean(0)
-        total += F.kl_div(said[t, seen].log_softmax(-1), wanted, reduction="sum")
+        total += F.kl_div(output[t, seen].log_softmax(-1), wanted, reduction="sum")
     close(mixer(x, ctx).losses["indexer"], 0.5 * total / TOKENS)
 
 
@@ -208,11 +210,13 @@ def test_recall_of_the_true_mass_rises_under_the_loss():
 
     @torch.no_grad()
     def recall():
-        asked = asked_of(mixer, held_out, ctx)
+        requested = requested_of(mixer, held_out, ctx)
         visible = torch.ones(8, TOKENS, TOKENS, dtype=torch.bool).tril()
-        truth = indexer.target_attention(asked.q_BTHD, branch.keys(asked)[0], visible)
-        said = indexer.index_scores(branch.indexer(asked.x, asked.query_input, asked.rotary))
-        best = said.masked_fill(~visible, -torch.inf).topk(5, -1).indices
+        truth = indexer.target_attention(requested.q_BTHD, branch.keys(requested)[0], visible)
+        output = indexer.index_scores(
+            branch.indexer(requested.x, requested.query_input, requested.rotary)
+        )
+        best = output.masked_fill(~visible, -torch.inf).topk(5, -1).indices
         found, most = truth.gather(-1, best), truth.topk(5, -1).values
         return found[:, 8:].sum() / most[:, 8:].sum()
 
@@ -260,7 +264,7 @@ def test_it_compiles_as_a_whole():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "output"),
     [
         ({"mode": "nsa", "branches": ("window",)}, "give mode=nsa or branches, not both"),
         ({"branches": ()}, "branches=\\[\\] must be some, each once"),
@@ -271,6 +275,6 @@ def test_it_compiles_as_a_whole():
         ({"rope_dim": 3}, "rope_dim=3 must be even"),
     ],
 )
-def test_sizes_that_cannot_work_are_one_line(sizes, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_cannot_work_are_one_line(sizes, output):
+    with pytest.raises(ValueError, match=output):
         Hybrid(**sizes)

@@ -121,8 +121,8 @@ def test_padding_without_a_place_chooses_nothing():
     begins = select_blocks(q, k, cut, padded, keys=20, size=4, count=3)
     assert (begins[1, :, 5:] == -1).all()
     assert (begins[0] >= 0).any(-1).all()
-    nobody = at._replace(cache_position_BT=torch.full((2, 20), -1))
-    assert (select_blocks(q, k, cut, nobody, keys=20, size=4, count=3) == -1).all()
+    unselected = at._replace(cache_position_BT=torch.full((2, 20), -1))
+    assert (select_blocks(q, k, cut, unselected, keys=20, size=4, count=3) == -1).all()
 
 
 def test_choices_carry_no_gradient_and_heads_of_a_group_agree():

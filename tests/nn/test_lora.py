@@ -70,6 +70,11 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 class Experts(nn.Module):
     """Two stacks, stored (E, out, in) and (E, in, out)."""
 
+    EXPERT_STACKS = (
+        "up",
+        "down",
+    )
+
     def __init__(self):
         super().__init__()
         self.up = nn.Parameter(torch.randn(3, 6, 4))
@@ -380,7 +385,7 @@ def test_targets_are_names_ends_of_names_or_patterns(build, targets, count):
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "output"),
     [
         (("q_prj",), r"'q_prj' names no linear layer.*mixer\.q_proj.*Did you mean 'q_proj'"),
         (("q_proj", "nothing"), "'nothing' names no linear layer of this model; there are"),
@@ -389,9 +394,9 @@ def test_targets_are_names_ends_of_names_or_patterns(build, targets, count):
         (("mix_norm",), "'mix_norm' is not a linear layer that can be adapted"),
     ],
 )
-def test_a_target_that_cannot_be_is_refused_in_one_line_and_nothing_changes(build, targets, said):
+def test_a_target_that_cannot_be_is_refused_in_one_line_and_nothing_changes(build, targets, output):
     lm = build()
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=output) as error:
         lora.add_adapters(lm, LoRA(targets=targets))
     assert "\n" not in str(error.value)
     assert all(parameter.requires_grad for parameter in lm.parameters())
@@ -403,7 +408,7 @@ def test_dropout_of_a_stack_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "output"),
     [
         ("rank", 0, "rank=0 must be at least 1"),
         ("alpha", 0.0, "alpha=0.0 must be a number above 0"),
@@ -412,6 +417,6 @@ def test_dropout_of_a_stack_is_refused():
         ("targets", (), "targets must name at least one layer"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(key, value, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_numbers_that_cannot_be_are_refused(key, value, output):
+    with pytest.raises(ValueError, match=re.escape(output)):
         LoRA(**{key: value})

@@ -64,15 +64,15 @@ def test_an_adapted_gate_keeps_its_precision_and_says_what_the_merged_one_says(k
     router, x = lm.blocks[0].feed.router, torch.randn(5, 64)
     base = half(lm, IDS)
     stir(lm)
-    adapted, said = half(lm, IDS), half(router, x)
-    assert said.dtype == torch.float32
+    adapted, output = half(lm, IDS), half(router, x)
+    assert output.dtype == torch.float32
     adapter = lora.adapters(lm)["blocks.0.feed.router.weight"]
     weight = made(kind).blocks[0].feed.router.weight + adapter.scaling * adapter.B @ adapter.A
-    torch.testing.assert_close(said, x @ weight.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output, x @ weight.T, rtol=1e-6, atol=1e-6)
     assert not same(adapted, base)
     lora.merge(lm)
     merged = half(lm, IDS)
-    torch.testing.assert_close(half(router, x), said, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(half(router, x), output, rtol=1e-6, atol=1e-6)
     assert all(
         torch.equal(merged.stats[f"{i}.feed.load"], adapted.stats[f"{i}.feed.load"]) for i in (0, 1)
     )

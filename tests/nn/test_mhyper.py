@@ -53,7 +53,7 @@ def sub_layers(lm):
     return [part for block in lm.blocks for part in (block.mix_residual, block.feed_residual)]
 
 
-def told(part, n):
+def reported(part, n):
     """Columns of the projection, and parts of the bias, that make H_pre, H_post and H_res."""
     sizes = [n, n, n * n]
     return part.projection.split(sizes, -1), part.bias.split(sizes)
@@ -160,12 +160,12 @@ class TestTransformers:
 
     def both(self, part, n, eps, rounds=20):
         other, turned = self.theirs(part, n, eps, rounds)
-        h, said, upstream = noise(2, 3, n, DIM), noise(2, 3, DIM, seed=2), noise(2, 3, n, DIM)
+        h, output, upstream = noise(2, 3, n, DIM), noise(2, 3, DIM, seed=2), noise(2, 3, n, DIM)
         mine, theirs = h.clone().requires_grad_(), h.clone().requires_grad_()
         x, kept = part.read(mine)
-        found = part.write(mine, torch.sin(3 * x) * said, kept)
+        found = part.write(mine, torch.sin(3 * x) * output, kept)
         post, comb, collapsed = other(theirs)
-        y = torch.sin(3 * collapsed) * said
+        y = torch.sin(3 * collapsed) * output
         expected = post.unsqueeze(-1) * y.unsqueeze(-2) + comb.transpose(-1, -2) @ theirs
         for state in (found, expected):
             (state * upstream).sum().backward()
@@ -201,7 +201,7 @@ def test_it_is_the_paper_written_out_forward_and_backward(n, temperature):
     inputs = [h, *part.parameters()]
     gradients = torch.autograd.grad((found * noise(*found.shape, seed=2)).sum(), inputs)
 
-    weights, (pre, post, res) = told(part, n)
+    weights, (pre, post, res) = reported(part, n)
     expected = [
         oracle.mhyper(
             [list(stream) for stream in token],
@@ -227,7 +227,7 @@ class TestAtFirst:
     def test_a_sub_layer_reads_about_one_stream_and_is_written_to_all(self, n, temperature):
         for sub_layer in range(n + 1):
             part = fresh(sub_layer=sub_layer, streams=n, sinkhorn_temperature=temperature)
-            _, (pre, post, res) = told(part, n)
+            _, (pre, post, res) = reported(part, n)
             taken = pre.sigmoid()
             assert taken.argmax() == sub_layer % n
             assert taken.max() > 0.8
@@ -312,11 +312,11 @@ def test_after_ten_steps_mixes_are_doubly_stochastic_and_64_of_them_enlarge_noth
     """Those of a model in float32, at every token of every sub-layer."""
     found = []
 
-    def heard(logits, iterations):
+    def received(logits, iterations):
         found.append(sinkhorn(logits, iterations))
         return found[-1]
 
-    monkeypatch.setattr(mhyper, "sinkhorn", heard)
+    monkeypatch.setattr(mhyper, "sinkhorn", received)
     lm = lm_of(section, depth=3).float()
     optimizer = torch.optim.AdamW(lm.parameters(), 1e-2)
     for _ in range(11):

@@ -178,7 +178,7 @@ def test_without_rotary_positions_nothing_is_turned():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "output"),
     [
         ({"rope_dim": 5}, "rope_dim=5 must be even"),
         ({"kv_rank": 0}, "kv_rank=0 must be at least 1"),
@@ -186,8 +186,8 @@ def test_without_rotary_positions_nothing_is_turned():
         ({"heads": 0}, "heads=0 must be at least 1"),
     ],
 )
-def test_sizes_that_cannot_work_are_one_line(sizes, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_cannot_work_are_one_line(sizes, output):
+    with pytest.raises(ValueError, match=output):
         MLA(**sizes)
 
 

@@ -230,7 +230,7 @@ def test_windows_and_whole_contexts_mix(section, ids):
         close(torch.cat(found, 1), expected)
 
 
-def test_a_change_of_the_first_token_is_heard_as_far_as_windows_reach(small):
+def test_a_change_of_the_first_token_is_received_as_far_as_windows_reach(small):
     lm = small({"window": 3}, depth=2)
     ids = torch.arange(12)[None]
     changed = ids.clone()
@@ -277,7 +277,7 @@ class Talking(FeedForward, Routed):
 
     def __init__(self, layer):
         super().__init__()
-        self.layer, self.heard = layer, []
+        self.layer, self.received = layer, []
         self.weight = torch.nn.Parameter(torch.ones(3))
 
     def forward(self, x, ctx):
@@ -285,11 +285,11 @@ class Talking(FeedForward, Routed):
         return Out(x, {"balance": layer}, {"load": layer + 10}, {"norms": layer + 20})
 
     def after_backward(self, grad_probes):
-        self.heard.append(grad_probes)
+        self.received.append(grad_probes)
         return {"heard": grad_probes["norms"]}
 
     def post_step(self, stats):
-        self.heard.append(stats)
+        self.received.append(stats)
         return [OptimizerReset(self.weight, torch.tensor([self.layer]))]
 
 
@@ -303,13 +303,13 @@ def test_what_layers_say_carries_their_name_and_comes_back_to_them(small, ids):
         "2.feed.balance": 2,
     }
     assert set(out.stats) == {"0.feed.load", "2.feed.load"}
-    said = lm.after_backward(out.grad_probes)
-    assert said == {"0.feed.heard": 20, "2.feed.heard": 22}
+    output = lm.after_backward(out.grad_probes)
+    assert output == {"0.feed.heard": 20, "2.feed.heard": 22}
     resets = lm.post_step(out.stats)
     assert [reset.rows.item() for reset in resets] == [0, 2]
     for layer in (0, 2):
         feed = lm.blocks[layer].feed
-        assert feed.heard == [{"norms": layer + 20}, {"load": layer + 10}]
+        assert feed.received == [{"norms": layer + 20}, {"load": layer + 10}]
 
 
 def test_work_is_that_of_blocks_and_head(small):

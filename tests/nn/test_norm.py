@@ -88,8 +88,8 @@ def test_gradients_are_those_of_finite_differences(norm):
     names = [name for name, _ in made.named_parameters()]
 
     def of_parameters(*values):
-        told = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(made, told, (x.detach(),))
+        reported = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(made, reported, (x.detach(),))
 
     assert torch.autograd.gradcheck(of_parameters, tuple(parameters))
 

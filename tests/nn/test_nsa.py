@@ -60,7 +60,7 @@ def alone(first_value=True, **keys):
     return mixer
 
 
-def heard(mixer, x, segments=None, value=None):
+def received(mixer, x, segments=None, value=None):
     """Out of a mixer for x (B, T, D) without a cache."""
     positions = torch.arange(x.shape[1]).expand(x.shape[:2])
     rotary = {8: rotary_tables(Rope(), 8, positions, x.dtype)}
@@ -93,13 +93,13 @@ class TestPaper:
         mixer, x = alone(**keys), noise(1, length, 16)
         expected, _ = nsa(mixer, x[0])
         with torch.no_grad():
-            close(heard(mixer, x).y[0], expected)
+            close(received(mixer, x).y[0], expected)
 
     def test_values_of_the_first_layer_are_mixed_into_the_window(self):
         mixer = alone(first_value=False, value_residual=True)
         x, first = noise(1, 14, 16), noise(1, 14, 2, 8, seed=2)
         with torch.no_grad():
-            out = heard(mixer, x, value=first)
+            out = received(mixer, x, value=first)
             close(out.y[0], nsa(mixer, x[0], first[0])[0])
         close(out.value_residual[0].flatten(1), x[0] @ mixer.window_v.weight.T)
 
@@ -109,7 +109,7 @@ class TestPaper:
         monkeypatch.setattr(
             module, "select_blocks", lambda *a, **k: found.append(choose(*a, **k)) or found[-1]
         )
-        heard(mixer, x)
+        received(mixer, x)
         _, chosen = nsa(mixer, x[0])
         for g, t, blocks in chosen:
             line = found[0][0, g, t]
@@ -132,7 +132,7 @@ class TestLimits:
     def test_every_block_selected(self, length):
         mixer, x = alone(select_count=5), noise(2, length, 16)
         only(mixer, "select")
-        close(heard(mixer, x).y, self.dense(mixer, x, mixer.select_k, mixer.select_v))
+        close(received(mixer, x).y, self.dense(mixer, x, mixer.select_k, mixer.select_v))
 
     def test_where_every_block_would_be_chosen_no_choice_is_made(self, monkeypatch):
         """And nothing is gathered: up to the last token of the last block, in documents too."""
@@ -141,7 +141,7 @@ class TestLimits:
         monkeypatch.setattr(module, "attend_topk_blocks", lambda q, *_, **__: q)
         segments = torch.tensor([[0] * 13 + [1] * 27])
         for length in (1, 39, 40, 41):
-            heard(mixer, noise(1, length, 16))
+            received(mixer, noise(1, length, 16))
         assert found == [41]
         only(mixer, "select")
         ctx = Ctx(
@@ -151,7 +151,7 @@ class TestLimits:
             {8: rotary_tables(Rope(), 8, torch.arange(40)[None], torch.float64)},
         )
         x = noise(1, 40, 16)
-        close(mixer(x, ctx).y[:, :13], heard(mixer, x[:, :13]).y)
+        close(mixer(x, ctx).y[:, :13], received(mixer, x[:, :13]).y)
         monkeypatch.undo()
         chosen = alone(select_count=4)
         only(chosen, "select")
@@ -161,7 +161,7 @@ class TestLimits:
     def test_a_window_of_all_tokens(self, window):
         mixer, x = alone(window=window), noise(2, 40, 16)
         only(mixer, "window")
-        close(heard(mixer, x).y, self.dense(mixer, x, mixer.window_k, mixer.window_v))
+        close(received(mixer, x).y, self.dense(mixer, x, mixer.window_k, mixer.window_v))
 
     def test_blocks_of_one_token_that_stay_what_they_are(self):
         """Without rotation: blocks have no position."""
@@ -169,7 +169,8 @@ class TestLimits:
         mixer.pool_k, mixer.pool_v = Whole(), Whole()
         only(mixer, "compress")
         close(
-            heard(mixer, x).y, self.dense(mixer, x, mixer.compress_k, mixer.compress_v, turn=False)
+            received(mixer, x).y,
+            self.dense(mixer, x, mixer.compress_k, mixer.compress_v, turn=False),
         )
 
     def test_gates_add_up_the_branches(self):
@@ -178,11 +179,11 @@ class TestLimits:
         gate, bias = mixer.branch_gate.weight.clone(), mixer.branch_gate.bias.clone()
         gates = (x @ gate.T + bias).sigmoid().unflatten(-1, (4, 3))
         mixer.o_proj = nn.Identity()
-        total = heard(mixer, x).y.unflatten(-1, (4, 8))
+        total = received(mixer, x).y.unflatten(-1, (4, 8))
         parts = []
         for branch in BRANCHES:
             only(mixer, branch)
-            parts.append(heard(mixer, x).y.unflatten(-1, (4, 8)))
+            parts.append(received(mixer, x).y.unflatten(-1, (4, 8)))
         close(total, sum(gates[..., i, None] * part for i, part in enumerate(parts)))
         assert all((part.abs().amax((0, 2, 3))[4:] > 1e-3).all() for part in parts)
 
@@ -191,7 +192,7 @@ class TestLimits:
         only(mixer, "window")
         other = x.clone()
         other[:, :10] += 1
-        before, after = heard(mixer, x).y, heard(mixer, other).y
+        before, after = received(mixer, x).y, received(mixer, other).y
         assert torch.equal(before[:, 14:], after[:, 14:])
         assert (before[:, 13] != after[:, 13]).any()
 
@@ -199,7 +200,7 @@ class TestLimits:
         mixer, x = alone(), noise(2, 7, 16).requires_grad_()
         only(mixer, "compress")
         for length in (1, 3, 7):
-            y = heard(mixer, x[:, :length]).y
+            y = received(mixer, x[:, :length]).y
             assert (y[:, :3] == 0).all()
             (gradient,) = torch.autograd.grad(y.sum(), x)
             assert gradient.isfinite().all()
@@ -208,7 +209,7 @@ class TestLimits:
     def test_what_pools_has_a_gradient_even_of_nothing(self):
         """None would be taken for a parameter that is not part of the model."""
         mixer = alone()
-        heard(mixer, noise(1, 3, 16)).y.sum().backward()
+        received(mixer, noise(1, 3, 16)).y.sum().backward()
         assert all(parameter.grad is not None for parameter in mixer.parameters())
         assert (mixer.pool_k.inner.weight.grad == 0).all()
 
@@ -374,13 +375,13 @@ def test_fast_and_naive_agree_on_long_rows_with_their_gradients(make):
     """Packed and padded, long enough for sorting by block and several chunks of queries."""
     ids = torch.randint(0, 48, (2, 200), generator=torch.Generator().manual_seed(3))
     segments = torch.tensor([[-1] * 3 + [4] * 60 + [1] * 137, [0] * 150 + [2] * 31 + [-1] * 19])
-    said = []
+    output = []
     for kind in ("sdpa", "naive"):
         lm = make(attention=kind, depth=2)
         logits = lm(ids, segments=segments).logits[segments >= 0]
         logits.square().sum().backward()
-        said.append([logits, *(parameter.grad for parameter in lm.parameters())])
-    close(*said, 1e-8)
+        output.append([logits, *(parameter.grad for parameter in lm.parameters())])
+    close(*output, 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -406,13 +407,13 @@ def test_it_compiles_whole_with_many_tokens(make, segments):
     lm = make(depth=1)
     torch.compiler.reset()
     compiled = torch.compile(lm, fullgraph=True, backend="aot_eager", dynamic=False)
-    said = []
+    output = []
     for model in (compiled, lm):
         lm.zero_grad()
         logits = model(ids, segments=segments).logits
         logits.square().sum().backward()
-        said.append([logits, *(parameter.grad for parameter in lm.parameters())])
-    close(*said)
+        output.append([logits, *(parameter.grad for parameter in lm.parameters())])
+    close(*output)
 
 
 @pytest.mark.slow

@@ -71,6 +71,8 @@ def test_nf4_of_normal_weights_is_off_by_a_tenth():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stack_of_experts_is_held_in_codes_too(kind):
     class Experts(nn.Module):
+        EXPERT_STACKS = ("up",)
+
         def __init__(self):
             super().__init__()
             self.up = nn.Parameter(torch.randn(3, 40, 65))

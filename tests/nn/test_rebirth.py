@@ -68,7 +68,7 @@ def test_newborn_weights_are_drawn_as_at_first():
     assert part.up.std().item() == pytest.approx(0.5, rel=0.1)
 
 
-def test_R2_where_nobody_is_dead_only_counters_move():
+def test_R2_where_no_expert_is_dead_only_counters_move():
     part = Part()
     before = weights(part)
     assert window(part) == [[], [], []]
@@ -80,7 +80,7 @@ def test_R2_where_nobody_is_dead_only_counters_move():
     assert not counters.newborn.any()
 
 
-def test_R3_a_planted_dead_expert_is_found_and_fires_where_nobody_did():
+def test_R3_a_planted_dead_expert_is_found_and_fires_where_none_did():
     part = Part(dead=(2,))
     direction = draw(9, 1)[0]
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_R6_neither_padding_nor_the_fallback_keeps_an_expert_alive():
     assert resets[0].rows.tolist() == list(range(E))
 
 
-def test_a_window_without_tokens_kills_nobody():
+def test_a_window_without_tokens_resets_no_expert():
     part = Part()
     before = weights(part)
     for _ in range(INTERVAL):

@@ -126,14 +126,14 @@ def test_few_queries_gather_and_many_are_sorted(monkeypatch):
             name,
             lambda *args, _way=way, _name=name: taken.append(_name) or _way(*args),
         )
-    for queries, told in (
+    for queries, reported in (
         (1, {}),
         (16, {}),
         (17, {}),
         (17, {"kind": "naive"}),
         (1, {"dropout": 0.5}),
     ):
-        attend_topk_blocks(*inputs(queries, 20), *choices(queries, 20, 3), SIZE, **told)
+        attend_topk_blocks(*inputs(queries, 20), *choices(queries, 20, 3), SIZE, **reported)
     assert taken == ["by_query", "by_query", "by_block", "naive", "naive"]
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.oracles.surprise import causal_loss, said
+from tests.oracles.surprise import causal_loss, output
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.nn.contract import BuildContext, Ctx, Out
@@ -114,9 +114,9 @@ def test_M6_a_joint_step_is_two_separate_ones(loss, guard):
     for name, value in (main | separate).items():
         torch.testing.assert_close(joint[name], value, rtol=1e-10, atol=1e-12, msg=name)
     assert set(joint) == set(main | separate)
-    judged = (known.sum(-1) > 1).sum()
-    assert stats["router_tokens"] == judged
-    torch.testing.assert_close(stats["router_loss"], router.detach() * judged)
+    scored = (known.sum(-1) > 1).sum()
+    assert stats["router_tokens"] == scored
+    torch.testing.assert_close(stats["router_loss"], router.detach() * scored)
 
 
 def test_M6_both_is_task_and_smk():
@@ -286,7 +286,7 @@ def test_M10_newborns_do_not_make_silence_usual(guard):
     assert last <= first if guard else last > 0.95
 
 
-def test_M10_where_nobody_speaks_nobody_is_to_be_preferred():
+def test_M10_where_all_are_inactive_none_is_preferred():
     feed = made(inactive_expert_guard=True)
     with torch.no_grad():
         feed.experts.down_proj.weight.zero_()
@@ -295,7 +295,7 @@ def test_M10_where_nobody_speaks_nobody_is_to_be_preferred():
     assert stats["inactive_fraction"] == stats["compared"] > 0
 
 
-def test_what_is_usual_is_what_half_of_all_is_said_in():
+def test_what_is_usual_is_what_half_of_all_is_output_in():
     def of(*sizes: float) -> float:
         return weighted_median(torch.tensor(sizes).double()).item()
 
@@ -347,7 +347,7 @@ def test_newborns_sit_out():
 
 
 @pytest.mark.parametrize("candidates", ["all", "active+r"])
-def test_newborns_are_not_asked_either(candidates):
+def test_newborns_are_not_requested_either(candidates):
     feed = made(candidates=candidates)
     with torch.no_grad():
         feed.gate.window.newborn[1] = True
@@ -356,20 +356,20 @@ def test_newborns_are_not_asked_either(candidates):
     assert active[:, 1].any()
     assert not active[:, 1].all()
     old = active.sum(-1) - active[:, 1].long()
-    asked = (E - 1) * N if candidates == "all" else (old + 1).clamp(max=E - 1).sum()
-    assert stats["pairs"] == asked
+    requested = (E - 1) * N if candidates == "all" else (old + 1).clamp(max=E - 1).sum()
+    assert stats["pairs"] == requested
 
 
 @pytest.mark.parametrize("candidates", ["all", "active+r"])
-def test_other_candidates_are_asked_what_they_would_have_changed(candidates):
+def test_other_candidates_are_requested_what_they_would_have_changed(candidates):
     """With g held fixed, by autograd with the expert's own weights."""
     feed = made(candidates=candidates, extra_candidates=2)
     torch.manual_seed(5)
     out, stats = step(feed, tokens())
     found = collect_probes(out.grad_probes)
     counts = found.active_NE.sum(-1)
-    asked = E * N if candidates == "all" else int((counts + 2).clamp(max=E).sum())
-    assert stats["pairs"] == asked
+    requested = E * N if candidates == "all" else int((counts + 2).clamp(max=E).sum())
+    assert stats["pairs"] == requested
     if candidates == "all":
         shared = {
             name: stack.weight.detach()[None] for name, stack in feed.experts.named_children()
@@ -378,8 +378,8 @@ def test_other_candidates_are_asked_what_they_would_have_changed(candidates):
         for t in range(N):
             own = {name: value.clone().requires_grad_() for name, value in shared.items()}
             for e in range(E):
-                spoken = (said(tokens()[t : t + 1], own)[0, e] * found.output_grad_ND[t]).sum()
-                grads = torch.autograd.grad(spoken, list(own.values()))
+                generated = (output(tokens()[t : t + 1], own)[0, e] * found.output_grad_ND[t]).sum()
+                grads = torch.autograd.grad(generated, list(own.values()))
                 surprise[t, e] = torch.cat([g.flatten() for g in grads]).norm()
         everyone = torch.ones(N, E, dtype=torch.bool)
         expected = by_hand(feed, tokens(), surprise, everyone, "hard").detach()
@@ -403,11 +403,11 @@ def test_M12_sml_local_is_the_double_backward_of_the_explicit_norm():
         chosen = known[t].nonzero().flatten().tolist()
         if not chosen:
             continue
-        y = said(x[t : t + 1], weights)[0]
+        y = output(x[t : t + 1], weights)[0]
         norms = []
         for e in chosen:
-            spoken = (y[e] * found.output_grad_ND[t]).sum()
-            grads = torch.autograd.grad(spoken, list(weights.values()), create_graph=True)
+            generated = (y[e] * found.output_grad_ND[t]).sum()
+            grads = torch.autograd.grad(generated, list(weights.values()), create_graph=True)
             norms.append(sum(g.square().sum() for g in grads).sqrt())
         s = torch.stack(norms)
         lost = lost + (logits[t, chosen].softmax(0) * s / s.detach().mean()).sum()

@@ -12,7 +12,7 @@ COLD = "must be at least 1e-06"
 
 
 @pytest.mark.parametrize(
-    ("residual", "said"),
+    ("residual", "output"),
     [
         *(({"kind": kind, "streams": 1}, ONE) for kind in KINDS),
         *(({"kind": kind, "streams": 0}, ONE.replace("1", "0")) for kind in KINDS),
@@ -26,10 +26,10 @@ COLD = "must be at least 1e-06"
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(section, residual, said):
+def test_what_cannot_be_built_is_refused_in_one_line(section, residual, output):
     with pytest.raises(UserError) as refused:
         ModelConfig.from_dict(section(residual=residual))
-    assert said in str(refused.value)
+    assert output in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

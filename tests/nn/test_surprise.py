@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.oracles.surprise import causal_loss, copies, dense, said
+from tests.oracles.surprise import causal_loss, copies, dense, output
 from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
 from tinsmith.nn.layers.init import init_weights
@@ -147,7 +147,7 @@ def test_M7_the_gradient_of_an_expert_s_output_only_tells_its_weight():
     choice = feed.gate(x)
     weight = torch.rand(N, E, dtype=torch.float64).where(choice.mask_NE, 0)
     shared = {name: stack.weight[None] for name, stack in feed.experts.named_children()}
-    each = said(x, shared).detach().requires_grad_()
+    each = output(x, shared).detach().requires_grad_()
     summed = torch.einsum("ne,ned->nd", weight, each)
     summed.retain_grad()
     causal_loss(summed).backward()
@@ -156,7 +156,7 @@ def test_M7_the_gradient_of_an_expert_s_output_only_tells_its_weight():
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_the_closed_form_says_what_backward_heard_and_more(activation):
+def test_the_closed_form_says_what_backward_received_and_more(activation):
     feed, x = made(activation=activation, candidates="all"), tokens()
     found = hear(feed, x)
     experts = feed.experts
@@ -170,12 +170,12 @@ def test_the_closed_form_says_what_backward_heard_and_more(activation):
     assert (surprise[~active] > 0).all()
     own = copies(experts, N)
     # what it would be if every expert worked with weight 1 and the same g came back
-    (said(x, own) * found.output_grad_ND[:, None]).sum().backward()
+    (output(x, own) * found.output_grad_ND[:, None]).sum().backward()
     squared = sum(copy.grad.square().sum((-2, -1)) for copy in own.values())
     torch.testing.assert_close(surprise, squared.sqrt(), rtol=1e-12, atol=1e-15)
 
 
-def test_nothing_is_heard_where_the_losses_were_left_out():
+def test_nothing_is_received_where_the_losses_were_left_out():
     feed = made()
     out = feed(tokens()[None], CTX)
     causal_loss(out.y[0]).backward()
@@ -202,13 +202,13 @@ def probed(lm: LM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     (loss + sum(out.losses.values())).backward()
     lm.after_backward(out.grad_probes)
-    said = {name: parameter.grad for name, parameter in lm.named_parameters()}
+    text = {name: parameter.grad for name, parameter in lm.named_parameters()}
     for layer in range(2):
         found = collect_probes(
             {k.split(".")[-1]: v for k, v in out.grad_probes.items() if k[0] == str(layer)}
         )
-        said |= {f"{layer}.{name}": getattr(found, name) for name in ("surprise_NE", "active_NE")}
-    return said
+        text |= {f"{layer}.{name}": getattr(found, name) for name in ("surprise_NE", "active_NE")}
+    return text
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -224,7 +224,7 @@ def test_M9_checkpointing_changes_neither_masks_nor_surprise_nor_gradients(half,
         assert torch.equal(value, found[1][name]), name
 
 
-def test_M9_a_recomputation_that_would_decide_otherwise_is_not_asked(ids, monkeypatch):
+def test_M9_a_recomputation_that_would_decide_otherwise_is_not_requested(ids, monkeypatch):
     expected = probed(model(), ids)
     lm, calls = model(), []
     lm.activation_checkpointing = True

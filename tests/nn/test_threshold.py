@@ -189,7 +189,7 @@ def test_a_cosine_of_zero_does_not_fire_however_it_is_rounded():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_token_that_nobody_fires_for_gets_its_best_expert(training):
+def test_a_token_without_an_active_expert_gets_its_best_expert(training):
     gate, x = made().train(training), draw(N, D)
     with torch.no_grad():
         gate.thresholds += 0.3
@@ -242,11 +242,11 @@ def diversity(gate: CosineRouter) -> torch.Tensor:
     """SDL without its first term: as many experts are asked for as fire."""
     x = draw(N, D)
     mean = float(gate(x).stats["load"].sum() / N)
-    asked = CosineRouter(
+    requested = CosineRouter(
         CosineRouterConfig(experts=gate.config.experts, target_active=mean, sdl_weight=1.0), D, 0
     )
-    asked.prototypes, asked.thresholds = gate.prototypes, gate.thresholds
-    return asked(x).losses["sdl"]
+    requested.prototypes, requested.thresholds = gate.prototypes, gate.thresholds
+    return requested(x).losses["sdl"]
 
 
 def test_S1_diversity_of_orthonormal_and_of_equal_prototypes():

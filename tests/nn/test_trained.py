@@ -24,7 +24,7 @@ def names(lm):
     return {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
 
 
-def test_everything_is_trained_where_nothing_is_said():
+def test_everything_is_trained_where_nothing_is_output():
     lm = LM(ModelConfig.from_dict(MODEL))
     assert names(lm) == {name for name, _ in lm.named_parameters()}
     assert count_parameters(lm) == (lm.parameter_count(), 0)
@@ -133,7 +133,7 @@ FREEZE = {
 
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("way", FREEZE)
-def test_what_is_frozen_is_neither_born_anew_nor_balanced(kind, way):
+def test_what_is_frozen_is_neither_reinitialised_anew_nor_balanced(kind, way):
     """Else adapters would be written beside a base that is no longer the one they were made for."""
     torch.manual_seed(0)
     lm = model("*", pattern=[LAYER | GATED[kind]])
@@ -143,7 +143,7 @@ def test_what_is_frozen_is_neither_born_anew_nor_balanced(kind, way):
     assert bool(changed) == (way == "nothing"), changed
 
 
-def test_experts_are_born_where_the_rest_of_the_model_is_frozen():
+def test_experts_are_reinitialised_where_the_rest_of_the_model_is_frozen():
     lm = model("blocks.*.feed", pattern=[LAYER | GATED["dyn_moe"]])
     before, after = after_a_step(lm)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -79,7 +79,9 @@ def gradients(name: str, rank: int, world: int) -> dict[str, Tensor]:
                 parameter += 0.02 * moved
     if name == "spo":
         found["tracker"] = torch.tensor([objective.tracker.state[n] for n in range(10)])
-        found["kept"] = torch.tensor([len(objective.response_cache.responses[n].ids) for n in range(10)])
+        found["kept"] = torch.tensor(
+            [len(objective.response_cache.responses[n].ids) for n in range(10)]
+        )
     return found
 
 

@@ -62,10 +62,10 @@ def batch():
     )
 
 
-def built(loss="sigmoid", judge=None, **more):
+def built(loss="sigmoid", frozen_model=None, **more):
     objective = DPO(loss=loss, **more).build()
-    if judge is not None:
-        objective.frozen_models = {"reference": judge}
+    if frozen_model is not None:
+        objective.frozen_models = {"reference": frozen_model}
     return objective
 
 
@@ -176,7 +176,7 @@ def test_ipo_is_least_where_the_summed_margin_is_one_over_two_beta():
 @pytest.mark.parametrize("normalise", ["sum", "length"])
 def test_dpo_starts_at_exactly_ln_2(batch, normalise):
     policy = tiny().float()
-    loss = built(judge=frozen().float(), normalise=normalise).loss(policy.train(), batch)
+    loss = built(frozen_model=frozen().float(), normalise=normalise).loss(policy.train(), batch)
     exact = -logsigmoid(torch.zeros(PAIRS))
     assert loss.total.item() == exact.sum().item() == pytest.approx(PAIRS * math.log(2))
     assert loss.metrics["margin"].total.item() == 0
@@ -185,26 +185,26 @@ def test_dpo_starts_at_exactly_ln_2(batch, normalise):
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_dpo_starts_at_exactly_ln_2_under_autocast(batch, precision):
-    policy, judge = tiny().float(), frozen().float()
+    policy, frozen_model = tiny().float(), frozen().float()
     with torch.autocast("cpu", precision):
-        loss = built(judge=judge).loss(policy.train(), batch)
+        loss = built(frozen_model=frozen_model).loss(policy.train(), batch)
     assert loss.total.item() == -logsigmoid(torch.zeros(PAIRS)).sum().item()
 
 
 def test_the_reference_gets_the_same_bits_as_the_policy_and_keeps_no_graph(batch):
     policy = tiny().float().train()
     with reference_model(policy, frozen().float()) as lm:
-        judged, _ = pair_logprobs(lm, batch)
-    said, _ = pair_logprobs(policy, batch)
-    assert torch.equal(judged.chosen, said.chosen)
-    assert not judged.chosen.requires_grad
-    assert said.chosen.requires_grad
+        scored, _ = pair_logprobs(lm, batch)
+    output, _ = pair_logprobs(policy, batch)
+    assert torch.equal(scored.chosen, output.chosen)
+    assert not scored.chosen.requires_grad
+    assert output.chosen.requires_grad
 
 
 def test_ipo_and_kto_start_where_their_formulas_say(batch):
-    policy, judge = tiny(), frozen()
-    assert built("ipo", judge, beta=0.1).loss(policy, batch).total.item() == PAIRS * 25.0
-    assert built("kto", judge).loss(policy, batch).total.item() == PAIRS * 1.0
+    policy, frozen_model = tiny(), frozen()
+    assert built("ipo", frozen_model, beta=0.1).loss(policy, batch).total.item() == PAIRS * 25.0
+    assert built("kto", frozen_model).loss(policy, batch).total.item() == PAIRS * 1.0
 
 
 def test_sums_are_those_of_the_whole_logits_over_the_answers_alone(batch):
@@ -264,7 +264,7 @@ def test_T4_splitting_a_batch_changes_nothing(loss, batch):
 
 
 def test_padding_changes_nothing(batch):
-    policy, objective = tiny(), built(judge=frozen(1))
+    policy, objective = tiny(), built(frozen_model=frozen(1))
     wider = Batch(
         *(
             torch.nn.functional.pad(part, (0, 5), value=-1 if part is batch.segments else 0)
@@ -311,7 +311,7 @@ def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "output"),
     [
         ({"beta": 0}, "beta=0"),
         ({"beta": float("nan")}, "beta: Input should be a finite number"),
@@ -323,8 +323,8 @@ def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
         ({"loss": "hinge"}, "loss"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_that_mean_nothing_are_refused(settings, output):
+    with pytest.raises(UserError, match=output):
         parse(ObjectiveConfig, {"kind": "dpo", **settings})
 
 

@@ -72,22 +72,22 @@ def ready(**settings: Any) -> Any:
     return objective
 
 
-def alone(lm: LM, batch: Batch, span: AnswerSpan, said, row: int):
+def alone(lm: LM, batch: Batch, span: AnswerSpan, output, row: int):
     """Logits of one row by itself, not padded, after what was said: at the answer's places."""
     length = int((batch.segments[row] >= 0).sum())
     ids = F.one_hot(batch.ids[row : row + 1, :length], VOCAB).double()
     start, count = int(span.opener_B[row]), int(span.length_B[row])
-    ids[0, start + 1 : start + count] = said[row, : count - 1]
+    ids[0, start + 1 : start + count] = output[row, : count - 1]
     return lm(ids).logits[0, start : start + count]
 
 
 def one_hot(batch: Batch, span: AnswerSpan):
     """Excursions that say the truth."""
-    said = torch.zeros(len(batch.ids), int(span.length_B.max()), VOCAB, dtype=torch.float64)
+    output = torch.zeros(len(batch.ids), int(span.length_B.max()), VOCAB, dtype=torch.float64)
     for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
         targets = batch.targets[row, start : start + count]
-        said[row, :count] = F.one_hot(targets, VOCAB).double()
-    return said
+        output[row, :count] = F.one_hot(targets, VOCAB).double()
+    return output
 
 
 def gradients(lm: LM, loss):
@@ -108,23 +108,25 @@ def test_the_answer_is_the_last_run_of_learned_targets():
 def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
     batch = batch_of()
     span = last_answer_span(batch.mask)
-    said = excursion(lm, batch.ids, span, temperature=0.7, hard=hard)
+    output = excursion(lm, batch.ids, span, temperature=0.7, hard=hard)
     true = F.one_hot(batch.ids, VOCAB).double()
     with torch.no_grad():
         logits = lm.eval()(
-            splice_excursion(true, span, said), batch.positions, batch.segments
+            splice_excursion(true, span, output), batch.positions, batch.segments
         ).logits
         for row, count in enumerate(span.length_B.tolist()):
             start = int(span.opener_B[row])
             whole = logits[row, start : start + count]
-            torch.testing.assert_close(whole, alone(lm, batch, span, said, row), rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                whole, alone(lm, batch, span, output, row), rtol=0, atol=1e-10
+            )
             if hard:
-                assert torch.equal(whole.argmax(-1), said[row, :count].argmax(-1))
-                assert set(said[row, :count].flatten().tolist()) == {0.0, 1.0}
+                assert torch.equal(whole.argmax(-1), output[row, :count].argmax(-1))
+                assert set(output[row, :count].flatten().tolist()) == {0.0, 1.0}
             else:
                 expected = (whole / 0.7).softmax(-1)
-                torch.testing.assert_close(said[row, :count], expected, rtol=0, atol=1e-12)
-            assert not said[row, count:].any()
+                torch.testing.assert_close(output[row, :count], expected, rtol=0, atol=1e-12)
+            assert not output[row, count:].any()
 
 
 def test_E2_an_excursion_that_says_the_truth_is_teacher_forcing_to_the_bit(lm):
@@ -138,11 +140,11 @@ def test_E2_an_excursion_that_says_the_truth_is_teacher_forcing_to_the_bit(lm):
     assert torch.equal(splice_excursion(true, span, one_hot(batch, span)), true)
 
 
-def frozen_loss(lm, batch, span, said):
+def frozen_loss(lm, batch, span, output):
     """L_align of the equation, by rows: nats of the true answers after what was said."""
     total = torch.zeros((), dtype=torch.float64)
     for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
-        logprobs = alone(lm, batch, span, said, row).log_softmax(-1)
+        logprobs = alone(lm, batch, span, output, row).log_softmax(-1)
         targets = batch.targets[row, start : start + count]
         total = total - logprobs.gather(1, targets[:, None]).sum()
     return total
@@ -153,10 +155,10 @@ def test_the_loss_is_the_formula_row_by_row(small, share):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(every=False)
     span = last_answer_span(batch.mask)
-    said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+    output = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
     found = ready(alignment_weight=share).loss(lm, batch)
     taught = frozen_loss(lm, batch, span, one_hot(batch, span))
-    expected = (1 - share) * taught + share * frozen_loss(lm, batch, span, said)
+    expected = (1 - share) * taught + share * frozen_loss(lm, batch, span, output)
     torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=0)
     assert ready().units(batch) == span.length_B.sum()
     mine, theirs = gradients(lm, found.total), gradients(lm, expected)
@@ -173,10 +175,10 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
     batch = batch_of(("mirror",), every=False)
     span = last_answer_span(batch.mask)
 
-    def said():
+    def output():
         return excursion(lm, batch.ids, span, temperature=1.0, hard=False)
 
-    objective, start = ready(alignment_weight=1.0), said()
+    objective, start = ready(alignment_weight=1.0), output()
     weight = lm.get_parameter(name)
     gradient = gradients(lm, objective.loss(lm, batch).total)[name]
     direction = torch.randn_like(weight)
@@ -193,7 +195,7 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
         return (found[0] - found[1]) / (2 * step)
 
     assert difference(lambda: start) == pytest.approx(exact, rel=1e-6)
-    assert abs(difference(said) - exact) > 1e-3 * abs(exact)
+    assert abs(difference(output) - exact) > 1e-3 * abs(exact)
 
 
 def test_E4_an_excursion_has_no_graph_and_keeps_modes_and_random_state(lm):
@@ -203,9 +205,9 @@ def test_E4_an_excursion_has_no_graph_and_keeps_modes_and_random_state(lm):
     lm.blocks[1].eval()
     modes = [module.training for module in lm.modules()]
     before = torch.get_rng_state()
-    said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
-    assert not said.requires_grad
-    assert said.grad_fn is None
+    output = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+    assert not output.requires_grad
+    assert output.grad_fn is None
     assert [module.training for module in lm.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in lm.parameters())
@@ -242,10 +244,13 @@ def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursio
     batch = batch_of()
     span = last_answer_span(batch.mask)
     settings = {"temperature": 1.0, "hard": False}
-    said = excursion(lm, batch.ids, span, **settings)
-    assert torch.equal(excursion(lm, batch.ids, span, **settings), said)
+    output = excursion(lm, batch.ids, span, **settings)
+    assert torch.equal(excursion(lm, batch.ids, span, **settings), output)
     drawn = []
-    for run in (lambda: ready().loss(lm, batch), lambda: ready().loss_given_excursion(lm, batch, span, said)):
+    for run in (
+        lambda: ready().loss(lm, batch),
+        lambda: ready().loss_given_excursion(lm, batch, span, output),
+    ):
         torch.manual_seed(1)
         run()
         drawn.append(torch.rand(3))
@@ -259,8 +264,8 @@ def test_E5_an_excursion_knows_of_the_answer_but_its_length(lm):
     for row, start in enumerate(span.opener_B.tolist()):
         ids[row, start + 1 :] = (ids[row, start + 1 :] + 5) % VOCAB
     assert not torch.equal(ids, batch.ids)
-    said = [excursion(lm, each, span, temperature=1.0, hard=False) for each in (batch.ids, ids)]
-    assert torch.equal(*said)
+    output = [excursion(lm, each, span, temperature=1.0, hard=False) for each in (batch.ids, ids)]
+    assert torch.equal(*output)
 
 
 class Copier:
@@ -274,8 +279,8 @@ class Copier:
 
     def __call__(self, ids, positions=None, segments=None, caches=None, logits=True) -> ModelOut:
         hidden = ids.double() if ids.dim() == 3 else F.one_hot(ids, VOCAB).double()
-        said = self.head(hidden[:, -1:] if logits == "last" else hidden)
-        return ModelOut(said if logits else None, {}, {}, {}, hidden)
+        output = self.head(hidden[:, -1:] if logits == "last" else hidden)
+        return ModelOut(output if logits else None, {}, {}, {}, hidden)
 
     def new_caches(self, rows: int, capacity: int) -> list:
         return []
@@ -319,19 +324,19 @@ def test_E7_the_taught_rows_are_a_step_of_teacher_forcing(lm):
     answers = last_answer_span(batch.mask).target_mask(batch.mask)
     hidden = lm(batch.ids, batch.positions, batch.segments, logits=False).hidden
     expected = token_nll(hidden[answers], batch.targets[answers], lm.head).sum()
-    told = ready().loss(lm, batch).metrics["teacher_forcing_loss"]
-    torch.testing.assert_close(told.total, expected, rtol=1e-12, atol=0)
+    reported = ready().loss(lm, batch).metrics["teacher_forcing_loss"]
+    torch.testing.assert_close(reported.total, expected, rtol=1e-12, atol=0)
 
 
 def test_outputs_of_demonstrations_count_once_whatever_the_share(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     every, last = batch_of(every=True), batch_of(every=False)
-    told = []
+    reported = []
     for share in (0.2, 0.7):
         totals = [ready(alignment_weight=share).loss(lm, each).total for each in (every, last)]
-        told.append(float((totals[0] - totals[1]).detach()))
-    assert told[0] == pytest.approx(told[1], rel=1e-12)
-    assert told[0] > 1
+        reported.append(float((totals[0] - totals[1]).detach()))
+    assert reported[0] == pytest.approx(reported[1], rel=1e-12)
+    assert reported[0] > 1
     assert ready().units(every) == every.mask.sum() > ready().units(last)
 
 
@@ -339,10 +344,10 @@ def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["minutes"]]).train()
     batch = batch_of()
     span = last_answer_span(batch.mask)
-    said = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
-    found = ready().loss_given_excursion(lm, batch, span, said)
+    output = excursion(lm, batch.ids, span, temperature=1.0, hard=False)
+    found = ready().loss_given_excursion(lm, batch, span, output)
     true = F.one_hot(batch.ids, VOCAB).double()
-    both = torch.cat((true, splice_excursion(true, span, said)))
+    both = torch.cat((true, splice_excursion(true, span, output)))
     out = lm(both, batch.positions.repeat(2, 1), batch.segments.repeat(2, 1), logits=False)
     routers = sum(float(value) for value in out.losses.values())
     weight = float(batch.mask.sum())
@@ -353,12 +358,13 @@ def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
     assert tokens[0] == 2 * (batch.segments >= 0).sum()
 
 
-def test_answers_shaped_as_their_inputs_are_told_apart(small):
+def test_answers_shaped_as_their_inputs_are_reported_apart(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(("recolour", "count", "fill", "tile"))
     found = ready(alignment_weight=1.0).loss(lm, batch).metrics
     pair = [
-        ready(alignment_weight=1.0).loss(lm, batch.rows(n, n + 1)).metrics["alignment_loss"] for n in (0, 2)
+        ready(alignment_weight=1.0).loss(lm, batch.rows(n, n + 1)).metrics["alignment_loss"]
+        for n in (0, 2)
     ]
     equal = found["alignment_loss_equal_shape"]
     assert equal.count == sum(each.count for each in pair)
@@ -397,21 +403,21 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
     assert last["alignment_loss"] < 0.2 * first["alignment_loss"]
     assert last["teacher_forcing_loss"] < 0.2 * first["teacher_forcing_loss"]
     span = last_answer_span(batch.mask)
-    said = excursion(lm, batch.ids, span, temperature=1.0, hard=True).argmax(-1)
+    output = excursion(lm, batch.ids, span, temperature=1.0, hard=True).argmax(-1)
     for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
-        assert torch.equal(said[row, :count], batch.targets[row, start : start + count])
+        assert torch.equal(output[row, :count], batch.targets[row, start : start + count])
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "output"),
     [
         ({"alignment_weight": 1.1}, "alignment_weight=1.1 must be a share from 0 to 1"),
         ({"alignment_weight": -0.1}, "alignment_weight=-0.1"),
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_names_it(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_bad_setting_is_one_line_that_names_it(settings, output):
+    with pytest.raises(ValueError, match=output):
         replace(EAVI(), **settings)
 
 

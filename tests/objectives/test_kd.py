@@ -130,7 +130,7 @@ def test_logits_far_apart_stay_finite(beta):
     assert bool(torch.isfinite(student.grad).all())
 
 
-def test_half_precision_logits_are_judged_in_float32(pair):
+def test_half_precision_logits_are_scored_in_float32(pair):
     student, teacher, mask = (part.detach() for part in pair)
     low = generalized_jsd(student.bfloat16(), teacher.bfloat16(), mask, 0.5, 1.0)
     rounded = (student.bfloat16().double(), teacher.bfloat16().double())
@@ -154,11 +154,16 @@ def heads(monkeypatch):
     monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 300)
     monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", 1)
 
-    def told(width: int) -> HeadInputs:
+    def reported(width: int) -> HeadInputs:
         hidden = torch.randn(20, width, dtype=torch.float64, requires_grad=True)
         return HeadInputs(hidden, torch.randn(50, width, dtype=torch.float64, requires_grad=True))
 
-    return told(16), told(24), torch.randint(0, 50, (20,)), torch.rand(20, dtype=torch.float64)
+    return (
+        reported(16),
+        reported(24),
+        torch.randint(0, 50, (20,)),
+        torch.rand(20, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize("hard", [0.0, 0.4])
@@ -224,14 +229,14 @@ def test_a_student_that_is_its_teacher_learns_nothing(keys, small):
 def test_the_objective_is_kd_loss_and_cross_entropy_over_the_targets_that_count(small):
     student, teacher = small(), small(dim=48, depth=1)
     mask = torch.rand(2, 12) > 0.5
-    asked = objective(teacher, temperature=1.5, ce_weight=0.5)
+    requested = objective(teacher, temperature=1.5, ce_weight=0.5)
     given = batch(mask)
-    found = asked.loss(student, given)
+    found = requested.loss(student, given)
     logits = student(given.ids, given.positions, given.segments).logits
     taught = teacher(given.ids, given.positions, given.segments).logits
     nll = F.cross_entropy(logits[mask], given.targets[mask])
     mean = 0.5 * kd_loss(logits, taught, mask, 1.5) + 0.5 * nll
-    assert torch.allclose(found.total / asked.units(given), mean, atol=1e-10)
+    assert torch.allclose(found.total / requested.units(given), mean, atol=1e-10)
     means = {name: float(m.total / m.count) for name, m in found.metrics.items()}
     assert means["loss"] == pytest.approx(mean.item())
     assert means["divergence"] == pytest.approx(kd_loss(logits, taught, mask, 1.5).item() / 2.25)
@@ -254,19 +259,19 @@ def test_teacher_and_student_run_in_one_precision_and_the_teacher_without_gradie
 
 def test_splitting_a_batch_changes_no_gradient(small):
     teacher, mask = small(dim=48), torch.rand(2, 12) > 0.5
-    asked, given = objective(teacher, ce_weight=0.3), batch(mask)
+    requested, given = objective(teacher, ce_weight=0.3), batch(mask)
     grads = []
     for parts in ([given], given.split(1)):
         student = small()
         for part in parts:
-            asked.loss(student, part).total.backward()
+            requested.loss(student, part).total.backward()
         grads.append([parameter.grad for parameter in student.parameters()])
     for one, two in zip(*grads, strict=True):
         assert torch.allclose(one, two, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "output"),
     [
         ({}, "teacher"),
         ({"teacher": "x", "temperature": 0}, "temperature=0.0 must be a number above 0"),
@@ -277,7 +282,7 @@ def test_splitting_a_batch_changes_no_gradient(small):
         ({"teacher": "x", "teacher_weights": "int4"}, "teacher_weights"),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(keys, said):
-    with pytest.raises(Exception, match=said) as refused:
+def test_bad_settings_are_refused_in_one_line(keys, output):
+    with pytest.raises(Exception, match=output) as refused:
         parse(ObjectiveConfig, {"kind": "kd"} | keys, "objective")
     assert "\n" not in str(refused.value)

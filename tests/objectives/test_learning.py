@@ -88,7 +88,9 @@ class School:
         )
 
     def practised(self, kind: str, start: Path, steps: int) -> Path:
-        section = {"max_new_tokens": 4, "generation_batch_size": 256, "seed": self.seed} | KINDS[kind]
+        section = {"max_new_tokens": 4, "generation_batch_size": 256, "seed": self.seed} | KINDS[
+            kind
+        ]
         batches = section.get("num_minibatches", 1)
         rates = {"matrices": adamw(3e-4), "others": adamw(3e-4), "schedule": {"kind": "constant"}}
         return self.run(
@@ -108,8 +110,8 @@ class School:
         lm, tokenizer = load(run / "final")
         assert tokenizer is not None
         section = {"max_new_tokens": 4} | KINDS["grpo"]
-        told = {"init_from": str(run), "data": self.data("held"), "objective": section}
-        config, place = from_dict(told), self.folder / "exam"
+        reported = {"init_from": str(run), "data": self.data("held"), "objective": section}
+        config, place = from_dict(reported), self.folder / "exam"
         made = prepare(config.data, tokenizer, "prompts", place, print, seq_len=self.room)
         source = open_dataset(made.folder, "prompts", "train", self.room, 0)
         objective = config.objective.build()

@@ -41,9 +41,9 @@ def test_T11_grpo_learns_to_ask_a_calculator_instead_of_guessing(root, tmp_path,
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
     start = train(load(root / "recipes/tiny/tools_sft.yaml"), "start")
     practice = load(root / "recipes/tiny/tools.yaml", [f"init_from={start}"])
-    right, asked = exam(start, practice, tmp_path / "exam")
+    right, requested = exam(start, practice, tmp_path / "exam")
     assert 0.2 <= right <= 0.6
-    assert 0.3 <= asked <= 0.5
+    assert 0.3 <= requested <= 0.5
     then = exam(train(practice, "practised"), practice, tmp_path / "exam")
     assert then[0] >= right + 0.2
     assert then[1] >= 0.8

@@ -32,10 +32,10 @@ class Prompts:
     def prompt(self, number: int) -> Prompt:
         answer = None if number % 5 == 4 else f"it is {number}"
         record = {"prompt": f"what is {number * 'one '}?", "answer": answer}
-        asked = parse_conversation(
+        requested = parse_conversation(
             {"messages": [{"role": "user", "content": record["prompt"]}]}, answered=False
         )
-        return Prompt(encode_prompt(self.tokenizer, asked), number, answer, record)
+        return Prompt(encode_prompt(self.tokenizer, requested), number, answer, record)
 
 
 @pytest.fixture
@@ -70,24 +70,25 @@ def test_the_ramp_goes_from_begin_to_end():
 
 def test_own_answers_come_as_often_as_the_ramp_says(made):
     share = LinearRamp(begin=0.5, end=0.5)
-    drawn = [bool(lesson.sampled.all()) for lesson in batches(made, 40, on_policy_fraction=share)]
+    drawn = [bool(example.sampled.all()) for example in batches(made, 40, on_policy_fraction=share)]
     assert 10 <= sum(drawn) <= 30
     assert not any(
-        bool(lesson.sampled.all()) for lesson in batches(made, 5, on_policy_fraction=LinearRamp(begin=0, end=0))
+        bool(example.sampled.all())
+        for example in batches(made, 5, on_policy_fraction=LinearRamp(begin=0, end=0))
     )
 
 
 def test_answers_of_the_data_are_whole_and_end_their_turn(made, tokenizer):
-    (lesson,) = batches(made, 1, on_policy_fraction=LinearRamp(begin=0, end=0))
-    said = lesson.student.targets[1][lesson.student.mask[1]].tolist()
-    assert tokenizer.decode(said) == "it is 1<|im_end|>"
-    assert lesson.sampled.tolist() == [False] * 4
+    (example,) = batches(made, 1, on_policy_fraction=LinearRamp(begin=0, end=0))
+    output = example.student.targets[1][example.student.mask[1]].tolist()
+    assert tokenizer.decode(output) == "it is 1<|im_end|>"
+    assert example.sampled.tolist() == [False] * 4
 
 
 def test_a_prompt_without_an_answer_is_always_answered_by_the_student(made):
-    _, lesson = batches(made, 2, on_policy_fraction=LinearRamp(begin=0, end=0))
-    assert lesson.sampled.tolist() == [True, False, False, False]
-    assert bool(lesson.student.mask[0].any())
+    _, example = batches(made, 2, on_policy_fraction=LinearRamp(begin=0, end=0))
+    assert example.sampled.tolist() == [True, False, False, False]
+    assert bool(example.student.mask[0].any())
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
@@ -101,35 +102,35 @@ def test_an_answer_of_the_data_ends_where_the_students_context_does(positions, t
     objective.frozen_models = {"teacher": small(vocab_size=VOCAB, max_seq_len=512).eval()}
     student = small(vocab_size=VOCAB, max_seq_len=room, positions=positions)
     objective.prepare(student, tokenizer)
-    lesson = next(objective.batches(RankLoader(source, 4, 0, 1), student))
-    held = (lesson.student.segments >= 0).sum(1) + 1
+    example = next(objective.batches(RankLoader(source, 4, 0, 1), student))
+    held = (example.student.segments >= 0).sum(1) + 1
     assert held.tolist() == [
         min(room, len(prompt.ids) + len(objective.dataset_answer_ids(prompt)))
         for prompt in source.get_prompts(0, 4)
     ]
-    assert not bool(lesson.student.mask[3].any())
-    assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
-    assert bool(torch.isfinite(objective.loss(student, lesson).total))
+    assert not bool(example.student.mask[3].any())
+    assert torch.equal(example.student.mask.sum(1), example.teacher.mask.sum(1))
+    assert bool(torch.isfinite(objective.loss(student, example).total))
 
 
 def test_without_a_hint_both_read_the_same(made):
-    (lesson,) = batches(made, 1)
-    assert torch.equal(lesson.student.ids, lesson.teacher.ids)
-    assert torch.equal(lesson.student.mask, lesson.teacher.mask)
+    (example,) = batches(made, 1)
+    assert torch.equal(example.student.ids, example.teacher.ids)
+    assert torch.equal(example.student.mask, example.teacher.mask)
 
 
 def test_only_the_teacher_reads_the_hint_and_both_the_same_answer(made, tokenizer):
-    (lesson,) = batches(made, 1, privileged_prompt="psst: {answer}, <|im_end|>!")
+    (example,) = batches(made, 1, privileged_prompt="psst: {answer}, <|im_end|>!")
     for row in range(4):
-        theirs = tokenizer.decode(lesson.teacher.ids[row].tolist())
-        ours = tokenizer.decode(lesson.student.ids[row].tolist())
+        theirs = tokenizer.decode(example.teacher.ids[row].tolist())
+        ours = tokenizer.decode(example.student.ids[row].tolist())
         assert f"<|im_start|>system\npsst: it is {row}" in theirs
         assert "psst" not in ours
         assert torch.equal(
-            lesson.student.targets[row][lesson.student.mask[row]],
-            lesson.teacher.targets[row][lesson.teacher.mask[row]],
+            example.student.targets[row][example.student.mask[row]],
+            example.teacher.targets[row][example.teacher.mask[row]],
         )
-    assert int((lesson.teacher.ids[0] == tokenizer.end_of_turn).sum()) == 2
+    assert int((example.teacher.ids[0] == tokenizer.end_of_turn).sum()) == 2
 
 
 def test_a_hint_joins_the_system_message_that_is_there(made, tokenizer):
@@ -144,15 +145,15 @@ def test_loss_is_the_divergence_at_the_answers_tokens(beta, made):
     objective, student, feed = made(
         beta=beta, distill_temperature=1.3, privileged_prompt="it is {answer}", teacher={"dim": 48}
     )
-    lesson = next(objective.batches(feed, student))
-    found = objective.loss(student, lesson)
-    ours = student(lesson.student.ids, segments=lesson.student.segments).logits
+    example = next(objective.batches(feed, student))
+    found = objective.loss(student, example)
+    ours = student(example.student.ids, segments=example.student.segments).logits
     theirs = objective.frozen_models["teacher"](
-        lesson.teacher.ids, segments=lesson.teacher.segments
+        example.teacher.ids, segments=example.teacher.segments
     ).logits
-    both = (ours[lesson.student.mask][None], theirs[lesson.teacher.mask][None])
+    both = (ours[example.student.mask][None], theirs[example.teacher.mask][None])
     mean = generalized_jsd(*both, torch.ones(1, both[0].shape[1]), beta, 1.3)
-    assert torch.allclose(found.total / objective.units(lesson), mean, atol=1e-10)
+    assert torch.allclose(found.total / objective.units(example), mean, atol=1e-10)
     found.total.backward()
     assert all(p.grad is None for p in objective.frozen_models["teacher"].parameters())
     assert any(bool((p.grad != 0).any()) for p in student.parameters())
@@ -177,17 +178,17 @@ def test_two_ranks_answer_what_one_process_would(made):
 
 
 def test_an_answer_that_does_not_fit_behind_the_teachers_prompt_is_cut_for_both(made):
-    for lesson in batches(made, 3, teacher={"max_seq_len": 60}, privileged_prompt="a long hint"):
-        assert lesson.teacher.ids.shape[1] < 60
-        assert torch.equal(lesson.student.mask.sum(1), lesson.teacher.mask.sum(1))
+    for example in batches(made, 3, teacher={"max_seq_len": 60}, privileged_prompt="a long hint"):
+        assert example.teacher.ids.shape[1] < 60
+        assert torch.equal(example.student.mask.sum(1), example.teacher.mask.sum(1))
 
 
 def test_a_batch_without_answers_is_zero(made):
     objective, student, feed = made(teacher={"max_seq_len": 1})
-    lesson = next(objective.batches(feed, student))
-    loss = objective.loss(student, lesson)
+    example = next(objective.batches(feed, student))
+    loss = objective.loss(student, example)
     loss.total.backward()
-    assert int(objective.units(lesson)) == 0
+    assert int(objective.units(example)) == 0
     assert loss.total.item() == 0
 
 
@@ -201,7 +202,7 @@ def test_sampling_leaves_global_randomness_and_the_students_mode_alone(made):
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "output"),
     [
         ({"beta": 2}, r"beta=2\.0 must be from 0 to 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
@@ -209,7 +210,7 @@ def test_sampling_leaves_global_randomness_and_the_students_mode_alone(made):
         ({"on_policy_fraction": {"end": 1.5}}, r"end=1\.5 must be from 0 to 1"),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(keys, said):
-    with pytest.raises(Exception, match=said) as refused:
+def test_bad_settings_are_refused_in_one_line(keys, output):
+    with pytest.raises(Exception, match=output) as refused:
         parse(ObjectiveConfig, {"kind": "on_policy_kd", "teacher": "x"} | keys, "objective")
     assert "\n" not in str(refused.value)

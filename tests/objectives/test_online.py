@@ -148,7 +148,7 @@ def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(na
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_grpo_judges_answers_against_their_group(small, ready):
+def test_grpo_frozen_models_answers_against_their_group(small, ready):
     lm = small()
     objective = ready(CONFIGS["grpo"], lm)
     next(objective.batches(Prompts(), lm))
@@ -166,8 +166,8 @@ def test_groups_that_teach_nothing_are_counted(small, ready):
         for prompt, score in zip(prompts, liked(prompts, episodes), strict=True)
     ]
     even, odd = islice(objective.batches(Prompts(), lm), 2)
-    told = [objective.loss(lm, part).metrics["zero_variance_groups"] for part in (even, odd)]
-    assert [float(metric.total / metric.count) for metric in told] == [0.0, 1.0]
+    reported = [objective.loss(lm, part).metrics["zero_variance_groups"] for part in (even, odd)]
+    assert [float(metric.total / metric.count) for metric in reported] == [0.0, 1.0]
     assert bool((odd.advantages == 0).all())
 
 
@@ -206,7 +206,9 @@ def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small
     lm = small()
     objective = ready(CONFIGS[name], lm)
     objective.limits = replace(objective.limits, max_seq_len=room)
-    objective.score = lambda prompts, episodes: [float(len(each.completion_ids)) for each in episodes]
+    objective.score = lambda prompts, episodes: [
+        float(len(each.completion_ids)) for each in episodes
+    ]
     for batch in islice(objective.batches(Prompts(), lm), 4):
         assert bool(torch.isfinite(batch.advantages).all())
         total = objective.loss(lm, batch).total
@@ -219,9 +221,7 @@ def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small
 def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
     lm = small()
     keep = ready(GRPO(num_generations=3, **SMALL), lm)
-    drop = ready(
-        GRPO(num_generations=3, mask_truncated=True, truncation_penalty=0.25, **SMALL), lm
-    )
+    drop = ready(GRPO(num_generations=3, mask_truncated=True, truncation_penalty=0.25, **SMALL), lm)
     kept, dropped = (next(each.batches(Prompts(), lm)) for each in (keep, drop))
     cut = kept.truncated
     assert 0 < cut.sum() < len(cut)
@@ -276,7 +276,7 @@ def test_ppo_reward_stands_at_the_last_token_and_the_divergence_at_every_one(sma
     assert torch.allclose(rows.returns, returns, atol=1e-6)
 
 
-def test_the_value_baseline_never_sees_the_action_it_judges(small, ready):
+def test_the_value_baseline_never_sees_the_action_it_frozen_models(small, ready):
     for config in (PPO(**SMALL), PPO(critic="model", **SMALL)):
         lm = small()
         objective = ready(config, lm)
@@ -309,7 +309,7 @@ def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, re
     assert objective.minibatch_index == 1
 
 
-def test_rewards_go_to_the_last_token_of_what_was_said():
+def test_rewards_go_to_the_last_token_of_what_was_output():
     mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     found = rewards_at_last_token(torch.tensor([2.0, math.nan, 3.0]), mask)
     assert found.tolist() == [[0, 0, 0, 2, 0], [0] * 5, [3, 0, 0, 0, 0]]
@@ -328,7 +328,7 @@ def test_whitened_values_have_mean_0_and_deviation_1():
 # SPO
 
 
-def test_spo_judges_an_answer_by_what_its_prompt_was_expected_to_earn_before(small, ready):
+def test_spo_frozen_models_an_answer_by_what_its_prompt_was_expected_to_earn_before(small, ready):
     lm = small()
     objective = ready(SPO(whiten=False, **SMALL), lm)
     feed, expected = Prompts(batch_size=10), objective.config.new_tracker()
@@ -362,14 +362,14 @@ def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, re
     lm = small()
     objective = ready(SPO(warmup_samples=8, **SMALL), lm)
     batches = objective.batches(Prompts(batch_size=10), lm)
-    asked = []
+    requested = []
     answers = objective.generate
     objective.generate = lambda policy, prompts, seeds: (
-        asked.append(len(prompts)) or answers(policy, prompts, seeds)
+        requested.append(len(prompts)) or answers(policy, prompts, seeds)
     )
     next(batches)
     next(batches)
-    assert asked == [10, 80, 10, 0]
+    assert requested == [10, 80, 10, 0]
     assert all(6 < sum(pair) < 11 for pair in objective.tracker.state.values())
 
 
@@ -385,7 +385,7 @@ def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
 # rewards
 
 
-def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small, ready, capsys):
+def test_a_reward_that_fails_is_reported_with_its_row_and_its_answer_left_out(small, ready, capsys):
     lm = small()
     objective = ready(GRPO(num_generations=3, **SMALL), lm)
     del objective.score
@@ -400,9 +400,9 @@ def test_a_reward_that_fails_is_told_with_its_row_and_its_answer_left_out(small,
     rows = next(objective.batches(Prompts(), lm))
     assert rows.rewards.view(4, 3).isnan().all(1).tolist() == [False, True, True, False]
     assert not rows.mask.view(4, -1)[1:3].any()
-    said = capsys.readouterr().err
-    assert said.count("no reward: broken of prompt 1: KeyError") == 3
-    assert said.count("no reward: broken of prompt 2: gave nan") == 3
+    output = capsys.readouterr().err
+    assert output.count("no reward: broken of prompt 1: KeyError") == 3
+    assert output.count("no reward: broken of prompt 2: gave nan") == 3
 
 
 def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):

@@ -54,8 +54,8 @@ def test_loss_and_gradient_equal_liger(loss, beta, case):
         max_completion_length=9,
     )
     (slope,) = torch.autograd.grad(expected, new)
-    told = reference if beta else None
-    found = grpo_loss(new, old, told, advantages, mask, **keywords(loss, kl_coef=beta))
+    reported = reference if beta else None
+    found = grpo_loss(new, old, reported, advantages, mask, **keywords(loss, kl_coef=beta))
     assert torch.allclose(found, expected, atol=1e-12)
     (own,) = torch.autograd.grad(found, new)
     assert torch.allclose(own, slope, atol=1e-12)
@@ -193,9 +193,9 @@ def enumerated(estimator: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     expectation = torch.zeros((), dtype=torch.float64)
     for ids in itertools.product(range(4), repeat=3):
         own = new[torch.arange(3), torch.tensor(ids)]
-        told = reference[torch.arange(3), torch.tensor(ids)]
+        reported = reference[torch.arange(3), torch.tensor(ids)]
         probability = own.sum().exp().detach()
-        expectation = expectation + probability * kl(own, told, estimator).sum()
+        expectation = expectation + probability * kl(own, reported, estimator).sum()
     reverse = (new.exp() * (new - reference)).sum()
     forward = (reference.exp() * (reference - new)).sum()
     return tuple(torch.autograd.grad(each, logits, retain_graph=True)[0] for each in
@@ -213,13 +213,15 @@ def test_k1_has_no_expected_gradient_k2_is_reverse_and_k3_forward_kl():
 @pytest.mark.parametrize("kl_estimator", ["k2", "k3"])
 @pytest.mark.parametrize("apart", [100.0, -100.0])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_ratios_beyond_float32_are_finite_and_clipped_ones_have_no_gradient(loss, apart, kl_estimator):
+def test_ratios_beyond_float32_are_finite_and_clipped_ones_have_no_gradient(
+    loss, apart, kl_estimator
+):
     """exp(89) is infinite in float32, and 0 * infinity no number."""
     old = torch.tensor([[-1.0, -1.0, -1.0]])
     new = (old + apart).requires_grad_()
     advantages, mask = torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3, dtype=torch.bool)
-    told = keywords(loss, kl_coef=0.04) | {"kl_estimator": kl_estimator}
-    total = grpo_loss(new, old, old, advantages, mask, **told)
+    reported = keywords(loss, kl_coef=0.04) | {"kl_estimator": kl_estimator}
+    total = grpo_loss(new, old, old, advantages, mask, **reported)
     (slope,) = torch.autograd.grad(total, new)
     assert bool(torch.isfinite(total))
     assert bool(torch.isfinite(slope).all())
@@ -238,7 +240,7 @@ def test_an_unknown_loss_and_a_divergence_from_nothing_are_refused(case):
         grpo_loss(new, old, None, advantages, mask, **keywords("grpo"))
 
 
-def test_whole_rewards_are_judged_like_others():
+def test_whole_rewards_are_scored_like_others():
     assert torch.equal(
         group_advantages(torch.tensor([[1, 0, 0, 1]])),
         group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])),

@@ -27,7 +27,7 @@ from tinsmith.rewards.functions import (
 from tinsmith.text.specials import our_template
 
 
-def asked(answer=None, number=0, **record):
+def requested(answer=None, number=0, **record):
     return Prompt([1, 2], number, answer, {"prompt": "What?", **record})
 
 
@@ -50,21 +50,21 @@ def asked(answer=None, number=0, **record):
     ],
 )
 def test_an_exact_answer_is_right_or_wrong(answer, text, worth):
-    assert exact_match(asked(answer), text) == worth
+    assert exact_match(requested(answer), text) == worth
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
 def test_generated_tasks_are_checked_by_their_own_rule(name):
     for index in range(50):
         task = tasks.generate_task(name, 1, index, digits=2, length=4)
-        prompt = asked(task.answer, task=name)
+        prompt = requested(task.answer, task=name)
         assert exact_match(prompt, f"<think>\nhm\n</think>\n\n{task.answer}") == 1
         assert exact_match(prompt, task.wrong_answer()) == 0
 
 
 def test_format_wants_one_span_of_each_in_order():
     good = "<think>\nwell\n</think>\n<answer>\n5\n</answer>"
-    assert think_format(asked(), good) == 1
+    assert think_format(requested(), good) == 1
     for bad in (
         "5",
         good + " and more",
@@ -73,14 +73,14 @@ def test_format_wants_one_span_of_each_in_order():
         "<answer>5</answer><think>well</think>",
         "<think>a<think>b</think><answer>5</answer>",
     ):
-        assert think_format(asked(), bad) <= 0.5
-    assert think_format(asked(), "") == 0
-    assert think_format(asked(), "<think>well</think> 5") == 0.25
+        assert think_format(requested(), bad) <= 0.5
+    assert think_format(requested(), "") == 0
+    assert think_format(requested(), "<think>well</think> 5") == 0.25
 
 
 def test_length_is_whole_within_its_bounds_and_falls_outside():
     worth = make_length_reward(10, 20)
-    assert [worth(asked(), "x" * n) for n in (0, 5, 10, 20, 30, 40, 99)] == [
+    assert [worth(requested(), "x" * n) for n in (0, 5, 10, 20, 30, 40, 99)] == [
         0,
         0.5,
         1,
@@ -94,9 +94,9 @@ def test_length_is_whole_within_its_bounds_and_falls_outside():
 
 
 def test_repetition_costs():
-    assert distinct_ngrams(asked(), "one two three four five") == 1
-    assert distinct_ngrams(asked(), "a b c " * 20) == pytest.approx(3 / 58)
-    assert distinct_ngrams(asked(), "too short") == 1
+    assert distinct_ngrams(requested(), "one two three four five") == 1
+    assert distinct_ngrams(requested(), "a b c " * 20) == pytest.approx(3 / 58)
+    assert distinct_ngrams(requested(), "too short") == 1
 
 
 TESTS = ["assert double(2) == 4", "assert double(0) == 0"]
@@ -118,22 +118,22 @@ TESTS = ["assert double(2) == 4", "assert double(0) == 0"]
     ],
 )
 def test_unit_tests_are_passed_or_not_whatever_the_program_does(text, worth):
-    assert unit_tests(asked(test_list=TESTS), text, limits=SandboxLimits(seconds=5.0)) == worth
+    assert unit_tests(requested(test_list=TESTS), text, limits=SandboxLimits(seconds=5.0)) == worth
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         "(os.lseek(0, 0, 0), os.read(0, 10**6))",
         "open('/proc/self/fd/0').read()",
         "sys._getframe().f_code.co_consts",
     ],
 )
-def test_a_program_does_not_find_what_it_would_say_at_its_end(said):
+def test_a_program_does_not_find_what_it_would_say_at_its_end(output):
     """It would be a way to pass without passing."""
-    program = f"import os, re, sys\nsaid = str({said})\n"
+    program = f"import os, re, sys\nsaid = str({output})\n"
     program += "print(*re.findall('[0-9a-f]{32}', said))\nos._exit(0)"
-    assert unit_tests(asked(test_list=TESTS), program) == 0
+    assert unit_tests(requested(test_list=TESTS), program) == 0
 
 
 def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
@@ -142,7 +142,7 @@ def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
             raise RuntimeError("no idea")
         return {"nan": math.nan, "inf": math.inf}.get(text, 0.5)
 
-    prompts = [asked("5", number) for number in (7, 8, 9, 10)]
+    prompts = [requested("5", number) for number in (7, 8, 9, 10)]
     rules = [
         WeightedReward("exact", as_batch_reward(exact_match), 2.0),
         WeightedReward("odd", as_batch_reward(fails), 1.0, fallback=-1.0),
@@ -163,7 +163,7 @@ def test_rows_without_what_a_reward_needs_are_reported():
         WeightedReward("exact", as_batch_reward(exact_match)),
         WeightedReward("tests", as_batch_reward(unit_tests)),
     ]
-    found = score_responses(rules, [Response(asked(), "5")])
+    found = score_responses(rules, [Response(requested(), "5")])
     assert found.rewards == [0.0]
     assert [failure.reward_name for failure in found.failures] == ["exact", "tests"]
     assert "has no answer" in found.failures[0].reason
@@ -174,7 +174,7 @@ def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
         raise RuntimeError("no memory")
 
     found = score_responses(
-        [WeightedReward("model", gone, 2.0, fallback=-1.0)], [Response(asked(), "5")] * 2
+        [WeightedReward("model", gone, 2.0, fallback=-1.0)], [Response(requested(), "5")] * 2
     )
     assert found.rewards == [-2.0, -2.0]
     assert [failure.response_index for failure in found.failures] == [0, 1]
@@ -183,7 +183,7 @@ def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
 @pytest.mark.parametrize("given", [[1.0], [1.0] * 3, []], ids=len)
 def test_a_panel_that_gives_too_few_or_too_many_values_fails_for_every_answer(given):
     found = score_responses(
-        [WeightedReward("model", lambda answers: given)], [Response(asked(), "5")] * 2
+        [WeightedReward("model", lambda answers: given)], [Response(requested(), "5")] * 2
     )
     assert found.rewards == [0.0, 0.0]
     assert [failure.response_index for failure in found.failures] == [0, 1]
@@ -198,7 +198,7 @@ def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():
         raise SystemExit(3)
 
     for reward in (as_batch_reward(leaves), panel):
-        found = score_responses([WeightedReward("odd", reward)], [Response(asked(), "5")])
+        found = score_responses([WeightedReward("odd", reward)], [Response(requested(), "5")])
         assert [failure.reason for failure in found.failures] == ["SystemExit: 3"]
 
     def asks_to_stop(prompt, text):
@@ -206,11 +206,11 @@ def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():
 
     with pytest.raises(KeyboardInterrupt):
         score_responses(
-            [WeightedReward("odd", as_batch_reward(asks_to_stop))], [Response(asked(), "5")]
+            [WeightedReward("odd", as_batch_reward(asks_to_stop))], [Response(requested(), "5")]
         )
 
 
-def test_a_classifier_that_is_nowhere_is_said_to_be():
+def test_a_classifier_that_is_nowhere_is_output_to_be():
     with pytest.raises(UserError, match=r"objective\.rewards: /nowhere: no such folder"):
         Classifier("/nowhere")
 
@@ -249,7 +249,7 @@ def folder(request, words):
 
 def test_a_sequence_classifier_gives_its_score(folder):
     transformers = pytest.importorskip("transformers")
-    found = Classifier(str(folder))([Response(asked("5"), text) for text in ("1 2", "7")])
+    found = Classifier(str(folder))([Response(requested("5"), text) for text in ("1 2", "7")])
     assert found[0] != found[1]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     text = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n"
@@ -261,7 +261,7 @@ def test_a_sequence_classifier_gives_its_score(folder):
 
 
 def test_a_classifier_scores_alike_whatever_else_is_in_its_batch(folder):
-    answers = [Response(asked(), " ".join("1234567"[: 1 + n % 7])) for n in range(20)]
+    answers = [Response(requested(), " ".join("1234567"[: 1 + n % 7])) for n in range(20)]
     alone = [Classifier(str(folder), batch_size=1)([answer])[0] for answer in answers[:7]]
     found = Classifier(str(folder), batch_size=6)(answers)
     assert found == pytest.approx([alone[n % 7] for n in range(20)], abs=1e-6)
@@ -274,7 +274,7 @@ def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words)
     config = transformers.GPT2Config(**sizes, num_labels=1, pad_token_id=14)
     transformers.GPT2ForSequenceClassification(config).save_pretrained(words)
     classifier = Classifier(str(words), batch_size=4)
-    short, long = Response(asked(), "1 2"), Response(asked(), "1 2 " * 10)
+    short, long = Response(requested(), "1 2"), Response(requested(), "1 2 " * 10)
     (alone,) = classifier([short])
     found = classifier([long, short, long, long, short, long])
     assert [math.isnan(score) for score in found] == [True, False, True, True, False, True]
@@ -283,18 +283,18 @@ def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changed", "said"),
+    ("kind", "changed", "output"),
     [
         ("LlamaForCausalLM", {}, "is no classifier: it has no score.weight"),
         ("LlamaForSequenceClassification", {"num_labels": 3}, "of 3 labels is no reward"),
         ("LlamaForSequenceClassification", {"vocab_size": 12, "pad_token_id": 0}, "more ids than"),
     ],
 )
-def test_what_is_no_reward_is_refused_in_one_line(kind, changed, said, words):
+def test_what_is_no_reward_is_refused_in_one_line(kind, changed, output, words):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**LLAMA | changed)
     getattr(transformers, kind)(config).save_pretrained(words)
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError, match=output) as refused:
         Classifier(str(words))
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match=r"objective.rewards: .*nowhere"):

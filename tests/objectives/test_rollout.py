@@ -59,12 +59,12 @@ def test_logprobs_under_autocast_are_those_of_its_precision(small):
     with torch.autocast("cpu", torch.bfloat16):
         rows = collate(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS), cpu)
         low = lm(rows.ids, segments=rows.segments).logits / LIMITS.temperature
-    told = low.log_softmax(-1).gather(2, rows.targets[..., None])[..., 0]
-    assert 0 < (told - rows.old_logprobs)[rows.mask].abs().mean() < 0.03
+    reported = low.log_softmax(-1).gather(2, rows.targets[..., None])[..., 0]
+    assert 0 < (reported - rows.old_logprobs)[rows.mask].abs().mean() < 0.03
     assert not torch.equal(rows.old_logprobs[:, 2], exact.old_logprobs[:, 2])
 
 
-def test_the_end_is_part_of_what_was_said_and_the_prompt_is_not(small):
+def test_the_end_is_part_of_what_was_output_and_the_prompt_is_not(small):
     episodes = generate_rollouts(small(), PROMPTS * 4, list(range(20)), LIMITS)
     finishes = {each.finish_reason for each in episodes}
     assert finishes == {"stop", "length"}
@@ -127,32 +127,32 @@ def test_the_mode_is_as_before_and_nothing_has_a_gradient(training, small):
 
 
 def test_T7_a_stop_is_looked_for_between_tokens(small):
-    lm, asked = small(), []
+    lm, requested = small(), []
 
     def poll(busy: bool) -> bool:
-        asked.append(busy)
-        if len(asked) == 5:
+        requested.append(busy)
+        if len(requested) == 5:
             raise KeyboardInterrupt
         return busy
 
     with pytest.raises(KeyboardInterrupt):
         generate_rollouts(lm, PROMPTS, SEEDS, LIMITS, poll=poll)
     assert lm.training
-    assert asked == [True] * 5
+    assert requested == [True] * 5
 
 
 def test_who_is_done_waits_for_the_others(small):
     """Under ranks everybody polls equally often: until nobody is busy."""
-    asked = []
+    requested = []
 
     def poll(busy: bool) -> bool:
-        asked.append(busy)
-        return len(asked) < 40
+        requested.append(busy)
+        return len(requested) < 40
 
     generate_rollouts(small(), PROMPTS[:1], SEEDS[:1], LIMITS, poll=poll)
-    assert len(asked) == 40
-    assert asked[:2] == [True, True]
-    assert asked[-20:] == [False] * 20
+    assert len(requested) == 40
+    assert requested[:2] == [True, True]
+    assert requested[-20:] == [False] * 20
 
 
 def test_a_prompt_that_leaves_no_room_gets_no_answer(small):
@@ -165,12 +165,12 @@ def test_a_prompt_that_leaves_no_room_gets_no_answer(small):
     assert bool(rows.truncated[0])
 
 
-def test_what_is_heard_is_no_part_of_the_loss_and_changes_nothing_said(small):
+def test_what_is_received_is_no_part_of_the_loss_and_changes_nothing_output(small):
     lm = small()
     before = generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)
-    heard = [8, 8, 2]
+    received = [8, 8, 2]
     episodes = generate_rollouts(
-        lm, PROMPTS, SEEDS, LIMITS, reply=lambda each: heard if each.turns == 1 else []
+        lm, PROMPTS, SEEDS, LIMITS, reply=lambda each: received if each.turns == 1 else []
     )
     longer = 0
     for first, episode in zip(before, episodes, strict=True):
@@ -179,7 +179,7 @@ def test_what_is_heard_is_no_part_of_the_loss_and_changes_nothing_said(small):
         assert episode.logprobs[:count] == pytest.approx(first.logprobs, abs=1e-12)
         if first.finish_reason == "stop":
             longer += 1
-            assert episode.ids[count : count + 3] == heard
+            assert episode.ids[count : count + 3] == received
             assert episode.response_mask[count : count + 3] == [False] * 3
             assert all(episode.response_mask[count + 3 :])
             assert len(episode.ids) > count + 3

@@ -18,7 +18,7 @@ RESTLESS = [
     *({name: [LAYER]} for name in ("first", "pattern", "last")),
 ]
 DROPS = lora.LoRA(targets="q_proj", rank=2, dropout=0.1)
-NOBODY: Any = None
+NO_DRAWS: Any = None
 """The tokenizer; none is asked for."""
 
 
@@ -28,16 +28,16 @@ def test_a_restless_policy_is_refused(model, config, small):
     assert config.deterministic
     lm = small(**model)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
-        config.build().prepare(lm, NOBODY)
+        config.build().prepare(lm, NO_DRAWS)
     again = deterministic_config(lm.config)
     assert again == deterministic_config(again)
-    DPO().build().prepare(small(**again.to_dict()), NOBODY)
+    DPO().build().prepare(small(**again.to_dict()), NO_DRAWS)
 
 
 def test_adapters_that_drop_are_refused_too(small):
     lm, calm = small(), small()
     lora.add_adapters(lm, DROPS)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
-        DPO().build().prepare(lm, NOBODY)
+        DPO().build().prepare(lm, NO_DRAWS)
     lora.add_adapters(calm, deterministic_adapters(DROPS))
-    DPO().build().prepare(calm, NOBODY)
+    DPO().build().prepare(calm, NO_DRAWS)

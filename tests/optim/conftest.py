@@ -17,6 +17,11 @@ class Scores(nn.Module):
 
 
 class Experts(nn.Module):
+    EXPERT_STACKS = (
+        "up",
+        "down",
+    )
+
     def __init__(self, dim: int, hidden: int, experts: int):
         super().__init__()
         self.router = Scores(dim, experts)

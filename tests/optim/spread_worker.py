@@ -30,6 +30,11 @@ CONFIG = OptimConfig(
 class Layer(nn.Module):
     """Sides that two ranks cannot halve, stacks with fewer slices than ranks among them."""
 
+    EXPERT_STACKS = (
+        "experts",
+        "single",
+    )
+
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)

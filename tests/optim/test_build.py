@@ -220,10 +220,10 @@ def test_state_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(
         f"'{name}' has the shape (7,), not (6,)": good | {name: torch.zeros(7)},
         "'head.weight|step' has the shape (1,), not ()": good | {"head.weight|step": torch.ones(1)},
     }
-    for said, tensors in cases.items():
+    for output, tensors in cases.items():
         with pytest.raises(UserError) as error:
             optimizers.load_state_tensors({k: v * 2 for k, v in tensors.items()})
-        assert said in str(error.value)
+        assert output in str(error.value)
         assert "\n" not in str(error.value)
         now = optimizers.state_tensors()
         assert all(torch.equal(now[key], good[key]) for key in good)

@@ -46,7 +46,7 @@ def test_counts_may_be_written_as_people_do():
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "output"),
     [
         ({"matrices": {"kind": "muon", "lr": -1}}, "r.yaml: matrices: lr=-1.0 must be"),
         ({"matrices": {"kind": "muon", "lr": "nan"}}, "matrices.lr: Input should be a finite"),
@@ -66,8 +66,8 @@ def test_counts_may_be_written_as_people_do():
         ({"max_grad_norm": 0}, "r.yaml: max_grad_norm=0.0 must be above 0"),
     ],
 )
-def test_bad_values_are_named_in_one_line(data, said):
+def test_bad_values_are_named_in_one_line(data, output):
     with pytest.raises(UserError) as error:
         parse(OptimConfig, data, "r.yaml")
-    assert said in str(error.value)
+    assert output in str(error.value)
     assert "\n" not in str(error.value)

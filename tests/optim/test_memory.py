@@ -18,6 +18,8 @@ E, H, D = 4, 40, 64
 
 
 class Model(nn.Module):
+    EXPERT_STACKS = ("stack",)
+
     def __init__(self) -> None:
         super().__init__()
         self.large = nn.Linear(D, 80, bias=False)

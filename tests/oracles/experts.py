@@ -38,9 +38,9 @@ def weights(scores: Tensor, mask: Tensor, renormalise: bool) -> Tensor:
     return kept / kept.sum(-1, keepdim=True) if renormalise and mask[0].sum() > 1 else kept
 
 
-def combined(table: Tensor, said: Tensor) -> Tensor:
+def combined(table: Tensor, output: Tensor) -> Tensor:
     """sum_e w_ne f_e(x_n)."""
-    return torch.einsum("ne,ned->nd", table, said)
+    return torch.einsum("ne,ned->nd", table, output)
 
 
 def switch_loss(probabilities: Tensor, mask: Tensor) -> Tensor:

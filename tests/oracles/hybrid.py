@@ -44,19 +44,19 @@ def hybrid(state: dict[str, Tensor], config, x: Tensor, chosen: list[list[int]])
         source = rms(state["queries.down.weight"] @ x[t], state["queries.norm.weight"])
         q = (state["queries.up.weight"] @ source).view(heads, nope + rope)
         q = [torch.cat((head[:nope], turned(head[nope:], t))) for head in q]
-        said = {}
+        output = {}
         for name in config.branch_names:
             branch = {key.removeprefix(f"branches.{name}."): value for key, value in state.items()}
             if name == "compress":
-                said[name] = [_compress(branch, config, x, t, q[h], h) for h in range(heads)]
+                output[name] = [_compress(branch, config, x, t, q[h], h) for h in range(heads)]
             else:
                 seen = range(max(0, t - config.window + 1), t + 1)
                 places = chosen[t] if name == "select" else seen
-                said[name] = [_own(branch, config, x, places, q[h], h) for h in range(heads)]
+                output[name] = [_own(branch, config, x, places, q[h], h) for h in range(heads)]
         scores = (state["branch_gate.weight"] @ x[t] + state["branch_gate.bias"]).view(heads, -1)
         gates = scores.softmax(1) if config.gate == "softmax" else scores.sigmoid()
         mixed = [
-            sum(gates[h, z] * said[name][h] for z, name in enumerate(config.branch_names))
+            sum(gates[h, z] * output[name][h] for z, name in enumerate(config.branch_names))
             for h in range(heads)
         ]
         out.append(state["o_proj.weight"] @ torch.cat(mixed))

@@ -107,7 +107,7 @@ def nsa(mixer: Any, x_TC: Tensor, first_TGD: Tensor | None = None) -> tuple[Tens
             [mix[0] * first_TGD[t, g] + mix[1] * value[t][g] for g in range(groups)]
             for t in range(length)
         ]
-    said, chosen = [], []
+    output, chosen = [], []
     blocks = seen_blocks(length - 1, size, stride)
     for t in range(length):
         gates = 1 / (1 + (-(mixer.branch_gate.weight @ x_TC[t] + mixer.branch_gate.bias)).exp())
@@ -145,5 +145,5 @@ def nsa(mixer: Any, x_TC: Tensor, first_TGD: Tensor | None = None) -> tuple[Tens
                 )
                 a, b, c = gates.view(-1, 3)[h]
                 outputs.append(a * compress + b * select + c * window)
-        said.append(mixer.o_proj.weight @ torch.cat(outputs))
-    return torch.stack(said), chosen
+        output.append(mixer.o_proj.weight @ torch.cat(outputs))
+    return torch.stack(output), chosen

@@ -64,8 +64,8 @@ def hyper(
         for f in range(fracs):
             for i in range(width):
                 kept = sum(keep[p][s * fracs + f] * pieces[p][i] for p in range(count))
-                said = sum(back[s * fracs + g][f] * y[g * width + i] for g in range(fracs))
-                stream.append(kept + said)
+                output = sum(back[s * fracs + g][f] * y[g * width + i] for g in range(fracs))
+                stream.append(kept + output)
         after.append(stream)
     return after
 

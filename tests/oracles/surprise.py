@@ -13,7 +13,7 @@ def copies(experts: nn.Module, tokens: int) -> dict[str, Tensor]:
     }
 
 
-def said(x_ND: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def output(x_ND: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """(N, E, D): what every expert says to every token; weights (N or 1, E, O, I)."""
     up = torch.einsum("neoi,ni->neo", weights["up_proj"], x_ND)
     if "gate_proj" in weights:
@@ -25,7 +25,7 @@ def said(x_ND: Tensor, weights: dict[str, Tensor]) -> Tensor:
 
 def dense(x_ND: Tensor, weights: dict[str, Tensor], weight_NE: Tensor, mask_NE: Tensor) -> Tensor:
     """(N, D): the weighted sum over the masked experts of each token."""
-    return torch.einsum("ne,ned->nd", weight_NE.where(mask_NE, 0), said(x_ND, weights))
+    return torch.einsum("ne,ned->nd", weight_NE.where(mask_NE, 0), output(x_ND, weights))
 
 
 def causal_loss(y_ND: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_the_same_text_gives_the_same_file_in_another_process(corpus):
     assert prints == {train_bpe(corpus, 700).fingerprint()}
 
 
-def test_a_vocabulary_has_the_size_asked_for_all_bytes_and_the_specials_first(corpus):
+def test_a_vocabulary_has_the_size_requested_for_all_bytes_and_the_specials_first(corpus):
     for size in (MIN_VOCAB_SIZE, 300, 777):
         trained = train_bpe(corpus, size)
         assert trained.vocab_size == size

@@ -35,8 +35,8 @@ def chat(*turns, tools=()):
 def learned(tokenizer, encoded):
     """The text of every stretch of ids that the mask covers."""
     stretches, current = [], []
-    for number, said in zip(*encoded, strict=True):
-        if said:
+    for number, output in zip(*encoded, strict=True):
+        if output:
             current.append(number)
         elif current:
             stretches.append(tokenizer.decode(current))
@@ -212,22 +212,22 @@ def test_any_chat_keeps_its_text_its_mask_and_its_prompt(families, any_text, fam
     @settings(derandomize=True, deadline=None, max_examples=200)
     @given(any_text, turns)
     def check(system, turns):
-        spoken = [("system", system)] if system else []
+        generated = [("system", system)] if system else []
         for question, answer, reasoning in turns:
-            spoken += [("user", question), ("assistant", answer, reasoning)]
-        conversation = chat(*spoken)
+            generated += [("user", question), ("assistant", answer, reasoning)]
+        conversation = chat(*generated)
         encoded = encode_chat(tokenizer, conversation)
         assert b"".join(map(tokenizer.token_bytes, encoded.ids)).decode() == render(conversation)
         expected = [
             (f"<think>\n{reasoning}\n</think>\n\n" if reasoning else "") + f"{answer}<|im_end|>"
             for _, answer, reasoning in turns
         ]
-        said = "".join(
+        output = "".join(
             tokenizer.token_bytes(number).decode("utf-8", "surrogateescape")
             for number, mine in zip(*encoded, strict=True)
             if mine
         )
-        assert said.encode("utf-8", "surrogateescape") == "".join(expected).encode()
+        assert output.encode("utf-8", "surrogateescape") == "".join(expected).encode()
         ends = [i for i, m in zip(*encoded, strict=True) if m and i == tokenizer.end_of_turn]
         assert len(ends) == len(turns)
         prompt = encode_prompt(tokenizer, conversation.prompt())

@@ -109,16 +109,16 @@ def test_the_end_of_text_of_a_folder_is_not_its_end_of_turn(folder):
     assert (loaded.end_of_text, loaded.end_of_turn) == (0, 2)
 
 
-def test_a_name_is_fetched_from_the_hub_and_said_so(folder, monkeypatch, capsys):
-    asked = []
+def test_a_name_is_fetched_from_the_hub_and_output_so(folder, monkeypatch, capsys):
+    requested = []
 
     def fetch(name, allow_patterns):
-        asked.append((name, "tokenizer.json" in allow_patterns))
+        requested.append((name, "tokenizer.json" in allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert Tokenizer.load("someone/tiny-model").vocab_size == 800
-    assert asked == [("someone/tiny-model", True)]
+    assert requested == [("someone/tiny-model", True)]
     assert "someone/tiny-model" in capsys.readouterr().err
 
 

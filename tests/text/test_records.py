@@ -16,13 +16,13 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
 RESULT = {"role": "tool", "content": "2"}
 
 
-def said(record, **options):
+def output(record, **options):
     return [(m.role, m.content) for m in parse_conversation(record, **options).messages]
 
 
 def test_messages():
     record = {"messages": [{"role": "system", "content": "S"}, ASK, ANSWER]}
-    assert said(record) == [("system", "S"), ("user", "1+1?"), ("assistant", "2")]
+    assert output(record) == [("system", "S"), ("user", "1+1?"), ("assistant", "2")]
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_messages():
     ],
 )
 def test_questions_with_an_answer_are_chats(record, answer):
-    assert said(record) == [("user", "Q"), ("assistant", answer)]
-    assert said({"system": "S"} | record)[0] == ("system", "S")
-    assert said({"question": "Q"}, answered=False) == [("user", "Q")]
+    assert output(record) == [("user", "Q"), ("assistant", answer)]
+    assert output({"system": "S"} | record)[0] == ("system", "S")
+    assert output({"question": "Q"}, answered=False) == [("user", "Q")]
 
 
 def test_developer_is_system_and_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     record = {"messages": [{"role": "developer", "content": parts}, ASK, ANSWER]}
-    assert said(record)[0] == ("system", "ab")
+    assert output(record)[0] == ("system", "ab")
 
 
 def test_llamafactory_parts_of_reasoning_and_calls():
@@ -128,25 +128,25 @@ def test_minimind():
     ],
 )
 def test_alpaca(record, expected):
-    assert said(record) == expected
+    assert output(record) == expected
 
 
 def test_rows_of_parquet_with_empty_columns_are_read():
     empty = {"from": None, "value": None, "tool_calls": None, "reasoning_content": None}
     record = {"messages": [ASK | empty, ANSWER | empty], "tools": None, "system": None}
-    assert said(record) == [("user", "1+1?"), ("assistant", "2")]
+    assert output(record) == [("user", "1+1?"), ("assistant", "2")]
 
 
 def test_a_blank_system_message_is_left_out():
-    assert said({"messages": [{"role": "system", "content": " "}, ASK, ANSWER]}) == [
+    assert output({"messages": [{"role": "system", "content": " "}, ASK, ANSWER]}) == [
         ("user", "1+1?"),
         ("assistant", "2"),
     ]
 
 
 def test_a_prompt_need_not_be_answered():
-    assert said({"messages": [ASK]}, answered=False) == [("user", "1+1?")]
-    assert said({"instruction": "I"}, answered=False) == [("user", "I")]
+    assert output({"messages": [ASK]}, answered=False) == [("user", "1+1?")]
+    assert output({"instruction": "I"}, answered=False) == [("user", "I")]
     whole = parse_conversation({"messages": [ASK, ANSWER]})
     assert whole.prompt() == parse_conversation({"messages": [ASK]}, answered=False)
     assert whole.prompt().prompt() == whole.prompt()

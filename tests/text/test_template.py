@@ -8,8 +8,7 @@ import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.text.specials import our_template
-from tinsmith.text.template import MAX_TEMPLATE_CHARS, ChatTemplate
-from tinsmith.text.template_limits import TemplateRefused
+from tinsmith.text.template import MAX_TEMPLATE_CHARS, ChatTemplate, TemplateRefused
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo <b>"}]
 

@@ -110,10 +110,13 @@ def test_T2_resume_is_bit_exact(stage, stages, run):
 
 def test_the_second_stage_begins_where_the_first_ends_and_tells_both_halves(stages):
     (first, _), (second, _) = stages["first"], stages["second"]
-    told = lines(second, "train")
-    assert {"teacher_forcing_loss", "alignment_loss", "alignment_loss_equal_shape", "sdl"} <= told[
-        0
-    ].keys()
+    reported = lines(second, "train")
+    assert {
+        "teacher_forcing_loss",
+        "alignment_loss",
+        "alignment_loss_equal_shape",
+        "sdl",
+    } <= reported[0].keys()
     begun = checkpoint.load(first / "checkpoints" / "step-00000006").model["embed.weight"]
     soon = checkpoint.load(second / "checkpoints" / "step-00000004").model["embed.weight"]
     # AdamW moves a number by about its rate of 0.003 a step; another start is 0.06 away somewhere
@@ -172,9 +175,9 @@ def test_eavi_reads_any_chats(run, recipe):
     data = {"kind": "tasks", "tasks": ["copy"], "count": 60, "length": 3, "reasoning": False}
     train_section = {**recipe["train"], "seq_len": 160}
     folder = run("second", "chats", model=model, data=data, train=train_section)
-    told = lines(folder, "train")[-1]
-    assert "alignment_loss" in told
-    assert "alignment_loss_equal_shape" not in told
+    reported = lines(folder, "train")[-1]
+    assert "alignment_loss" in reported
+    assert "alignment_loss_equal_shape" not in reported
 
 
 def test_eavi_wants_the_whole_policy_in_every_process(recipe):

@@ -71,8 +71,8 @@ def test_T11_divergence_from_the_teacher_goes_down(loss, teacher):
 def test_T11_divergence_at_own_answers_goes_down(teacher):
     keys = {"max_new_tokens": 16, "on_policy_fraction": {"begin": 0, "end": 1, "over": 40}}
     folder = distilled(teacher, "own", kind="on_policy_kd", **keys)
-    said = [row["on_policy_fraction"] for row in rows(folder, "train")]
+    output = [row["on_policy_fraction"] for row in rows(folder, "train")]
     found = [row["divergence"] for row in rows(folder, "eval")]
-    assert said[0] < 0.5
-    assert said[-1] == 1
+    assert output[0] < 0.5
+    assert output[-1] == 1
     assert found[-1] < 0.7 * found[0]

@@ -93,9 +93,9 @@ def loss_of(monkeypatch):
         own = CrossEntropy.loss
 
         def loss(self, policy, batch):
-            said = own(self, policy, batch)
-            steep = (said.total - said.total.detach()) * slope
-            return said._replace(total=steep + number)
+            output = own(self, policy, batch)
+            steep = (output.total - output.total.detach()) * slope
+            return output._replace(total=steep + number)
 
         monkeypatch.setattr(CrossEntropy, "loss", loss)
 
@@ -122,7 +122,7 @@ def test_a_first_step_that_is_not_finite_is_refused_in_one_line(number, slope, l
     ],
     ids=lambda objective: objective["kind"],
 )
-def test_a_judge_that_is_nowhere_is_refused(objective):
+def test_a_frozen_model_that_is_nowhere_is_refused(objective):
     with pytest.raises(UserError, match=r"objective\.(teacher|reference): .*runs/nowhere"):
         tried(objective)
 

@@ -66,7 +66,9 @@ def recipe(feed, **changes):
     )
 
 
-def test_experts_are_re_born_at_the_end_of_a_window_with_what_the_optimizer_knew(planted, run):
+def test_experts_are_re_reinitialised_at_the_end_of_a_window_with_what_the_optimizer_knew(
+    planted, run
+):
     saved = run("whole", steps=6)
     for layer in (0, 1):
         name = f"blocks.{layer}.feed."
@@ -105,7 +107,10 @@ def test_R7_a_run_resumed_in_the_middle_of_a_window_ends_in_the_same_bits(feed, 
 
 def test_checkpointing_changes_no_bit(run):
     feed = {"router_grad": "smk"}
-    kept, formed_again = run("kept", feed=feed), run("again", feed=feed, activation_checkpointing=True)
+    kept, formed_again = (
+        run("kept", feed=feed),
+        run("again", feed=feed, activation_checkpointing=True),
+    )
     for name, value in kept["step-00000012"].model.items():
         assert torch.equal(value, formed_again["step-00000012"].model[name]), name
 

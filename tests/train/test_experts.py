@@ -119,6 +119,6 @@ def test_a_dry_run_tells_how_many_parameters_a_token_meets(capsys, tmp_path, mon
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
     dry_run(recipe(LAYERS["topk_moe"]), "x")
     idle = 2 * 2 * 3 * 32 * 24
-    said = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
-    total = int(said.split()[1].replace(",", ""))
-    assert said.endswith(f"of which a token meets {total - idle:,}")
+    output = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
+    total = int(output.split()[1].replace(",", ""))
+    assert output.endswith(f"of which a token meets {total - idle:,}")

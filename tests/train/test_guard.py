@@ -5,7 +5,7 @@ import random
 from tinsmith.train.guard import LossSpikeDetector
 
 
-def test_a_leap_is_noticed_once_and_told_beside_what_was_usual():
+def test_a_leap_is_noticed_once_and_reported_beside_what_was_usual():
     noise, spikes = random.Random(0), LossSpikeDetector()
     losses = [3.0 + noise.gauss(0, 0.05) for _ in range(60)]
     assert [spikes.update(loss) for loss in losses] == [None] * 60
@@ -31,6 +31,6 @@ def test_a_resumed_run_remembers_what_was_usual():
     for loss in [2.0, 2.1] * 10:
         spikes.update(loss)
     later.load_state(spikes.state())
-    told = later.update(5.0)
-    assert told is not None
-    assert told == spikes.update(5.0)
+    reported = later.update(5.0)
+    assert reported is not None
+    assert reported == spikes.update(5.0)

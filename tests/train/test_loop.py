@@ -81,7 +81,9 @@ def test_fp16_scale_is_logged_and_overflow_is_not_a_bad_step(run, monkeypatch):
     assert found[-1]["loss_scale"] < 2.0**34
 
 
-def _huge_scale(self, precision: str, init_scale: float = 2.0**34, growth_interval: int = 2000) -> None:
+def _huge_scale(
+    self, precision: str, init_scale: float = 2.0**34, growth_interval: int = 2000
+) -> None:
     self.enabled, self.scale = True, init_scale
     self.growth_interval, self.steps_since_overflow = growth_interval, 0
 

@@ -138,7 +138,7 @@ def test_adapters_are_exported_and_merged_by_a_verb(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (["--to", "gguf"], "--to gguf: only hf and peft are known"),
         (["--to", "peft"], "has no adapters; only a run with a lora section has"),
@@ -146,8 +146,8 @@ def test_adapters_are_exported_and_merged_by_a_verb(runs, tmp_path):
         (["--adapter", "absent"], "absent/adapter_config.json: no such file"),
     ],
 )
-def test_export_says_what_it_cannot_do(runs, tmp_path, arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_export_says_what_it_cannot_do(runs, tmp_path, arguments, output):
+    with pytest.raises(UserError, match=output):
         cli(["export", str(runs[0]), str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
 
@@ -166,11 +166,11 @@ def test_a_run_can_begin_from_a_checkpoint_with_adapters(runs, monkeypatch):
 
 def test_the_header_and_the_dry_run_say_what_is_trained(runs, monkeypatch, capsys):
     monkeypatch.setenv("TINSMITH_RUNS", str(runs[0].parent))
-    said = "1,536 trained, 25,760 frozen | rank 4, alpha 8 on q_proj, v_proj, down_proj"
-    assert said in (runs[1] / "log.txt").read_text()
+    output = "1,536 trained, 25,760 frozen | rank 4, alpha 8 on q_proj, v_proj, down_proj"
+    assert output in (runs[1] / "log.txt").read_text()
     dry_run(from_dict(COMMON | {"init_from": str(runs[0]), "lora": SECTION}), "dry")
     printed = capsys.readouterr().out
-    assert said in printed
+    assert output in printed
     assert "matrix              1,536 in 12 tensors" in printed
     assert "dry run   ok" in printed
 
@@ -186,7 +186,7 @@ def test_targets_that_are_not_there_are_one_line_and_leave_the_name_free(runs, m
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "output"),
     [
         ({"rank": 0}, "lora: rank=0 must be at least 1"),
         ({"targets": []}, "lora: targets must name at least one"),
@@ -194,13 +194,13 @@ def test_targets_that_are_not_there_are_one_line_and_leave_the_name_free(runs, m
         ({"dropout": 1.5}, "lora: dropout=1.5 must be"),
     ],
 )
-def test_a_section_that_cannot_be_is_refused_with_its_key(section, said):
-    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+def test_a_section_that_cannot_be_is_refused_with_its_key(section, output):
+    with pytest.raises(UserError, match=output.replace(".", r"\.")):
         from_dict(COMMON | {"model": MODEL, "lora": section})
 
 
-def test_a_judge_that_is_the_policy_at_first_is_not_copied(runs):
-    class Judged(Pretrain):
+def test_a_frozen_model_that_is_the_policy_at_first_is_not_copied(runs):
+    class Scored(Pretrain):
         def frozen_models(self):
             return {"reference": None, "teacher": str(runs[0])}
 
@@ -208,10 +208,10 @@ def test_a_judge_that_is_the_policy_at_first_is_not_copied(runs):
 
     policy, tokenizer = tinsmith.load(runs[0])
     device = torch.device("cpu")
-    assert load_frozen_models(Judged(), policy, tokenizer, device).keys() == {
+    assert load_frozen_models(Scored(), policy, tokenizer, device).keys() == {
         "reference",
         "teacher",
     }
     lora.add_adapters(policy, lora.LoRA())
-    assert load_frozen_models(Judged(), policy, tokenizer, device).keys() == {"teacher"}
+    assert load_frozen_models(Scored(), policy, tokenizer, device).keys() == {"teacher"}
     assert Objective().frozen_models.get("reference") is None

@@ -36,7 +36,11 @@ RECIPE = {
 
 
 def recipe(kind: str, **objective):
-    section = {"kind": kind, "max_new_tokens": 6, "rewards": [{"kind": "distinct_ngrams"}]} | objective
+    section = {
+        "kind": kind,
+        "max_new_tokens": 6,
+        "rewards": [{"kind": "distinct_ngrams"}],
+    } | objective
     return from_dict(RECIPE | {"objective": section})
 
 
@@ -73,10 +77,14 @@ def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
     """The reference is the policy with its adapters off; a rollout is two steps here."""
-    section = {"kind": kind, "max_new_tokens": 6, "kl_coef": 0.1, "num_minibatches": 2, "num_epochs": 2}
-    section |= {
-        "rewards": [{"kind": "distinct_ngrams"}, {"kind": "length", "low": 4, "high": 9}]
+    section = {
+        "kind": kind,
+        "max_new_tokens": 6,
+        "kl_coef": 0.1,
+        "num_minibatches": 2,
+        "num_epochs": 2,
     }
+    section |= {"rewards": [{"kind": "distinct_ngrams"}, {"kind": "length", "low": 4, "high": 9}]}
     lora = {"targets": ["mixer.q_proj", "feed.*"], "rank": 2}
     steps = {"steps": 6, "precision": "fp32", "save_every": 3, "eval_every": 6, "sample_every": 6}
     data = RECIPE | {"objective": section, "lora": lora, "train": RECIPE["train"] | steps}

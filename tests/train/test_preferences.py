@@ -143,8 +143,8 @@ def test_a_policy_that_could_drop_and_be_noisy_is_its_reference_at_the_first_ste
 
 def test_a_model_that_was_still_may_have_dropout_again(run, recipe, noisy):
     """`model` may repeat the one of `init_from`, whose last run had no use for dropout."""
-    told = {**recipe["model"], "pattern": noisy["pattern"]}
-    recipe["model"] = told
+    reported = {**recipe["model"], "pattern": noisy["pattern"]}
+    recipe["model"] = reported
     folder = run("still", {"kind": "dpo"}, steps=1)
     again = from_dict(recipe | {"objective": {"kind": "reward"}, "init_from": str(folder)})
     assert again.model is not None
@@ -152,7 +152,9 @@ def test_a_model_that_was_still_may_have_dropout_again(run, recipe, noisy):
     assert found == again.model
     assert found.dropout.residual == 0.1
     assert found.layers[0].feed_forward.noise == 0.5
-    other = from_dict(recipe | {"model": told | {"dim": 64}, "init_from": str(folder)} | OBJECTIVE)
+    other = from_dict(
+        recipe | {"model": reported | {"dim": 64}, "init_from": str(folder)} | OBJECTIVE
+    )
     with pytest.raises(UserError, match="model: differs from that of init_from"):
         resolve_model_config(other, load(folder)[0].config)
 
@@ -214,12 +216,13 @@ def test_a_trained_reward_model_is_loaded_as_a_reward(run):
     folder = run("judge", {"kind": "reward"}, steps=40, eval_every=40, save_every=40, plain=True)
     _, tokenizer = load(folder)
     found = [load_reward_model(str(place), tokenizer, CPU) for place in (folder, folder / "final")]
-    asked = {"role": "user", "content": "Give me tea."}
+    requested = {"role": "user", "content": "Give me tea."}
     ids = [
         encode_chat(
-            tokenizer, parse_conversation({"messages": [asked, {"role": "assistant", "content": said}]})
+            tokenizer,
+            parse_conversation({"messages": [requested, {"role": "assistant", "content": output}]}),
         ).ids[:-1]
-        for said in ("Gladly. Tea.", "Go away. Tea.")
+        for output in ("Gladly. Tea.", "Go away. Tea.")
     ]
     assert ids[0][-1] == tokenizer.end_of_turn
     scores = [one.score(ids) for one in found]

@@ -34,8 +34,8 @@ def rate(folder: Path, place: Path) -> FormatRate:
     """Of greedy answers to prompts that are held back."""
     lm, tokenizer = load(folder / "final")
     assert tokenizer is not None
-    told = {"init_from": str(folder), "data": DATA, "objective": {"kind": "grpo"}}
-    config = from_dict(told)
+    reported = {"init_from": str(folder), "data": DATA, "objective": {"kind": "grpo"}}
+    config = from_dict(reported)
     made = prepare(config.data, tokenizer, "prompts", place, print, seq_len=ROOM)
     source = open_dataset(made.folder, "prompts", "validation", ROOM, 0)
     prompts = [source.get_prompts(number, 1)[0] for number in range(HELD_BACK)]

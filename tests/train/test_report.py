@@ -20,28 +20,28 @@ from tinsmith.train.report import plot_run, plot_runs, runs_table, write_samples
 
 
 def lines(steps=300, sources=("a", "b")):
-    said = []
+    output = []
     for step in range(10, steps + 1, 10):
         loss = 2 + 5 * math.exp(-step / 60)
         train = {"step": step, "kind": "train", "loss": loss, "grad_norm": 1 / step}
         train |= {"lr_multiplier": 1.0, "tokens": step * 100, "tokens_per_second": time.time()}
-        said.append(train)
+        output.append(train)
         if step % 100 == 0:
             held = {"step": step, "kind": "eval", "loss": loss + 0.1, "bpb": loss / 2}
             held |= {f"bpb.{name}": loss / (3 + i) for i, name in enumerate(sources)}
             texts = [{"prompt": "def f(", "text": f"x):\n    return {step}"}]
-            said += [held, {"step": step, "kind": "samples", "samples": texts}]
-    return said
+            output += [held, {"step": step, "kind": "samples", "samples": texts}]
+    return output
 
 
 @pytest.fixture
 def make_run(tmp_path):
     """(name, lines, torn end) -> the folder of a run."""
 
-    def made(name="first", said=None, torn=""):
+    def made(name="first", output=None, torn=""):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        text = "".join(json.dumps(line) + "\n" for line in (lines() if said is None else said))
+        text = "".join(json.dumps(line) + "\n" for line in (lines() if output is None else output))
         (folder / "metrics.jsonl").write_bytes(text.encode() + torn.encode("latin-1"))
         return folder
 
@@ -75,9 +75,9 @@ def test_T12_the_users_settings_change_no_picture(make_run, monkeypatch):
 
 
 def test_other_metrics_give_another_picture(make_run):
-    said = lines()
-    changed = [line | ({"loss": 3.0} if line["kind"] == "train" else {}) for line in said]
-    names = [plot_run(make_run(f"{i}/run", some)) for i, some in enumerate((said, changed))]
+    output = lines()
+    changed = [line | ({"loss": 3.0} if line["kind"] == "train" else {}) for line in output]
+    names = [plot_run(make_run(f"{i}/run", some)) for i, some in enumerate((output, changed))]
     assert names[0].read_bytes() != names[1].read_bytes()
 
 
@@ -113,21 +113,23 @@ def test_the_panels_hold_the_metrics_and_say_their_units(make_run):
 
 
 def test_skipped_steps_are_marked(make_run):
-    said = [*lines(), {"step": 123, "kind": "nonfinite_step", "first_sample": 0, "end_sample": 9}]
-    loss = panels(draw_run(History.read(make_run(said=said))))["Loss"]
+    output = [*lines(), {"step": 123, "kind": "nonfinite_step", "first_sample": 0, "end_sample": 9}]
+    loss = panels(draw_run(History.read(make_run(output=output))))["Loss"]
     marks = next(line for line in loss.lines if line.get_label() == "skipped step")
     assert marks.get_xdata() == [123]
 
 
 def test_without_bits_per_byte_the_validation_loss_is_shown(make_run):
-    said = [line | ({"bpb": None} if line["kind"] == "eval" else {}) for line in lines(sources=())]
-    found = panels(draw_run(History.read(make_run(said=said))))
-    held = [line["loss"] for line in said if line["kind"] == "eval"]
+    output = [
+        line | ({"bpb": None} if line["kind"] == "eval" else {}) for line in lines(sources=())
+    ]
+    found = panels(draw_run(History.read(make_run(output=output))))
+    held = [line["loss"] for line in output if line["kind"] == "eval"]
     assert found["Validation loss"].lines[0].get_ydata().tolist() == held
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         [],
         lines(10),
@@ -138,8 +140,8 @@ def test_without_bits_per_byte_the_validation_loss_is_shown(make_run):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_run_that_was_killed_early_is_drawn_as_far_as_it_went(make_run, said):
-    folder = make_run(said=said)
+def test_a_run_that_was_killed_early_is_drawn_as_far_as_it_went(make_run, output):
+    folder = make_run(output=output)
     assert plot_run(folder).stat().st_size > 10_000
     write_samples(folder)
     assert plot_runs([folder, folder], folder / "both.svg").stat().st_size > 1000
@@ -161,8 +163,8 @@ TORN = [
 
 @pytest.mark.parametrize("torn", TORN)
 def test_lines_that_are_torn_are_passed_over(make_run, torn):
-    said = lines()
-    whole, damaged = make_run("a/run", said), make_run("b/run", said, torn)
+    output = lines()
+    whole, damaged = make_run("a/run", output), make_run("b/run", output, torn)
     for kind in ("train", "eval", "samples"):
         found = [History.read(folder).of_kind(kind) for folder in (whole, damaged)]
         assert found[0] == found[1] != []
@@ -179,7 +181,7 @@ def test_missing_files_are_an_empty_run_and_a_missing_folder_is_an_error(tmp_pat
             report(tmp_path / "none")
 
 
-def test_several_runs_share_a_picture_and_are_told_apart(make_run, tmp_path):
+def test_several_runs_share_a_picture_and_are_reported_apart(make_run, tmp_path):
     folders = [make_run("one/run"), make_run("two/run"), make_run("other", lines(200))]
     figure = draw_runs([History.read(folder) for folder in folders])
     names = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -247,8 +249,10 @@ def test_no_sample_breaks_out_of_its_fence(tmp_path_factory, texts):
 
 def test_only_finite_numbers_are_drawn(make_run):
     values = [1.0, math.nan, 2, None, math.inf, True, "3", 4.5]
-    said = [{"step": i, "kind": "train", "x": value} for i, value in enumerate(values)]
-    series = History.read(make_run(said=[*said, {"step": 9, "kind": "train"}])).series("train", "x")
+    output = [{"step": i, "kind": "train", "x": value} for i, value in enumerate(values)]
+    series = History.read(make_run(output=[*output, {"step": 9, "kind": "train"}])).series(
+        "train", "x"
+    )
     assert series.steps.tolist() == [0, 2, 7]
     assert series.values.tolist() == [1.0, 2.0, 4.5]
 

@@ -60,7 +60,7 @@ def run(place: Path, name: str, objective: dict[str, Any], steps: int, **more: A
 
 
 @pytest.fixture(scope="module")
-def judge(place) -> Path:
+def frozen_model(place) -> Path:
     return run(place, "judge", {"kind": "reward"}, 30)
 
 
@@ -69,34 +69,42 @@ def answering(kind: str, *rewards: dict[str, Any], **objective: Any) -> dict[str
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "spo"])
-def test_a_policy_learns_from_a_reward_model_that_stays_as_it_is(kind, place, judge):
-    before = {file.name: file.read_bytes() for file in (judge / "final").iterdir()}
-    rewards = ({"kind": "reward_model", "path": str(judge)}, {"kind": "variety", "weight": 0.1})
-    folder = run(place, kind, answering(kind, *rewards), 2, init_from=str(judge))
+def test_a_policy_learns_from_a_reward_model_that_stays_as_it_is(kind, place, frozen_model):
+    before = {file.name: file.read_bytes() for file in (frozen_model / "final").iterdir()}
+    rewards = (
+        {"kind": "reward_model", "path": str(frozen_model)},
+        {"kind": "distinct_ngrams", "weight": 0.1},
+    )
+    folder = run(place, kind, answering(kind, *rewards), 2, init_from=str(frozen_model))
     lines = list(read_metrics(folder / "metrics.jsonl"))
     steps = [line for line in lines if line["kind"] == "train"]
     assert len(steps) == 2
     assert all(line["reward_failed_fraction"] == 0 for line in steps)
     assert all(abs(line["reward"]) > 0 for line in steps)
-    assert before == {file.name: file.read_bytes() for file in (judge / "final").iterdir()}
+    assert before == {file.name: file.read_bytes() for file in (frozen_model / "final").iterdir()}
 
 
-def test_T11_the_score_of_answers_goes_up(place, judge):
-    objective = answering("grpo", {"kind": "reward_model", "path": str(judge)}, num_generations=8, generation_batch_size=128)
-    folder = run(place, "liked", objective, 40, init_from=str(judge))
+def test_T11_the_score_of_answers_goes_up(place, frozen_model):
+    objective = answering(
+        "grpo",
+        {"kind": "reward_model", "path": str(frozen_model)},
+        num_generations=8,
+        generation_batch_size=128,
+    )
+    folder = run(place, "liked", objective, 40, init_from=str(frozen_model))
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
     found = [line["reward"] for line in lines]
     assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 0.15
 
 
-def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(judge):
-    lm, tokenizer = load(judge)
+def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(frozen_model):
+    lm, tokenizer = load(frozen_model)
     assert tokenizer is not None
-    model = load_reward_model(str(judge), tokenizer, CPU)
+    model = load_reward_model(str(frozen_model), tokenizer, CPU)
     objective = GRPO(
-        rewards=(RewardModelReward(path=str(judge), weight=2.0),), num_generations=2
+        rewards=(RewardModelReward(path=str(frozen_model), weight=2.0),), num_generations=2
     ).build()
-    objective.reward_models = {str(judge): model}
+    objective.reward_models = {str(frozen_model): model}
     objective.prepare(lm, tokenizer)
     episodes = [Rollout([20, 21, 22][: 1 + n % 3], seed=n) for n in range(5)]
     for number, episode in enumerate(episodes):
@@ -112,18 +120,18 @@ def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(j
     assert not dict(objective.named_parameters())
 
 
-def test_what_is_no_reward_model_of_this_vocabulary_is_refused_in_one_line(place, judge):
+def test_what_is_no_reward_model_of_this_vocabulary_is_refused_in_one_line(place, frozen_model):
     plain = run(place, "plain", {"kind": "dpo"}, 1)
     other = {"model": MODEL | {"vocab_size": 274}, "tokenizer": {"train": {"vocab_size": 274}}}
     foreign = run(place, "foreign", {"kind": "reward"}, 1, **other)
-    for folder, said in (
+    for folder, output in (
         (str(plain), "no reward model; train one with objective: {kind: reward}"),
         (str(foreign), "objective.rewards: .*another vocabulary"),
         (str(place / "nowhere"), "nowhere: no such folder"),
     ):
         objective = answering("grpo", {"kind": "reward_model", "path": folder})
-        with pytest.raises(UserError, match=said) as refused:
-            run(place, "refused", objective, 1, init_from=str(judge))
+        with pytest.raises(UserError, match=output) as refused:
+            run(place, "refused", objective, 1, init_from=str(frozen_model))
         assert "\n" not in str(refused.value)
 
 

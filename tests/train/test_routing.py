@@ -41,8 +41,8 @@ def lm():
 
 
 def planted(load, tokens, **more):
-    told = {"load": torch.tensor(load), "tokens": torch.tensor(tokens)}
-    return told | {name: torch.tensor(value) for name, value in more.items()}
+    reported = {"load": torch.tensor(load), "tokens": torch.tensor(tokens)}
+    return reported | {name: torch.tensor(value) for name, value in more.items()}
 
 
 def stats(**layers):
@@ -82,7 +82,7 @@ def test_means_are_formed_once_of_all_sums(lm):
 
 def test_surprise_is_over_what_it_was_counted_for(lm):
     meter = ExpertStats()
-    said = planted(
+    output = planted(
         [4, 4, 0],
         8,
         surprise=3.0,
@@ -91,7 +91,7 @@ def test_surprise_is_over_what_it_was_counted_for(lm):
         compared=4,
         surprise_norm_corr=-2.0,
     )
-    meter.add(stats(**{"0_mixer": said | {"unrouted": torch.ones(32)}}))
+    meter.add(stats(**{"0_mixer": output | {"unrouted": torch.ones(32)}}))
     layer = meter.pop_metrics(lm)["layers"]["0.mixer"]
     assert (layer["surprise"], layer["inactive_fraction"], layer["surprise_norm_corr"]) == (
         0.5,
@@ -102,7 +102,7 @@ def test_surprise_is_over_what_it_was_counted_for(lm):
     json.dumps(layer)
 
 
-def test_nothing_is_told_of_nothing(lm):
+def test_nothing_is_reported_of_nothing(lm):
     meter = ExpertStats()
     assert meter.pop_metrics(lm) == {}
     meter.add(stats(**{"0_mixer": planted([0, 0, 0], 0)}))
@@ -183,13 +183,13 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
         gate = lm.get_submodule("blocks.0.mixer.gate")
         assert not gate.window.load.is_meta
         assert int(gate.window.tokens) == 0, "a model of its own, not in the middle of a window"
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     evaluate(str(whole), "routing", EvalOptions(None, None, 8), "cpu", None, True)
     again = json.loads(capsys.readouterr().out)
     for name, layer in found["layers"].items():
         assert again[f"routing {name}"] == pytest.approx(layer)
-    assert " experts active" in said
-    assert " experts tell" in said
+    assert " experts active" in output
+    assert " experts tell" in output
     assert (whole / "experts.png").stat().st_size > 10_000
     assert (whole / "final" / "experts.png").exists()
 
@@ -249,15 +249,15 @@ def test_the_heat_map_holds_every_load_against_an_even_share():
     assert curve.get_xydata().tolist() == [[10, 1.0], [20, 1.0], [30, 1.0]]
 
 
-def test_drift_and_surprise_are_drawn_where_they_are_told():
+def test_drift_and_surprise_are_drawn_where_they_are_reported():
     lines = routing(2)
     titles = {axes.get_title(loc="left") for axes in draw_experts(History("a run", lines)).axes}
     assert not titles & {"Surprise", "Drift of the gates", "Tokens in the dark room"}
-    told = {"drift": 0.2, "surprise": 0.5, "inactive_fraction": 0.25}
-    figure = draw_experts(History("a run", [line | told for line in lines]))
+    reported = {"drift": 0.2, "surprise": 0.5, "inactive_fraction": 0.25}
+    figure = draw_experts(History("a run", [line | reported for line in lines]))
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     drawn = ("Drift of the gates", "Surprise", "Tokens in the dark room")
-    for title, value in zip(drawn, told.values(), strict=True):
+    for title, value in zip(drawn, reported.values(), strict=True):
         assert panels[title].lines[0].get_ydata().tolist() == [value] * 3
 
 

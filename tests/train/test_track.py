@@ -27,12 +27,12 @@ class Recorder:
     """A tracker that remembers, or fails."""
 
     def __init__(self, fails_in=()):
-        self.told, self.closed, self.fails_in = [], 0, fails_in
+        self.reported, self.closed, self.fails_in = [], 0, fails_in
 
     def log(self, values, step):
         if "log" in self.fails_in:
             raise OSError("the server\nis on fire")
-        self.told.append((step, values))
+        self.reported.append((step, values))
 
     def close(self):
         self.closed += 1
@@ -64,7 +64,7 @@ def run_with(trackers, folder):
 def test_numbers_go_out_by_kind_and_name_and_nothing_else_does(recorder, tmp_path):
     one = recorder()
     run_with(("tensorboard",), tmp_path)
-    assert one.told == [
+    assert one.reported == [
         (10, {"train/loss": 3.5, "train/tokens": 1000, "train/lr_multiplier": 1.0}),
         (10, {"eval/loss": 3.25, "eval/bpb": 1.5}),
         (20, {"train/loss": 2.5, "train/tokens": 2000, "train/lr_multiplier": 0.5}),
@@ -85,7 +85,7 @@ def test_tensorboard_files_say_what_was_logged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("eval/bpb")] == [(10, 1.5)]
 
 
-def test_a_resumed_run_hides_what_tensorboard_was_told_after_its_step(tmp_path):
+def test_a_resumed_run_hides_what_tensorboard_was_reported_after_its_step(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -127,7 +127,7 @@ def test_trackio_keeps_what_was_logged_and_goes_on_when_resumed(tmp_path, monkey
         rows = database.execute("select run_id, run_name, step, metrics from metrics").fetchall()
     assert len({number for number, *_ in rows}) == 1
     assert {name for _, name, *_ in rows} == {"first"}
-    losses = [(step, json.loads(said).get("train/loss")) for *_, step, said in rows]
+    losses = [(step, json.loads(output).get("train/loss")) for *_, step, output in rows]
     assert {(10, 3.5), (20, 2.5)} <= set(losses)
 
 
@@ -149,16 +149,18 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(name, tmp_pa
         attach_trackers((name,), tmp_path, CONFIG, "first", RunLog(tmp_path))
 
 
-def test_a_failure_is_said_once_and_training_goes_on(recorder, tmp_path, capsys):
+def test_a_failure_is_output_once_and_training_goes_on(recorder, tmp_path, capsys):
     one = recorder("log")
     run_with(("tensorboard",), tmp_path)
-    said = capsys.readouterr().err
-    assert said == " warning tensorboard failed: OSError: the server; training goes on without it\n"
+    output = capsys.readouterr().err
+    assert (
+        output == " warning tensorboard failed: OSError: the server; training goes on without it\n"
+    )
     assert one.closed == 0
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(LINES)
 
 
-def test_a_failure_at_the_end_is_said_and_not_raised(recorder, tmp_path, capsys):
+def test_a_failure_at_the_end_is_output_and_not_raised(recorder, tmp_path, capsys):
     one = recorder("close")
     log = RunLog(tmp_path)
     close = attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)
@@ -178,7 +180,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_others(
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", broken)
     run_with(("wandb", "tensorboard"), tmp_path)
-    assert len(one.told) == 3
+    assert len(one.reported) == 3
     assert "wandb could not be started: ConnectionError: no route" in capsys.readouterr().err
 
 
@@ -186,7 +188,7 @@ def test_a_quiet_log_gets_no_tracker(recorder, tmp_path):
     one = recorder()
     log = RunLog(tmp_path, quiet=True)
     attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)()
-    assert (one.told, one.closed) == ([], 0)
+    assert (one.reported, one.closed) == ([], 0)
 
 
 def test_T2_a_tracker_does_not_move_the_random_state(monkeypatch, tmp_path):

@@ -134,9 +134,9 @@ def test_H4_optimizers_that_remember_little_remember_what_trains_alone(distil, m
 def test_H4_frozen_tensors_have_no_gradient(dense, sparse):
     lm = load(sparse["both"])[0].train()
     objective, batch = taught(load(dense)[0]), random_batch(lm, 12)
-    said = objective.loss(lm, batch)
-    said.total.backward()
-    lm.after_backward(said.grad_probes)
+    output = objective.loss(lm, batch)
+    output.total.backward()
+    lm.after_backward(output.grad_probes)
     assert {n for n, p in lm.named_parameters() if p.grad is not None} == {
         name for name, _ in lm.named_parameters() if ".feed." in name
     }
@@ -179,11 +179,11 @@ def test_H7_checkpointed_gradients_masks_and_surprises_are_the_same(router):
     found = []
     for lm.activation_checkpointing in (False, True):
         lm.zero_grad()
-        said = objective.loss(lm, batch)
-        said.total.backward()
-        heard = lm.after_backward(said.grad_probes)
+        output = objective.loss(lm, batch)
+        output.total.backward()
+        received = lm.after_backward(output.grad_probes)
         gradients = {n: p.grad for n, p in lm.named_parameters() if p.grad is not None}
-        found.append(said.stats | heard | gradients)
+        found.append(output.stats | received | gradients)
     assert found[0].keys() == found[1].keys()
     assert (router == "task") == (not any(name.endswith("surprise") for name in found[0]))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
@@ -196,15 +196,15 @@ def test_what_is_frozen_is_remembered_from_checkpoint_to_final_to_the_next_run(
     first = tmp_path / "first"
     for place in (first / "checkpoints" / "step-00000004", first):
         assert load(place)[0].config.trainable == ("blocks.*.feed",)
-    said = f"{count_parameters(load(first)[0])}"
+    output = f"{count_parameters(load(first)[0])}"
     train(recipe(dense, first, steps=2), "second")
-    assert f"frozen     {said}" in (tmp_path / "second" / "log.txt").read_text(encoding="utf-8")
+    assert f"frozen     {output}" in (tmp_path / "second" / "log.txt").read_text(encoding="utf-8")
     one, two = (dict(load(tmp_path / name)[0].named_parameters()) for name in ("first", "second"))
     same = {name for name in one if torch.equal(one[name], two[name])}
     assert same == {name for name in one if ".feed." not in name}
     capsys.readouterr()
     dry_run(recipe(dense, first), "third")
-    assert f"frozen    {said}" in capsys.readouterr().out
+    assert f"frozen    {output}" in capsys.readouterr().out
 
 
 def test_a_recipe_that_repeats_the_model_has_the_last_word_on_what_is_trained(
@@ -267,8 +267,8 @@ def test_H5_a_student_that_is_its_teacher_has_no_loss_and_no_gradient():
     gradients = [p.grad for p in lm.parameters() if p.grad is not None]
     assert len(gradients) == 2 * 5
     assert max(float(gradient.abs().max()) for gradient in gradients) < 1e-12
-    said = objective.loss(lm, batch)  # with the gate's own losses, which a teacher does not know
-    assert float(said.metrics["divergence"].total) == pytest.approx(0, abs=1e-12)
+    output = objective.loss(lm, batch)  # with the gate's own losses, which a teacher does not know
+    assert float(output.metrics["divergence"].total) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])
@@ -278,15 +278,15 @@ def test_H5_the_loss_in_chunks_is_the_soft_cross_entropy_less_the_teachers_entro
     monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", size)
     monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 1)
     hidden = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
-    told, heads = torch.randn(23, 6).double(), torch.randn(2, 40, 6).double()
+    reported, heads = torch.randn(23, 6).double(), torch.randn(2, 40, 6).double()
     total, _ = summed_divergence(
         HeadInputs(hidden, heads[0]),
-        HeadInputs(told, heads[1]),
+        HeadInputs(reported, heads[1]),
         torch.zeros(23, dtype=torch.long),
         torch.ones(23, dtype=torch.float64),
         DistillWeights(beta=0.0, temperature=1.0),
     )
-    p = (told @ heads[1].T).softmax(-1)
+    p = (reported @ heads[1].T).softmax(-1)
     soft = -(p * (hidden @ heads[0].T).log_softmax(-1)).sum()
     entropy = -(p * p.log()).sum()
     torch.testing.assert_close(total, soft - entropy, rtol=1e-12, atol=1e-12)
@@ -335,8 +335,8 @@ def test_at_a_vocabulary_of_151936_no_logits_of_all_tokens_are_ever_there(in_chu
     lm = build_transplant(dense, TransplantPlan({"experts": 4, "router_grad": "both"})).train()
     objective, batch = taught(dense), random_batch(lm, tokens // 2)
     with Meter() as meter:
-        said = objective.loss(lm, batch)
-        said.total.backward()
+        output = objective.loss(lm, batch)
+        output.total.backward()
     logits = 4 * tokens * vocabulary
     assert lm.blocks[0].feed.experts.up_proj.weight.grad is not None
     assert (meter.most < logits) == in_chunks, meter.most / logits

@@ -1,4 +1,4 @@
-"""Exceptions with which a command ends early. Any other exception is a bug and shows a traceback."""
+"""Exceptions that end a command early. Any other exception is a bug and shows a traceback."""
 
 
 class UserError(Exception):

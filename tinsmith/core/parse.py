@@ -58,7 +58,8 @@ def _members(union: Any) -> tuple[Any, ...]:
 
 
 def _with_outside(members: tuple[Any, ...]) -> tuple[Any, ...]:
-    return members + outside_variants(tuple(m for m in members if is_dataclass(m)))
+    configs = tuple(m for m in members if isinstance(m, type) and is_dataclass(m))
+    return members + outside_variants(configs)
 
 
 class _CountReader:

@@ -2,10 +2,10 @@
 
     tinsmith train recipe.yaml --import my_mixer.py
 
-`import_variants` runs the file and collects its config dataclasses that have a `kind`. Each joins the
-unions (`core.parse.Kind`) whose members share its base class, such as `MixerConfigBase`. Only files
-that the user names on the command line or in a recipe are imported, never files of a downloaded or
-exported folder.
+`import_variants` runs the file and collects its config dataclasses that have a `kind`. Each joins
+the unions (`core.parse.Kind`) whose members share its base class, such as `MixerConfigBase`. Only
+files that the user names on the command line or in a recipe are imported, never files of a
+downloaded or exported folder.
 """
 
 import importlib.util

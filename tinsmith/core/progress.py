@@ -20,7 +20,7 @@ class Progress:
     ):
         self.desc, self.total, self.done = desc, total, 0
         self._say, self._stop, self._every = say, stop, every
-        self._began = self._told = time.monotonic()
+        self._began = self._reported = time.monotonic()
 
     def advance(self, amount: int) -> None:
         """Add `amount` bytes. Raise Stopped if a stop was requested."""
@@ -28,8 +28,8 @@ class Progress:
         if self._stop and self._stop():
             raise Stopped(f"stopped while {self.desc}; nothing was changed")
         now = time.monotonic()
-        if now - self._told >= self._every:
-            self._told = now
+        if now - self._reported >= self._every:
+            self._reported = now
             self._say(f" prepare   {self.desc}: {self._state(now - self._began)}")
 
     def _state(self, elapsed: float) -> str:

@@ -47,7 +47,7 @@ def capture() -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def restore(tensors: dict[str, Tensor], values: dict[str, object]) -> None:
-    """Restore the states that `capture` returned. CUDA states are restored on devices that exist."""
+    """Restore the states that `capture` returned, CUDA states only on devices that exist."""
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
         for i in range(

@@ -42,9 +42,9 @@ class SandboxLimits:
     """Resource limits of a sandboxed program."""
 
     seconds: float = 5.0
-    """Wall-clock time."""
+    """Limit of wall-clock time."""
     memory_bytes: int = 1 << 29
-    """Address space."""
+    """Limit of address space."""
     file_bytes: int = 0
     """Largest file that the program may write, if it may write files at all."""
     output_bytes: int = 1 << 16

@@ -1,4 +1,4 @@
-"""Signal handling: SIGTERM and SIGINT request a checkpoint and a stop, SIGUSR1 a checkpoint only."""
+"""Signal handling: SIGTERM and SIGINT request a checkpoint and a stop, SIGUSR1 a checkpoint."""
 
 import os
 import signal

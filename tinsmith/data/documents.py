@@ -52,10 +52,13 @@ class Document(NamedTuple):
         if isinstance(content, ArcExample):
             return [content.text()]
         if isinstance(content, PromptExample):
-            return [*_said(content.prompt.messages), *([content.answer] if content.answer else [])]
+            return [
+                *_output(content.prompt.messages),
+                *([content.answer] if content.answer else []),
+            ]
         if isinstance(content, PreferencePair):
-            return _said([*content.chosen.messages, content.rejected.messages[-1]])
-        return _said(content.messages)
+            return _output([*content.chosen.messages, content.rejected.messages[-1]])
+        return _output(content.messages)
 
     def tokenizer_texts(self) -> list[str]:
         """What a tokenizer learns from. Where there are tools, what a template says of them and of
@@ -116,7 +119,7 @@ def limit_documents(stream: DocumentStream, limit: int | None) -> DocumentStream
     return read
 
 
-def _said(messages: Iterable[Message]) -> list[str]:
+def _output(messages: Iterable[Message]) -> list[str]:
     return [text for message in messages for text in (message.reasoning, message.content) if text]
 
 

@@ -209,7 +209,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
                 if len(raw.rstrip(b"\r\n")) <= MAX_LINE_BYTES:
                     yield number, raw
                     continue
-                yield number, Reject(str(path), number, f"longer than {format_size(MAX_LINE_BYTES)}")
+                yield (
+                    number,
+                    Reject(str(path), number, f"longer than {format_size(MAX_LINE_BYTES)}"),
+                )
                 while line and not line.endswith(b"\n"):
                     line = file.readline(CHUNK_CHARS)
         except (EOFError, zlib.error, gzip.BadGzipFile):

@@ -89,8 +89,8 @@ def _row(
     """A task as a record of chats, pairs or prompts."""
     if shape in ("chats", "answers"):
         slips = random.Random(f"slip/{config.seed}/{index}").random() < config.error_rate
-        said = task.with_error() if slips else task
-        return said.chat(reasoning=config.reasoning, answer_tags=config.answer_tags)
+        output = task.with_error() if slips else task
+        return output.chat(reasoning=config.reasoning, answer_tags=config.answer_tags)
     return task.pair(reasoning=config.reasoning) if shape == "pairs" else task.prompt()
 
 
@@ -124,5 +124,5 @@ def arc_documents(
                     colours=config.colours,
                     shuffle_demonstrations=config.shuffle_demonstrations,
                 )
-                lesson = ArcExample(seen, train_on_all_outputs=config.loss == "all_outputs")
-                yield Document(lesson, repr(puzzle.demonstrations).encode(), task.file, task.line)
+                example = ArcExample(seen, train_on_all_outputs=config.loss == "all_outputs")
+                yield Document(example, repr(puzzle.demonstrations).encode(), task.file, task.line)

@@ -56,11 +56,11 @@ def read_pair(record: Any) -> PreferencePair:
 def prompt_messages(record: dict[str, Any]) -> list[Any]:
     """What a record asks, as role/content objects not yet judged; none where it asks nothing."""
     for key in ("prompt", "question"):
-        said = record.get(key)
-        if isinstance(said, list):
-            return said
-        if isinstance(said, str):
-            return _transcript(said) or [{"role": "user", "content": said}]
+        output = record.get(key)
+        if isinstance(output, list):
+            return output
+        if isinstance(output, str):
+            return _transcript(output) or [{"role": "user", "content": output}]
     for key in ("messages", "conversations"):
         if isinstance(record.get(key), list):
             return record[key]
@@ -92,21 +92,21 @@ def encode_pair(
 
 def _side(record: dict[str, Any], name: str) -> Conversation:
     """The whole conversation of one side."""
-    said = record.get(name)
-    if said is None:
+    output = record.get(name)
+    if output is None:
         raise BadRecord(f"`{name}` is missing")
-    asked = prompt_messages(record)
-    if isinstance(said, str) and not asked and _transcript(said):
-        messages = _transcript(said)
-    elif isinstance(said, str):
-        if not said.strip():
+    requested = prompt_messages(record)
+    if isinstance(output, str) and not requested and _transcript(output):
+        messages = _transcript(output)
+    elif isinstance(output, str):
+        if not output.strip():
             raise BadRecord(f"`{name}` is empty")
-        messages = [*asked, {"role": "assistant", "content": said}]
+        messages = [*requested, {"role": "assistant", "content": output}]
     else:
-        turns = [said] if isinstance(said, dict) else said
+        turns = [output] if isinstance(output, dict) else output
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise BadRecord(f"`{name}` is neither text nor messages")
-        messages = turns if len(turns) > 1 else [*asked, *turns]
+        messages = turns if len(turns) > 1 else [*requested, *turns]
     given = {key: record[key] for key in ("system", "tools") if key in record}
     whole = parse_conversation({"messages": messages} | given)
     if whole.messages[-1].role != "assistant" or len(whole.messages) < 2:
@@ -122,8 +122,8 @@ def _transcript(text: str) -> list[dict[str, str]]:
         return []
     _, *parts = _TURN.split("\n\n" + text.lstrip())
     turns = [
-        {"role": _SPEAKERS[speaker], "content": said.strip()}
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+        {"role": _SPEAKERS[speaker], "content": output.strip()}
+        for speaker, output in zip(parts[::2], parts[1::2], strict=True)
     ]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
@@ -135,7 +135,7 @@ def _plain(conversation: Conversation) -> list[dict[str, str]]:
 def _answer_only(encoded: EncodedChat, prompt: int, context: int) -> EncodedChat:
     """At most `context` ids, up to the last that is learned; the mask on the answer alone."""
     ids = encoded.ids[:context]
-    mask = [said and place >= prompt for place, said in enumerate(encoded.mask[:context])]
+    mask = [output and place >= prompt for place, output in enumerate(encoded.mask[:context])]
     if not any(mask):
         raise BadRecord(f"nothing is left of an answer within the context of {context}")
     end = len(mask) - mask[::-1].index(True)

@@ -55,15 +55,15 @@ def read_prompt(record: Any) -> PromptExample:
         raise BadRecord("has none of `prompt`, `question`, `messages`, `instruction`")
     given = {key: record[key] for key in ("system", "tools") if key in record}
     whole = parse_conversation({"messages": messages} | given, answered=False)
-    asked = whole.prompt()
-    if not asked.messages:
+    requested = whole.prompt()
+    if not requested.messages:
         raise BadRecord("nobody asks anything")
     answer = answer_of(record, _ANSWERS)
-    if answer is None and len(asked.messages) < len(whole.messages):
+    if answer is None and len(requested.messages) < len(whole.messages):
         answer = whole.messages[-1].content
     if answer is not None and not answer.strip():
         raise BadRecord("empty answer")
-    return PromptExample(prompt=asked, answer=answer, record=record)
+    return PromptExample(prompt=requested, answer=answer, record=record)
 
 
 def encode_prompt_example(tokenizer: Tokenizer, example: PromptExample, seq_len: int) -> list[int]:

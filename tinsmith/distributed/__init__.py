@@ -1,1 +1,1 @@
-"""TODO."""
+"""Process groups and DTensor helpers."""

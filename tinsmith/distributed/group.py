@@ -1,4 +1,4 @@
-"""TODO."""
+"""What an objective may ask of the run and of its other processes."""
 
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class SingleProcess:
     """No run and no other processes."""
 
     def poll(self, busy: bool = False) -> bool:
-        """The same."""
+        """Return `busy`: there are no other processes."""
         return busy
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

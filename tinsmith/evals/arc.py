@@ -68,7 +68,7 @@ class ArcResult(NamedTuple):
         return sum(outcome.correct for outcome in self.outcomes) / len(self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Convert to JSON-ready data."""
         tried = sum(bool(outcome.attempts) for outcome in self.outcomes) / len(self.outcomes)
         counts = {"tasks": len(self.task_scores), "outputs": len(self.outcomes)}
         return {"score": self.score, **counts, "answered": tried, "by_task": self.task_scores}
@@ -139,20 +139,23 @@ class _Asker(NamedTuple):
         self, puzzles: Sequence[Puzzle], numbers: Sequence[int], temperature: float
     ) -> Iterator[tuple[int, Grid]]:
         """Answers that are grids to every view of some puzzles, turned back."""
-        asked = [
+        requested = [
             (number, view, prompt)
             for number in numbers
             for view in VIEWS
             if len(prompt := _prompt(puzzles[number], view)) < self.lm.config.max_seq_len
         ]
-        seeds = [derive_seed(0, puzzles[n].name, puzzles[n].test_index, v.symmetry) for n, v, _ in asked]
-        said = generate(
-            *(self.lm, self.tokenizer, [prompt for _, _, prompt in asked]),
+        seeds = [
+            derive_seed(0, puzzles[n].name, puzzles[n].test_index, v.symmetry)
+            for n, v, _ in requested
+        ]
+        output = generate(
+            *(self.lm, self.tokenizer, [prompt for _, _, prompt in requested]),
             sampling_params=[SamplingParams(temperature=temperature, seed=seed) for seed in seeds],
             max_new_tokens=self.max_new,
             batch_size=self.rows,
         )
-        for (number, view, _), answer in zip(asked, said, strict=True):
+        for (number, view, _), answer in zip(requested, output, strict=True):
             grid = parse_answer(answer.token_ids)
             if grid is not None:
                 yield number, view.invert(grid)

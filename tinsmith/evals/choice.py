@@ -50,7 +50,7 @@ class ChoiceResult(NamedTuple):
     """Rows left out."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Convert to JSON-ready data."""
         groups = {name: score._asdict() for name, score in self.groups.items()}
         counts = {"truncated": self.truncated, "rejected": self.rejected}
         return self.total._asdict() | counts | {"groups": groups}

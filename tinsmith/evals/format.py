@@ -48,17 +48,17 @@ def evaluate_format(
     """Answer every prompt greedily and look at the form; UserError without prompts."""
     if not prompts:
         raise UserError("format: there are no prompts to answer")
-    asked = [prompt.ids for prompt in prompts]
+    requested = [prompt.ids for prompt in prompts]
     greedy = SamplingParams(temperature=0.0)
-    said = generate(
+    output = generate(
         lm,
         tokenizer,
-        asked,
+        requested,
         sampling_params=greedy,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    found = [extract_answer(tokenizer, answer.token_ids) for answer in said]
+    found = [extract_answer(tokenizer, answer.token_ids) for answer in output]
     exact = [
         inside is not None and inside.split() == (prompt.answer or "").split()
         for inside, prompt in zip(found, prompts, strict=True)

@@ -50,17 +50,22 @@ class Specialisation(NamedTuple):
         return self.mutual_information / self.class_entropy if self.class_entropy else math.nan
 
     def __str__(self) -> str:
-        told = f"tell {self.mutual_information:.2f} of the {self.class_entropy:.2f} bits of a token's class"
-        return told if self.jaccard is None else f"{told}, jaccard {self.jaccard:.2f} between tasks"
+        bits = f"{self.mutual_information:.2f} of {self.class_entropy:.2f} bits"
+        reported = f"experts carry {bits} of a token's class"
+        return (
+            reported
+            if self.jaccard is None
+            else f"{reported}, jaccard {self.jaccard:.2f} between tasks"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready but for NaN."""
-        told = {
+        reported = {
             "mutual_information": self.mutual_information,
             "class_entropy": self.class_entropy,
             "normalized_mi": self.normalized_mi,
         }
-        return told if self.jaccard is None else told | {"jaccard": self.jaccard}
+        return reported if self.jaccard is None else reported | {"jaccard": self.jaccard}
 
 
 @torch.no_grad()
@@ -174,13 +179,13 @@ def _listening(lm: LM, counters: dict[str, _Counter]) -> Iterator[None]:
 
 
 def _mean(found: list[Specialisation]) -> Specialisation:
-    told = [one for one in found if not math.isnan(one.mutual_information)]
-    if not told:
+    reported = [one for one in found if not math.isnan(one.mutual_information)]
+    if not reported:
         return Specialisation(math.nan, math.nan, None)
-    distances = [one.jaccard for one in told if one.jaccard is not None]
+    distances = [one.jaccard for one in reported if one.jaccard is not None]
     return Specialisation(
-        fmean(one.mutual_information for one in told),
-        fmean(one.class_entropy for one in told),
+        fmean(one.mutual_information for one in reported),
+        fmean(one.class_entropy for one in reported),
         fmean(distances) if distances else None,
     )
 

@@ -71,11 +71,11 @@ class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding."""
+        """Return the embedding layer."""
         return self.lm.embed
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
+        """Return the output head."""
         return self.lm.head
 
     @torch.no_grad()

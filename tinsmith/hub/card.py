@@ -92,8 +92,8 @@ def model_card(facts: CardFacts) -> str:
         ("Recipe", _fenced(facts["recipe"], "yaml") if "recipe" in facts else ""),
         ("Weights", _weights(facts)),
     ]
-    told = [f"## {title}\n\n{body}" if title else body for title, body in sections if body]
-    return "\n\n".join([_front(facts), *told]) + "\n"
+    reported = [f"## {title}\n\n{body}" if title else body for title, body in sections if body]
+    return "\n\n".join([_front(facts), *reported]) + "\n"
 
 
 def _front(facts: CardFacts) -> str:

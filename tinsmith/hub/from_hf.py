@@ -60,7 +60,8 @@ def _own(data: dict[str, Any], where: str) -> ModelConfig:
     if not isinstance(inner, dict) or inner.get("schema") != SCHEMA_VERSION:
         schema = inner.get("schema") if isinstance(inner, dict) else None
         raise UserError(
-            f"{where}: {TINSMITH_MODEL_TYPE}.schema: {schema!r:.60}, and this version reads {SCHEMA_VERSION}"
+            f"{where}: {TINSMITH_MODEL_TYPE}.schema: {schema!r:.60}, and this version reads "
+            f"{SCHEMA_VERSION}"
         )
     place, model = f"{where}: {TINSMITH_MODEL_TYPE}.model", inner.get("model")
     if not isinstance(model, dict):

@@ -52,10 +52,9 @@ def load(
     `path` is a run (its `final/`, else its newest valid checkpoint), a checkpoint, a Hugging Face
     folder, or, where no such path exists, a name on the Hugging Face Hub. Weights keep the file's
     dtype unless `dtype` is given (a torch dtype, or its name); adapters of a checkpoint are folded
-    into them. `rope_scaling` stretches the
-    context: `{kind: yarn, factor, original_max_seq_len}`, or in Hugging Face's words. UserError where
-    there is nothing to open, or where what is there is broken or not a model that Tinsmith can
-    build.
+    into them. `rope_scaling` stretches the context: `{kind: yarn, factor, original_max_seq_len}`,
+    or in Hugging Face's words. UserError where there is nothing to open, or where what is there is
+    broken or not a model that Tinsmith can build.
     """
     kind = _dtype(dtype)
     place = _device(device)

@@ -90,15 +90,15 @@ def _feed_for(layer: Layer, plan: TransplantPlan) -> Sparse | Dense:
 
 
 def _experts_for(dense: Dense, plan: TransplantPlan, kind: str) -> Sparse:
-    asked = {"kind": kind, "experts": DEFAULT_NUM_EXPERTS} | plan.feed_forward
-    experts = asked["experts"]
+    requested = {"kind": kind, "experts": DEFAULT_NUM_EXPERTS} | plan.feed_forward
+    experts = requested["experts"]
     if type(experts) is not int or experts < 1:
         raise UserError(f"transplant: experts={experts!r:.60} must be at least 1")
     usual = {"hidden_dim": max(1, dense.hidden_dim // experts), "activation": dense.kind}
-    sparse = parse(FeedForwardConfig, usual | _USUAL[kind](experts) | asked, "transplant")
+    sparse = parse(FeedForwardConfig, usual | _USUAL[kind](experts) | requested, "transplant")
     if sparse.activation != dense.kind:
         raise UserError(f"transplant: activation={sparse.activation}, the model's is {dense.kind}")
-    if dense.hidden_dim % experts and "hidden_dim" not in asked:
+    if dense.hidden_dim % experts and "hidden_dim" not in requested:
         units = f"{dense.hidden_dim} hidden units"
         raise UserError(
             f"transplant: {experts} experts do not share {units} evenly; give `hidden_dim`"

@@ -72,7 +72,7 @@ class Engine:
         context = lm.config.max_seq_len
         self.max_seq_len = context if max_seq_len is None else min(max_seq_len, context)
         self._eos = frozenset(eos_ids)
-        self._asked = 0
+        self._requested = 0
         self._waiting: deque[RequestState] = deque()
         self._prefill: Prefill | None = None
         self._kept: tuple[Prefill, Tensor] | None = None
@@ -105,7 +105,7 @@ class Engine:
         for an answer.
         """
         self._check(prompt, max_new_tokens)
-        number, self._asked = self._asked, self._asked + 1
+        number, self._requested = self._requested, self._requested + 1
         seed = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
         room = min(max_new_tokens, self.max_seq_len - len(prompt))
         stops = self._eos.union(stop_token_ids)
@@ -167,7 +167,8 @@ class Engine:
             raise UserError(f"the prompt has ids outside 0..{size - 1}: another tokenizer's?")
         if len(prompt) >= self.max_seq_len:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, and there is room for {self.max_seq_len} with "
+                f"the prompt has {len(prompt)} tokens, and there is room for {self.max_seq_len} "
+                "with "
                 "the answer: shorten it"
             )
         if max_new_tokens < 1:
@@ -252,11 +253,11 @@ class Engine:
         ids, logprobs = sample(logits, self._settings, draws, self._seen)
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
-        self._newest, told = ids, logprobs.tolist()
-        for row, logprob in zip(self._rows, told, strict=True):
+        self._newest, reported = ids, logprobs.tolist()
+        for row, logprob in zip(self._rows, reported, strict=True):
             if not math.isfinite(logprob):
                 self._give_up(row)
-        return [_event(*each) for each in zip(self._rows, ids.tolist(), told, strict=True)]
+        return [_event(*each) for each in zip(self._rows, ids.tolist(), reported, strict=True)]
 
     def _give_up(self, broken: RequestState) -> None:
         for request in self._running():

@@ -10,14 +10,13 @@ from torch import nn
 from tinsmith.core.rng import derive_seed
 from tinsmith.infer.engine import Engine, Event
 from tinsmith.infer.sample import SamplingParams
-from tinsmith.infer.stop import StopStrings
 from tinsmith.nn.model import LM
-from tinsmith.text.stream import TextStream
+from tinsmith.text.stream import StopStrings, TextStream
 from tinsmith.text.tokenizer import Tokenizer
 
 
 class Completion(NamedTuple):
-    """An answer."""
+    """One completion of a prompt."""
 
     token_ids: list[int]
     """All that was drawn: the stop token, or what a stop string cut off, included."""

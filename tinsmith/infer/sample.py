@@ -123,8 +123,8 @@ def sample(
     ids = draw(filter_logits(logits_BV, settings, seen_BV), uniform_B)
     if settings.greedy is not None:
         ids = _best(logits_BV, settings, seen_BV).where(settings.greedy, ids)
-    told = _tempered(logits_BV, settings).log_softmax(-1)
-    return ids[:, 0], told.gather(1, ids)[:, 0]
+    reported = _tempered(logits_BV, settings).log_softmax(-1)
+    return ids[:, 0], reported.gather(1, ids)[:, 0]
 
 
 def filter_logits(

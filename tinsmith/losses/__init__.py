@@ -1,1 +1,1 @@
-"""TODO."""
+"""Loss formulas from tensors to tensors."""

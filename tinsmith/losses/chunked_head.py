@@ -60,12 +60,12 @@ class _Summed(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight_VD, dtype=kind) if wants_weight else None
             sums = torch.zeros((), dtype=high, device=hidden.device)
             for part in token_chunks(len(hidden), len(weight)):
-                said = measure((hidden[part] @ weight.T).to(high), part)
+                output = measure((hidden[part] @ weight.T).to(high), part)
                 scale_n = weights_N[part].to(high)
-                sums = sums + torch.stack((said.loss_n, *said.extras)) @ scale_n
+                sums = sums + torch.stack((output.loss_n, *output.extras)) @ scale_n
                 if not (wants_hidden or wants_weight):
                     continue
-                slope = said.grad_nV.mul_(scale_n[:, None]).to(low)
+                slope = output.grad_nV.mul_(scale_n[:, None]).to(low)
                 if hidden_grad is not None:
                     hidden_grad[part] = (slope @ weight).to(hidden_grad.dtype)
                 if weight_grad is not None:

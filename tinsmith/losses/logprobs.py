@@ -108,9 +108,9 @@ def target_logprobs(
     `head` has no bias. Forward and backward hold one chunk of logits at once.
     """
     chosen = mask_BT != 0
-    said = _ChosenLogprobs.apply(hidden_BTD[chosen], head.weight, ids_BT[chosen], temperature)
-    whole = torch.zeros(chosen.shape, dtype=said.dtype, device=said.device)  # type: ignore[union-attr]
-    return whole.masked_scatter(chosen, said)  # type: ignore[arg-type]
+    output = _ChosenLogprobs.apply(hidden_BTD[chosen], head.weight, ids_BT[chosen], temperature)
+    whole = torch.zeros(chosen.shape, dtype=output.dtype, device=output.device)  # type: ignore[union-attr]
+    return whole.masked_scatter(chosen, output)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -134,12 +134,12 @@ class _ChosenLogprobs(torch.autograd.Function):
         high = at_least_fp32(hidden_ND.dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             hidden, weight = hidden_ND.detach().to(ctx.low), weight_VD.detach().to(ctx.low)
-            said_N = torch.empty(len(ids_N), dtype=high, device=hidden.device)
+            output_N = torch.empty(len(ids_N), dtype=high, device=hidden.device)
             for part in token_chunks(len(ids_N), len(weight)):
                 logits = (hidden[part] @ weight.T).to(high) / temperature
-                said_N[part] = token_logprobs(logits, ids_N[part])
+                output_N[part] = token_logprobs(logits, ids_N[part])
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N)
-        return said_N
+        return output_N
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Size, did_you_mean, parse, to_plain, read_yaml
+from tinsmith.core.parse import Config, Size, did_you_mean, parse, read_yaml, to_plain
 from tinsmith.nn.attention.rope import Rope
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig

@@ -10,12 +10,15 @@ Shape suffixes: B rows, T tokens of this call, S keys, D width, V vocabulary, E 
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Config
+
+TensorSplit = Literal["column", "row"]
+"""How a linear layer is split over a tensor-parallel group."""
 
 
 class Out(NamedTuple):
@@ -126,7 +129,7 @@ class MixerConfigBase(PartConfigBase):
     """Base of every mixer's config."""
 
     def build(self, build_ctx: BuildContext) -> "Mixer":
-        """The module."""
+        """Build the module."""
         raise NotImplementedError
 
     def value_residual_shape(self, dim: int) -> tuple[int, int] | None:
@@ -138,7 +141,7 @@ class FeedForwardConfigBase(PartConfigBase):
     """Base of every feed-forward's config."""
 
     def build(self, build_ctx: BuildContext) -> "FeedForward":
-        """The module."""
+        """Build the module."""
         raise NotImplementedError
 
 
@@ -181,6 +184,15 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def tensor_plan(self) -> dict[str, TensorSplit]:
+        """Return how linear layers are split over a tensor-parallel group, by module name.
+
+        Modules that are not named are replicated. A column split divides the outputs of a layer and
+        a row split its inputs, so a column-split layer followed by a row-split one needs a single
+        all-reduce (Megatron-LM, 1909.08053).
+        """
+        return {}
+
 
 class FeedForward(nn.Module):
     """Works on each token alone."""
@@ -192,6 +204,15 @@ class FeedForward(nn.Module):
     def flops(self) -> int:
         """Floating-point operations per token of a forward pass."""
         raise NotImplementedError
+
+    def tensor_plan(self) -> dict[str, TensorSplit]:
+        """Return how linear layers are split over a tensor-parallel group, by module name.
+
+        Modules that are not named are replicated. A column split divides the outputs of a layer and
+        a row split its inputs, so a column-split layer followed by a row-split one needs a single
+        all-reduce (Megatron-LM, 1909.08053).
+        """
+        return {}
 
 
 class Residual(nn.Module):

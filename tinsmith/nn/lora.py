@@ -61,7 +61,7 @@ class LoRA(Config):
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """Scaling of the adapter's update: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -212,7 +212,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
 def describe(model: nn.Module, config: LoRA) -> str:
     """What is trained and what is not, for people."""
     kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
-    return f"{count_parameters(model)} | rank {config.rank}, alpha {config.alpha:g} on {', '.join(kinds)}"
+    rank = f"rank {config.rank}, alpha {config.alpha:g}"
+    return f"{count_parameters(model)} | {rank} on {', '.join(kinds)}"
 
 
 @torch.no_grad()

@@ -67,11 +67,11 @@ class Block(nn.Module):
         x, kept = self.feed_residual.read(h)
         fed = self.feed(self.feed_norm(x), ctx)
         h = self.feed_residual.write(h, self._drop(fed.y), kept)
-        said = (
+        output = (
             _prefixed("mixer", a) | _prefixed("feed", b)
             for a, b in zip(mixed[1:4], fed[1:4], strict=True)
         )
-        losses, stats, probes = said
+        losses, stats, probes = output
         return Out(h, losses, stats, probes, mixed.value_residual)
 
     def flops(self, seq_len: int) -> int:
@@ -146,9 +146,9 @@ class LM(nn.Module):
             positions = _positions(ids, segments, None if caches is None else caches[0].lengths)
         h = self._embed(ids, positions)
         dims = {block.mixer.rotary_dim for block in self.blocks}
-        told = positions[:1] if shared else positions
+        reported = positions[:1] if shared else positions
         rotary = {
-            d: rotary_tables(self.config.rope, d, told, h.dtype) for d in dims if d is not None
+            d: rotary_tables(self.config.rope, d, reported, h.dtype) for d in dims if d is not None
         }
         ctx = Ctx(positions, segments, None, rotary)
         losses, stats, probes = {}, {}, {}

@@ -1,16 +1,14 @@
-"""Which weights of a model are meant by names and patterns.
+"""Match parameters by name: LoRA and quantisation targets (target modules), and freezing.
 
-A target is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack of
-experts (E, rows, columns), or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is
-every linear layer. The head is none of them: it is read whole, and may be the embedding.
+A target is the last part of the name of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack of
+experts (E, rows, columns), or a pattern over the whole name (`blocks.[0-3].mixer.*`). `all` means
+every linear layer and stack. The output head is excluded, because it may be the tied embedding.
 
-Which tensors of a model are trained: the one home of freezing.
-
-A model's config names them (`trained`), so a frozen skeleton is remembered wherever the config is:
-in recipes, checkpoints and folders. A pattern names a tensor (`blocks.0.feed_norm.weight`) or all
-of a module (`blocks.*.feed`); `*` stands for any letters, dots too. Adapters (`nn.lora`) freeze
-everything else, and `dyn_lora` may freeze its base. A frozen tensor has no gradient and no
-optimizer state.
+`ModelConfig.trainable` lists the parameters that are trained, and the others are frozen. It is part
+of the config, so recipes, checkpoints and exported folders keep it. A pattern names a tensor
+(`blocks.0.feed_norm.weight`) or all tensors of a module (`blocks.*.feed`); `*` matches any
+characters, dots included. Adapters (`nn.lora`) freeze everything else, and `dyn_lora` may freeze
+its base. A frozen tensor has no gradient and no optimizer state.
 """
 
 import re
@@ -57,8 +55,8 @@ def target_weights(model: nn.Module) -> Iterator[TargetWeight]:
             if not isinstance(module, LMHead):
                 yield TargetWeight(name, module, "weight")
         else:
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3:
+            for key, _ in module.named_parameters(recurse=False):
+                if key in getattr(module, "EXPERT_STACKS", ()):
                     yield TargetWeight(f"{name}.{key}".removeprefix("."), module, key)
 
 

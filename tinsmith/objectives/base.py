@@ -121,10 +121,10 @@ class ObjectiveConfigBase(Config):
         return ()
 
     def check_rank_batch(self, num_prompts: int) -> None:
-        """UserError where `prompts`, a process's part of `train.batch_size`, do not come out even."""
+        """Raise UserError if a rank's part of `train.batch_size` cannot be divided evenly."""
 
     def build(self) -> "Objective":
-        """The objective."""
+        """Build the objective."""
         raise NotImplementedError
 
 

@@ -84,7 +84,7 @@ class DPO(ObjectiveConfigBase):
         return {} if self.loss in _WITHOUT_REFERENCE else {"reference": self.reference}
 
     def build(self) -> "PreferenceObjective":
-        """The objective."""
+        """Build the objective."""
         return PreferenceObjective(self)
 
 
@@ -119,13 +119,13 @@ class PreferenceObjective(Objective):
         check_deterministic(policy)
 
     def units(self, batch: Batch) -> Tensor:
-        """Pairs."""
+        """Count the pairs of the batch."""
         return torch.tensor(len(batch.ids) // 2, device=batch.ids.device)
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """One forward pass over both sides, and one of the reference."""
-        said, out = pair_logprobs(policy, batch)
-        loss, chosen, rejected = self._judge(policy, said, batch)
+        output, out = pair_logprobs(policy, batch)
+        loss, chosen, rejected = self._frozen_model(policy, output, batch)
         pairs, margin = self.units(batch), chosen - rejected
         values = {
             "loss": loss,
@@ -133,8 +133,8 @@ class PreferenceObjective(Objective):
             "accuracy": (margin > 0).float(),
             "chosen_reward": chosen,
             "rejected_reward": rejected,
-            "chosen_logprob": said.chosen,
-            "rejected_logprob": said.rejected,
+            "chosen_logprob": output.chosen,
+            "rejected_logprob": output.rejected,
         }
         if self.config.loss == "kto":
             values["drift"] = (chosen + rejected) / (2 * self.config.beta)
@@ -150,22 +150,22 @@ class PreferenceObjective(Objective):
             self.drift.fill_(max(0.0, means["drift"]))
         return True
 
-    def _judge(self, policy: LM, said: PairLogprobs, batch: Batch) -> LossAndRewards:
+    def _frozen_model(self, policy: LM, output: PairLogprobs, batch: Batch) -> LossAndRewards:
         beta = self.config.beta
         if self.config.loss == "simpo":
             gamma = 0.5 if self.config.gamma is None else self.config.gamma
-            return simpo_loss(*said.per_token()[:2], beta, gamma)
+            return simpo_loss(*output.per_token()[:2], beta, gamma)
         if self.config.loss == "orpo":
-            return orpo_loss(*said.per_token()[:2], beta)
+            return orpo_loss(*output.per_token()[:2], beta)
         with reference_model(policy, self.frozen_models.get("reference")) as lm:
             known, _ = pair_logprobs(lm, batch)
         if self.config.normalise == "length":
-            said, known = said.per_token(), known.per_token()
+            output, known = output.per_token(), known.per_token()
         if self.config.loss == "ipo":
-            return ipo_loss(*said[:2], *known[:2], beta)
+            return ipo_loss(*output[:2], *known[:2], beta)
         if self.config.loss == "kto":
-            return kto_loss(*said[:2], *known[:2], beta, self.drift.to(said.chosen))
-        return dpo_loss(*said[:2], *known[:2], beta, self.config.label_smoothing)
+            return kto_loss(*output[:2], *known[:2], beta, self.drift.to(output.chosen))
+        return dpo_loss(*output[:2], *known[:2], beta, self.config.label_smoothing)
 
 
 def pair_logprobs(lm: LM, batch: Batch) -> tuple[PairLogprobs, ModelOut]:

@@ -92,7 +92,7 @@ def excursion(
     """
     lengths = span.length_B.tolist()
     longest, vocabulary = max(lengths), lm.config.vocab_size
-    said_BSV = torch.zeros(
+    output_BSV = torch.zeros(
         *(len(lengths), longest, vocabulary),
         dtype=at_least_fp32(lm.embed.weight.dtype),
         device=ids_BT.device,
@@ -104,7 +104,7 @@ def excursion(
         rows = torch.arange(len(lengths), device=ids_BT.device)
         for step in range(longest):
             assert logits is not None
-            said_BSV[rows, step] = _chosen(logits[:, -1], temperature, hard).to(said_BSV)
+            output_BSV[rows, step] = _chosen(logits[:, -1], temperature, hard).to(output_BSV)
             left = span.length_B[rows] > step + 1
             if not bool(left.all()):  # these say no more
                 kept = left.nonzero()[:, 0]
@@ -112,9 +112,9 @@ def excursion(
                 for cache in caches:
                     cache.select(kept)
             if len(rows):
-                newest = said_BSV[rows, step][:, None]
+                newest = output_BSV[rows, step][:, None]
                 logits = lm(newest, caches=caches, logits="last").logits
-    return said_BSV
+    return output_BSV
 
 
 def splice_excursion(true_BTV: Tensor, span: AnswerSpan, excursion_BSV: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class EAVI(ObjectiveConfigBase):
             raise ValueError(f"temperature={self.temperature} must be a number above 0")
 
     def build(self) -> "EAVIObjective":
-        """The objective."""
+        """Build the objective."""
         return EAVIObjective(self)
 
 
@@ -200,14 +200,14 @@ class EAVIObjective(Objective):
     def loss(self, policy: LM, batch: Batch) -> Loss:
         """An excursion, then one forward pass over both kinds of rows."""
         span = last_answer_span(batch.mask)
-        said_BSV = excursion(
+        output_BSV = excursion(
             policy,
             batch.ids,
             span,
             temperature=self.config.temperature,
             hard=self.config.excursion == "hard",
         )
-        return self.loss_given_excursion(policy, batch, span, said_BSV)
+        return self.loss_given_excursion(policy, batch, span, output_BSV)
 
     def loss_given_excursion(
         self, policy: LM, batch: Batch, span: AnswerSpan, excursion_BSV: Tensor
@@ -223,12 +223,12 @@ class EAVIObjective(Objective):
         total = summed_nll(out.hidden, _twice(batch.targets), weights, policy.head)
         count = self.units(batch)
         metrics = {"loss": Metric(total.detach(), count)}
-        metrics |= self._told(policy, batch, answer_BT, out.hidden.detach())
+        metrics |= self._reported(policy, batch, answer_BT, out.hidden.detach())
         metrics |= aux_metrics(out.losses, count)
         return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)
 
     @torch.no_grad()
-    def _told(
+    def _reported(
         self, policy: LM, batch: Batch, answer_BT: Tensor, hidden: Tensor
     ) -> dict[str, Metric]:
         """Both halves of an answer's loss, and alignment of answers shaped as their inputs."""
@@ -236,14 +236,14 @@ class EAVIObjective(Objective):
         taught, aligned = (
             token_nll(half[answer_BT], targets, policy.head) for half in hidden.chunk(2)
         )
-        told = {
+        reported = {
             "teacher_forcing_loss": Metric(taught.sum(), count),
             "alignment_loss": Metric(aligned.sum(), count),
         }
         if self.grids:
             equal = self._equal(batch, answer_BT)[:, None].expand_as(answer_BT)[answer_BT]
-            told["alignment_loss_equal_shape"] = Metric(aligned[equal].sum(), equal.sum())
-        return told
+            reported["alignment_loss_equal_shape"] = Metric(aligned[equal].sum(), equal.sum())
+        return reported
 
     def _equal(self, batch: Batch, answer_BT: Tensor) -> Tensor:
         """(B,) bool: which answers have the shape of their input."""

@@ -63,7 +63,7 @@ class GRPO(CriticFreeConfig):
             )
 
     def build(self) -> "GRPOObjective":
-        """The objective."""
+        """Build the objective."""
         return GRPOObjective(self)
 
 

@@ -117,7 +117,7 @@ class KD(ObjectiveConfigBase):
         return DistillWeights(beta, self.temperature, self.temperature**2, self.ce_weight)
 
     def frozen_models(self) -> dict[str, str | None]:
-        """The teacher."""
+        """Name the teacher model."""
         return {"teacher": self.teacher}
 
     def frozen_weight_dtype(self) -> WeightDtype:
@@ -125,7 +125,7 @@ class KD(ObjectiveConfigBase):
         return self.teacher_weights
 
     def build(self) -> "Distillation":
-        """The objective."""
+        """Build the objective."""
         return Distillation(self)
 
 

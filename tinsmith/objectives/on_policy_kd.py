@@ -97,7 +97,7 @@ class OnPolicyKD(ObjectiveConfigBase):
     generation_batch_size: Count = 64
     """Answers that are made at the same time, by one process."""
     seed: int = 0
-    """Of sampling."""
+    """Random seed of sampling."""
 
     def __post_init__(self) -> None:
         check_divergence(self.beta, self.distill_temperature)
@@ -110,7 +110,7 @@ class OnPolicyKD(ObjectiveConfigBase):
             )
 
     def frozen_models(self) -> dict[str, str | None]:
-        """The teacher."""
+        """Name the teacher model."""
         return {"teacher": self.teacher}
 
     def frozen_weight_dtype(self) -> WeightDtype:
@@ -118,7 +118,7 @@ class OnPolicyKD(ObjectiveConfigBase):
         return self.teacher_weights
 
     def build(self) -> "OnPolicyDistillation":
-        """The objective."""
+        """Build the objective."""
         return OnPolicyDistillation(self)
 
 
@@ -157,7 +157,7 @@ class OnPolicyDistillation(Objective):
         )
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
-        """Answers, endlessly."""
+        """Yield batches of answers without end."""
         while True:
             yield self.next_batch(loader, policy)
 
@@ -169,17 +169,19 @@ class OnPolicyDistillation(Objective):
         prompts = loader.next_prompts()
         own = _chance(self.config.seed, number) < self.config.on_policy_fraction.at(number)
         sampled = [own or prompt.answer is None for prompt in prompts]
-        asked = [place for place, wanted in enumerate(sampled) if wanted]
+        requested = [place for place, wanted in enumerate(sampled) if wanted]
         episodes = generate_rollouts(
             policy,
-            [prompts[place].ids for place in asked],
-            [derive_seed(self.config.seed, "answer", first + place) for place in asked],
+            [prompts[place].ids for place in requested],
+            [derive_seed(self.config.seed, "answer", first + place) for place in requested],
             self.limits,
             poll=self.peers.poll,
         )
-        said = {place: each.completion_ids for place, each in zip(asked, episodes, strict=True)}
+        output = {
+            place: each.completion_ids for place, each in zip(requested, episodes, strict=True)
+        }
         answers = [
-            said[i] if i in said else self.dataset_answer_ids(p) for i, p in enumerate(prompts)
+            output[i] if i in output else self.dataset_answer_ids(p) for i, p in enumerate(prompts)
         ]
         return self.build_batch(prompts, answers, torch.tensor(sampled), policy.embed.weight.device)
 
@@ -193,8 +195,11 @@ class OnPolicyDistillation(Objective):
         """The divergence at greedy answers to held-back prompts, spread evenly over them."""
         count = min(max_samples, source.size)
         prompts = [source.get_prompts(i * source.size // count, 1)[0] for i in range(count)]
-        asked, greedy = [prompt.ids for prompt in prompts], replace(self.limits, temperature=0.0)
-        episodes = generate_rollouts(policy, asked, [0] * count, greedy, poll=self.peers.poll)
+        requested, greedy = (
+            [prompt.ids for prompt in prompts],
+            replace(self.limits, temperature=0.0),
+        )
+        episodes = generate_rollouts(policy, requested, [0] * count, greedy, poll=self.peers.poll)
         answers, sampled = (
             [each.completion_ids for each in episodes],
             torch.ones(count, dtype=torch.bool),
@@ -208,10 +213,12 @@ class OnPolicyDistillation(Objective):
 
     def dataset_answer_ids(self, prompt: Prompt) -> list[int]:
         """The answer of the data as ids, its end of turn included, at most `max_new`."""
-        asked = read_prompt(prompt.record).prompt
+        requested = read_prompt(prompt.record).prompt
         answer = Message(role="assistant", content=prompt.answer or "")
-        ids, mask = encode_chat(self.tokenizer, replace(asked, messages=(*asked.messages, answer)))
-        end = max(place for place, said in enumerate(mask) if said) + 1
+        ids, mask = encode_chat(
+            self.tokenizer, replace(requested, messages=(*requested.messages, answer))
+        )
+        end = max(place for place, output in enumerate(mask) if output) + 1
         return ids[len(prompt.ids) : end][: self.config.max_new_tokens]
 
     def build_batch(
@@ -225,12 +232,12 @@ class OnPolicyDistillation(Objective):
         room = self.frozen_models["teacher"].config.max_seq_len
         student, teacher = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
-            told = self.teacher_prompt_ids(prompt)[-room:]
+            reported = self.teacher_prompt_ids(prompt)[-room:]
             kept = answer[
-                : max(0, min(room - len(told), self.limits.max_seq_len - len(prompt.ids)))
+                : max(0, min(room - len(reported), self.limits.max_seq_len - len(prompt.ids)))
             ]
             student.append(_episode(prompt.ids, kept))
-            teacher.append(_episode(told, kept))
+            teacher.append(_episode(reported, kept))
         return DistillBatch(collate(student, device), collate(teacher, device), sampled.to(device))
 
     def teacher_prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -238,12 +245,12 @@ class OnPolicyDistillation(Objective):
         if self.config.privileged_prompt is None:
             return prompt.ids
         hint = self.config.privileged_prompt.replace("{answer}", prompt.answer or "")
-        asked = read_prompt(prompt.record).prompt
+        requested = read_prompt(prompt.record).prompt
         system = Message(role="system", content=hint)
-        rest = asked.messages
+        rest = requested.messages
         if rest[0].role == "system":
             system, rest = replace(rest[0], content=f"{rest[0].content}\n\n{hint}"), rest[1:]
-        return encode_prompt(self.tokenizer, replace(asked, messages=(system, *rest)))
+        return encode_prompt(self.tokenizer, replace(requested, messages=(system, *rest)))
 
     def units(self, batch: Any) -> Tensor:
         """Tokens of answers."""

@@ -90,7 +90,7 @@ class PPO(RLConfig):
             raise ValueError(f"target_kl={self.target_kl} must be above 0")
 
     def build(self) -> "PPOObjective":
-        """The objective."""
+        """Build the objective."""
         return PPOObjective(self)
 
 
@@ -149,13 +149,13 @@ class PPOObjective(RLObjective):
             logprobs, batch.old_logprobs, batch.advantages, mask, low, high
         ).sum()
         values = self.values(out, batch)
-        judging = token_value_loss(values, batch.values, batch.returns, mask, config.value_clip)
-        judging = judging.sum()
-        total = acting + config.value_coef * judging
+        scoring = token_value_loss(values, batch.values, batch.returns, mask, config.value_clip)
+        scoring = scoring.sum()
+        total = acting + config.value_coef * scoring
         metrics = {
             "loss": Metric(total.detach(), count),
             "policy_loss": Metric(acting.detach(), count),
-            "value_loss": Metric(judging.detach(), count),
+            "value_loss": Metric(scoring.detach(), count),
         }
         metrics |= rollout_metrics(self.config, batch, logprobs) | aux_metrics(out.losses, count)
         return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)

@@ -29,7 +29,7 @@ class Pretrain(ObjectiveConfigBase):
     data_format: ClassVar[DataFormat] = "documents"
 
     def build(self) -> "CrossEntropy":
-        """The objective."""
+        """Build the objective."""
         return CrossEntropy(TagWeights())
 
 

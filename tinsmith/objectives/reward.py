@@ -44,7 +44,7 @@ class RewardModeling(ObjectiveConfigBase):
             raise ValueError(f"center={self.center} must be 0 or above")
 
     def build(self) -> "BradleyTerry":
-        """The objective."""
+        """Build the objective."""
         return BradleyTerry(self)
 
 
@@ -64,7 +64,7 @@ class BradleyTerry(Objective):
         self.head = ScoreHead(policy.config.dim).to(policy.embed.weight.device)
 
     def units(self, batch: Batch) -> Tensor:
-        """Pairs."""
+        """Count the pairs of the batch."""
         return torch.tensor(len(batch.ids) // 2, device=batch.ids.device)
 
     def loss(self, policy: LM, batch: Batch) -> Loss:

@@ -26,5 +26,5 @@ class SFT(ObjectiveConfigBase):
         return self.reads
 
     def build(self) -> CrossEntropy:
-        """The objective."""
+        """Build the objective."""
         return CrossEntropy(self.weights)

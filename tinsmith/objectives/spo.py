@@ -198,7 +198,9 @@ class SPO(CriticFreeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations != 1:
-            raise ValueError(f"num_generations={self.num_generations} must be 1: spo has a single stream")
+            raise ValueError(
+                f"num_generations={self.num_generations} must be 1: spo has a single stream"
+            )
         if self.warmup_samples < 0:
             raise ValueError(f"warmup_samples={self.warmup_samples} must be at least 0")
         if not self.reward_min < self.reward_max:
@@ -214,7 +216,7 @@ class SPO(CriticFreeConfig):
         )
 
     def build(self) -> "SPOObjective":
-        """The objective."""
+        """Build the objective."""
         return SPOObjective(self)
 
 
@@ -279,12 +281,15 @@ class SPOObjective(CriticFreeObjective):
             for prompt in new
             for i in range(count)
         ]
-        asked = [prompt for prompt in new for _ in range(count)]
+        requested = [prompt for prompt in new for _ in range(count)]
         rewards = self.normalize_rewards(
-            self.compute_rewards(asked, self.generate(policy, asked, seeds))
+            self.compute_rewards(requested, self.generate(policy, requested, seeds))
         )
-        told = {"numbers": torch.tensor([prompt.prompt_id for prompt in new]), "rewards": rewards}
-        for part in self.peers.gather(told):
+        reported = {
+            "numbers": torch.tensor([prompt.prompt_id for prompt in new]),
+            "rewards": rewards,
+        }
+        for part in self.peers.gather(reported):
             earned = part["rewards"].view(-1, count).tolist()
             for number, values in zip(part["numbers"].tolist(), earned, strict=True):
                 self.tracker.init_prompt(int(number), [v for v in values if math.isfinite(v)])
@@ -298,8 +303,8 @@ class SPOObjective(CriticFreeObjective):
             given = RolloutBatch(**{name: part[name] for name in RolloutBatch._fields})
             whose = part["numbers"].tolist()
             self.response_cache.store(whose, given)
-            told = zip(whose, part["earned"].tolist(), part["moved"].tolist(), strict=True)
-            for number, reward, distance in told:
+            reported = zip(whose, part["earned"].tolist(), part["moved"].tolist(), strict=True)
+            for number, reward, distance in reported:
                 if math.isfinite(reward):
                     self.tracker.update(number, reward, distance)
 

@@ -1,12 +1,14 @@
 """Which optimizer a parameter belongs to: every trainable parameter has exactly one role.
 
-- `matrix`: weights of linear layers, and stacks (E, rows, columns) of them; trained by `matrices`
-  (Muon, if asked). All other roles are trained by `others` (AdamW).
+- `matrix`: weights of linear layers, and stacks of experts (E, rows, columns), which their module
+  lists in `EXPERT_STACKS`; trained by `optim.matrices` (Muon). All other roles are trained by
+  `optim.others` (AdamW).
 - `embedding`: token and position tables; a tied head is the embedding; bare 2-D parameters that no
   linear layer owns, such as mixing matrices.
 - `head`: an output layer of its own, which is a linear layer named `head`.
 - `router`: what scores experts or branches; each of its rows has a meaning.
-- `vector`: norms, biases, sinks, scalars, matrices with a side of 1, and all that mixes residual
+- `vector`: norms, biases, sinks, scalars, matrices with a side of 1, convolution kernels, and all
+  that mixes residual
   streams (`hyper`, `mhyper`), where a decay would pull the identity towards nothing. Never decays.
 
 Orthogonalised updates are for matrices that map vectors to vectors; a table, a mixing matrix or a
@@ -55,8 +57,8 @@ def _claims(
     module: nn.Module, name: str, inherited: Role | None
 ) -> Iterator[tuple[nn.Parameter, Role]]:
     declared = _declared(module) or inherited
-    for parameter in module.parameters(recurse=False):
-        yield parameter, _role(module, name, parameter, declared)
+    for key, parameter in module.named_parameters(recurse=False):
+        yield parameter, _role(module, name, key, parameter, declared)
     for child, inner in module.named_children():
         yield from _claims(inner, child, declared)
 
@@ -65,14 +67,18 @@ def _declared(module: nn.Module) -> Role | None:
     return module.ROLE if isinstance(module, HasRole) else None
 
 
-def _role(owner: nn.Module, name: str, parameter: nn.Parameter, declared: Role | None) -> Role:
+def _role(
+    owner: nn.Module, name: str, key: str, parameter: nn.Parameter, declared: Role | None
+) -> Role:
     if parameter.dim() < 2 or min(parameter.shape[-2:]) == 1:
         return "vector"
     if declared is not None:
         return declared
     if isinstance(owner, nn.Linear):
         return "head" if name == "head" else "matrix"
-    return "matrix" if parameter.dim() == 3 and not isinstance(owner, nn.Embedding) else "embedding"
+    if key in getattr(owner, "EXPERT_STACKS", ()):
+        return "matrix"
+    return "embedding" if parameter.dim() == 2 else "vector"
 
 
 def _agreed(name: str, claims: set[Role]) -> Role:

@@ -48,10 +48,10 @@ class StateIO:
 
 
 class MuonStateIO(StateIO):
-    """Of `Muon`."""
+    """State of the optimizer `Muon`."""
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Zeros."""
+        """Return state tensors of zeros."""
         return {"momentum": initial_momentum(parameter)}
 
 
@@ -59,7 +59,7 @@ class AdamWStateIO(StateIO):
     """Of torch's AdamW."""
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Zeros."""
+        """Return state tensors of zeros."""
         place = parameter.device if supports_fused_adamw([parameter]) else "cpu"
         step = torch.zeros((), device=place, dtype=torch.float32)
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -70,7 +70,7 @@ class AdafactorStateIO(StateIO):
     """Of torch's Adafactor."""
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Zeros."""
+        """Return state tensors of zeros."""
         step, shape = torch.zeros((), dtype=torch.float32), parameter.shape
         if parameter.dim() < 2:
             return {"step": step, "variance": torch.zeros_like(parameter)}

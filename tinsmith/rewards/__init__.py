@@ -1,1 +1,1 @@
-"""TODO."""
+"""Reward functions and reward models, and the `rewards:` list of a recipe."""

@@ -31,8 +31,8 @@ class Classifier:
         local = {"local_files_only": True, "trust_remote_code": False}
         opened = AutoModelForSequenceClassification.from_pretrained
         try:
-            told = {"output_loading_info": True, "use_safetensors": True}
-            self._model, facts = opened(folder, **told, **local)
+            reported = {"output_loading_info": True, "use_safetensors": True}
+            self._model, facts = opened(folder, **reported, **local)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{_WHERE} {folder}: {str(error).strip().splitlines()[0]}") from None
@@ -73,19 +73,19 @@ class Classifier:
 
     def _read(self, answers: Sequence[Response]) -> Any:
         talks = [_messages(answer.prompt) for answer in answers]
-        told = {"return_tensors": "pt", "padding": len(answers) > 1}
+        reported = {"return_tensors": "pt", "padding": len(answers) > 1}
         if not self._tokenizer.chat_template:
-            asked = ["\n\n".join(message["content"] for message in talk) for talk in talks]
-            return self._tokenizer(asked, [answer.text for answer in answers], **told)
-        said = [{"role": "assistant", "content": answer.text} for answer in answers]
+            requested = ["\n\n".join(message["content"] for message in talk) for talk in talks]
+            return self._tokenizer(requested, [answer.text for answer in answers], **reported)
+        output = [{"role": "assistant", "content": answer.text} for answer in answers]
         texts = [
             self._tokenizer.apply_chat_template([*talk, last], tokenize=False)
-            for talk, last in zip(talks, said, strict=True)
+            for talk, last in zip(talks, output, strict=True)
         ]
-        return self._tokenizer(texts, add_special_tokens=False, **told)
+        return self._tokenizer(texts, add_special_tokens=False, **reported)
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
     """What a prompt's row asks, as role and content."""
-    asked = read_prompt(prompt.record).prompt.messages
-    return [{"role": message.role, "content": message.content} for message in asked]
+    requested = read_prompt(prompt.record).prompt.messages
+    return [{"role": message.role, "content": message.content} for message in requested]

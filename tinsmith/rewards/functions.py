@@ -132,11 +132,11 @@ def exact_match(prompt: Prompt, text: str) -> float:
     kind = prompt.record.get("task")
     if kind in ("arithmetic", "sort", "copy"):
         return float(check_answer(GeneratedTask(kind, "", "", prompt.answer), text))
-    said, right = extract_final_answer(text), _number(prompt.answer)
+    printed, right = extract_final_answer(text), _number(prompt.answer)
     if right is not None:
-        numbers = _NUMBER.findall(said)
+        numbers = _NUMBER.findall(printed)
         return float(bool(numbers) and _number(numbers[-1]) == right)
-    return float(_bare(said) == _bare(prompt.answer))
+    return float(_bare(printed) == _bare(prompt.answer))
 
 
 def think_format(prompt: Prompt, text: str) -> float:
@@ -163,8 +163,8 @@ def distinct_ngrams(prompt: Prompt, text: str, *, n: int = 3) -> float:
     """The share of sequences of so many words that are different: 1 where nothing repeats itself,
     and for texts that are too short to.
     """
-    said = text.split()
-    runs = [tuple(said[start : start + n]) for start in range(len(said) - n + 1)]
+    printed = text.split()
+    runs = [tuple(printed[start : start + n]) for start in range(len(printed) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
@@ -180,11 +180,11 @@ def unit_tests(prompt: Prompt, text: str, *, limits: SandboxLimits = UNIT_TEST_L
     tests = prompt.record.get("test_list") or prompt.record.get("tests")
     if not tests:
         raise ValueError("the row has neither `test_list` nor `tests`")
-    said = text.rpartition("</think>")[2]
-    blocks = _CODE.findall(said)
+    printed = text.rpartition("</think>")[2]
+    blocks = _CODE.findall(printed)
     setup = prompt.record.get("test_setup_code") or ""
     listed = [tests] if isinstance(tests, str) else tests
-    program = "\n".join([setup, blocks[-1] if blocks else said, *listed])
+    program = "\n".join([setup, blocks[-1] if blocks else printed, *listed])
     # exit code 0 says nothing of a program that ends itself before its tests; what it must say at
     # its end is no part of its own code, where it could be read
     passed = secrets.token_hex(16)

@@ -109,8 +109,7 @@ def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _alphabet() -> dict[int, str]:
-    """Build GPT-2's byte-to-unicode table: printable Latin-1 maps to itself, the rest to U+0100 on.
-    """
+    """Build GPT-2's byte-to-unicode table: printable Latin-1 is itself, the rest is U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {byte: chr(byte) for byte in printable}

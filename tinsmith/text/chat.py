@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 from tinsmith.core.errors import UserError
 from tinsmith.text.records import BadRecord, Call, Conversation, Message, parse_conversation
 from tinsmith.text.specials import END_OF_TEXT, SPECIALS, TAGS, our_template
-from tinsmith.text.template import ChatTemplate, compile_template
-from tinsmith.text.template_limits import TemplateRefused
+from tinsmith.text.template import ChatTemplate, TemplateRefused, compile_template
 from tinsmith.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -44,8 +43,7 @@ _Change = Callable[[str, str], str]
 
 
 class EncodedChat(NamedTuple):
-    """Token ids and the loss mask: True on tokens of the assistant, its end-of-turn token included.
-    """
+    """Token ids and the loss mask: True on tokens of the assistant, end-of-turn token included."""
 
     ids: list[int]
     mask: list[bool]
@@ -153,8 +151,7 @@ class _Guards:
         self._guard, self.mark = free[:2]
 
     def protect(self, role: str, text: str) -> str:
-        """Insert a guard after every character that could begin a name, except in assistant tags.
-        """
+        """Insert a guard after characters that could begin a name, except in assistant tags."""
         begins = self._patterns.begins_or_tag if role == "assistant" else self._patterns.begins
         guarded = begins.sub(self._guarded, text)
         return self.mark + guarded if role in ("user", "tool") else guarded

@@ -1,11 +1,239 @@
-"""Compile and render chat templates: untrusted Jinja, sandboxed and limited in time and size."""
+"""Compile and render chat templates: untrusted Jinja, sandboxed and limited in time and size.
 
+Limit the time and memory of Jinja templates.
+
+Jinja's sandbox blocks access to Python internals, but it does not bound work: nested loops,
+recursive macros, text that doubles. Therefore the template's syntax tree is rewritten before it is
+compiled. Every loop iteration, call and list costs a step, and every operation that can lengthen a
+text is measured before it runs.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, Undefined, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.template_limits import BoundedEnvironment, TemplateRefused, rewrite_template
+
+MAX_STEPS = 200_000
+"""Largest number of loop iterations, calls and list items in one rendering."""
+
+MAX_SECONDS = 10.0
+"""Time limit of one rendering. A real template needs a thousandth of it."""
+
+_FILTERS = (
+    *("capitalize", "count", "default", "dictsort", "first", "int", "items", "last", "length"),
+    *("list", "lower", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "title"),
+    *("trim", "upper"),
+)
+
+_METHODS = {
+    dict: ("get", "items", "keys", "values"),
+    list: ("count", "index"),
+    str: (
+        *("capitalize", "count", "endswith", "find", "isdigit", "isspace", "lower", "lstrip"),
+        *("removeprefix", "removesuffix", "replace", "rfind", "rsplit", "rstrip", "split"),
+        *("splitlines", "startswith", "strip", "title", "upper"),
+    ),
+}
+
+_FORBIDDEN = (nodes.Block, nodes.Extends, nodes.FromImport, nodes.Import, nodes.Include)
+
+_PLAIN = str | int | float | list | tuple | dict | Undefined | None
+
+
+class TemplateRefused(TemplateError):
+    """The template called `raise_exception`: it refuses these messages."""
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja environment with only the features of chat templates. `start` resets the limits."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        extensions = [loopcontrols, _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        self.filters = {name: self.filters[name] for name in _FILTERS}
+        self.filters |= {"join": self._join, "replace": self._replace, "string": self._text}
+        self.filters |= {"counted": self._counted, "emitted": self._emitted}
+        self.filters["made"] = self._count_parts
+        self.filters["tojson"] = self._tojson
+        self.globals = {"range": self._range, "namespace": Namespace, "raise_exception": _refuse}
+        self.start(0)
+
+    def start(self, room: int) -> None:
+        """Start a rendering with at most `room` characters of output."""
+        self._room = room
+        self._emitted_so_far = 0
+        self._steps = MAX_STEPS
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Allow listed methods of text, lists and dicts, and those of `loop` and `namespace`."""
+        for kind, names in _METHODS.items():
+            if isinstance(obj, kind):
+                return attr in names
+        ours = isinstance(obj, LoopContext | Namespace)
+        return ours and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Refuse `str.format`, which can pad to any width, as an unsafe attribute."""
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Call a function for the template and count one step."""
+        self._step()
+        if type(obj) is type("".replace) and obj.__name__ == "replace":
+            return self._replace(obj.__self__, *args, **kwargs)
+        return super().call(context, obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Evaluate an intercepted operator if the result cannot be large."""
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if operator == "**" or (operator == "%" and not numbers):
+            raise SecurityError(f"the operator {operator} is not allowed here")
+        if not numbers:
+            self._fits(_length(left, right, operator))
+            self._step(_length(left, right, operator) // 1000 + 1)
+        elif _bits(left) + _bits(right) > 256:
+            raise SecurityError("its numbers become too large")
+        return super().call_binop(context, operator, left, right)
+
+    def _step(self, steps: int = 1) -> None:
+        self._steps -= steps
+        if self._steps < 0 or time.monotonic() > self._deadline:
+            raise SecurityError(f"it takes more than {MAX_STEPS} steps or {MAX_SECONDS:g} seconds")
+
+    def _fits(self, length: int) -> None:
+        if length > self._room:
+            raise SecurityError(f"it makes more than {self._room} characters")
+
+    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._step()
+            yield value
+
+    def _count_parts(self, value: Any) -> Any:
+        """Count the parts of a nested value as steps: a list may contain itself many times."""
+        self._step()
+        if isinstance(value, dict):
+            value = {key: self._count_parts(item) for key, item in value.items()}
+        elif isinstance(value, list | tuple):
+            value = type(value)(self._count_parts(item) for item in value)
+        return value
+
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, _PLAIN):
+            raise SecurityError(f"a {type(value).__name__} is not text")
+        return value if isinstance(value, str) else str(self._count_parts(value))
+
+    def _emitted(self, value: Any) -> str:
+        text = self._text(value)
+        self._emitted_so_far += len(text)
+        self._fits(self._emitted_so_far)
+        return text
+
+    def _tojson(self, value: Any, indent: int | None = None) -> str:
+        if indent is not None and not 0 <= indent <= 8:
+            raise SecurityError("tojson takes an indent of at most 8")
+        return json.dumps(self._count_parts(value), ensure_ascii=False, indent=indent)
+
+    def _join(
+        self, values: Iterable[Any], separator: str = "", attribute: str | None = None
+    ) -> str:
+        read = [item if attribute is None else self.getitem(item, attribute) for item in values]
+        parts = [self._text(value) for value in read]
+        self._fits(sum(map(len, parts)) + len(separator) * len(parts))
+        return separator.join(parts)
+
+    def _replace(self, text: str, old: str, new: str, count: int = -1) -> str:
+        self._fits(len(text) + text.count(old) * len(new))
+        return text.replace(old, new, count)
+
+    def _range(self, *args: int) -> range:
+        values = range(*args)
+        self._step(len(values))
+        return values
+
+
+class _Generation(Extension):
+    """Jinja extension for `{% generation %}`, which marks assistant text. Renders only its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parse up to `endgeneration` and return the body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def rewrite_template(tree: nodes.Template) -> nodes.Template:
+    """Rewrite the syntax tree so that loops, lists and output are counted, and `~` is a `join`.
+
+    Raise ValueError for forbidden constructs: other templates, blocks, recursive loops.
+    """
+    for node in [tree, *tree.find_all(nodes.Node)]:
+        if isinstance(node, _FORBIDDEN):
+            raise ValueError(f"{type(node).__name__.lower()} is not allowed")
+        if isinstance(node, nodes.For):
+            if node.recursive:
+                raise ValueError("recursive loops are not allowed")
+            node.iter = _filtered(node.iter, "counted")
+        elif isinstance(node, nodes.Output):
+            node.nodes = [_emitted(part) for part in node.nodes]
+        for field, value in node.iter_fields():
+            if isinstance(value, list):
+                value[:] = [_measured(item) for item in value]
+            elif isinstance(value, nodes.Node):
+                setattr(node, field, _measured(value))
+    return tree
+
+
+def _emitted(node: Any) -> Any:
+    return node if isinstance(node, nodes.TemplateData) else _filtered(node, "emitted")
+
+
+def _measured(node: Any) -> Any:
+    if isinstance(node, nodes.Concat):
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
+    lists = isinstance(node, nodes.List | nodes.Dict)
+    if lists or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+        return _filtered(node, "made")
+    return node
+
+
+def _filtered(node: nodes.Node, name: str) -> Any:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)  # type: ignore[call-arg]
+
+
+def _length(left: Any, right: Any, operator: str) -> int:
+    """Return the length of the sum or product of texts or lists without computing it."""
+    lengths = [
+        len(value) if isinstance(value, str | list | tuple) else 0 for value in (left, right)
+    ]
+    if operator == "+":
+        return sum(lengths)
+    times = [value if isinstance(value, int) else 1 for value in (left, right)]
+    return max(lengths[0] * times[1], lengths[1] * times[0])
+
+
+def _bits(number: float) -> int:
+    return number.bit_length() if isinstance(number, int) else 0
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateRefused(message)
+
 
 MAX_TEMPLATE_CHARS = 128 * 1024
 """Largest length of a template."""

@@ -60,7 +60,9 @@ def save(root: Path, checkpoint: Checkpoint, config: str, tokenizer: Tokenizer) 
     root.mkdir(parents=True, exist_ok=True)
     free = free_space(root)
     if free < checkpoint.nbytes:
-        raise DiskFull(f"{format_size(checkpoint.nbytes)} needed, {format_size(free)} free at {root}")
+        raise DiskFull(
+            f"{format_size(checkpoint.nbytes)} needed, {format_size(free)} free at {root}"
+        )
     try:
         with atomic_dir(target) as folder:
             _write(folder, checkpoint, config, tokenizer)
@@ -70,7 +72,8 @@ def save(root: Path, checkpoint: Checkpoint, config: str, tokenizer: Tokenizer) 
     except (OSError, SafetensorError) as error:
         if _is_full(error):
             raise DiskFull(
-                f"{format_size(checkpoint.nbytes)} needed, {format_size(free_space(root))} free at {root}"
+                f"{format_size(checkpoint.nbytes)} needed, "
+                f"{format_size(free_space(root))} free at {root}"
             ) from None
         raise
     return target

@@ -63,11 +63,12 @@ def dry_run(config: RunConfig, name: str) -> None:
         _one_step(model, config)
     else:
         print_warning(
-            f"no step was tried: {format_count(shape.parameter_count())} parameters are too many for a "
+            f"no step was tried: {format_count(shape.parameter_count())} parameters are too many "
+            "for a "
             "dry run"
         )
-    for judge, held in check_frozen_models(config.objective, shape).items():
-        print_line(f" memory    {format_size(held)} more for the {judge}")
+    for frozen_model, held in check_frozen_models(config.objective, shape).items():
+        print_line(f" memory    {format_size(held)} more for the {frozen_model}")
     print_line(" dry run   ok; nothing was written")
 
 
@@ -112,10 +113,12 @@ def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
     train = config.train
     forward = shape.flops(train.seq_len)
     total = 3 * forward * train.steps * train.tokens_per_step
-    print_line(f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run")
     print_line(
-        f" memory    about {format_size(estimate_memory(shape, model, config))} (weights, gradients, moments, "
-        "activations, logits)"
+        f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run"
+    )
+    print_line(
+        f" memory    about {format_size(estimate_memory(shape, model, config))} (weights, "
+        "gradients, moments, activations, logits)"
     )
 
 
@@ -158,12 +161,14 @@ def _disk(shape: LM, config: RunConfig, name: str) -> None:
     free = free_space(runs_root().resolve())
     print_line(f" output    {place} (shards in {runs_root() / '.data'})")
     print_line(
-        f" disk      {kept} checkpoints of {format_size(each)} at most: {format_size(kept * each)}; "
+        f" disk      {kept} checkpoints of {format_size(each)} at most: "
+        f"{format_size(kept * each)}; "
         f"{format_size(free)} free"
     )
     if kept * each > free:
         raise UserError(
-            f"{place}: the run wants {format_size(kept * each)} and {format_size(free)} are free; lower "
+            f"{place}: the run needs {format_size(kept * each)} and {format_size(free)} are free; "
+            "lower "
             "train.keep.last"
         )
     if place.exists():
@@ -177,9 +182,9 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     if (adapters := resolve_lora_config(config)) is not None:
         lora.add_adapters(lm, adapters)
     lm.activation_checkpointing = config.train.activation_checkpointing
-    judge = copy.deepcopy(lm).eval().requires_grad_(False)
-    objective.frozen_models = dict.fromkeys(config.objective.frozen_models(), judge)
-    scorer = RewardModel(judge, torch.zeros(1, model.dim))
+    frozen_model = copy.deepcopy(lm).eval().requires_grad_(False)
+    objective.frozen_models = dict.fromkeys(config.objective.frozen_models(), frozen_model)
+    scorer = RewardModel(frozen_model, torch.zeros(1, model.dim))
     objective.reward_models = dict.fromkeys(config.objective.reward_models(), scorer)
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
@@ -198,13 +203,14 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     lm.after_backward(loss.grad_probes)
     optimizers.set_lr_multiplier(lr_multiplier(config.optim.schedule, 0, config.train.steps))
     optimizers.step()
-    said = f"loss {float(loss.total.detach() / units):.3f}"
+    output = f"loss {float(loss.total.detach() / units):.3f}"
     if rows == 1:
         expected = torch.tensor(float(model.vocab_size)).log().item()
-        said += f" (ln of {model.vocab_size} ids is {expected:.3f})"
+        output += f" (ln of {model.vocab_size} ids is {expected:.3f})"
     print_line(
-        f" step      one step of {STEP_TOKENS} tokens on the CPU took {time.monotonic() - began:.1f} "
-        f"s, {said}"
+        f" step      one step of {STEP_TOKENS} tokens on the CPU took "
+        f"{time.monotonic() - began:.1f} "
+        f"s, {output}"
     )
 
 

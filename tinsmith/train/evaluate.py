@@ -1,4 +1,7 @@
-"""What a run measures on data that are held back: one way for each shape of data."""
+"""What a run measures on data that are held back: one way for each shape of data.
+
+What an objective says of data that are held back: its own metrics, as means.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,9 @@ from tinsmith.data.loader.loader import TokenizedDataset
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
 from tinsmith.evals.routing import Specialisation, evaluate_routing, token_classes
-from tinsmith.evals.validation import evaluate_objective
+from tinsmith.infer.generate import eval_mode
+from tinsmith.nn.model import LM
+from tinsmith.objectives.base import Objective
 from tinsmith.train.precision import autocast
 from tinsmith.train.run import Run
 
@@ -106,3 +111,30 @@ def evaluate_specialisation(run: Run, validation: TokenizedDataset) -> dict[str,
 
 def _batch_rows(run: Run) -> int:
     return max(1, run.config.train.batch_size // run.ranks.world_size)
+
+
+def evaluate_objective(
+    objective: Objective,
+    lm: LM,
+    source: TokenizedDataset,
+    *,
+    max_samples: int,
+    batch_size: int,
+    device: torch.device | str,
+    poll: Callable[[], object],
+) -> dict[str, float]:
+    """Every metric of `objective.loss` as a mean, over at most `rows` samples spread evenly over
+    `source`, `batch_rows` at a time.
+
+    `poll` is called before every batch and may raise to end it. No global random state is touched,
+    and modes and gradients are as before. Nothing is differentiated, but gradients stay enabled, so
+    that a policy and its reference are computed as they are in training.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    with eval_mode(lm):
+        for batch in source.iter_batches(batch_size, max_samples=max_samples):
+            poll()
+            for name, metric in objective.loss(lm, batch.to(device)).metrics.items():
+                total, count = sums.get(name, (0.0, 0.0))
+                sums[name] = total + float(metric.total), count + float(metric.count)
+    return {name: total / count for name, (total, count) in sums.items() if count}

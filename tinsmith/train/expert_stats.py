@@ -68,7 +68,7 @@ class ExpertStats:
         sums, self.sums = self.sums, {}
         layers: dict[str, dict[str, Any]] = {}
         for name, part in lm.routed_modules().items():
-            mine = {key: sums[f"{name}.{key}"] for key in _told(sums, name)}
+            mine = {key: sums[f"{name}.{key}"] for key in _reported(sums, name)}
             if "load" in mine and float(mine["tokens"]):
                 layers[name] = _layer(mine) | _drifted(part.router_state())
         return _whole(layers) | {"layers": layers} if layers else {}
@@ -95,7 +95,7 @@ def format_line(metrics: Metrics) -> str:
     return "  ".join(parts)
 
 
-def _told(sums: dict[str, Tensor], layer: str) -> Iterable[str]:
+def _reported(sums: dict[str, Tensor], layer: str) -> Iterable[str]:
     start = f"{layer}."
     return [name.removeprefix(start) for name in sums if name.startswith(start)]
 
@@ -118,9 +118,9 @@ def _drifted(watched: dict[str, Tensor]) -> dict[str, Any]:
         key: value.full_tensor() if isinstance(value, DTensor) else value.detach()
         for key, value in watched.items()
     }
-    told = {key: _round(value) for key, value in whole.items()}
+    reported = {key: _round(value) for key, value in whole.items()}
     sizes = [float(to_float64(value).abs().mean()) for value in whole.values()]
-    return told | ({"drift": _short(fmean(sizes))} if sizes else {})
+    return reported | ({"drift": _short(fmean(sizes))} if sizes else {})
 
 
 def _whole(layers: dict[str, dict[str, Any]]) -> Metrics:

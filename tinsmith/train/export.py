@@ -53,10 +53,10 @@ def export_run(run: Run) -> None:
     if heads:  # a reward model is no model without its head
         atomic_write(final / OBJECTIVE_FILE, bytes_of(heads))
     best = run.state.best
-    said = f"{_first(best)} (best, step {int(best['step'])})  " if best else ""
+    output = f"{_first(best)} (best, step {int(best['step'])})  " if best else ""
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
     drawn = ", ".join(path.name for path in pictures)
-    run.log.line(f" finished {said}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
+    run.log.line(f" finished {output}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
 
 
 def write_adapter(run: Run, adapters: Adapters, folder: Path) -> None:

@@ -77,8 +77,8 @@ def _spike(run: Run, loss: float) -> None:
     if usual is not None:
         values: Metrics = {"step": run.state.step, "kind": "spike", "loss": loss, "median": usual}
         run.log.metrics(values)
-        said = f"loss {loss:.3f} is far above the {usual:.3f} before it"
-        run.log.line(f" warning step {run.state.step}: {said}; a lower lr may help")
+        output = f"loss {loss:.3f} is far above the {usual:.3f} before it"
+        run.log.line(f" warning step {run.state.step}: {output}; a lower lr may help")
 
 
 def evaluate(run: Run) -> None:
@@ -96,8 +96,8 @@ def evaluate(run: Run) -> None:
         run.state.best = dict(run.state.evaluation)
         run.save_now = run.config.train.keep.best
     mark = " (best)" if better else ""
-    said = "".join(f"  {name} {value:.3f}" for name, value in list(whole.items())[:3])
-    run.log.line(f" eval   step {run.state.step}{said}{mark}")
+    output = "".join(f"  {name} {value:.3f}" for name, value in list(whole.items())[:3])
+    run.log.line(f" eval   step {run.state.step}{output}{mark}")
     if found:
         layers = {name: one.to_dict() for name, one in found.items()}
         run.log.metrics({"step": run.state.step, "kind": "specialisation", "layers": layers})
@@ -113,16 +113,16 @@ def sample(run: Run) -> None:
     drawn = generate_samples(run)
     run.log.metrics({"step": run.state.step, "kind": "samples", "samples": drawn})
     for each in drawn[: run.config.log.samples]:
-        asked, said = (" ".join(each[part].split()) for part in ("prompt", "text"))
-        run.log.line(f" sample {asked[-44:]} >> {said[:80]}")
+        requested, output = (" ".join(each[part].split()) for part in ("prompt", "text"))
+        run.log.line(f" sample {requested[-44:]} >> {output[:80]}")
     run.throughput.exclude(time.monotonic() - began)
 
 
 def save(run: Run) -> None:
     """A checkpoint, at its interval, at a new best, at the end, or because SIGUSR1 asked."""
-    asked = run.ranks.any(run.stop_flag.save)
+    requested = run.ranks.any(run.stop_flag.save)
     run.stop_flag.save = False
-    if not (_due(run, run.config.train.save_every) or run.save_now or asked):
+    if not (_due(run, run.config.train.save_every) or run.save_now or requested):
         return
     began = time.monotonic()
     run.save_now = False

@@ -52,7 +52,7 @@ class TrainerState:
     """What was still to be done after this step when the run was stopped."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Convert to JSON-ready data."""
         return asdict(self)
 
     @classmethod
@@ -134,8 +134,10 @@ class Run:
         them. Whether any rank is `busy`.
         """
         kill_point(f"in {self.state.pending[0] if self.state.pending else 'step'}")
-        asked = torch.tensor([float(self.stop_flag.stop), float(busy)], device=self.ranks.device)
-        stop, anybody = self.ranks.all_reduce_sum(asked).tolist()
+        requested = torch.tensor(
+            [float(self.stop_flag.stop), float(busy)], device=self.ranks.device
+        )
+        stop, anybody = self.ranks.all_reduce_sum(requested).tolist()
         if stop:
             raise Interrupted
         return anybody > 0

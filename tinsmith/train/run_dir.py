@@ -15,7 +15,7 @@ import tinsmith
 from tinsmith.config import RunConfig, dump, from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write, inside
-from tinsmith.core.parse import to_plain, read_yaml
+from tinsmith.core.parse import read_yaml, to_plain
 from tinsmith.train.parallel import Ranks
 
 MUTABLE_SECTIONS = {"log", "eval", "parallel", "init_from", "schema"}
@@ -129,5 +129,5 @@ def _differs(folder: Path, key: str, old: Any, new: Any) -> str:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         at = next(index for index, each in enumerate(old) if each != new[index])
         return _differs(folder, f"{key}.{at}", old[at], new[at])
-    said = f"{folder} was begun with {key}: {old}, not {new}"
-    return f"{said}; resume with the same recipe, or begin a new run"
+    output = f"{folder} was begun with {key}: {old}, not {new}"
+    return f"{output}; resume with the same recipe, or begin a new run"

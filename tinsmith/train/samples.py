@@ -66,7 +66,7 @@ def generate_samples(run: Run) -> list[dict[str, str]]:
     run.policy.eval()
     given = sample_prompts(run)
     ends = (run.tokenizer.end_of_text, run.tokenizer.end_of_turn)
-    said: dict[int, list[int]] = {}
+    output: dict[int, list[int]] = {}
     try:
         with autocast(run.config.train.precision, run.ranks.device):
             longest = max((len(ids) for ids in given), default=0) + run.config.eval.max_new_tokens
@@ -76,11 +76,11 @@ def generate_samples(run: Run) -> list[dict[str, str]]:
             for index, ids in enumerate(given):
                 seed = derive_seed(run.config.train.seed, "sample", run.state.step, index)
                 sampling = SamplingParams(temperature=0.8 if index else 0.0, seed=seed)
-                said[engine.add(ids, sampling, run.config.eval.max_new_tokens)] = []
+                output[engine.add(ids, sampling, run.config.eval.max_new_tokens)] = []
             while engine.num_active or engine.num_waiting:
                 run.poll()
                 for event in engine.step():
-                    said[event.request_id].append(event.token)
+                    output[event.request_id].append(event.token)
     finally:
         run.policy.train(was_training)
     tokenizer = run.tokenizer
@@ -89,5 +89,5 @@ def generate_samples(run: Run) -> list[dict[str, str]]:
             "prompt": tokenizer.decode(ids),
             "text": tokenizer.decode([token for token in answer if token not in ends]),
         }
-        for ids, answer in zip(given, said.values(), strict=True)
+        for ids, answer in zip(given, output.values(), strict=True)
     ]

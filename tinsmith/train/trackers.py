@@ -76,7 +76,7 @@ class Wandb:
         )
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """One call."""
+        """Log the values in one call."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Trackio:
         self._finish = trackio.finish
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """One call."""
+        """Log the values in one call."""
         self._run.log(values, step=step)
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ def attach_trackers(
     finally:
         rng.restore(tensors, values)
 
-    def listen(line: Metrics) -> None:
+    def attach(line: Metrics) -> None:
         kind, step = line["kind"], line["step"]
         numbers = {f"{kind}/{key}": value for key, value in line.items() if is_number(value)}
         del numbers[f"{kind}/step"]
@@ -137,7 +137,7 @@ def attach_trackers(
             _guarded(open_ones, one, tracker.close)
         open_ones.clear()
 
-    log.listeners.append(listen)
+    log.listeners.append(attach)
     return close
 
 
@@ -162,8 +162,8 @@ def _guarded(open_ones: dict[str, Tracker], one: str, action: Callable[[], None]
 
 
 def _line(error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    output = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {output[0]}" if output else type(error).__name__
 
 
 def _wandb_mode() -> Literal["online", "offline"]:

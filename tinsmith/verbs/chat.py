@@ -27,7 +27,7 @@ HELP = """ /reset              forget the conversation
  /undo               take back the last question and its answer
  /retry              answer the last question again
  /save FILE          write the conversation as one line of a .jsonl of chats
- /set KEY=VALUE      temperature, top_p, top_k, min_p, repetition_penalty, max_new, seed,
+ /set KEY=VALUE      temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed,
                      thinking
  /system TEXT        set the system message (nothing: remove it)
  /quit               end; so does Ctrl-D, or Ctrl-C twice"""
@@ -42,13 +42,13 @@ class Settings(Config):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    max_new: int = 400
+    max_new_tokens: int = 400
     seed: int | None = None
     thinking: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new < 1:
-            raise UserError("--max-new: at least 1")
+        if self.max_new_tokens < 1:
+            raise UserError("--max-new-tokens: at least 1")
         self.sampling()
 
     def sampling(self) -> SamplingParams:
@@ -83,23 +83,23 @@ class Session:
             self.messages.pop()
             raise UserError(f"the conversation is full ({len(ids)} tokens): /reset or /undo")
         chosen = self.settings
-        said: list[str] = []
+        output: list[str] = []
         pieces = stream(
             self.lm,
             self.tokenizer,
             ids,
             sampling_params=chosen.sampling(),
-            max_new_tokens=min(chosen.max_new, room),
+            max_new_tokens=min(chosen.max_new_tokens, room),
         )
         try:
             for piece in pieces:
-                said.append(piece)
+                output.append(piece)
                 write(piece)
         except KeyboardInterrupt:
             write(" ...")
         finally:
             pieces.close()
-        answer = "".join(said).strip()
+        answer = "".join(output).strip()
         self.messages.append({"role": "assistant", "content": answer or "..."})
 
     def undo(self) -> str | None:
@@ -113,7 +113,9 @@ class Session:
 
 def chat(model: str, system: str | None, settings: Settings, rope_scaling: str | None) -> None:
     """Read, answer, repeat."""
-    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling))
+    lm, tokenizer = load(
+        model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling)
+    )
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so it cannot talk")
     session = Session(lm, tokenizer, system, settings)
@@ -170,7 +172,9 @@ def _command(session: Session, line: str) -> None:
         "system": _system,
     }
     if name not in commands:
-        raise UserError(f"/{name} is unknown{did_you_mean(name, list(commands)) or '; /help lists all'}")
+        raise UserError(
+            f"/{name} is unknown{did_you_mean(name, list(commands)) or '; /help lists all'}"
+        )
     commands[name](session, rest.strip())
 
 

@@ -47,7 +47,8 @@ def _write_adapters(model: str, out: Path) -> None:
     write_adapters(out, config, made, base)
     numbers = sum(tensor.numel() for pair in made.pairs.values() for tensor in pair)
     print_line(
-        f" written  {out} ({format_count(numbers)} parameters of adapters, for {base or 'its base'})"
+        f" written  {out} ({format_count(numbers)} parameters of adapters, "
+        f"for {base or 'its base'})"
     )
 
 

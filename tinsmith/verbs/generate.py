@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
     count: int
     chat: bool
-    max_new: int
+    max_new_tokens: int
     sampling: SamplingParams
     stop: tuple[str, ...]
 
@@ -41,10 +41,12 @@ def generate(
     model: str, prompts: list[str], request: Request, rope_scaling: str | None, as_json: bool
 ) -> None:
     """Print every continuation; a single one is printed as it is made."""
-    if request.count < 1 or request.max_new < 1:
-        raise UserError("--count and --max-new: at least 1")
+    if request.count < 1 or request.max_new_tokens < 1:
+        raise UserError("--count and --max-new-tokens: at least 1")
     texts = prompts or [_standard_input()]
-    lm, tokenizer = load(model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling))
+    lm, tokenizer = load(
+        model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling)
+    )
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so it cannot read a prompt")
     encoded = [prompt_ids(tokenizer, text, request.chat) for text in texts]
@@ -57,7 +59,7 @@ def generate(
         tokenizer,
         repeated,
         sampling_params=request.sampling,
-        max_new_tokens=request.max_new,
+        max_new_tokens=request.max_new_tokens,
         stop=request.stop,
     )
     _print_all([text for text in texts for _ in range(request.count)], done, request.chat, as_json)
@@ -83,7 +85,7 @@ def _show(lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Requ
         tokenizer,
         ids,
         sampling_params=request.sampling,
-        max_new_tokens=request.max_new,
+        max_new_tokens=request.max_new_tokens,
         stop=request.stop,
     )
     first = next(pieces, "")  # a prompt that does not fit is refused here, before it is printed

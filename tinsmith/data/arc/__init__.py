@@ -1,1 +1,1 @@
-"""TODO."""
+"""Grid puzzles of ARC-AGI: grids, generators, and their encoding as tokens."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.data.arc.grids import MAX_GRID_SIZE, Grid, Pair, Puzzle
-from tinsmith.text.grid_vocab import NUM_COLOURS, SYMBOLS, PROBLEM, SOLUTION, START_OF_TEXT
+from tinsmith.text.grid_vocab import NUM_COLOURS, PROBLEM, SOLUTION, START_OF_TEXT, SYMBOLS
 from tinsmith.text.specials import END_OF_TEXT, END_OF_TURN, START_OF_TURN
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -110,9 +110,11 @@ def answer_has_input_shape(ids: Sequence[int], start: int, stop: int) -> bool:
     begin = len(before) - before[::-1].index(_PROBLEM) if _PROBLEM in before else len(before)
     if _END not in before[begin:]:
         return False
-    asked = before[begin : before.index(_END, begin) + 1]
-    places = [[i for i, n in enumerate(run) if n == NEWLINE_ID] for run in (asked, ids[start:stop])]
-    return len(asked) == stop - start and places[0] == places[1]
+    requested = before[begin : before.index(_END, begin) + 1]
+    places = [
+        [i for i, n in enumerate(run) if n == NEWLINE_ID] for run in (requested, ids[start:stop])
+    ]
+    return len(requested) == stop - start and places[0] == places[1]
 
 
 def grid_to_text(grid: Grid) -> str:

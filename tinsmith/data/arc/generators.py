@@ -46,11 +46,11 @@ def generate_puzzle(rule: str, seed: int, index: int, sizes: Sizes) -> Puzzle:
         found = [pair for pair in pairs if pair is not None]
         if len(found) < len(pairs) or len({pair.input for pair in found}) < len(found):
             continue
-        *shown, (asked, answer) = found
+        *shown, (requested, answer) = found
         if rule not in HELD_OUT_RULES or not any(
             explains(seen, shown, palette) for seen in TRAIN_RULES
         ):
-            return Puzzle(f"{rule}-{index}", 0, tuple(shown), asked, answer)
+            return Puzzle(f"{rule}-{index}", 0, tuple(shown), requested, answer)
 
 
 def generate_puzzles(rules: Sequence[str], seed: int, count: int, sizes: Sizes) -> Iterator[Puzzle]:

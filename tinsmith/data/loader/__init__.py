@@ -1,1 +1,1 @@
-"""TODO."""
+"""From token shards to batches: order of samples, mixtures, packing."""

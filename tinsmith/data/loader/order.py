@@ -28,7 +28,9 @@ def permute_many(
     if len(indices) and (indices.min() < 0 or indices.max() >= size):
         raise IndexError(f"index outside of [0, {size})")
     half = max(2, ((size - 1).bit_length() + 1) // 2)
-    round_keys = _mix(np.uint64(derive_seed(seed, *keys)) + np.arange(1, ROUNDS + 1, dtype=np.uint64))
+    round_keys = _mix(
+        np.uint64(derive_seed(seed, *keys)) + np.arange(1, ROUNDS + 1, dtype=np.uint64)
+    )
     places = indices.astype(np.uint64)
     outside = np.arange(len(places))
     while len(outside):

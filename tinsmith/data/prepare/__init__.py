@@ -1,1 +1,1 @@
-"""TODO."""
+"""From raw files to token shards: scanning, splitting, encoding."""

@@ -98,7 +98,7 @@ class DocumentEncoder:
                 ids = encode_prompt_example(self._tokenizer, content, self._context)
                 return [EncodedDocument(ids, None, self._bytes(ids), encode_metadata(content))]
             if isinstance(content, ArcExample):
-                return [self._lesson(content)]
+                return [self._example(content)]
             assert isinstance(content, Conversation)
             return [self._chat(content)]
         except BadRecord as error:
@@ -112,9 +112,9 @@ class DocumentEncoder:
             raise BadRecord("nothing in it is to be learned")
         return self._whole(EncodedDocument(ids, mask, self._bytes(ids)))
 
-    def _lesson(self, lesson: ArcExample) -> EncodedDocument:
+    def _example(self, example: ArcExample) -> EncodedDocument:
         check_grid_tokenizer(self._tokenizer)
-        ids, mask = encode_example(lesson)
+        ids, mask = encode_example(example)
         learned = None if self._shape == "documents" else mask
         return self._whole(EncodedDocument(ids, learned, self._bytes(ids)))
 

@@ -105,28 +105,28 @@ class _Work:
 
     def run(self, origins: list[DataSource], known: Tokenizer | TrainTokenizerConfig) -> None:
         with RejectLog(self._folder / "rejects.jsonl") as rejects:
-            surveys = [
+            scans = [
                 scan_source(origin, self._shape, rejects, self._progress(f"reading {origin.name}"))
                 for origin in origins
             ]
-            made = known if isinstance(known, Tokenizer) else self._train(surveys, known)
+            made = known if isinstance(known, Tokenizer) else self._train(scans, known)
             made.save(self._folder)
-            self._check_space(sum(surveyed.bytes for surveyed in surveys), made)
+            self._check_space(sum(scanned.bytes for scanned in scans), made)
             names = unique_names([origin.name for origin in origins])
             sources = [
-                {"name": name} | self._encode(number, surveyed, made, rejects)
-                for number, (name, surveyed) in enumerate(zip(names, surveys, strict=True))
+                {"name": name} | self._encode(number, scanned, made, rejects)
+                for number, (name, scanned) in enumerate(zip(names, scans, strict=True))
             ]
         report = {"format": FORMAT, "data_format": self._shape, "vocab_size": made.vocab_size}
         report |= {"tokenizer": made.fingerprint(), "sources": sources}
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         atomic_write(self._folder / "report.json", text)
 
-    def _train(self, surveys: list[ScanResult], settings: TrainTokenizerConfig) -> Tokenizer:
-        total = sum(surveyed.bytes for surveyed in surveys)
+    def _train(self, scans: list[ScanResult], settings: TrainTokenizerConfig) -> Tokenizer:
+        total = sum(scanned.bytes for scanned in scans)
         amount, wanted = format_size(min(total, settings.max_bytes)), settings.vocab_size
         self._say(f" prepare   training a tokenizer of {wanted} ids on {amount}")
-        documents = (item for surveyed in surveys for item in surveyed.split_documents())
+        documents = (item for scanned in scans for item in scanned.split_documents())
         progress = self._progress("reading for the tokenizer", total)
         made = train_tokenizer(settings, documents, total, progress)
         if made.vocab_size < wanted:
@@ -134,17 +134,17 @@ class _Work:
         return made
 
     def _encode(
-        self, number: int, surveyed: ScanResult, tokenizer: Tokenizer, rejects: RejectLog
+        self, number: int, scanned: ScanResult, tokenizer: Tokenizer, rejects: RejectLog
     ) -> dict[str, Any]:
-        origin = surveyed.source
+        origin = scanned.source
         encoder = DocumentEncoder(self._folder / str(number), tokenizer, self._shape, self._context)
-        progress = self._progress(f"encoding {origin.name}", surveyed.bytes)
-        counts = encoder.write(surveyed.split_documents(), progress)
+        progress = self._progress(f"encoding {origin.name}", scanned.bytes)
+        counts = encoder.write(scanned.split_documents(), progress)
         for reject in encoder.rejects:
             rejects.add(origin, reject)
         if not counts["train"]["documents"]:
             raise UserError(f"data: nothing of '{origin.display_name}' is left to train on")
-        rejected = surveyed.rejected + len(encoder.rejects)
+        rejected = scanned.rejected + len(encoder.rejects)
         config = origin.config
         return {"kind": config.kind, "weight": config.weight, "rejected": rejected} | counts
 

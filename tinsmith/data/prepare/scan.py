@@ -80,7 +80,7 @@ def scan_source(
 
 
 def format_reject(reject: Reject) -> str:
-    """`file:line: reason`."""
+    """Format a reject as `file:line: reason`."""
     return f"{reject.file}:{reject.line}: {reject.reason}"
 
 

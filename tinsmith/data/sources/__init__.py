@@ -1,1 +1,1 @@
-"""TODO."""
+"""Where samples come from, one file per source."""

@@ -73,14 +73,14 @@ def read_tasks(paths: list[Path], solutions: Solutions) -> Iterator[ArcTask | Re
     """The tasks of files; a Reject, with file and number of line or task, for each that is none.
     Of several tasks of one name the second is `name#2`.
     """
-    told: Counter[str] = Counter()
+    reported: Counter[str] = Counter()
     for path in paths:
         for name, record, line in _records(path):
             if isinstance(record, Reject):
                 yield record
                 continue
-            told[name] += 1
-            own = name if told[name] == 1 else f"{name}#{told[name]}"
+            reported[name] += 1
+            own = name if reported[name] == 1 else f"{name}#{reported[name]}"
             try:
                 yield ArcTask(read_task(record, own, solutions.get(name, [])), str(path), line)
             except ValueError as error:

@@ -38,12 +38,12 @@ class GeneratedTask(NamedTuple):
         have any, or a call of the calculator what it says first; `tagged` puts the answer into
         `<answer>`.
         """
-        asked = {"role": "user", "content": self.question}
+        requested = {"role": "user", "content": self.question}
         if self.name == "calculator":
-            said = {"role": "assistant", "content": self.answer}
-            return {"tools": [CALCULATOR_TOOL], "messages": [asked, *self._called(), said]}
-        said = f"<answer>{self.answer}</answer>" if answer_tags else self.answer
-        return {"messages": [asked, self._answered(said, reasoning)]}
+            output = {"role": "assistant", "content": self.answer}
+            return {"tools": [CALCULATOR_TOOL], "messages": [requested, *self._called(), output]}
+        output = f"<answer>{self.answer}</answer>" if answer_tags else self.answer
+        return {"messages": [requested, self._answered(output, reasoning)]}
 
     def with_error(self) -> "GeneratedTask":
         """The task with a wrong answer: of numbers the one above, and of a calculator's task with
@@ -63,7 +63,7 @@ class GeneratedTask(NamedTuple):
         thoughts.
         """
         right, wrong = (
-            self._answered(said, reasoning) for said in (self.answer, self.wrong_answer())
+            self._answered(output, reasoning) for output in (self.answer, self.wrong_answer())
         )
         return {"prompt": self.question, "chosen": right, "rejected": wrong}
 
@@ -77,9 +77,9 @@ class GeneratedTask(NamedTuple):
             {"role": "tool", "content": self.answer},
         ]
 
-    def _answered(self, said: str, thoughts: bool) -> dict[str, str]:
+    def _answered(self, output: str, thoughts: bool) -> dict[str, str]:
         thinks = {"reasoning_content": self.reasoning} if thoughts else {}
-        return {"role": "assistant", **thinks, "content": said}
+        return {"role": "assistant", **thinks, "content": output}
 
     def wrong_answer(self) -> str:
         """A wrong answer that is nearly right: off by a little, or two neighbours swapped. A pure
@@ -114,31 +114,31 @@ def check_answer(task: GeneratedTask, text: str) -> bool:
     What counts is `final(text)`. Blanks do not matter; of a sum the last number counts, so that
     "The answer is 42." is right.
     """
-    said = extract_final_answer(text)
+    output = extract_final_answer(text)
     if task.name in ("arithmetic", "calculator"):
-        found = re.findall(r"-?\d+", said)
+        found = re.findall(r"-?\d+", output)
         return bool(found) and found[-1] == task.answer
-    return said.split() == task.answer.split()
+    return output.split() == task.answer.split()
 
 
 def extract_final_answer(text: str) -> str:
     """What a reply says in the end: what follows `</think>`, and there the last `<answer>` span
     where there is one; without marks of ends.
     """
-    said = text.rpartition("</think>")[2]
-    spans = re.findall(r"<answer>(.*?)</answer>", said, flags=re.DOTALL)
-    said = spans[-1] if spans else said
-    return said.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
+    output = text.rpartition("</think>")[2]
+    spans = re.findall(r"<answer>(.*?)</answer>", output, flags=re.DOTALL)
+    output = spans[-1] if spans else output
+    return output.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
 
 
 def _arithmetic(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
     sign = numbers.choice("+-*")
     left, right = _number(numbers, digits), _number(numbers, digits if sign != "*" else 1)
-    asked = numbers.choice(
+    requested = numbers.choice(
         ["What is {} {} {}?", "Calculate {} {} {}.", "{} {} {} = ?", "Work out {} {} {}."]
     )
     steps, answer = {"+": _add, "-": _subtract, "*": _multiply}[sign](left, right)
-    return GeneratedTask("arithmetic", asked.format(left, sign, right), steps, str(answer))
+    return GeneratedTask("arithmetic", requested.format(left, sign, right), steps, str(answer))
 
 
 def _calculator(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
@@ -201,7 +201,7 @@ def _sort(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
     ]
     downwards = numbers.random() < 0.25
     order = "from large to small" if downwards else "from small to large"
-    asked = numbers.choice(
+    requested = numbers.choice(
         ["Sort these numbers {}: {}", "Put these numbers in order, {}: {}", "Sort {}: {}"]
     )
     left, steps = list(items), []
@@ -211,7 +211,7 @@ def _sort(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
         left.remove(chosen)
     return GeneratedTask(
         "sort",
-        asked.format(order, _list(items)),
+        requested.format(order, _list(items)),
         "\n".join(steps),
         _list(sorted(items, reverse=downwards)),
     )
@@ -220,14 +220,14 @@ def _sort(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
 def _copy(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
     letters = [numbers.choice(LETTERS) for _ in range(numbers.randint(1, length))]
     backwards = numbers.random() < 0.25
-    asked = (
+    requested = (
         "Write these letters backwards: {}"
         if backwards
         else numbers.choice(["Copy these letters: {}", "Repeat: {}"])
     )
     answer = letters[::-1] if backwards else letters
     steps = f"{len(letters)} letters, {'last' if backwards else 'first'} {answer[0]}"
-    return GeneratedTask("copy", asked.format(" ".join(letters)), steps, " ".join(answer))
+    return GeneratedTask("copy", requested.format(" ".join(letters)), steps, " ".join(answer))
 
 
 def _number(numbers: random.Random, digits: int) -> int:

@@ -109,10 +109,10 @@ def problem(config: ModelConfig) -> str | None:
             return f"layer {index} is dense after layers of experts"
         if isinstance(feed, DeepSeekMoE):
             routed = True
-            if (said := moe.problem(feed)) is not None:
-                return said
-    if (said := moe.layer_mismatch(config)) is not None:
-        return said
+            if (output := moe.problem(feed)) is not None:
+                return output
+    if (output := moe.layer_mismatch(config)) is not None:
+        return output
     scaling = config.rope.scaling
     if (
         isinstance(scaling, YarnScaling)

@@ -93,13 +93,13 @@ def _windows(kind: str, keys: ConfigReader, depth: int) -> list[int | None]:
         sliding = [width is not None and layer >= begin for layer in range(depth)]
     types = keys.data.get("layer_types")
     if types is not None:
-        sliding = _told(types, sliding, keys, FAMILIES[kind].layer_types)
+        sliding = _reported(types, sliding, keys, FAMILIES[kind].layer_types)
         if width is None and any(sliding):
             keys.fail("layer_types", f"names {SLIDING!r}, but no sliding_window is in use")
     return [width if slides else None for slides in sliding]
 
 
-def _told(types: Any, default: list[bool], keys: ConfigReader, free: bool) -> list[bool]:
+def _reported(types: Any, default: list[bool], keys: ConfigReader, free: bool) -> list[bool]:
     """`layer_types` as one bool a layer. transformers' Llama and Mistral do not read it, so there
     it must not say anything new.
     """
@@ -108,10 +108,10 @@ def _told(types: Any, default: list[bool], keys: ConfigReader, free: bool) -> li
     for name in types:
         if name not in (FULL, SLIDING):
             keys.fail("layer_types", f"{name!r:.60} is not one of {FULL}, {SLIDING}")
-    told = [name == SLIDING for name in types]
-    if told != default and not free:
+    reported = [name == SLIDING for name in types]
+    if reported != default and not free:
         keys.fail("layer_types", f"a {keys.data['model_type']} model cannot differ by layer")
-    return told
+    return reported
 
 
 def _period(layers: list[Layer]) -> list[Layer]:

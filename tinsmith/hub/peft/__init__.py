@@ -1,1 +1,1 @@
-"""TODO."""
+"""LoRA adapters in PEFT's format."""

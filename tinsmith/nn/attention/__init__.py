@@ -1,1 +1,1 @@
-"""TODO."""
+"""Attention kernels, spans, caches, rotary embeddings and sparse selection."""

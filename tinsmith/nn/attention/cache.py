@@ -77,8 +77,8 @@ class RowState:
 
     def _make_room(self, bound: int, lengths: Tensor, capacity: int) -> None:
         if bound > capacity and len(lengths) and int(lengths.max()) > capacity:
-            told = f"a row of {int(lengths.max())} tokens, a cache with room for {capacity}"
-            raise CacheFull(f"{told}: make it larger, or the row shorter")
+            reported = f"a row of {int(lengths.max())} tokens, a cache with room for {capacity}"
+            raise CacheFull(f"{reported}: make it larger, or the row shorter")
 
     def _starts(self, segments_BT: Tensor, real_BT: Tensor) -> Tensor:
         """(B, T): where the document of each token began; a document goes on from call to call."""

@@ -154,13 +154,13 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Span, dropout: float) -> Tens
     """
     (rows, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     size = max(1, MASK_BYTES // max(1, rows * keys * (heads // groups)))
-    whole, said = seen.materialize(rows, queries, keys, q.device), []
+    whole, output = seen.materialize(rows, queries, keys, q.device), []
     for start in range(0, max(1, queries), size):  # one chunk, of nothing, where nobody asks
         part = slice(start, min(start + size, queries))
         end = seen.num_visible_keys(part.stop, queries, keys)
         mask_BTS = whole.slice_queries(part).mask(part.stop - start, end, q.device)
-        said.append(_sdpa(q[:, part], k[:, :end], v[:, :end], mask_BTS, dropout))
-    return torch.cat(said, 1)
+        output.append(_sdpa(q[:, part], k[:, :end], v[:, :end], mask_BTS, dropout))
+    return torch.cat(output, 1)
 
 
 def _sdpa(

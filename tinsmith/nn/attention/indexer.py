@@ -144,11 +144,11 @@ class IndexerKL:
         q, weight, k = _wide(self.index.narrow(part, keys))
         with no_autocast(q.device):
             fired_BCJN, scores_BCN = _scores(q, weight, k)
-            said_BCN = scores_BCN.masked_fill_(~visible_BCN, -math.inf).log_softmax(-1)
-            lost_BCN = target_BCN * (target_BCN.log() - said_BCN)
+            output_BCN = scores_BCN.masked_fill_(~visible_BCN, -math.inf).log_softmax(-1)
+            lost_BCN = target_BCN * (target_BCN.log() - output_BCN)
             lost_BC = lost_BCN.masked_fill_(target_BCN == 0, 0.0).sum(-1)
             self._lost += (lost_BC * counted_BC).sum()
-            slope_BCN = (said_BCN.exp_() - target_BCN) * counted_BC[..., None]
+            slope_BCN = (output_BCN.exp_() - target_BCN) * counted_BC[..., None]
             self._slopes.weight_BTJ[:, part] = (fired_BCJN @ slope_BCN[..., None]).squeeze(-1)
             slope_BCJN = (weight[..., None] * slope_BCN[:, :, None]).mul_(fired_BCJN > 0)
             slope_BXN = slope_BCJN.flatten(1, 2)

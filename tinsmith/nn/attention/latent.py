@@ -102,7 +102,7 @@ class DirectQueries(nn.Module):
         self.straight = nn.Linear(dim, heads * sum(self.widths), bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `LatentQueries`."""
+        """Project queries, as `LatentQueries` does."""
         return *_turned(self.straight(x), self.heads, self.widths, rotary), x
 
 

@@ -94,7 +94,8 @@ class Llama3Scaling(Config):
         _stretches(self.factor, self.original_max_seq_len)
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+                f"high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}"
             )
 
     def apply(self, frequencies: Tensor, theta: float) -> Tensor:

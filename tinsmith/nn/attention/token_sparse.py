@@ -71,7 +71,7 @@ def attend_topk_tokens(
     rows, queries, keys = *q_BTHD.shape[:2], k_BSGD.shape[1]
     whole = span.materialize(rows, queries, keys, q_BTHD.device)
     counted_BT = _counted(segments_BT, q_BTHD)
-    step, said = _queries_at_once(keys), []
+    step, output = _queries_at_once(keys), []
     lost = None if config.index_target is None else IndexerKL(index)
     attend = _again if torch.is_grad_enabled() and queries > step else _attend
     for begin in range(0, max(queries, 1), step):
@@ -80,13 +80,13 @@ def attend_topk_tokens(
         q_BCHD, index_C = q_BTHD[:, part], index.narrow(part, near)
         k_BNGD, v_BNGE = k_BSGD[:, :near], v_BSGE[:, :near]
         some = _choose(index_C, whole.slice_queries(part), config)
-        said.append(attend(q_BCHD, k_BNGD, v_BNGE, some))
+        output.append(attend(q_BCHD, k_BNGD, v_BNGE, some))
         if lost is not None:
             visible_BCN = _learned(some, near)
             wanted_BCN = target_attention(q_BCHD, k_BNGD, visible_BCN)
             lost.add(part, wanted_BCN, visible_BCN, counted_BT[:, part])
     mean = None if lost is None else lost.sum() / counted_BT.sum().clamp(min=1)
-    return torch.cat(said, 1), mean
+    return torch.cat(output, 1), mean
 
 
 def _counted(segments_BT: Tensor | None, q_BTHD: Tensor) -> Tensor:

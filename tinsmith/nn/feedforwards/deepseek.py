@@ -5,8 +5,8 @@
     w = scale s / sum of the chosen s                                   of `groups` equal groups
 
 The bias b chooses and never weighs. No gradient reaches it; after every optimizer step it moves by
-`bias_update_speed` against the load that the experts had in the global batch; casts leave it in at least
-float32. In training, `noise` s multiplies each logit by a number drawn evenly from 1 - s/2 to
+`bias_update_speed` against the load that the experts had in the global batch; casts leave it in at
+least float32. In training, `noise` s multiplies each logit by a number drawn evenly from 1 - s/2 to
 1 + s/2 (Tiny-R2), and the `balance` loss holds the unbiased choice of every row
 (`routing.balance.sequence`). With K = 1 the raw score counts: a weight of 1 would teach the gate
 nothing.
@@ -32,7 +32,9 @@ from tinsmith.nn.precision import Fp32Params
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekMoE(FeedForwardConfigBase):
-    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token meets."""
+    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token
+    meets.
+    """
 
     kind: Literal["deepseek_moe"] = "deepseek_moe"
     experts: Size = 8
@@ -76,7 +78,7 @@ class DeepSeekMoE(FeedForwardConfigBase):
         return self.n_group if self.topk_group is None else self.topk_group
 
     def build(self, build_ctx: BuildContext) -> "DeepSeekFeedForward":
-        """The module."""
+        """Build the module."""
         return DeepSeekFeedForward(self, build_ctx)
 
 
@@ -120,7 +122,7 @@ class DeepSeekFeedForward(Fp32Params, SparseMoEFeedForward):
         return {"balance": AuxLoss(value, self.config.balance_weight)}
 
     def router_state(self) -> dict[str, Tensor]:
-        """The bias."""
+        """Return the balancing bias."""
         return {"bias": self.bias}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Dense feed-forwards.
+"""Dense feed-forwards: configs of the networks in `nn.layers.mlp`.
 
 swiglu   y = W_down (SiLU(W_gate x) * W_up x)      (Shazeer, 2002.05202)
 relu2    y = W_down relu(W_up x)^2                 (So et al., 2109.08668)
@@ -7,12 +7,9 @@ relu2    y = W_down relu(W_up x)^2                 (So et al., 2109.08668)
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from tinsmith.core.parse import Size
-from tinsmith.nn.contract import BuildContext, Ctx, FeedForward, FeedForwardConfigBase, Out
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.contract import BuildContext, FeedForwardConfigBase
+from tinsmith.nn.layers.mlp import ReLU2FeedForward, SwiGLUFeedForward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +23,9 @@ class SwiGLU(FeedForwardConfigBase):
     def __post_init__(self) -> None:
         _positive(self.hidden_dim)
 
-    def build(self, build_ctx: BuildContext) -> "SwiGLUFeedForward":
-        """The module."""
-        return SwiGLUFeedForward(self, build_ctx)
+    def build(self, build_ctx: BuildContext) -> SwiGLUFeedForward:
+        """Build the module."""
+        return SwiGLUFeedForward(build_ctx.dim, self.hidden_dim, self.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,44 +39,9 @@ class ReLU2(FeedForwardConfigBase):
     def __post_init__(self) -> None:
         _positive(self.hidden_dim)
 
-    def build(self, build_ctx: BuildContext) -> "ReLU2FeedForward":
-        """The module."""
-        return ReLU2FeedForward(self, build_ctx)
-
-
-class SwiGLUFeedForward(FeedForward):
-    """The module of `SwiGLU`."""
-
-    def __init__(self, config: SwiGLU, build_ctx: BuildContext):
-        super().__init__()
-        self.gate_proj = nn.Linear(build_ctx.dim, config.hidden_dim, bias=config.bias)
-        self.up_proj = nn.Linear(build_ctx.dim, config.hidden_dim, bias=config.bias)
-        self.down_proj = ResidualProj(config.hidden_dim, build_ctx.dim, bias=config.bias)
-
-    def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
-        return Out(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
-
-    def flops(self) -> int:
-        """Three products."""
-        return 6 * self.gate_proj.in_features * self.gate_proj.out_features
-
-
-class ReLU2FeedForward(FeedForward):
-    """The module of `ReLU2`."""
-
-    def __init__(self, config: ReLU2, build_ctx: BuildContext):
-        super().__init__()
-        self.up_proj = nn.Linear(build_ctx.dim, config.hidden_dim, bias=config.bias)
-        self.down_proj = ResidualProj(config.hidden_dim, build_ctx.dim, bias=config.bias)
-
-    def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
-        return Out(self.down_proj(F.relu(self.up_proj(x)).square()))
-
-    def flops(self) -> int:
-        """Two products."""
-        return 4 * self.up_proj.in_features * self.up_proj.out_features
+    def build(self, build_ctx: BuildContext) -> ReLU2FeedForward:
+        """Build the module."""
+        return ReLU2FeedForward(build_ctx.dim, self.hidden_dim, self.bias)
 
 
 def _positive(hidden: int) -> None:

@@ -56,7 +56,7 @@ class DynMoE(CosineRouterConfig, SurpriseRouterConfig, FeedForwardConfigBase):
             raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
 
     def build(self, build_ctx: BuildContext) -> "DynMoEFeedForward":
-        """The module."""
+        """Build the module."""
         return DynMoEFeedForward(self, build_ctx)
 
 
@@ -69,7 +69,7 @@ class DynMoEFeedForward(FeedForward, CosineRouted):
         self.gate = CosineRouter(config, build_ctx.dim, build_ctx.layer_idx)
         self.experts = Experts(build_ctx.dim, config.experts, config.hidden_dim, config.activation)
         # a compiler cannot make tensors that wait for a gradient; only here, as it loads one
-        self._listen = cast(
+        self._attach = cast(
             AttachProbes,
             torch.compiler.disable(attach_probes) if config.uses_surprise else attach_probes,
         )
@@ -86,7 +86,7 @@ class DynMoEFeedForward(FeedForward, CosineRouted):
         return Out(y_ND.view_as(x), choice.losses, choice.stats)
 
     def _listening(self, x: Tensor, choice: CosineRouterOutput) -> Out:
-        y_ND, probes = self._listen(
+        y_ND, probes = self._attach(
             self.experts,
             x.flatten(0, 1),
             choice.mask_NE,
@@ -105,7 +105,7 @@ class DynMoEFeedForward(FeedForward, CosineRouted):
         )
 
     def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
-        """Re-birth."""
+        """Re-initialise dead experts at the end of a window."""
         return self.gate.post_step(stats, expert_reset_stds(self.experts))
 
     def flops(self) -> int:

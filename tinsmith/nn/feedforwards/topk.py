@@ -25,7 +25,9 @@ from tinsmith.nn.moe.router import RouterOutput, combine_weights
 
 @dataclass(frozen=True, kw_only=True)
 class TopKMoE(FeedForwardConfigBase):
-    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token meets."""
+    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token
+    meets.
+    """
 
     kind: Literal["topk_moe"] = "topk_moe"
     experts: Size = 4
@@ -43,7 +45,7 @@ class TopKMoE(FeedForwardConfigBase):
         check_coefficients(balance_weight=self.balance_weight, z_weight=self.z_weight)
 
     def build(self, build_ctx: BuildContext) -> "TopKFeedForward":
-        """The module."""
+        """Build the module."""
         return TopKFeedForward(self, build_ctx)
 
 
@@ -56,7 +58,7 @@ class TopKFeedForward(SparseMoEFeedForward):
         self.config = config
 
     def route(self, x_ND: Tensor) -> RouterOutput:
-        """By probability."""
+        """Select experts by probability."""
         logits_NE = self.router(x_ND)
         probabilities_NE = logits_NE.softmax(-1)
         choices_NK = must_save(stable_topk(probabilities_NE, self.top_k))

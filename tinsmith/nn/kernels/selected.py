@@ -30,7 +30,7 @@ def forward(
     cache_position_NT: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `parts.selected._attend`."""
+    """Compute `attention.block_sparse.torch_forward` in Triton."""
     rows, queries, heads, width = q_NTJD.shape
     y_NTJD = torch.empty_like(q_NTJD, memory_format=torch.contiguous_format)
     level_NTJ = q_NTJD.new_empty(q_NTJD.shape[:3], dtype=torch.float32)
@@ -58,7 +58,7 @@ def backward(
     cache_position_NT: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `parts.selected._backward`."""
+    """Compute `attention.block_sparse.torch_backward` in Triton."""
     rows, queries, heads, width = q_NTJD.shape
     keys, count = k_NSD.shape[1], begins_NTC.shape[2]
     along_NTJ = (dy_NTJD.float() * y_NTJD).sum(-1)
@@ -72,9 +72,9 @@ def backward(
     sorted_NX, order_NX = begins_NTC.flatten(1).sort(stable=True)
     edges = torch.arange(keys + 1, device=q_NTJD.device).expand(rows, -1).contiguous()
     first_NS = torch.searchsorted(sorted_NX, edges)
-    asked_NX = (order_NX // max(count, 1)).contiguous()
+    requested_NX = (order_NX // max(count, 1)).contiguous()
     more = (
-        asked_NX,
+        requested_NX,
         first_NS,
         cache_position_NT,
         dk_NSD,
@@ -82,7 +82,7 @@ def backward(
         scale,
         queries,
         keys,
-        asked_NX.shape[1],
+        requested_NX.shape[1],
     )
     many = max(QUERY_TILE // sizes["JP"], 1)
     _launch(_backward_keys, (keys, rows), *given, *more, **sizes, MANY=many)
@@ -188,7 +188,7 @@ def _backward_queries(
 
 @triton.jit
 def _backward_keys(
-    dy, along, level, q, k, v, asked, first, place, dk, dv, scale, T, S, X,
+    dy, along, level, q, k, v, requested, first, place, dk, dv, scale, T, S, X,
     J: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
     JP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def _backward_keys(
         for i in range(low, high, MANY):
             turn = i + x // JP
             there = (turn < high) & (j < J)
-            t = tl.load(asked + n * X + turn, mask=there, other=0)
+            t = tl.load(requested + n * X + turn, mask=there, other=0)
             here_X = tl.load(place + n * T + t, mask=there, other=-1).to(tl.int64)
             head = (n * T + t) * J + j
             q_XD, dy_XD = _tile(q, head, there, D, DP), _tile(dy, head, there, D, DP)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Norms, initialisation and top-k selection."""

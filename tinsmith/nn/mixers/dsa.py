@@ -33,7 +33,7 @@ class DSA(IndexedHeads):
     kind: Literal["dsa"] = "dsa"
 
     def build(self, build_ctx: BuildContext) -> "DSAMixer":
-        """The module."""
+        """Build the module."""
         return DSAMixer(self, build_ctx)
 
 

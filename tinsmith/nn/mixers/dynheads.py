@@ -65,11 +65,11 @@ class DynHeads(CosineRouterConfig, MixerConfigBase):
         )
 
     def check(self, dim: int) -> None:
-        """As gqa."""
+        """The equivalent config of grouped-query attention."""
         self.gqa_config.check(dim)
 
     def build(self, build_ctx: BuildContext) -> "DynHeadsMixer":
-        """The module."""
+        """Build the module."""
         return DynHeadsMixer(self, build_ctx)
 
 

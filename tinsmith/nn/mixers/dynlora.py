@@ -14,7 +14,7 @@ Legend: B rows, T tokens, N = B T, E experts, P pairs, R rank, D width, I inputs
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,14 @@ class DynLoRA(CosineRouterConfig, MixerConfigBase):
         return self.base.value_residual_shape(dim)
 
     def build(self, build_ctx: BuildContext) -> "DynLoRAMixer":
-        """The module."""
+        """Build the module."""
         return DynLoRAMixer(self, build_ctx)
 
 
 class LowRankExperts(nn.Module):
-    """A change B_e A_e to a linear layer for each of E experts."""
+    """A low-rank change B_e A_e to a linear layer for each of E experts."""
+
+    EXPERT_STACKS: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __init__(self, experts: int, layer: nn.Linear, rank: int):
         super().__init__()
@@ -107,7 +109,7 @@ class DynLoRAMixer(Mixer, CosineRouted):
 
     @property
     def deltas(self) -> tuple[LowRankExperts, ...]:
-        """All changes."""
+        """Compute the low-rank changes of all experts."""
         return self.q_delta, self.k_delta, self.v_delta, self.o_delta
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
@@ -134,8 +136,8 @@ class DynLoRAMixer(Mixer, CosineRouted):
 
     def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
         """Count, and let experts that never fire begin anew."""
-        births = {delta.down: delta.init_std for delta in self.deltas}
-        return self.gate.post_step(stats, births | {delta.up: 0.0 for delta in self.deltas})
+        resets = {delta.down: delta.init_std for delta in self.deltas}
+        return self.gate.post_step(stats, resets | {delta.up: 0.0 for delta in self.deltas})
 
     def flops(self, seq_len: int) -> int:
         """The base, the gate, and as many changes as a token is to have."""

@@ -19,7 +19,7 @@ from tinsmith.core.parse import Size
 from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
 from tinsmith.nn.attention.core import GroupedHeads, attend, attention_span
 from tinsmith.nn.attention.rope import apply_rotary_emb
-from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out, TensorSplit
 from tinsmith.nn.layers.init import ResidualProj
 from tinsmith.nn.layers.norm import RMSNorm
 
@@ -48,7 +48,7 @@ class GQA(GroupedHeads):
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
 
     def build(self, build_ctx: BuildContext) -> "GQAMixer":
-        """The module."""
+        """Build the module."""
         return GQAMixer(self, build_ctx)
 
 
@@ -151,3 +151,7 @@ class GQAMixer(AttentionMixer):
     def flops(self, seq_len: int) -> int:
         """Projections and attention."""
         return int(self.projection_flops() + self.attention_flops(seq_len))
+
+    def tensor_plan(self) -> dict[str, TensorSplit]:
+        """Split heads: queries, keys and values by columns, the output projection by rows."""
+        return {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}

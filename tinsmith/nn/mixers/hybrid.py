@@ -60,7 +60,7 @@ class Hybrid(BranchedHeads):
         return MODES[self.mode or "nsa"] if self.branches is None else self.branches
 
     def build(self, build_ctx: BuildContext) -> "HybridMixer":
-        """The module."""
+        """Build the module."""
         return HybridMixer(self, build_ctx)
 
 
@@ -91,22 +91,24 @@ class HybridMixer(Mixer):
         at = block_positions(seen, x.shape[1], keys, x.device)
         dropout = self.dropout if self.training else 0.0
         nope_BTHN = nope_BTHN * self.nope_factor
-        asked = BranchInputs(x, nope_BTHN, rope_BTHR, source, rotary, ctx, seen, at, dropout)
-        said, losses = [], {}
+        requested = BranchInputs(x, nope_BTHN, rope_BTHR, source, rotary, ctx, seen, at, dropout)
+        output, losses = [], {}
         for name, branch in self.branches.items():
-            y_BTHV, more = branch(asked, None if cache is None else cache.branch_caches[name])
-            said.append(y_BTHV)
+            y_BTHV, more = branch(requested, None if cache is None else cache.branch_caches[name])
+            output.append(y_BTHV)
             losses |= more
-        return Out(self.o_proj(self._mixed(x, said).flatten(2)), losses)
+        return Out(self.o_proj(self._mixed(x, output).flatten(2)), losses)
 
-    def _mixed(self, x: Tensor, said: list[Tensor]) -> Tensor:
+    def _mixed(self, x: Tensor, output: list[Tensor]) -> Tensor:
         if self.branch_gate is None:
-            return said[0]
-        scores_BTHZ = self.branch_gate(x).to(at_least_fp32(x.dtype)).unflatten(-1, (-1, len(said)))
+            return output[0]
+        scores_BTHZ = (
+            self.branch_gate(x).to(at_least_fp32(x.dtype)).unflatten(-1, (-1, len(output)))
+        )
         softmax = self.config.gate == "softmax"
         gates_BTHZ = scores_BTHZ.softmax(-1) if softmax else scores_BTHZ.sigmoid()
-        parts = (gate * y for gate, y in zip(gates_BTHZ[..., None].unbind(3), said, strict=True))
-        return sum(parts, start=torch.zeros_like(said[0])).to(said[0].dtype)
+        parts = (gate * y for gate, y in zip(gates_BTHZ[..., None].unbind(3), output, strict=True))
+        return sum(parts, start=torch.zeros_like(output[0])).to(output[0].dtype)
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -120,8 +122,8 @@ class HybridMixer(Mixer):
 
     def flops(self, seq_len: int) -> int:
         """Projections, and what each branch does with the tokens that it sees on average."""
-        said = sum(branch.flops(seq_len) for branch in self.branches.values())
-        return int(linear_flops(self) + said)
+        output = sum(branch.flops(seq_len) for branch in self.branches.values())
+        return int(linear_flops(self) + output)
 
 
 class HybridCache:

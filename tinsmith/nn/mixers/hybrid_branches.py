@@ -63,7 +63,7 @@ class BranchInputs(NamedTuple):
     x: Tensor
     nope_BTHN: Tensor
     rope_BTHR: Tensor
-    """Turned."""
+    """Rotated query part, (B, T, H, rope_dim)."""
     query_input: Tensor
     """What queries are made of."""
     rotary: Rotary | None
@@ -123,48 +123,52 @@ class CompressBranch(AttentionBranch):
         return (self._absorbed if few else self._expanded)(inputs, latent_BMC, rope_BMR), {}
 
     def _cut(
-        self, asked: BranchInputs, latent_BTC: Tensor, rope_BTR: Tensor
+        self, requested: BranchInputs, latent_BTC: Tensor, rope_BTR: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The blocks of the tokens of one call."""
 
         def cut(tensor: Tensor) -> Tensor:
-            return self.config.block_layout.gather_blocks(tensor, asked.span)
+            return self.config.block_layout.gather_blocks(tensor, requested.span)
 
         rope_BMR = self.pool_key(cut(rope_BTR))
-        if asked.rotary is not None:
-            tables = (table.expand(len(rope_BTR), -1, -1) for table in asked.rotary)
+        if requested.rotary is not None:
+            tables = (table.expand(len(rope_BTR), -1, -1) for table in requested.rotary)
             cos, sin = (cut(table)[:, :, -1] for table in tables)
             rope_BMR = apply_rotary_emb(rope_BMR[:, :, None], (cos, sin))[:, :, 0]
         return self.pool_latent(cut(latent_BTC)), rope_BMR
 
     def _kept(
-        self, asked: BranchInputs, cache: BlockCache, latent_BTC: Tensor, rope_BTR: Tensor
+        self, requested: BranchInputs, cache: BlockCache, latent_BTC: Tensor, rope_BTR: Tensor
     ) -> tuple[Tensor, Tensor]:
         """All blocks so far, those that end in this call taken in."""
-        ended = cache.append(asked.ctx.segments, asked.block_positions, latent_BTC, rope_BTR)
-        latent_ELC, rope_ELR = (tokens.to(asked.x.dtype) for tokens in ended.tokens)
+        ended = cache.append(
+            requested.ctx.segments, requested.block_positions, latent_BTC, rope_BTR
+        )
+        latent_ELC, rope_ELR = (tokens.to(requested.x.dtype) for tokens in ended.tokens)
         rope_ER = self.pool_key(rope_ELR)
-        if asked.rotary is not None:
-            tables = (table.expand(len(rope_BTR), -1, -1) for table in asked.rotary)
+        if requested.rotary is not None:
+            tables = (table.expand(len(rope_BTR), -1, -1) for table in requested.rotary)
             cos, sin = (table[ended.row_E, ended.column_E][:, None] for table in tables)
             rope_ER = apply_rotary_emb(rope_ER[:, None, None], (cos, sin))[:, 0, 0]
         kept = cache.append_blocks(ended, self.pool_latent(latent_ELC), rope_ER)
-        latent_BMC, rope_BMR = (tensor.to(asked.x.dtype) for tensor in kept)
+        latent_BMC, rope_BMR = (tensor.to(requested.x.dtype) for tensor in kept)
         return latent_BMC, rope_BMR
 
-    def _expanded(self, asked: BranchInputs, latent_BMC: Tensor, rope_BMR: Tensor) -> Tensor:
+    def _expanded(self, requested: BranchInputs, latent_BMC: Tensor, rope_BMR: Tensor) -> Tensor:
         k_BMHD, v_BMHV = self.keys.expand(latent_BMC, rope_BMR)
-        return self._attend(asked.q_BTHD, k_BMHD, v_BMHV, asked)
+        return self._attend(requested.q_BTHD, k_BMHD, v_BMHV, requested)
 
-    def _absorbed(self, asked: BranchInputs, latent_BMC: Tensor, rope_BMR: Tensor) -> Tensor:
-        q_BTHD = self.keys.absorb_queries(asked.nope_BTHN, asked.rope_BTHR)
+    def _absorbed(self, requested: BranchInputs, latent_BMC: Tensor, rope_BMR: Tensor) -> Tensor:
+        q_BTHD = self.keys.absorb_queries(requested.nope_BTHN, requested.rope_BTHR)
         k_BM1D = torch.cat((latent_BMC, rope_BMR), -1)[:, :, None]
-        return self.keys.project_values(self._attend(q_BTHD, k_BM1D, latent_BMC[:, :, None], asked))
+        return self.keys.project_values(
+            self._attend(q_BTHD, k_BM1D, latent_BMC[:, :, None], requested)
+        )
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, asked: BranchInputs) -> Tensor:
-        blocks, dropout = self.config.block_layout, asked.dropout
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, requested: BranchInputs) -> Tensor:
+        blocks, dropout = self.config.block_layout, requested.dropout
         return attend_compressed(
-            q, k, v, blocks, asked.block_positions, kind=self.kind, dropout=dropout
+            q, k, v, blocks, requested.block_positions, kind=self.kind, dropout=dropout
         )
 
     def new_cache(

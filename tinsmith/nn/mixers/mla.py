@@ -31,7 +31,7 @@ class MLA(LatentHeads):
     kind: Literal["mla"] = "mla"
 
     def build(self, build_ctx: BuildContext) -> "MLAMixer":
-        """The module."""
+        """Build the module."""
         return MLAMixer(self, build_ctx)
 
 

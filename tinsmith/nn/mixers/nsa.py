@@ -94,7 +94,7 @@ class NSA(GroupedHeads):
         return BlockLayout(self.compress_block, self.compress_stride)
 
     def build(self, build_ctx: BuildContext) -> "NSAMixer":
-        """The module."""
+        """Build the module."""
         return NSAMixer(self, build_ctx)
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Routers, dispatch and experts of mixtures of experts."""

@@ -7,7 +7,7 @@ Legend: N tokens, P pairs, E experts, D width, H width of an expert.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,12 @@ class Experts(nn.Module):
 
 
 class ExpertWeight(nn.Module):
-    """A matrix (O, I) for each of E experts, without biases; `parts.grouped` multiplies by them."""
+    """A stack of matrices (E, O, I), one per expert, without biases; see `moe.grouped_gemm`."""
+
+    EXPERT_STACKS: ClassVar[tuple[str, ...]] = ("weight",)
+    """Names of 3-D parameters that are stacks of matrices. LoRA, quantisation and Muon treat each
+    slice of them as a matrix. Any other 3-D parameter, such as a convolution kernel, is not one.
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int):
         super().__init__()

@@ -4,7 +4,7 @@
     outer     G_e = sum_p dy_p x_p'      over the rows p of group e
 
 Group e has the rows from `ends[e - 1]` (0 for the first) to `ends[e]`; rows past the last end
-belong to nobody: 0 comes of them and nothing is computed. Each of the two is the other's gradient,
+belong to no group: their output is 0. Each of the two is the other's gradient,
 so any order of derivative exists. On a GPU that is `F.grouped_mm`, which waits for nothing;
 elsewhere, and in float64, a loop of products, which a CPU runs as fast. Both operators are opaque
 to torch.compile.
@@ -81,8 +81,8 @@ def grouped_linear_cuda(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Ten
     if not (_serves(x_PI, weight_EOI, weight_EOI.mT) and len(x_PI)):
         return grouped_linear_loop(x_PI, weight_EOI, ends_E)
     y_PO = F.grouped_mm(x_PI.contiguous(), weight_EOI.mT, offs=ends_E)
-    nobody = torch.arange(len(y_PO), device=y_PO.device) >= ends_E[-1]
-    return y_PO.masked_fill_(nobody[:, None], 0)
+    beyond_P = torch.arange(len(y_PO), device=y_PO.device) >= ends_E[-1]
+    return y_PO.masked_fill_(beyond_P[:, None], 0)
 
 
 def grouped_outer_cuda(dy_PO: Tensor, x_PI: Tensor, ends_E: Tensor) -> Tensor:

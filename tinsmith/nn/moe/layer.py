@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tinsmith.nn.contract import BuildContext, Ctx, FeedForward, Out, Routed
-from tinsmith.nn.feedforwards.dense import ReLU2, SwiGLU
+from tinsmith.nn.layers.mlp import ReLU2FeedForward, SwiGLUFeedForward
 from tinsmith.nn.moe.dispatch import combine, plan_from_indices
 from tinsmith.nn.moe.experts import Activation, Experts
 from tinsmith.nn.moe.router import RouterLinear, RouterOutput, entropy
 
-SHARED_EXPERT_CONFIGS = {"swiglu": SwiGLU, "relu2": ReLU2}
+SHARED_EXPERTS = {"swiglu": SwiGLUFeedForward, "relu2": ReLU2FeedForward}
 
 
 class AuxLoss(NamedTuple):
@@ -64,11 +64,9 @@ class SparseMoEFeedForward(FeedForward, Routed):
         self.num_experts, self.top_k = num_experts, top_k
         self.router = RouterLinear(build_ctx.dim, num_experts)
         self.experts = Experts(build_ctx.dim, num_experts, hidden_dim, activation)
-        dense = SHARED_EXPERT_CONFIGS[activation]
+        dense = SHARED_EXPERTS[activation]
         self.shared = (
-            dense(hidden_dim=n_shared_experts * hidden_dim).build(build_ctx)
-            if n_shared_experts
-            else None
+            dense(build_ctx.dim, n_shared_experts * hidden_dim) if n_shared_experts else None
         )
 
     def route(self, x_ND: Tensor) -> RouterOutput:

@@ -8,9 +8,9 @@ to the layer's output at this token,
 
 with da and db as they come of dy = g (Goodfellow, 1510.01799, found the same for dense layers; for
 relu(b)^2 there is no a). It is what autograd would say of a copy of the weights for each token,
-including what a token does to others through layers above, at a cost of a few numbers per pair:
-the one backward pass forms g, da and db anyway, and leaves their norms in zero tensors that took
-part (`Out.grad_probes`). da and db there come of c g, c the expert's weight in the token's sum; S is
+including what a token does to others through layers above, at a cost of a few numbers per pair: the
+one backward pass forms g, da and db anyway, and leaves their norms in zero tensors that took part
+(`Out.grad_probes`). da and db there come of c g, c the expert's weight in the token's sum; S is
 that of c = 1, or it would only say who has the smaller weight.
 
 Legend: N tokens, E experts, P pairs of them, D width, H width of an expert.
@@ -64,7 +64,7 @@ class CollectedProbes(NamedTuple):
     output_norm_NE: Tensor
     """|y|, the length of what each expert said; 0 where not active."""
     grad_norm_N: Tensor
-    """|g|."""
+    """Norm |g| of the output gradient of each token."""
     output_grad_ND: Tensor | None
     """g, where `listen` was asked for it."""
     loss_scale: Tensor

@@ -126,8 +126,8 @@ def add_router_gradients(
         accumulate_grad(parameter, gradient)
     if config.sml_local:
         _learn_locally(config, experts, found, logits_NE.detach(), known_NE)
-    judged = known_NE.any(-1).sum()
-    return stats | {"router_loss": lost.detach() * judged, "router_tokens": judged}
+    scored = known_NE.any(-1).sum()
+    return stats | {"router_loss": lost.detach() * scored, "router_tokens": scored}
 
 
 def smk(
@@ -140,8 +140,8 @@ def smk(
     else:
         least = stable_topk((-relative_NE).masked_fill(~candidates_NE, -torch.inf), 1)
         target_NE = torch.zeros_like(logits_NE).scatter(-1, least, 1.0)
-    said_NE = logits_NE.masked_fill(~candidates_NE, -torch.inf).log_softmax(-1)
-    return _mean(-target_NE * said_NE.where(candidates_NE, 0), candidates_NE)
+    output_NE = logits_NE.masked_fill(~candidates_NE, -torch.inf).log_softmax(-1)
+    return _mean(-target_NE * output_NE.where(candidates_NE, 0), candidates_NE)
 
 
 def sml(logits_NE: Tensor, surprise_NE: Tensor, candidates_NE: Tensor) -> Tensor:
@@ -193,8 +193,8 @@ def _candidates(
         count = min(config.extra_candidates, drawn_NE.shape[1])
         extra_NE = torch.zeros_like(active_NE).scatter(-1, drawn_NE.topk(count, -1).indices, True)
         known_NE = (active_NE | extra_NE) & known_NE
-    said = closed_form_surprise(_weights(experts), found.x_ND, found.output_grad_ND, known_NE)
-    return *said, known_NE
+    output = closed_form_surprise(_weights(experts), found.x_ND, found.output_grad_ND, known_NE)
+    return *output, known_NE
 
 
 def _weights(experts: Experts) -> ExpertMatrices:
@@ -234,8 +234,9 @@ def _learn_locally(
 def _report(
     surprise_NE: Tensor, size_NE: Tensor, known_NE: Tensor, usual: Tensor, upstream_N: Tensor
 ) -> dict[str, Tensor]:
-    """ "surprise": S / |g|, summed over "pairs"; "inactive_fraction": tokens, of "compared" with two candidates
-    or more, whose least surprised one says nothing beside `usual` |y|; "surprise_norm_corr": corr(S, |y|) times
+    """Return statistics of the router. "surprise": S / |g|, summed over "pairs".
+    "inactive_fraction": tokens, of "compared" with two candidates or more, whose candidate of least
+    surprise has an output near zero beside `usual` |y|. "surprise_norm_corr": corr(S, |y|) times
     "compared".
     """
     pairs = known_NE.sum()

@@ -55,7 +55,7 @@ class Hyper(MultiStreamConfigBase):
             raise ValueError(f"dim={dim} must be a multiple of fracs={self.fracs}")
 
     def build(self, build_ctx: BuildContext) -> "HyperResidual":
-        """The module."""
+        """Build the module."""
         return HyperResidual(self, build_ctx)
 
 

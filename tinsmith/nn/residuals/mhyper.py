@@ -62,7 +62,7 @@ class MHyper(MultiStreamConfigBase):
             raise ValueError(f"{given} must be at least {MIN_TEMPERATURE}")
 
     def build(self, build_ctx: BuildContext) -> "MHyperResidual":
-        """The module."""
+        """Build the module."""
         return MHyperResidual(self, build_ctx)
 
 

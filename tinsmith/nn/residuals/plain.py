@@ -15,7 +15,7 @@ class Plain(ResidualConfigBase):
     kind: Literal["plain"] = "plain"
 
     def build(self, build_ctx: BuildContext) -> "PlainResidual":
-        """The module."""
+        """Build the module."""
         return PlainResidual()
 
     def expand(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class PlainResidual(Residual):
         return h + y
 
     def flops(self) -> int:
-        """No product."""
+        """Return 0: there is no matrix product."""
         return 0
 
     def activation_bytes(self) -> int:

@@ -57,8 +57,8 @@ def project_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     never written down.
     """
     project = _Project.apply if use_custom_backward() else _project
-    said: tuple[Tensor, Tensor] = project(x, weight, eps)  # type: ignore[assignment]
-    return said[0]
+    output: tuple[Tensor, Tensor] = project(x, weight, eps)  # type: ignore[assignment]
+    return output[0]
 
 
 def _project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Shared code of the reinforcement-learning objectives: rollouts, advantages, metrics, tools."""

@@ -2,10 +2,11 @@
 
     prompts -> answers -> rewards -> advantages -> `updates` passes over `minibatches` parts
 
-A rollout takes `train.batch_size` prompts over all processes, `answers` times each. Its parts are the
-micro-batches of the trainer: with `train.grad_accum_steps` equal to `minibatches`, a pass is one
-optimizer step. Part k has every `minibatches`-th prompt, whole groups, so that parts are the same
-however many processes there are. The rollout in hand and the place in it are saved with the run.
+A rollout takes `train.batch_size` prompts over all processes, `answers` times each. Its parts are
+the micro-batches of the trainer: with `train.grad_accum_steps` equal to `minibatches`, a pass is
+one optimizer step. Part k has every `minibatches`-th prompt, whole groups, so that parts are the
+same however many processes there are. The rollout in hand and the place in it are saved with the
+run.
 
 The policy has no dropout and no router noise (`still.py`), so at the first step after a rollout the
 new policy is the old one: every ratio is 1.
@@ -80,7 +81,7 @@ class RLConfig(ObjectiveConfigBase):
     max_turns: Count = 3
     """Answers of an episode with tools, at most."""
     seed: int = 0
-    """Of sampling."""
+    """Random seed of sampling."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -116,7 +117,8 @@ class RLConfig(ObjectiveConfigBase):
         """Parts of a rollout are equal."""
         if num_prompts % self.num_minibatches:
             raise UserError(
-                f"objective.num_minibatches: {self.num_minibatches} must divide the {num_prompts} prompts of a "
+                f"objective.num_minibatches: {self.num_minibatches} must divide the {num_prompts} "
+                "prompts of a "
                 "process (train.batch_size over the processes)"
             )
 
@@ -215,9 +217,9 @@ class RLObjective(Objective):
         limits: GenerationLimits | None = None,
     ) -> list[Rollout]:
         """One answer to each prompt."""
-        asked, drawn = [prompt.ids for prompt in prompts], limits or self.limits
+        requested, drawn = [prompt.ids for prompt in prompts], limits or self.limits
         return generate_rollouts(
-            policy, asked, seeds, drawn, reply=self.reply, poll=self.peers.poll
+            policy, requested, seeds, drawn, reply=self.reply, poll=self.peers.poll
         )
 
     def compute_rewards(self, prompts: list[Prompt], episodes: list[Rollout]) -> Tensor:
@@ -234,13 +236,13 @@ class RLObjective(Objective):
             Response(prompt, self.tokenizer.decode(self.response_ids(episode)), episode.ids)
             for prompt, episode in zip(prompts, episodes, strict=True)
         ]
-        judged = score_responses(self.weighted_rewards, answers)
-        for failure in judged.failures:
-            judged.rewards[failure.response_index] = math.nan
+        scored = score_responses(self.weighted_rewards, answers)
+        for failure in scored.failures:
+            scored.rewards[failure.response_index] = math.nan
             print_warning(
                 f"no reward: {failure.reward_name} of prompt {failure.prompt_id}: {failure.reason}"
             )
-        return judged.rewards
+        return scored.rewards
 
     def response_ids(self, episode: Rollout) -> list[int]:
         """What was said last, without its end."""
@@ -268,27 +270,27 @@ class RLObjective(Objective):
         greedy = replace(self.limits, temperature=0.0)
         episodes = self.generate(policy, prompts, [0] * count, greedy)
         rewards = self.compute_rewards(prompts, episodes)
-        said = sum(sum(episode.response_mask) for episode in episodes)
+        output = sum(sum(episode.response_mask) for episode in episodes)
         cut = sum(episode.finish_reason != "stop" for episode in episodes)
         reward = float(rewards.nanmean())
-        told = {
+        reported = {
             "reward": reward,
-            "completion_length": said / count,
+            "completion_length": output / count,
             "truncated_fraction": cut / count,
         }
         if self.config.tools:
-            told["turns"] = sum(episode.turns for episode in episodes) / count
-        return told | {"loss": -reward}
+            reported["turns"] = sum(episode.turns for episode in episodes) / count
+        return reported | {"loss": -reward}
 
     def logprobs(self, lm: LM, rows: RolloutBatch) -> tuple[Tensor, ModelOut]:
         """(B, T) log-probabilities of what was said, at the sampling temperature, and what the
         model said beside.
         """
         out = lm(rows.ids, segments=rows.segments, logits=False)
-        said = target_logprobs(
+        output = target_logprobs(
             out.hidden, rows.targets, rows.mask, lm.head, self.config.temperature
         )
-        return said, out
+        return output, out
 
     def state(self) -> dict[str, object]:
         """The place in the rollout."""

@@ -127,6 +127,7 @@ class RolloutRunner:
 
     @property
     def busy(self) -> bool:
+        """True while any rollout is unfinished."""
         return bool(self._running)
 
     def submit(self, episode: Rollout) -> None:
@@ -151,9 +152,9 @@ class RolloutRunner:
     def _end(self, episode: Rollout, finish: str) -> None:
         episode.finish_reason = finish
         episode.turns += 1
-        heard = self._reply(episode) if self._reply and finish == "stop" else ()
-        if heard:
-            episode.append_observation(heard)
+        received = self._reply(episode) if self._reply and finish == "stop" else ()
+        if received:
+            episode.append_observation(received)
             self.submit(episode)
 
 

@@ -153,16 +153,16 @@ class ToolRunner:
     def execute(self, call: str) -> str:
         """What a tool says to a call, or what is wrong with the call."""
         try:
-            asked = json.loads(call)
+            requested = json.loads(call)
         except (ValueError, RecursionError):
             return "error: a call is a JSON object"
-        if not isinstance(asked, dict) or not isinstance(asked.get("arguments"), dict):
+        if not isinstance(requested, dict) or not isinstance(requested.get("arguments"), dict):
             return "error: a call has a name and arguments"
-        tool = self._tools.get(str(asked.get("name")))
+        tool = self._tools.get(str(requested.get("name")))
         if tool is None:
             return f"error: there is no such tool; there is {', '.join(self._tools)}"
         try:
-            return tool(asked["arguments"])
+            return tool(requested["arguments"])
         except ValueError as error:
             return f"error: {error}"
 
@@ -171,11 +171,13 @@ class ToolRunner:
         turn.
         """
         call = Call(name="calculator", arguments={})
-        asked = Message(role="user", content="?")
-        said = Message(role="assistant", content="", calls=(call,) * len(results))
-        told = [Message(role="tool", content=result) for result in results]
-        before = encode_chat(self._tokenizer, Conversation(messages=(asked, said)))
+        requested = Message(role="user", content="?")
+        output = Message(role="assistant", content="", calls=(call,) * len(results))
+        reported = [Message(role="tool", content=result) for result in results]
+        before = encode_chat(self._tokenizer, Conversation(messages=(requested, output)))
         turn = len(before.mask) - before.mask[::-1].index(True)
-        whole = encode_prompt(self._tokenizer, Conversation(messages=(asked, said, *told)))
+        whole = encode_prompt(
+            self._tokenizer, Conversation(messages=(requested, output, *reported))
+        )
         assert whole[:turn] == before.ids[:turn], "a template never changes what was said"
         return whole[turn:]

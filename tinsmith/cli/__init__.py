@@ -7,56 +7,35 @@ from typing import Annotated
 
 import typer
 
+from tinsmith.cli.config import config_app
+from tinsmith.cli.options import (
+    Device,
+    Imports,
+    Json,
+    MaxNew,
+    MinP,
+    ModelPath,
+    More,
+    Overrides,
+    Recipe,
+    RepetitionPenalty,
+    Scaling,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
+
 app = typer.Typer(
     name="tinsmith",
     help="A workshop for small language models.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(
-    no_args_is_help=True, help="Show, check and compare recipes.", rich_markup_mode=None
-)
 app.add_typer(config_app, name="config")
-
-ModelPath = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A run, a checkpoint, a Hugging Face folder or Hub id."),
-]
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys: train.steps=100."),
-]
-More = Annotated[
-    list[Path] | None,
-    typer.Option("-c", "--config", help="Another YAML file, merged over the recipe."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-Scaling = Annotated[
-    str | None, typer.Option("--rope-scaling", help="YAML, e.g. '{kind: yarn, factor: 4, ...}'.")
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[
-    int | None, typer.Option(help="Sample from the k most likely tokens only (0: all).")
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        help="Sample from the most likely tokens with this total probability (nucleus sampling)."
-    ),
-]
-MinP = Annotated[
-    float | None, typer.Option(help="Drop tokens below this fraction of the largest probability.")
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1, tokens that occurred already become less likely.")
-]
-Seed = Annotated[int | None, typer.Option(help="Random seed. The same seed gives the same text.")]
-MaxNew = Annotated[int, typer.Option(help="Tokens to make, at most.")]
 
 
 @app.command()
@@ -81,7 +60,9 @@ def quickstart(
 
 
 @app.command()
-def prepare(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
+def prepare(
+    recipe: Recipe, overrides: Overrides = None, more: More = None, imports: Imports = None
+) -> None:
     """Convert raw files to a tokenizer and token shards.
 
     Prints counts, rejected lines and bytes per token. The tokenizer is trained if there is none.
@@ -109,6 +90,7 @@ def train(
         typer.Option("--dry-run", help="Check the recipe, take one tiny step and write nothing."),
     ] = False,
     more: More = None,
+    imports: Imports = None,
 ) -> None:
     """Train a model as a recipe describes: pretrain, fine-tune, align or distil.
 
@@ -147,6 +129,7 @@ def evaluate(
     device: Device = "auto",
     rope_scaling: Scaling = None,
     as_json: Json = False,
+    imports: Imports = None,
 ) -> None:
     """Evaluate a model: bits per byte, multiple choice, expert specialisation, answer format,
     ARC-AGI puzzles.
@@ -172,7 +155,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the prompt as a user message and print the answer.")
     ] = False,
-    max_new: MaxNew = 200,
+    max_new_tokens: MaxNew = 200,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = 0.95,
@@ -184,6 +167,7 @@ def generate(
     ] = None,
     rope_scaling: Scaling = None,
     as_json: Json = False,
+    imports: Imports = None,
 ) -> None:
     """Generate text from a prompt.
 
@@ -202,7 +186,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    request = Request(count, chat, max_new, chosen, tuple(stop or ()))
+    request = Request(count, chat, max_new_tokens, chosen, tuple(stop or ()))
     run(model, prompt or [], request, rope_scaling, as_json)
 
 
@@ -215,12 +199,13 @@ def chat(
     top_k: TopK = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = 1.0,
-    max_new: MaxNew = 400,
+    max_new_tokens: MaxNew = 400,
     seed: Seed = None,
     thinking: Annotated[
         bool, typer.Option("--thinking", help="Start every answer with <think>.")
     ] = False,
     rope_scaling: Scaling = None,
+    imports: Imports = None,
 ) -> None:
     """Chat with a model. /help lists the commands. Ctrl-C stops an answer; twice, it quits.
 
@@ -237,7 +222,7 @@ def chat(
         top_k=top_k,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        max_new=max_new,
+        max_new_tokens=max_new_tokens,
         seed=seed,
         thinking=thinking,
     )
@@ -255,6 +240,7 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter folder to merge into the model.")
     ] = None,
+    imports: Imports = None,
 ) -> None:
     """Export a model as a Hugging Face folder, or its LoRA adapters in PEFT's format.
 
@@ -327,58 +313,6 @@ def transplant(
     run(model, out, keys or [], check_init(init), train_norms, seed, dry_run)
 
 
-@config_app.command()
-def show(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
-    """Print the resolved recipe, with the origin of values that are not defaults.
-
-    \b
-    tinsmith config show recipes/tiny/pretrain.yaml
-    tinsmith config show recipes/tiny/pretrain.yaml train.steps=10
-    """
-    from tinsmith.verbs.config import show as run
-
-    run(recipe, overrides or [], more or [])
-
-
-@config_app.command()
-def check(recipe: Recipe, overrides: Overrides = None, more: More = None) -> None:
-    """Validate a recipe and print `ok`.
-
-    \b
-    tinsmith config check my.yaml
-    tinsmith config check my.yaml optim.max_grad_norm=0.5
-    """
-    from tinsmith.verbs.config import check as run
-
-    run(recipe, overrides or [], more or [])
-
-
-@config_app.command()
-def schema() -> None:
-    """Print the JSON schema of a recipe with all keys.
-
-    \b
-    tinsmith config schema > recipe.schema.json
-    tinsmith config schema | less
-    """
-    from tinsmith.verbs.config import schema as run
-
-    run()
-
-
-@config_app.command()
-def diff(left: Recipe, right: Recipe) -> None:
-    """Print the keys in which two recipes differ, defaults included.
-
-    \b
-    tinsmith config diff a.yaml b.yaml
-    tinsmith config diff runs/a/config.yaml runs/b/config.yaml
-    """
-    from tinsmith.verbs.config import diff as run
-
-    run(left, right)
-
-
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
@@ -403,7 +337,6 @@ def list_runs(as_json: Json = False) -> None:
 
     \b
     tinsmith runs
-    tinsmith runs --json
     """
     from tinsmith.verbs.runs import table as run
 
@@ -416,7 +349,6 @@ def doctor(as_json: Json = False) -> None:
 
     \b
     tinsmith doctor
-    tinsmith doctor --json
     """
     from tinsmith.verbs.doctor import doctor as run
 
@@ -450,21 +382,19 @@ def _run() -> int:
 
     try:
         app()
+        return 0
     except UserError as error:
-        return _print_error(f"error: {error}", 2)
+        line, code = f"error: {error}", 2
     except Failure as error:
-        return _print_error(f"failed: {error}", 1)
+        line, code = f"failed: {error}", 1
     except Stopped as error:
-        return _print_error(str(error), error.code)
+        line, code = str(error), error.code
     except KeyboardInterrupt:
-        return _print_error("interrupted", 130)
+        line, code = "interrupted", 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
-    return 0
-
-
-def _print_error(line: str, code: int) -> int:
     print(" ".join(line.split("\n")), file=sys.stderr)
     return code

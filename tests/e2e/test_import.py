@@ -1,0 +1,72 @@
+"""A mixer in the user's own file trains, resumes, decodes and is exported."""
+
+import textwrap
+
+import pytest
+
+MINE = """
+    from dataclasses import dataclass
+    from typing import Literal
+
+    from tinsmith.nn.mixers.gqa import GQA, GQAMixer
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(GQA):
+        kind: Literal["mine"] = "mine"
+        strength: float = 0.5
+
+        def build(self, build_ctx):
+            return MineMixer(self, build_ctx)
+
+
+    class MineMixer(GQAMixer):
+        def __init__(self, config, build_ctx):
+            super().__init__(config, build_ctx)
+            self.strength = config.strength
+
+        def forward(self, x, ctx, cache=None):
+            out = super().forward(x, ctx, cache)
+            return out._replace(y=self.strength * out.y)
+"""
+SIZES = [
+    "model.dim=32",
+    "model.depth=1",
+    "model.pattern.0.feed_forward.hidden_dim=48",
+    "model.pattern.0.mixer={kind: mine, heads: 2, strength: 0.25}",
+    *("train.seq_len=32", "train.batch_size=2", "train.save_every=1", "train.sample_every=100"),
+    *("train.eval_every=100", "data={kind: tasks, count: 200}", "eval.max_samples=2"),
+]
+
+
+@pytest.fixture
+def mine(shell):
+    path = shell.folder / "mine.py"
+    path.write_text(textwrap.dedent(MINE), encoding="utf-8")
+    return path
+
+
+def test_a_mixer_of_the_user_trains_resumes_and_generates(shell, root, mine):
+    recipe = root / "recipes" / "tiny" / "pretrain.yaml"
+    train = ["train", recipe, *SIZES, "--name", "mine"]
+    assert "'mine' is not one of" in shell(*train, "train.steps=1", code=2)
+    shell(*train, "train.steps=1", "--import", mine)
+    shell(*train, "train.steps=2", "--import", mine, "--resume")
+    assert "kind: mine" in (shell.folder / "runs/mine/config.yaml").read_text()
+    words = ["generate", "runs/mine", "-p", "What", "--max-new-tokens", 2]
+    assert "'mine' is not one of" in shell(*words, code=2)
+    shell(*words, "--import", mine)
+    assert "import" not in (shell.folder / "runs/mine/config.yaml").read_text()
+
+
+def test_a_recipe_names_files_relative_to_itself(shell, root, mine):
+    folder = shell.folder / "recipes"
+    folder.mkdir()
+    text = (root / "recipes" / "tiny" / "pretrain.yaml").read_text(encoding="utf-8")
+    (folder / "mine.yaml").write_text(f"import: [../mine.py]\n{text}", encoding="utf-8")
+    output = shell("config", "show", "recipes/mine.yaml", *SIZES)
+    assert "model.pattern.0.mixer.strength" in output
+    (folder / "bad.yaml").write_text(f"import: ../mine.py\n{text}", encoding="utf-8")
+    assert "import: must be a list" in shell("config", "check", "recipes/bad.yaml", code=2)
+    (folder / "gone.yaml").write_text(f"import: [gone.py]\n{text}", encoding="utf-8")
+    assert "no such Python file" in shell("config", "check", "recipes/gone.yaml", code=2)
