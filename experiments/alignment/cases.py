@@ -34,9 +34,9 @@ CASES: dict[str, tuple[str, Section]] = {
     "dpo": ("dpo", {}),
     "ppo": ("ppo", {"target_kl": None}),
     "grpo": ("grpo", {}),
-    "dapo": ("grpo", {"loss": "dapo"}),
-    "dr_grpo": ("grpo", {"loss": "dr_grpo"}),
-    "cispo": ("grpo", {"loss": "cispo"}),
+    "dapo": ("grpo", {"loss": {"kind": "dapo"}}),
+    "dr_grpo": ("grpo", {"loss": {"kind": "dr_grpo"}}),
+    "cispo": ("grpo", {"loss": {"kind": "cispo"}}),
     "spo": ("spo", {"warmup_samples": 0}),
 }
 """Name -> the recipe, and what of its objective is changed: nothing that stops a rollout early or

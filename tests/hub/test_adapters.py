@@ -227,6 +227,8 @@ def test_missing_and_pickled_files_are_one_line(folder):
 
 
 class Experts(torch.nn.Module):
+    EXPERT_STACKS = ("up", "down")
+
     def __init__(self):
         super().__init__()
         self.up = torch.nn.Parameter(torch.randn(3, 6, 4))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.objectives.conftest import Prompts, make_ready, make_small
+from tinsmith.losses.policy import DAPOLoss, DrGRPOLoss
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.ppo import PPO
 from tinsmith.objectives.spo import SPO
@@ -24,8 +25,8 @@ from tinsmith.objectives.spo import SPO
 SMALL = {"max_new_tokens": 6, "generation_batch_size": 3, "num_minibatches": 2, "temperature": 0.9}
 CONFIGS = {
     "grpo": GRPO(num_generations=3, kl_coef=0.1, **SMALL),
-    "dapo": GRPO(num_generations=3, loss="dapo", mask_truncated=True, **SMALL),
-    "dr_grpo": GRPO(num_generations=3, loss="dr_grpo", **SMALL),
+    "dapo": GRPO(num_generations=3, loss=DAPOLoss(), mask_truncated=True, **SMALL),
+    "dr_grpo": GRPO(num_generations=3, loss=DrGRPOLoss(), **SMALL),
     "ppo": PPO(kl_coef=0.1, **SMALL),
     "critic": PPO(critic="model", **SMALL),
     "spo": SPO(warmup_samples=2, **SMALL),

@@ -13,6 +13,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.data.prompts import Prompt
 from tinsmith.distributed.group import SingleProcess
+from tinsmith.losses.policy import DrGRPOLoss
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.ppo import PPO, rewards_at_last_token
 from tinsmith.objectives.rl.advantages import gae, group_advantages, whiten
@@ -23,7 +24,7 @@ from tinsmith.rewards.functions import WeightedReward, as_batch_reward
 SMALL = {"max_new_tokens": 6, "generation_batch_size": 8, "temperature": 0.9}
 CONFIGS = {
     "grpo": GRPO(num_generations=3, kl_coef=0.1, num_minibatches=2, num_epochs=2, **SMALL),
-    "dr_grpo": GRPO(num_generations=3, loss="dr_grpo", num_minibatches=2, num_epochs=2, **SMALL),
+    "dr_grpo": GRPO(num_generations=3, loss=DrGRPOLoss(), num_minibatches=2, num_epochs=2, **SMALL),
     "ppo": PPO(kl_coef=0.1, num_minibatches=2, num_epochs=2, **SMALL),
     "critic": PPO(critic="model", num_minibatches=2, num_epochs=2, **SMALL),
     "spo": SPO(num_minibatches=2, num_epochs=2, **SMALL),
@@ -242,7 +243,7 @@ def test_prompts_that_do_not_come_out_even_are_refused(small, ready):
         (GRPO, "num_generations", 1),
         (GRPO, "temperature", 0.0),
         (GRPO, "kl_coef", -0.1),
-        (GRPO, "clip_low", 1.5),
+        (PPO, "clip_low", 1.5),
         (GRPO, "num_epochs", 0),
         (PPO, "lam", 1.1),
         (PPO, "target_kl", 0.0),

@@ -2,18 +2,33 @@
 
 import itertools
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.oracles import policy as oracle
+from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse
 from tinsmith.losses.logprobs import kl
-from tinsmith.losses.policy import grpo_loss
+from tinsmith.losses.policy import PolicyLoss, kl_penalty
 from tinsmith.objectives.ppo import policy_loss, value_loss
 from tinsmith.objectives.rl.advantages import gae, group_advantages
 
 LOSSES = ["grpo", "dapo", "dr_grpo", "cispo"]
+"""Those with a ratio per token."""
+
+
+def grpo_loss(new, old, reference, advantages, mask, *, clip_low, clip_high, kl_coef, loss, **more):
+    """The whole loss, a scalar, as the objective computes it."""
+    kind = parse(PolicyLoss, {"kind": loss, "clip_low": clip_low, "clip_high": clip_high})
+    each = kind.per_token(kind.log_ratio(new, old, mask), advantages, new, mask)
+    if kl_coef:
+        each = each + kl_coef * kl_penalty(new, reference, mask, more.get("kl_estimator", "k3"))
+    units = kind.units(mask, more.get("max_length", mask.shape[1]))
+    return kind.sum(each, mask) / units.clamp(min=1)
 
 
 @pytest.fixture
@@ -120,14 +135,6 @@ def test_group_advantages_use_the_population_deviation():
     assert group_advantages(torch.full((1, 3), 1 / 3)).tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_dr_grpo_needs_the_longest_length(case):
-    new, old, _, advantages, mask = case
-    with pytest.raises(ValueError, match="max_length"):
-        grpo_loss(
-            new, old, None, advantages, mask, clip_low=0.2, clip_high=0.2, kl_coef=0, loss="dr_grpo"
-        )
-
-
 def test_the_ratio_is_clipped_on_the_side_that_would_gain():
     new = torch.log(torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64)).requires_grad_()
     old = torch.zeros(1, 4, dtype=torch.float64)
@@ -232,12 +239,95 @@ def test_ratios_beyond_float32_are_finite_and_clipped_ones_have_no_gradient(
     assert slope[0, 0 if apart > 0 else 2] == 0, "clipped"
 
 
-def test_an_unknown_loss_and_a_divergence_from_nothing_are_refused(case):
+def test_an_unknown_loss_is_refused(case):
     new, old, reference, advantages, mask = case
-    with pytest.raises(ValueError, match="loss=nope must be grpo, dapo, dr_grpo or cispo"):
+    with pytest.raises(UserError, match="'nope' is not one of grpo, dapo, dr_grpo, cispo, gspo"):
         grpo_loss(new, old, reference, advantages, mask, **keywords("nope"))
-    with pytest.raises(ValueError, match=r"kl_coef=0\.04 requires ref_logprobs"):
-        grpo_loss(new, old, None, advantages, mask, **keywords("grpo"))
+
+
+def test_a_bare_name_is_answered_with_what_to_write():
+    with pytest.raises(UserError, match=r"^loss: write \{kind: dapo\}$"):
+        parse(PolicyLoss, "dapo", "loss")
+
+
+class TestGSPO:
+    """Group sequence policy optimisation (2507.18071)."""
+
+    def loss(self, case, low=0.05, high=0.08):
+        new, old, _, advantages, mask = case
+        settings = {"clip_low": low, "clip_high": high, "kl_coef": 0.0, "loss": "gspo"}
+        return grpo_loss(new, old, None, advantages, mask, **settings)
+
+    def test_loss_and_gradient_equal_trl(self, case):
+        """TRL's importance_sampling_level="sequence", with rows of tokens that are averaged."""
+        new, old, _, advantages, mask = case
+        trainer = trl_trainer(epsilon_low=0.05, epsilon_high=0.08)
+        inputs = {
+            "prompt_ids": torch.zeros(6, 1, dtype=torch.long),
+            "prompt_mask": torch.ones(6, 1, dtype=torch.long),
+            "completion_ids": torch.zeros(6, 9, dtype=torch.long),
+            "completion_mask": mask.long(),
+            "advantages": advantages,
+            "old_per_token_logps": old,
+        }
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
+            new,
+            torch.zeros_like(new),
+            None,
+        )
+        expected = trainer._compute_loss(None, inputs)
+        found = self.loss(case)
+        (slope,) = torch.autograd.grad(expected, new)
+        (own,) = torch.autograd.grad(found, new)
+        assert torch.allclose(found, expected, atol=1e-12)
+        assert torch.allclose(own, slope, atol=1e-12)
+
+    def test_it_is_the_formula_row_by_row(self, case):
+        new, old, _, advantages, mask = case
+        total = 0.0
+        for row in range(6):
+            steps = [(new[row, t] - old[row, t]).item() for t in range(9) if mask[row, t]]
+            ratio = math.exp(sum(steps) / max(1, len(steps)))
+            bounded = min(max(ratio, 0.95), 1.08)
+            advantage = advantages[row].item()
+            total -= min(ratio * advantage, bounded * advantage) if steps else 0.0
+        assert self.loss(case).item() == pytest.approx(total / 6, abs=1e-12)
+
+    def test_it_differs_from_ratios_of_tokens(self, case):
+        new, old, _, advantages, mask = case
+        settings = {"clip_low": 0.05, "clip_high": 0.08, "kl_coef": 0.0, "loss": "grpo"}
+        token_level = grpo_loss(new, old, None, advantages, mask, **settings)
+        assert abs(self.loss(case).item() - token_level.item()) > 1e-3
+
+    def test_all_tokens_of_a_row_share_their_gradient(self, case):
+        new, mask = case[0], case[-1]
+        (slope,) = torch.autograd.grad(self.loss(case, 0.5, 0.5), new)
+        for row, length in zip(slope, mask.sum(1).tolist(), strict=True):
+            assert row[:length].unique().numel() <= 1
+            assert not row[length:].any()
+
+    def test_default_bounds_are_those_of_the_paper(self):
+        loss = parse(PolicyLoss, {"kind": "gspo"})
+        assert (loss.clip_low, loss.clip_high) == (3e-4, 4e-4)
+
+
+def trl_trainer(epsilon_low, epsilon_high):
+    """TRL's GRPO trainer, with only the attributes that its loss reads."""
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    trainer = object.__new__(grpo_trainer.GRPOTrainer)
+    state = {
+        **{"importance_sampling_level": "sequence", "loss_type": "grpo", "beta": 0.0},
+        **{"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "use_vllm": False},
+        **{"aux_loss_enabled": False, "top_entropy_quantile": 1.0, "_entropy_bonus_enabled": False},
+        **{"off_policy_mask_threshold": None, "args": SimpleNamespace(delta=None)},
+        "model": SimpleNamespace(training=False),
+        "accelerator": SimpleNamespace(
+            gather=lambda tensor: tensor, reduce=lambda tensor, **_: tensor
+        ),
+        "_metrics": {"eval": defaultdict(list)},
+    }
+    trainer.__dict__.update(state)
+    return trainer
 
 
 def test_whole_rewards_are_scored_like_others():

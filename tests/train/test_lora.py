@@ -118,7 +118,7 @@ def test_a_checkpoint_says_its_model_though_the_recipe_does_not(runs):
 def test_every_verb_opens_a_run_of_adapters_and_a_checkpoint_of_it(runs, tmp_path, capsys):
     newest = max((runs[1] / "checkpoints").glob("step-*"))
     for place in (runs[1], newest):
-        cli(["generate", str(place), "-p", "1 +", "--max-new", "4", "--temperature", "0"])
+        cli(["generate", str(place), "-p", "1 +", "--max-new-tokens", "4", "--temperature", "0"])
     first, second = capsys.readouterr().out.split("1 +")[1:]
     assert first == second
     cli(["eval", str(newest), "--tasks", "bpb", "--limit", "2", "--json"])

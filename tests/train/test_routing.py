@@ -189,7 +189,7 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
     for name, layer in found["layers"].items():
         assert again[f"routing {name}"] == pytest.approx(layer)
     assert " experts active" in output
-    assert " experts tell" in output
+    assert " experts carry" in output
     assert (whole / "experts.png").stat().st_size > 10_000
     assert (whole / "final" / "experts.png").exists()
 

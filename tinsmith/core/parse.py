@@ -227,6 +227,9 @@ def _explain(kind: Any, problem: Any, where: str) -> str:
         expected = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         if (new := new_kind(problem["input"], expected)) is not None:
             return f"{place}: `{problem['input']}` is now `{new}`"
+    kinds = [_tag(m) for m in _with_outside(_members(_bare(reached))) if is_dataclass(m)]
+    if isinstance(problem["input"], str) and problem["input"] in kinds:
+        return f"{place}: write {{kind: {problem['input']}}}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     message = _SHAPES.get(problem["type"], message)
     got = problem["input"]

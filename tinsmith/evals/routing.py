@@ -51,7 +51,7 @@ class Specialisation(NamedTuple):
 
     def __str__(self) -> str:
         bits = f"{self.mutual_information:.2f} of {self.class_entropy:.2f} bits"
-        reported = f"experts carry {bits} of a token's class"
+        reported = f"carry {bits} of a token's class"
         return (
             reported
             if self.jaccard is None

@@ -1,11 +1,10 @@
-"""Group-relative policy optimisation, and what has been made of its loss since.
+"""Group-relative policy optimisation (GRPO, 2402.03300).
 
-A_i = (R_i - mean R) / (std R + 1e-4), over the answers to one prompt
-grpo     mean over rows of the mean over a row's tokens (2402.03300)
-dapo     mean over all tokens (2503.14476)
-dr_grpo  sum / (rows * max_length), which favours no length (2503.20783)
-cispo    -sg(min(ratio, 1 + clip_high)) * A * log pi, mean over all tokens (2506.13585)
-each + beta * KL(pi to the reference), by the estimator k3, which as a loss is the forward KL
+    A_i  = (R_i - mean R) / (std R + 1e-4), over the completions of one prompt
+    loss = policy loss(A) + kl_coef * KL(pi to the reference)
+
+`losses.policy` has the policy losses: grpo, dapo, dr_grpo, cispo, gspo. The estimator k3 of the KL
+divergence, as a loss, is the forward KL.
 """
 
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from tinsmith.core.parse import Count
 from tinsmith.data.prompts import Prompt
 from tinsmith.losses.logprobs import KLLossEstimator
 from tinsmith.losses.policy import (
-    LossName,
+    DAPOLoss,
+    GRPOLoss,
+    PolicyLoss,
     expand_advantages,
-    sum_over_units,
-    token_loss,
-    units,
+    kl_penalty,
 )
 from tinsmith.nn.model import LM
 from tinsmith.objectives.base import Loss, Metric, add_aux_losses, aux_metrics
@@ -38,21 +37,21 @@ from tinsmith.objectives.rl.rollout import RolloutBatch
 
 @dataclass(frozen=True, kw_only=True)
 class CriticFreeConfig(RLConfig):
-    """What `GRPO` and `SPO` can be told beside; they differ in how they come by advantages."""
+    """Keys that `GRPO` and `SPO` share. The two differ in how they compute advantages."""
 
-    loss: LossName = "dapo"
+    loss: PolicyLoss = DAPOLoss()
     kl_estimator: KLLossEstimator = "k3"
-    """Of the KL divergence in the loss: `k3` as in the paper, or `k2`, whose gradient is that of
-    the divergence of the policy from the reference.
+    """Estimator of the KL divergence in the loss: `k3` as in the paper, or `k2`, whose gradient is
+    that of the divergence of the policy from the reference.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(CriticFreeConfig):
-    """Several answers to each prompt, each judged against the others."""
+    """Several completions per prompt, each compared with the mean reward of its group."""
 
     kind: Literal["grpo"] = "grpo"
-    loss: LossName = "grpo"
+    loss: PolicyLoss = GRPOLoss()
     num_generations: Count = 8
 
     def __post_init__(self) -> None:
@@ -75,33 +74,29 @@ class CriticFreeObjective(RLObjective):
         self.config = config
 
     def units(self, batch: RolloutBatch) -> Tensor:
-        """Tokens, rows, or rows times the longest answer, by the name of the loss."""
-        return units(batch.mask, self.config.loss, self.config.max_response_tokens)
+        """Count the units of the policy loss: tokens, rows, or rows times the largest length."""
+        return self.config.loss.units(batch.mask, self.config.max_response_tokens)
 
     def loss(self, policy: LM, batch: RolloutBatch) -> Loss:
-        """The sum over the loss's units."""
+        """Compute the policy loss and the KL penalty, summed over units."""
         config, count = self.config, self.units(batch)
         logprobs, out = self.logprobs(policy, batch)
-        each = token_loss(
-            logprobs,
-            batch.old_logprobs,
-            batch.ref_logprobs,
-            batch.advantages,
-            batch.mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            kl_coef=config.kl_coef,
-            loss=config.loss,
-            kl_estimator=config.kl_estimator,
-        )
-        total = sum_over_units(each, batch.mask, config.loss)
+        log_ratio = config.loss.log_ratio(logprobs, batch.old_logprobs, batch.mask)
+        per_token = config.loss.per_token(log_ratio, batch.advantages, logprobs, batch.mask)
+        if config.kl_coef:
+            penalty = kl_penalty(logprobs, batch.ref_logprobs, batch.mask, config.kl_estimator)
+            per_token = per_token + config.kl_coef * penalty
+        total = config.loss.sum(per_token, batch.mask)
         metrics = {"loss": Metric(total.detach(), count)} | self.rollout_metrics(batch, logprobs)
         metrics |= aux_metrics(out.losses, count)
         return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)
 
     def rollout_metrics(self, rows: RolloutBatch, logprobs: Tensor) -> dict[str, Metric]:
-        """What is worth knowing."""
-        return rollout_metrics(self.config, rows, logprobs)
+        """Return the metrics of a minibatch, the clip fraction of the policy loss included."""
+        loss = self.config.loss
+        log_ratio = loss.log_ratio(logprobs.detach(), rows.old_logprobs, rows.mask)
+        clipped = loss.is_clipped(log_ratio, rows.advantages, rows.mask)
+        return rollout_metrics(self.config, rows, logprobs, clipped)
 
 
 class GRPOObjective(CriticFreeObjective):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinsmith.data.prompts import Prompt
 from tinsmith.infer.generate import eval_mode
-from tinsmith.losses.policy import clipped_surrogate, masked_mean
+from tinsmith.losses.policy import DAPOLoss, log_ratio, masked_mean
 from tinsmith.nn.model import LM, ModelOut
 from tinsmith.objectives.base import Loss, Metric, add_aux_losses, aux_metrics
 from tinsmith.objectives.rl.advantages import gae, whiten
@@ -32,9 +32,9 @@ def policy_loss(
     """The clipped surrogate, a scalar: the mean over masked tokens of
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A). All (B, T), `advantages` (B,) or (B, T).
     """
-    return masked_mean(
-        clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip, clip), mask
-    )
+    surrogate = DAPOLoss(clip_low=clip, clip_high=clip)
+    ratio = log_ratio(logprobs, old_logprobs, mask)
+    return masked_mean(surrogate.per_token(ratio, advantages, logprobs, mask), mask)
 
 
 def value_loss(
@@ -57,12 +57,17 @@ def token_value_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(RLConfig):
-    """One answer to each prompt, judged token by token against a learned value.
+    """One completion per prompt, with a value model as baseline for every token.
 
-    `beta` weighs the KL divergence inside the reward, by the estimator k1.
+    `kl_coef` weighs the KL divergence inside the reward, by the estimator k1.
     """
 
     kind: Literal["ppo"] = "ppo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """The ratio to the policy that generated the completion is clipped to [1 - clip_low, 1 +
+    clip_high].
+    """
     gamma: float = 1.0
     lam: float = 0.95
     critic: Literal["head", "model"] = "head"
@@ -80,6 +85,7 @@ class PPO(RLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.policy_loss
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
@@ -88,6 +94,11 @@ class PPO(RLConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(f"target_kl={self.target_kl} must be above 0")
+
+    @property
+    def policy_loss(self) -> DAPOLoss:
+        """Return the clipped surrogate, averaged over tokens."""
+        return DAPOLoss(clip_low=self.clip_low, clip_high=self.clip_high)
 
     def build(self) -> "PPOObjective":
         """Build the objective."""
@@ -144,10 +155,9 @@ class PPOObjective(RLObjective):
         """One forward pass for probabilities and values."""
         config, count, mask = self.config, self.units(batch), batch.mask
         logprobs, out = self.logprobs(policy, batch)
-        low, high = config.clip_low, config.clip_high
-        acting = clipped_surrogate(
-            logprobs, batch.old_logprobs, batch.advantages, mask, low, high
-        ).sum()
+        surrogate = config.policy_loss
+        ratio = surrogate.log_ratio(logprobs, batch.old_logprobs, mask)
+        acting = surrogate.per_token(ratio, batch.advantages, logprobs, mask).sum()
         values = self.values(out, batch)
         scoring = token_value_loss(values, batch.values, batch.returns, mask, config.value_clip)
         scoring = scoring.sum()
@@ -157,7 +167,9 @@ class PPOObjective(RLObjective):
             "policy_loss": Metric(acting.detach(), count),
             "value_loss": Metric(scoring.detach(), count),
         }
-        metrics |= rollout_metrics(self.config, batch, logprobs) | aux_metrics(out.losses, count)
+        clipped = surrogate.is_clipped(ratio.detach(), batch.advantages, mask)
+        metrics |= rollout_metrics(self.config, batch, logprobs, clipped)
+        metrics |= aux_metrics(out.losses, count)
         return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)
 
     def accept_step(self, means: dict[str, float]) -> bool:

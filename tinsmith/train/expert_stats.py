@@ -1,27 +1,27 @@
-"""What experts did since the last line, for `metrics.jsonl` (lines of kind `routing`), the terminal
-and the heat map.
+"""Statistics of experts since the last log line: `metrics.jsonl` (kind `routing`), terminal, heat
+map.
 
-Layers say sums (`Out.stats`); they are added over micro-batches, ranks and steps, and means are
-formed once. Of every layer, by "layer.slot":
+Layers return sums (`Out.stats`). They are added over micro-batches, ranks and steps, and means are
+computed once. Of every layer, by "layer.slot":
 
 | name | meaning |
 |---|---|
 | load | [E] share of the tokens that each expert works on, before any fallback |
 | active | experts per token: the sum of load |
-| peak | the largest load over the mean one; 1 is even |
+| max_load_ratio | the largest load over the mean one; 1 is balanced |
 | dead | experts without a token |
-| entropy | nats, mean over tokens of what their gates say |
-| fallback | share of tokens that no expert fired for |
-| surprise | of pairs of a token and an expert that worked on it: S over the token's |g| |
-| alike | correlation of S with the size of what an expert says |
-| dark | share of tokens whose least surprised expert says nothing |
-| router | the loss a gate learns from surprise |
-| others | what a layer says beside, mean over tokens: losses before their coefficients |
-| thresholds, bias | [E] as they stand at the line |
-| drift | the mean size of these; they begin at 0 |
+| entropy | entropy of the router in nats, mean over tokens |
+| fallback | share of tokens for which no expert was above its threshold |
+| surprise | S over |g| of the token, mean over (token, expert) pairs |
+| surprise_norm_corr | correlation of S with the norm of the expert's output |
+| inactive_fraction | share of tokens whose expert of least surprise has an output near zero |
+| router_loss | the loss of a router that learns from surprise |
+| others | other statistics of a layer, mean over tokens: losses before their coefficients |
+| thresholds, bias | [E] their current values |
+| drift | the mean magnitude of these; they start at 0 |
 
-and of the whole model the same numbers as means over the layers that tell them, but peak as the
-largest, dead and experts as sums. Tokens are those that are no padding.
+The whole model has the same numbers as means over layers, but max_load_ratio as the largest, dead
+and experts as sums. Tokens are those that are not padding.
 """
 
 from collections.abc import Iterable

@@ -67,9 +67,6 @@ class RLConfig(ObjectiveConfigBase):
     """Parts that a rollout is trained in."""
     num_epochs: Count = 1
     """Passes over a rollout."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    """The ratio to the policy that gave the answer is held in [1 - clip_low, 1 + clip_high]."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the policy before its first step; 0 needs no copy of it."""
     mask_truncated: bool = False
@@ -98,11 +95,8 @@ class RLConfig(ObjectiveConfigBase):
             raise ValueError("rewards must name at least one")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low={self.clip_low} must be from 0 to 1")
-        for name in ("clip_high", "kl_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not self.kl_coef >= 0:
+            raise ValueError(f"kl_coef={self.kl_coef} must be at least 0")
 
     @property
     def max_response_tokens(self) -> int:

@@ -1,23 +1,25 @@
-"""What is worth knowing of a part of a rollout."""
+"""Metrics of a rollout minibatch: reward, length, clip fraction, KL divergence, entropy."""
 
 import torch
 from torch import Tensor
 
 from tinsmith.losses.logprobs import kl
-from tinsmith.losses.policy import is_clipped, log_ratio
+from tinsmith.losses.policy import log_ratio
 from tinsmith.objectives.base import Metric
 from tinsmith.objectives.rl.base import RLConfig
 from tinsmith.objectives.rl.rollout import RolloutBatch
 
 
-def rollout_metrics(config: RLConfig, rows: RolloutBatch, logprobs: Tensor) -> dict[str, Metric]:
-    """What is worth knowing of a part of a rollout. Estimators of a KL divergence are named:
-    `kl` is that to the reference, `approx_kl` that to the policy that answered.
+def rollout_metrics(
+    config: RLConfig, rows: RolloutBatch, logprobs: Tensor, clipped: Tensor
+) -> dict[str, Metric]:
+    """Return the metrics of a rollout minibatch. `clipped` (B, T) marks tokens without gradient.
+
+    `kl` estimates the divergence from the reference (k3), and `approx_kl` that from the policy that
+    generated the completions (k2).
     """
     mask, new = rows.mask, logprobs.detach()
     answers, tokens = _count(rows.rewards), mask.sum()
-    bounds = (config.clip_low, config.clip_high)
-    outside = is_clipped(new, rows.old_logprobs, rows.advantages, mask, *bounds)
     moved = kl(log_ratio(new, rows.old_logprobs, mask), torch.zeros_like(new), "k2")
     rewarded = torch.isfinite(rows.rewards)
     groups = rows.rewards.view(
@@ -29,7 +31,7 @@ def rollout_metrics(config: RLConfig, rows: RolloutBatch, logprobs: Tensor) -> d
         "completion_length": Metric(mask.sum().float(), (mask.any(1)).sum()),
         "truncated_fraction": Metric(rows.truncated.sum(), answers),
         "reward_failed_fraction": Metric((~rewarded).sum(), answers),
-        "clip_fraction": Metric(outside.sum(), tokens),
+        "clip_fraction": Metric(clipped.sum(), tokens),
         "approx_kl": Metric(moved.sum(), tokens),
         "sampling_entropy": Metric(-(rows.old_logprobs * mask).sum(), tokens),
     }
