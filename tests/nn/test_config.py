@@ -160,7 +160,7 @@ WRONG = [
     ({"residual": {"kind": "mhyper", "streams": 0}}, r"residual: streams=0 must be at least 2"),
     ({"residual": {"kind": "hyper", "fracs": 5}}, r"dim=32 must be a multiple of fracs=5"),
     ({"tie_embeddings": "perhaps"}, r"tie_embeddings: "),
-    ({"residual": "hyper"}, r"residual: must be keys and values, \{\.\.\.\} \(got 'hyper'\)"),
+    ({"residual": "hyper"}, r"residual: write \{kind: hyper\}"),
     ({"pattern": "gqa"}, r"pattern: must be a list, \[\.\.\.\] \(got 'gqa'\)"),
     ({"pattern": [LAYER | {"mixer": HYBRID}]}, r"mixer\.branches: must be a list"),
     (

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tinsmith.core.errors import UserError
 
@@ -33,4 +33,4 @@ def read_object(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
-    return content
+    return cast("dict[str, Any]", content)

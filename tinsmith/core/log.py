@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 Metrics = dict[str, Any]
 
@@ -69,9 +69,11 @@ class RunLog:
 def nonfinite_to_none(values: Any) -> Any:
     """Replace NaN and infinity by None, because JSON has no notation for them."""
     if isinstance(values, dict):
-        return {key: nonfinite_to_none(value) for key, value in values.items()}
+        return {
+            key: nonfinite_to_none(value) for key, value in cast("dict[str, Any]", values).items()
+        }
     if isinstance(values, list | tuple):
-        return [nonfinite_to_none(value) for value in values]
+        return [nonfinite_to_none(value) for value in cast("list[Any]", values)]
     if isinstance(values, float) and not math.isfinite(values):
         return None
     return values

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tinsmith import __version__
 from tinsmith.core.errors import UserError
@@ -103,12 +103,14 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{MANIFEST} lists no files")
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or not (
-            type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
-        ):
+    entries = cast("dict[str, Any]", files)
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
             raise UserError(f"{MANIFEST} has no size and SHA-256 for {name}")
-    return files
+        facts = cast("dict[str, Any]", entry)
+        if type(facts.get("bytes")) is not int or not isinstance(facts.get("sha256"), str):
+            raise UserError(f"{MANIFEST} has no size and SHA-256 for {name}")
+    return entries
 
 
 def _compare(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> None:

@@ -10,7 +10,17 @@ import types
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.plugins import outside_variants
@@ -77,19 +87,21 @@ def _refuse_truth_for_numbers(kind: Any, data: Any) -> Any:
     """
     from pydantic_core import InitErrorDetails, ValidationError
 
-    hints = get_type_hints(kind) if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        return data  # pyright: ignore[reportUnknownVariableType]
+    values = cast("dict[str, Any]", data)
     wrong = [
         InitErrorDetails(
-            type="int_type" if int in members else "float_type", loc=(key,), input=data[key]
+            type="int_type" if int in members else "float_type", loc=(key,), input=values[key]
         )
-        for key, hint in hints.items()
-        if isinstance(data.get(key), bool)
+        for key, hint in get_type_hints(kind).items()
+        if isinstance(values.get(key), bool)
         and not {bool, Any} & (members := {hint, *get_args(hint)})
         and members & {int, float}
     ]
     if wrong:
         raise ValidationError.from_exception_data(kind.__name__, wrong)
-    return data
+    return values
 
 
 def read_count(value: Any) -> Any:
@@ -157,9 +169,9 @@ def to_plain(config: Any) -> Any:
     if is_dataclass(config):
         return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, tuple | list):
-        return [to_plain(item) for item in config]
+        return [to_plain(item) for item in cast("list[Any]", config)]
     if isinstance(config, dict):
-        return {key: to_plain(value) for key, value in config.items()}
+        return {key: to_plain(value) for key, value in cast("dict[str, Any]", config).items()}
     return config
 
 

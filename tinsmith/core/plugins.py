@@ -70,7 +70,7 @@ def outside_variants(members: tuple[type, ...]) -> tuple[type, ...]:
     if base is None:
         return ()
     homes = {kind_of(member): "Tinsmith" for member in members}
-    outside = []
+    outside: list[type] = []
     for path, variants in _IMPORTED.items():
         for variant in variants:
             if issubclass(variant, base):

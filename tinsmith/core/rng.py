@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def seed_all(seed: int) -> None:
     """Seed Python, numpy and torch on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
 
 
 def capture() -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -54,7 +55,9 @@ def restore(tensors: dict[str, Tensor], values: dict[str, object]) -> None:
             min(torch.cuda.device_count(), sum(name.startswith("cuda.") for name in tensors))
         ):
             torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
-    version, numbers, gauss = values["python"]  # type: ignore[misc]
+    version, numbers, gauss = cast("tuple[int, list[int], float | None]", values["python"])
     random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = values["numpy"]  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = cast(
+        "tuple[str, list[int], int, int, float]", values["numpy"]
+    )
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

@@ -83,7 +83,7 @@ def restrict(libc: ctypes.CDLL) -> list[str]:
     if os.geteuid() == 0:
         for capability in range(64):
             libc.prctl(DROP_CAPABILITY, capability, 0, 0, 0)
-    missing = []
+    missing: list[str] = []
     if not _forbid_writing(libc):
         missing.append("landlock")
     if not _forbid_calls(libc):

@@ -7,7 +7,7 @@ head's product again, chunk by chunk.
 Legend: B rows, T tokens in a row, N tokens, n tokens of a chunk, D width, V vocabulary.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,10 @@ def target_logprobs(
     `head` has no bias. Forward and backward hold one chunk of logits at once.
     """
     chosen = mask_BT != 0
-    output = _ChosenLogprobs.apply(hidden_BTD[chosen], head.weight, ids_BT[chosen], temperature)
-    whole = torch.zeros(chosen.shape, dtype=output.dtype, device=output.device)  # type: ignore[union-attr]
-    return whole.masked_scatter(chosen, output)  # type: ignore[arg-type]
+    inputs = hidden_BTD[chosen], head.weight, ids_BT[chosen], temperature
+    output = cast("Tensor", _ChosenLogprobs.apply(*inputs))  # pyright: ignore[reportUnknownMemberType]
+    whole = torch.zeros(chosen.shape, dtype=output.dtype, device=output.device)
+    return whole.masked_scatter(chosen, output)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ class Metric(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Loss(NamedTuple):
