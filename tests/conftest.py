@@ -23,13 +23,21 @@ FIRST_CASE_ONLY = (
 """Tests here take seconds a case. By default only the first case of each runs."""
 
 
+CHECKED = ("tests/test_", "tests/core/", "tests/objectives/test_policy_losses")
+"""Tests here take milliseconds a case and run in `make check`."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave all but the first case of expensive parametrised tests to `make test-all`."""
+    """Leave all but the first case of expensive parametrised tests to `make test-all`, and mark
+    the tests of `make check`.
+    """
     seen = set()
     for item in items:
         name = item.nodeid.split("[")[0]
         if name in seen and name.startswith(FIRST_CASE_ONLY):
             item.add_marker(pytest.mark.slow)
+        if item.nodeid.startswith(CHECKED):
+            item.add_marker(pytest.mark.check)
         seen.add(name)
 
 

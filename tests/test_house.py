@@ -296,3 +296,13 @@ def test_the_picture_of_the_packages_is_the_table():
         if not any(other in reachable(between) for between in row - {other})
     }
     assert arrows == expected
+
+
+def test_the_files_of_the_architecture_page_exist():
+    """`folder/file.py` and `folder/` in backquotes, relative to the package or the checkout."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z_]+/[a-z0-9_/]*(?:\.py)?)`", page))
+    assert len(names) > 30
+    folders = (ROOT, PACKAGE, *(path.parent for path in PACKAGE.glob("*/__init__.py")))
+    missing = {name for name in names if not any((folder / name).exists() for folder in folders)}
+    assert not missing

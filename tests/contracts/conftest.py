@@ -2,15 +2,24 @@
 
 A new kind needs configs in SAMPLES that switch its options on, and a mixer the size of its cache
 in HELD. Everything else in this folder is about all kinds alike.
+
+`pytest tests/contracts --contracts my_mixer.py` tests the kinds of a user's own file instead. The
+file may have tables `SAMPLES`, `HELD`, `CHOOSERS`, `STILL_AT_FIRST` and `GROUPED` like the ones
+below. Without samples, a kind is tested with the widths in DEFAULTS.
 """
 
+import sys
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import torch
 
+from tinsmith.core.plugins import import_variants, kind_of
+from tinsmith.nn.contract import FeedForwardConfigBase, MixerConfigBase, ResidualConfigBase
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig
 from tinsmith.nn.model import LM, ModelConfig
@@ -176,7 +185,15 @@ GROUPED = {"nsa", "dyn_heads", "dyn_lora"}
 which may change the last bits of earlier ones: causal to 1e-10, where all others are to the bit.
 """
 
+
+def _kinds(union: Any) -> list[str]:
+    while get_origin(union) is Annotated:
+        union = get_args(union)[0]
+    return [member.kind for member in get_args(union) or (union,)]
+
+
 SLOTS = {"mixer": MixerConfig, "feed_forward": FeedForwardConfig, "residual": ResidualConfig}
+KINDS = {slot: _kinds(union) for slot, union in SLOTS.items()}
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
     "feed_forward": {"kind": "swiglu", "hidden_dim": 48},
@@ -211,6 +228,55 @@ TRIPLES = [
 """Unusual combinations over all three slots, by the beginnings of the names of their samples."""
 
 
+BASES = {
+    "mixer": MixerConfigBase,
+    "feed_forward": FeedForwardConfigBase,
+    "residual": ResidualConfigBase,
+}
+
+OUTSIDE: set[str] = set()
+"""Kinds of the file that `--contracts` names; if there are any, only they are tested."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--contracts", metavar="FILE", help="test the kinds of this Python file instead of our own"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import the file of `--contracts` and add its kinds and tables to those of the suite."""
+    file = config.getoption("--contracts", None)
+    for variant in import_variants(Path(file)) if file else []:
+        tables = vars(sys.modules[variant.__module__])
+        for name in ("SAMPLES", "HELD", "CHOOSERS", "STILL_AT_FIRST", "GROUPED"):
+            globals()[name].update(tables.get(name, ()))
+        kind = kind_of(variant)
+        assert kind is not None
+        slot = next((slot for slot, base in BASES.items() if issubclass(variant, base)), None)
+        if slot is None:
+            raise pytest.UsageError(f"{file}: '{kind}' is no mixer, feed-forward or residual")
+        names = {field.name for field in fields(variant)} - {"kind"}
+        default = {name: value for name, value in DEFAULTS[slot].items() if name in names}
+        SAMPLES.setdefault(kind, [default])
+        KINDS[slot].append(kind)
+        OUTSIDE.add(kind)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--contracts`, leave out the tests that no kind of the file takes part in."""
+    if OUTSIDE:
+        taking_part = [item for item in items if _takes_part(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in taking_part])
+        items[:] = taking_part
+
+
+def _takes_part(item: pytest.Item) -> bool:
+    """True if a parameter of this test is a section whose kind the file defines."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(p, dict) and p.get("kind") in OUTSIDE for p in parameters)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for slots over samples of all kinds of these slots.
 
@@ -220,7 +286,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     first sample of every kind is marked `check`.
     """
     slots = [slot for slot in SLOTS if slot in metafunc.fixturenames]
-    samples = [[case for kind in _kinds(SLOTS[slot]) for case in _cases(kind)] for slot in slots]
+    samples = [[case for kind in KINDS[slot] for case in _cases(kind)] for slot in slots]
     if not slots:
         return
     costly = metafunc.definition.get_closest_marker("costly") is not None
@@ -237,7 +303,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _is_run(slots: list[str], names: list[str]) -> bool:
-    """True if at most one name is unusual, or if the names are a chosen combination."""
+    """True if at most one name is unusual, or if the names are a chosen combination. With
+    `--contracts`, a kind of the file must be among them.
+    """
+    if OUTSIDE and not any(name.split("-")[0] in OUTSIDE for name in names):
+        return False
     if sum(name not in USUAL for name in names) <= 1:
         return True
     indices = [list(SLOTS).index(slot) for slot in slots]
@@ -257,12 +327,6 @@ def _marks(names: set[str], costly: bool) -> list[pytest.MarkDecorator]:
     if len(unusual) > 1 or (costly and unusual):
         return [pytest.mark.slow]
     return [pytest.mark.check] if unusual <= first and not costly else []
-
-
-def _kinds(union: Any) -> list[str]:
-    while get_origin(union) is Annotated:
-        union = get_args(union)[0]
-    return [member.kind for member in get_args(union) or (union,)]
 
 
 def _cases(kind: str) -> list[Any]:
@@ -378,6 +442,8 @@ def held() -> Callable[[Any, int], int]:
     """Numbers that a layer's cache holds for one row: (config of a mixer, capacity) -> count."""
 
     def count(mixer: Any, capacity: int) -> int:
+        if mixer.kind in OUTSIDE - set(HELD):
+            pytest.skip(f"no HELD for {mixer.kind!r}: the size of its cache is not checked")
         if mixer.kind not in HELD:
             pytest.fail(f"no cache size for kind {mixer.kind!r}: add it to HELD in {__file__}")
         return HELD[mixer.kind](mixer, capacity)

@@ -1,5 +1,7 @@
 """A mixer in the user's own file trains, resumes, decodes and is exported."""
 
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -70,3 +72,23 @@ def test_a_recipe_names_files_relative_to_itself(shell, root, mine):
     assert "import: must be a list" in shell("config", "check", "recipes/bad.yaml", code=2)
     (folder / "gone.yaml").write_text(f"import: [gone.py]\n{text}", encoding="utf-8")
     assert "no such Python file" in shell("config", "check", "recipes/gone.yaml", code=2)
+
+
+def _contracts(root, file, test):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/contracts/test_mixers.py::{test}", "--contracts", str(file)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_the_contract_suite_accepts_a_sound_mixer_of_the_user(root, mine):
+    done = _contracts(root, mine, "test_causality_is_exact_to_the_bit")
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_the_contract_suite_catches_a_mixer_of_the_user_that_looks_ahead(root, mine):
+    text = mine.read_text(encoding="utf-8")
+    mine.write_text(text.replace("y=self.strength * out.y", "y=out.y + x.mean(1, keepdim=True)"))
+    done = _contracts(root, mine, "test_causality_is_exact_to_the_bit")
+    assert done.returncode == 1, done.stdout
+    assert "mine-kv_heads=2" in done.stdout
