@@ -41,7 +41,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint
-	$(BIN)/python -m pytest $(SPREAD) -m check
+	$(BIN)/python -m pytest $(SPREAD) -m "check and not slow"
 
 test: lint
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
