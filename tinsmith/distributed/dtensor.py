@@ -1,51 +1,45 @@
-"""Tensors that may be spread over ranks (DTensors, as FSDP2 makes them), seen as plain ones.
+"""One interface to plain tensors and to DTensors, which FSDP2 spreads over ranks.
 
-`whole` gathers, `part` takes this rank's share again; on plain tensors both do nothing.
-
-Parameters that may be spread over ranks (FSDP2), for what changes them outside of autograd and
-the optimizer.
+A DTensor lists a placement for each axis of its device mesh: `Shard(0)` means that every rank holds
+some of its rows, `Replicate` that every rank holds all of it. On plain tensors these functions
+return their argument.
 """
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TypeGuard
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
-
-def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether this rank holds only a part."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return True if the tensor is spread over ranks."""
     return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor, on every rank; a collective where it is spread."""
+    """Gather the full tensor on every rank. On a DTensor this is a collective."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part that this rank holds; writing to it writes to `tensor`."""
+    """Return the part that this rank holds. Writing to it writes to `tensor`."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor that every rank has, spread as `like` is; no messages."""
+    """Return this rank's part of a full tensor that every rank holds, with the placements of
+    `like`. No communication.
+    """
     if not is_dtensor(like):
         return full
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def is_sharded_on_dim0(tensor: Tensor) -> bool:
-    """Whether a stack (E, rows, columns) is spread by whole slices, so that none is in parts."""
+    """Return True if a stack of experts (E, rows, columns) is spread by whole experts, so that
+    each rank holds complete matrices.
+    """
     return (
         is_dtensor(tensor)
         and tensor.dim() == 3
@@ -53,16 +47,10 @@ def is_sharded_on_dim0(tensor: Tensor) -> bool:
     )
 
 
-def gather_detached(parameter: nn.Parameter) -> Tensor:
-    """All of it, detached; every rank must call it."""
-    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return full.detach()
-
-
 @torch.no_grad()
 def write_rows(parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
-    """Overwrite rows of the first axis; every rank gives the same."""
-    if not isinstance(parameter, DTensor):
+    """Overwrite rows of the first axis, outside of autograd. Every rank passes the same values."""
+    if not is_dtensor(parameter):
         parameter[rows] = values.to(parameter)
         return
     full = parameter.full_tensor()
@@ -72,13 +60,15 @@ def write_rows(parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def accumulate_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add this rank's gradient of the whole parameter to `.grad`: as it is where every rank holds
-    all of it (the trainer averages), the mean over ranks where it is spread; none to a frozen one.
+    """Add this rank's gradient of the full parameter to `.grad`.
+
+    A plain parameter gets the gradient itself, because the trainer averages over ranks later. A
+    DTensor gets the mean over ranks. A frozen parameter gets none.
     """
     if not parameter.requires_grad:
         return
     gradient = gradient.to(parameter.dtype)
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         mesh = parameter.device_mesh
         summed = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
         gradient = summed.redistribute(placements=parameter.placements)

@@ -2,7 +2,8 @@
 
 A target is the last part of the name of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack of
 experts (E, rows, columns), or a pattern over the whole name (`blocks.[0-3].mixer.*`). `all` means
-every linear layer and stack. The output head is excluded, because it may be the tied embedding.
+every linear layer; stacks are named. The output head is excluded, because it may be the tied
+embedding.
 
 `ModelConfig.trainable` lists the parameters that are trained, and the others are frozen. It is part
 of the config, so recipes, checkpoints and exported folders keep it. A pattern names a tensor

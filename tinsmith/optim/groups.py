@@ -8,8 +8,8 @@
 - `head`: an output layer of its own, which is a linear layer named `head`.
 - `router`: what scores experts or branches; each of its rows has a meaning.
 - `vector`: norms, biases, sinks, scalars, matrices with a side of 1, convolution kernels, and all
-  that mixes residual
-  streams (`hyper`, `mhyper`), where a decay would pull the identity towards nothing. Never decays.
+  that mixes residual streams (`hyper`, `mhyper`), where weight decay would pull the identity
+  towards zero. Never decays.
 
 Orthogonalised updates are for matrices that map vectors to vectors; a table, a mixing matrix or a
 router is another thing even where it is 2-D. So the module tells the role, no pattern of names.

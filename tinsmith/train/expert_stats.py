@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tinsmith.core.log import Metrics
+from tinsmith.distributed.dtensor import full_tensor
 from tinsmith.nn.model import LM
 from tinsmith.train.meters import to_float64
 
@@ -114,10 +114,7 @@ def _layer(sums: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _drifted(watched: dict[str, Tensor]) -> dict[str, Any]:
-    whole = {
-        key: value.full_tensor() if isinstance(value, DTensor) else value.detach()
-        for key, value in watched.items()
-    }
+    whole = {key: full_tensor(value).detach() for key, value in watched.items()}
     reported = {key: _round(value) for key, value in whole.items()}
     sizes = [float(to_float64(value).abs().mean()) for value in whole.values()]
     return reported | ({"drift": _short(fmean(sizes))} if sizes else {})

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from tinsmith.core.errors import UserError
+from tinsmith.distributed.dtensor import full_tensor, is_dtensor
 from tinsmith.nn.model import LM
 
 
@@ -133,7 +134,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     if ranks.world_size == 1:
         return
     for parameter in parameters:
-        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+        if not is_dtensor(parameter) and parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= ranks.world_size
 
@@ -143,13 +144,7 @@ def full_tensors(module: nn.Module) -> dict[str, Tensor]:
     call it.
     """
     named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value)
-        .detach()
-        .cpu()
-        .contiguous()
-        for name, value in named.items()
-    }
+    return {name: full_tensor(value).detach().cpu().contiguous() for name, value in named.items()}
 
 
 @torch.no_grad()
@@ -171,7 +166,7 @@ def load_full_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str)
                 f"{where}: tensor '{name}' has shape {shapes}; the checkpoint is of another "
                 "architecture"
             )
-        if isinstance(target, DTensor):
+        if is_dtensor(target):
             saved = distribute_tensor(
                 saved.to(target.device), target.device_mesh, target.placements
             )

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tinsmith.config import RunConfig
 from tinsmith.core import rng
 from tinsmith.core.errors import Stopped
 from tinsmith.core.kill_points import kill_point
 from tinsmith.core.signals import StopFlag
+from tinsmith.distributed.dtensor import full_tensor
 from tinsmith.objectives.base import Loss, Metric
 from tinsmith.optim.schedule import lr_multiplier
 from tinsmith.train import checkpoint
@@ -147,7 +147,7 @@ def optimizer_step(run: Run, metrics: MetricAccumulator, stats: dict[str, Tensor
     average_gradients(parameters, run.ranks)
     run.loss_scaler.unscale(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = full_tensor(norm)
     finite = metrics.all_finite()
     overflow = (
         run.loss_scaler.enabled

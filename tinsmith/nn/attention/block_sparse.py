@@ -207,7 +207,7 @@ def torch_backward(
 
 def _visits(begins_TC: Tensor, size: int, keys: int) -> Iterator[tuple[slice, Tensor]]:
     """Every chosen block of keys with the queries that chose it, first queries first, at most
-    PAIRS of them at a time. No query comes twice with one block.
+    QUERY_CHUNK of them at a time. No query comes twice with one block.
     """
     sorted_X, order_X = begins_TC.flatten().sort(stable=True)
     begins, counts = sorted_X.unique_consecutive(return_counts=True)

@@ -1,4 +1,4 @@
-"""Attention over the `keep` tokens that an indexer chooses for each query, the same for all heads.
+"""Attention over the `index_topk` tokens that an indexer selects per query, the same for all heads.
 
 Queries go in chunks, so that (queries x keys) is never held whole; what a chunk needs is computed
 again for its gradient, and keys after its end are left out where that is known. A chunk gathers
@@ -39,7 +39,7 @@ class SelectedTokens(NamedTuple):
 
     index_BCK: Tensor
     span: Span
-    """Where fewer than `keep` are in sight, some of the chosen are not."""
+    """Where fewer than `index_topk` are in sight, some of the chosen are not."""
     config: TokenSparseConfig
 
     def outside_span(self) -> Tensor:
@@ -125,8 +125,8 @@ def _again(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: SelectedTokens)
 
 
 def _attend(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, some: SelectedTokens) -> Tensor:
-    """Gathering moves `keep` keys of every group for every query; a product over all keys handles
-    some sixty times as many numbers in the same time (LOG.md).
+    """Attend by gathering `index_topk` keys per query and group, or by a product over all keys,
+    which handles about sixty times as many numbers in the same time (LOG.md).
     """
     if some.config.kind == "naive":
         return _written_out(q_BCHD, k_BSGD, v_BSGE, some)

@@ -1,1 +1,1 @@
-"""Triton versions of hot paths, each beside its plain twin in `nn/parts` and equal to it."""
+"""Triton kernels. Each equals a plain PyTorch version in `nn/attention`."""

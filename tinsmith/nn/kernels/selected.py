@@ -1,4 +1,4 @@
-"""Attention over chosen blocks on a GPU: the operators of `parts.selected`, in Triton.
+"""Attention over selected blocks on a GPU: the operators of `attention.block_sparse`, in Triton.
 
 Forward and the gradient of queries: one program a query and group, which walks through its blocks
 with a running log-sum-exp (the kernel of NSA, 2502.11089, section 3.4). The gradient of keys and

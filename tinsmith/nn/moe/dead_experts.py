@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.rng import make_generator
-from tinsmith.distributed.dtensor import gather_detached, write_rows
+from tinsmith.distributed.dtensor import full_tensor, write_rows
 from tinsmith.nn.contract import OptimizerReset
 from tinsmith.nn.layers.init import linear_init_std
 from tinsmith.nn.moe.experts import ExpertOutWeight, ExpertWeight
@@ -105,7 +105,7 @@ class UsageWindow(nn.Module):
     ) -> list[OptimizerReset]:
         rows = dead_E.nonzero().flatten()
         draw = make_generator(0, "rebirth", self.layer_idx, int(self.looks))
-        alive = gather_detached(prototypes)[~dead_E].cpu().double()
+        alive = full_tensor(prototypes).detach()[~dead_E].cpu().double()
         found = _directions(self.unrouted.cpu().double(), alive, len(rows), draw)
         write_rows(prototypes, rows, prototype_norm(prototypes.shape[1]) * found)
         write_rows(thresholds, rows, torch.zeros(len(rows)))

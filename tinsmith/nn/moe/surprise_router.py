@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Config, Size
-from tinsmith.distributed.dtensor import accumulate_grad, gather_detached
+from tinsmith.distributed.dtensor import accumulate_grad, full_tensor
 from tinsmith.nn.layers.stable_topk import stable_topk
 from tinsmith.nn.moe.cosine_router import CosineRouter, margins
 from tinsmith.nn.moe.experts import Experts, ExpertWeight
@@ -111,7 +111,7 @@ def add_router_gradients(
         known_NE = known_NE & (size_NE > GUARD_RATIO * usual)
     known_NE = known_NE & (known_NE.sum(-1, keepdim=True) > 1)
     prototypes, thresholds = (
-        gather_detached(parameter).requires_grad_()
+        full_tensor(parameter).detach().requires_grad_()
         for parameter in (gate.prototypes, gate.thresholds)
     )
     with torch.enable_grad():
@@ -201,7 +201,7 @@ def _weights(experts: Experts) -> ExpertMatrices:
     """Detached, at least float32."""
 
     def wanted(stack: ExpertWeight) -> Tensor:
-        weight = gather_detached(stack.weight)
+        weight = full_tensor(stack.weight).detach()
         return weight.to(at_least_fp32(weight.dtype))
 
     gate = None if experts.gate_proj is None else wanted(experts.gate_proj)
