@@ -306,3 +306,44 @@ def test_the_files_of_the_architecture_page_exist():
     folders = (ROOT, PACKAGE, *(path.parent for path in PACKAGE.glob("*/__init__.py")))
     missing = {name for name in names if not any((folder / name).exists() for folder in folders)}
     assert not missing
+
+
+def test_modules_and_attributes_that_texts_name_exist():
+    """`folder.module.name` and `Class.name` in backquotes of the library's docstrings, comments and
+    messages. A key of a recipe, such as `train.seq_len`, is a field in that package's config.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    folders = {path.parent.name for path in PACKAGE.rglob("__init__.py")} | {"parts", "routing"}
+    classes = defaultdict(list)
+    for text in texts.values():
+        for name in re.findall(r"^class (\w+)", text, re.M):
+            classes[name].append(text)
+    stale = [
+        f"{name_of(path)}: `{name}`"
+        for path, text in texts.items()
+        for name in re.findall(r"`(\w+(?:\.\w+)+)[`(]", text)
+        if (name.split(".")[0] in folders and not _names_code(name, texts))
+        or (name.split(".")[0] in classes and not _has(classes[name.split(".")[0]], name))
+    ]
+    assert not stale, "\n".join(stale)
+
+
+def _names_code(name: str, texts: dict[Path, str]) -> bool:
+    """True if some module's path, with or without names in it, ends the way `name` says."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        ending = "/" + "/".join(parts[:end])
+        for path, text in texts.items():
+            module = str(path.with_suffix("")).removesuffix("/__init__")
+            if module.endswith(ending) and all(
+                re.search(rf"\b{part}\b", text) for part in parts[end:]
+            ):
+                return True
+    config = texts.get(PACKAGE / parts[0] / "config.py", "")
+    return parts[-1] in ("yaml", "json", "txt", "py") or bool(
+        re.search(rf"^    {parts[1]}:", config, re.M)
+    )
+
+
+def _has(definitions: list[str], name: str) -> bool:
+    return any(re.search(rf"\b{name.split('.')[1]}\b", text) for text in definitions)

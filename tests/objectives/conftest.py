@@ -60,8 +60,8 @@ def small() -> Callable[..., LM]:
 
 
 class Prompts:
-    """A feed of `rows` prompts at a time over `world` processes, of 10 in all; enough of
-    `objectives.base.Feed` for what asks for prompts.
+    """Ten prompts in batches of `batch_size` over `world` processes; as much of
+    `objectives.base.SampleSource` as an objective with prompts uses.
     """
 
     def __init__(self, batch_size: int = 4, rank: int = 0, world: int = 1):

@@ -147,7 +147,7 @@ class ArcData(DataSection):
     """Whether a view shuffles the demonstrations."""
     seed: int = 0
     rules: tuple[str, ...] = ()
-    """Of generated tasks: names of `data.rules.SEEN`; none stands for all of them."""
+    """Names of generated rules, of `arc.generators.TRAIN_RULES`. Empty means all of them."""
     count: Count = 10_000
     """How many tasks are generated."""
     min_grid_size: int = 3

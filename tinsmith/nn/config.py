@@ -59,7 +59,7 @@ class ModelConfig(Config):
     dropout: Dropout = Dropout()
     attention: Literal["sdpa", "naive"] = "sdpa"
     trainable: tuple[str, ...] = ALL_PARAMETERS
-    """Which tensors training may change, by names and patterns (`parts.trained`)."""
+    """Which tensors training may change, by names and patterns (`nn.parameters`)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "depth", "max_seq_len"):

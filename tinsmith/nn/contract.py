@@ -41,7 +41,7 @@ class Out(NamedTuple):
 
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and signed sin, each (B or 1, T, rotary_dim), ready for `parts.rope.rotate`."""
+"""cos and signed sin, each (B or 1, T, rotary_dim), ready for `attention.rope.apply_rotary_emb`."""
 
 
 class Ctx(NamedTuple):

@@ -2,10 +2,10 @@
 
     y = W x + s B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) (rsLoRA, 2312.03732)
 
-W is frozen, B is 0 at first. A linear layer computes the two small products, a gate in its own
-precision. What reads a weight itself reads W + s B A: absorbed latents, oneDNN's order
-(`infer.packed`), and stacks of experts, every one of which has an A and a B of its own (PEFT's
-`target_parameters`).
+W is frozen, and B is initialised to 0. A linear layer computes the two small products, a router in
+its own precision. Code that reads a weight directly gets W + s B A: absorbed latents, oneDNN's
+layout (`infer.onednn_weights`), and stacks of experts, where each expert has its own A and B
+(PEFT's `target_parameters`).
 
 An adapted module has its own class with an adapter in `module.lora[parameter]`, so that W keeps its
 name and place: state has `q_proj.weight` as before and `q_proj.lora.weight.A` and `.B` beside it.

@@ -98,7 +98,7 @@ class ObjectiveConfigBase(Config):
     """
     deterministic: ClassVar[bool] = False
     """Whether the policy is compared with itself as it was, so that it is to have no dropout and no
-    router noise (`objectives.still`).
+    router noise (`objectives.frozen`).
     """
 
     @property
@@ -138,7 +138,7 @@ class Objective(nn.Module):
         self.frozen_models: dict[str, LM] = {}
         """The config's `judges()`, in eval mode and without gradients; brought by the trainer. One
         that is the policy before its first step is missing where the policy has adapters to switch
-        off: `objectives.reference` knows both.
+        off: `objectives.frozen` knows both.
         """
         self.reward_models: dict[str, RewardModel] = {}
         """The config's `reward_models()` by their folders; brought by the trainer."""

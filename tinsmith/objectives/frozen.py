@@ -1,12 +1,13 @@
 """The reference of an objective: a frozen model of its own, or the policy without its adapters.
 
-A policy that is compared with itself is still: nothing in it is drawn at random.
+A policy that is compared with itself is deterministic: it has no dropout and no router noise.
 
-Answers, old log-probabilities and references are computed without dropout. A policy that is trained
-with it differs from them before its first step: ratios are clipped, and DPO does not begin at ln 2.
-So objectives that compare (`ObjectiveConfigBase.still`) train without dropout (that of adapters
-included) and without noise on a router's logits. All else of training mode (statistics of routers,
-their losses and biases) stays. A run of theirs leaves a model whose config says so.
+Generated answers, old log-probabilities and references are computed without dropout. A policy that
+is trained with dropout differs from them before its first step, so ratios would be clipped, and DPO
+would not begin at ln 2. Therefore objectives that compare (`ObjectiveConfigBase.deterministic`)
+train without dropout, that of adapters included, and without noise on router logits. The rest of
+training mode (router statistics, their losses and biases) stays on. The config of the trained model
+says so.
 """
 
 from collections.abc import Iterator

@@ -89,7 +89,7 @@ class Optimizers:
                 local_tensor(state).masked_fill_(shard_like(mask, state), nothing)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`NAME|momentum`, or what else `optim.memory` lists -> the full tensor, on the CPU.
+        """`NAME|momentum`, or what else `optim.state_io` lists -> the full tensor, on the CPU.
 
         Nothing before the first step; after it, zeros for a parameter that never had a gradient.
         Gathers where parameters are spread, so every rank must call it. A tensor that is whole and

@@ -24,7 +24,7 @@ def load_frozen_models(
     """What `config.judges()` asks for; `policy` must stand as it does before the first step.
 
     Where that is what is left when its adapters are off, no copy is made, and the judge is not
-    among those found (see `objectives.reference`).
+    among those found (see `objectives.frozen`).
 
     Weights are held as the config says. UserError where a folder's model reads other ids than the
     policy.

@@ -1,9 +1,9 @@
 """Tensor names: Tinsmith's and those of Hugging Face's families, one to one.
 
-A table lists modules; `{}` stands for a number (of a block, of an expert), and `.weight` and
-`.bias` are the same on both sides; `WHOLE` lists tensors. Stacks of experts lie apart in their
-files (`hub.stacks`). Tensors are also equal in content, but for DeepSeek's turned parts, whose rows
-come in another order.
+A table lists modules, and `WHOLE` lists tensors. `{}` stands for the index of a block or expert.
+`.weight` and `.bias` are the same on both sides. Hugging Face files hold each expert of a stack as
+a tensor of its own (`families.moe`). Values are equal too, except for the rotated parts of
+DeepSeek's projections, whose rows are in another order.
 """
 
 import re

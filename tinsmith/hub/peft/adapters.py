@@ -4,9 +4,9 @@ Names are those of the Hugging Face model that `hub.hf` writes, with `base_model
 A linear layer has `NAME.lora_A.weight` (R, I) and `NAME.lora_B.weight` (O, R); where its family
 orders rows differently, B's rows are reordered as the weight's are. A stack of experts is one of
 PEFT's target parameters: A is (E R, I), B is (O, R E), and of several stacks in one module each but
-the last is one `base_layer` deeper than the next. Of stock families the stacks are those of
-`hub.fused`; of Tinsmith's own architecture PEFT must merge them before they count, as its models
-read experts without a call of the module that PEFT watches.
+the last is one `base_layer` deeper than the next. `peft.fused_experts` lists the stacks of stock
+families. With Tinsmith's own architecture PEFT must merge the adapters before they have an effect,
+because its models read expert weights without calling the module that PEFT wraps.
 
 Legend: E experts, R rank, I and O the last two sides of a weight as it is stored.
 """

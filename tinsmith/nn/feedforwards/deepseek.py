@@ -8,7 +8,7 @@ The bias b chooses and never weighs. No gradient reaches it; after every optimiz
 `bias_update_speed` against the load that the experts had in the global batch; casts leave it in at
 least float32. In training, `noise` s multiplies each logit by a number drawn evenly from 1 - s/2 to
 1 + s/2 (Tiny-R2), and the `balance` loss holds the unbiased choice of every row
-(`routing.balance.sequence`). With K = 1 the raw score counts: a weight of 1 would teach the gate
+(`moe.balance.sequence_loss`). With K = 1 the raw score counts: a weight of 1 would teach the gate
 nothing.
 
 Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.

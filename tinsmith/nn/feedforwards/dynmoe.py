@@ -1,12 +1,12 @@
-"""Experts that tokens choose freely (DynMoE, Guo et al., 2405.14297; Tiny-ONN): as many for each
-token as lie above their thresholds.
+"""Mixture of experts with a variable number of experts per token: all whose threshold it exceeds
+(DynMoE, Guo et al., 2405.14297; Tiny-ONN).
 
     y_t = sum over the experts e of token t of c_te f_e(x_t)
 
-The gate is `routing.threshold`, with its loss SDL; `routing.rebirth` begins dead experts anew every
-`reset_interval` steps; with `router_grad: smk` or `sml` the gate learns from `routing.surprise`
-instead of the losses behind it, by `routing.learning`. A silent expert (down projection 0) is a
-quiet part of the mean, never NaN; so is a token that no expert wants.
+`moe.cosine_router` selects the experts and has the loss "sdl". `moe.dead_experts` re-initialises
+unused experts every `reset_interval` steps. With `router_grad: smk` or `sml` the router is trained
+by `moe.surprise_router` instead of the task loss. An expert whose down projection is 0 and a token
+without experts contribute 0, never NaN.
 
 Legend: B rows, T tokens, N = B T, D width, P pairs of a token and an expert.
 """

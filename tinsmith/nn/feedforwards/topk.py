@@ -1,9 +1,9 @@
 """Experts behind a softmax gate: MiniMind's, Mixtral's (2401.04088) and Qwen3's.
 
-    p = softmax(W x);  the K largest are chosen, w = p, or p / sum of the chosen p (`renormalise`)
+    p = softmax(W x);  select the K largest;  w = p, or p / their sum with `norm_topk_prob`
 
-With K = 1 the raw probability counts whatever `renormalise` says: a weight of 1 would teach the
-gate nothing. Losses in training: `balance` (`routing.balance`) and, where `z_weight` is not 0,
+With K = 1 the raw probability counts whatever `norm_topk_prob` says: a weight of 1 would teach the
+gate nothing. Losses in training: `balance` (`moe.balance`) and, where `z_weight` is not 0,
 `router_z`. They are means over one micro-batch, by definition.
 
 Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.

@@ -1,12 +1,12 @@
 """DeepSeek Sparse Attention (DeepSeek-V3.2, 2512.02556): latent attention to the `keep` earlier
 tokens that a learned indexer scores highest.
 
-    S_t = the best `keep` of I_t,<=t      y_t = O softmax_s in S_t ((q_t . k_s) / sqrt(N + R)) v_s
+    S_t = `index_topk` best of I_t,<=t      y_t = O softmax_s in S_t ((q_t . k_s) / sqrt(N + R)) v_s
 
-All heads share the choice, so attention is always absorbed (`parts.latent`): what is gathered are
-latents. In training the indexer learns by `losses["indexer"]`, the mean over tokens of KL(p ||
-softmax I), times `index_weight`; p is the layer's own attention to all earlier tokens
-(`index_target: dense`) or to the chosen ones (`selected`, the paper's second stage). The paper's
+All heads attend to the same tokens, so attention is always absorbed (`attention.latent`) and
+gathers latents. The indexer is trained by `losses["indexer"]`: `index_weight` times the mean over
+tokens of KL(p || softmax I), where p is the layer's own attention to all earlier tokens
+(`index_target: dense`) or to the selected ones (`selected`, the paper's second stage). The paper's
 Hadamard rotation changes no product and is left out. A narrow index head (index_dim < rope_dim) is
 turned whole.
 """

@@ -3,15 +3,14 @@
     z_t = sum over the experts e of token t of  c_te W_e x_t        z one of q, k, v
     y_t = sum over e of  c_te O_e a_t                               a = attention(q, k, v)
 
-An expert is a whole set of projections, to all heads and back. A gate of thresholds chooses, for
-each token, which experts project it, and weighs what they say (c, `nn.routing.threshold`); heads,
-norms, rotation, window and cache are gqa's. One expert is gqa, one head is how Tiny-ONN had it.
-Unlike there, no matrix is made per token: pairs of token and expert are sorted by expert.
+One expert is a complete set of projections W_q, W_k, W_v and O. `moe.cosine_router` selects the
+experts of each token and their weights c. Heads, norms, rotation, window and cache are those of
+`gqa`: one expert equals `gqa`, and one head is Tiny-ONN's form. No matrix is built per token;
+instead, pairs of token and expert are sorted by expert.
 
-A token that no expert works on (`fallback: none`) has zeros for its query, key and value, adds
-nothing and looks at nobody: what only the tokens before it tell cannot be learned there. An expert
-that is born anew adds nothing to y before it has learned, but its keys and queries count from the
-first token that it fires for.
+A token without experts (`fallback: none`) has query, key and value 0 and output 0. It attends to
+nothing, so what depends only on earlier tokens cannot be learned there. A re-initialised expert
+has output 0 at first, but its keys and queries take part from the first token that selects it.
 
 Legend: B rows, T tokens, N = B T, E experts, P pairs, D width, I queries, J keys or values.
 """

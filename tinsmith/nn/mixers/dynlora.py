@@ -1,13 +1,13 @@
-"""Attention with a static base and gated low-rank changes to its projections (Tiny-ONN's DynSMLoRA,
-which had a description and no code).
+"""Attention with a static base and routed low-rank changes to its projections (DynSMLoRA of
+Tiny-ONN, which was described but not implemented).
 
     z_t = W x_t + (alpha / rank) sum over the experts e of token t of  c_te B_e A_e x_t
 
-for z the query, key and value (x is the mixer's input), before norms and rotation, and for the
-output (x is then what the heads of token t saw). A (rank, inputs) begins at N(0, 1 / inputs), B
-(outputs, rank) at 0, so the whole begins as its base. One gate of thresholds a layer
-(`nn.routing.threshold`), on the mixer's input, chooses for all four. A token that wants nobody has
-the base alone. With a base of 0 and full rank this is `dyn_heads`.
+z is the query, key or value before norms and rotation, with x the mixer's input, or the output,
+with x the concatenated heads. A (rank, inputs) is initialised from N(0, 1 / inputs) and B
+(outputs, rank) with 0, so the initial function is that of the base. One router per layer
+(`moe.cosine_router`), applied to the mixer's input, selects the experts for all four. A token
+without experts uses the base alone. With W = 0 and full rank this equals `dyn_heads`.
 
 Legend: B rows, T tokens, N = B T, E experts, P pairs, R rank, D width, I inputs, O outputs.
 """

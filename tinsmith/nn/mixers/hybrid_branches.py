@@ -1,12 +1,14 @@
-"""The branches of Tiny-R2's hybrid attention, each one way of latent queries to look back.
+"""The three branches of Tiny-R2's hybrid attention. All use latent queries.
 
-- compress: the latent and the shared key of `parts.latent`, pooled over blocks of `compress_block`
-  tokens channel by channel: sum_j softmax_j(W c_j + B_j) c_j. The pooled key is turned at the
-  position of the block's last token. A block is seen once that token is; where none is, the branch
-  says 0. A block of one token is plain latent attention.
-- select: keys and values of its own; each query attends to the `keep` tokens that an indexer
-  chooses (`parts.indexer`, which learns from its own loss), all heads to the same.
-- window: keys and values of its own, of the last `window` tokens, the query's own included.
+- compress: attends to blocks of `compress_block` tokens. The latent and the shared key of
+  `attention.latent` are pooled per channel: sum_j softmax_j(W c_j + B_j) c_j. The pooled key is
+  rotated to the position of the block's last token. A query sees a block once that token is
+  visible; without a visible block the output is 0. With blocks of one token this is plain latent
+  attention.
+- select: has its own keys and values. Each query attends to `index_topk` tokens, the same for all
+  heads, which `attention.indexer` selects. The indexer is trained by its own loss.
+- window: has its own keys and values. Each query attends to the last `window` tokens, itself
+  included.
 
 Legend: B rows, T tokens, S keys, H heads, D head width, N un-turned part of it, R turned part, C
 latent, V values, M blocks, E blocks that end, L tokens of a block.

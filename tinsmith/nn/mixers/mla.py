@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1).
 
     q_t = [W_UQ c^Q_t, turned(W_QR c^Q_t)]           c^Q_t = norm(W_DQ x_t)
-    y_t = O softmax((q_t . k_s) / sqrt(N + R)) v_s   keys and values: `parts.latent`
+    y_t = O softmax((q_t . k_s) / sqrt(N + R)) v_s   keys and values: `attention.latent`
 
 A cache holds kv_rank + rope_dim numbers per token, for all heads together. Many queries at once
 attend to expanded keys and values; with a cache, few queries are absorbed instead, whatever costs

@@ -1,34 +1,36 @@
-"""A gate of thresholds: every token decides how many experts it wants (DynMoE, Guo et al.,
-2405.14297).
+"""Router by cosine thresholds: each token selects every expert whose threshold it exceeds (DynMoE,
+Guo et al., 2405.14297), so the number of experts per token varies.
 
-    u_te = cos(x_t, p_e) - G_e        expert e works on token t where u_te > 0
+    u_te = cos(x_t, p_e) - G_e        expert e is selected for token t where u_te > 0
     value_te = sg(1[u > 0] - sigmoid(kappa u)) + sigmoid(kappa u)
 
-so the decision is hard and its gradient that of a sigmoid of slope 1 at the boundary (kappa = 4). A
-token's experts are combined as `combine` says: k_t = number of them, never in the graph,
+The forward value is the hard decision; the gradient is that of a sigmoid with slope 1 at u = 0
+(kappa = 4). `combine` defines the weights, where k_t is the number of experts of token t and has no
+gradient:
 
     mean   sum_e value_te y_te / k_t      sum   sum_e value_te y_te
     rescaled_sum   sum_e value_te y_te E / k_t
 
-Prototypes are sqrt(D) long at first. No decision depends on it, but how fast they turn does: an
-optimizer that moves every number by its rate, as Adam does, turns a long row slowly.
+Prototypes p are initialised with length sqrt(D). The length does not affect u, but it affects how
+fast a prototype turns: Adam changes every element by about the learning rate, so a long row turns
+slowly.
 
-SDL, the sparse-diversity loss, is sdl_weight times ((k_mean - k*) / k*)^2 + mean over pairs of
-experts of cos(p_i, p_j)^2; the first term's gradient also reaches experts that did not fire, so
-k can rise. `sdl: dynmoe` is the paper's ||P P' - I||_F + mean ||p_e||, lengths in units of the
-first ones. k_mean is that of a micro-batch: the one place where the split of a batch matters. Its
-input is detached. As every loss of a part it is added up over layers, so what it does to a layer
-does not depend on how many there are.
+The loss "sdl" (sparsity and diversity) is sdl_weight times
 
-It differs from the paper's code in comparing cosines, not their sigmoids (the same decision), and
-in giving a token that wants nobody its best expert in training too (`fallback`). u is rounded to
-the grid of `parts.choose`, so that a zero is a zero however the sum was made.
+    ((k_mean - k*) / k*)^2 + mean over pairs of experts of cos(p_i, p_j)^2
 
-Legend: N tokens, E experts, D width.
+The gradient of the first term also reaches experts that were not selected, so k can grow.
+`sdl: dynmoe` is the paper's ||P P' - I||_F + mean ||p_e||, with lengths in units of the initial
+ones. k_mean is the mean of a micro-batch, so this loss depends on how a batch is split. Its input
+is detached. Like all auxiliary losses it is summed over layers.
 
-What parts share whose experts are chosen by a gate of thresholds.
+Differences from the paper's code: it compares cosines instead of their sigmoids, which gives the
+same decisions, and a token without any expert gets its best one in training too (`fallback`). u is
+rounded to the grid of `layers.stable_topk`, so the decision at u = 0 does not depend on the order
+of summation.
 
-Legend: B rows, T tokens, N = B T, E experts, P pairs, I inputs, O outputs.
+Legend: B rows, T tokens, N = B T, E experts, P pairs of token and expert, D width, I inputs, O
+outputs.
 """
 
 from collections.abc import Callable
@@ -49,12 +51,12 @@ from tinsmith.nn.precision import Fp32Params, at_least_fp32, no_autocast
 KAPPA = 4.0
 
 MIN_NORM = 1e-6
-"""Vectors shorter than this have no direction."""
+"""Shorter vectors are divided by this instead of their length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineRouterConfig(Config):
-    """The keys of a gate of thresholds, for every part that owns one."""
+    """Recipe keys of a cosine router, for every module that has one."""
 
     experts: Size
     combine: Literal["mean", "sum", "rescaled_sum"] = "mean"
@@ -62,7 +64,9 @@ class CosineRouterConfig(Config):
     target_active: float | None = None  # null: a quarter of the experts
     sdl: Literal["target", "dynmoe"] = "target"
     sdl_weight: float = 0.01
-    reset_interval: Count | None = 1000  # optimizer steps between re-births; null: never
+    reset_interval: Count | None = (
+        1000  # optimizer steps between resets of dead experts; null: never
+    )
 
     def __post_init__(self) -> None:
         if self.experts < 1:
@@ -77,29 +81,31 @@ class CosineRouterConfig(Config):
 
     @property
     def target_experts_per_token(self) -> float:
-        """k*: how many experts a token is to have, in the mean."""
+        """k*: the target for the mean number of experts per token."""
         return self.experts / 4 if self.target_active is None else self.target_active
 
 
 class CosineRouterOutput(NamedTuple):
-    """What a gate says of N tokens."""
+    """The routing of N tokens."""
 
     mask_NE: Tensor
-    """bool: who works on whom, fallback included, padding not."""
+    """bool: the selected experts, with the fallback and without padding."""
     weight_NE: Tensor
-    """What an expert's word counts, at least float32; of no meaning outside of the mask."""
+    """Weight of each expert's output, at least float32. Undefined outside of the mask."""
     losses: dict[str, Tensor]
     """In training: "sdl"."""
     stats: dict[str, Tensor]
-    """Sums over tokens: "load" (E,) experts that fired, before the fallback; "tokens" () that are
-    no padding; "fallback" () of them that nobody fired for; "entropy" () of the weights, ln k_t;
-    "unrouted" (D,) directions of the tokens nobody fired for; in training "sdl" () before its
-    coefficient.
+    """Sums over tokens: "load" (E,) selections of each expert, before the fallback; "tokens" ()
+    without padding; "fallback" () tokens that selected no expert; "entropy" () of the weights,
+    ln k_t; "unrouted" (D,) directions of the tokens that selected no expert; in training "sdl" ()
+    before its coefficient.
     """
 
 
 class CosineRouter(Fp32Params):
-    """Prototypes P (E, D), rows orthogonal where E <= D, and thresholds G (E,), cosines, 0."""
+    """Prototypes P (E, D), initialised orthogonal if E <= D, and thresholds G (E,), initialised
+    to 0.
+    """
 
     ROLE: ClassVar = "router"
     FP32_PARAMS: ClassVar = ("prototypes", "thresholds")
@@ -117,14 +123,14 @@ class CosineRouter(Fp32Params):
         self.window = UsageWindow(config.experts, dim, layer_idx, config.reset_interval)
 
     def margins(self, x_ND: Tensor) -> Tensor:
-        """u (N, E)."""
+        """Return u (N, E)."""
         return margins(x_ND, self.prototypes, self.thresholds)
 
     def forward(
         self, x_ND: Tensor, valid_N: Tensor | None = None, differentiable: bool = True
     ) -> CosineRouterOutput:
-        """`valid_N`: False for padding. `learns` False: the weights are constants, so no loss
-        behind them reaches the gate or x through them.
+        """Route N tokens. `valid_N` is False for padding. Without `differentiable`, the weights are
+        constants, and no gradient reaches the router or x through them.
         """
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             u_NE = self.margins(x_ND)
@@ -135,17 +141,19 @@ class CosineRouter(Fp32Params):
         weight_NE = self._combined(_straight_through(u_NE, mask_NE), count_N[:, None])
         losses, stats = {}, _stats(x_ND, fired_NE, valid_N, count_N)
         if self.training and torch.is_grad_enabled():
-            lost = self._sdl(x_ND.detach(), fired_NE, valid_N)
-            losses["sdl"] = self.config.sdl_weight * lost
-            stats["sdl"] = lost.detach() * stats["tokens"]
+            sdl = self._sdl(x_ND.detach(), fired_NE, valid_N)
+            losses["sdl"] = self.config.sdl_weight * sdl
+            stats["sdl"] = sdl.detach() * stats["tokens"]
         return CosineRouterOutput(mask_NE, weight_NE, losses, stats)
 
     def post_step(self, stats: dict[str, Tensor], reset_stds: ResetStds) -> list[OptimizerReset]:
-        """Count, and at the end of a window re-bear experts that never fired; see `rebirth`."""
+        """Count the selections of a step. At the end of a window, re-initialise experts that were
+        never selected (`moe.dead_experts`).
+        """
         return self.window.update(stats, self.prototypes, self.thresholds, reset_stds)
 
     def flops(self) -> int:
-        """Cosines of one token."""
+        """FLOPs of the cosines of one token."""
         return 2 * self.prototypes.numel()
 
     def _with_fallback(self, u_NE: Tensor, fired_NE: Tensor, valid_N: Tensor) -> Tensor:
@@ -186,7 +194,9 @@ class CosineRouter(Fp32Params):
 
 
 def margins(x_ND: Tensor, prototypes_ED: Tensor, thresholds_E: Tensor) -> Tensor:
-    """u (N, E): how far each cosine is above its threshold, at least float32."""
+    """Return u (N, E), the difference between each cosine and its threshold, in at least
+    float32.
+    """
     kind = at_least_fp32(x_ND.dtype)
     with no_autocast(x_ND.device):
         cosine_NE = _unit(x_ND.to(kind)) @ _unit(prototypes_ED.to(kind)).mT
@@ -194,7 +204,7 @@ def margins(x_ND: Tensor, prototypes_ED: Tensor, thresholds_E: Tensor) -> Tensor
 
 
 def above_threshold(u: Tensor) -> Tensor:
-    """bool: u > 0, on the grid that makes ties come out the same."""
+    """Return u > 0 as bool, after rounding to the grid of `layers.stable_topk`."""
     return (u.detach() * GRID).round() > 0
 
 
@@ -203,7 +213,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _straight_through(u: Tensor, decision: Tensor) -> Tensor:
-    """Forward the decision, to the bit; backward a sigmoid."""
+    """Return the decision exactly, with the gradient of a sigmoid."""
     soft = torch.sigmoid(KAPPA * u)
     return decision.to(u.dtype) + (soft - soft.detach())
 
@@ -224,40 +234,40 @@ def _stats(x_ND: Tensor, fired_NE: Tensor, valid_N: Tensor, count_N: Tensor) -> 
 
 
 class CosineRouted(Routed):
-    """A part whose experts are chosen by its `gate`."""
+    """A module whose experts are selected by a cosine router in `gate`."""
 
     gate: CosineRouter
 
     def route(self, x: Tensor, ctx: Ctx, differentiable: bool = True) -> CosineRouterOutput:
-        """What the gate says of the tokens of x (B, T, D)."""
+        """Route the tokens of x (B, T, D)."""
         valid_N = None if ctx.segments is None else ctx.segments.flatten() >= 0
         return self.gate(x.flatten(0, 1), valid_N, differentiable)
 
     def router_state(self) -> dict[str, Tensor]:
-        """The gate's thresholds."""
+        """Return the thresholds."""
         return {"thresholds": self.gate.thresholds}
 
     @torch.no_grad()
     def expert_mask(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """(B, T, E) bool: which experts work on which tokens."""
+        """Return the selected experts of each token, (B, T, E) bool."""
         return self.route(x, ctx).mask_NE.unflatten(0, x.shape[:2])
 
 
 class ExpertMixture(NamedTuple):
-    """The pairs of a choice, and what each counts."""
+    """Pairs of token and expert, and the weight of each."""
 
     plan: DispatchPlan
     weights_P: Tensor
 
     @classmethod
     def from_router_output(cls, router_output: CosineRouterOutput) -> "ExpertMixture":
-        """From what a gate said."""
+        """Make the pairs from a router's output."""
         plan = plan_from_mask(router_output.mask_NE)
         return cls(plan, plan.gather_weights(router_output.weight_NE))
 
     def __call__(self, x_BTI: Tensor, expert_fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """(B, T, O): for each token the weighted sum over its experts. `work` (x_PI, ends_E) gives
-        (P, O), what each pair's expert says.
+        """Return the weighted sum over each token's experts, (B, T, O). `expert_fn` maps the pairs'
+        inputs (P, I), sorted by expert, and the end of each expert's rows (E,) to outputs (P, O).
         """
         x_NI = x_BTI.flatten(0, 1)
         y_PO = expert_fn(self.plan.gather(x_NI), self.plan.ends_E)

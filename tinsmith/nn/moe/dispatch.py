@@ -3,7 +3,7 @@
     y_n = sum over the pairs (e, n) of  w_p f_e(x_n)
 
 Every chosen pair is computed, and no other: no capacity, no token dropped. Gather the tokens of the
-pairs, run each expert on its rows (`parts.grouped`), weigh, add to the tokens.
+pairs, run each expert on its rows (`moe.grouped_gemm`), weigh, add to the tokens.
 
 Legend: N tokens, K choices of a token, E experts, P pairs, D width.
 """
