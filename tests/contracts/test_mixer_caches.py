@@ -1,36 +1,24 @@
-"""What every mixer's cache must hold, with every residual: decoding equals the full forward."""
+"""Decoding with every mixer's cache, and every residual, equals the full forward pass."""
 
 import random
 
 import pytest
 import torch
 
-from tests.oracles.close import close_to
+from tests.contracts.checks import close, decode, pad_rows
 from tinsmith.nn.contract import CacheFull, CannotTruncate
 
-close = close_to(1e-10)
-
 SIZES = [1, 3, 4, 5, 6, 97, *(pytest.param(size, marks=pytest.mark.slow) for size in (33, 256))]
-"""One token, a block (4) and a window (5) and their neighbours, odd and long rows."""
+"""One token, sizes around a block (4) and a window (5), and long rows."""
 LENGTHS = [1, 5, 9, 12]
-LATER = [2, 0, 7, 4]
-"""How many tokens each of four rows goes on with, unevenly."""
+NEXT_LENGTHS = [2, 0, 7, 4]
+"""Tokens of each of four rows in the second call."""
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def rows_of(pieces, width, side):
-    """Rows of ids of different length as (B, width) ids and segments, padded at one side."""
-    ids = torch.full((len(pieces), width), 3)
-    segments = torch.full((len(pieces), width), -1)
-    for row, piece in enumerate(pieces):
-        place = slice(width - len(piece), width) if side == "left" else slice(0, len(piece))
-        ids[row, place], segments[row, place] = piece, 0
-    return ids, segments
 
 
 def lengths_of(caches):
@@ -40,7 +28,7 @@ def lengths_of(caches):
 
 
 def splits_of(size):
-    """Ways to cut `size` tokens into calls."""
+    """Return ways to divide `size` tokens into calls."""
     return [
         [1] * size,
         [size],
@@ -54,42 +42,44 @@ def splits_of(size):
 def test_prefill_equals_chunks_equals_one_by_one(lm, draw, size):
     ids = draw(2, size)
     expected = lm(ids).logits
-    for splits in splits_of(size):
-        caches = lm.new_caches(batch_size=2, capacity=size)
-        begin, found = 0, []
-        for length in splits:
-            found.append(lm(ids[:, begin : begin + length], caches=caches).logits)
-            begin += length
-            assert lengths_of(caches) == [begin] * 2
-        close(torch.cat(found, 1), expected)
+    for lengths in splits_of(size):
+        close(decode(lm, ids, lengths), expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_of_different_length(lm, draw, side):
-    """Padded prefill, a padded and uneven chunk, then one by one while some rows wait."""
+def test_rows_of_different_length_decode_as_if_alone(lm, draw, side):
+    """Padded prefill, a padded chunk of other lengths, then single tokens while some rows wait."""
     ids = draw(4, 24)
-    wholes = lm(ids).logits
+    full_logits = lm(ids).logits
     caches = lm.new_caches(batch_size=4, capacity=24)
     done = [0] * 4
-    rounds = [LENGTHS, LATER, [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1], [3, 2, 0, 3]]
+    rounds = [
+        LENGTHS,
+        NEXT_LENGTHS,
+        [1, 0, 1, 0],
+        [1, 1, 1, 1],
+        [0, 0, 0, 0],
+        [0, 1, 1, 1],
+        [3, 2, 0, 3],
+    ]
     for added in rounds:
         pieces = [ids[row, done[row] : done[row] + count] for row, count in enumerate(added)]
-        spread, segments = rows_of(pieces, max(*added, 1) + (side == "left"), side)
-        found = lm(spread, segments=segments, caches=caches).logits
+        padded_ids, segments = pad_rows(pieces, max(*added, 1) + (side == "left"), side)
+        found = lm(padded_ids, segments=segments, caches=caches).logits
         assert found.isfinite().all()
         for row, count in enumerate(added):
-            close(found[row][segments[row] >= 0], wholes[row, done[row] : done[row] + count])
+            close(found[row][segments[row] >= 0], full_logits[row, done[row] : done[row] + count])
             done[row] += count
         assert lengths_of(caches) == done
 
 
-def test_rows_of_different_length_go_on_without_segments(lm, draw):
+def test_decoding_continues_without_segments(lm, draw):
     ids = draw(4, 12)
-    spread, segments = rows_of(
+    padded_ids, segments = pad_rows(
         [ids[row, :length] for row, length in enumerate(LENGTHS)], 12, "left"
     )
     caches = lm.new_caches(batch_size=4, capacity=20)
-    lm(spread, segments=segments, caches=caches)
+    lm(padded_ids, segments=segments, caches=caches)
     more = draw(4, 6, seed=4)
     found = torch.cat(
         [lm(more[:, begin:end], caches=caches).logits for begin, end in ((0, 1), (1, 4), (4, 6))], 1
@@ -99,8 +89,8 @@ def test_rows_of_different_length_go_on_without_segments(lm, draw):
         close(found[row], lm(whole).logits[0, length:])
 
 
-def test_documents_go_on_from_call_to_call(lm, draw):
-    """Packed rows through a cache, in chunks that cut documents, with their own positions."""
+def test_documents_continue_over_several_calls(lm, draw):
+    """Packed rows with explicit positions, in chunks that divide documents."""
     segments = torch.tensor([[7] * 4 + [3] + [7] * 8 + [0] * 5, [5] * 9 + [2] * 2 + [4] * 7])
     positions = torch.tensor(
         [[*range(4), 0, *range(8), *range(5)], [*range(9), *range(2), *range(7)]]
@@ -122,9 +112,9 @@ def test_documents_go_on_from_call_to_call(lm, draw):
 def test_rows_are_selected_reordered_and_repeated(lm, draw):
     ids, more = draw(4, 12), draw(4, 12, seed=7)
     histories = [ids[row, :length] for row, length in enumerate(LENGTHS)]
-    spread, segments = rows_of(histories, 12, "left")
+    padded_ids, segments = pad_rows(histories, 12, "left")
     caches = lm.new_caches(batch_size=4, capacity=20)
-    lm(spread, segments=segments, caches=caches)
+    lm(padded_ids, segments=segments, caches=caches)
     for step, order in enumerate(([3, 0, 0, 2], [1, 3], [1], [0, 0, 0])):
         for cache in caches:
             cache.select(torch.tensor(order))
@@ -136,7 +126,7 @@ def test_rows_are_selected_reordered_and_repeated(lm, draw):
             close(found[row], lm(history[None]).logits[0, -2:])
 
 
-def test_selecting_no_row_leaves_room_for_new_ones(lm, draw):
+def test_an_emptied_cache_accepts_new_rows(lm, draw):
     ids = draw(2, 9)
     caches, fresh = lm.new_caches(2, 16), lm.new_caches(2, 16)
     lm(draw(2, 7, seed=3), caches=caches)
@@ -149,8 +139,8 @@ def test_selecting_no_row_leaves_room_for_new_ones(lm, draw):
 
 
 @pytest.mark.parametrize("kept", [[4, 4], [1, 3], [0, 0], [0, 4]])
-def test_truncated_caches_go_on_as_if_nothing_had_been(lm, draw, kept):
-    """Only while no more than a window (5) was absorbed; a memory that cannot rewind says so."""
+def test_a_truncated_cache_equals_one_that_never_had_the_tokens(lm, draw, kept):
+    """With at most as many tokens as a window (5), so that every cache can be truncated."""
     ids, other = draw(2, 4), draw(2, 9, seed=3)
     caches = lm.new_caches(batch_size=2, capacity=20)
     lm(ids, caches=caches)
@@ -163,19 +153,19 @@ def test_truncated_caches_go_on_as_if_nothing_had_been(lm, draw, kept):
         close(found[row], lm(whole).logits[0, length:])
 
 
-def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
+def test_truncating_far_works_or_raises_and_changes_nothing(lm, draw):
     ids, other = draw(2, 20), draw(2, 4, seed=3)
     caches = lm.new_caches(batch_size=2, capacity=40)
     lm(ids, caches=caches)
-    refused, output = [], []
+    refused, messages = [], []
     for cache in caches:
         try:
             cache.truncate(torch.tensor([11, 20]))
         except CannotTruncate as error:
             refused.append(cache)
-            output.append(str(error))
+            messages.append(str(error))
     assert refused in ([], caches)
-    assert all("again from its start" in line and "\n" not in line for line in output)
+    assert all("again from its start" in line and "\n" not in line for line in messages)
     kept = 20 if refused else 11
     assert lengths_of(caches) == [kept, 20]
     found = lm(other, caches=caches).logits
@@ -183,7 +173,7 @@ def test_truncating_far_works_or_is_refused_and_changes_nothing(lm, draw):
     close(found[1:], lm(torch.cat((ids[1:], other[1:]), 1)).logits[:, 20:])
 
 
-def test_truncating_to_more_than_there_is_is_an_error(lm, draw):
+def test_truncating_to_a_longer_or_negative_length_raises(lm, draw):
     caches = lm.new_caches(batch_size=2, capacity=8)
     lm(draw(2, 3), caches=caches)
     for lengths in ([4, 3], [3, -1]):
@@ -193,7 +183,7 @@ def test_truncating_to_more_than_there_is_is_an_error(lm, draw):
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs"),
+    ("first", "second"),
     [
         ((12, 30), (9, 30)),
         ((12, 30), (3, 4)),
@@ -203,23 +193,25 @@ def test_truncating_to_more_than_there_is_is_an_error(lm, draw):
         ((0, 30), (9, 9)),
     ],
 )
-def test_caches_of_different_capacity_join(lm, draw, mine, theirs):
-    """(tokens, capacity) of two requests, below a window (5) and above; the larger stays."""
+def test_caches_of_different_capacity_join(lm, draw, first, second):
+    """`first`, `second`: (tokens, capacity), below and above a window (5). The joined cache has
+    the larger capacity.
+    """
     ids = draw(2, 13)
     both = []
-    for row, (length, capacity) in enumerate((mine, theirs)):
+    for row, (length, capacity) in enumerate((first, second)):
         caches = lm.new_caches(batch_size=1, capacity=capacity)
         if length:
             lm(ids[row : row + 1, :length], caches=caches)
         both.append(caches)
     for cache, other in zip(*both, strict=True):
         cache.join(other)
-    assert lengths_of(both[0]) == [mine[0], theirs[0]]
-    room = max(mine[1], theirs[1]) - max(mine[0], theirs[0])
+    assert lengths_of(both[0]) == [first[0], second[0]]
+    room = max(first[1], second[1]) - max(first[0], second[0])
     more = draw(2, min(room, 10), seed=4)
     for t in range(more.shape[1]):
         found = lm(more[:, t : t + 1], caches=both[0]).logits[:, 0]
-        for row, length in enumerate((mine[0], theirs[0])):
+        for row, length in enumerate((first[0], second[0])):
             whole = torch.cat((ids[row, :length], more[row, : t + 1]))[None]
             close(found[row], lm(whole).logits[0, -1])
     if room <= 10:
@@ -228,34 +220,34 @@ def test_caches_of_different_capacity_join(lm, draw, mine, theirs):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_full_cache_says_so_and_changes_nothing(lm, draw, padded):
+def test_a_full_cache_raises_and_changes_nothing(lm, draw, padded):
     ids = draw(2, 12)
     caches = lm.new_caches(batch_size=2, capacity=12)
     if padded:
         lm(*_padded_start(ids), caches=caches)
-        first = [4, 7]
+        lengths = [4, 7]
     else:
         lm(ids[:, :7], caches=caches)
-        first = [7, 7]
+        lengths = [7, 7]
     with pytest.raises(CacheFull, match=r"a row of 13 tokens, a cache with room for 12: make it"):
         lm(draw(2, 6, seed=3), caches=caches)
     segments = torch.tensor([[-1] * 6, [0] * 6])
     with pytest.raises(CacheFull):
         lm(draw(2, 6, seed=3), segments=segments, caches=caches)
-    assert lengths_of(caches) == first
+    assert lengths_of(caches) == lengths
     more = draw(2, 5, seed=4)
     found = lm(more, caches=caches).logits
-    for row, length in enumerate(first):
+    for row, length in enumerate(lengths):
         whole = torch.cat((ids[row, :length], more[row]))[None]
         close(found[row], lm(whole).logits[0, length:])
 
 
 def _padded_start(ids):
-    spread, segments = rows_of([ids[0, :4], ids[1, :7]], 9, "left")
-    return spread, None, segments
+    padded_ids, segments = pad_rows([ids[0, :4], ids[1, :7]], 9, "left")
+    return padded_ids, None, segments
 
 
-def test_no_tokens_and_no_rows_are_fine(lm, draw):
+def test_calls_without_tokens_or_rows_change_nothing(lm, draw):
     ids = draw(2, 5)
     caches = lm.new_caches(2, 8)
     assert lm(ids[:, :0], caches=caches).logits.shape == (2, 0, 48)
@@ -263,18 +255,17 @@ def test_no_tokens_and_no_rows_are_fine(lm, draw):
     close(lm(ids, caches=caches).logits, lm(ids).logits)
 
 
-def test_padding_takes_no_room(lm, draw):
+def test_padding_takes_no_capacity(lm, draw):
     """Rows of 12 positions with at most 5 tokens fit where 5 tokens fit."""
     ids = draw(2, 5)
-    spread, segments = rows_of([ids[0], ids[1, :2]], 12, "right")
+    padded_ids, segments = pad_rows([ids[0], ids[1, :2]], 12, "right")
     caches = lm.new_caches(batch_size=2, capacity=5)
-    found = lm(spread, segments=segments, caches=caches).logits
+    found = lm(padded_ids, segments=segments, caches=caches).logits
     close(found[0, :5], lm(ids[:1]).logits[0])
     assert lengths_of(caches) == [5, 2]
 
 
-def test_requests_do_not_disturb_each_other(lm, draw):
-    """Two sets of caches on one model, in turns."""
+def test_two_sets_of_caches_on_one_model_are_independent(lm, draw):
     ids = draw(2, 12)
     expected = lm(ids).logits
     caches = [lm.new_caches(batch_size=1, capacity=12) for _ in range(2)]
@@ -285,33 +276,31 @@ def test_requests_do_not_disturb_each_other(lm, draw):
 
 
 @pytest.mark.parametrize("capacity", [3, 5, 64])
-def test_bytes_held_are_what_the_formula_says(lm, held, draw, capacity):
+def test_the_cache_has_the_size_of_its_formula(lm, expected_cache_size, draw, capacity):
     for rows, dtype, size in ((1, None, 8), (4, torch.float32, 4), (4, torch.bfloat16, 2)):
         caches = lm.new_caches(rows, capacity, dtype)
         for cache, layer in zip(caches, lm.config.layers, strict=True):
-            assert cache.nbytes() == rows * held(layer.mixer, capacity) * size
+            assert cache.nbytes() == rows * expected_cache_size(layer.mixer, capacity) * size
         lm(draw(rows, 3), caches=caches)
         for cache, layer in zip(caches, lm.config.layers, strict=True):
-            assert cache.nbytes() == rows * held(layer.mixer, capacity) * size
+            assert cache.nbytes() == rows * expected_cache_size(layer.mixer, capacity) * size
             cache.select(torch.zeros(3, dtype=torch.long))
-            assert cache.nbytes() == 3 * held(layer.mixer, capacity) * size
+            assert cache.nbytes() == 3 * expected_cache_size(layer.mixer, capacity) * size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_caches_of_another_dtype_decode(lm, choosers, mixer, draw, dtype):
-    """A cache may be asked for in less precision than the model's. Where rounding may turn a
-    choice, the better half of the tokens counts.
-    """
+def test_caches_of_lower_precision_decode(lm, selective_kinds, mixer, draw, dtype):
+    """If rounding may change a selection, the bound holds for the better half of the tokens."""
     ids = draw(2, 12)
     caches = lm.new_caches(2, 12, dtype)
-    spread, segments = rows_of([ids[0, :7], ids[1, :7]], 9, "left")
-    lm(spread, segments=segments, caches=caches)
+    padded_ids, segments = pad_rows([ids[0, :7], ids[1, :7]], 9, "left")
+    lm(padded_ids, segments=segments, caches=caches)
     found = torch.cat(
         [lm(ids[:, begin:end], caches=caches).logits for begin, end in ((7, 8), (8, 12))], 1
     )
     expected = lm(ids).logits[:, 7:]
     each = (found - expected).square().mean(-1).flatten()
-    if mixer["kind"] in choosers:
+    if mixer["kind"] in selective_kinds:
         each = each.sort().values[: len(each) // 2]
     error = each.mean().sqrt() / expected.square().mean().sqrt()
     assert found.dtype == torch.float64
@@ -320,51 +309,51 @@ def test_caches_of_another_dtype_decode(lm, choosers, mixer, draw, dtype):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_history_of_a_batch_equals_the_full_forward(lm, draw, seed):
-    """Chunks padded anywhere outside, documents, rewinds, reorderings and arrivals in random order;
-    each token's logits against one forward of all that its row has been through.
+    """Padded chunks, new documents, truncation, reordering and joined rows, in random order. The
+    logits of each token equal those of one forward pass over the row's history.
     """
-    turn = random.Random(seed)
+    rng = random.Random(seed)
     capacity = 40
     caches = lm.new_caches(batch_size=2, capacity=capacity)
     rows: list[list[tuple[int, int]]] = [[], []]  # (id, document) of every token of every row
     for _ in range(14):
-        move = turn.choice(["take", "take", "take", "take", "rewind", "select", "join"])
-        if move == "take":
-            rows = _take(lm, caches, rows, turn, capacity)
-        elif move == "rewind":
-            rows = _rewind(caches, rows, turn)
+        move = rng.choice(["append", "append", "append", "append", "truncate", "select", "join"])
+        if move == "append":
+            rows = _append(lm, caches, rows, rng, capacity)
+        elif move == "truncate":
+            rows = _truncate(caches, rows, rng)
         elif move == "select":
-            order = [turn.randrange(len(rows)) for _ in range(turn.randint(1, 3))]
+            order = [rng.randrange(len(rows)) for _ in range(rng.randint(1, 3))]
             for cache in caches:
                 cache.select(torch.tensor(order))
             rows = [list(rows[i]) for i in order]
         else:
-            arrivals = lm.new_caches(batch_size=1, capacity=turn.choice([6, 30]))
-            rows += _take(lm, arrivals, [[]], turn, 6)
+            arrivals = lm.new_caches(batch_size=1, capacity=rng.choice([6, 30]))
+            rows += _append(lm, arrivals, [[]], rng, 6)
             for cache, arrival in zip(caches, arrivals, strict=True):
                 cache.join(arrival)
         assert lengths_of(caches) == [len(row) for row in rows]
 
 
-def _take(lm, caches, rows, turn, capacity):
-    width = turn.choice([1, 1, 2, 6, 11])
+def _append(lm, caches, rows, rng, capacity):
+    width = rng.choice([1, 1, 2, 6, 11])
     ids = torch.full((len(rows), width), 3)
     segments = torch.full((len(rows), width), -1)
     longer = []
     for b, row in enumerate(rows):
-        count = turn.choice([turn.randint(0, width), width])
+        count = rng.choice([rng.randint(0, width), width])
         count = min(count, capacity - len(row))
-        begin = turn.choice([0, width - count])
+        begin = rng.choice([0, width - count])
         fresh = []
         document = row[-1][1] if row else 0
         for t in range(begin, begin + count):
-            if turn.random() < 0.15:
-                document = turn.choice([name for name in range(4) if name != document])
-            fresh.append((turn.randrange(48), document))
+            if rng.random() < 0.15:
+                document = rng.choice([name for name in range(4) if name != document])
+            fresh.append((rng.randrange(48), document))
             ids[b, t], segments[b, t] = fresh[-1]
         longer.append(row + fresh)
-    reported = None if _goes_on(segments, rows) and turn.random() < 0.7 else segments
-    found = lm(ids, segments=reported, caches=caches).logits
+    passed = None if _continues(segments, rows) and rng.random() < 0.7 else segments
+    found = lm(ids, segments=passed, caches=caches).logits
     assert found.isfinite().all()
     for b, row in enumerate(longer):
         if row:
@@ -375,14 +364,14 @@ def _take(lm, caches, rows, turn, capacity):
     return longer
 
 
-def _goes_on(segments, rows):
-    """No padding and no new document: what `segments=None` says."""
+def _continues(segments, rows):
+    """Return True without padding and new documents, which is what `segments=None` means."""
     last = torch.tensor([row[-1][1] if row else 0 for row in rows])
     return bool((segments == last[:, None]).all())
 
 
-def _rewind(caches, rows, turn):
-    kept = [turn.randint(max(len(row) - 4, 0), len(row)) for row in rows]
+def _truncate(caches, rows, rng):
+    kept = [rng.randint(max(len(row) - 4, 0), len(row)) for row in rows]
     try:
         for cache in caches:
             cache.truncate(torch.tensor(kept))

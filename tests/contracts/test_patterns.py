@@ -1,13 +1,16 @@
-"""Layers of different mixers in one model, with every residual: what holds for each mixer holds for
-their mixture.
-"""
+"""Models whose layers have different mixers, with every residual."""
 
 import pytest
 import torch
 
-from tests.oracles.close import close_to
-
-close = close_to(1e-10)
+from tests.contracts.checks import (
+    assert_causal,
+    assert_checkpointing_changes_no_gradient,
+    assert_packed_documents_are_isolated,
+    close,
+    decode,
+    pad_rows,
+)
 
 LATENT = {"heads": 4, "kv_rank": 8, "q_rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
 HYBRID = LATENT | {"kind": "hybrid", "compress_block": 4, "window": 5, "index_topk": 5}
@@ -18,19 +21,19 @@ NSA = {
     **{"compress_block": 2, "compress_stride": 1, "select_block": 2, "select_count": 4},
 }
 PATTERNS = {
-    "the issue's": [
+    "hybrid modes": [
         HYBRID | {"mode": "swa"},
         HYBRID | {"mode": "nsa"},
         {"kind": "gqa", "heads": 4},
     ],
-    "values offered by gqa": [
+    "value residual from gqa": [
         {"kind": "mla"} | LATENT,
         GQA,
         HYBRID | {"mode": "dsa"},
         NSA,
         GQA | {"window": 3, "sinks": True},
     ],
-    "values offered by nsa": [
+    "value residual from nsa": [
         NSA,
         LATENT | {"kind": "dsa", "index_topk": 5, "index_dim": 4},
         GQA,
@@ -40,7 +43,6 @@ PATTERNS = {
 SPLITS = [[23], [1] * 23, [7, 7, 7, 2], [5, 1, 1, 9, 1, 6], [22, 1]]
 RUNS = [(-1, 2), (7, 3), (3, 1), (7, 5), (0, 9), (-1, 3)]
 """Documents and padding of a packed row: (id, length)."""
-SEGMENTS = torch.tensor([[name for name, length in RUNS for _ in range(length)]])
 
 
 @pytest.fixture(params=PATTERNS)
@@ -58,24 +60,16 @@ def lm(make, pattern, residual):
 def test_prefill_equals_chunks_equals_one_by_one(lm, draw):
     ids = draw(2, 23)
     expected = lm(ids).logits
-    for splits in SPLITS:
-        caches, begin, found = lm.new_caches(2, 23), 0, []
-        for length in splits:
-            found.append(lm(ids[:, begin : begin + length], caches=caches).logits)
-            begin += length
-        close(torch.cat(found, 1), expected)
+    for lengths in SPLITS:
+        close(decode(lm, ids, lengths), expected)
 
 
 @torch.no_grad()
 def test_rows_of_different_length_decode_as_if_alone(lm, draw):
     ids, lengths = draw(3, 16), (3, 6, 10)
-    segments = torch.full((3, 10), -1)
-    start = torch.full((3, 10), 3)
-    for row, length in enumerate(lengths):
-        segments[row, 10 - length :] = 0
-        start[row, 10 - length :] = ids[row, :length]
+    prompts, segments = pad_rows([ids[row, :n] for row, n in enumerate(lengths)], 10, "left")
     caches = lm.new_caches(3, 20)
-    lm(start, segments=segments, caches=caches)
+    lm(prompts, segments=segments, caches=caches)
     for step in range(6):
         fresh = torch.stack([ids[row, length + step] for row, length in enumerate(lengths)])
         found = lm(fresh[:, None], caches=caches).logits[:, 0]
@@ -85,46 +79,28 @@ def test_rows_of_different_length_decode_as_if_alone(lm, draw):
 
 @torch.no_grad()
 def test_packed_documents_are_isolated(lm, draw):
-    ids = draw(1, SEGMENTS.shape[1])
-    found, begin = lm(ids, segments=SEGMENTS).logits[0], 0
-    for name, length in RUNS:
-        end = begin + length
-        if name >= 0:
-            close(found[begin:end], lm(ids[:, begin:end]).logits[0])
-        begin = end
-    assert found.isfinite().all()
+    assert_packed_documents_are_isolated(lm, draw(1, 23), RUNS)
 
 
 @torch.no_grad()
-def test_no_token_hears_a_later_one(lm, draw):
-    ids = draw(2, 23)
-    before = lm(ids).logits
-    for last in (0, 3, 4, 5, 11, 21):
-        changed = ids.clone()
-        changed[:, last + 1 :] = (ids[:, last + 1 :] + 7) % 48
-        close(lm(changed).logits[:, : last + 1], before[:, : last + 1])
+def test_logits_do_not_depend_on_later_tokens(lm, draw):
+    assert_causal(lm, draw(2, 23), (0, 3, 4, 5, 11, 21))
 
 
-def test_checkpointed_gradients_are_equal_to_the_bit(make, pattern, residual, draw):
-    gradients = []
-    for checkpointing in (False, True):
-        lm = make(pattern=pattern, depth=len(pattern), residual=residual).train()
-        lm.activation_checkpointing = checkpointing
-        out = lm(draw(1, SEGMENTS.shape[1]), segments=SEGMENTS)
-        (out.logits.square().sum() + sum(out.losses.values())).backward()
-        gradients.append([parameter.grad for parameter in lm.parameters()])
-    assert all(torch.equal(left, right) for left, right in zip(*gradients, strict=True))
+def test_checkpointing_changes_no_gradient(lm, draw):
+    segments = torch.tensor([[document for document, length in RUNS for _ in range(length)]])
+    assert_checkpointing_changes_no_gradient(lm, draw(1, 23), segments)
 
 
 @pytest.mark.parametrize(
     "pattern",
     [
-        name if name == "the issue's" else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "hybrid modes" else pytest.param(name, marks=pytest.mark.slow)
         for name in PATTERNS
     ],
     indirect=True,
 )
-def test_it_compiles_whole(make, pattern, agrees_compiled):
-    """With the residual of the paper; each of the others is compiled in test_residuals."""
+def test_it_compiles_without_a_graph_break(make, pattern, assert_compiles):
+    """With one residual. test_residuals compiles the other ones."""
     residual = {"kind": "mhyper", "streams": 2, "sinkhorn_iterations": 3}
-    agrees_compiled(make(pattern=pattern, depth=len(pattern), residual=residual))
+    assert_compiles(make(pattern=pattern, depth=len(pattern), residual=residual))

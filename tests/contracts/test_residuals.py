@@ -1,4 +1,4 @@
-"""What every residual must hold, beside what test_mixers asks of each mixer with each residual."""
+"""Every residual, beyond the tests that test_mixers runs over mixers and residuals."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def test_reading_gives_one_stream_and_writing_keeps_the_state(lm):
             assert written.dtype == h.dtype
 
 
-def test_tokens_and_rows_do_not_meet_in_the_streams(lm):
-    """What happens to one token is seen at that token and nowhere else, to the bit."""
+def test_tokens_and_rows_do_not_mix_in_the_streams(lm):
+    """Changing one token changes the streams at that token only, bit for bit."""
     part, expand = lm.blocks[1].mix_residual, lm.config.residual.expand
     x, y = noise(2, 5, 32), noise(2, 5, 32, seed=2)
 
@@ -60,7 +60,7 @@ def test_tokens_and_rows_do_not_meet_in_the_streams(lm):
 
 
 def test_the_stream_is_not_normalised(make, residual):
-    """B-06: of a state 100 times as large a block keeps 100 times as much."""
+    """B-06: a state that is 100 times larger stays 100 times larger after a block."""
     lm = make(residual=residual, positions="none")
     h = lm.config.residual.expand(noise(2, 5, 32))
     h, ctx = h * (1 + 0.1 * noise(*h.shape, seed=3)), Ctx(torch.arange(5).expand(2, 5))
@@ -69,14 +69,14 @@ def test_the_stream_is_not_normalised(make, residual):
         assert 90 < large / small < 110
 
 
-def test_what_a_sub_layer_says_reaches_the_stream(lm):
+def test_the_output_of_a_sub_layer_reaches_the_stream(lm):
     part = lm.blocks[1].mix_residual
     h = lm.config.residual.expand(noise(2, 5, 32))
     _, kept = part.read(h)
-    silent = part.write(h, torch.zeros(2, 5, 32, dtype=torch.float64), kept)
-    generated = part.write(h, noise(2, 5, 32, seed=2), kept)
+    without = part.write(h, torch.zeros(2, 5, 32, dtype=torch.float64), kept)
+    with_output = part.write(h, noise(2, 5, 32, seed=2), kept)
     collapse = lm.config.residual.collapse
-    assert ((collapse(generated) - collapse(silent)).abs().amax(-1) > 1e-3).all()
+    assert ((collapse(with_output) - collapse(without)).abs().amax(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -89,8 +89,8 @@ def test_the_stream_keeps_its_dtype(make, residual, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_streams_are_rounded_on_the_way_in_and_out_only(make, residual, dtype):
-    """In between all is float32, under autocast too."""
+def test_half_precision_streams_are_computed_in_float32(make, residual, dtype):
+    """Inputs and outputs are rounded, nothing in between, under autocast too."""
     lm = make(residual=residual, dtype=torch.float32)
     h = lm.config.residual.expand(noise(2, 5, 32).to(dtype))
     h, y = h * (1 + noise(*h.shape, seed=3)).to(dtype), noise(2, 5, 32, seed=2).to(dtype)
@@ -104,11 +104,11 @@ def test_half_precision_streams_are_rounded_on_the_way_in_and_out_only(make, res
         assert torch.equal(after, exact.to(dtype))
 
 
-def test_depth_does_not_make_the_stream_grow(make, residual):
-    """64 blocks leave what the final norm sees within a factor of three of two blocks."""
+def test_the_stream_does_not_grow_with_depth(make, residual):
+    """The input of the final norm after 64 blocks is less than three times that after two."""
     ids, sizes = torch.arange(32)[None], []
     for depth in (2, 64):
-        lm = make(residual=residual, depth=depth, stirred=False)
+        lm = make(residual=residual, depth=depth, perturbed=False)
         seen = []
         lm.norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         lm(ids)
@@ -116,17 +116,16 @@ def test_depth_does_not_make_the_stream_grow(make, residual):
     assert sizes[1] < 3 * sizes[0]
 
 
-def test_its_kind_is_the_first_key_that_is_shown(lm):
+def test_kind_is_the_first_key(lm):
     assert next(iter(to_plain(lm.config.residual))) == "kind"
 
 
 @pytest.mark.costly
-def test_it_compiles_whole(make, residual, agrees_compiled):
-    agrees_compiled(make(residual=residual, depth=2))
+def test_it_compiles_without_a_graph_break(make, residual, assert_compiles):
+    assert_compiles(make(residual=residual, depth=2))
 
 
-def test_its_work_is_counted_exactly(lm):
-    """By torch's own count of products."""
+def test_flops_equal_those_of_torchs_flop_counter(lm):
     h = lm.config.residual.expand(noise(2, 5, 32))
     for part in (lm.blocks[1].mix_residual, lm.blocks[1].feed_residual):
         with FlopCounterMode(display=False) as counter:
@@ -139,7 +138,7 @@ def test_its_work_is_counted_exactly(lm):
     assert lm.flops(9) == 3 * (parts + streams) + 2 * 32 * 48
 
 
-def test_what_it_keeps_for_its_gradient_is_about_what_it_says(make, residual):
+def test_activation_bytes_match_the_saved_tensors(make, residual):
     lm = make(residual=residual, dim=256, dtype=torch.float32)
     part, held = lm.blocks[1].mix_residual, {}
     own = {parameter.untyped_storage().data_ptr() for parameter in part.parameters()}
@@ -158,5 +157,5 @@ def test_what_it_keeps_for_its_gradient_is_about_what_it_says(make, residual):
     assert part.activation_bytes() <= total <= 1.4 * part.activation_bytes()
 
 
-def test_the_config_goes_round(lm):
+def test_the_config_survives_to_dict_and_from_dict(lm):
     assert ModelConfig.from_dict(lm.config.to_dict()) == lm.config

@@ -124,7 +124,7 @@ CASES = [
 
 
 def test_the_tiny_recipe_is_valid():
-    from_dict(TINY)
+    assert from_dict(TINY).objective.kind == "pretrain"
 
 
 @pytest.mark.parametrize(
