@@ -8,9 +8,9 @@ from tinsmith.data.config import TasksData
 from tinsmith.data.documents import Document
 from tinsmith.data.sources.tasks import check_answer, generate_task
 from tinsmith.data.streams import open_source
-from tinsmith.objectives.rl.tools import calculate
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import Conversation, encode_prompt
+from tinsmith.text.tools import calculate
 
 NAMES = ("arithmetic", "sort", "copy")
 

@@ -118,8 +118,8 @@ def test_chat_answers_and_obeys_commands(shell, quickstart):
     talk = "\n".join([*words, "/nonsense", "/set x=1", "/help", "/quit", ""])
     output = shell("chat", "runs/quickstart-chat", "--temperature", 0, stdin=talk)
     assert " max_new_tokens is 5" in output
-    assert " taken back" in output
-    assert " nothing to take back" in output
+    assert " the last message is removed" in output
+    assert " nothing to undo" in output
     assert "/nonsense is unknown" in output
     assert "with KEY one of" in output
     assert (shell.folder / "talk.jsonl").exists()

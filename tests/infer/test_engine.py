@@ -287,22 +287,57 @@ def test_other_positions_up_to_the_last_one(small, draw, greedily, finished, pos
     ]
 
 
-@pytest.mark.parametrize("heat", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_end_it_with_an_error(small, draw, heat, broken):
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_nan_logits_of_one_request_end_that_request_and_no_other(
+    small, draw, finished, temperature, broken, when
+):
+    """One token has a broken embedding. A prompt ends with it, or one request gets it as its first
+    token and fails after that.
+    """
     lm = small()
+    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(4)]
+    sound = [(draw(9, seed), each, 12) for seed, each in enumerate(params)]
+    alone = [answers(Engine(lm), [request], finished)[0] for request in sound]
+    used = {token for request in sound for token in request[0]}.union(*alone, draw(5, 1))
+    bad_token = min(set(range(VOCAB)) - used)
+    with torch.no_grad():
+        lm.embed.weight[bad_token] = broken
+    engine = Engine(lm, max_batch_size=3)
+    ids = [engine.add(*request) for request in sound[:2]]
+    failing = engine.add(
+        [*draw(5, 1), bad_token] if when == "prefill" else draw(5, 1), params[0], 30
+    )
+    ids += [engine.add(*request) for request in sound[2:]]
+    events = {}
+    while engine.num_active or engine.num_waiting:
+        for event in engine.step():
+            events.setdefault(event.request_id, []).append(event)
+            if event.request_id == failing and when == "decode" and event.token is not None:
+                row = [request.request_id for request in engine._running].index(failing)
+                engine._last_tokens_B = engine._last_tokens_B.clone()
+                engine._last_tokens_B[row] = bad_token
+    assert [tokens_of(events[request_id]) for request_id in ids] == alone
+    *before, last = events[failing]
+    assert last == (failing, None, None, "error")
+    assert len(before) == (0 if when == "prefill" else 1)
+
+
+def test_after_a_failed_request_the_engine_goes_on(small, draw, greedily):
+    lm = small()
+    weight = lm.norm.weight[3].item()
     engine = Engine(lm, max_batch_size=2)
     for seed in range(3):
-        engine.add(draw(4, seed), SamplingParams(temperature=heat, seed=seed), 10)
+        engine.add(draw(4, seed), GREEDY, 10)
     engine.step()
     with torch.no_grad():
-        lm.norm.weight[3] = broken
-    with pytest.raises(RuntimeError, match="NaN or infinite after 5 tokens of request 0"):
-        engine.step()
-    assert engine.num_active == 0
+        lm.norm.weight[3] = math.nan
+    assert [event.finish_reason for event in engine.step()] == ["error", "error"]
+    assert (engine.num_active, engine.num_waiting) == (0, 1)
     with torch.no_grad():
-        lm.norm.weight[3] = 1.0
-    assert {event.request_id for event in engine.run()} == {2}
+        lm.norm.weight[3] = weight
+    assert tokens_of(engine.run()) == greedily(lm, draw(4, 2), 10)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +346,7 @@ def test_logits_that_are_no_numbers_end_it_with_an_error(small, draw, heat, brok
         ([], 5, "no tokens"),
         ([1, VOCAB], 5, f"outside 0..{VOCAB - 1}"),
         ([-1], 5, "outside"),
-        ([1] * 128, 5, "has 128 tokens, and there is room for 128"),
+        ([1] * 128, 5, "has 128 tokens, and prompt and completion together may have 128"),
         ([1], 0, "max_new_tokens=0"),
     ],
 )

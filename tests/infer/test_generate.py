@@ -1,21 +1,16 @@
-"""Text: characters and stop strings stay whole, closing a stream ends the work."""
+"""Completions as text: characters, stop strings, streams of several requests."""
+
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinsmith.core.errors import UserError
-from tinsmith.infer.engine import Engine, Event
-from tinsmith.infer.generate import (
-    CompletionBuilder,
-    eos_ids,
-    eval_mode,
-    generate,
-    stream,
-    stream_request,
-    with_distinct_seeds,
-)
+from tinsmith.core.errors import Failure, UserError
+from tinsmith.infer.completions import CompletionBuilder, CompletionEngine, eos_ids
+from tinsmith.infer.engine import Event
+from tinsmith.infer.generate import eval_mode, generate, stream, with_distinct_seeds
 from tinsmith.infer.sample import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -27,56 +22,57 @@ def lm(small, tokenizer):
     return small(vocab_size=tokenizer.vocab_size)
 
 
-def shown(tokenizer, ids, stop=(), finish="length"):
-    """Increments of text for these ids, the last with `finish`; None for a row that was dropped."""
-    answer = CompletionBuilder(tokenizer, stop)
+def build(tokenizer, ids, stop=(), finish_reason="length"):
+    """The increments of text for these ids up to a stop string, and the builder."""
+    builder = CompletionBuilder(tokenizer, stop)
     pieces = []
-    for place, token in enumerate(ids):
-        last = place == len(ids) - 1
-        pieces.append(answer.push(Event(0, token, -1.0, finish if last else None)))
-        if answer.finish_reason:
+    for index, token in enumerate(ids):
+        is_last = index == len(ids) - 1
+        event = Event(0, token, -1.0, finish_reason if is_last else None)
+        pieces.append(builder.push(event).text)
+        if builder.finish_reason:
             break
-    return pieces, answer
+    return pieces, builder
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 319), min_size=1, max_size=20))
 def test_increments_never_split_a_character_and_make_up_the_text(tokenizer, ids):
-    pieces, answer = shown(tokenizer, ids)
-    assert "".join(pieces) == answer.completion().text == tokenizer.decode(ids)
+    pieces, builder = build(tokenizer, ids)
+    assert "".join(pieces) == builder.completion().text == tokenizer.decode(ids)
     whole = tokenizer.encode("naïve 你好 😀")
-    pieces, _ = shown(tokenizer, whole)
+    pieces, _ = build(tokenizer, whole)
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_character_comes_once_it_is_whole(tokenizer):
     ids = [tokenizer.encode(bytes([byte]))[0] for byte in "a😀b".encode()]
-    assert shown(tokenizer, ids)[0] == ["a", "", "", "", "😀", "b"]
-    assert shown(tokenizer, ids[:4])[0] == ["a", "", "", "\ufffd"]
+    assert build(tokenizer, ids)[0] == ["a", "", "", "", "😀", "b"]
+    assert build(tokenizer, ids[:4])[0] == ["a", "", "", "\ufffd"]
 
 
 def test_a_stop_string_is_found_over_borders_of_tokens(tokenizer):
     ids = [tokenizer.encode(bytes([byte]))[0] for byte in b"one\nEND two"]
-    pieces, answer = shown(tokenizer, ids, stop=["\nEND"])
+    pieces, builder = build(tokenizer, ids, stop=["\nEND"])
     assert pieces == ["o", "n", "e", "", "", "", ""]
-    assert answer.completion() == (ids[:7], "one", "stop", [-1.0] * 7)
-    pieces, answer = shown(tokenizer, ids[:6], stop=["\nEND"])
-    assert answer.completion()[1:3] == ("one\nEN", "length")
+    assert builder.completion() == (ids[:7], "one", "stop", [-1.0] * 7)
+    pieces, builder = build(tokenizer, ids[:6], stop=["\nEND"])
+    assert builder.completion()[1:3] == ("one\nEN", "length")
 
 
 def test_a_stop_token_is_among_the_ids_and_not_in_the_text(tokenizer):
     ids = [*tokenizer.encode("x + 1"), tokenizer.end_of_turn]
-    _, answer = shown(tokenizer, ids, finish="stop")
-    assert answer.completion()[:3] == (ids, "x + 1", "stop")
+    _, builder = build(tokenizer, ids, finish_reason="stop")
+    assert builder.completion()[:3] == (ids, "x + 1", "stop")
 
 
 def test_text_that_might_have_become_a_stop_string_comes_at_the_end(tokenizer):
     ids = [*tokenizer.encode("a#"), tokenizer.end_of_text]
-    _, answer = shown(tokenizer, ids, stop=["##"], finish="stop")
-    assert answer.completion().text == "a#"
+    _, builder = build(tokenizer, ids, stop=["##"], finish_reason="stop")
+    assert builder.completion().text == "a#"
 
 
-def test_a_stream_says_what_generate_says(lm, tokenizer):
+def test_a_stream_gives_the_text_of_generate(lm, tokenizer):
     prompts = [tokenizer.encode(text) for text in ("def", "naïve café", "x")]
     whole = generate(lm, tokenizer, prompts, sampling_params=WARM, max_new_tokens=30)
     for prompt, completion in zip(prompts, whole, strict=True):
@@ -173,15 +169,83 @@ def test_answers_end_as_they_are_when_requested_to(lm, tokenizer):
     assert [completion.finish_reason for completion in done] == ["cancelled"] * 2
 
 
-def test_closing_a_stream_drops_its_row_and_leaves_others(lm, tokenizer):
-    engine = Engine(lm)
-    first, second = (engine.add([number + 7], WARM, 60) for number in range(2))
-    pieces = stream_request(engine, first, CompletionBuilder(tokenizer))
-    next(pieces)
-    assert engine.num_active == 2
-    pieces.close()
-    assert engine.num_active == 1
-    assert {event.request_id for event in engine.run()} == {second}
+def test_closing_a_stream_cancels_its_request_and_no_other(lm, tokenizer):
+    engine = CompletionEngine(lm, tokenizer)
+    first, second = (engine.add([7 + index], WARM, 60) for index in range(2))
+    increments = iter(first)
+    next(increments)
+    assert engine.engine.num_active == 2
+    increments.close()
+    assert engine.engine.num_active == 1
+    assert first.finish_reason == "cancelled"
+    assert len(list(second)) == 60
+    assert second.finish_reason == "length"
+    assert not engine.busy
+
+
+def test_several_readers_each_get_the_events_of_their_own_request(lm, tokenizer):
+    prompts = [tokenizer.encode(text) for text in ("def", "naïve café", "x", "def f(x)")]
+    params = with_distinct_seeds(WARM, 4)
+    alone = generate(lm, tokenizer, prompts, sampling_params=params, max_new_tokens=20)
+    engine = CompletionEngine(lm, tokenizer, max_batch_size=2)
+    streams = [engine.add(ids, each, 20) for ids, each in zip(prompts, params, strict=True)]
+    iterators = [iter(each) for each in streams]
+    received = [[] for _ in streams]
+    turn = random.Random(0)
+    unfinished = list(range(4))
+    while unfinished:
+        reader = turn.choice(unfinished)
+        increment = next(iterators[reader], None)
+        if increment is None:
+            unfinished.remove(reader)
+        else:
+            received[reader].append(increment)
+    for stream_, increments, expected in zip(streams, received, alone, strict=True):
+        assert stream_.completion()[:3] == expected[:3]
+        assert "".join(each.text for each in increments) == expected.text
+        assert [each.token for each in increments] == expected.token_ids
+        assert [each.logprob for each in increments] == pytest.approx(expected.logprobs)
+        reasons = [each.finish_reason for each in increments]
+        assert reasons == [None] * (len(increments) - 1) + [expected.finish_reason]
+
+
+def test_a_reader_can_poll_without_running_the_engine(lm, tokenizer):
+    engine = CompletionEngine(lm, tokenizer)
+    first, second = (engine.add([7 + index], WARM, 5) for index in range(2))
+    assert first.read() == []
+    engine.step()
+    engine.step()
+    assert (len(first.read()), first.read()) == (2, [])
+    assert len(list(first)) == 3
+    assert len(second.read()) == 5
+
+
+def test_a_stop_string_ends_one_request_of_several(lm, tokenizer):
+    prompt = tokenizer.encode("def f")
+    plain = generate(lm, tokenizer, [prompt], sampling_params=WARM, max_new_tokens=40)[0]
+    stop = plain.text[8:12]
+    engine = CompletionEngine(lm, tokenizer)
+    stopped, whole = engine.add(prompt, WARM, 40, [stop]), engine.add(prompt, WARM, 40)
+    while stopped.finish_reason is None:
+        engine.step()
+    assert stopped.completion().text == plain.text[: plain.text.index(stop)]
+    assert engine.engine.num_active == 1
+    assert "".join(whole.text()) == plain.text
+
+
+def test_broken_weights_are_an_error_of_generate_and_of_a_stream(lm, tokenizer):
+    with torch.no_grad():
+        lm.embed.weight[5] = float("nan")
+    arguments = {"sampling_params": WARM, "max_new_tokens": 5}
+    with pytest.raises(Failure, match="logits are NaN or infinite"):
+        generate(lm, tokenizer, [[6], [5]], **arguments)
+    with pytest.raises(Failure, match="logits are NaN or infinite"):
+        list(stream(lm, tokenizer, [5], **arguments))
+    engine = CompletionEngine(lm, tokenizer)
+    broken, sound = engine.add([5], WARM, 5), engine.add([6], WARM, 5)
+    assert [each.finish_reason for each in broken] == ["error"]
+    assert broken.completion() == ([], "", "error", [])
+    assert len(list(sound)) == 5
 
 
 def test_the_mode_of_the_model_comes_back(lm, tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.objectives.conftest import END, MIXERS
+from tinsmith.core.errors import Failure
 from tinsmith.objectives.rl.rollout import (
     GenerationLimits,
     collate,
@@ -196,3 +197,11 @@ def test_rows_of_several_rollouts_join_and_part_again(small):
         assert torch.equal(a, b), name
     for name, a, b in zip(one._fields, both.select_rows(torch.tensor([0, 1])), one, strict=True):
         assert torch.equal(a, b), name
+
+
+def test_broken_weights_end_the_run_with_one_line(small):
+    lm = small("gqa")
+    with torch.no_grad():
+        lm.embed.weight[9] = float("nan")
+    with pytest.raises(Failure, match=r"logits are NaN or infinite.* \(rollout after 1 tokens\)"):
+        generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)

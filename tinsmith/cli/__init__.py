@@ -22,6 +22,8 @@ from tinsmith.cli.options import (
     Scaling,
     Seed,
     Temperature,
+    Thinking,
+    Tools,
     TopK,
     TopP,
 )
@@ -175,10 +177,10 @@ def generate(
     tinsmith generate runs/first -p "def fibonacci(n):"
     echo "Once upon" | tinsmith generate runs/first -n 3 --temperature 0.7 --seed 1 --json
     """
-    from tinsmith.verbs.generate import Request, sampling
+    from tinsmith.verbs.generate import GenerateOptions, sampling_params
     from tinsmith.verbs.generate import generate as run
 
-    chosen = sampling(
+    params = sampling_params(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -186,8 +188,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    request = Request(count, chat, max_new_tokens, chosen, tuple(stop or ()))
-    run(model, prompt or [], request, rope_scaling, as_json)
+    options = GenerateOptions(count, chat, max_new_tokens, params, tuple(stop or ()))
+    run(model, prompt or [], options, rope_scaling, as_json)
 
 
 @app.command()
@@ -201,17 +203,15 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     max_new_tokens: MaxNew = 400,
     seed: Seed = None,
-    thinking: Annotated[
-        bool, typer.Option("--thinking", help="Start every answer with <think>.")
-    ] = False,
+    thinking: Thinking = False,
+    tool: Tools = None,
     rope_scaling: Scaling = None,
     imports: Imports = None,
 ) -> None:
-    """Chat with a model. /help lists the commands. Ctrl-C stops an answer; twice, it quits.
+    """Chat with a model. /help lists the commands. Ctrl-C stops a reply; twice, it quits.
 
     \b
-    tinsmith chat runs/quickstart
-    tinsmith chat runs/quickstart --system "Answer in one line." --temperature 0
+    tinsmith chat runs/quickstart --system "Be brief." --temperature 0 --tool calculator
     """
     from tinsmith.verbs.chat import Settings
     from tinsmith.verbs.chat import chat as run
@@ -226,7 +226,7 @@ def chat(
         seed=seed,
         thinking=thinking,
     )
-    run(model, system, settings, rope_scaling)
+    run(model, system, settings, tool or [], rope_scaling)
 
 
 @app.command()

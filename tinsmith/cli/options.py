@@ -33,9 +33,7 @@ Scaling = Annotated[
     str | None, typer.Option("--rope-scaling", help="YAML, e.g. '{kind: yarn, factor: 4, ...}'.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[
-    int | None, typer.Option(help="Sample from the k most likely tokens only (0: all).")
-]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens only.")]
 TopP = Annotated[
     float | None,
     typer.Option(
@@ -59,4 +57,9 @@ Imports = Annotated[
         callback=_import_variants,
         help="A Python file with a mixer, feed-forward, residual, objective or reward of your own.",
     ),
+]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Start every reply with <think>.")]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option("--tool", help="Tool that the model may call: calculator. Repeatable."),
 ]

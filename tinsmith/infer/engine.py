@@ -1,11 +1,12 @@
-"""Many answers at once: rows of different lengths that come and go while the engine runs.
+"""Continuous batching: decode requests of different lengths together, while requests come and go.
 
-    step: every row decodes one token; rows that are over leave; waiting prompts are taken into
-    caches, a chunk per step, and then get rows and their first tokens
+    step: decode one token for every running request; remove finished requests; prefill a chunk of
+    the waiting prompts, then let them join the batch with their first token
 
-It speaks ids only. A step is short, so whoever drives the engine can look for stop requests
-between steps. Caches grow with the longest row and are never looked into: rows are selected and
-joined, and move into larger caches by joining an empty one.
+The engine reads and returns token ids only; `infer.completions` turns them into text. A step is
+short, so that the caller can cancel requests between steps. Row i of the caches belongs to
+`_running[i]`. The engine selects and joins cache rows and never looks into a cache. Caches grow
+with the longest row: they are joined to empty caches of twice the capacity.
 """
 
 import copy
@@ -26,31 +27,41 @@ from tinsmith.nn.contract import LayerCache
 from tinsmith.nn.model import LM
 
 INITIAL_CACHE_LEN = 256
-"""Tokens that rows have room for at first; then it doubles."""
+"""Tokens per row that caches have room for at first. The capacity then doubles."""
 MIN_FREE_DIVISOR = 16
-"""While others decode, prompts wait until one row in so many is free for them: every time that rows
-come, the caches of all are copied.
+"""While requests decode, waiting prompts join only when `max_batch_size` over this many rows are
+free, because joining copies the caches of all rows.
 """
+NONFINITE_LOGITS = (
+    "logits are NaN or infinite: the model's weights are broken, or too large for their dtype"
+)
+"""Message for a request that ended with `finish_reason` `error`."""
 
 
 class Event(NamedTuple):
-    """One token of one request."""
+    """The next token of one request, or its failure."""
 
     request_id: int
-    token: int
-    logprob: float
-    """Of the model's own distribution at the row's temperature (at 1 for a greedy row)."""
+    token: int | None
+    """None if the request failed."""
+    logprob: float | None
+    """Log-probability of the token at the request's temperature (at 1 if greedy), without penalty
+    and truncation. None if the request failed.
+    """
     finish_reason: str | None
-    """`stop` with a stop token, `length` with the last token there is room for, else None."""
+    """`stop` after a stop token, `length` after the last token that fits, `error` if the logits of
+    this request are NaN or infinite (`NONFINITE_LOGITS`), otherwise None.
+    """
 
 
 class Engine:
-    """Answers requests over `lm`, which must be in eval mode, `rows` of them at a time.
+    """Decodes requests with `lm`, at most `max_batch_size` at a time. The model must be in eval
+    mode.
 
-    `capacity`: most tokens of prompt and answer together; never, and by default not, less than
-    the model's context allows. `eos`: ids that end every answer. `dtype`: decode with a copy of
-    the weights in another precision. On a CPU the weights are held twice (see `packed`).
-    Weights may change between answers, not while one is being made.
+    `max_seq_len`: maximum tokens per request, prompt included; capped at, and by default equal to,
+    the model's `max_seq_len`. `eos_ids`: tokens that end every request. `dtype`: decode with a copy
+    of the weights in this precision. On a CPU the weights are stored twice (`onednn_weights`).
+    Weights may change while no request is running. Not thread-safe.
     """
 
     def __init__(
@@ -65,31 +76,32 @@ class Engine:
         for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        same = dtype is None or dtype == lm.embed.weight.dtype
-        self.lm = lm if same else copy.deepcopy(lm).to(dtype)
+        same_dtype = dtype is None or dtype == lm.embed.weight.dtype
+        self.lm = lm if same_dtype else copy.deepcopy(lm).to(dtype)
         self._decode_model = prepack_weights(self.lm)
         self.max_batch_size = max_batch_size
-        context = lm.config.max_seq_len
-        self.max_seq_len = context if max_seq_len is None else min(max_seq_len, context)
-        self._eos = frozenset(eos_ids)
-        self._requested = 0
+        model_limit = lm.config.max_seq_len
+        self.max_seq_len = model_limit if max_seq_len is None else min(max_seq_len, model_limit)
+        self._eos_ids = frozenset(eos_ids)
+        self._num_requests = 0
         self._waiting: deque[RequestState] = deque()
         self._prefill: Prefill | None = None
-        self._kept: tuple[Prefill, Tensor] | None = None
+        self._last_prefill: tuple[Prefill, Tensor] | None = None
+        """The newest prefill and its logits, while the next waiting request has the same prompt."""
         self._clear()
 
     @property
     def num_active(self) -> int:
-        """Requests that have a row, or whose prompt is being taken in."""
-        return sum(not request.finished for request in self._running())
+        """Number of requests that decode or whose prompt is being prefilled."""
+        return sum(not request.finished for request in self._active())
 
     @property
     def num_waiting(self) -> int:
-        """Requests that there is no row for yet."""
+        """Number of requests whose prefill has not begun."""
         return len(self._waiting)
 
     def nbytes(self) -> int:
-        """Bytes that the caches of all rows hold."""
+        """Return the bytes of the caches of all running requests."""
         return sum(cache.nbytes() for cache in self._caches)
 
     def add(
@@ -99,20 +111,21 @@ class Engine:
         max_new_tokens: int,
         stop_token_ids: Sequence[int] = (),
     ) -> int:
-        """Ask for an answer of at most `max_new` tokens, ended by `eos` or `stop_ids`; its number.
+        """Queue a request and return its id.
 
-        UserError where the prompt is empty, has ids that the model does not know, or leaves no room
-        for an answer.
+        The request ends after `max_new_tokens` tokens, at `max_seq_len`, or with a token of
+        `eos_ids` or `stop_token_ids`. Raise UserError if the prompt is empty, contains ids outside
+        of the vocabulary, or leaves no room for a token.
         """
         self._check(prompt, max_new_tokens)
-        number, self._requested = self._requested, self._requested + 1
+        request_id, self._num_requests = self._num_requests, self._num_requests + 1
         seed = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
-        room = min(max_new_tokens, self.max_seq_len - len(prompt))
-        stops = self._eos.union(stop_token_ids)
+        limit = min(max_new_tokens, self.max_seq_len - len(prompt))
+        stop = self._eos_ids.union(stop_token_ids)
         self._waiting.append(
-            RequestState(number, tuple(prompt), sampling_params, seed, room, stops)
+            RequestState(request_id, tuple(prompt), sampling_params, seed, limit, stop)
         )
-        return number
+        return request_id
 
     def add_group(
         self,
@@ -121,42 +134,38 @@ class Engine:
         max_new_tokens: int,
         stop_token_ids: Sequence[int] = (),
     ) -> list[int]:
-        """Ask for one answer per sampling; their numbers.
+        """Queue one request per element of `sampling_params` and return their ids.
 
-        As for any equal prompts that wait one after another, the prompt is taken in once.
+        Consecutive requests with equal prompts are prefilled once.
         """
         return [
-            self.add(prompt, sampling, max_new_tokens, stop_token_ids)
-            for sampling in sampling_params
+            self.add(prompt, params, max_new_tokens, stop_token_ids) for params in sampling_params
         ]
 
     def cancel(self, request_id: int) -> None:
-        """Give a request up; its row is free at the next step. Nothing happens if it is over."""
-        for request in (*self._waiting, *self._running()):
+        """End a request without another event. A finished or unknown id changes nothing."""
+        for request in (*self._waiting, *self._active()):
             if request.request_id == request_id:
                 request.finished = True
         self._waiting = deque(request for request in self._waiting if not request.finished)
 
     def run(self) -> Iterator[Event]:
-        """Events until every request is over; more may be added meanwhile."""
+        """Yield events until every request has ended. Requests may be added meanwhile."""
         while self.num_active or self.num_waiting:
             yield from self.step()
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """A token for every row, and a first one where a prompt is now behind it.
-
-        RuntimeError where logits are not numbers; all that were running are over then.
-        """
+        """Decode one token for every running request, and a first one after a finished prefill."""
         if self.lm.training:
             raise ValueError("the engine needs a model in eval mode: call lm.eval()")
-        self._sweep()
-        if not self._running():
+        self._remove_finished()
+        if not self._active():
             self._decode_model = refresh_prepacked(self._decode_model, self.lm)
-        logits = [self._decode()] if self._rows else []
-        logits += self._take_in()
-        events = self._choose(torch.cat(logits)) if logits else []
-        self._sweep()
+        logits = [self._decode()] if self._running else []
+        logits += self._advance_prefill()
+        events = self._sample(torch.cat(logits)) if logits else []
+        self._remove_finished()
         return events
 
     def _check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
@@ -167,153 +176,158 @@ class Engine:
             raise UserError(f"the prompt has ids outside 0..{size - 1}: another tokenizer's?")
         if len(prompt) >= self.max_seq_len:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, and there is room for {self.max_seq_len} "
-                "with "
-                "the answer: shorten it"
+                f"the prompt has {len(prompt)} tokens, and prompt and completion together may have "
+                f"{self.max_seq_len}: shorten the prompt"
             )
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
-    def _running(self) -> tuple[RequestState, ...]:
-        return (*self._rows, *(self._prefill.requests if self._prefill else ()))
+    def _active(self) -> tuple[RequestState, ...]:
+        return (*self._running, *(self._prefill.requests if self._prefill else ()))
 
     def _decode(self) -> Tensor:
-        """(B, V): what comes after the newest token of every row."""
-        longest = max(row.num_cached_tokens for row in self._rows) + 1
-        if longest > self._room:
-            self._room = self._roomy(longest)
-            larger = self.lm.new_caches(0, self._room)
-            for mine, theirs in zip(larger, self._caches, strict=True):
-                mine.join(theirs)
-            self._caches = larger
-        out = self._decode_model(self._newest[:, None], caches=self._caches, logits="last")
+        """Return the logits (B, V) after the newest token of every row."""
+        longest = max(request.num_cached_tokens for request in self._running) + 1
+        if longest > self._cache_len:
+            self._cache_len = self._cache_len_for(longest)
+            enlarged = self.lm.new_caches(0, self._cache_len)
+            for new, old in zip(enlarged, self._caches, strict=True):
+                new.join(old)
+            self._caches = enlarged
+        out = self._decode_model(self._last_tokens_B[:, None], caches=self._caches, logits="last")
         return out.logits[:, -1]
 
-    def _take_in(self) -> list[Tensor]:
-        """Go on with prompts that are on their way, or begin with those that wait; the (M, V)
-        logits of new rows, if there are any now.
+    def _advance_prefill(self) -> list[Tensor]:
+        """Prefill the next chunk of the waiting prompts. When it is the last chunk, their requests
+        join the batch and their logits (M, V) are returned.
         """
         if self._prefill is None:
-            members = self._admitted()
-            if not members:
+            admitted = self._admit()
+            if not admitted:
                 return []
-            if self._kept is not None:
-                return [self._enter(members, *self._kept)]
-            longest = max(len(member.prompt) for member in members)
-            self._prefill = Prefill(self._decode_model, members, self._roomy(longest + 1))
-        done = self._prefill
-        logits = done.advance()
+            if self._last_prefill is not None:
+                return [self._join_batch(admitted, *self._last_prefill)]
+            longest = max(len(request.prompt) for request in admitted)
+            self._prefill = Prefill(self._decode_model, admitted, self._cache_len_for(longest + 1))
+        prefill = self._prefill
+        logits = prefill.advance()
         if logits is None:
             return []
         self._prefill = None
-        self._kept = (done, logits) if self._waits_for(done) else None
-        members = [member for member in done.requests if not member.finished]
-        return [self._enter(members, done, logits)] if members else []
+        self._last_prefill = (prefill, logits) if self._next_repeats(prefill) else None
+        requests = [request for request in prefill.requests if not request.finished]
+        return [self._join_batch(requests, prefill, logits)] if requests else []
 
-    def _admitted(self) -> list[RequestState]:
-        """Waiting requests to begin with: of a prompt that was kept, or of similar length."""
-        free = self.max_batch_size - len(self._rows)
-        if self._rows and free < min(len(self._waiting), self.max_batch_size // MIN_FREE_DIVISOR):
+    def _admit(self) -> list[RequestState]:
+        """Take waiting requests to prefill together: prompts of similar length, or the prompts of
+        the last prefill again.
+        """
+        free = self.max_batch_size - len(self._running)
+        if self._running and free < min(
+            len(self._waiting), self.max_batch_size // MIN_FREE_DIVISOR
+        ):
             return []
-        if self._kept is not None and not self._waits_for(self._kept[0]):
-            self._kept = None
-        members: list[RequestState] = []
-        while self._waiting and len(self._rows) + len(members) < self.max_batch_size:
-            kept, new = self._kept, self._waiting[0]
-            if not (new.prompt in kept[0].prompts if kept else has_similar_length(members, new)):
+        if self._last_prefill is not None and not self._next_repeats(self._last_prefill[0]):
+            self._last_prefill = None
+        admitted: list[RequestState] = []
+        while self._waiting and len(admitted) < free:
+            candidate = self._waiting[0]
+            if not (
+                candidate.prompt in self._last_prefill[0].prompts
+                if self._last_prefill
+                else has_similar_length(admitted, candidate)
+            ):
                 break
-            members.append(self._waiting.popleft())
-        return members
+            admitted.append(self._waiting.popleft())
+        return admitted
 
-    def _waits_for(self, done: Prefill) -> bool:
-        """The next request has a prompt that was just taken in."""
-        return bool(self._waiting) and self._waiting[0].prompt in done.prompts
+    def _next_repeats(self, prefill: Prefill) -> bool:
+        """Return True if the next waiting request has a prompt of this prefill."""
+        return bool(self._waiting) and self._waiting[0].prompt in prefill.prompts
 
-    def _enter(self, members: list[RequestState], done: Prefill, logits: Tensor) -> Tensor:
-        """Rows for requests whose prompts are in; of the prompts' (P, V) logits theirs, (M, V)."""
-        at, count = [done.row(member) for member in members], len(self._rows)
-        places = torch.tensor(at, device=logits.device)
-        rows = torch.cat((torch.arange(count, device=logits.device), count + places))
-        every = at == list(range(len(done.prompts)))
-        for mine, theirs in zip(self._caches, done.caches, strict=True):
-            mine.join(theirs)
-            if not every:
-                mine.select(rows)
-        self._room = max(self._room, done.capacity)
-        self._rows += members
-        self._regroup()
-        return logits[places]
+    def _join_batch(
+        self, requests: list[RequestState], prefill: Prefill, logits_PV: Tensor
+    ) -> Tensor:
+        """Append the caches of prefilled requests to the batch and return their logits (M, V)."""
+        prompt_rows = [prefill.row(request) for request in requests]
+        index_M = torch.tensor(prompt_rows, device=logits_PV.device)
+        count = len(self._running)
+        rows = torch.cat((torch.arange(count, device=logits_PV.device), count + index_M))
+        is_whole_prefill = prompt_rows == list(range(len(prefill.prompts)))
+        for cache, prefilled in zip(self._caches, prefill.caches, strict=True):
+            cache.join(prefilled)
+            if not is_whole_prefill:
+                cache.select(rows)
+        self._cache_len = max(self._cache_len, prefill.capacity)
+        self._running += requests
+        self._stack_row_settings()
+        return logits_PV[index_M]
 
-    def _choose(self, logits: Tensor) -> list[Event]:
-        """The next token of every row, from (B, V) logits."""
+    def _sample(self, logits_BV: Tensor) -> list[Event]:
+        """Draw the next token of every row."""
         draws = None
-        if not self._settings.all_greedy:
-            numbers = [uniform(row.seed, len(row.output_ids)) for row in self._rows]
-            draws = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
-        ids, logprobs = sample(logits, self._settings, draws, self._seen)
-        if self._seen is not None:
-            self._seen.scatter_(1, ids[:, None], True)
-        self._newest, reported = ids, logprobs.tolist()
-        for row, logprob in zip(self._rows, reported, strict=True):
-            if not math.isfinite(logprob):
-                self._give_up(row)
-        return [_event(*each) for each in zip(self._rows, ids.tolist(), reported, strict=True)]
+        if not self._sampling.all_greedy:
+            numbers = [uniform(row.seed, len(row.output_ids)) for row in self._running]
+            draws = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device)
+        ids_B, logprobs_B = sample(logits_BV, self._sampling, draws, self._seen_BV)
+        if self._seen_BV is not None:
+            self._seen_BV.scatter_(1, ids_B[:, None], True)
+        self._last_tokens_B = ids_B
+        sampled = zip(self._running, ids_B.tolist(), logprobs_B.tolist(), strict=True)
+        return [_append_token(request, token, logprob) for request, token, logprob in sampled]
 
-    def _give_up(self, broken: RequestState) -> None:
-        for request in self._running():
-            request.finished = True
-        length = len(broken.prompt) + len(broken.output_ids)
-        raise RuntimeError(
-            f"logits are NaN or infinite after {length} tokens of request {broken.request_id}: the "
-            "model's weights are broken, or too large for their dtype"
-        )
-
-    def _sweep(self) -> None:
-        """Rows that are over leave."""
-        if not any(row.finished for row in self._rows):
+    def _remove_finished(self) -> None:
+        """Remove the rows of finished requests."""
+        if not any(request.finished for request in self._running):
             return
-        kept = [place for place, row in enumerate(self._rows) if not row.finished]
-        self._rows = [self._rows[place] for place in kept]
-        if not kept:
+        unfinished = [row for row, request in enumerate(self._running) if not request.finished]
+        self._running = [self._running[row] for row in unfinished]
+        if not unfinished:
             self._clear()
             return
-        rows = torch.tensor(kept, device=self._newest.device)
-        self._newest = self._newest[rows]
+        rows = torch.tensor(unfinished, device=self._last_tokens_B.device)
+        self._last_tokens_B = self._last_tokens_B[rows]
         for cache in self._caches:
             cache.select(rows)
-        self._regroup()
+        self._stack_row_settings()
 
     def _clear(self) -> None:
-        """No rows, and little memory."""
-        self._rows = []
-        self._room = self._roomy(1)
-        self._caches: list[LayerCache] = self.lm.new_caches(0, self._room)
-        self._regroup()
+        """Start with an empty batch and small caches."""
+        self._running: list[RequestState] = []
+        self._cache_len = self._cache_len_for(1)
+        self._caches: list[LayerCache] = self.lm.new_caches(0, self._cache_len)
+        self._stack_row_settings()
 
-    def _regroup(self) -> None:
-        """What depends on which rows there are."""
+    def _stack_row_settings(self) -> None:
+        """Stack what `sample` needs of every row: sampling parameters, and the tokens seen so far
+        if a row has a repetition penalty.
+        """
         device = self.lm.embed.weight.device
-        self._settings = stack_sampling_params([row.sampling_params for row in self._rows], device)
-        self._seen: Tensor | None = None
-        if self._settings.repetition_penalty is not None:
-            shape = (len(self._rows), self.lm.config.vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=device)
-            for place, row in enumerate(self._rows):
-                self._seen[place, [*row.prompt, *row.output_ids]] = True
+        params = [request.sampling_params for request in self._running]
+        self._sampling = stack_sampling_params(params, device)
+        self._seen_BV: Tensor | None = None
+        if self._sampling.repetition_penalty is not None:
+            shape = (len(self._running), self.lm.config.vocab_size)
+            self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=device)
+            for row, request in enumerate(self._running):
+                self._seen_BV[row, [*request.prompt, *request.output_ids]] = True
 
-    def _roomy(self, tokens: int) -> int:
-        """Room for `tokens` tokens and some more."""
-        room = INITIAL_CACHE_LEN
-        while room < tokens:
-            room *= 2
-        return min(room, self.max_seq_len)
+    def _cache_len_for(self, num_tokens: int) -> int:
+        """Return the cache capacity for rows of `num_tokens` tokens."""
+        length = INITIAL_CACHE_LEN
+        while length < num_tokens:
+            length *= 2
+        return min(length, self.max_seq_len)
 
 
-def _event(row: RequestState, token: int, logprob: float) -> Event:
-    """A request gets its next token, perhaps its last."""
-    row.output_ids.append(token)
-    finish = "length" if len(row.output_ids) == row.max_new_tokens else None
-    if token in row.stop_token_ids:
-        finish = "stop"
-    row.finished = finish is not None
-    return Event(row.request_id, token, logprob, finish)
+def _append_token(request: RequestState, token: int, logprob: float) -> Event:
+    """Append a token to its request, which may end with it; end the request if it has no logits."""
+    if not math.isfinite(logprob):
+        request.finished = True
+        return Event(request.request_id, None, None, "error")
+    request.output_ids.append(token)
+    finish_reason = "length" if len(request.output_ids) == request.max_new_tokens else None
+    if token in request.stop_token_ids:
+        finish_reason = "stop"
+    request.finished = finish_reason is not None
+    return Event(request.request_id, token, logprob, finish_reason)

@@ -20,7 +20,8 @@ from tinsmith.core.rng import derive_seed
 from tinsmith.data.config import DataFormat
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prompts import Prompt, read_prompt
-from tinsmith.infer.generate import eos_ids, eval_mode
+from tinsmith.infer.completions import eos_ids
+from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.divergence import DistillWeights, HeadInputs, summed_divergence
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import WeightDtype

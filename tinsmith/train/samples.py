@@ -1,11 +1,9 @@
-"""Fixed prompts, and what the model says to them while it learns."""
-
-import torch
+"""Samples during training: completions of fixed prompts."""
 
 from tinsmith.core.rng import derive_seed
 from tinsmith.data.config import DataFormat
 from tinsmith.data.loader.batch import Batch
-from tinsmith.infer.engine import Engine
+from tinsmith.infer.generate import generate
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.text.chat import encode_prompt, parse_conversation
 from tinsmith.train.precision import autocast
@@ -59,35 +57,29 @@ def _beginnings(batch: Batch, shape: DataFormat) -> list[list[int]]:
     return found
 
 
-@torch.no_grad()
 def generate_samples(run: Run) -> list[dict[str, str]]:
-    """Continue every prompt, the first greedily, from seeds that depend on the step alone."""
-    was_training = run.policy.training
-    run.policy.eval()
-    given = sample_prompts(run)
-    ends = (run.tokenizer.end_of_text, run.tokenizer.end_of_turn)
-    output: dict[int, list[int]] = {}
-    try:
-        with autocast(run.config.train.precision, run.ranks.device):
-            longest = max((len(ids) for ids in given), default=0) + run.config.eval.max_new_tokens
-            engine = Engine(
-                run.policy, max_batch_size=max(1, len(given)), max_seq_len=longest, eos_ids=ends
-            )
-            for index, ids in enumerate(given):
-                seed = derive_seed(run.config.train.seed, "sample", run.state.step, index)
-                sampling = SamplingParams(temperature=0.8 if index else 0.0, seed=seed)
-                output[engine.add(ids, sampling, run.config.eval.max_new_tokens)] = []
-            while engine.num_active or engine.num_waiting:
-                run.poll()
-                for event in engine.step():
-                    output[event.request_id].append(event.token)
-    finally:
-        run.policy.train(was_training)
-    tokenizer = run.tokenizer
+    """Complete the sample prompts: the first greedily, the others with seeds that depend on the
+    step and the index only.
+    """
+    prompts = sample_prompts(run)
+    params = [
+        SamplingParams(
+            temperature=0.8 if index else 0.0,
+            seed=derive_seed(run.config.train.seed, "sample", run.state.step, index),
+        )
+        for index in range(len(prompts))
+    ]
+    with autocast(run.config.train.precision, run.ranks.device):
+        completions = generate(
+            run.policy,
+            run.tokenizer,
+            prompts,
+            sampling_params=params,
+            max_new_tokens=run.config.eval.max_new_tokens,
+            batch_size=max(1, len(prompts)),
+            should_stop=run.poll,  # raises if the run is interrupted, otherwise False
+        )
     return [
-        {
-            "prompt": tokenizer.decode(ids),
-            "text": tokenizer.decode([token for token in answer if token not in ends]),
-        }
-        for ids, answer in zip(given, output.values(), strict=True)
+        {"prompt": run.tokenizer.decode(ids), "text": completion.text}
+        for ids, completion in zip(prompts, completions, strict=True)
     ]

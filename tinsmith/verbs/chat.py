@@ -2,10 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -13,20 +12,18 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
 from tinsmith.core.parse import Config, did_you_mean, parse
 from tinsmith.hub.load import load
-from tinsmith.infer.generate import stream
+from tinsmith.infer.completions import CompletionEngine
 from tinsmith.infer.sample import SamplingParams
-from tinsmith.nn.model import LM
-from tinsmith.text.chat import encode_prompt
-from tinsmith.text.records import parse_conversation
-from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.infer.session import ChatSession
+from tinsmith.text.tools import TOOLS, ToolName
 from tinsmith.train.parallel import pick_device
 from tinsmith.verbs.export_import import parse_rope_scaling
-from tinsmith.verbs.generate import sampling
+from tinsmith.verbs.generate import sampling_params
 
-HELP = """ /reset              forget the conversation
- /undo               take back the last question and its answer
- /retry              answer the last question again
- /save FILE          write the conversation as one line of a .jsonl of chats
+HELP = """ /reset              remove all messages
+ /undo               remove the last message and its reply
+ /retry              reply to the last message again
+ /save FILE          append the conversation to a .jsonl file of chats
  /set KEY=VALUE      temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed,
                      thinking
  /system TEXT        set the system message (nothing: remove it)
@@ -35,7 +32,7 @@ HELP = """ /reset              forget the conversation
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Config):
-    """What `/set` changes."""
+    """Generation settings that `/set` changes."""
 
     temperature: float = 0.7
     top_p: float | None = 0.95
@@ -49,79 +46,126 @@ class Settings(Config):
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError("--max-new-tokens: at least 1")
-        self.sampling()
+        self.sampling_params()
 
-    def sampling(self) -> SamplingParams:
-        """What the sampler takes."""
+    def sampling_params(self) -> SamplingParams:
+        """Return the settings of the sampler; UserError for a value out of range."""
         names = [field.name for field in fields(SamplingParams)]
-        return sampling(**{name: getattr(self, name) for name in names})
+        return sampling_params(**{name: getattr(self, name) for name in names})
 
 
-class Session:
-    """Messages so far, and the model that answers them."""
+class TerminalChat:
+    """A chat session in the terminal: prints replies and runs the commands of `/help`."""
 
-    def __init__(self, lm: LM, tokenizer: Tokenizer, system: str | None, settings: Settings):
-        self.lm, self.tokenizer, self.system, self.settings = lm, tokenizer, system, settings
-        self.messages: list[dict[str, str]] = []
+    def __init__(self, session: ChatSession, settings: Settings):
+        self.session, self.settings = session, settings
+        self._commands: dict[str, Callable[[str], None]] = {
+            "help": lambda rest: print_line(HELP),
+            "reset": self._reset,
+            "undo": self._undo,
+            "retry": self._retry,
+            "save": self._save,
+            "set": self._set,
+            "system": self._system,
+        }
 
-    def record(self) -> dict[str, Any]:
-        """The conversation as a chat record."""
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        return {"messages": first + self.messages}
+    def handle(self, line: str) -> None:
+        """Run a command or reply to a message. Errors are printed, and the chat goes on."""
+        try:
+            if line.startswith("/"):
+                self._run_command(line)
+            else:
+                self._reply(line)
+        except UserError as error:
+            print_line(f" {error}")
 
-    def ask(self, text: str, write: Callable[[str], object]) -> None:
-        """Answer `text` through `write`, bit by bit; Ctrl-C ends the answer and keeps what was
-        said.
-        """
-        self.messages.append({"role": "user", "content": text})
-        thinking = True if self.settings.thinking else None
-        ids = encode_prompt(
-            self.tokenizer, parse_conversation(self.record(), answered=False), thinking=thinking
-        )
-        room = self.lm.config.max_seq_len - len(ids)
-        if room < 1:
-            self.messages.pop()
-            raise UserError(f"the conversation is full ({len(ids)} tokens): /reset or /undo")
-        chosen = self.settings
-        output: list[str] = []
-        pieces = stream(
-            self.lm,
-            self.tokenizer,
-            ids,
-            sampling_params=chosen.sampling(),
-            max_new_tokens=min(chosen.max_new_tokens, room),
+    def _reply(self, text: str) -> None:
+        """Print a reply while it is generated. Ctrl-C ends it and keeps the text so far."""
+        trimmed = self.session.num_trimmed
+        increments = self.session.reply(
+            text,
+            self.settings.sampling_params(),
+            self.settings.max_new_tokens,
+            thinking=self.settings.thinking,
         )
         try:
-            for piece in pieces:
-                output.append(piece)
-                write(piece)
+            for increment in increments:
+                _write(increment)
         except KeyboardInterrupt:
-            write(" ...")
+            _write(" ...")
         finally:
-            pieces.close()
-        answer = "".join(output).strip()
-        self.messages.append({"role": "assistant", "content": answer or "..."})
+            increments.close()
+        _write("\n")
+        if self.session.num_trimmed > trimmed:
+            print_line(
+                f" the context is full: the model no longer sees the first "
+                f"{self.session.num_trimmed} messages"
+            )
 
-    def undo(self) -> str | None:
-        """Take back the last question and its answer; the question."""
-        if len(self.messages) < 2:
-            return None
-        question = self.messages[-2]["content"]
-        del self.messages[-2:]
-        return question
+    def _run_command(self, line: str) -> None:
+        name, _, rest = line[1:].partition(" ")
+        if name not in self._commands:
+            hint = did_you_mean(name, list(self._commands)) or "; /help lists all"
+            raise UserError(f"/{name} is unknown{hint}")
+        self._commands[name](rest.strip())
+
+    def _reset(self, rest: str) -> None:
+        self.session.reset()
+        print_line(" all messages are removed")
+
+    def _undo(self, rest: str) -> None:
+        removed = self.session.undo()
+        print_line(" nothing to undo" if removed is None else " the last message is removed")
+
+    def _retry(self, rest: str) -> None:
+        message = self.session.undo()
+        if message is None:
+            raise UserError("nothing to retry")
+        self._reply(message)
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise UserError("/save FILE")
+        try:
+            with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.session.record(), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{rest}: {error.strerror}") from None
+        print_line(f" appended to {rest}")
+
+    def _set(self, rest: str) -> None:
+        key, equals, text = rest.partition("=")
+        names = [field.name for field in fields(Settings)]
+        if not equals or key not in names:
+            raise UserError(f"/set KEY=VALUE, with KEY one of {', '.join(names)}")
+        current = {name: getattr(self.settings, name) for name in names}
+        self.settings = parse(Settings, current | {key: yaml.safe_load(text)}, "/set")
+        print_line(f" {key} is {getattr(self.settings, key)}")
+
+    def _system(self, rest: str) -> None:
+        self.session.system = rest or None
+        print_line(" the system message is set" if rest else " the system message is removed")
 
 
-def chat(model: str, system: str | None, settings: Settings, rope_scaling: str | None) -> None:
-    """Read, answer, repeat."""
+def chat(
+    model: str,
+    system: str | None,
+    settings: Settings,
+    tools: Sequence[str],
+    rope_scaling: str | None,
+) -> None:
+    """Chat with a model in the terminal, or with the lines of standard input."""
+    names: list[ToolName] = [_tool_name(tool) for tool in tools]
     lm, tokenizer = load(
         model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling)
     )
     if tokenizer is None:
-        raise UserError(f"{model}: has no tokenizer, so it cannot talk")
-    session = Session(lm, tokenizer, system, settings)
+        raise UserError(f"{model}: has no tokenizer, so it cannot chat")
+    engine = CompletionEngine(lm.eval(), tokenizer, max_batch_size=1)
+    terminal = TerminalChat(ChatSession(engine, system=system, tools=names), settings)
     interactive = sys.stdin.isatty()
     if interactive:
-        print_line(f" {model}: say something, or /help")
+        print_line(f" {model}: type a message, or /help")
     interrupted = False
     while True:
         try:
@@ -138,83 +182,16 @@ def chat(model: str, system: str | None, settings: Settings, rope_scaling: str |
         if line in ("/quit", "/exit"):
             return
         if line:
-            _answer(session, line)
+            terminal.handle(line)
 
 
-def _answer(session: Session, line: str) -> None:
-    try:
-        if line.startswith("/"):
-            _command(session, line)
-        else:
-            _say_answer(session, line)
-    except UserError as error:
-        print_line(f" {error}")
+def _tool_name(name: str) -> ToolName:
+    for tool in TOOLS:
+        if tool == name:
+            return tool
+    raise UserError(f"--tool {name}: there is {', '.join(TOOLS)}")
 
 
-def _say_answer(session: Session, text: str) -> None:
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    session.ask(text, write)
-    write("\n")
-
-
-def _command(session: Session, line: str) -> None:
-    name, _, rest = line[1:].partition(" ")
-    commands: dict[str, Callable[[Session, str], None]] = {
-        "help": lambda s, text: print_line(HELP),
-        "reset": _reset,
-        "undo": _undo,
-        "retry": _retry,
-        "save": _save,
-        "set": _set,
-        "system": _system,
-    }
-    if name not in commands:
-        raise UserError(
-            f"/{name} is unknown{did_you_mean(name, list(commands)) or '; /help lists all'}"
-        )
-    commands[name](session, rest.strip())
-
-
-def _reset(session: Session, rest: str) -> None:
-    session.messages.clear()
-    print_line(" forgotten")
-
-
-def _undo(session: Session, rest: str) -> None:
-    print_line(" taken back" if session.undo() is not None else " nothing to take back")
-
-
-def _retry(session: Session, rest: str) -> None:
-    question = session.undo()
-    if question is None:
-        raise UserError("nothing to answer again")
-    _say_answer(session, question)
-
-
-def _save(session: Session, rest: str) -> None:
-    if not rest:
-        raise UserError("/save FILE")
-    try:
-        with Path(rest).expanduser().open("a", encoding="utf-8") as file:
-            file.write(json.dumps(session.record(), ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"{rest}: {error.strerror}") from None
-    print_line(f" added to {rest}")
-
-
-def _set(session: Session, rest: str) -> None:
-    key, equals, text = rest.partition("=")
-    names = [field.name for field in fields(Settings)]
-    if not equals or key not in names:
-        raise UserError(f"/set KEY=VALUE, with KEY one of {', '.join(names)}")
-    current = {name: getattr(session.settings, name) for name in names}
-    session.settings = parse(Settings, current | {key: yaml.safe_load(text)}, "/set")
-    print_line(f" {key} is {getattr(session.settings, key)}")
-
-
-def _system(session: Session, rest: str) -> None:
-    session.system = rest or None
-    print_line(" the system message is set" if rest else " no system message")
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`tinsmith generate`: a text continued."""
+"""`tinsmith generate`: complete prompts."""
 
 import json
 import sys
@@ -8,8 +8,9 @@ from typing import NamedTuple
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
 from tinsmith.hub.load import load
-from tinsmith.infer.generate import Completion, stream
+from tinsmith.infer.completions import Completion
 from tinsmith.infer.generate import generate as complete
+from tinsmith.infer.generate import stream
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
@@ -19,18 +20,22 @@ from tinsmith.train.parallel import pick_device
 from tinsmith.verbs.export_import import parse_rope_scaling
 
 
-class Request(NamedTuple):
-    """What is asked of the model."""
+class GenerateOptions(NamedTuple):
+    """Options of the command."""
 
     count: int
+    """Completions per prompt."""
     chat: bool
+    """Wrap every prompt in the chat template."""
     max_new_tokens: int
-    sampling: SamplingParams
+    sampling_params: SamplingParams
     stop: tuple[str, ...]
 
 
-def sampling(**settings: float | None) -> SamplingParams:
-    """Flags as the sampler takes them; UserError names a value that cannot be."""
+def sampling_params(**settings: float | None) -> SamplingParams:
+    """Make sampling parameters of command-line flags; UserError names the flag that is out of
+    range.
+    """
     try:
         return SamplingParams(**settings)  # type: ignore[arg-type]
     except ValueError as error:
@@ -38,10 +43,14 @@ def sampling(**settings: float | None) -> SamplingParams:
 
 
 def generate(
-    model: str, prompts: list[str], request: Request, rope_scaling: str | None, as_json: bool
+    model: str,
+    prompts: list[str],
+    options: GenerateOptions,
+    rope_scaling: str | None,
+    as_json: bool,
 ) -> None:
-    """Print every continuation; a single one is printed as it is made."""
-    if request.count < 1 or request.max_new_tokens < 1:
+    """Print every completion; a single one is printed while it is generated."""
+    if options.count < 1 or options.max_new_tokens < 1:
         raise UserError("--count and --max-new-tokens: at least 1")
     texts = prompts or [_standard_input()]
     lm, tokenizer = load(
@@ -49,24 +58,26 @@ def generate(
     )
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so it cannot read a prompt")
-    encoded = [prompt_ids(tokenizer, text, request.chat) for text in texts]
-    if len(encoded) == 1 and request.count == 1 and not as_json:
-        _show(lm, tokenizer, texts[0], encoded[0], request)
+    encoded = [prompt_ids(tokenizer, text, options.chat) for text in texts]
+    if len(encoded) == 1 and options.count == 1 and not as_json:
+        _print_stream(lm, tokenizer, texts[0], encoded[0], options)
         return
-    repeated = [ids for ids in encoded for _ in range(request.count)]
-    done = complete(
+    repeated = [ids for ids in encoded for _ in range(options.count)]
+    completions = complete(
         lm,
         tokenizer,
         repeated,
-        sampling_params=request.sampling,
-        max_new_tokens=request.max_new_tokens,
-        stop=request.stop,
+        sampling_params=options.sampling_params,
+        max_new_tokens=options.max_new_tokens,
+        stop=options.stop,
     )
-    _print_all([text for text in texts for _ in range(request.count)], done, request.chat, as_json)
+    _print_all(
+        [text for text in texts for _ in range(options.count)], completions, options.chat, as_json
+    )
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    """A prompt's ids; nothing at all begins where documents begin."""
+    """Encode a prompt; an empty text becomes the end-of-text token that starts a document."""
     if chat:
         record = {"messages": [{"role": "user", "content": text}]}
         return encode_prompt(tokenizer, parse_conversation(record, answered=False))
@@ -79,31 +90,33 @@ def _standard_input() -> str:
     return sys.stdin.read()
 
 
-def _show(lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], request: Request) -> None:
-    pieces = stream(
+def _print_stream(
+    lm: LM, tokenizer: Tokenizer, text: str, ids: list[int], options: GenerateOptions
+) -> None:
+    increments = stream(
         lm,
         tokenizer,
         ids,
-        sampling_params=request.sampling,
-        max_new_tokens=request.max_new_tokens,
-        stop=request.stop,
+        sampling_params=options.sampling_params,
+        max_new_tokens=options.max_new_tokens,
+        stop=options.stop,
     )
-    first = next(pieces, "")  # a prompt that does not fit is refused here, before it is printed
-    for piece in chain([first if request.chat else text + first], pieces):
-        sys.stdout.write(piece)
+    first = next(increments, "")  # a prompt that is too long raises here, before it is printed
+    for increment in chain([first if options.chat else text + first], increments):
+        sys.stdout.write(increment)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def _print_all(texts: list[str], done: list[Completion], chat: bool, as_json: bool) -> None:
-    for text, each in zip(texts, done, strict=True):
+def _print_all(texts: list[str], completions: list[Completion], chat: bool, as_json: bool) -> None:
+    for text, completion in zip(texts, completions, strict=True):
         if as_json:
-            row = {
+            record = {
                 "prompt": text,
-                "text": each.text,
-                "finish_reason": each.finish_reason,
-                "completion_tokens": len(each.token_ids),
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "completion_tokens": len(completion.token_ids),
             }
-            print_line(json.dumps(row, ensure_ascii=False))
+            print_line(json.dumps(record, ensure_ascii=False))
         else:
-            print_line((each.text if chat else text + each.text) + "\n")
+            print_line((completion.text if chat else text + completion.text) + "\n")

@@ -21,7 +21,7 @@ from tinsmith.infer.generate import stream
 from tinsmith.train.precision import fastest_precision
 from tinsmith.train.run_dir import run_folder, runs_root
 from tinsmith.train.trainer import train
-from tinsmith.verbs.generate import prompt_ids, sampling
+from tinsmith.verbs.generate import prompt_ids, sampling_params
 
 
 class Stage(NamedTuple):
@@ -105,7 +105,7 @@ def _answer(chat: Path) -> None:
     for question in QUESTIONS:
         print_line(f"\n> {question}")
         ids = prompt_ids(tokenizer, question, True)
-        settings = sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
+        settings = sampling_params(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
         for piece in stream(
             lm, tokenizer, ids, sampling_params=settings, max_new_tokens=ANSWER_TOKENS
         ):

@@ -11,12 +11,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tinsmith.text.tools import CALCULATOR_TOOL
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-CALCULATOR_TOOL: dict[str, Any] = {
-    "name": "calculator",
-    "parameters": {"expression": "numbers, + - * / and brackets"},
-}
-"""What a prompt says of the tool that `calculator` tasks are solved with."""
 
 
 class GeneratedTask(NamedTuple):

@@ -27,7 +27,7 @@ from tinsmith.core.rng import derive_seed
 from tinsmith.data.config import DataFormat
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prompts import Prompt
-from tinsmith.infer.generate import eos_ids
+from tinsmith.infer.completions import eos_ids
 from tinsmith.losses.logprobs import target_logprobs
 from tinsmith.nn.model import LM, ModelOut
 from tinsmith.objectives.base import Objective, ObjectiveConfigBase, RankLoader, SampleSource
@@ -36,14 +36,15 @@ from tinsmith.objectives.rl.rollout import (
     GenerationLimits,
     Rollout,
     RolloutBatch,
+    ToolRunner,
     collate,
     concat_rollouts,
     generate_rollouts,
 )
-from tinsmith.objectives.rl.tools import ToolName, ToolRunner
 from tinsmith.rewards.config import ExactMatchReward, RewardConfig, RewardModelReward
 from tinsmith.rewards.functions import Response, score_responses
 from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.text.tools import ToolName
 
 
 @dataclass(frozen=True, kw_only=True)
