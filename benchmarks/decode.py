@@ -79,6 +79,7 @@ def answer(engine: Engine, prompts: Prompts) -> list[list[int]]:
     """Greedy answers by the engine, which is made once, as a server's or a chat's would be."""
     output: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
     for event in engine.run():
+        assert event.token is not None
         output[event.request_id].append(event.token)
     return list(output.values())
 

@@ -40,6 +40,7 @@ def answer(engine: Engine, prompts: Prompts, lengths: Sequence[int]) -> list[lis
     pairs = zip(prompts, lengths, strict=True)
     output: dict[int, list[int]] = {engine.add(ids, GREEDY, n): [] for ids, n in pairs}
     for event in engine.run():
+        assert event.token is not None
         output[event.request_id].append(event.token)
     return list(output.values())
 

@@ -20,7 +20,7 @@ from tinsmith.core.parse import (
     write_yaml,
 )
 from tinsmith.core.plugins import import_variants
-from tinsmith.data.config import ArcData, DataConfig
+from tinsmith.data.sources import ArcData, DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
 from tinsmith.nn.lora import LoRA
 from tinsmith.objectives import ObjectiveConfig

@@ -6,9 +6,9 @@ import torch
 
 from experiments.alignment import cases
 from tinsmith import LM, Tokenizer
-from tinsmith.data.config import ChatsData
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
+from tinsmith.data.sources import ChatsData
 from tinsmith.hub.load import load
 from tinsmith.losses.logprobs import kl
 from tinsmith.losses.policy import log_ratio

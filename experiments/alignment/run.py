@@ -23,7 +23,7 @@ from experiments.alignment.exam import Exam
 from experiments.common import Results, parser, place, workplace
 from tinsmith.config import from_dict
 from tinsmith.core.log import Metrics, read_metrics
-from tinsmith.data.pairs import encode_pair, read_pair
+from tinsmith.data.formats.pairs import encode_pair, read_pair
 from tinsmith.hub.load import load
 from tinsmith.text.chat import encode_chat, parse_conversation
 from tinsmith.train.trainer import train

@@ -10,9 +10,9 @@ from tinsmith.core.rng import derive_seed
 from tinsmith.data.arc.encoding import ArcExample, encode_example
 from tinsmith.data.arc.generators import generate_puzzles
 from tinsmith.data.arc.grids import Puzzle
+from tinsmith.data.formats.base import MaskedSamples
 from tinsmith.data.loader.loader import DatasetMember, TokenizedDataset
 from tinsmith.data.prepare.shards import Shards, ShardWriter
-from tinsmith.data.unpacked import AnswerRows
 from tinsmith.evals.arc import ArcOutcome, evaluate_arc
 from tinsmith.hub.load import load
 from tinsmith.objectives.eavi import EAVI
@@ -66,6 +66,6 @@ def _source(folder: Path, puzzles: Sequence[Puzzle]) -> TokenizedDataset:
         for puzzle in puzzles:
             writer.add(*encode_example(ArcExample(puzzle, train_on_all_outputs=False)))
     shards = Shards.open(folder)
-    rows = AnswerRows(shards, cases.CONTEXT)
+    rows = MaskedSamples(shards, cases.CONTEXT)
     member = DatasetMember("exam", 0, 1.0, rows, shards.tokens_total, shards.tokens_total)
     return TokenizedDataset([member], cases.CONTEXT, 0, "validation")

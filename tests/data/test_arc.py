@@ -20,9 +20,9 @@ from tinsmith.data.arc.encoding import (
     parse_answer,
 )
 from tinsmith.data.arc.grids import Pair, Puzzle, View, apply_symmetry, augment, inverse_symmetry
-from tinsmith.data.config import ArcData, TextData
 from tinsmith.data.files import Reject
 from tinsmith.data.loader.loader import open_dataset
+from tinsmith.data.sources import ArcData, TextData
 from tinsmith.data.sources.arc import find_task_files, read_solutions, read_tasks
 from tinsmith.text.grid_vocab import SYMBOLS, grid_tokenizer
 
@@ -323,7 +323,7 @@ def test_answers_that_have_no_room_are_left_out_and_never_cut(prepared, symbols,
     found = prepared(ArcData(count=60), "answers", symbols, seq_len=200)
     rejected = rejects_of(found)
     assert 0 < len(rejected) < 60
-    assert "beyond the context of 200" in rejected[0][2]
+    assert "more than seq_len=200" in rejected[0][2]
     source = open_dataset(found.folder, "answers", "train", 200, 0)
     for number in range(source.size):
         row = source.take(np.array([number]))

@@ -4,7 +4,7 @@ import pytest
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, parse, to_plain
-from tinsmith.data.config import ChatsData, DataConfig, HubData, StdlibData, TasksData, TextData
+from tinsmith.data.sources import ChatsData, DataConfig, HubData, StdlibData, TasksData, TextData
 
 
 @dataclass(frozen=True, kw_only=True)

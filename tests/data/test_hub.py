@@ -4,8 +4,8 @@ import json
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import HubData
 from tinsmith.data.prepare.prepare import prepare
+from tinsmith.data.sources import HubData
 
 datasets = pytest.importorskip("datasets")
 

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import ChatsData, StdlibData, TasksData, TextData
+from tinsmith.data.formats.pairs import encode_pair, read_pair
+from tinsmith.data.formats.prompts import read_prompt
 from tinsmith.data.loader.loader import open_dataset
-from tinsmith.data.pairs import encode_pair, read_pair
-from tinsmith.data.prompts import read_prompt
-from tinsmith.data.sources import tasks
+from tinsmith.data.sources import ChatsData, StdlibData, TasksData, TextData, tasks
 from tinsmith.text.chat import BadRecord, encode_chat, encode_prompt
 
 CONTEXT = 200
@@ -121,14 +120,14 @@ def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, p
     chosen, rejected = encode_pair(tokenizer, pair, prompt + 1)
     assert len(chosen.ids) == len(rejected.ids) == prompt + 1
     assert (sum(chosen.mask), sum(rejected.mask)) == (1, 1)
-    with pytest.raises(BadRecord, match=f"the prompt is {prompt} tokens; the context"):
+    with pytest.raises(BadRecord, match=f"has {prompt} tokens, and seq_len={prompt}"):
         encode_pair(tokenizer, pair, prompt)
 
 
 def test_sides_that_differ_beyond_the_context_only_are_refused(tokenizer):
     pair = read_pair({"prompt": "a", "chosen": "b c d e f g", "rejected": "b c d e f h"})
     prompt = len(encode_prompt(tokenizer, pair.prompt))
-    with pytest.raises(BadRecord, match="equal as far as"):
+    with pytest.raises(BadRecord, match="equal within seq_len=20"):
         encode_pair(tokenizer, pair, prompt + 1)
 
 
@@ -196,7 +195,7 @@ def test_bad_pairs_are_reported_with_their_row_and_survived(prepared, rejects_of
     reasons = {line: reason for _, line, reason in rejects_of(found)}
     assert "equal" in reasons[2]
     assert "empty" in reasons[3]
-    assert "has no room" in reasons[4]
+    assert "leaves no room" in reasons[4]
     assert found.report["sources"][0]["rejected"] == 4
     assert found.report["sources"][0]["train"]["documents"] == 2
 
@@ -210,7 +209,7 @@ def test_on_bad_line_fail_names_the_row(prepared, write_lines):
 
 @pytest.mark.parametrize("section", [StdlibData(), TextData(path="x.txt")])
 def test_data_without_pairs_says_so(prepared, section):
-    with pytest.raises(UserError, match="no pairs; use chats, tasks or hub"):
+    with pytest.raises(UserError, match="no pairs; use tasks, chats or hub"):
         prepared(section, "pairs", seq_len=CONTEXT)
 
 

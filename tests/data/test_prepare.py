@@ -8,10 +8,9 @@ import pytest
 import tokenizers
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import ChatsData, StdlibData, TasksData, TextData
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
-from tinsmith.data.sources import stdlib
+from tinsmith.data.sources import ChatsData, StdlibData, TasksData, TextData, stdlib
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 

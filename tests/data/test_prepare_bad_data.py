@@ -1,7 +1,7 @@
 import pytest
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import ChatsData, StdlibData, TextData
+from tinsmith.data.sources import ChatsData, StdlibData, TextData
 from tinsmith.text.chat import BadRecord, encode_chat
 
 
@@ -78,14 +78,14 @@ def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rej
 def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
     prepared, write_lines, rejects_of, on_bad_line, monkeypatch
 ):
-    from tinsmith.data.prepare import encode
+    from tinsmith.data.formats import base
 
     def refuse(tokenizer, conversation):
         if conversation.messages[0].content == "bad":
             raise BadRecord("no such thing")
         return encode_chat(tokenizer, conversation)
 
-    monkeypatch.setattr(encode, "encode_chat", refuse)
+    monkeypatch.setattr(base, "encode_chat", refuse)
     path = write_lines("c.jsonl", [chat("x", "y"), chat("bad", "z")])
     config = ChatsData(path=str(path), validation=0, on_bad_line=on_bad_line)
     if on_bad_line == "fail":

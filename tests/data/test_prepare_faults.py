@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from tinsmith.core.errors import Stopped, UserError
-from tinsmith.data.config import TasksData, TextData
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.prepare.prepared import open_prepared
+from tinsmith.data.sources import TasksData, TextData
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
@@ -65,7 +65,7 @@ def test_a_stop_request_ends_it_soon_and_leaves_nothing(prepared, story_file, tm
 SCRIPT = """
 import sys
 from pathlib import Path
-from tinsmith.data.config import TextData
+from tinsmith.data.sources import TextData
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.text.chat import BadRecord, encode_chat
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from tinsmith.data.config import ChatsData, TasksData
+from tinsmith.data.formats.prompts import read_prompt
 from tinsmith.data.loader.loader import open_dataset
-from tinsmith.data.prompts import read_prompt
-from tinsmith.data.sources import tasks
+from tinsmith.data.sources import ChatsData, TasksData, tasks
 from tinsmith.objectives.base import RankLoader
 from tinsmith.text.chat import BadRecord, encode_prompt, parse_conversation
 
@@ -130,7 +129,7 @@ def test_bad_prompts_are_reported_with_their_row_and_survived(prepared, rejects_
     reasons = {line: reason for _, line, reason in rejects_of(found)}
     assert set(reasons) == {2, 3}
     assert "empty answer" in reasons[2]
-    assert "has no room" in reasons[3]
+    assert "leaves no room" in reasons[3]
 
 
 def test_real_questions_are_read(real_data):

@@ -9,7 +9,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.data.arc.generators import HELD_OUT_RULES, KINDS, TRAIN_RULES, Sizes, generate_puzzle
 from tinsmith.data.arc.grids import View, apply_symmetry
-from tinsmith.data.config import ArcData
+from tinsmith.data.sources import ArcData
 
 GRID = ((0, 1, 0), (2, 0, 1), (0, 0, 3))
 
@@ -133,13 +133,13 @@ def test_a_known_puzzle_never_changes():
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"rules": ["miror"]}, "'miror' is none to train on. Did you mean 'mirror'"),
-        ({"rules": ["swap+mirror"]}, "'swap+mirror' is none to train on"),
+        ({"rules": ["miror"]}, "'miror' is not a training rule. Did you mean 'mirror'"),
+        ({"rules": ["swap+mirror"]}, "'swap+mirror' is not a training rule"),
         ({"min_grid_size": 2}, "min_grid_size=2 must be from 3 to 6"),
         ({"max_grid_size": 11}, "max_grid_size=11 must be from 3 to 10"),
         ({"demonstrations": 0}, "demonstrations=0 must be from 1 to 10"),
         ({"views": 0}, "views=0 must be from 1"),
-        ({"solutions": "x.json"}, "solutions are of tasks at a path"),
+        ({"solutions": "x.json"}, "solutions belong to tasks at a path"),
         ({"colours": "some"}, "'all', 'keep_0' or 'none'"),
     ],
 )

@@ -1,13 +1,11 @@
 import re
-from pathlib import Path
 from typing import cast
 
 import pytest
 
-from tinsmith.data.config import TasksData
 from tinsmith.data.documents import Document
+from tinsmith.data.sources import SourceContext, TasksData, open_source
 from tinsmith.data.sources.tasks import check_answer, generate_task
-from tinsmith.data.streams import open_source
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.chat import Conversation, encode_prompt
 from tinsmith.text.tools import calculate
@@ -130,7 +128,7 @@ def test_chats_show_the_steps_as_reasoning():
     assert task.text().startswith(f"{task.question}\n{task.reasoning}\n")
 
 
-def test_a_slip_is_one_too_many_and_no_answer():
+def test_a_wrong_label_is_one_too_high():
     task = generate_task("arithmetic", 0, 3)
     assert (task.answer, task.with_error().answer) == ("50", "51")
     assert not check_answer(task, task.with_error().answer)
@@ -138,14 +136,14 @@ def test_a_slip_is_one_too_many_and_no_answer():
     assert not check_answer(task, task.with_error().answer)
 
 
-def test_thoughts_can_be_left_out():
+def test_reasoning_can_be_left_out():
     task = generate_task("arithmetic", 0, 3)
     assert task.chat()["messages"][1]["reasoning_content"] == task.reasoning
     assert task.chat(reasoning=False)["messages"][1] == {"role": "assistant", "content": "50"}
 
 
 def documents(config, shape):
-    found = list(open_source(config, shape, "data", lambda hub: Path(hub.name)).train())
+    found = list(open_source(config, shape, SourceContext("data")).train())
     assert all(isinstance(each, Document) for each in found)
     return cast(list[Document], found)
 
@@ -157,7 +155,7 @@ def chats(config):
 
 
 @pytest.mark.parametrize("shape", ["chats", "pairs"])
-def test_tasks_without_thoughts_show_no_steps_and_are_split_alike(shape):
+def test_tasks_without_reasoning_show_no_steps_and_have_the_same_split(shape):
     keys = []
     for thoughts in (True, False):
         found = documents(TasksData(count=50, reasoning=thoughts), shape)
@@ -166,7 +164,7 @@ def test_tasks_without_thoughts_show_no_steps_and_are_split_alike(shape):
     assert keys[0] == keys[1]
 
 
-def test_a_careless_teacher_is_one_too_high_as_often_as_requested_and_no_question_says_when():
+def test_error_rate_makes_labels_one_too_high_and_the_question_does_not_reveal_it():
     config = TasksData(count=2000, tasks=("arithmetic",), digits=1, error_rate=0.4)
     off = [
         (requested, int(output.content) - int(solve(requested)))
@@ -186,12 +184,12 @@ def test_a_careless_teacher_is_one_too_high_as_often_as_requested_and_no_questio
     assert plain == [solve(requested) for requested, _ in off]
 
 
-def test_a_share_of_mistakes_that_cannot_be_is_refused():
+def test_an_error_rate_out_of_range_is_refused():
     with pytest.raises(ValueError, match="from 0 to 1"):
         TasksData(error_rate=1.5)
 
 
-def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_requested():
+def test_a_wrong_calculator_task_does_not_call_the_calculator():
     config = TasksData(count=500, tasks=("calculator",), digits=1, error_rate=0.4)
     guesses = 0
     for index, document in enumerate(documents(config, "chats")):
@@ -206,7 +204,7 @@ def test_a_careless_teacher_guesses_where_a_calculator_is_there_to_be_requested(
 
 
 @pytest.mark.parametrize("shape", ["chats", "prompts"])
-def test_a_tokenizer_learns_the_words_that_tell_of_tools(shape):
+def test_a_tokenizer_learns_the_words_that_describe_tools(shape):
     (document,) = documents(TasksData(count=1, tasks=("calculator",)), shape)
     learned = "".join(document.tokenizer_texts())
     assert '{"name": "calculator", "parameters"' in learned

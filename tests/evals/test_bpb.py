@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import TextData
 from tinsmith.data.files import TextChunk
 from tinsmith.data.loader.batch import Row, collate
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
+from tinsmith.data.sources import TextData
 from tinsmith.evals.bpb import evaluate_bpb, evaluate_text
 from tinsmith.evals.sliding_window import pack_windows, sliding_windows
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.sources.tasks import check_answer, generate_task
 from tinsmith.evals import format as form
 from tinsmith.evals.format import evaluate_format, extract_answer

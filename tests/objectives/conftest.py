@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.objectives.rl.base import RLConfig
 from tinsmith.objectives.rl.rollout import Rollout

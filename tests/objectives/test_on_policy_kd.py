@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinsmith.core.parse import parse
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.objectives import ObjectiveConfig
 from tinsmith.objectives.base import RankLoader
 from tinsmith.objectives.kd import generalized_jsd

@@ -11,7 +11,7 @@ import torch
 from tests.objectives.conftest import END, TOKENIZER, Prompts, liked
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.distributed.group import SingleProcess
 from tinsmith.losses.policy import DrGRPOLoss
 from tinsmith.objectives.grpo import GRPO

@@ -9,7 +9,7 @@ import torch
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.sandbox import SandboxLimits
-from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.data.formats.prompts import Prompt, read_prompt
 from tinsmith.data.sources import tasks
 from tinsmith.rewards.classifier import Classifier
 from tinsmith.rewards.functions import (

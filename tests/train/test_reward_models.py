@@ -10,7 +10,7 @@ import torch
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import read_metrics
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.hub.load import load
 from tinsmith.objectives.grpo import GRPO
 from tinsmith.objectives.rl.rollout import Rollout

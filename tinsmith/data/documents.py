@@ -1,38 +1,44 @@
-"""A document, whatever it holds, and a source of them that can be read again and again."""
+"""Documents: the unit that sources yield, that the split assigns and that is encoded."""
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
-from tinsmith.data.arc.encoding import ArcExample
-from tinsmith.data.config import ArcData, ChatsData, DataConfig, DataFormat, HubData, TextData
 from tinsmith.data.files import Reject
-from tinsmith.data.pairs import PreferencePair, read_pair
-from tinsmith.data.prompts import PromptExample, read_prompt
-from tinsmith.text.chat import Conversation, Message, parse_conversation, template_texts
+from tinsmith.text.chat import Conversation, Message, template_texts
 
-Content = str | Conversation | PreferencePair | PromptExample | ArcExample
-READERS: dict[DataFormat, Callable[[Any], Content]] = {
-    "documents": parse_conversation,
-    "chats": parse_conversation,
-    "answers": parse_conversation,
-    "pairs": read_pair,
-    "prompts": read_prompt,
-}
-"""What makes of a row what an objective reads."""
+
+class StructuredContent(Protocol):
+    """Content that is neither a text nor a conversation: a pair, a prompt, a puzzle."""
+
+    def texts(self) -> list[str]:
+        """Return all texts in it, none of them empty."""
+        ...
+
+    def tokenizer_texts(self) -> list[str]:
+        """Return the texts that a tokenizer is trained on."""
+        ...
+
+
+Content = str | Conversation | StructuredContent
 
 
 class Document(NamedTuple):
-    """A text (or a piece of a long one), a conversation, a pair or a prompt, and where it came
-    from."""
+    """A text (or a piece of a long one), a conversation, a pair, a prompt or a puzzle, with the
+    file and line it came from.
+    """
 
     content: Content
     split_key: bytes
-    """What the split goes by; normally the content itself."""
+    """Key hashed to assign train or validation; by default the content."""
     file: str
     line: int
     first: bool = True
     last: bool = True
+
+    @property
+    def is_text(self) -> bool:
+        """True if the content is a text."""
+        return isinstance(self.content, str)
 
     @property
     def text(self) -> str:
@@ -41,70 +47,34 @@ class Document(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of its text."""
+        """Number of bytes of its texts."""
         return sum(len(text.encode()) for text in self.texts())
 
     def texts(self) -> list[str]:
-        """All that is said in it, none of it empty."""
-        content = self.content
-        if isinstance(content, str):
-            return [content]
-        if isinstance(content, ArcExample):
-            return [content.text()]
-        if isinstance(content, PromptExample):
-            return [
-                *_output(content.prompt.messages),
-                *([content.answer] if content.answer else []),
-            ]
-        if isinstance(content, PreferencePair):
-            return _output([*content.chosen.messages, content.rejected.messages[-1]])
-        return _output(content.messages)
+        """Return all texts in the document, none of them empty."""
+        if isinstance(self.content, str):
+            return [self.content]
+        if isinstance(self.content, Conversation):
+            return message_texts(self.content.messages)
+        return self.content.texts()
 
     def tokenizer_texts(self) -> list[str]:
-        """What a tokenizer learns from. Where there are tools, what a template says of them and of
-        calls is longer than what is said beside, and is learned too.
+        """Return the texts that a tokenizer is trained on. With tools, that is the conversation in
+        the chat template, which then has many words of its own.
         """
-        content = self.content.prompt if isinstance(self.content, PromptExample) else self.content
-        if isinstance(content, Conversation) and content.tools:
-            return template_texts(content)
-        return self.texts()
+        if isinstance(self.content, str):
+            return [self.content]
+        if isinstance(self.content, Conversation):
+            return template_texts(self.content) if self.content.tools else self.texts()
+        return self.content.tokenizer_texts()
 
 
 DocumentStream = Callable[[], Iterator[Document | Reject]]
-HubFetcher = Callable[[HubData], Path]
-"""Gives the file with the rows of a Hub data set, which it fetches at the first call."""
-
-
-class DataSource(NamedTuple):
-    """One source of a recipe, ready to be read."""
-
-    name: str
-    config: DataConfig
-    fingerprint: Any
-    """Plain data that changes when the content does."""
-    train: DocumentStream
-    """All documents, or those to train on where `validation` is given."""
-    validation: DocumentStream | None = None
-
-    @property
-    def display_name(self) -> str:
-        """What the recipe names: the path, or else the name."""
-        config = self.config
-        path = config.path if isinstance(config, TextData | ChatsData | ArcData) else None
-        return path or self.name
-
-    @property
-    def fails_on_bad_line(self) -> bool:
-        """Whether a bad line ends everything instead of being left out."""
-        config = self.config
-        return (
-            isinstance(config, TextData | ChatsData | HubData | ArcData)
-            and config.on_bad_line == "fail"
-        )
+"""Reads a source from its beginning."""
 
 
 def limit_documents(stream: DocumentStream, limit: int | None) -> DocumentStream:
-    """The stream up to the end of its `limit`-th document."""
+    """Cut a stream after its `limit`-th document."""
     if limit is None:
         return stream
 
@@ -119,12 +89,6 @@ def limit_documents(stream: DocumentStream, limit: int | None) -> DocumentStream
     return read
 
 
-def _output(messages: Iterable[Message]) -> list[str]:
+def message_texts(messages: Iterable[Message]) -> list[str]:
+    """Return the reasoning and content of messages, without empty texts."""
     return [text for message in messages for text in (message.reasoning, message.content) if text]
-
-
-def default_split_key(content: Content) -> bytes:
-    """Pairs and prompts are split by what they ask, so that no prompt is on both sides."""
-    return repr(
-        content.prompt if isinstance(content, PreferencePair | PromptExample) else content
-    ).encode()

@@ -20,7 +20,7 @@ from tinsmith.data import files
 from tinsmith.data.files import Reject
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.loader.loader import TokenizedDataset
-from tinsmith.data.streams import unique_names
+from tinsmith.data.sources.base import unique_names
 from tinsmith.evals.sliding_window import TextReader, pack_windows, sliding_windows
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.logprobs import token_nll

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.infer.generate import generate
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Config
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.loader.batch import Batch
-from tinsmith.data.prompts import Prompt
 from tinsmith.distributed.group import Peers, SingleProcess
 from tinsmith.nn.model import LM
 from tinsmith.nn.quant import WeightDtype
@@ -102,7 +102,7 @@ class ObjectiveConfigBase(Config):
     """
 
     @property
-    def data_format(self) -> DataFormat:
+    def data_format(self) -> FormatName:
         """What it reads: documents, chats, pairs or prompts."""
         raise NotImplementedError
 

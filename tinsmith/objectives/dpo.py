@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
 from tinsmith.data.loader.batch import Batch
 from tinsmith.losses.logprobs import row_sums, target_logprobs
 from tinsmith.losses.preference import (
@@ -48,7 +48,7 @@ class DPO(ObjectiveConfigBase):
     """Make the chosen answers of pairs likelier than the rejected ones."""
 
     kind: Literal["dpo"] = "dpo"
-    data_format: ClassVar[DataFormat] = "pairs"
+    data_format: ClassVar[FormatName] = "pairs"
     deterministic: ClassVar[bool] = True
     loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     """`sigmoid` is DPO; `simpo` and `orpo` want no reference and are means over tokens; `kto`

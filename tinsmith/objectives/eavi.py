@@ -39,7 +39,7 @@ from torch import Tensor
 
 from tinsmith.core.errors import UserError
 from tinsmith.data.arc.encoding import answer_has_input_shape, is_grid_tokenizer
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
 from tinsmith.data.loader.batch import Batch
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.logprobs import summed_nll, token_nll
@@ -153,7 +153,7 @@ class EAVI(ObjectiveConfigBase):
     """Answers after the truth's beginnings and after the policy's own."""
 
     kind: Literal["eavi"] = "eavi"
-    data_format: ClassVar[DataFormat] = "answers"
+    data_format: ClassVar[FormatName] = "answers"
     generates: ClassVar[bool] = True
     excursion: Literal["soft", "hard"] = "soft"
     """Whether the policy goes on with distributions or with its best tokens."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.parse import Count
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.losses.logprobs import KLLossEstimator
 from tinsmith.losses.policy import (
     DAPOLoss,

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
 from tinsmith.data.loader.batch import Batch
 from tinsmith.losses.divergence import (
     DistillWeights,
@@ -105,7 +105,7 @@ class KD(ObjectiveConfigBase):
             )
 
     @property
-    def data_format(self) -> DataFormat:
+    def data_format(self) -> FormatName:
         """What it reads."""
         return self.reads
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tinsmith.core.parse import Config, Count
 from tinsmith.core.rng import derive_seed
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
+from tinsmith.data.formats.prompts import Prompt, read_prompt
 from tinsmith.data.loader.batch import Batch
-from tinsmith.data.prompts import Prompt, read_prompt
 from tinsmith.infer.completions import eos_ids
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.divergence import DistillWeights, HeadInputs, summed_divergence
@@ -77,7 +77,7 @@ class OnPolicyKD(ObjectiveConfigBase):
     """Answer, and learn what a teacher would have said."""
 
     kind: Literal["on_policy_kd"] = "on_policy_kd"
-    data_format: ClassVar[DataFormat] = "prompts"
+    data_format: ClassVar[FormatName] = "prompts"
     generates: ClassVar[bool] = True
     teacher: str
     """A run, a checkpoint or a Hugging Face folder of the same vocabulary."""

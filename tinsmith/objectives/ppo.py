@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.policy import DAPOLoss, log_ratio, masked_mean
 from tinsmith.nn.model import LM, ModelOut

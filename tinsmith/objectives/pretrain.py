@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
 from tinsmith.data.loader.batch import Batch
 from tinsmith.losses.logprobs import summed_nll
 from tinsmith.nn.model import LM
@@ -26,7 +26,7 @@ class Pretrain(ObjectiveConfigBase):
     """Predict the next token of documents."""
 
     kind: Literal["pretrain"] = "pretrain"
-    data_format: ClassVar[DataFormat] = "documents"
+    data_format: ClassVar[FormatName] = "documents"
 
     def build(self) -> "CrossEntropy":
         """Build the objective."""

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
 from tinsmith.data.loader.batch import Batch
 from tinsmith.losses.preference import bradley_terry_loss
 from tinsmith.nn.model import LM
@@ -35,7 +35,7 @@ class RewardModeling(ObjectiveConfigBase):
     """Give the chosen answers of pairs a higher score than the rejected ones."""
 
     kind: Literal["reward"] = "reward"
-    data_format: ClassVar[DataFormat] = "pairs"
+    data_format: ClassVar[FormatName] = "pairs"
     center: float = 0.0
     """Times the square of the sum of a pair's scores, added to its loss."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
 from tinsmith.objectives.base import ObjectiveConfigBase
 from tinsmith.objectives.pretrain import CrossEntropy
 from tinsmith.objectives.token_weights import TagWeights
@@ -21,7 +21,7 @@ class SFT(ObjectiveConfigBase):
     weights: TagWeights = TagWeights()
 
     @property
-    def data_format(self) -> DataFormat:
+    def data_format(self) -> FormatName:
         """What it reads."""
         return self.reads
 

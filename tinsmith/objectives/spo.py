@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.core.rng import derive_seed
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.logprobs import row_sums
 from tinsmith.losses.policy import expand_advantages

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.prompts import Prompt, read_prompt
+from tinsmith.data.formats.prompts import Prompt, read_prompt
 from tinsmith.rewards.functions import Response
 
 _WHERE = "objective.rewards:"

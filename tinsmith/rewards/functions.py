@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tinsmith.core.sandbox import SandboxLimits, run_python
-from tinsmith.data.prompts import Prompt
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.sources.tasks import GeneratedTask, check_answer, extract_final_answer
 
 RewardFunc = Callable[[Prompt, str], float]

@@ -20,6 +20,7 @@ from tinsmith.core.log import print_line, print_warning
 from tinsmith.core.parse import to_plain
 from tinsmith.core.rng import seed_all
 from tinsmith.core.units import format_count, format_size
+from tinsmith.data.formats import FORMATS
 from tinsmith.data.loader.batch import Batch
 from tinsmith.data.prepare.scan import check_data
 from tinsmith.hub.load import load
@@ -189,7 +190,7 @@ def _one_step(model: ModelConfig, config: RunConfig) -> None:
     objective.prepare(lm, _stand_in(model.vocab_size))
     optimizers = Optimizers.build(lm, objective, config.optim)
     generator = torch.Generator().manual_seed(0)
-    rows = 2 if config.objective.data_format == "pairs" else 1
+    rows = FORMATS[config.objective.data_format].sequences_per_sample
     ids = torch.randint(0, model.vocab_size, (rows, STEP_TOKENS + 1), generator=generator)
     positions = torch.arange(STEP_TOKENS).expand(rows, STEP_TOKENS)
     everything = torch.ones(rows, STEP_TOKENS, dtype=torch.bool)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tinsmith.core.log import Metrics
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FORMATS
 from tinsmith.data.loader.loader import TokenizedDataset
 from tinsmith.evals.bpb import evaluate_bpb
 from tinsmith.evals.choice import evaluate_choice
@@ -24,7 +24,7 @@ from tinsmith.train.run import Run
 def evaluate_validation(run: Run, validation: TokenizedDataset) -> dict[str, float]:
     """Numbers by name, `loss` among them, by which the best checkpoint is found."""
     with autocast(run.config.train.precision, run.ranks.device):
-        return EVALUATORS[run.config.objective.data_format](run, validation)
+        return EVALUATORS[_kind(run)](run, validation)
 
 
 def _text(run: Run, validation: TokenizedDataset) -> dict[str, float]:
@@ -62,13 +62,16 @@ def _answers(run: Run, validation: TokenizedDataset) -> dict[str, float]:
     return run.objective.evaluate(run.policy, validation, run.config.eval.max_samples)
 
 
-EVALUATORS: dict[DataFormat, Callable[[Run, TokenizedDataset], dict[str, float]]] = {
-    "documents": _text,
-    "chats": _text,
-    "answers": _own,
-    "pairs": _own,
-    "prompts": _answers,
+EVALUATORS: dict[str, Callable[[Run, TokenizedDataset], dict[str, float]]] = {
+    "text": _text,
+    "objective": _own,
+    "generation": _answers,
 }
+"""Functions by `DataFormat.evaluation`."""
+
+
+def _kind(run: Run) -> str:
+    return FORMATS[run.config.objective.data_format].evaluation
 
 
 def evaluate_choice_tasks(run: Run) -> Metrics:
@@ -92,10 +95,7 @@ def evaluate_specialisation(run: Run, validation: TokenizedDataset) -> dict[str,
     """How much the experts of a run that ends have come to differ; empty where there are none, and
     where the data are no text.
     """
-    if (
-        run.state.step < run.config.train.steps
-        or EVALUATORS[run.config.objective.data_format] != _text
-    ):
+    if run.state.step < run.config.train.steps or _kind(run) != "text":
         return {}
     with autocast(run.config.train.precision, run.ranks.device):
         return evaluate_routing(

@@ -12,7 +12,7 @@ from tinsmith.config import dump
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
 from tinsmith.core.log import read_metrics
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FORMATS
 from tinsmith.hub.card import CardDataset, CardFacts, CardSample, CardScore, model_card
 from tinsmith.hub.hf import ExportResult, write_folder
 from tinsmith.hub.peft.adapters import Adapters, write_adapters
@@ -91,7 +91,7 @@ def card_facts(run: Run, exported: ExportResult) -> CardFacts:
         loss_plot="loss.png",
         scores=_scores(run),
         tokenizer=True,
-        chat=config.objective.data_format != "documents",
+        chat=FORMATS[config.objective.data_format].is_chat,
     )
     if env["git"]:
         found["commit"] = env["git"]["sha"] + (" with changes" if env["git"]["dirty"] else "")
@@ -108,23 +108,6 @@ def _data(source: dict) -> CardDataset:
     )
 
 
-_MEASURED: dict[DataFormat, dict[str, str]] = {
-    "documents": {"bpb": "bits per byte", "loss": "nats per token"},
-    "chats": {"bpb": "bits per byte", "loss": "nats per token"},
-    "prompts": {
-        "reward": "reward of greedy answers",
-        "divergence": "divergence from the teacher at greedy answers",
-        "truncated_fraction": "answers cut off",
-    },
-    "answers": {
-        "loss": "nats per learned token",
-        "alignment_loss": "nats per token of answers after the model's own beginnings",
-    },
-    "pairs": {"accuracy": "pairs ranked right", "margin": "margin", "loss": "loss per pair"},
-}
-"""What a card says of the newest evaluation."""
-
-
 HEADLINE_METRICS = ("bpb", "accuracy", "reward", "divergence", "loss")
 """What is told first of an evaluation, as far as it is there."""
 
@@ -139,12 +122,12 @@ def _scores(run: Run) -> list[CardScore]:
     if last is None:
         return []
     items = min(run.config.eval.max_samples, run.validation.size if run.validation else 0)
-    shape = run.config.objective.data_format
-    if shape not in ("pairs", "prompts"):
+    data_format = FORMATS[run.config.objective.data_format]
+    if data_format.counts_tokens:
         items *= run.config.train.seq_len
     return [
         CardScore(task="validation", metric=metric, value=last[name], items=items)
-        for name, metric in _MEASURED[shape].items()
+        for name, metric in data_format.score_names.items()
         if name in last
     ]
 

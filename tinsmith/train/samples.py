@@ -1,7 +1,8 @@
 """Samples during training: completions of fixed prompts."""
 
 from tinsmith.core.rng import derive_seed
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FORMATS
+from tinsmith.data.formats.base import DataFormat
 from tinsmith.data.loader.batch import Batch
 from tinsmith.infer.generate import generate
 from tinsmith.infer.sample import SamplingParams
@@ -14,24 +15,21 @@ PROMPT_TOKENS = 12
 
 
 def sample_prompts(run: Run) -> list[list[int]]:
-    """The recipe's prompts; otherwise the beginnings of the first validation (or training)
-    documents or chats.
-    """
-    given = run.config.eval.prompts
-    if given is not None:
-        return [_encoded(run, text) for text in given]
-    source = run.validation or run.source
-    found: list[list[int]] = []
-    for index in range(min(source.size, 4 * NUM_PROMPTS)):
-        batch = source.get_batch(index, 1)
-        found += _beginnings(batch, run.config.objective.data_format)
-        if len(found) >= NUM_PROMPTS:
+    """Return the prompts of the recipe, or else of the first validation (or training) samples."""
+    data_format = FORMATS[run.config.objective.data_format]
+    if run.config.eval.prompts is not None:
+        return [_encode(run, text, data_format) for text in run.config.eval.prompts]
+    dataset = run.validation or run.source
+    prompts: list[list[int]] = []
+    for index in range(min(dataset.size, 4 * NUM_PROMPTS)):
+        prompts += _sequence_prompts(dataset.get_batch(index, 1), data_format)
+        if len(prompts) >= NUM_PROMPTS:
             break
-    return found[:NUM_PROMPTS]
+    return prompts[:NUM_PROMPTS]
 
 
-def _encoded(run: Run, text: str) -> list[int]:
-    if run.config.objective.data_format != "documents":
+def _encode(run: Run, text: str, data_format: DataFormat) -> list[int]:
+    if data_format.is_chat:
         return encode_prompt(
             run.tokenizer,
             parse_conversation({"messages": [{"role": "user", "content": text}]}, answered=False),
@@ -39,22 +37,16 @@ def _encoded(run: Run, text: str) -> list[int]:
     return run.tokenizer.encode(text)
 
 
-def _beginnings(batch: Batch, shape: DataFormat) -> list[list[int]]:
-    """A few first tokens of the documents that begin in a row; of a chat or a pair, all before its
-    first answer; a prompt as it is.
-    """
-    ids, mask, segments = batch.ids[0], batch.mask[0], batch.segments[0]
-    found = []
+def _sequence_prompts(batch: Batch, data_format: DataFormat) -> list[list[int]]:
+    """Return the prompts of the sequences in the first row of a batch."""
+    ids, mask, segments = (part[0].numpy() for part in (batch.ids, batch.mask, batch.segments))
+    prompts = []
     for segment in range(int(segments.max()) + 1):
-        here = (segments == segment).nonzero()[:, 0]
-        if shape == "prompts":
-            found.append(ids[here].tolist())
-        elif shape != "documents":
-            first = int(mask[here].int().argmax())
-            found.append(ids[here][: first + 1].tolist())
-        elif len(here) > 2 * PROMPT_TOKENS:
-            found.append(ids[here][:PROMPT_TOKENS].tolist())
-    return found
+        here = segments == segment
+        prompt = data_format.sample_prompt(ids[here], mask[here], PROMPT_TOKENS)
+        if prompt is not None:
+            prompts.append(prompt)
+    return prompts
 
 
 def generate_samples(run: Run) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from tinsmith.config import RunConfig, from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import nonfinite_to_none, print_line
 from tinsmith.core.parse import read_yaml
+from tinsmith.data.formats import FORMATS
 from tinsmith.data.loader.loader import TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.evals.arc import evaluate_arc
@@ -143,11 +144,11 @@ def _routing(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dic
 
 
 def _validation(model: str, config: RunConfig, tokenizer: Tokenizer) -> TokenizedDataset:
-    shape, train = config.objective.data_format, config.train
-    if shape not in ("documents", "chats"):
-        raise UserError(f"{model}: was trained on {shape}; name a text with --data")
-    prepared = prepare(config.data, tokenizer, shape, runs_root() / ".data", _aside)
-    return open_dataset(prepared.folder, shape, "validation", train.seq_len, train.seed)
+    data_format, train = config.objective.data_format, config.train
+    if FORMATS[data_format].evaluation != "text":
+        raise UserError(f"{model}: was trained on {data_format}; name a text with --data")
+    prepared = prepare(config.data, tokenizer, data_format, runs_root() / ".data", _aside)
+    return open_dataset(prepared.folder, data_format, "validation", train.seq_len, train.seed)
 
 
 def _format(model: str, lm: LM, tokenizer: Tokenizer, text: EvalOptions) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from tinsmith.core.files import atomic_write
 from tinsmith.core.rng import derive_seed
 from tinsmith.data.arc.generators import TRAIN_RULES, generate_puzzles, held_out_compositions
 from tinsmith.data.arc.grids import Puzzle
-from tinsmith.data.config import ArcData
 from tinsmith.data.files import Reject
+from tinsmith.data.sources import ArcData
 from tinsmith.data.sources.arc import open_tasks, read_tasks
 from tinsmith.evals.arc import ArcOutcome
 from tinsmith.evals.bpb import report_rejects

@@ -33,9 +33,13 @@ class ArcExample:
     puzzle: Puzzle
     train_on_all_outputs: bool
 
-    def text(self) -> str:
-        """The grids as text."""
-        return "\n".join(grid_to_text(grid) for grid in self.puzzle.grids())
+    def texts(self) -> list[str]:
+        """Return the grids as one text."""
+        return ["\n".join(grid_to_text(grid) for grid in self.puzzle.grids())]
+
+    def tokenizer_texts(self) -> list[str]:
+        """Return the texts that a tokenizer is trained on."""
+        return self.texts()
 
 
 class EncodedExample(NamedTuple):

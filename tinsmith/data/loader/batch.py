@@ -8,15 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-class Row(NamedTuple):
-    """One row, each array (T,): int64, int64, bool, int64, int64. See Batch."""
-
-    ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    mask: NDArray[np.bool_]
-    positions: NDArray[np.int64]
-    segments: NDArray[np.int64]
+from tinsmith.data.loader.pack import Row, pad_row
 
 
 class Batch(NamedTuple):
@@ -54,15 +46,3 @@ def collate(rows: Sequence[Row], source: Sequence[int] | NDArray[Any]) -> Batch:
     even = [row if len(row.ids) == width else pad_row(row, width) for row in rows]
     parts = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*even, strict=True)]
     return Batch._make([*parts, torch.from_numpy(np.array(source, dtype=np.int64))])
-
-
-def pad_row(row: Row, width: int) -> Row:
-    """The row with padding behind it, `width` positions in all."""
-    space = (0, width - len(row.ids))
-    return Row(
-        np.pad(row.ids, space),
-        np.pad(row.targets, space),
-        np.pad(row.mask, space),
-        np.pad(row.positions, space),
-        np.pad(row.segments, space, constant_values=-1),
-    )

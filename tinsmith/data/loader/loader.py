@@ -1,8 +1,8 @@
-"""What a trainer draws batches from: an endless, seeded, seekable order of rows over one or several
-prepared sources.
+"""The dataset that the trainer reads batches from: an endless, seeded, seekable order of samples
+over one or several prepared sources.
 
-Sample i of the global order is a pure function of (folder, context, seed, i). Ranks ask for their
-own ranges of i, a resumed run asks from the i where it stopped, and nothing has to be replayed.
+Sample i of the global order is a pure function of (folder, seq_len, seed, i). Each rank reads its
+own ranges of i, a resumed run continues at the next i, and nothing is replayed.
 """
 
 from collections.abc import Iterator
@@ -13,21 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinsmith.core.errors import UserError
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FORMATS, FormatName
+from tinsmith.data.formats.prompts import Prompt, PromptSamples
 from tinsmith.data.loader.batch import Batch, collate
 from tinsmith.data.loader.mixture import Mixture
 from tinsmith.data.loader.order import order_many
-from tinsmith.data.loader.pack import ChatRows, DocumentRows, IndexedSamples
+from tinsmith.data.loader.pack import IndexedSamples
 from tinsmith.data.prepare.prepared import read_report
 from tinsmith.data.prepare.shards import Shards
-from tinsmith.data.prompts import METADATA_DIR, Prompt
-from tinsmith.data.unpacked import AnswerRows, PairRows, PromptRows
 
 SplitName = Literal["train", "validation"]
 
 
 class DatasetMember(NamedTuple):
-    """One prepared source inside a Source."""
+    """One prepared source of a dataset."""
 
     name: str
     source_index: int
@@ -38,11 +37,11 @@ class DatasetMember(NamedTuple):
 
 
 class TokenizedDataset:
-    """Samples by global number: packed rows of documents or chats, whole chats, pairs (two rows
-    each, the chosen answer before the rejected one), or prompts.
+    """Samples by global index: packed rows of documents or chats, single chats, pairs (two rows
+    each, the chosen answer first), or prompts.
 
-    `train` rows come shuffled, every epoch of every member anew, members mixed by weight, without
-    end. `validation` rows come once, in order, member after member: there are `size` of them.
+    `train` samples are endless, shuffled anew in every epoch of every member, and mixed by weight.
+    The `size` `validation` samples are in order, member after member.
     """
 
     def __init__(self, members: list[DatasetMember], seq_len: int, seed: int, split: SplitName):
@@ -53,12 +52,12 @@ class TokenizedDataset:
 
     @property
     def names(self) -> list[str]:
-        """The members' names; `Batch.source` counts in the order of the recipe's `data` list."""
+        """Names of the members. `Batch.source` is an index into the recipe's `data` list."""
         return [member.name for member in self._members]
 
     @property
     def size(self) -> int:
-        """Rows of one pass over all members."""
+        """Samples of one pass over all members."""
         return int(self._edges[-1])
 
     @property
@@ -73,27 +72,27 @@ class TokenizedDataset:
 
     @property
     def packing_efficiency(self) -> float:
-        """The share of positions that hold a token."""
+        """Fraction of positions that are not padding."""
         return sum(member.samples.num_tokens for member in self._members) / (
             self.size * self.seq_len
         )
 
     @property
     def num_split_chats(self) -> int:
-        """Chats that are longer than a row, and go on in another."""
+        """Number of chats that are longer than a row and continue in another one."""
         return sum(member.samples.num_split_chats for member in self._members)
 
     @property
     def num_skipped_pieces(self) -> int:
-        """Pieces of such chats that are left out because nothing in them is to be learned."""
+        """Number of pieces of such chats that are left out because no token in them is trained."""
         return sum(member.samples.num_skipped_pieces for member in self._members)
 
     def epoch_of(self, index: int) -> float:
-        """How many passes over the data lie before global sample `index`."""
+        """Return the number of epochs before global sample `index`."""
         return index / self.size
 
     def cursors(self, index: int) -> dict[str, int]:
-        """How many rows each member has given before global sample `index`."""
+        """Return how many samples each member has contributed before global sample `index`."""
         if self.split == "validation":
             given = np.clip(index - self._edges[:-1], 0, np.diff(self._edges))
         else:
@@ -101,105 +100,93 @@ class TokenizedDataset:
         return dict(zip(self.names, map(int, given), strict=True))
 
     def get_batch(self, start: int, count: int) -> Batch:
-        """The global samples [start, start + count); a validation source ends at `size`."""
+        """Return the global samples [start, start + count). Validation samples end at `size`."""
         return self.take(self._range(start, count))
 
     def get_prompts(self, start: int, count: int) -> list[Prompt]:
-        """The same, where samples are prompts: each with its answer and its stable number."""
+        """Return the global samples [start, start + count) of a dataset of prompts."""
         indices = self._range(start, count)
-        found = []
-        for m, place in zip(*(part.tolist() for part in self._locate(indices)), strict=True):
-            rows = self._members[m].samples
-            assert isinstance(rows, PromptRows), "only a source of prompts has prompts"
-            found.append(rows.get_prompt(place, int(self._edges[m]) + place))
-        return found
+        prompts = []
+        for m, index in zip(*(part.tolist() for part in self._locate(indices)), strict=True):
+            samples = self._members[m].samples
+            assert isinstance(samples, PromptSamples), "only a dataset of prompts has prompts"
+            prompts.append(samples.get_prompt(index, int(self._edges[m]) + index))
+        return prompts
 
     def take(self, indices: NDArray[np.int64]) -> Batch:
-        """Any global samples, by number (n,)."""
+        """Return the global samples at `indices` (n,)."""
         assert len(indices), "a batch has at least one row"
-        members, places = self._locate(indices)
         rows, sources = [], []
-        for m, place in zip(members.tolist(), places.tolist(), strict=True):
-            sample = self._members[m].samples.get_rows(place)
+        for m, index in zip(*(part.tolist() for part in self._locate(indices)), strict=True):
+            sample = self._members[m].samples.get_rows(index)
             rows += sample
             sources += [self._members[m].source_index] * len(sample)
         return collate(rows, sources)
 
     def subset(self, name: str) -> "TokenizedDataset":
-        """The member of that name alone."""
+        """Return a dataset of the member with this name only."""
         return TokenizedDataset(
             [m for m in self._members if m.name == name], self.seq_len, self._seed, self.split
         )
 
     def evenly_spaced(self, count: int) -> NDArray[np.int64]:
-        """`count` row numbers (all, if there are fewer) at even distances over one pass: a fair
-        small sample."""
+        """Return the indices of `count` samples (or all, if there are fewer) at even distances over
+        one pass.
+        """
         count = min(count, self.size)
         return np.arange(count) * self.size // max(1, count)
 
     def iter_batches(self, batch_size: int, max_samples: int | None = None) -> Iterator[Batch]:
-        """One pass in batches of at most `rows` samples; with `limit`, over that many samples
-        spread evenly."""
-        chosen = self.evenly_spaced(self.size if max_samples is None else max_samples)
-        for start in range(0, len(chosen), batch_size):
-            yield self.take(chosen[start : start + batch_size])
+        """Yield one pass in batches of `batch_size` samples; with `max_samples`, only that many
+        samples, spread evenly.
+        """
+        indices = self.evenly_spaced(self.size if max_samples is None else max_samples)
+        for start in range(0, len(indices), batch_size):
+            yield self.take(indices[start : start + batch_size])
 
     def _range(self, start: int, count: int) -> NDArray[np.int64]:
         stop = start + count if self.split == "train" else min(start + count, self.size)
         return np.arange(start, stop)
 
     def _locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Member (n,) and row within that member (n,) of global samples (n,)."""
+        """Return the member (n,) and the index within it (n,) of global samples (n,)."""
         if self.split == "validation":
             members = np.searchsorted(self._edges, indices, side="right") - 1
             return members, indices - self._edges[members]
         members, numbers = self._mixture.locate(indices)
-        places = np.empty_like(numbers)
+        local = np.empty_like(numbers)
         for m in np.unique(members):
             here, member = members == m, self._members[m]
-            places[here] = order_many(
+            local[here] = order_many(
                 self._seed, numbers[here], member.samples.size, "source", member.source_index
             )
-        return members, places
-
-
-_ROWS = {
-    "documents": DocumentRows,
-    "chats": ChatRows,
-    "answers": AnswerRows,
-    "pairs": PairRows,
-}
+        return members, local
 
 
 def open_dataset(
     folder: Path,
-    data_format: DataFormat,
+    data_format: FormatName,
     split: SplitName,
     seq_len: int,
     seed: int,
     *,
     verify: bool = False,
 ) -> TokenizedDataset:
-    """Open what `prepare` wrote to `folder`, as rows of `context` positions.
+    """Open one split of a prepared folder as samples of `seq_len` positions.
 
-    Raises UserError where shards are missing or damaged (found by hash with `verify`), and where
-    nothing is held back for validation.
+    Raise UserError if shards are missing or damaged (`verify` compares hashes), or if the split is
+    empty.
     """
     report = read_report(folder)
     assert report["data_format"] == data_format, f"{folder} holds {report['data_format']}"
     members = []
     for number, facts in enumerate(report["sources"]):
-        place = folder / str(number) / split
-        shards = Shards.open(place, verify=verify)
-        rows: IndexedSamples
-        if data_format == "prompts":
-            rows = PromptRows(shards, Shards.open(place / METADATA_DIR, verify=verify), seq_len)
-        else:
-            rows = _ROWS[data_format](shards, seq_len)
-        if rows.size:
+        shards = Shards.open(folder / str(number) / split, verify=verify)
+        samples = FORMATS[data_format].open(shards, seq_len, verify=verify)
+        if samples.size:
             tokens, text_bytes = shards.tokens_total, shards.bytes_total
             members.append(
-                DatasetMember(facts["name"], number, facts["weight"], rows, tokens, text_bytes)
+                DatasetMember(facts["name"], number, facts["weight"], samples, tokens, text_bytes)
             )
     if not members:
         raise UserError(

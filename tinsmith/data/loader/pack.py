@@ -10,14 +10,23 @@ a row goes on in another one, everything else is kept whole (but see `fit`). Her
 token occurs once, and every token that is to be learned is a target once.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinsmith.data.loader.batch import Row, pad_row
 from tinsmith.data.loader.binpack import best_fit
 from tinsmith.data.prepare.shards import Shards
+
+
+class Row(NamedTuple):
+    """One row, each array (T,): int64, int64, bool, int64, int64. See Batch."""
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    positions: NDArray[np.int64]
+    segments: NDArray[np.int64]
 
 
 class IndexedSamples(Protocol):
@@ -131,3 +140,15 @@ def _padded(
     positions = np.arange(len(ids)) - np.searchsorted(segments, segments)
     row = Row(ids, targets, mask, positions, segments)
     return row if len(ids) == context else pad_row(row, context)
+
+
+def pad_row(row: Row, width: int) -> Row:
+    """The row with padding behind it, `width` positions in all."""
+    space = (0, width - len(row.ids))
+    return Row(
+        np.pad(row.ids, space),
+        np.pad(row.targets, space),
+        np.pad(row.mask, space),
+        np.pad(row.positions, space),
+        np.pad(row.segments, space, constant_values=-1),
+    )

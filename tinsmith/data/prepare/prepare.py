@@ -1,12 +1,13 @@
-"""Raw data -> tokenizer (if none is given) -> shards, in a folder named by all that decides them.
+"""Prepare data: raw files to a tokenizer (unless one is given) and token shards, in a folder named
+by the hash of everything that determines them.
 
-    ROOT/HASH/tokenizer.json ...            the tokenizer, as Hugging Face reads it
+    ROOT/HASH/tokenizer.json ...            the tokenizer, in Hugging Face's format
               report.json                   counts per source
               rejects.jsonl                 {file, line, reason} of every line that cannot be used
               0/train/ 0/validation/ 1/...  the shards of each source
 
 A source is read up to three times: to find bad lines and plan the split, to train the tokenizer, to
-encode. Memory is bounded by a batch of text, and by `max_bytes` while a tokenizer is trained.
+encode. Memory is limited to a batch of text, and to `max_bytes` while a tokenizer is trained.
 """
 
 import errno
@@ -23,9 +24,8 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_dir, atomic_write, free_space, remove_stale
 from tinsmith.core.progress import Progress
 from tinsmith.core.units import format_size
-from tinsmith.data.config import DataConfig, DataFormat, HubData
-from tinsmith.data.documents import DataSource, HubFetcher
-from tinsmith.data.prepare.encode import MASKED_FORMATS, DocumentEncoder
+from tinsmith.data.formats import FORMATS, FormatName
+from tinsmith.data.prepare.encode import DocumentEncoder
 from tinsmith.data.prepare.prepared import (
     PreparedData,
     Say,
@@ -39,16 +39,16 @@ from tinsmith.data.prepare.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from tinsmith.data.sources import hub
-from tinsmith.data.streams import open_source, unique_names
+from tinsmith.data.sources import DataConfig, DataSource, SourceContext, open_source
+from tinsmith.data.sources.base import unique_names
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.specials import our_template
 from tinsmith.text.tokenizer import Tokenizer
 
 FORMAT = 2
-"""Part of the hash: raised whenever the same data would be written differently."""
-SEQ_LEN_FORMATS: tuple[DataFormat, ...] = ("answers", "pairs", "prompts")
-"""Shapes that are prepared for rows of one length."""
+"""Version of prepared folders, part of the hash: raise it when the same data are written in another
+way.
+"""
 
 Stop = Callable[[], bool]
 
@@ -56,134 +56,140 @@ Stop = Callable[[], bool]
 def prepare(
     data: DataConfig | tuple[DataConfig, ...],
     tokenizer: TokenizerConfig | Tokenizer,
-    data_format: DataFormat,
+    data_format: FormatName,
     root: Path,
     say: Say = print,
     stop: Stop | None = None,
     *,
     seq_len: int | None = None,
 ) -> PreparedData:
-    """Prepare `data` below `root`, or find it there.
+    """Prepare `data` below `root`, or find the folder that is there already.
 
-    Answers, pairs and prompts are made to fit, and so depend on the `context` of the run: positions
-    of a row.
-
-    UserError for anything that the user can mend; Stopped where `stop()` turns true. Whatever
-    happens, a folder named by its hash is complete, and what was there before stays.
+    `seq_len` is needed by formats whose samples must fit into one row (`DataFormat.needs_seq_len`).
+    Raise UserError for bad input, and Stopped when `stop()` returns True. A folder named by its
+    hash is always complete, and an interrupted preparation changes no other folder.
     """
-    scratch = root / f".fetched.tmp-{os.getpid()}"
-    origins = _origins(data, data_format, _fetcher(scratch, say, stop))
+    download_dir = root / f".fetched.tmp-{os.getpid()}"
+    sources = _open_sources(data, data_format, download_dir, say, stop)
     known = load_tokenizer_or_config(tokenizer)
-    identities = [our_template(), *(origin.fingerprint for origin in origins)]
-    sized = [seq_len] if data_format in SEQ_LEN_FORMATS else []
-    assert sized != [None], f"{data_format} are prepared for a context"
-    folder = root / _hash(FORMAT, data_format, tokenizer_fingerprint(known), identities, *sized)
+    identities = [our_template(), *(source.fingerprint for source in sources)]
+    lengths = [seq_len] if FORMATS[data_format].needs_seq_len else []
+    assert lengths != [None], f"{data_format} are prepared for a sequence length"
+    folder = root / _hash(FORMAT, data_format, tokenizer_fingerprint(known), identities, *lengths)
     try:
-        with _disk_trouble(root):
+        with _report_disk_errors(root):
             remove_stale(root)
-            found = find_prepared(folder, say)
-            if found:
-                return found
+            prepared = find_prepared(folder, say)
+            if prepared:
+                return prepared
             with atomic_dir(folder) as temporary:
-                _Work(temporary, data_format, seq_len, say, stop).run(origins, known)
+                _Preparation(temporary, data_format, seq_len, say, stop).run(sources, known)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(download_dir, ignore_errors=True)
     prepared = open_prepared(folder)
     summarise(prepared, say)
     return prepared
 
 
-class _Work:
-    """One preparation, from the first reading to the report."""
+class _Preparation:
+    """One preparation, from scanning to the report."""
 
     def __init__(
-        self, folder: Path, shape: DataFormat, context: int | None, say: Say, stop: Stop | None
+        self,
+        folder: Path,
+        data_format: FormatName,
+        seq_len: int | None,
+        say: Say,
+        stop: Stop | None,
     ):
-        self._shape: DataFormat = shape
-        self._context = context or 0
+        self._format_name, self._format = data_format, FORMATS[data_format]
+        self._seq_len = seq_len or 0
         self._folder, self._say, self._stop = folder, say, stop
 
-    def run(self, origins: list[DataSource], known: Tokenizer | TrainTokenizerConfig) -> None:
+    def run(self, sources: list[DataSource], known: Tokenizer | TrainTokenizerConfig) -> None:
+        """Scan the sources, train the tokenizer if none is known, encode, and write the report."""
         with RejectLog(self._folder / "rejects.jsonl") as rejects:
             scans = [
-                scan_source(origin, self._shape, rejects, self._progress(f"reading {origin.name}"))
-                for origin in origins
+                scan_source(source, rejects, self._progress(f"reading {source.name}"))
+                for source in sources
             ]
-            made = known if isinstance(known, Tokenizer) else self._train(scans, known)
-            made.save(self._folder)
-            self._check_space(sum(scanned.bytes for scanned in scans), made)
-            names = unique_names([origin.name for origin in origins])
-            sources = [
-                {"name": name} | self._encode(number, scanned, made, rejects)
-                for number, (name, scanned) in enumerate(zip(names, scans, strict=True))
+            tokenizer = known if isinstance(known, Tokenizer) else self._train(scans, known)
+            tokenizer.save(self._folder)
+            self._check_space(sum(scan.bytes for scan in scans), tokenizer)
+            names = unique_names([source.name for source in sources])
+            entries = [
+                {"name": name} | self._encode(number, scan, tokenizer, rejects)
+                for number, (name, scan) in enumerate(zip(names, scans, strict=True))
             ]
-        report = {"format": FORMAT, "data_format": self._shape, "vocab_size": made.vocab_size}
-        report |= {"tokenizer": made.fingerprint(), "sources": sources}
+        report = {
+            "format": FORMAT,
+            "data_format": self._format_name,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint(),
+            "sources": entries,
+        }
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         atomic_write(self._folder / "report.json", text)
 
-    def _train(self, scans: list[ScanResult], settings: TrainTokenizerConfig) -> Tokenizer:
-        total = sum(scanned.bytes for scanned in scans)
-        amount, wanted = format_size(min(total, settings.max_bytes)), settings.vocab_size
-        self._say(f" prepare   training a tokenizer of {wanted} ids on {amount}")
-        documents = (item for scanned in scans for item in scanned.split_documents())
+    def _train(self, scans: list[ScanResult], config: TrainTokenizerConfig) -> Tokenizer:
+        total = sum(scan.bytes for scan in scans)
+        size = format_size(min(total, config.max_bytes))
+        self._say(f" prepare   training a tokenizer of {config.vocab_size} ids on {size}")
+        documents = (item for scan in scans for item in scan.split_documents())
         progress = self._progress("reading for the tokenizer", total)
-        made = train_tokenizer(settings, documents, total, progress)
-        if made.vocab_size < wanted:
-            self._say(f" prepare   there is too little text for more than {made.vocab_size} ids")
-        return made
+        tokenizer = train_tokenizer(config, documents, total, progress)
+        if tokenizer.vocab_size < config.vocab_size:
+            self._say(f" prepare   too little text for more than {tokenizer.vocab_size} ids")
+        return tokenizer
 
     def _encode(
-        self, number: int, scanned: ScanResult, tokenizer: Tokenizer, rejects: RejectLog
+        self, number: int, scan: ScanResult, tokenizer: Tokenizer, rejects: RejectLog
     ) -> dict[str, Any]:
-        origin = scanned.source
-        encoder = DocumentEncoder(self._folder / str(number), tokenizer, self._shape, self._context)
-        progress = self._progress(f"encoding {origin.name}", scanned.bytes)
-        counts = encoder.write(scanned.split_documents(), progress)
+        """Encode one source and return its entry in the report."""
+        source = scan.source
+        encoder = DocumentEncoder(
+            self._folder / str(number), tokenizer, self._format, self._seq_len
+        )
+        progress = self._progress(f"encoding {source.name}", scan.bytes)
+        counts = encoder.write(scan.split_documents(), progress)
         for reject in encoder.rejects:
-            rejects.add(origin, reject)
+            rejects.add(source, reject)
         if not counts["train"]["documents"]:
-            raise UserError(f"data: nothing of '{origin.display_name}' is left to train on")
-        rejected = scanned.rejected + len(encoder.rejects)
-        config = origin.config
+            raise UserError(f"data: nothing in '{source.display_name}' is left to train on")
+        rejected = scan.rejected + len(encoder.rejects)
+        config = source.config
         return {"kind": config.kind, "weight": config.weight, "rejected": rejected} | counts
 
     def _check_space(self, text_bytes: int, tokenizer: Tokenizer) -> None:
-        """Refuse early what cannot fit, at two bytes of text to a token."""
-        token_bytes = (2 if tokenizer.vocab_size <= 2**16 else 4) + (self._shape in MASKED_FORMATS)
-        need, free = text_bytes * token_bytes // 2, free_space(self._folder)
-        if free < need:
-            needed, there = format_size(need), format_size(free)
+        """Raise UserError if the disk is too small, assuming two bytes of text per token."""
+        token_bytes = (2 if tokenizer.vocab_size <= 2**16 else 4) + self._format.masked
+        required, free = text_bytes * token_bytes // 2, free_space(self._folder)
+        if free < required:
             root = self._folder.parent
-            raise UserError(f"{root}: no space: shards need about {needed}, {there} are free")
+            raise UserError(
+                f"{root}: no space: shards need about {format_size(required)}, "
+                f"{format_size(free)} are free"
+            )
 
-    def _progress(self, what: str, total: int | None = None) -> Progress:
-        return Progress(what, total, self._say, self._stop)
+    def _progress(self, activity: str, total: int | None = None) -> Progress:
+        return Progress(activity, total, self._say, self._stop)
 
 
-def _origins(
-    data: DataConfig | tuple[DataConfig, ...], shape: DataFormat, fetched: HubFetcher
+def _open_sources(
+    data: DataConfig | tuple[DataConfig, ...],
+    data_format: FormatName,
+    download_dir: Path,
+    say: Say,
+    stop: Stop | None,
 ) -> list[DataSource]:
-    sections = data if isinstance(data, tuple) else (data,)
-    if not sections:
+    configs = data if isinstance(data, tuple) else (data,)
+    if not configs:
         raise UserError("data: the list is empty; name at least one source")
-    count = len(sections)
-    keys = ["data"] if count == 1 else [f"data.{number}" for number in range(count)]
-    pairs = zip(sections, keys, strict=True)
-    return [open_source(section, shape, key, fetched) for section, key in pairs]
-
-
-def _fetcher(scratch: Path, say: Say, stop: Stop | None) -> HubFetcher:
-    """Fetches a Hub data set into `scratch` when its rows are first asked for."""
-
-    def fetched(config: HubData) -> Path:
-        path = scratch / f"{_hash(hub.label(config), config.limit)}.jsonl"
-        if not path.exists():
-            scratch.mkdir(parents=True, exist_ok=True)
-            hub.fetch(config, path, say, stop)
-        return path
-
-    return fetched
+    keys = ["data"] if len(configs) == 1 else [f"data.{index}" for index in range(len(configs))]
+    return [
+        open_source(config, data_format, SourceContext(key, download_dir, say, stop))
+        for config, key in zip(configs, keys, strict=True)
+    ]
 
 
 def _hash(*parts: Any) -> str:
@@ -191,8 +197,8 @@ def _hash(*parts: Any) -> str:
 
 
 @contextmanager
-def _disk_trouble(root: Path) -> Iterator[None]:
-    """What the disk refuses becomes one line for a person."""
+def _report_disk_errors(root: Path) -> Iterator[None]:
+    """Turn errors of the disk into a UserError."""
     try:
         yield
     except OSError as error:

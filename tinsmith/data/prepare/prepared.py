@@ -1,4 +1,4 @@
-"""A prepared folder: found, opened and described."""
+"""Find, open and summarise a prepared folder."""
 
 import json
 from collections.abc import Callable
@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.units import format_count
+from tinsmith.data.formats import FORMATS
+from tinsmith.data.formats.prompts import METADATA_DIR
 from tinsmith.data.prepare.shards import Shards
-from tinsmith.data.prompts import METADATA_DIR
 from tinsmith.text.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -28,15 +29,15 @@ def open_prepared(folder: Path, *, verify: bool = False) -> PreparedData:
     report = read_report(folder)
     for number in range(len(report["sources"])):
         for part in ("train", "validation"):
-            place = folder / str(number) / part
-            Shards.open(place, verify=verify)
-            if report["data_format"] == "prompts":
-                Shards.open(place / METADATA_DIR, verify=verify)
+            shards = folder / str(number) / part
+            Shards.open(shards, verify=verify)
+            if FORMATS[report["data_format"]].has_metadata:
+                Shards.open(shards / METADATA_DIR, verify=verify)
     return PreparedData(folder, Tokenizer.load(folder), report)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The counts of a prepared folder."""
+    """Return the report of a prepared folder; UserError if it cannot be read."""
     path = folder / "report.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +48,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def find_prepared(folder: Path, say: Say) -> PreparedData | None:
-    """The folder, if it is there and its sizes are right; otherwise nothing."""
+    """Open a prepared folder. Return None if it does not exist or is damaged."""
     if not folder.exists():
         return None
     try:
@@ -60,13 +61,13 @@ def find_prepared(folder: Path, say: Say) -> PreparedData | None:
 
 
 def summarise(prepared: PreparedData, say: Say) -> None:
-    """One line per source: how much there is, and how much could not be used."""
-    shape, rejects = prepared.report["data_format"], prepared.folder / "rejects.jsonl"
+    """Print the counts of every source, one line each."""
+    data_format, rejects = prepared.report["data_format"], prepared.folder / "rejects.jsonl"
     for source in prepared.report["sources"]:
         name, rejected, held_back = source["name"], source["rejected"], source["validation"]
         total = {key: source["train"][key] + held_back[key] for key in held_back}
         parts = [
-            f"{format_count(total['documents'])} {shape}",
+            f"{format_count(total['documents'])} {data_format}",
             f"{format_count(total['tokens'])} tokens",
             f"{total['bytes'] / total['tokens']:.2f} B/token",
         ]

@@ -1,8 +1,4 @@
-"""The first reading of a source: what is there, what is bad, and how it is to be split.
-
-A first look at data, before anything is prepared: is it there, and does its first record
-read?
-"""
+"""Scan a source before it is prepared: count documents, collect bad lines, plan the split."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,12 +8,11 @@ from typing import NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.progress import Progress
-from tinsmith.data.config import DataConfig, DataFormat, HubData
-from tinsmith.data.documents import DataSource, Document, DocumentStream
+from tinsmith.data.documents import Document, DocumentStream
 from tinsmith.data.files import Reject
+from tinsmith.data.formats import FormatName
 from tinsmith.data.prepare.split import NO_SPLIT, SourceStats, Split, digest, plan_split
-from tinsmith.data.sources import hub
-from tinsmith.data.streams import open_source
+from tinsmith.data.sources import DataConfig, DataSource, SourceContext, open_source
 
 
 class RejectLog:
@@ -28,9 +23,11 @@ class RejectLog:
         self._file = path.open("w", encoding="utf-8")
 
     def add(self, source: DataSource, reject: Reject) -> None:
-        """Note a bad line. UserError where the source asks to fail at the first."""
+        """Record a bad line. UserError if the source fails on bad lines."""
         if source.fails_on_bad_line:
-            raise UserError(f"{format_reject(reject)}; mend it, or set data.on_bad_line: reject")
+            raise UserError(
+                f"{format_reject(reject)}; correct the line, or set data.on_bad_line: reject"
+            )
         self._file.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
         self.count += 1
 
@@ -47,25 +44,23 @@ class RejectLog:
 
 
 class ScanResult(NamedTuple):
-    """A source after its first reading."""
+    """The result of scanning one source."""
 
     source: DataSource
     split: Split
     bytes: int
-    """Bytes of text, both parts together."""
+    """Bytes of text of both splits."""
     rejected: int
 
     def split_documents(self) -> Iterator[tuple[bool, Document]]:
-        """(whether it is for validation, document) of all usable documents."""
+        """Yield (is for validation, document) for all usable documents."""
         yield from self.split.assign(_usable(self.source.train))
         if self.source.validation:
             yield from ((True, document) for document in _usable(self.source.validation))
 
 
-def scan_source(
-    source: DataSource, data_format: DataFormat, rejects: RejectLog, progress: Progress
-) -> ScanResult:
-    """Read everything once. UserError where nothing can be used."""
+def scan_source(source: DataSource, rejects: RejectLog, progress: Progress) -> ScanResult:
+    """Read a source once. UserError if nothing in it can be used."""
     before = rejects.count
     train = _scan(source, source.train, rejects, progress)
     held_back = _scan(source, source.validation, rejects, progress) if source.validation else None
@@ -73,10 +68,8 @@ def scan_source(
     fraction = source.config.validation
     if held_back or isinstance(fraction, str):
         return ScanResult(source, NO_SPLIT, total, rejects.count - before)
-    may_cut = data_format == "documents" and source.config.kind == "text"
-    return ScanResult(
-        source, plan_split(train, fraction, allow_cut=may_cut), total, rejects.count - before
-    )
+    split = plan_split(train, fraction, allow_cut=source.can_cut)
+    return ScanResult(source, split, total, rejects.count - before)
 
 
 def format_reject(reject: Reject) -> str:
@@ -85,16 +78,16 @@ def format_reject(reject: Reject) -> str:
 
 
 def _scan(
-    origin: DataSource, stream: DocumentStream, rejects: RejectLog, progress: Progress
+    source: DataSource, stream: DocumentStream, rejects: RejectLog, progress: Progress
 ) -> SourceStats:
-    """Count, find the range of digests, and report what is bad."""
+    """Count documents, find the range of their digests, and record bad lines."""
     documents = characters = total = 0
     lowest, highest = 2**64, -1
     first_reject = None
     for item in stream():
         if isinstance(item, Reject):
             first_reject = first_reject or item
-            rejects.add(origin, item)
+            rejects.add(source, item)
             continue
         if item.first:
             number = digest(item)
@@ -109,7 +102,7 @@ def _scan(
             if first_reject
             else "it is empty"
         )
-        raise UserError(f"data: nothing in '{origin.display_name}' can be used; {why}")
+        raise UserError(f"data: nothing in '{source.display_name}' can be used; {why}")
     return SourceStats(documents, characters, total, lowest, highest)
 
 
@@ -117,24 +110,23 @@ def _usable(stream: DocumentStream) -> Iterator[Document]:
     return (item for item in stream() if isinstance(item, Document))
 
 
-def check_data(sections: Sequence[DataConfig], data_format: DataFormat) -> list[str]:
-    """A line per source; UserError for what is missing or cannot give `shape`. Fetches nothing."""
+def check_data(configs: Sequence[DataConfig], data_format: FormatName) -> list[str]:
+    """Read the first record of every source and return one line per source. Nothing is downloaded.
+
+    UserError if data are missing, or cannot give `data_format`.
+    """
     lines = []
-    for number, section in enumerate(sections):
-        key = "data" if len(sections) == 1 else f"data.{number}"
-        origin = open_source(section, data_format, key, _refuse)
-        if isinstance(section, HubData):
-            lines.append(f"{hub.label(section)}: will be fetched by `prepare`")
+    for index, config in enumerate(configs):
+        key = "data" if len(configs) == 1 else f"data.{index}"
+        source = open_source(config, data_format, SourceContext(key))
+        if (name := config.describe_download()) is not None:
+            lines.append(f"{name}: will be downloaded by `tinsmith prepare`")
             continue
-        first = next(iter(origin.train()), None)
+        first = next(iter(source.train()), None)
         if first is None:
-            raise UserError(f"{key}: '{origin.name}' holds nothing")
+            raise UserError(f"{key}: '{source.name}' is empty")
         if isinstance(first, Reject):
-            lines.append(f"{origin.name}: {first.file}:{first.line}: {first.reason}")
+            lines.append(f"{source.name}: {format_reject(first)}")
         else:
-            lines.append(f"{origin.name}: the first of its {data_format} reads well")
+            lines.append(f"{source.name}: first {data_format} record: ok")
     return lines
-
-
-def _refuse(config: HubData) -> Path:
-    raise AssertionError(f"{config.name} is not fetched for a look")

@@ -1,4 +1,4 @@
-"""The tokenizer of prepared data: given, loaded, or trained on the part that is trained on."""
+"""The tokenizer of prepared data: given, loaded, or trained on the training split."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from tinsmith.text.tokenizer import Tokenizer
 def load_tokenizer_or_config(
     tokenizer: TokenizerConfig | Tokenizer,
 ) -> Tokenizer | TrainTokenizerConfig:
-    """The tokenizer itself, loaded where a path names it, or how it is to be trained."""
+    """Load the tokenizer, or return the config to train one."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if tokenizer.path:
@@ -26,7 +26,7 @@ def load_tokenizer_or_config(
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer | TrainTokenizerConfig) -> Any:
-    """Plain data that decides what text becomes."""
+    """Return plain data that changes when texts are encoded differently."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.fingerprint()
     return [tokenizer.vocab_size, tokenizer.max_bytes]
@@ -38,9 +38,10 @@ def train_tokenizer(
     total_bytes: int,
     progress: Progress,
 ) -> Tokenizer:
-    """Train a BPE on a sample of what is not held back: (whether for validation, document).
+    """Train a BPE on a sample of the training documents. `documents` are pairs of (is for
+    validation, document).
 
-    `total` bytes of text in all; the sample is spread evenly over them, at most `max_bytes`.
+    The sample is spread evenly over all `total_bytes` of text, and has at most `max_bytes`.
     """
     sample = _sample(documents, settings.max_bytes, settings.max_bytes / total_bytes, progress)
     return train_bpe(sample, settings.vocab_size)

@@ -1,26 +1,143 @@
-"""Tasks of ARC-AGI in their public JSON format.
+"""Puzzles in ARC-AGI's public JSON format, or generated ones: `kind: arc`.
 
     {"train": [{"input": [[0, 1], ...], "output": [[...]]}, ...], "test": [{"input": ...}, ...]}
 
-A file holds one task, or many as {id: task}; a .jsonl or .jsonl.gz file a task a line, with its
-`id`. Outputs of tests may be missing where a file of solutions has them, {id: [output, ...]}.
+A file holds one task, or many as {id: task}; a .jsonl or .jsonl.gz file one task per line, with its
+`id`. Test outputs may be missing if a file of solutions has them, {id: [output, ...]}.
 """
 
 import json
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import did_you_mean
+from tinsmith.core.parse import Count, did_you_mean, to_plain
 from tinsmith.data import files
-from tinsmith.data.arc.grids import MAX_GRID_SIZE, Grid, Pair, Puzzle
+from tinsmith.data.arc.encoding import ArcExample
+from tinsmith.data.arc.generators import TRAIN_RULES, Sizes, generate_puzzles
+from tinsmith.data.arc.grids import MAX_GRID_SIZE, Grid, Pair, Puzzle, augment
+from tinsmith.data.documents import Document, limit_documents
 from tinsmith.data.files import Reject
+from tinsmith.data.formats.base import DataFormat
+from tinsmith.data.sources.base import (
+    DataSource,
+    OnBadLine,
+    SourceConfig,
+    SourceContext,
+    file_stamp,
+    source_name,
+)
 from tinsmith.text.grid_vocab import NUM_COLOURS
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
 Solutions = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArcData(SourceConfig):
+    """Puzzles of grids: your own in ARC-AGI's JSON format, or generated ones."""
+
+    kind: Literal["arc"] = "arc"
+    validation: float = 0.05
+    path: str | None = None
+    """File of one or many tasks, or a folder of files; null generates tasks."""
+    solutions: str | None = None
+    """File with the test outputs, if the tasks do not have them."""
+    on_bad_line: OnBadLine = "reject"
+    loss: Literal["test_only", "all_outputs"] = "all_outputs"
+    """Outputs that are trained: those of the tests, or of the demonstrations too."""
+    views: Count = 1
+    """Number of augmented views per task."""
+    symmetries: bool = True
+    """If True, views are rotated and mirrored."""
+    colours: Literal["all", "keep_0", "none"] = "keep_0"
+    """Colours that a view permutes."""
+    shuffle_demonstrations: bool = True
+    """If True, views shuffle the demonstrations."""
+    seed: int = 0
+    rules: tuple[str, ...] = ()
+    """Names of rules in `arc.generators.TRAIN_RULES` to generate from; empty for all."""
+    count: Count = 10_000
+    """Number of tasks to generate."""
+    min_grid_size: int = 3
+    max_grid_size: int = 6
+    """Rows and columns of a generated input."""
+    demonstrations: int = 3
+    """Number of demonstrations of a generated task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solutions is not None and self.path is None:
+            raise ValueError("solutions belong to tasks at a path; set data.path too")
+        for name in self.rules:
+            if name not in TRAIN_RULES:
+                raise ValueError(
+                    f"rules: '{name}' is not a training rule{did_you_mean(name, list(TRAIN_RULES))}"
+                )
+        for name, lowest, highest in (
+            *(("views", 1, 10**6), ("count", 1, 10**9), ("min_grid_size", 3, self.max_grid_size)),
+            *(("max_grid_size", 3, 10), ("demonstrations", 1, 10)),
+        ):
+            if not lowest <= (value := getattr(self, name)) <= highest:
+                raise ValueError(f"{name}={value} must be from {lowest} to {highest}")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of generated tasks."""
+        return Sizes(self.min_grid_size, self.max_grid_size, self.demonstrations)
+
+    formats = ("documents", "chats", "answers")
+
+    def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
+        """Find the files of tasks, or generate tasks while they are read."""
+        fails_on_bad_line = self.on_bad_line == "fail"
+        if self.path is None:
+            stream = limit_documents(lambda: self._documents(self._generate()), self.limit)
+            return DataSource(
+                "arc", self, to_plain(self), stream, fails_on_bad_line=fails_on_bad_line
+            )
+        paths, solutions = open_tasks(
+            self.path, self.solutions, (f"{context.key}.path", f"{context.key}.solutions")
+        )
+        return DataSource(
+            name=source_name(files.expand_path(self.path)),
+            config=self,
+            fingerprint=[to_plain(self), *map(file_stamp, paths), solutions],
+            train=limit_documents(
+                lambda: self._documents(read_tasks(paths, solutions)), self.limit
+            ),
+            path=self.path,
+            fails_on_bad_line=fails_on_bad_line,
+        )
+
+    def _generate(self) -> Iterator["ArcTask"]:
+        rules = self.rules or TRAIN_RULES
+        for index, puzzle in enumerate(generate_puzzles(rules, self.seed, self.count, self.sizes)):
+            yield ArcTask((puzzle,), "arc", index)
+
+    def _documents(self, tasks: Iterable["ArcTask | Reject"]) -> Iterator[Document | Reject]:
+        """Yield every view of every test input of the tasks. A task is split as a whole."""
+        for task in tasks:
+            if isinstance(task, Reject):
+                yield task
+                continue
+            for puzzle in task.puzzles:
+                for view in range(self.views):
+                    seed = f"{self.seed}/{puzzle.name}/{puzzle.test_index}/{view}"
+                    augmented = augment(
+                        puzzle,
+                        random.Random(seed),
+                        symmetries=self.symmetries,
+                        colours=self.colours,
+                        shuffle_demonstrations=self.shuffle_demonstrations,
+                    )
+                    example = ArcExample(augmented, self.loss == "all_outputs")
+                    key = repr(puzzle.demonstrations).encode()
+                    yield Document(example, key, task.file, task.line)
 
 
 class ArcTask(NamedTuple):

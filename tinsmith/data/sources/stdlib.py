@@ -1,22 +1,28 @@
-"""The embedded corpus: the source of Python's own standard library, which every machine with Python
-has.
+"""Python's own standard library, which every machine with Python has: `kind: stdlib`.
 
-Modules are documents. Functions with a docstring are chats: the instruction is made from name,
-signature and the first sentence of the docstring, the answer is the function. Files are read, never
-imported.
+Modules are documents. Functions with a docstring are chats: the instruction is made from the name,
+the signature and the first sentence of the docstring, and the answer is the function. Files are
+read, never imported.
 """
 
 import ast
 import hashlib
+import itertools
+import platform
 import re
 import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tinsmith.core.errors import UserError
+from tinsmith.core.parse import to_plain
+from tinsmith.data.documents import Document
+from tinsmith.data.formats.base import DataFormat
+from tinsmith.data.sources.base import DataSource, SourceConfig, SourceContext
 
 MAX_ANSWER_LINES = 60  # lines
 MAX_SENTENCE_CHARS = 200  # characters
@@ -46,11 +52,55 @@ _PHRASES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StdlibData(SourceConfig):
+    """Python's own standard library: modules as documents, or (instruction, function) pairs as
+    chats.
+    """
+
+    kind: Literal["stdlib"] = "stdlib"
+    validation: float = 0.05
+
+    formats = ("documents", "chats", "answers", "prompts")
+
+    def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
+        """Read the modules; documents are kept in memory after the first reading."""
+        modules = list(read_modules(find_modules()))
+        documents: list[Document] = []
+
+        def read() -> Iterator[Document]:
+            if not documents:
+                stream = _chats(modules, data_format) if data_format.is_chat else _texts(modules)
+                documents.extend(itertools.islice(stream, self.limit))
+            return iter(documents)
+
+        size = sum(len(module.text) for module in modules)
+        identity = [to_plain(self), platform.python_version(), len(modules), size]
+        return DataSource("stdlib", self, identity, read)
+
+
 class StdlibModule(NamedTuple):
     """A file of the standard library: its name (with forward slashes) and its text."""
 
     name: str
     text: str
+
+
+def _texts(modules: list[StdlibModule]) -> Iterator[Document]:
+    for module in modules:
+        yield Document(module.text, module.name.encode(), module.name, 1)
+
+
+def _chats(modules: list[StdlibModule], data_format: DataFormat) -> Iterator[Document]:
+    """Yield the functions as chats, split by file. A function in two files is taken once."""
+    seen: set[str] = set()
+    for module in modules:
+        for number, record in enumerate(function_chats(module), 1):
+            answer = record["messages"][-1]["content"]
+            if answer not in seen:
+                seen.add(answer)
+                content = data_format.read(record)
+                yield Document(content, module.name.encode(), module.name, number)
 
 
 def find_modules() -> list[Path]:

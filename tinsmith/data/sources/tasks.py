@@ -1,19 +1,78 @@
-"""Generated tasks whose answer can be checked: arithmetic, sorting, copying, and arithmetic in
-words for a calculator.
+"""Generated tasks whose answer can be checked, `kind: tasks`: arithmetic, sorting, copying, and
+arithmetic in words for a calculator.
 
-A task is a pure function of (name, seed, index, digits, length): the same everywhere, and there is
-no end of them. The reasoning is a worked solution that a small model can learn to follow, one short
-step per line.
+A task is a pure function of (name, seed, index, digits, length). The reasoning is a worked solution
+that a small model can learn to follow, one short step per line.
 """
 
 import random
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+from tinsmith.core.parse import Count, to_plain
+from tinsmith.data.documents import Document, limit_documents
+from tinsmith.data.formats.base import DataFormat
+from tinsmith.data.sources.base import DataSource, SourceConfig, SourceContext
 from tinsmith.text.tools import CALCULATOR_TOOL
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TaskName = Literal["arithmetic", "sort", "copy", "calculator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksData(SourceConfig):
+    """Generated tasks with an answer that can be checked; `digits` and `length` set how hard they
+    are.
+    """
+
+    kind: Literal["tasks"] = "tasks"
+    validation: float = 0.05
+    tasks: tuple[TaskName, ...] = ("arithmetic", "sort", "copy")
+    count: Count = 20_000
+    seed: int = 0
+    digits: int = 3
+    """Largest number of digits of a number."""
+    length: int = 8
+    """Largest count of numbers to sort or letters to copy."""
+    answer_tags: bool = False
+    """If True, the answers of chats are inside `<answer>`."""
+    reasoning: bool = True
+    """If True, the assistant of a chat or pair gives a worked solution before the answer."""
+    error_rate: float = 0.0
+    """Fraction of chats with a wrong label (a number one too high, the calculator not called), so
+    that preferences and rewards have something to correct.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise ValueError("tasks must name at least one of arithmetic, sort, copy, calculator")
+        if not 0 <= self.error_rate <= 1:
+            raise ValueError(f"error_rate={self.error_rate} must be a fraction from 0 to 1")
+        for name, value, highest in (
+            ("count", self.count, 10**9),
+            ("digits", self.digits, 9),
+            ("length", self.length, 99),
+        ):
+            if not 1 <= value <= highest:
+                raise ValueError(f"{name}={value} must be from 1 to {highest}")
+
+    def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
+        """Generate the tasks while they are read."""
+        stream = limit_documents(lambda: self._documents(data_format), self.limit)
+        return DataSource("tasks", self, to_plain(self), stream)
+
+    def _documents(self, data_format: DataFormat) -> Iterator[Document]:
+        """Yield the tasks as documents. The question is split by its solution, not its wording."""
+        for index in range(self.count):
+            name = self.tasks[index % len(self.tasks)]
+            task = generate_task(name, self.seed, index, digits=self.digits, length=self.length)
+            record = data_format.record(_TaskSample(task, index, self))
+            content = record if isinstance(record, str) else data_format.read(record)
+            solution = f"{task.name}\n{task.reasoning}\n{task.answer}"
+            yield Document(content, solution.encode(), "tasks", index)
 
 
 class GeneratedTask(NamedTuple):
@@ -24,48 +83,49 @@ class GeneratedTask(NamedTuple):
     reasoning: str
     answer: str
     expression: str = ""
-    """What a calculator is to be asked, where there is one."""
+    """Expression for the calculator, in `calculator` tasks."""
 
     def text(self) -> str:
-        """The task as a document."""
+        """Return the task as a document."""
         return f"{self.question}\n{self.reasoning}\nAnswer: {self.answer}\n"
 
     def chat(self, *, reasoning: bool = True, answer_tags: bool = False) -> dict[str, Any]:
-        """The task as a chat record: the reasoning becomes the assistant's `thoughts`, if it is to
-        have any, or a call of the calculator what it says first; `tagged` puts the answer into
-        `<answer>`.
+        """Return the task as a chat record.
+
+        A `calculator` task calls the calculator first. In other tasks, `reasoning` adds the worked
+        solution, and `answer_tags` puts the answer into `<answer>`.
         """
-        requested = {"role": "user", "content": self.question}
+        question = {"role": "user", "content": self.question}
         if self.name == "calculator":
-            output = {"role": "assistant", "content": self.answer}
-            return {"tools": [CALCULATOR_TOOL], "messages": [requested, *self._called(), output]}
-        output = f"<answer>{self.answer}</answer>" if answer_tags else self.answer
-        return {"messages": [requested, self._answered(output, reasoning)]}
+            reply = {"role": "assistant", "content": self.answer}
+            return {"tools": [CALCULATOR_TOOL], "messages": [question, *self._tool_call(), reply]}
+        answer = f"<answer>{self.answer}</answer>" if answer_tags else self.answer
+        return {"messages": [question, self._reply(answer, reasoning)]}
 
     def with_error(self) -> "GeneratedTask":
-        """The task with a wrong answer: of numbers the one above, and of a calculator's task with
-        nobody asked.
+        """Return the task with a wrong label: a number one too high. A `calculator` task then does
+        not call the calculator.
         """
         if self.name not in ("arithmetic", "calculator"):
             return self._replace(answer=self.wrong_answer())
         return self._replace(answer=str(int(self.answer) + 1), expression="")
 
     def prompt(self) -> dict[str, Any]:
-        """The task as a prompt record, with the answer and the kind of task."""
+        """Return the task as a prompt record with the answer and the task name."""
         tools = {"tools": [CALCULATOR_TOOL]} if self.name == "calculator" else {}
         return {"prompt": self.question, "answer": self.answer, "task": self.name} | tools
 
     def pair(self, *, reasoning: bool = True) -> dict[str, Any]:
-        """The task as a record of a pair: the right answer against a wrong one after the same
-        thoughts.
+        """Return the task as a preference pair: the right and a wrong answer after the same worked
+        solution.
         """
         right, wrong = (
-            self._answered(output, reasoning) for output in (self.answer, self.wrong_answer())
+            self._reply(answer, reasoning) for answer in (self.answer, self.wrong_answer())
         )
         return {"prompt": self.question, "chosen": right, "rejected": wrong}
 
-    def _called(self) -> list[dict[str, Any]]:
-        """The call of the calculator and what it says, if it is asked."""
+    def _tool_call(self) -> list[dict[str, Any]]:
+        """Return the calculator call and its result as messages; none without an expression."""
         if not self.expression:
             return []
         call = {"name": CALCULATOR_TOOL["name"], "arguments": {"expression": self.expression}}
@@ -74,24 +134,46 @@ class GeneratedTask(NamedTuple):
             {"role": "tool", "content": self.answer},
         ]
 
-    def _answered(self, output: str, thoughts: bool) -> dict[str, str]:
-        thinks = {"reasoning_content": self.reasoning} if thoughts else {}
-        return {"role": "assistant", **thinks, "content": output}
+    def _reply(self, answer: str, with_reasoning: bool) -> dict[str, str]:
+        reasoning = {"reasoning_content": self.reasoning} if with_reasoning else {}
+        return {"role": "assistant", **reasoning, "content": answer}
 
     def wrong_answer(self) -> str:
-        """A wrong answer that is nearly right: off by a little, or two neighbours swapped. A pure
-        function of the task.
+        """Return a wrong answer that is nearly right: off by a little, or two neighbours swapped. A
+        pure function of the task.
         """
         numbers = random.Random(f"{self.question}/{self.answer}")
         if self.name in ("arithmetic", "calculator"):
             return str(int(self.answer) + numbers.choice((-10, -2, -1, 1, 2, 10)))
         items = self.answer.split()
-        places = [i for i in range(len(items) - 1) if items[i] != items[i + 1]]
-        if not places:
+        unequal = [i for i in range(len(items) - 1) if items[i] != items[i + 1]]
+        if not unequal:
             return " ".join([*items, items[-1]])
-        place = numbers.choice(places)
-        items[place : place + 2] = items[place + 1], items[place]
+        first = numbers.choice(unequal)
+        items[first : first + 2] = items[first + 1], items[first]
         return " ".join(items)
+
+
+class _TaskSample(NamedTuple):
+    """A generated task with the settings of its source, as records of every format."""
+
+    task: GeneratedTask
+    index: int
+    config: TasksData
+
+    def text(self) -> str:
+        return self.task.text()
+
+    def chat(self) -> dict[str, Any]:
+        draw = random.Random(f"slip/{self.config.seed}/{self.index}").random()
+        task = self.task.with_error() if draw < self.config.error_rate else self.task
+        return task.chat(reasoning=self.config.reasoning, answer_tags=self.config.answer_tags)
+
+    def pair(self) -> dict[str, Any]:
+        return self.task.pair(reasoning=self.config.reasoning)
+
+    def prompt(self) -> dict[str, Any]:
+        return self.task.prompt()
 
 
 def generate_task(

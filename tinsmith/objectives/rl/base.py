@@ -24,9 +24,9 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_warning
 from tinsmith.core.parse import Count
 from tinsmith.core.rng import derive_seed
-from tinsmith.data.config import DataFormat
+from tinsmith.data.formats import FormatName
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.loader.batch import Batch
-from tinsmith.data.prompts import Prompt
 from tinsmith.infer.completions import eos_ids
 from tinsmith.losses.logprobs import target_logprobs
 from tinsmith.nn.model import LM, ModelOut
@@ -51,7 +51,7 @@ from tinsmith.text.tools import ToolName
 class RLConfig(ObjectiveConfigBase):
     """What every objective of this kind can be told."""
 
-    data_format: ClassVar[DataFormat] = "prompts"
+    data_format: ClassVar[FormatName] = "prompts"
     generates: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
     rewards: tuple[RewardConfig, ...] = (ExactMatchReward(),)

@@ -1,0 +1,198 @@
+"""The base class of data sources, and the reading of records that several sources share."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from tinsmith.core.parse import Config, Count, to_plain
+from tinsmith.data import files
+from tinsmith.data.documents import Document, DocumentStream, limit_documents
+from tinsmith.data.files import Reject
+from tinsmith.data.formats.base import DataFormat
+from tinsmith.text.chat import BadRecord
+
+OnBadLine = Literal["reject", "fail"]
+VALIDATION_NAMES = ("valid", "val", "validation")
+"""Names of files in a folder that hold validation data, without suffix."""
+
+
+class DataSource(NamedTuple):
+    """One source of a recipe, ready to be read."""
+
+    name: str
+    config: "SourceConfig"
+    fingerprint: Any
+    """Plain data that changes when the content does."""
+    train: DocumentStream
+    """All documents, or those to train on if `validation` is given."""
+    validation: DocumentStream | None = None
+    path: str | None = None
+    """The path in the recipe, for messages."""
+    fails_on_bad_line: bool = False
+    """True if a bad line is an error, False if it is left out."""
+    can_cut: bool = False
+    """True if a single document may be cut in two, to have a validation part."""
+
+    @property
+    def display_name(self) -> str:
+        """The path in the recipe, or else the name."""
+        return self.path or self.name
+
+
+class SourceContext(NamedTuple):
+    """What a source needs to open, besides its config."""
+
+    key: str
+    """Recipe key of the source, for messages: "data", or "data.1" in a list."""
+    download_dir: Path = Path()
+    """Folder for files that a source downloads; deleted afterwards."""
+    say: Callable[[str], None] = print
+    stop: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Config):
+    """Keys of every source of the `data` section."""
+
+    kind: str
+    weight: float = 1.0
+    """Share of training rows, relative to the other sources of the list."""
+    validation: float | str = 0.05
+    """Fraction of documents for validation; for text and chats, or else a path."""
+    limit: Count | None = None
+    """Largest number of documents or chats to read."""
+
+    formats: ClassVar[tuple[str, ...] | None] = None
+    """Names of the data formats that the source can give; None for every format."""
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight={self.weight} must be above 0")
+        if not isinstance(self.validation, str) and not 0 <= self.validation <= 0.5:
+            raise ValueError(f"validation={self.validation} must be a fraction from 0 to 0.5")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1")
+
+    @classmethod
+    def supports(cls, data_format: str) -> bool:
+        """Return True if the source can give this data format."""
+        return cls.formats is None or data_format in cls.formats
+
+    def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
+        """Find the data without reading them. UserError if they are not there."""
+        raise NotImplementedError
+
+    def describe_download(self) -> str | None:
+        """Return the name of the data if reading them downloads them, otherwise None."""
+        return None
+
+
+def record_documents(
+    records: Iterable[files.Record | Reject], data_format: DataFormat
+) -> Iterator[Document | Reject]:
+    """Read records in a data format. A record that cannot be used becomes a Reject."""
+    for record in records:
+        if isinstance(record, Reject):
+            yield record
+            continue
+        try:
+            files.check_text(record.data)
+            content = data_format.read(record.data)
+            yield Document(content, data_format.split_key(content), record.file, record.line)
+        except (BadRecord, ValueError) as error:
+            yield Reject(record.file, record.line, str(error))
+
+
+def text_documents(
+    records: Iterable[files.Record | Reject], field: str
+) -> Iterator[Document | Reject]:
+    """Read the text field of records. A record without text becomes a Reject."""
+    for record in records:
+        if isinstance(record, Reject):
+            yield record
+            continue
+        try:
+            text = files.get_text(record.data, field)
+            yield Document(text, text.encode(), record.file, record.line)
+        except ValueError as error:
+            yield Reject(record.file, record.line, str(error))
+
+
+class FileSet(NamedTuple):
+    """The files of a source on disk."""
+
+    train: list[Path]
+    validation: list[Path]
+
+    def fingerprint(self) -> list[Any]:
+        """Return size and modification time of every file."""
+        return [*map(file_stamp, self.train), "validation", *map(file_stamp, self.validation)]
+
+
+def find_split_files(path: str, validation: float | str, key: str) -> FileSet:
+    """Find the files of `path`, and those for validation: named by `validation`, or by the files
+    of a folder (train.* and valid.*, val.* or validation.*).
+    """
+    found = files.find_files(path, f"{key}.path")
+    if isinstance(validation, str):
+        return FileSet(found, files.find_files(validation, f"{key}.validation"))
+    if not files.expand_path(path).is_dir():
+        return FileSet(found, [])
+    train = [file for file in found if file.name.split(".")[0] == "train"]
+    held_back = [file for file in found if file.name.split(".")[0] in VALIDATION_NAMES]
+    return FileSet(train, held_back) if train and held_back else FileSet(found, [])
+
+
+def open_file_set(
+    config: "SourceConfig",
+    path: str,
+    file_set: FileSet,
+    read: Callable[[Path], Iterator[Document | Reject]],
+    *,
+    fails_on_bad_line: bool,
+    can_cut: bool = False,
+) -> DataSource:
+    """Open files with a reader of documents."""
+
+    def stream(paths: list[Path]) -> DocumentStream:
+        return limit_documents(
+            lambda: itertools.chain.from_iterable(map(read, paths)), config.limit
+        )
+
+    return DataSource(
+        name=source_name(files.expand_path(path)),
+        config=config,
+        fingerprint=[to_plain(config), *file_set.fingerprint()],
+        train=stream(file_set.train),
+        validation=stream(file_set.validation) if file_set.validation else None,
+        path=path,
+        fails_on_bad_line=fails_on_bad_line,
+        can_cut=can_cut,
+    )
+
+
+def source_name(path: Path) -> str:
+    """Return a folder's name, or a file's name without suffixes. A file named train or data has the
+    name of its folder.
+    """
+    whole = path.resolve()
+    name = whole.name.split(".")[0]
+    return whole.parent.name if name in ("train", "data") and whole.is_file() else name
+
+
+def file_stamp(path: Path) -> list[Any]:
+    """Return path, size and modification time of a file."""
+    facts = path.stat()
+    return [str(path.resolve()), facts.st_size, facts.st_mtime_ns]
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """Make names unique: the second of two equal names becomes `name-2`, and so on."""
+    unique: list[str] = []
+    for name in names:
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        unique.append(next(candidate for candidate in candidates if candidate not in unique))
+    return unique
