@@ -71,10 +71,10 @@ class TorchKernel:
     """Inside, attention is torch's."""
 
     def __enter__(self) -> None:
-        self.before, core._in_blocks = core._in_blocks, lambda *_: False
+        self.before, core._use_blockwise = core._use_blockwise, lambda *_: False
 
     def __exit__(self, *error: object) -> None:
-        core._in_blocks = self.before
+        core._use_blockwise = self.before
 
 
 def train_step(name: str, length: int, dtype: torch.dtype, paper: bool) -> Any:

@@ -1,5 +1,7 @@
 """Every mixer, with every residual, is causal, isolates documents and ignores padding."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from tests.contracts.checks import (
     close,
     pad_rows,
 )
+from tinsmith.nn import contract
+from tinsmith.nn.attention import span
 
 SIZES = [1, 3, 4, 5, 6, 33, 97]
 """One token, sizes around a block (4) and a window (5), and odd sizes above a power of two."""
@@ -267,6 +271,49 @@ def test_a_state_dict_restores_the_weights(lm, make, mixer, residual, draw):
     assert not torch.isclose(other(ids).logits, lm(ids).logits).all()
     other.load_state_dict(lm.state_dict(), strict=True)
     assert torch.equal(other(ids).logits, lm(ids).logits)
+
+
+def test_attention_spans_are_computed_once_per_forward_pass(lm, draw, monkeypatch):
+    """All layers share the spans of `Ctx`, and documents are found once for all windows. If a mixer
+    fails, it calls `ctx.span(window)` and `Mixer.window` is not set to this window.
+    """
+    calls = Counter()
+
+    def count(owner, name):
+        function = getattr(owner, name)
+
+        def counted(*args):
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(span, "document_starts")
+    count(contract, "attention_span")
+    segments = torch.tensor([[-1] * 2 + [7] * 8 + [0] * 2, [0] * 12])
+    lm(draw(2, 12), segments=segments)
+    assert calls == {"document_starts": 1}
+    lm(draw(2, 12))
+    lm(draw(2, 12), segments=segments, caches=lm.new_caches(2, 12))
+    assert calls == {"document_starts": 1}
+
+
+def test_shared_spans_change_nothing(lm, draw):
+    """A mixer that is called with positions and segments only computes the same bits."""
+    segments = torch.tensor([[-1] * 2 + [7] * 8 + [0] * 2, [0] * 12])
+    found = []
+    for block in lm.blocks:
+        alone = block.mixer.forward
+
+        def forward(x, ctx, cache=None, alone=alone):
+            shared = alone(x, ctx, cache).y
+            found.append(torch.equal(shared, alone(x, ctx._replace(spans={}), cache).y))
+            return contract.Out(shared)
+
+        block.mixer.forward = forward
+    for given in (segments, None):
+        lm(draw(2, 12), segments=given)
+    assert found == [True] * 2 * len(lm.blocks)
 
 
 @pytest.mark.costly

@@ -9,7 +9,8 @@ import torch
 from tests.oracles.attention import attention, seen_by
 from tests.oracles.close import close_to
 from tinsmith.nn.attention import core as attending
-from tinsmith.nn.attention.core import Span, attend, attention_span, document_starts
+from tinsmith.nn.attention.core import attend
+from tinsmith.nn.attention.span import Span, attention_span, document_starts
 
 close = close_to(1e-12)
 
@@ -51,7 +52,7 @@ def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
     monkeypatch, segments, window, room
 ):
     """As on a GPU, where who sees whom is written down: for so many pairs at a time, no more."""
-    monkeypatch.setattr(attending, "_in_blocks", lambda *_: False)
+    monkeypatch.setattr(attending, "_use_blockwise", lambda *_: False)
     monkeypatch.setattr(attending, "MASK_BYTES", room)
     written, visible = [], Span.mask
 

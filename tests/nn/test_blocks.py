@@ -9,7 +9,7 @@ from tinsmith.nn.attention.compress import (
     attend_compressed,
     block_positions,
 )
-from tinsmith.nn.attention.core import attention_span
+from tinsmith.nn.attention.span import attention_span
 from tinsmith.nn.contract import CacheFull, CannotTruncate
 
 CPU = torch.device("cpu")

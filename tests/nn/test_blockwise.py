@@ -5,8 +5,9 @@ import torch
 from torch.autograd import gradcheck
 
 from tinsmith.nn.attention import cpu as blocks
-from tinsmith.nn.attention.core import Span, attend, attention_span
+from tinsmith.nn.attention.core import attend
 from tinsmith.nn.attention.cpu import blockwise_attention
+from tinsmith.nn.attention.span import Span, attention_span
 
 
 def inputs(queries, keys, heads=4, groups=2, width=8, value_width=8, rows=2, dtype=torch.float64):

@@ -9,7 +9,7 @@ from tests.oracles.nsa import chosen_blocks
 from tinsmith.nn.attention import block_scores
 from tinsmith.nn.attention.block_scores import select_blocks
 from tinsmith.nn.attention.compress import BlockLayout, block_positions
-from tinsmith.nn.attention.core import attention_span
+from tinsmith.nn.attention.span import attention_span
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
-from tinsmith.nn.attention.core import Span
 from tinsmith.nn.attention.rope import Rope, YarnScaling, rotary_tables
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.model import LM, ModelConfig

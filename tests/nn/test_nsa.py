@@ -9,8 +9,9 @@ from torch import nn
 from tests.oracles.close import close_to
 from tests.oracles.nsa import nsa
 from tinsmith.core.errors import UserError
-from tinsmith.nn.attention.core import Span, attend
+from tinsmith.nn.attention.core import attend
 from tinsmith.nn.attention.rope import Rope, apply_rotary_emb, rotary_tables
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.contract import BuildContext, CannotTruncate, Ctx
 from tinsmith.nn.mixers import nsa as module
@@ -458,7 +459,7 @@ class TestFla:
     def test_compressed_attention(self, fla):
         q, k, v = self.drawn()
         cut = module.BlockLayout(8, 8)
-        seen = module.attention_span(None, 40, None, q.device)
+        seen = Span()
         at = module.block_positions(seen, 40, 40, q.device)
         pooled = [cut.gather_blocks(x, seen).mean(2) for x in (k, v)]
         theirs, _ = fla.naive_nsa_compression(q, *pooled, 8, 1 / math.sqrt(8))
@@ -467,7 +468,7 @@ class TestFla:
     def test_selected_attention(self, fla):
         q, k, v = self.drawn()
         cut = module.BlockLayout(8, 8)
-        seen = module.attention_span(None, 40, None, q.device)
+        seen = Span()
         at = module.block_positions(seen, 40, 40, q.device)
         pooled = cut.gather_blocks(k, seen).mean(2)
         begins = module.select_blocks(q, pooled, cut, at, keys=40, size=8, count=4)

@@ -6,7 +6,8 @@ from torch.autograd import gradcheck
 
 from tinsmith.nn.attention import block_sparse
 from tinsmith.nn.attention.block_sparse import attend_topk_blocks, by_block, by_query, naive
-from tinsmith.nn.attention.core import Span, attend
+from tinsmith.nn.attention.core import attend
+from tinsmith.nn.attention.span import Span
 
 SIZE = 4
 

@@ -1,10 +1,10 @@
-"""The contract between the model and its parts. Read this first.
+"""The interface between the model and its mixers, feed-forwards and residuals. Read this first.
 
-A block is `Residual(Mixer)` then `Residual(FeedForward)`. Every variant of a slot is one file with
-one frozen config dataclass and one module; the union type in the slot folder's `__init__` is the
-list of variants. What a layer has to say travels in its return value (`Out`), what it may read in
-its arguments (`x`, `Ctx`, cache): nothing is stored on modules, nothing in `Ctx` is mutated, so
-activation checkpointing and compilation change nothing.
+A block is `Residual(Mixer)` followed by `Residual(FeedForward)`. Each variant of a slot is one file
+with one frozen config dataclass and one module. The union type in `__init__.py` of the slot's
+folder lists the variants. A layer reads its arguments (`x`, `Ctx`, cache) and returns everything it
+computes (`Out`). It stores nothing on modules and mutates nothing in `Ctx`, so activation
+checkpointing, which runs `forward` twice, and torch.compile change no result.
 
 Shape suffixes: B rows, T tokens of this call, S keys, D width, V vocabulary, E experts.
 """
@@ -16,52 +16,92 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.core.parse import Config
+from tinsmith.nn.attention.span import PackedDocuments, Span, attention_span, pack_documents
 
 TensorSplit = Literal["column", "row"]
 """How a linear layer is split over a tensor-parallel group."""
 
 
 class Out(NamedTuple):
-    """What every sub-layer and block returns."""
+    """The output of a sub-layer or block."""
 
     y: Tensor
-    """(B, T, D); the residual state, from a Block."""
+    """(B, T, D). A block returns the residual state."""
     losses: dict[str, Tensor] = {}
-    """Differentiable means over this batch, times the layer's own coefficient. The default is
-    shared: merge with `|`.
+    """Auxiliary losses: differentiable means over this batch, multiplied by the layer's
+    coefficient. The default is shared between all `Out`, so merge with `|` and do not mutate it.
     """
     stats: dict[str, Tensor] = {}
-    """Detached observations, as sums that may be added over micro-batches and ranks."""
+    """Detached statistics for logging and balancing. They are sums, so that those of micro-batches
+    and ranks can be added.
+    """
     grad_probes: dict[str, Tensor] = {}
-    """Zero tensors that took part in forward and collect in `.grad` what only backward knows; and
-    beside them, detached, what is needed to read it.
+    """Gradient probes: zero tensors added in forward, whose `.grad` after backward is the gradient
+    at that point, and detached tensors of the forward pass that `Routed.after_backward` reads with
+    them.
     """
     value_residual: Tensor | None = None
-    """What this mixer offers to later layers (value residual), (B, T, kv_heads, head_dim)."""
+    """Values (B, T, kv_heads, head_dim) that later layers may mix into theirs (value residual)."""
 
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and signed sin, each (B or 1, T, rotary_dim), ready for `attention.rope.apply_rotary_emb`."""
+"""cos and signed sin (B or 1, T, rotary_dim), as `attention.rope.apply_rotary_emb` takes them."""
 
 
 class Ctx(NamedTuple):
-    """What a sub-layer may read besides x."""
+    """What all sub-layers of a forward pass read besides x. Immutable.
+
+    `Ctx(positions, segments)` is enough to call a layer on its own. `LM.forward` fills in the other
+    fields once per forward pass, for all layers.
+    """
 
     positions: Tensor
-    """(B, T) absolute positions; they restart at document borders when packed."""
+    """(B, T) position ids. In packed rows they restart at each document."""
     segments: Tensor | None = None
-    """(B, T) document ids >= 0. Attention never crosses them; -1 marks padding, which nothing
-    attends to, routes or counts. None: every row is one document (with a cache: it goes on)."""
-    value_residual: Tensor | None = None
-    """The value first offered by a layer below."""
-    rotary: dict[int, Rotary] = {}
-    """Rotary tables of these positions by rotary width; made once by the model for every width
-    its mixers name.
+    """(B, T) document ids >= 0, or -1 for padding. Attention never crosses documents, and padding
+    is not attended to, routed or counted. None: every row is one document, which continues that of
+    the cache if there is one.
     """
+    value_residual: Tensor | None = None
+    """`Out.value_residual` of the first layer that returned one."""
+    rotary: dict[int, Rotary] = {}
+    """Rotary tables of the positions, by rotary width, for every `Mixer.rotary_dim`."""
+    spans: dict[int | None, Span] = {}
+    """Attention spans by window, for whole documents (None) and every `Mixer.window`; empty with a
+    cache. Read them with `span`.
+    """
+    packed: PackedDocuments | None = None
+    """Document boundaries for variable-length kernels, if a mixer has `needs_cu_seqlens`. Read them
+    with `packed_documents`.
+    """
+
+    def span(self, window: int | None = None) -> Span:
+        """Return which tokens of this call each token attends to: its document up to itself, or the
+        last `window` tokens of it.
+
+        Without a cache only: with one, the cache returns the span (`KVCache.append`). A window that
+        is no mixer's `window` is computed anew in each call.
+        """
+        if window in self.spans:
+            return self.spans[window]
+        length, device = self.positions.shape[1], self.positions.device
+        return attention_span(self.segments, length, window, device)
+
+    def packed_documents(self) -> PackedDocuments:
+        """Return the documents of this batch without padding, with `cu_seqlens` and `max_seqlen`.
+
+        Their shapes depend on `segments`, and `max_seqlen` is read from the device, so a model that
+        uses them on packed rows does not compile to a single graph. They are computed anew in each
+        call unless the mixer has `needs_cu_seqlens`.
+        """
+        if self.packed is not None:
+            return self.packed
+        batch_size, length = self.positions.shape
+        return pack_documents(self.segments, batch_size, length, self.positions.device)
 
 
 class BuildContext(NamedTuple):
-    """Where a part is built, and what it shares with the rest of its model."""
+    """The position of a part in the model, and the options that all layers share."""
 
     dim: int
     layer_idx: int
@@ -71,47 +111,51 @@ class BuildContext(NamedTuple):
     attention_dropout: float = 0.0
     use_rope: bool = True
     attention_scaling: float = 1.0
-    """What the rotary tables multiply queries and keys by (YaRN's temperature)."""
+    """Factor of the rotary tables, which multiplies queries and keys (YaRN's temperature)."""
     is_value_residual_source: bool = False
-    """True where this mixer is the first of the model to offer its values."""
+    """True for the first mixer of the model that returns `Out.value_residual`."""
     sublayer_idx: int = 0
-    """Which sub-layer of the model a residual stands around: 2 layer for a mixer's, 2 layer + 1 for
-    a feed-forward's.
+    """Index of the sub-layer that a residual wraps: 2 layer_idx for a mixer, 2 layer_idx + 1 for a
+    feed-forward.
     """
 
 
 class CacheFull(Exception):
-    """A row would hold more tokens than its cache has room for."""
+    """Appending tokens would exceed the capacity of a cache."""
 
 
 class CannotTruncate(Exception):
-    """A cache was asked to forget tokens whose predecessors it no longer holds."""
+    """A cache cannot be truncated, because it no longer holds the earlier state."""
 
 
 class LayerCache(Protocol):
-    """One mixer's memory for a batch of rows. Engine and model never look inside it."""
+    """The cache of one mixer for a batch of rows: keys and values, or a recurrent state.
+
+    Model and engine use these methods only. `attention.cache` has the usual ones.
+    """
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens absorbed per row."""
+        """(B,) tokens appended per row."""
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Keep, reorder or repeat rows: batching, best-of-n, beams. `rows` (N,) int64."""
+        """Keep, reorder or repeat rows, for batching, best-of-n and beams. `rows` (N,) int64."""
         ...
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens so that row b holds `lengths[b]`; raises CannotRewind if it
-        cannot.
+        """Remove the newest tokens, so that row b keeps its first `lengths[b]`.
+
+        Raise CannotTruncate, and change nothing, if the state after that token is no longer known.
         """
         ...
 
     def join(self, other: Any) -> None:
-        """Append the rows of another cache of the same mixer; capacities may differ."""
+        """Append the rows of another cache of the same mixer. Capacities may differ."""
         ...
 
     def nbytes(self) -> int:
-        """Bytes of the tensors that hold the memory."""
+        """Return the size of the cached tensors in bytes."""
         ...
 
 
@@ -122,7 +166,7 @@ class PartConfigBase(Config):
     kind: str
 
     def check(self, dim: int) -> None:
-        """Raise ValueError, with the key's name, where this part cannot be built at width `dim`."""
+        """Raise ValueError that names the key if this part cannot be built at width `dim`."""
 
 
 class MixerConfigBase(PartConfigBase):
@@ -133,7 +177,7 @@ class MixerConfigBase(PartConfigBase):
         raise NotImplementedError
 
     def value_residual_shape(self, dim: int) -> tuple[int, int] | None:
-        """(kv_heads, head_dim) where this mixer takes part in the value residual."""
+        """Return (kv_heads, head_dim) if this mixer uses the value residual, else None."""
         return None
 
 
@@ -146,41 +190,49 @@ class FeedForwardConfigBase(PartConfigBase):
 
 
 class ResidualConfigBase(PartConfigBase):
-    """Base of every residual's config; `expand` and `collapse` stand before layer 0 and before
-    the final norm.
+    """Base of every residual's config. `expand` is applied before the first block and `collapse`
+    before the final norm.
     """
 
     def build(self, build_ctx: BuildContext) -> "Residual":
-        """The module, one per sub-layer."""
+        """Build the module of one sub-layer."""
         raise NotImplementedError
 
     def expand(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> the residual state."""
+        """Return the initial residual state of x (B, T, D)."""
         raise NotImplementedError
 
     def collapse(self, h: Tensor) -> Tensor:
-        """The residual state -> (B, T, D)."""
+        """Return the hidden states (B, T, D) of a residual state."""
         raise NotImplementedError
 
 
 class Mixer(nn.Module):
-    """Mixes over time. `rotary_dim` names the width of the rotary tables it wants, if any."""
+    """Mixes tokens over time: attention, a recurrence, a convolution."""
 
     rotary_dim: int | None = None
+    """Width of the tables that it reads from `ctx.rotary`, if any."""
+    window: int | None = None
+    """Sliding window that it passes to `ctx.span`, if any, besides whole documents."""
+    needs_cu_seqlens: bool = False
+    """True if it calls `ctx.packed_documents`."""
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) normalised input -> Out.y (B, T, D)."""
+        """Return Out.y (B, T, D) for the normalised input x (B, T, D).
+
+        With a cache, append the T tokens to it; y then depends on all tokens of a row.
+        """
         raise NotImplementedError
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """An empty memory for `rows` rows of up to `capacity` tokens."""
+        """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
         raise NotImplementedError
 
     def flops(self, seq_len: int) -> int:
-        """Floating-point operations per token of a forward pass over `context` tokens (a
-        multiply-add is two).
+        """Return the floating-point operations per token of a forward pass over `seq_len` tokens. A
+        multiply-add counts as two.
         """
         raise NotImplementedError
 
@@ -195,80 +247,83 @@ class Mixer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Works on each token alone."""
+    """Transforms each token independently: an MLP or a mixture of experts."""
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) normalised input -> Out.y (B, T, D)."""
+        """Return Out.y (B, T, D) for the normalised input x (B, T, D)."""
         raise NotImplementedError
 
     def flops(self) -> int:
-        """Floating-point operations per token of a forward pass."""
+        """Return the floating-point operations per token of a forward pass."""
         raise NotImplementedError
 
     def tensor_plan(self) -> dict[str, TensorSplit]:
-        """Return how linear layers are split over a tensor-parallel group, by module name.
-
-        Modules that are not named are replicated. A column split divides the outputs of a layer and
-        a row split its inputs, so a column-split layer followed by a row-split one needs a single
-        all-reduce (Megatron-LM, 1909.08053).
-        """
+        """Return how linear layers are split over a tensor-parallel group, as `Mixer` does."""
         return {}
 
 
 class Residual(nn.Module):
-    """One per sub-layer; owns its mixing weights."""
+    """The residual connection around one sub-layer, with its own weights if it has any."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Any]:
-        """Stream(s) -> sub-layer input (B, T, D), and what `write` needs."""
+        """Return the sub-layer's input (B, T, D) from the residual state, and a value that is
+        passed on to `write`.
+        """
         raise NotImplementedError
 
     def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
-        """The residual state after the sub-layer said y (B, T, D)."""
+        """Return the residual state after adding the sub-layer's output y (B, T, D)."""
         raise NotImplementedError
 
     def flops(self) -> int:
-        """Floating-point operations per token of a read and a write, products only."""
+        """Return the floating-point operations per token of the matrix products in `read` and
+        `write`.
+        """
         raise NotImplementedError
 
     def activation_bytes(self) -> int:
-        """Bytes per token that a read and a write keep for the backward pass, beside what every
-        sub-layer keeps.
+        """Return the bytes per token that `read` and `write` save for the backward pass, beyond
+        those that every sub-layer saves.
         """
         raise NotImplementedError
 
 
 class OptimizerReset(NamedTuple):
-    """The optimizer forgets what it remembered of these rows of a parameter."""
+    """Rows of a parameter that were re-initialised, so that the optimizer resets their state."""
 
     parameter: nn.Parameter
     rows: Tensor
 
 
 class Routed:
-    """Mixin of any mixer or feed-forward with a router; LM walks its modules and forwards the
-    calls.
-    """
+    """Mixin of mixers and feed-forwards with a router. `LM` calls its methods on all of them."""
 
     def after_backward(self, grad_probes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Routers that learn from gradients add theirs, from the `.grad` of the probes of their
-        own layer; returns statistics that only backward knows, as sums like `Out.stats`.
+        """Return statistics that depend on gradients, as sums like `Out.stats`.
+
+        Called after the backward pass with this layer's `Out.grad_probes`. A router that is trained
+        by them adds its gradient to its parameters here.
         """
         return {}
 
     def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
-        """Loss-free bias, re-birth of experts: the only place besides the optimizer where model
-        state changes.
+        """Update balancing biases and re-initialise dead experts after an optimizer step.
+
+        `stats` are those of the global batch. Besides the optimizer, nothing else changes the state
+        of the model.
         """
         return []
 
     def router_state(self) -> dict[str, Tensor]:
-        """What people watch drift while it trains, (E,) each: thresholds, biases; 0 at first."""
+        """Return the router's state for logging, such as thresholds and biases: (E,) each, 0 at
+        first.
+        """
         return {}
 
     def expert_mask(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """(B, T, E) bool: which experts work on which tokens of this input, none on padding."""
+        """Return (B, T, E) bool: the experts selected for each token, none for padding."""
         raise NotImplementedError
 
     def inactive_parameters(self) -> int:
-        """How many of its parameters one token does not meet, on average."""
+        """Return how many parameters a token does not use, on average."""
         return 0

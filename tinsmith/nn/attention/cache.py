@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinsmith.nn.attention.core import INF, Span
+from tinsmith.nn.attention.span import INF, Span
 from tinsmith.nn.contract import CacheFull, CannotTruncate
 
 

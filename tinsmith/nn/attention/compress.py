@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
-from tinsmith.nn.attention.core import INF, Span, attend
+from tinsmith.nn.attention.core import attend
+from tinsmith.nn.attention.span import INF, Span
 from tinsmith.nn.contract import CannotTruncate
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tinsmith.nn.attention.core import Span
 from tinsmith.nn.attention.indexer import IndexerKL, IndexerOutput, index_scores, target_attention
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.layers.stable_topk import stable_topk
 from tinsmith.nn.precision import at_least_fp32
 

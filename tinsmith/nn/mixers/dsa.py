@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tinsmith.nn.attention.cache import KVCache
-from tinsmith.nn.attention.core import attention_span
 from tinsmith.nn.attention.indexer import IndexedHeads
 from tinsmith.nn.attention.latent import linear_flops
 from tinsmith.nn.attention.token_sparse import TokenSparseConfig, attend_topk_tokens
@@ -60,7 +59,7 @@ class DSAMixer(Mixer):
         latent_BSC, rope_BSR = self.keys(x, rotary)
         index = self.indexer(x, source, rotary)
         if cache is None:
-            seen = attention_span(ctx.segments, x.shape[1], None, x.device)
+            seen = ctx.span()
         else:
             held, seen = cache.append(ctx.segments, latent_BSC, rope_BSR, index.k_BSE)
             latent_BSC, rope_BSR, k_BSE = (tensor.to(x.dtype) for tensor in held)

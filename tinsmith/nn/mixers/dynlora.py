@@ -100,7 +100,7 @@ class DynLoRAMixer(Mixer, CosineRouted):
         self.active, self.scale = config.target_experts_per_token, config.alpha / config.rank
         self.base = config.base.build(build_ctx)
         self.base.requires_grad_(not config.freeze_base)
-        self.rotary_dim = self.base.rotary_dim
+        self.rotary_dim, self.window = self.base.rotary_dim, self.base.window
         self.gate = CosineRouter(config, build_ctx.dim, build_ctx.layer_idx)
         self.q_delta = LowRankExperts(config.experts, self.base.q_proj, config.rank)
         self.k_delta = LowRankExperts(config.experts, self.base.k_proj, config.rank)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinsmith.core.parse import Size
 from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
-from tinsmith.nn.attention.core import GroupedHeads, attend, attention_span
+from tinsmith.nn.attention.core import GroupedHeads, attend
 from tinsmith.nn.attention.rope import apply_rotary_emb
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out, TensorSplit
 from tinsmith.nn.layers.init import ResidualProj
@@ -96,7 +96,7 @@ class AttentionMixer(Mixer):
                 v_BTGD.dtype
             )
         if cache is None:
-            seen = attention_span(ctx.segments, count, self.window, q_BTI.device)
+            seen = ctx.span(self.window)
         else:
             (k_BTGD, v_BTGD), seen = cache.append(ctx.segments, k_BTGD, v_BTGD)
         dropout = self.dropout if self.training else 0.0

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tinsmith.nn.attention.cache import KVCache
 from tinsmith.nn.attention.compress import block_positions
-from tinsmith.nn.attention.core import BranchGate, Span, attention_span
+from tinsmith.nn.attention.core import BranchGate
 from tinsmith.nn.attention.latent import linear_flops
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
 from tinsmith.nn.layers.init import ResidualProj
 from tinsmith.nn.mixers.hybrid_branches import (
@@ -71,6 +72,7 @@ class HybridMixer(Mixer):
         super().__init__()
         self.config, self.dim = config, build_ctx.dim
         self.rotary_dim = config.rope_dim if build_ctx.use_rope else None
+        self.window = config.window if "window" in config.branch_names else None
         self.nope_factor = build_ctx.attention_scaling**2
         self.dropout = build_ctx.attention_dropout
         self.queries = config.build_queries(build_ctx.dim)
@@ -85,7 +87,7 @@ class HybridMixer(Mixer):
         rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
         nope_BTHN, rope_BTHR, source = self.queries(x, rotary)
         if cache is None:
-            seen, keys = attention_span(ctx.segments, x.shape[1], None, x.device), x.shape[1]
+            seen, keys = ctx.span(), x.shape[1]
         else:
             seen, keys = cache.append(ctx.segments, x)
         at = block_positions(seen, x.shape[1], keys, x.device)

@@ -29,9 +29,10 @@ from tinsmith.nn.attention.compress import (
     BlockPositions,
     attend_compressed,
 )
-from tinsmith.nn.attention.core import Span, attend, attention_span
+from tinsmith.nn.attention.core import attend
 from tinsmith.nn.attention.indexer import IndexedHeads
 from tinsmith.nn.attention.rope import apply_rotary_emb
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.attention.token_sparse import TokenSparseConfig, attend_topk_tokens
 from tinsmith.nn.contract import BuildContext, Ctx, Rotary
 from tinsmith.nn.precision import at_least_fp32
@@ -284,7 +285,7 @@ class WindowBranch(AttentionBranch):
         """(B, T, H, V)."""
         (k_BSHD, v_BSHV), segments = self.keys(inputs), inputs.ctx.segments
         if cache is None:
-            seen = attention_span(segments, k_BSHD.shape[1], self.config.window, k_BSHD.device)
+            seen = inputs.ctx.span(self.config.window)
         else:
             (k_BSHD, v_BSHV), seen = cache.append(segments, k_BSHD, v_BSHV)
         q_BTHD, dropout = inputs.q_BTHD, inputs.dropout

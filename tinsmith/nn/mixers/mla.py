@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.nn.attention.cache import KVCache
-from tinsmith.nn.attention.core import Span, attend, attention_span
+from tinsmith.nn.attention.core import attend
 from tinsmith.nn.attention.latent import LatentHeads, linear_flops
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
 from tinsmith.nn.layers.init import ResidualProj
 
@@ -57,7 +58,7 @@ class MLAMixer(Mixer):
         nope_BTHN = nope_BTHN * self.nope_factor
         latent_BSC, rope_BSR = self.keys(x, rotary)
         if cache is None:
-            seen, way = attention_span(ctx.segments, x.shape[1], None, x.device), self._expanded
+            seen, way = ctx.span(), self._expanded
         else:
             (latent_BSC, rope_BSR), seen = cache.append(ctx.segments, latent_BSC, rope_BSR)
             latent_BSC, rope_BSR = latent_BSC.to(x.dtype), rope_BSR.to(x.dtype)

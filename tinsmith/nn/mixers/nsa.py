@@ -39,8 +39,9 @@ from tinsmith.nn.attention.compress import (
     attend_compressed,
     block_positions,
 )
-from tinsmith.nn.attention.core import BranchGate, GroupedHeads, Span, attend, attention_span
+from tinsmith.nn.attention.core import BranchGate, GroupedHeads, attend
 from tinsmith.nn.attention.rope import apply_rotary_emb
+from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
 from tinsmith.nn.layers.init import ResidualProj
 from tinsmith.nn.layers.norm import RMSNorm
@@ -126,6 +127,7 @@ class NSAMixer(Mixer):
         )
         self.attention, self.dropout = build_ctx.attention, build_ctx.attention_dropout
         self.rotary_dim = self.head_dim if config.rope and build_ctx.use_rope else None
+        self.window = config.window
         inner, outer = config.heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(build_ctx.dim, inner, bias=False)
         self.compress_k = nn.Linear(build_ctx.dim, outer, bias=False)
@@ -167,7 +169,7 @@ class NSAMixer(Mixer):
             near_v_BTGD = mixed.to(near_v_BTGD.dtype)
         far, near = (far_k_BTGD, self._heads(self.select_v, x)), (near_k_BTGD, near_v_BTGD)
         if cache is None:
-            held = self._hold(ctx.segments, raw, far, near)
+            held = self._hold(ctx, raw, far, near)
         else:
             held = cache.append(ctx.segments, self._pool, raw, far, near)
         y_BTHD = self._gated(x, self._branches(q_BTHD, turned_BTHD, held))
@@ -181,15 +183,13 @@ class NSAMixer(Mixer):
         """Tokens of blocks (..., L, G, D) each -> (..., G, D) each."""
         return self.pool_k(k), self.pool_v(v)
 
-    def _hold(
-        self, segments_BT: Tensor | None, raw: KeyValue, far: KeyValue, near: KeyValue
-    ) -> "NSAKeyValues":
+    def _hold(self, ctx: Ctx, raw: KeyValue, far: KeyValue, near: KeyValue) -> "NSAKeyValues":
         """What is seen of the tokens of one call, without a cache."""
         length, device = near[0].shape[1], near[0].device
-        seen = attention_span(segments_BT, length, None, device)
+        seen = ctx.span()
         cut = self.config.block_layout.gather_blocks
         pooled = self._pool(cut(raw[0], seen), cut(raw[1], seen))
-        window = attention_span(segments_BT, length, self.config.window, device)
+        window = ctx.span(self.config.window)
         return NSAKeyValues(
             block_positions(seen, length, length, device), seen, pooled, far, near, window
         )
