@@ -40,8 +40,11 @@ BASES = {
 KINDS = {slot: _kinds(union) for slot, union in SLOTS.items()}
 OUTSIDE: set[str] = set()
 """Kinds of the file that `--contracts` names. If there are any, only they are tested."""
-OUTSIDE_TABLES = ["SAMPLES", "CACHE_SIZES", "SELECTIVE", "NOT_BITWISE_CAUSAL", "ZERO_GRAD_AT_INIT"]
-"""Tables of `samples.py` that this file may define too."""
+OUTSIDE_TABLES = [
+    *("SAMPLES", "CACHE_SIZES", "SELECTIVE", "NOT_BITWISE_CAUSAL", "NOT_TRUNCATABLE"),
+    "ZERO_GRAD_AT_INIT",
+]
+"""Tables of `samples.py` that a file of variants may define too."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,9 +54,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import the file of `--contracts` and add its kinds and tables to those of the suite."""
+    """Add the recurrent mixer beside this file, and the kinds of the file of `--contracts`."""
+    _add_variants(Path(__file__).with_name("recurrent.py"))
     file = config.getoption("--contracts", None)
-    for variant in import_variants(Path(file)) if file else []:
+    if file:
+        OUTSIDE.update(_add_variants(Path(file)))
+
+
+def _add_variants(file: Path) -> list[str]:
+    """Add the kinds and tables of a file of variants to those of the suite; return its kinds."""
+    kinds = []
+    for variant in import_variants(file):
         module = sys.modules[variant.__module__]
         for name in OUTSIDE_TABLES:
             getattr(tables, name).update(getattr(module, name, ()))
@@ -65,8 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
         names = {field.name for field in fields(variant)} - {"kind"}
         default = {name: value for name, value in DEFAULTS[slot].items() if name in names}
         SAMPLES.setdefault(kind, [default])
-        KINDS[slot].append(kind)
-        OUTSIDE.add(kind)
+        if kind not in KINDS[slot]:
+            KINDS[slot].append(kind)
+        kinds.append(kind)
+    return kinds
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -300,6 +313,12 @@ def assert_compiles(draw: Callable[..., torch.Tensor]) -> Callable[[LM], None]:
 def is_bitwise_causal(mixer: dict[str, Any]) -> bool:
     """True if no shape inside this mixer depends on the data."""
     return mixer["kind"] not in tables.NOT_BITWISE_CAUSAL
+
+
+@pytest.fixture
+def is_truncatable(mixer: dict[str, Any]) -> bool:
+    """True if the cache of this mixer can forget its newest tokens, at least while it is short."""
+    return mixer["kind"] not in tables.NOT_TRUNCATABLE
 
 
 @pytest.fixture

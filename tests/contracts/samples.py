@@ -6,11 +6,13 @@
 | `CACHE_SIZES` | numbers in a mixer's cache per row |
 | `SELECTIVE` | kinds that select tokens or experts |
 | `NOT_BITWISE_CAUSAL` | mixers that are causal only up to rounding |
+| `NOT_TRUNCATABLE` | mixers whose cache cannot forget tokens |
 | `ZERO_GRAD_AT_INIT` | parameters whose gradient is 0 at the first step |
 | `USUAL`, `COMBINATIONS` | which configs of the three slots are combined |
 
-A file that `pytest tests/contracts --contracts my_mixer.py` tests may define the first five itself.
-Without `SAMPLES`, its kinds are tested with the widths in `DEFAULTS`.
+A file that `pytest tests/contracts --contracts my_mixer.py` tests may define the first six itself.
+Without `SAMPLES`, its kinds are tested with the widths in `DEFAULTS`. `recurrent.py` is such a file
+that is always tested.
 """
 
 from collections.abc import Callable
@@ -175,6 +177,11 @@ NOT_BITWISE_CAUSAL = {"nsa", "dyn_heads", "dyn_lora"}
 """Kinds that group tokens by what they select. The shape of a matrix product then depends on later
 tokens, which may change the last bits of earlier outputs. They are causal to 1e-10, all others
 exactly.
+"""
+
+NOT_TRUNCATABLE: set[str] = set()
+"""Mixers whose cache raises CannotTruncate as soon as a row would lose a token, because they have a
+recurrent state.
 """
 
 DEFAULTS = {

@@ -1,6 +1,7 @@
 """Decoding with every mixer's cache, and every residual, equals the full forward pass."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -139,13 +140,18 @@ def test_an_emptied_cache_accepts_new_rows(lm, draw):
 
 
 @pytest.mark.parametrize("kept", [[4, 4], [1, 3], [0, 0], [0, 4]])
-def test_a_truncated_cache_equals_one_that_never_had_the_tokens(lm, draw, kept):
-    """With at most as many tokens as a window (5), so that every cache can be truncated."""
+def test_a_truncated_cache_equals_one_that_never_had_the_tokens(lm, is_truncatable, draw, kept):
+    """With at most as many tokens as a window (5), so that every cache of keys can be truncated. A
+    recurrent state raises and keeps all tokens.
+    """
     ids, other = draw(2, 4), draw(2, 9, seed=3)
     caches = lm.new_caches(batch_size=2, capacity=20)
     lm(ids, caches=caches)
+    can_truncate = is_truncatable or kept == [4, 4]
     for cache in caches:
-        cache.truncate(torch.tensor(kept))
+        with nullcontext() if can_truncate else pytest.raises(CannotTruncate, match="its start"):
+            cache.truncate(torch.tensor(kept))
+    kept = kept if can_truncate else [4, 4]
     assert lengths_of(caches) == kept
     found = lm(other, caches=caches).logits
     for row, length in enumerate(kept):
@@ -250,7 +256,8 @@ def _padded_start(ids):
 def test_calls_without_tokens_or_rows_change_nothing(lm, draw):
     ids = draw(2, 5)
     caches = lm.new_caches(2, 8)
-    assert lm(ids[:, :0], caches=caches).logits.shape == (2, 0, 48)
+    for segments in (None, torch.zeros(2, 0, dtype=torch.long)):
+        assert lm(ids[:, :0], segments=segments, caches=caches).logits.shape == (2, 0, 48)
     assert lm(ids[:0], caches=lm.new_caches(0, 8)).logits.shape == (0, 5, 48)
     close(lm(ids, caches=caches).logits, lm(ids).logits)
 

@@ -131,7 +131,8 @@ class CannotTruncate(Exception):
 class LayerCache(Protocol):
     """The cache of one mixer for a batch of rows: keys and values, or a recurrent state.
 
-    Model and engine use these methods only. `attention.cache` has the usual ones.
+    Model and engine use these methods only. `attention.cache` holds keys and values,
+    `nn.recurrent` the state of a recurrence.
     """
 
     @property

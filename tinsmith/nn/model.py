@@ -136,7 +136,7 @@ class LM(nn.Module):
 
         `positions` (B, T): by default counted from 0 in each document, or with caches from the
         row's `cache.lengths`; padding is not counted. `segments` (B, T): document ids >= 0, -1 for
-        padding anywhere in the row, whose logits are finite and meaningless. `caches`: one per
+        padding on either side, whose logits are finite and meaningless. `caches`: one per
         layer, updated in place; CacheFull if a row would exceed their capacity. `logits`: True,
         False or "last".
         """

@@ -47,7 +47,7 @@ class RowState:
 
         Raises CacheFull, and changes nothing, where a row would hold more than `capacity` tokens.
         """
-        if segments_BT is None:
+        if segments_BT is None or not count:
             place = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
             self.advance(count, capacity)
             return SlotPositions(place, self.document_starts[:, None].expand_as(place), None)
