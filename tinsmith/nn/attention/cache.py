@@ -1,10 +1,11 @@
-"""The bricks that mixers' caches are made of: `Append` remembers every token, `Ring` the last
-`window` of them.
+"""KV caches: `KVCache` holds every token of a row, `RotatingKVCache` the last `window` ones.
 
-Both hold any number of tensors per token (keys and values; a latent and its rotary key; ...) in
-rows that may differ in length. The bookkeeping of rows is shared (`Rows`): where a row's next token
-goes and where its current document began. A document is a run of one segment id; only the current
-one can still be attended to, so two numbers per row are all that packed documents cost.
+Both hold any number of tensors per token (keys and values, or a latent and its rotary key) for rows
+of different lengths. `RowState` tracks the length of each row and where its current document
+begins. A document is a run of one segment id, and only the current one can be attended to, so these
+two numbers per row are enough for packed documents.
+
+Legend: B rows, T tokens of this call, S keys.
 """
 
 from typing import NamedTuple
@@ -17,104 +18,106 @@ from tinsmith.nn.contract import CacheFull, CannotTruncate
 
 
 class SlotPositions(NamedTuple):
-    """Where the tokens of one call stand in their rows."""
+    """Positions of the tokens of one call in their rows, which may begin in earlier calls."""
 
     cache_position_BT: Tensor
+    """Position in the row, without padding. A padding token has that of the token before it."""
     start_BT: Tensor
-    """Place of the first token of the same document."""
+    """Position of the first token of the same document."""
     valid_BT: Tensor | None
-    """False for padding; None: every token is real."""
+    """False for padding. None: there is no padding."""
 
 
 class RowState:
-    """Lengths and documents of a batch of rows."""
+    """Lengths and current documents of a batch of rows."""
 
     def __init__(self, batch_size: int, device: torch.device):
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.document_starts = torch.zeros_like(self.lengths)
         self.document_ids = torch.zeros_like(self.lengths)
         self.max_length = 0
-        """The largest length, known without asking the device."""
+        """The largest length, known without reading the device."""
         self.is_uniform = True
-        """All rows have the same length and hold one document: no mask is needed beyond
-        causality.
+        """True if all rows have the same length and one document, so that causality is the only
+        mask.
         """
 
     def append_positions(
         self, count: int, segments_BT: Tensor | None, capacity: int
     ) -> SlotPositions:
-        """Take in `count` tokens a row; -1 in `segments_BT` is padding and takes no place.
+        """Append `count` tokens to every row and return their positions.
 
-        Raises CacheFull, and changes nothing, where a row would hold more than `capacity` tokens.
+        Padding (-1 in `segments_BT`) is not appended. Raise CacheFull, and change nothing, if a row
+        would exceed `capacity` tokens.
         """
         if segments_BT is None or not count:
-            place = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+            positions_BT = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
             self.advance(count, capacity)
-            return SlotPositions(place, self.document_starts[:, None].expand_as(place), None)
-        real = segments_BT >= 0
-        added = real.sum(1)
-        self._make_room(self.max_length + count, self.lengths + added, capacity)
-        places = SlotPositions(
-            self.lengths[:, None] + real.cumsum(1) - 1, self._starts(segments_BT, real), real
-        )
-        newest = last_valid_index(real)[:, -1:]
-        some = newest[:, 0] >= 0
-        self.document_ids = segments_BT.gather(1, newest.clamp(min=0))[:, 0].where(
-            some, self.document_ids
-        )
-        self.document_starts = places.start_BT.gather(1, newest.clamp(min=0))[:, 0].where(
-            some, self.document_starts
-        )
+            starts_BT = self.document_starts[:, None].expand_as(positions_BT)
+            return SlotPositions(positions_BT, starts_BT, None)
+        valid_BT = segments_BT >= 0
+        added = valid_BT.sum(1)
+        self._check_capacity(self.max_length + count, self.lengths + added, capacity)
+        positions = self._positions(segments_BT, valid_BT)
+        newest_B1 = last_valid_index(valid_BT)[:, -1:]
+        has_valid = newest_B1[:, 0] >= 0
+        ids = segments_BT.gather(1, newest_B1.clamp(min=0))[:, 0]
+        starts = positions.start_BT.gather(1, newest_B1.clamp(min=0))[:, 0]
+        self.document_ids = ids.where(has_valid, self.document_ids)
+        self.document_starts = starts.where(has_valid, self.document_starts)
         self.lengths = self.lengths + added
-        self.refresh()
-        return places
+        self._refresh()
+        return positions
 
     def advance(self, count: int, capacity: int) -> None:
-        """Every row goes on by `count` tokens of its document; CacheFull as in `place`."""
+        """Append `count` tokens of its current document to every row, or raise CacheFull."""
         lengths = self.lengths + count
-        self._make_room(self.max_length + count, lengths, capacity)
+        self._check_capacity(self.max_length + count, lengths, capacity)
         self.lengths, self.max_length = lengths, self.max_length + count
 
-    def _make_room(self, bound: int, lengths: Tensor, capacity: int) -> None:
+    def _check_capacity(self, bound: int, lengths: Tensor, capacity: int) -> None:
+        """Raise CacheFull if a length exceeds the capacity; `bound` is at least the largest one."""
         if bound > capacity and len(lengths) and int(lengths.max()) > capacity:
-            reported = f"a row of {int(lengths.max())} tokens, a cache with room for {capacity}"
-            raise CacheFull(f"{reported}: make it larger, or the row shorter")
+            sizes = f"a row of {int(lengths.max())} tokens, a cache with room for {capacity}"
+            raise CacheFull(f"{sizes}: make it larger, or the row shorter")
 
-    def _starts(self, segments_BT: Tensor, real_BT: Tensor) -> Tensor:
-        """(B, T): where the document of each token began; a document goes on from call to call."""
-        before = torch.cat(
-            (torch.full_like(segments_BT[:, :1], -1), last_valid_index(real_BT)[:, :-1]), 1
+    def _positions(self, segments_BT: Tensor, valid_BT: Tensor) -> SlotPositions:
+        """Return the positions of new tokens. The last document of a row may continue."""
+        previous_BT = torch.cat(
+            (torch.full_like(segments_BT[:, :1], -1), last_valid_index(valid_BT)[:, :-1]), 1
         )
-        known = segments_BT.gather(1, before.clamp(min=0)).where(
-            before >= 0, self.document_ids[:, None]
+        previous_ids_BT = segments_BT.gather(1, previous_BT.clamp(min=0)).where(
+            previous_BT >= 0, self.document_ids[:, None]
         )
-        fresh = real_BT & ((segments_BT != known) | ((before < 0) & (self.lengths[:, None] == 0)))
-        place = self.lengths[:, None] + real_BT.cumsum(1) - 1
-        return place.where(fresh, self.document_starts[:, None]).cummax(1).values
+        is_first_of_row = (previous_BT < 0) & (self.lengths[:, None] == 0)
+        is_start = valid_BT & ((segments_BT != previous_ids_BT) | is_first_of_row)
+        positions_BT = self.lengths[:, None] + valid_BT.cumsum(1) - 1
+        starts_BT = positions_BT.where(is_start, self.document_starts[:, None]).cummax(1).values
+        return SlotPositions(positions_BT, starts_BT, valid_BT)
 
     def check_truncate(self, lengths: Tensor) -> None:
-        """Raise where row b cannot keep just its first `lengths[b]` tokens, some of its current
-        document among them.
+        """Raise CannotTruncate if a row would lose its whole current document, because the start of
+        the one before is not stored.
         """
         if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
             raise ValueError(
                 f"cannot truncate rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"
             )
-        lost = (
+        loses_document = (
             (lengths <= self.document_starts)
             & (self.document_starts > 0)
             & (lengths < self.lengths)
         )
-        if bool(lost.any()):
+        if bool(loses_document.any()):
             raise CannotTruncate(
-                "a row would lose its whole current document, and earlier ones are forgotten: "
-                "take it in again from its start"
+                "a row would lose its whole current document, and earlier ones are not stored: "
+                "process the row again from its start"
             )
 
     def truncate(self, lengths: Tensor) -> None:
-        """Row b keeps its first `lengths[b]` tokens."""
+        """Keep the first `lengths[b]` tokens of row b."""
         self.lengths = lengths.clone()
-        self.refresh()
+        self._refresh()
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows."""
@@ -123,25 +126,25 @@ class RowState:
             self.document_starts[rows],
             self.document_ids[rows],
         )
-        self.refresh()
+        self._refresh()
 
     def join(self, other: "RowState") -> None:
         """Append the rows of `other`."""
         self.lengths = torch.cat((self.lengths, other.lengths))
         self.document_starts = torch.cat((self.document_starts, other.document_starts))
         self.document_ids = torch.cat((self.document_ids, other.document_ids))
-        self.refresh()
+        self._refresh()
 
-    def refresh(self) -> None:
-        """Recompute what is known without asking the device."""
+    def _refresh(self) -> None:
+        """Recompute the attributes that are kept off the device."""
         lengths = self.lengths.tolist()
         self.max_length = max(lengths, default=0)
         self.is_uniform = len(set(lengths)) <= 1 and not bool(self.document_starts.any())
 
 
 class StoredKeys:
-    """Tensors of (rows, slots, *shape) with the bookkeeping of their rows; base of `Append` and
-    `Ring`.
+    """Tensors (B, slots, *shape) and the state of their rows; base of `KVCache` and
+    `RotatingKVCache`.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class StoredKeys:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens absorbed per row."""
+        """(B,) tokens appended per row."""
         return self.row_state.lengths
 
     def select(self, rows: Tensor) -> None:
@@ -169,68 +172,64 @@ class StoredKeys:
         self.row_state.select(rows)
 
     def nbytes(self) -> int:
-        """rows * slots * numbers per token * bytes per number."""
+        """Return rows * slots * numbers per token * bytes per number."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def write(self, slot_BT: Tensor, mask_BT: Tensor | None, new: tuple[Tensor, ...]) -> None:
-        """Store new (B, T, *shape) tensors at (row, slot) where `keep_BT` (None: everywhere)."""
+        """Store new (B, T, *shape) tensors in slots where `mask_BT` is True (None: everywhere)."""
         if mask_BT is None:
             row = torch.arange(len(slot_BT), device=slot_BT.device)[:, None]
-            for tensor, fresh in zip(self.tensors, new, strict=True):
-                tensor[row, slot_BT] = fresh.to(tensor.dtype)
+            for tensor, added in zip(self.tensors, new, strict=True):
+                tensor[row, slot_BT] = added.to(tensor.dtype)
             return
         row, column = mask_BT.nonzero(as_tuple=True)
-        for tensor, fresh in zip(self.tensors, new, strict=True):
-            tensor[row, slot_BT[row, column]] = fresh[row, column].to(tensor.dtype)
-
-    def _write_even(self, begin: int, new: tuple[Tensor, ...]) -> int:
-        end = begin + new[0].shape[1]
-        for tensor, fresh in zip(self.tensors, new, strict=True):
-            tensor[:, begin:end] = fresh
-        return end
+        for tensor, added in zip(self.tensors, new, strict=True):
+            tensor[row, slot_BT[row, column]] = added[row, column].to(tensor.dtype)
 
 
 class KVCache(StoredKeys):
-    """Remembers every token, up to `capacity` of them."""
+    """Holds every token of a row, up to a capacity."""
 
     def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Span]:
-        """Take in (B, T, *shape) tensors; return all tokens held, (B, S, *shape) each, and what
-        the new ones see.
+        """Append (B, T, *shape) tensors. Return those of all stored tokens, (B, S, *shape), and the
+        span of the new ones.
         """
-        before, count = self.row_state.max_length, new[0].shape[1]
+        begin, count = self.row_state.max_length, new[0].shape[1]
         if segments_BT is None and self.row_state.is_uniform:
             self.row_state.advance(count, self.slots)
-            end = self._write_even(before, new)
-            return [tensor[:, :end] for tensor in self.tensors], Span()
-        places = self.row_state.append_positions(count, segments_BT, self.slots)
-        self.write(places.cache_position_BT, places.valid_BT, new)
+            for tensor, added in zip(self.tensors, new, strict=True):
+                tensor[:, begin : begin + count] = added
+            return [tensor[:, : begin + count] for tensor in self.tensors], Span()
+        positions = self.row_state.append_positions(count, segments_BT, self.slots)
+        self.write(positions.cache_position_BT, positions.valid_BT, new)
         used = max(self.row_state.max_length, 1)
-        return [tensor[:, :used] for tensor in self.tensors], span_from_positions(places, None)
+        return [tensor[:, :used] for tensor in self.tensors], Span(*span_bounds(positions))
 
     def check_truncate(self, lengths: Tensor) -> None:
-        """Raise where `truncate` cannot do it; several caches that go together ask all of them
-        first.
+        """Raise if `truncate` would. A mixer with several caches checks all of them before it
+        truncates the first.
         """
         self.row_state.check_truncate(lengths.to(self.lengths.device, torch.long))
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens, or raise and change nothing."""
+        """Remove the newest tokens, or raise CannotTruncate and change nothing."""
         self.check_truncate(lengths)
         self.row_state.truncate(lengths.to(self.lengths.device, torch.long))
 
     def join(self, other: "KVCache") -> None:
         """Append the rows of `other`; the larger capacity is kept."""
         slots = max(self.slots, other.slots)
-        mine, theirs = (_widened(cache.tensors, slots) for cache in (self, other))
-        self.tensors = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
+        pairs = zip(_pad_slots(self.tensors, slots), _pad_slots(other.tensors, slots), strict=True)
+        self.tensors = [torch.cat(pair) for pair in pairs]
         self.slots = slots
         self.row_state.join(other.row_state)
 
 
 class RotatingKVCache(KVCache):
-    """Remembers the last `window` tokens; the token at place p is in slot p mod window.
+    """Holds the last `window` tokens of a row: the token at position p is in slot p mod window.
 
-    With room for less than `window` tokens it never drops any. Until it does, it is an `Append`.
+    If the capacity is smaller than the window, no token is ever dropped. Until a token is dropped,
+    it behaves like `KVCache`.
     """
 
     def __init__(
@@ -246,92 +245,86 @@ class RotatingKVCache(KVCache):
         self.capacity = capacity
 
     def append(self, segments_BT: Tensor | None, *new: Tensor) -> tuple[list[Tensor], Span]:
-        """Take in (B, T, *shape) tensors; return what they may see, (B, S, *shape) each, and how
-        far. Several new tokens come after those held, all in order of places: what each sees is an
-        interval, which costs its own length and no mask of (T, S).
+        """Append (B, T, *shape) tensors. Return those that can be attended to, (B, S, *shape), and
+        the span of the new ones.
+
+        Several new tokens are returned after the stored ones, all in order of positions. Their
+        spans are then intervals of keys, so that no (T, S) mask is needed.
         """
         count = new[0].shape[1]
         if self.row_state.max_length + count <= self.slots:
             return super().append(segments_BT, *new)
         shift = self.slots - self.row_state.lengths[:, None]
-        held = self._in_order() if count != 1 else []
-        places = self.row_state.append_positions(count, segments_BT, self.capacity)
-        keep = places.cache_position_BT >= self.row_state.lengths[:, None] - self.slots
-        if places.valid_BT is not None:
-            keep = keep & places.valid_BT
-        slot_BT = places.cache_position_BT % self.slots
+        stored = self._in_order() if count != 1 else []
+        positions = self.row_state.append_positions(count, segments_BT, self.capacity)
+        is_kept = positions.cache_position_BT >= self.row_state.lengths[:, None] - self.slots
+        if positions.valid_BT is not None:
+            is_kept = is_kept & positions.valid_BT
+        slot_BT = positions.cache_position_BT % self.slots
         if count == 1:
-            self.write(slot_BT, keep if places.valid_BT is not None else None, new)
-            return self.tensors, span_from_positions(
-                places, self.slots, self._places(self.row_state.lengths)
-            )
-        self.write(slot_BT, keep, new)
-        tokens = new if places.valid_BT is None else _padding_last(places.valid_BT, new)
-        seen = [
-            torch.cat((old, fresh.to(old.dtype)), 1)
-            for old, fresh in zip(held, tokens, strict=True)
+            self.write(slot_BT, is_kept if positions.valid_BT is not None else None, new)
+            low, high = span_bounds(positions, self.slots)
+            return self.tensors, Span(low, high, self._slot_positions(self.row_state.lengths))
+        self.write(slot_BT, is_kept, new)
+        tokens = new if positions.valid_BT is None else _padding_last(positions.valid_BT, new)
+        keys = [
+            torch.cat((old, added.to(old.dtype)), 1)
+            for old, added in zip(stored, tokens, strict=True)
         ]
-        low, high = span_bounds(places, self.slots)
-        return seen, Span(low + shift, high + shift)
+        low, high = span_bounds(positions, self.slots)
+        return keys, Span(low + shift, high + shift)
 
     def _in_order(self) -> list[Tensor]:
-        """(B, slots, *shape) each: what is held, the newest last; anything where a row holds
-        less.
+        """Return the stored tokens (B, slots, *shape), newest last. Shorter rows have arbitrary
+        values before theirs.
         """
         slot = torch.arange(self.slots, device=self.lengths.device)
         row = torch.arange(len(self.lengths), device=slot.device)[:, None]
         return [tensor[row, (self.lengths[:, None] + slot) % self.slots] for tensor in self.tensors]
 
-    def _places(self, lengths: Tensor) -> Tensor:
-        """(B, slots): the place of the token in each slot, below 0 where there is none."""
+    def _slot_positions(self, lengths: Tensor) -> Tensor:
+        """Return (B, slots): the position of the token in each slot, -1 if it is empty."""
         slot = torch.arange(self.slots, device=lengths.device)
         newest = lengths[:, None] - 1
-        place = newest - (newest - slot) % self.slots
-        return place.where(place >= 0, -1)
+        position = newest - (newest - slot) % self.slots
+        return position.where(position >= 0, -1)
 
     def check_truncate(self, lengths: Tensor) -> None:
-        """It is possible while nothing older has been overwritten."""
+        """Raise CannotTruncate if a shorter row has already dropped tokens."""
         super().check_truncate(lengths)
-        shorter = lengths.to(self.lengths.device) < self.lengths
-        if bool((shorter & (self.lengths > self.slots)).any()):
+        is_shorter = lengths.to(self.lengths.device) < self.lengths
+        if bool((is_shorter & (self.lengths > self.slots)).any()):
             raise CannotTruncate(
-                f"a window of {self.slots} tokens has already dropped what came before: "
-                "take the row in again from its start"
+                f"a window of {self.slots} tokens has already dropped earlier ones: "
+                "process the row again from its start"
             )
 
     def join(self, other: "RotatingKVCache") -> None:
         """Append the rows of `other`, which has the same window; the larger capacity is kept.
 
-        Slots only differ where one has not room for a window: its tokens then stand in order, and
-        still do in more slots.
+        The numbers of slots differ only if one capacity is smaller than the window. Then its tokens
+        are in order, and keep their slots.
         """
         super().join(other)
         self.capacity = max(self.capacity, other.capacity)
 
 
-def _padding_last(real_BT: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The real tokens of every row from its first column on, in their order."""
-    order_BT = (~real_BT).int().argsort(dim=1, stable=True)
+def _padding_last(valid_BT: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Move the padding of every row behind its tokens, which keep their order."""
+    order_BT = (~valid_BT).int().argsort(dim=1, stable=True)
     row = torch.arange(len(order_BT), device=order_BT.device)[:, None]
     return tuple(tensor[row, order_BT] for tensor in tensors)
 
 
 def last_valid_index(valid_BT: Tensor) -> Tensor:
-    """(B, T): index of the newest real token at or before t, -1 where there is none."""
+    """Return (B, T): the index of the newest valid token at or before t, -1 if there is none."""
     index = torch.arange(valid_BT.shape[1], device=valid_BT.device)
     return index.where(valid_BT, -1).cummax(1).values
 
 
-def span_from_positions(
-    positions: SlotPositions, window: int | None, key_positions_BS: Tensor | None = None
-) -> Span:
-    """What each token sees, as `limits` says."""
-    return Span(*span_bounds(positions, window), key_positions_BS)
-
-
-def span_bounds(positions: SlotPositions, window: int | None) -> tuple[Tensor, Tensor]:
-    """From the start of the document, or `window` tokens back, up to the token itself; padding
-    sees anything.
+def span_bounds(positions: SlotPositions, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return low and high of the span of each token: from the start of its document, or `window`
+    tokens back, up to itself. Padding attends to all keys.
     """
     low, high = positions.start_BT, positions.cache_position_BT
     if window is not None:
@@ -341,9 +334,11 @@ def span_bounds(positions: SlotPositions, window: int | None) -> tuple[Tensor, T
     return low, high
 
 
-def _widened(tensors: list[Tensor], slots: int) -> list[Tensor]:
-    widened = []
-    for tensor in tensors:
-        room = tensor.new_zeros(len(tensor), slots - tensor.shape[1], *tensor.shape[2:])
-        widened.append(torch.cat((tensor, room), 1))
-    return widened
+def _pad_slots(tensors: list[Tensor], slots: int) -> list[Tensor]:
+    """Return the tensors with zeros appended up to `slots` slots."""
+    return [
+        torch.cat(
+            (tensor, tensor.new_zeros(len(tensor), slots - tensor.shape[1], *tensor.shape[2:])), 1
+        )
+        for tensor in tensors
+    ]
