@@ -68,6 +68,9 @@ def test_a_recipe_names_files_relative_to_itself(shell, root, mine):
     (folder / "mine.yaml").write_text(f"import: [../mine.py]\n{text}", encoding="utf-8")
     output = shell("config", "show", "recipes/mine.yaml", *SIZES)
     assert "model.pattern.0.mixer.strength" in output
+    resolved = shell("config", "show", "recipes/mine.yaml", *SIZES, "--resolved")
+    (shell.folder / "resolved.yaml").write_text(resolved, encoding="utf-8")
+    assert shell("config", "check", "resolved.yaml") == "ok\n"
     (folder / "bad.yaml").write_text(f"import: ../mine.py\n{text}", encoding="utf-8")
     assert "import: must be a list" in shell("config", "check", "recipes/bad.yaml", code=2)
     (folder / "gone.yaml").write_text(f"import: [gone.py]\n{text}", encoding="utf-8")

@@ -14,6 +14,7 @@ import pytest
 from tinsmith.config import dump, from_dict, load
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import to_plain
+from tinsmith.data.prepare.tokenizer import tokenizer_fingerprint
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.transplant import TransplantPlan, build_transplant
 from tinsmith.nn.model import LM
@@ -21,6 +22,8 @@ from tinsmith.objectives.rl.base import RLConfig
 from tinsmith.text.bpe import train_bpe
 from tinsmith.text.grid_vocab import grid_tokenizer
 from tinsmith.train.dryrun import dry_run
+from tinsmith.train.plan import resolve
+from tinsmith.verbs.config import show
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -103,6 +106,32 @@ def test_recipe_survives_a_dry_run(path, monkeypatch, tmp_path, capsys, request,
         own = folder is not None or config.lora is None
         assert (f"more for the {frozen_model}" in output) == own
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_resolved_recipe_has_the_same_plan(path, monkeypatch, tmp_path, capsys, earlier):
+    """What `config show --resolved` prints is a recipe, and all it decided is in it."""
+    monkeypatch.setenv("TINSMITH_DATA", "data")
+    config = load(path)
+    begins = re.findall(
+        r"^[^#\n]*: (?:\{path: )?runs/([\w-]+)", path.read_text("utf-8"), re.MULTILINE
+    )
+    if "hyper-smoe" in begins:  # made of weights that are on the Hub only
+        begins.remove("hyper-smoe")
+        config = replace(config, init_from=None)
+    monkeypatch.chdir(earlier(begins))
+    written = tmp_path / "written.yaml"
+    written.write_text(dump(config), encoding="utf-8")
+    capsys.readouterr()
+    show(written, [], [], resolved=True)
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    one, two = resolve(config), resolve(load(printed))
+    assert one.recipe() == two.recipe() == two.config
+    assert (one.model_config, one.lora, one.device) == (two.model_config, two.lora, two.device)
+    assert tokenizer_fingerprint(one.tokenizer) == tokenizer_fingerprint(two.tokenizer)
+    same = ("data", "objective", "optim", "eval", "log", "parallel", "init_from")
+    assert all(getattr(one.config, name) == getattr(two.config, name) for name in same)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

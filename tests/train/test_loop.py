@@ -14,7 +14,7 @@ from tinsmith.core.log import RunLog, read_metrics
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.text.bpe import train_bpe
 from tinsmith.train.precision import LossScaler
-from tinsmith.train.run import resize_embeddings
+from tinsmith.train.setup import resize_embeddings
 from tinsmith.train.trainer import train
 
 RECIPE = {

@@ -15,7 +15,7 @@ from tinsmith.hub.load import load
 from tinsmith.text.chat import encode_chat, parse_conversation
 from tinsmith.train.dryrun import dry_run
 from tinsmith.train.frozen import load_reward_model
-from tinsmith.train.setup import resolve_model_config
+from tinsmith.train.plan import resolve
 from tinsmith.train.trainer import train
 from tinsmith.verbs.evaluate import EvalOptions, evaluate
 
@@ -146,9 +146,10 @@ def test_a_model_that_was_still_may_have_dropout_again(run, recipe, noisy):
     reported = {**recipe["model"], "pattern": noisy["pattern"]}
     recipe["model"] = reported
     folder = run("still", {"kind": "dpo"}, steps=1)
+    del recipe["tokenizer"]  # that of `init_from` is used
     again = from_dict(recipe | {"objective": {"kind": "reward"}, "init_from": str(folder)})
     assert again.model is not None
-    found = resolve_model_config(again, load(folder)[0].config)
+    found = resolve(again).model_config
     assert found == again.model
     assert found.dropout.residual == 0.1
     assert found.layers[0].feed_forward.noise == 0.5
@@ -156,7 +157,7 @@ def test_a_model_that_was_still_may_have_dropout_again(run, recipe, noisy):
         recipe | {"model": reported | {"dim": 64}, "init_from": str(folder)} | OBJECTIVE
     )
     with pytest.raises(UserError, match="model: differs from that of init_from"):
-        resolve_model_config(other, load(folder)[0].config)
+        resolve(other)
 
 
 def test_T11_a_reward_model_ranks_held_back_pairs(run):

@@ -1,5 +1,7 @@
 """`tinsmith config`: the commands about recipes."""
 
+from typing import Annotated
+
 import typer
 
 from tinsmith.cli.options import Imports, More, Overrides, Recipe
@@ -11,17 +13,26 @@ config_app = typer.Typer(
 
 @config_app.command()
 def show(
-    recipe: Recipe, overrides: Overrides = None, more: More = None, imports: Imports = None
+    recipe: Recipe,
+    overrides: Overrides = None,
+    more: More = None,
+    resolved: Annotated[
+        bool,
+        typer.Option(
+            "--resolved", help="Print the plan of the run as a recipe: model, tokenizer, device."
+        ),
+    ] = False,
+    imports: Imports = None,
 ) -> None:
-    """Print the resolved recipe, with the origin of values that are not defaults.
+    """Print every key of a recipe, with the origin of values that are not defaults.
 
     \b
-    tinsmith config show recipes/tiny/pretrain.yaml
     tinsmith config show recipes/tiny/pretrain.yaml train.steps=10
+    tinsmith config show recipes/tiny/lora.yaml --resolved > full.yaml
     """
     from tinsmith.verbs.config import show as run
 
-    run(recipe, overrides or [], more or [])
+    run(recipe, overrides or [], more or [], resolved)
 
 
 @config_app.command()

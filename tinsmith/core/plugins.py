@@ -53,6 +53,11 @@ def import_variants(path: Path) -> list[type]:
     return variants
 
 
+def imported_files() -> list[Path]:
+    """Return the user's files that were imported, in that order."""
+    return list(_IMPORTED)
+
+
 def kind_of(variant: type) -> str | None:
     """Return the `kind` of a config dataclass, or None if it has none."""
     if not is_dataclass(variant):

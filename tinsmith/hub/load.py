@@ -29,7 +29,8 @@ REQUIRED_FILES = ("model.safetensors", "config.yaml")
 """Files without which a checkpoint cannot be opened."""
 
 CONFIG_PATTERNS = ("config.json",)
-MODEL_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja")
+MODEL_PATTERNS = ("*.safetensors", *TOKENIZER_PATTERNS)
 """What there may be of a model on the Hub, as patterns."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -72,6 +73,13 @@ def load_config(path: str | Path) -> ModelConfig:
     if _is_checkpoint(folder):
         return _recipe(folder)[0]
     return config_from_hf(read_object(folder / "config.json"), str(folder / "config.json"))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """Return the tokenizer of the model at `path`, as for `load`, or None if it has none. Weights
+    need not be there.
+    """
+    return open_tokenizer(locate(path, TOKENIZER_PATTERNS))
 
 
 def locate(path: str | Path, allow_patterns: Sequence[str] = MODEL_PATTERNS) -> Path:

@@ -7,8 +7,10 @@ estimates, a look at the data, and one real step of the real model on a few rand
 import copy
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
@@ -16,28 +18,30 @@ from torch.nn.utils import get_total_norm
 from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import free_space
-from tinsmith.core.log import print_line, print_warning
+from tinsmith.core.log import RunLog, print_line, print_warning
 from tinsmith.core.parse import to_plain
 from tinsmith.core.rng import seed_all
+from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import format_count, format_size
 from tinsmith.data.formats import FORMATS
-from tinsmith.data.loader.batch import Batch
+from tinsmith.data.loader.loader import DatasetMember, TokenizedDataset
+from tinsmith.data.loader.pack import Row
 from tinsmith.data.prepare.scan import check_data
 from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
 from tinsmith.nn.parameters import count_parameters
-from tinsmith.optim.build import Optimizers
 from tinsmith.optim.groups import partition
 from tinsmith.optim.schedule import lr_multiplier
 from tinsmith.rewards.model import RewardModel
 from tinsmith.text.bpe import MIN_VOCAB_SIZE, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.frozen import check_frozen_models
-from tinsmith.train.parallel import pick_device
+from tinsmith.train.parallel import Ranks
+from tinsmith.train.plan import RunPlan, resolve
+from tinsmith.train.run import Run, RunParts
 from tinsmith.train.run_dir import run_folder, runs_root
-from tinsmith.train.setup import check_eval_tasks, resolve_lora_config, resolve_model_config
 
 MAX_STEP_PARAMS = 1_000_000_000
 """Parameters of a model whose step is still tried."""
@@ -45,42 +49,33 @@ STEP_TOKENS = 16
 
 
 def dry_run(config: RunConfig, name: str) -> None:
-    """Print all of it; UserError for the first thing that would stop the run."""
-    _recipe(config)
-    model = _model_config(config)
-    pick_device(config.train.device)
-    check_eval_tasks(config)
-    config.objective.check_rank_batch(config.train.batch_size)
-    with torch.device("meta"):
-        shape = LM(model)
-        if (adapters := resolve_lora_config(config)) is not None:
-            lora.add_adapters(shape, adapters)
-    _parameters(shape, config)
-    _cost(shape, model, config)
+    """Resolve the recipe, print what the run will cost, and try one step. UserError for the first
+    thing that would stop the run.
+    """
+    plan = resolve(config)
+    _recipe(plan)
+    if config.init_from is not None:
+        load(config.init_from)  # its weights are there and whole
+    shape = plan.meta_policy()
+    for line in parameter_lines(plan, shape):
+        print_line(f" {line}")
+    _cost(plan, shape)
     for line in check_data(config.data, config.objective.data_format):
         print_line(f" data      {line}")
     _disk(shape, config, name)
     if shape.parameter_count() <= MAX_STEP_PARAMS:
-        _one_step(model, config)
+        _one_step(plan, name)
     else:
         print_warning(
             f"no step was tried: {format_count(shape.parameter_count())} parameters are too many "
-            "for a "
-            "dry run"
+            "for a dry run"
         )
     for frozen_model, held in check_frozen_models(config.objective, shape).items():
         print_line(f" memory    {format_size(held)} more for the {frozen_model}")
     print_line(" dry run   ok; nothing was written")
 
 
-def _model_config(config: RunConfig) -> ModelConfig:
-    if config.init_from is None:
-        return resolve_model_config(config)
-    lm, _ = load(config.init_from)
-    return resolve_model_config(config, lm.config)
-
-
-def _recipe(config: RunConfig) -> None:
+def _recipe(plan: RunPlan) -> None:
     def show(value: Any, path: str) -> None:
         if isinstance(value, dict) and value:
             for key, inner in value.items():
@@ -91,35 +86,42 @@ def _recipe(config: RunConfig) -> None:
         else:
             print_line(f" recipe    {path:<44} {value!r}  ({type(value).__name__})")
 
-    show(to_plain(config), "")
+    show(to_plain(plan.recipe()), "")
 
 
-def _parameters(shape: LM, config: RunConfig) -> None:
-    total, active = shape.parameter_count(), shape.active_parameter_count()
+def parameter_lines(plan: RunPlan, shape: LM) -> list[str]:
+    """Describe the parameters of the policy `shape`: how many, which are trained, and by which
+    optimizer. One line each: a key of at most 9 characters, then the text.
+    """
+    total, active, optim = (
+        shape.parameter_count(),
+        shape.active_parameter_count(),
+        plan.config.optim,
+    )
     idle = "" if active == total else f", of which a token meets {active:,}"
-    print_line(f" model     {total:,} parameters{idle}")
-    if config.lora is not None:
-        print_line(f" lora      {lora.describe(shape, config.lora)}")
+    lines = [f"model     {total:,} parameters{idle}"]
+    if plan.lora is not None:
+        lines.append(f"lora      {lora.describe(shape, plan.lora)}")
     elif count_parameters(shape).frozen:
-        print_line(f" frozen    {count_parameters(shape)}")
+        lines.append(f"frozen    {count_parameters(shape)}")
     for role, members in partition(shape).items():
         if members:
-            print_line(
-                f" model     {role:<10} {sum(p.numel() for _, p in members):>14,} in "
-                f"{len(members)} tensors"
-            )
+            kind = (optim.matrices if role == "matrix" else optim.others).kind
+            count = sum(p.numel() for _, p in members)
+            lines.append(f"model     {role:<10} {count:>14,} in {len(members)} tensors, by {kind}")
+    return lines
 
 
-def _cost(shape: LM, model: ModelConfig, config: RunConfig) -> None:
-    train = config.train
+def _cost(plan: RunPlan, shape: LM) -> None:
+    train = plan.config.train
     forward = shape.flops(train.seq_len)
     total = 3 * forward * train.steps * train.tokens_per_step
     print_line(
         f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run"
     )
+    memory = estimate_memory(shape, plan.model_config, plan.config)
     print_line(
-        f" memory    about {format_size(estimate_memory(shape, model, config))} (weights, "
-        "gradients, moments, activations, logits)"
+        f" memory    about {format_size(memory)} (weights, gradients, moments, activations, logits)"
     )
 
 
@@ -176,43 +178,77 @@ def _disk(shape: LM, config: RunConfig, name: str) -> None:
         print_line(f" output    {place} exists already: choose another --name, or --resume")
 
 
-def _one_step(model: ModelConfig, config: RunConfig) -> None:
+def _one_step(plan: RunPlan, name: str) -> None:
     began = time.monotonic()
-    seed_all(config.train.seed)
-    lm, objective = LM(model), config.objective.build()
-    if (adapters := resolve_lora_config(config)) is not None:
-        lora.add_adapters(lm, adapters)
-    lm.activation_checkpointing = config.train.activation_checkpointing
-    frozen_model = copy.deepcopy(lm).eval().requires_grad_(False)
-    objective.frozen_models = dict.fromkeys(config.objective.frozen_models(), frozen_model)
-    scorer = RewardModel(frozen_model, torch.zeros(1, model.dim))
-    objective.reward_models = dict.fromkeys(config.objective.reward_models(), scorer)
-    objective.prepare(lm, _stand_in(model.vocab_size))
-    optimizers = Optimizers.build(lm, objective, config.optim)
-    generator = torch.Generator().manual_seed(0)
-    rows = FORMATS[config.objective.data_format].sequences_per_sample
-    ids = torch.randint(0, model.vocab_size, (rows, STEP_TOKENS + 1), generator=generator)
-    positions = torch.arange(STEP_TOKENS).expand(rows, STEP_TOKENS)
-    everything = torch.ones(rows, STEP_TOKENS, dtype=torch.bool)
-    nowhere, source = torch.zeros_like(positions), torch.zeros(rows, dtype=torch.long)
-    row = Batch(ids[:, :-1], ids[:, 1:], everything, positions, nowhere, source)
-    batch: Any = objective.dummy_batch(row)
-    loss = objective.loss(lm, batch)
-    units = objective.units(batch)
+    run = _tiny_run(plan, name)
+    policy, vocab_size = run.policy, run.policy.config.vocab_size
+    row = next(run.loader)
+    batch: Any = run.objective.dummy_batch(row)
+    loss = run.objective.loss(policy, batch)
+    units = run.objective.units(batch)
     (loss.total / units).backward()
-    _check_finite(float(loss.total.detach() / units), [*optimizers.parameters()])
-    lm.after_backward(loss.grad_probes)
-    optimizers.set_lr_multiplier(lr_multiplier(config.optim.schedule, 0, config.train.steps))
-    optimizers.step()
-    output = f"loss {float(loss.total.detach() / units):.3f}"
-    if rows == 1:
-        expected = torch.tensor(float(model.vocab_size)).log().item()
-        output += f" (ln of {model.vocab_size} ids is {expected:.3f})"
+    mean = float(loss.total.detach() / units)
+    _check_finite(mean, run.trainable_parameters())
+    policy.after_backward(loss.grad_probes)
+    run.optimizers.set_lr_multiplier(
+        lr_multiplier(plan.config.optim.schedule, 0, plan.config.train.steps)
+    )
+    run.optimizers.step()
+    output = f"loss {mean:.3f}"
+    if len(row.ids) == 1:
+        expected = torch.tensor(float(vocab_size)).log().item()
+        output += f" (ln of {vocab_size} ids is {expected:.3f})"
     print_line(
         f" step      one step of {STEP_TOKENS} tokens on the CPU took "
-        f"{time.monotonic() - began:.1f} "
-        f"s, {output}"
+        f"{time.monotonic() - began:.1f} s, {output}"
     )
+
+
+def _tiny_run(plan: RunPlan, name: str) -> Run:
+    """Build a tiny run of the plan on the CPU: the real model with random weights, and one sample
+    of random ids. Copies of the policy take the place of frozen models and reward models.
+    """
+    objective = plan.config.objective
+    train = replace(plan.config.train, batch_size=1, seq_len=STEP_TOKENS, compile=False)
+    config = replace(plan.config, train=train)
+    seed_all(train.seed)
+    policy = plan.with_adapters(LM(plan.model_config))
+    frozen_model = copy.deepcopy(policy).eval().requires_grad_(False)
+    scorer = RewardModel(frozen_model, torch.zeros(1, plan.model_config.dim))
+    num_rows = FORMATS[objective.data_format].sequences_per_sample
+    sample = RandomSample(plan.model_config.vocab_size, num_rows)
+    member = DatasetMember("random", 0, 1.0, sample, sample.num_tokens, sample.num_tokens)
+    parts = RunParts(
+        policy=policy,
+        tokenizer=_stand_in(plan.model_config.vocab_size),
+        source=TokenizedDataset([member], STEP_TOKENS, train.seed, "train"),
+        validation=None,
+        frozen_models=dict.fromkeys(objective.frozen_models(), frozen_model),
+        reward_models=dict.fromkeys(objective.reward_models(), scorer),
+        data_report={"sources": []},
+    )
+    ranks = Ranks(0, 1, torch.device("cpu"), "none")
+    return Run(config, parts, run_folder(name), ranks, RunLog(None), StopFlag())
+
+
+class RandomSample:
+    """A data set of one sample of random ids: one row, or the two rows of a pair."""
+
+    size = 1
+    num_tokens = STEP_TOKENS
+    num_split_chats = num_skipped_pieces = 0
+
+    def __init__(self, vocab_size: int, rows: int):
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(0, vocab_size, (rows, STEP_TOKENS + 1), generator=generator)
+
+    def get_rows(self, index: int) -> tuple[Row, ...]:
+        """Return the rows, in which every target counts."""
+        everything = np.ones(STEP_TOKENS, dtype=np.bool_)
+        positions, segments = np.arange(STEP_TOKENS), np.zeros(STEP_TOKENS, dtype=np.int64)
+        return tuple(
+            Row(ids[:-1], ids[1:], everything, positions, segments) for ids in self._ids.numpy()
+        )
 
 
 def _check_finite(loss: float, parameters: list[nn.Parameter]) -> None:

@@ -1,12 +1,13 @@
 """One process among several, and the same module spread over them.
 
-`replicate` keeps a whole copy on every rank and averages gradients; `fsdp` shards parameters,
+`ddp` keeps a whole copy on every rank and averages gradients; `fsdp` shards parameters,
 gradients and optimizer state with FSDP2's `fully_shard`, block by block. No wrapper objects:
 objectives see the same module either way. Nothing outside of `train` knows about ranks.
 """
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ from torch.distributed.tensor import distribute_tensor
 from tinsmith.core.errors import UserError
 from tinsmith.distributed.dtensor import full_tensor, is_dtensor
 from tinsmith.nn.model import LM
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Number of processes of a run, and how the model is distributed over them."""
+
+    kind: str
+    """`none` (one process), `ddp` or `fsdp`."""
+    world_size: int
+
+    @staticmethod
+    def from_environment(kind: str) -> "Mesh":
+        """Read the world size that torchrun set. Raise UserError if there are several processes and
+        `kind` is `none`.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1 and kind == "none":
+            raise UserError(
+                "parallel.kind: none, but torchrun started several processes; use ddp or fsdp"
+            )
+        return Mesh(kind if world_size > 1 else "none", world_size)
 
 
 class Ranks:
@@ -68,25 +90,16 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def init_distributed(kind: str, device: str) -> Ranks:
-    """Read what torchrun says of this process and meet the others.
-
-    Raises UserError for a device that is not there, and where several processes were started with
-    `parallel: none`.
-    """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world > 1 and kind == "none":
-        raise UserError(
-            "parallel.kind: none, but torchrun started several processes; use replicate or fsdp"
-        )
-    chosen = pick_device(device)
-    if world > 1:
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(chosen)
+def init_distributed(mesh: Mesh, device: torch.device) -> Ranks:
+    """Join the process group of torchrun, if there is one. On GPUs every process takes its own."""
+    rank = int(os.environ.get("RANK", "0"))
+    if mesh.world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Ranks(rank, world, chosen, kind if world > 1 else "none")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, mesh.world_size, device, mesh.kind)
 
 
 def pick_device(name: str) -> torch.device:

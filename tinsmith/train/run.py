@@ -4,11 +4,10 @@ Where a run stands: everything that moves and is neither a weight nor a moment.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as tensors_of
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 
 from tinsmith.config import RunConfig, dump
 from tinsmith.core import rng
-from tinsmith.core.errors import UserError
 from tinsmith.core.kill_points import kill_point
 from tinsmith.core.log import RunLog
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import format_size
 from tinsmith.data.loader.loader import TokenizedDataset
-from tinsmith.nn.model import LM, ModelConfig
+from tinsmith.nn.model import LM
 from tinsmith.objectives.base import RankLoader
 from tinsmith.optim.build import Optimizers
 from tinsmith.rewards.model import RewardModel
@@ -71,42 +69,53 @@ class Interrupted(Exception):
     """
 
 
+class RunParts(NamedTuple):
+    """Models, tokenizer and data sets of a run."""
+
+    policy: LM
+    """The model to train, adapters included, in training mode."""
+    tokenizer: Tokenizer
+    source: TokenizedDataset
+    validation: TokenizedDataset | None
+    frozen_models: dict[str, LM]
+    """References and teachers by the names that the objective gives them."""
+    reward_models: dict[str, RewardModel]
+    """Trained reward models by their folders."""
+    data_report: dict[str, Any]
+    """`report.json` of the prepared data."""
+
+
 class Run:
-    """Everything that one training run holds."""
+    """A training run: models, data, objective, optimizers, log and the state of training."""
 
     def __init__(
         self,
         config: RunConfig,
+        parts: RunParts,
         folder: Path,
         ranks: Ranks,
         log: RunLog,
         stop_flag: StopFlag,
-        policy: LM,
-        tokenizer: Tokenizer,
-        source: TokenizedDataset,
-        validation: TokenizedDataset | None,
-        frozen_models: dict[str, LM],
-        reward_models: dict[str, RewardModel],
     ):
-        self.config, self.folder, self.ranks, self.log, self.stop_flag = (
-            config,
-            folder,
-            ranks,
-            log,
-            stop_flag,
-        )
-        self.policy, self.tokenizer = policy, tokenizer
-        self.source, self.validation = source, validation
+        self.config, self.folder, self.ranks = config, folder, ranks
+        self.log, self.stop_flag = log, stop_flag
+        policy = parts.policy
+        self.policy, self.tokenizer = policy, parts.tokenizer
+        self.source, self.validation = parts.source, parts.validation
+        self.data_report = parts.data_report
         self.objective = config.objective.build().to(ranks.device)
-        self.objective.frozen_models, self.objective.reward_models = frozen_models, reward_models
+        self.objective.frozen_models = parts.frozen_models
+        self.objective.reward_models = parts.reward_models
         self.objective.peers = self
-        self.objective.prepare(policy, tokenizer)
+        self.objective.prepare(policy, parts.tokenizer)
         policy.activation_checkpointing = config.train.activation_checkpointing
         parallel.parallelize(policy, self.objective, ranks)
         if config.train.compile:
             policy.compile()
         self.optimizers = Optimizers.build(policy, self.objective, config.optim)
-        self.loader = RankLoader(source, config.train.batch_size, ranks.rank, ranks.world_size)
+        self.loader = RankLoader(
+            parts.source, config.train.batch_size, ranks.rank, ranks.world_size
+        )
         self.batches: Iterator[Any] = self.objective.batches(self.loader, policy)
         self.state = TrainerState()
         self.metrics = MetricAccumulator()
@@ -115,7 +124,6 @@ class Run:
         self.spike_detector = LossSpikeDetector()
         self.loss_scaler = LossScaler(config.train.precision)
         self.throughput = ThroughputMeter(0)
-        self.data_report: dict[str, Any] = {"sources": []}
         self.failed_saves = 0
         self.save_now = False
         rng.seed_all(rng.derive_seed(config.train.seed, "rank", ranks.rank))
@@ -255,43 +263,3 @@ def restore_rng(data: bytes) -> None:
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     rng.restore(tensors_of(data), json.loads(header["__metadata__"]["values"]))
-
-
-def resize_embeddings(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
-    """The model with room for every id of the tokenizer: new rows are the mean of the old, a
-    multiple of 64 in all.
-    """
-    old = lm.config.vocab_size
-    if tokenizer.vocab_size <= old:
-        return lm
-    new = math.ceil(tokenizer.vocab_size / 64) * 64
-    tensors = lm.state_dict()
-    for name in ("embed.weight", "head.weight"):
-        rows = tensors[name]
-        mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-        tensors[name] = torch.cat((rows, mean.expand(new - old, -1)))
-    log.line(
-        f"  vocabulary grown from {old} to {new} ids (tokenizer has {tokenizer.vocab_size}); new "
-        "rows are the mean"
-    )
-    return _made(replace(lm.config, vocab_size=new), lm, tensors)
-
-
-def with_config(config: ModelConfig, lm: LM) -> LM:
-    """The same weights in a model of `config`, which differs in what acts in training only."""
-    return _made(config, lm, lm.state_dict())
-
-
-def _made(config: ModelConfig, like: LM, tensors: dict[str, Tensor]) -> LM:
-    made = LM(config).to(like.embed.weight.device, like.embed.weight.dtype)
-    made.load_state_dict(tensors)
-    return made
-
-
-def check_vocabulary(vocab_size: int, tokenizer: Tokenizer) -> None:
-    """Every id must have a row."""
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's "
-            f"{tokenizer.vocab_size} ids; raise it"
-        )

@@ -1,4 +1,4 @@
-"""From a recipe to a run that can take its first step, or its next one.
+"""Set up a run from its plan: folder, models, data and log, ready for its first or next step.
 
 Tune glibc's malloc for training on a CPU.
 """
@@ -7,10 +7,12 @@ import ctypes
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tinsmith.config import RunConfig
 from tinsmith.core import rng
@@ -19,82 +21,71 @@ from tinsmith.core.log import RunLog
 from tinsmith.core.parse import to_plain
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import format_count
-from tinsmith.data.loader.loader import TokenizedDataset, open_dataset
+from tinsmith.data.loader.loader import SplitName, TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.prepare.prepared import PreparedData
 from tinsmith.hub.load import load
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
-from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM
 from tinsmith.nn.parameters import count_parameters
-from tinsmith.objectives.frozen import deterministic_adapters, deterministic_config
-from tinsmith.text.config import TokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel, run_dir
 from tinsmith.train.frozen import load_frozen_models, load_reward_models
 from tinsmith.train.parallel import Ranks
-from tinsmith.train.run import Run, check_vocabulary, resize_embeddings, with_config
+from tinsmith.train.plan import RunPlan, check_vocab_size, resized_vocab_size, resolve
+from tinsmith.train.run import Run, RunParts
 from tinsmith.train.trackers import attach_trackers
 
 
 def setup_run(
     config: RunConfig, name: str, flag: StopFlag, *, resume: bool, resume_from: Path | None
 ) -> Run | None:
-    """Everything put together; None where the run is finished already."""
-    ranks = parallel.init_distributed(config.parallel.kind, config.train.device)
+    """Resolve the recipe, claim the folder `name` and build the run. Return None if the run is
+    finished already.
+    """
+    folder = run_dir.run_folder(name)
+    plan = resolve(config)
+    ranks = parallel.init_distributed(plan.mesh, plan.device)
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    if config.train.batch_size % ranks.world_size:
-        raise UserError(
-            f"train.batch_size: {config.train.batch_size} must be a multiple of the world size "
-            f"{ranks.world_size}"
-        )
-    check_eval_tasks(config)
-    place = run_dir.run_folder(name)
     taken = (
-        run_dir.create_run_folder(place, resume or resume_from is not None)
+        run_dir.create_run_folder(folder, resume or resume_from is not None)
         if ranks.is_main
         else True
     )
     ranks.barrier()
-    log = RunLog(place, quiet=not ranks.is_main)
+    log = RunLog(folder, quiet=not ranks.is_main)
     try:
         if taken:
-            run_dir.check_resume_config(place, config)
-        return _begin(config, place, ranks, log, flag, resume, resume_from)
+            run_dir.check_resume_config(folder, config)
+        return _start(plan, folder, ranks, log, flag, resume, resume_from)
     except UserError:
         if not taken:  # the name is free for the corrected recipe
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def check_eval_tasks(config: RunConfig) -> None:
-    """UserError where a file of questions that `eval.tasks` names is not there."""
-    for task in config.eval.tasks:
-        if task != "bpb" and not Path(task).is_file():
-            raise UserError(f"eval.tasks: {task} is neither bpb nor a file of questions")
-
-
-def _begin(
-    config: RunConfig,
-    place: Path,
+def _start(
+    plan: RunPlan,
+    folder: Path,
     ranks: Ranks,
     log: RunLog,
     flag: StopFlag,
     resume: bool,
     resume_from: Path | None,
 ) -> Run | None:
-    checkpoint.remove_incomplete(place / "checkpoints") if ranks.is_main else None
-    found = resume_from or _newest(place, log)
+    config = plan.config
+    checkpoint.remove_incomplete(folder / "checkpoints") if ranks.is_main else None
+    found = resume_from or _newest(folder, log)
     if resume and found is None:
-        log.line(f" resume    {place} has no checkpoint yet: starting from the beginning")
-    if found and _finished(place, found, config):
-        log.line(f" finished  {place} is already at step {config.train.steps}; nothing to do")
+        log.line(f" resume    {folder} has no checkpoint yet: starting from the beginning")
+    if found and _finished(folder, found, config):
+        log.line(f" finished  {folder} is already at step {config.train.steps}; nothing to do")
         return None
     if ranks.is_main:
-        run_dir.write_config_and_env(place, config, ranks)
-    run = _assemble(config, place, ranks, log, flag)
+        run_dir.write_config_and_env(folder, config, ranks)
+    run = build(plan, folder, ranks, log, flag)
     if found:
         run.load_checkpoint(found)
         run.log.truncate(run.state.step)
@@ -102,132 +93,115 @@ def _begin(
     elif ranks.is_main:
         run.log.truncate(0)
     trackers = config.log.trackers if ranks.is_main else ()
-    log.closers.append(attach_trackers(trackers, place, to_plain(config), place.name, log))
+    log.closers.append(attach_trackers(trackers, folder, to_plain(config), folder.name, log))
     return run
 
 
-def _newest(place: Path, log: RunLog) -> Path | None:
-    found, passed_over = checkpoint.latest(place / "checkpoints")
-    for reason in passed_over:
+def _newest(folder: Path, log: RunLog) -> Path | None:
+    found, skipped = checkpoint.latest(folder / "checkpoints")
+    for reason in skipped:
         log.line(f" warning {reason}; passed over")
     return found
 
 
-def _finished(place: Path, found: Path, config: RunConfig) -> bool:
+def _finished(folder: Path, found: Path, config: RunConfig) -> bool:
     return (
         found.name == f"step-{config.train.steps:08d}"
-        and (place / "final" / "config.json").exists()
+        and (folder / "final" / "config.json").exists()
     )
 
 
-def _assemble(config: RunConfig, place: Path, ranks: Ranks, log: RunLog, flag: StopFlag) -> Run:
-    lm, tokenizer = _given(config, ranks)
-    prepared = prepare_data(config, tokenizer, place.parent / ".data", ranks, log, flag)
+def build(plan: RunPlan, folder: Path, ranks: Ranks, log: RunLog, flag: StopFlag) -> Run:
+    """Load or initialise the weights, prepare the data and build the run of `plan`."""
+    config = plan.config
+    lm = None if config.init_from is None else _load_init(plan, config.init_from, ranks.device)
+    prepared = _prepare_data(plan, folder.parent / ".data", ranks, log, flag)
     tokenizer = prepared.tokenizer
     rng.seed_all(config.train.seed)
     if lm is None:
-        model = resolve_model_config(config)
-        check_vocabulary(model.vocab_size, tokenizer)
-        lm = LM(model).to(ranks.device)
+        check_vocab_size(plan.model_config.vocab_size, tokenizer)
+        lm = LM(plan.model_config).to(ranks.device)
     else:
         lm = resize_embeddings(lm, tokenizer, log)
-    if (adapters := resolve_lora_config(config)) is not None:
-        lora.add_adapters(lm, adapters)
-    shape, context, seed = config.objective.data_format, config.train.seq_len, config.train.seed
-    source = open_dataset(prepared.folder, shape, "train", context, seed)
-    validation = _validation(prepared, config)
-    frozen = load_frozen_models(config.objective, lm, tokenizer, ranks.device)
-    requested = load_reward_models(config.objective, tokenizer, ranks.device)
-    reported = (config, place, ranks, log, flag, lm.train(), tokenizer, source, validation)
-    run = Run(*reported, frozen, requested)
-    run.data_report = prepared.report
+    policy = plan.with_adapters(lm).train()
+    parts = RunParts(
+        policy=policy,
+        tokenizer=tokenizer,
+        source=_open_split(prepared, "train", config),
+        validation=_validation(prepared, config),
+        frozen_models=load_frozen_models(config.objective, policy, tokenizer, ranks.device),
+        reward_models=load_reward_models(config.objective, tokenizer, ranks.device),
+        data_report=prepared.report,
+    )
+    run = Run(config, parts, folder, ranks, log, flag)
     log_header(run)
     return run
 
 
-def _given(config: RunConfig, ranks: Ranks) -> tuple[LM | None, Tokenizer | None]:
-    """Model and tokenizer of `init_from`; what the recipe repeats must agree."""
-    if config.init_from is None:
-        return None, None
-    lm, tokenizer = load(config.init_from, device=str(ranks.device), dtype=torch.float32)
-    agreed = resolve_model_config(config, lm.config)
-    if agreed != lm.config:  # it acts otherwise in training than its folder says
-        lm = with_config(agreed, lm)
-    return lm, tokenizer
+def _load_init(plan: RunPlan, init_from: str, device: torch.device) -> LM:
+    """Load the model of `init_from` in float32, with the plan's dropout, noise and `trainable`."""
+    lm, _ = load(init_from, device=str(device), dtype=torch.float32)
+    config = replace(plan.model_config, vocab_size=lm.config.vocab_size)
+    return lm if config == lm.config else _rebuild(config, lm, lm.state_dict())
 
 
-def resolve_model_config(config: RunConfig, init_config: ModelConfig | None = None) -> ModelConfig:
-    """The model that a run trains, as its objective wants it; `given` is that of `init_from`. A
-    recipe that repeats it must agree, but for what acts in training only (which tensors are
-    trained, dropout, router noise), where it has the last word.
-    """
-    model = config.model or init_config
-    assert model is not None, "a recipe has a model or an init_from"
-    repeated = model if init_config is None else replace(model, trainable=init_config.trainable)
-    if init_config is not None and deterministic_config(repeated) != deterministic_config(
-        init_config
-    ):
-        raise UserError(
-            f"model: differs from that of init_from: {config.init_from}; leave it out, or make "
-            "them agree"
-        )
-    return deterministic_config(model) if config.objective.deterministic else model
-
-
-def resolve_lora_config(config: RunConfig) -> LoRA | None:
-    """The adapters that a run trains, as its objective wants them."""
-    if config.lora is None or not config.objective.deterministic:
-        return config.lora
-    return deterministic_adapters(config.lora)
-
-
-def prepare_data(
-    config: RunConfig,
-    tokenizer: Tokenizer | None,
-    root: Path,
-    ranks: Ranks,
-    log: RunLog,
-    flag: StopFlag,
-) -> PreparedData:
-    """The run's shards, made by the first rank where they are missing."""
-    wanted = resolve_tokenizer(config, tokenizer)
-    shape, context = config.objective.data_format, config.train.seq_len
-    if ranks.is_main:
-        prepare(config.data, wanted, shape, root, log.line, lambda: flag.stop, seq_len=context)
-    ranks.barrier()
-    return prepare(
-        config.data, wanted, shape, root, lambda line: None, lambda: flag.stop, seq_len=context
+def resize_embeddings(lm: LM, tokenizer: Tokenizer, log: RunLog) -> LM:
+    """Add an embedding for every new id of the tokenizer: the mean of the old embeddings."""
+    old = lm.config.vocab_size
+    new = resized_vocab_size(old, tokenizer)
+    if new == old:
+        return lm
+    tensors = lm.state_dict()
+    for name in ("embed.weight", "head.weight"):
+        rows = tensors[name]
+        mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+        tensors[name] = torch.cat((rows, mean.expand(new - old, -1)))
+    log.line(
+        f"  vocabulary grown from {old} to {new} ids (tokenizer has {tokenizer.vocab_size}); new "
+        "rows are the mean"
     )
+    return _rebuild(replace(lm.config, vocab_size=new), lm, tensors)
 
 
-def resolve_tokenizer(
-    config: RunConfig, init_tokenizer: Tokenizer | None
-) -> Tokenizer | TokenizerConfig:
-    """What the recipe's text is read with: the tokenizer of `init_from` (`given`), or the
-    recipe's own section.
-    """
-    wanted = config.tokenizer
-    if init_tokenizer is None:
-        if wanted is None:
-            raise UserError(f"tokenizer: {config.init_from} has none; name one")
-        return wanted
-    if wanted and (
-        wanted.path is None
-        or Tokenizer.load(wanted.path).fingerprint() != init_tokenizer.fingerprint()
-    ):
-        raise UserError(
-            f"tokenizer: differs from that of init_from: {config.init_from}; leave it out"
+def _rebuild(config: ModelConfig, like: LM, tensors: dict[str, Tensor]) -> LM:
+    """Return a model of `config` with these weights, on the device and in the dtype of `like`."""
+    lm = LM(config).to(like.embed.weight.device, like.embed.weight.dtype)
+    lm.load_state_dict(tensors)
+    return lm
+
+
+def _prepare_data(
+    plan: RunPlan, root: Path, ranks: Ranks, log: RunLog, flag: StopFlag
+) -> PreparedData:
+    """Prepare the token shards on rank 0 if they are missing, then open them on every rank."""
+    config = plan.config
+
+    def prepared(say: Callable[[str], None]) -> PreparedData:
+        return prepare(
+            config.data,
+            plan.tokenizer,
+            config.objective.data_format,
+            root,
+            say,
+            lambda: flag.stop,
+            seq_len=config.train.seq_len,
         )
-    return init_tokenizer
+
+    if ranks.is_main:
+        prepared(log.line)
+    ranks.barrier()
+    return prepared(lambda line: None)
+
+
+def _open_split(prepared: PreparedData, split: SplitName, config: RunConfig) -> TokenizedDataset:
+    data_format, train = config.objective.data_format, config.train
+    return open_dataset(prepared.folder, data_format, split, train.seq_len, train.seed)
 
 
 def _validation(prepared: PreparedData, config: RunConfig) -> TokenizedDataset | None:
     if not any(source["validation"]["documents"] for source in prepared.report["sources"]):
         return None
-    train = config.train
-    return open_dataset(
-        prepared.folder, config.objective.data_format, "validation", train.seq_len, train.seed
-    )
+    return _open_split(prepared, "validation", config)
 
 
 def log_header(run: Run) -> None:

@@ -7,18 +7,46 @@ from typing import Any
 from tinsmith.config import load
 from tinsmith.config import schema as make_schema
 from tinsmith.core.log import print_line
-from tinsmith.core.parse import read_yaml, to_plain
+from tinsmith.core.parse import read_yaml, to_plain, write_yaml
+from tinsmith.core.plugins import imported_files
 from tinsmith.nn.config import with_preset
+from tinsmith.text.tokenizer import Tokenizer
+from tinsmith.train.dryrun import parameter_lines
+from tinsmith.train.plan import RunPlan, resolve
 
 
-def show(recipe: Path, overrides: list[str], more: list[Path]) -> None:
-    """Print every key of the resolved recipe with the origin of values that are not defaults."""
-    resolved = flat(to_plain(load(recipe, overrides, more)))
+def show(recipe: Path, overrides: list[str], more: list[Path], resolved: bool = False) -> None:
+    """Print every key of the recipe with the origin of values that are not defaults, or the plan of
+    its run if `resolved`.
+    """
+    config = load(recipe, overrides, more)
+    if resolved:
+        print_line(_plan(resolve(config)))
+        return
     origins = _origins(recipe, overrides, more)
-    for key, value in resolved.items():
+    for key, value in flat(to_plain(config)).items():
         origin = origins.get(key)
         line = f"{key}: {value!r}"
         print_line(f"{line:<60} # {origin}" if origin else line)
+
+
+def _plan(plan: RunPlan) -> str:
+    """Format a plan as a YAML recipe, with the facts that are no keys as comments above it."""
+    train, mesh = plan.config.train, plan.mesh
+    trained = "" if isinstance(plan.tokenizer, Tokenizer) else ", to be trained on the data"
+    shape = plan.meta_policy()
+    facts = [
+        "The resolved recipe of a run: `tinsmith train` with this file gives the same run.",
+        f"processes {mesh.world_size}, parallel: {mesh.kind}",
+        f"batch     {train.batch_size // mesh.world_size} sequences per process and micro-batch, "
+        f"{train.tokens_per_step:,} tokens per step",
+        f"tokenizer {plan.tokenizer.vocab_size} ids{trained}",
+        *parameter_lines(plan, shape),
+    ]
+    recipe = to_plain(plan.recipe())
+    if files := imported_files():
+        recipe = {"import": [str(path) for path in files]} | recipe
+    return "\n".join(f"# {fact}" for fact in facts) + "\n" + write_yaml(recipe)
 
 
 def check(recipe: Path, overrides: list[str], more: list[Path]) -> None:

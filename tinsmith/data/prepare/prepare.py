@@ -55,7 +55,7 @@ Stop = Callable[[], bool]
 
 def prepare(
     data: DataConfig | tuple[DataConfig, ...],
-    tokenizer: TokenizerConfig | Tokenizer,
+    tokenizer: TokenizerConfig | TrainTokenizerConfig | Tokenizer,
     data_format: FormatName,
     root: Path,
     say: Say = print,

@@ -13,10 +13,10 @@ from tinsmith.text.tokenizer import Tokenizer
 
 
 def load_tokenizer_or_config(
-    tokenizer: TokenizerConfig | Tokenizer,
+    tokenizer: TokenizerConfig | TrainTokenizerConfig | Tokenizer,
 ) -> Tokenizer | TrainTokenizerConfig:
-    """Load the tokenizer, or return the config to train one."""
-    if isinstance(tokenizer, Tokenizer):
+    """Return the tokenizer, loaded if a path names it, or the config to train it with."""
+    if isinstance(tokenizer, Tokenizer | TrainTokenizerConfig):
         return tokenizer
     if tokenizer.path:
         return Tokenizer.load(tokenizer.path)
