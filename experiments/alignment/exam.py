@@ -42,7 +42,8 @@ class Exam:
         lm = self._taken_by(run)
         prompts = self._source.get_prompts(0, self._source.size) * DRAWS
         with torch.no_grad():
-            rows = self._objective.generate_and_score(lm, prompts, list(range(len(prompts))))
+            rollouts = self._objective.generate(lm, prompts, list(range(len(prompts))))
+            rows = self._objective.collate(lm, rollouts, self._objective.score(prompts, rollouts))
             before = self._objective.logprobs(self.start, rows)[0]
         away = log_ratio(rows.old_logprobs, before, rows.mask)
         return float(kl(away, torch.zeros_like(away), "k3").sum() / len(prompts))

@@ -91,7 +91,7 @@ def make_ready(config: RLConfig, lm: LM) -> Any:
     if config.frozen_models():
         objective.frozen_models = {"reference": copy.deepcopy(lm).eval().requires_grad_(False)}
     objective.prepare(lm, TOKENIZER)
-    objective.score = liked
+    objective.raw_rewards = liked
     return objective
 
 

@@ -32,7 +32,7 @@ def exam(run: Path, practice: RunConfig, place: Path) -> tuple[float, float]:
     objective.prepare(lm, tokenizer)
     prompts = [source.get_prompts(number, 1)[0] for number in range(QUESTIONS)]
     episodes = objective.generate(lm, prompts, list(range(QUESTIONS)))
-    rewards = objective.compute_rewards(prompts, episodes)
+    rewards = objective.score(prompts, episodes)
     return float(rewards.mean()), sum(each.turns > 1 for each in episodes) / QUESTIONS
 
 

@@ -54,6 +54,31 @@ def test_every_parameter_that_is_trained_gets_a_finite_gradient(name, small, rea
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_stages_run_in_order_once_per_rollout_and_the_loss_once_per_minibatch(name, small, ready):
+    lm = small()
+    objective = ready(CONFIGS[name], lm)
+    calls = []
+
+    def record(stage):
+        method = getattr(objective, stage)
+
+        def recorded(*args, **kwargs):
+            calls.append(stage)
+            return method(*args, **kwargs)
+
+        setattr(objective, stage, recorded)
+
+    stages = ["generate", "score", "reference_logprobs", "compute_advantages"]
+    for stage in [*stages, "loss"]:
+        record(stage)
+    batches = objective.batches(Prompts(), lm)
+    for _ in range(8):
+        objective.loss(lm, next(batches))
+    minibatches = objective.config.num_minibatches * objective.config.num_epochs
+    assert calls == [*stages, *["loss"] * minibatches] * (8 // minibatches)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_parts_of_a_rollout_are_whole_groups_and_make_up_all_of_it(name, small, ready):
     lm = small()
     config = CONFIGS[name]
@@ -162,7 +187,7 @@ def test_grpo_frozen_models_answers_against_their_group(small, ready):
 def test_groups_that_teach_nothing_are_counted(small, ready):
     lm = small()
     objective = ready(CONFIGS["grpo"], lm)
-    objective.score = lambda prompts, episodes: [
+    objective.raw_rewards = lambda prompts, episodes: [
         1.0 if prompt.prompt_id % 2 else score
         for prompt, score in zip(prompts, liked(prompts, episodes), strict=True)
     ]
@@ -177,7 +202,7 @@ def test_groups_that_teach_nothing_are_counted(small, ready):
 def test_an_answer_without_a_reward_is_left_out_and_counted(name, bad, small, ready):
     lm = small()
     objective = ready(CONFIGS[name], lm)
-    objective.score = lambda prompts, episodes: [bad, *liked(prompts, episodes)[1:]]
+    objective.raw_rewards = lambda prompts, episodes: [bad, *liked(prompts, episodes)[1:]]
     batches = objective.batches(Prompts(), lm)
     part = next(batches)
     assert part.mask[0].sum() == 0
@@ -192,7 +217,7 @@ def test_an_answer_without_a_reward_is_left_out_and_counted(name, bad, small, re
 def test_a_rollout_without_any_reward_changes_nothing(name, small, ready):
     lm = small()
     objective = ready(CONFIGS[name], lm)
-    objective.score = lambda prompts, episodes: [math.nan] * len(prompts)
+    objective.raw_rewards = lambda prompts, episodes: [math.nan] * len(prompts)
     part = next(objective.batches(Prompts(), lm))
     loss = objective.loss(lm, part)
     loss.total.backward()
@@ -207,7 +232,7 @@ def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small
     lm = small()
     objective = ready(CONFIGS[name], lm)
     objective.limits = replace(objective.limits, max_seq_len=room)
-    objective.score = lambda prompts, episodes: [
+    objective.raw_rewards = lambda prompts, episodes: [
         float(len(each.completion_ids)) for each in episodes
     ]
     for batch in islice(objective.batches(Prompts(), lm), 4):
@@ -389,7 +414,7 @@ def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
 def test_a_reward_that_fails_is_reported_with_its_row_and_its_answer_left_out(small, ready, capsys):
     lm = small()
     objective = ready(GRPO(num_generations=3, **SMALL), lm)
-    del objective.score
+    del objective.raw_rewards
     objective.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
     def broken(prompt, text):
@@ -417,7 +442,7 @@ def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):
     for episode in episodes:
         episode.append_token(7, 0.0)
         episode.append_token(END, 0.0)
-    assert objective.score(prompts, episodes) == [1.5, 0.5]
+    assert objective.raw_rewards(prompts, episodes) == [1.5, 0.5]
     with pytest.raises(UserError, match="low=9 and high=3"):
         parse(GRPO, {"kind": "grpo", "rewards": [{"kind": "length", "low": 9, "high": 3}]})
 

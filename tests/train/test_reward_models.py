@@ -112,9 +112,9 @@ def test_the_reward_is_the_score_of_all_ids_times_its_weight_without_gradients(f
             episode.append_token(token, 0.0)
     prompts = [Prompt(episode.ids, 0, None, {}) for episode in episodes]
     alone = [2 * float(model.score([episode.ids])) for episode in episodes]
-    assert objective.score(prompts, episodes) == pytest.approx(alone, abs=1e-5)
+    assert objective.raw_rewards(prompts, episodes) == pytest.approx(alone, abs=1e-5)
     model.batch_size = 2
-    assert objective.score(prompts, episodes) == pytest.approx(alone, abs=1e-5)
+    assert objective.raw_rewards(prompts, episodes) == pytest.approx(alone, abs=1e-5)
     assert len(set(alone)) == 5
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not dict(objective.named_parameters())

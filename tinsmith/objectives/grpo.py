@@ -102,7 +102,7 @@ class CriticFreeObjective(RLObjective):
 class GRPOObjective(CriticFreeObjective):
     """Advantages within groups."""
 
-    def with_advantages(
+    def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
         """An answer without a reward counts as the mean of its group."""

@@ -133,7 +133,7 @@ class PPOObjective(RLObjective):
             hidden = self.trunk(rows.ids, segments=rows.segments, logits=False).hidden
         return self.value(hidden)[..., 0].to(rows.old_logprobs.dtype)
 
-    def with_advantages(
+    def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
         """Advantages and returns by the values of now."""

@@ -229,7 +229,7 @@ class SPOObjective(CriticFreeObjective):
         self.tracker = config.new_tracker()
         self.response_cache = ResponseCache()
 
-    def with_advantages(
+    def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
         """Advantages before the tracker is told."""
@@ -283,7 +283,7 @@ class SPOObjective(CriticFreeObjective):
         ]
         requested = [prompt for prompt in new for _ in range(count)]
         rewards = self.normalize_rewards(
-            self.compute_rewards(requested, self.generate(policy, requested, seeds))
+            self.score(requested, self.generate(policy, requested, seeds))
         )
         reported = {
             "numbers": torch.tensor([prompt.prompt_id for prompt in new]),

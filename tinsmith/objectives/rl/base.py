@@ -1,15 +1,21 @@
-"""Learning from one's own answers: what all such objectives have in common.
+"""Base of the reinforcement-learning objectives: rollouts, rewards and minibatches.
 
-    prompts -> answers -> rewards -> advantages -> `updates` passes over `minibatches` parts
+A rollout has four stages, then a loss per minibatch; each is a method of `RLObjective`:
 
-A rollout takes `train.batch_size` prompts over all processes, `answers` times each. Its parts are
-the micro-batches of the trainer: with `train.grad_accum_steps` equal to `minibatches`, a pass is
-one optimizer step. Part k has every `minibatches`-th prompt, whole groups, so that parts are the
-same however many processes there are. The rollout in hand and the place in it are saved with the
-run.
+    generate            prompts -> completions sampled from the policy
+    score               completions -> rewards
+    reference_logprobs  log-probabilities by the reference model
+    compute_advantages  rewards -> advantages
+    loss                one call per minibatch, `num_epochs` passes over `num_minibatches`
 
-The policy has no dropout and no router noise (`still.py`), so at the first step after a rollout the
-new policy is the old one: every ratio is 1.
+A rollout takes `train.batch_size` prompts over all processes, with `num_generations` completions
+each. Its minibatches are the micro-batches of the trainer: if `train.grad_accum_steps` is
+`num_minibatches`, a pass is one optimizer step. Minibatch k has every `num_minibatches`-th prompt
+with all its completions, so minibatches are the same for any number of processes. The current
+rollout and the position in it are saved with the run.
+
+The policy has no dropout and no router noise (`objectives.frozen`), so at the first step after a
+rollout the policy is the one that sampled it: every ratio is 1.
 """
 
 import math
@@ -30,7 +36,13 @@ from tinsmith.data.loader.batch import Batch
 from tinsmith.infer.completions import eos_ids
 from tinsmith.losses.logprobs import target_logprobs
 from tinsmith.nn.model import LM, ModelOut
-from tinsmith.objectives.base import Objective, ObjectiveConfigBase, RankLoader, SampleSource
+from tinsmith.objectives.base import (
+    Loss,
+    Objective,
+    ObjectiveConfigBase,
+    RankLoader,
+    SampleSource,
+)
 from tinsmith.objectives.frozen import check_deterministic, reference_model
 from tinsmith.objectives.rl.rollout import (
     GenerationLimits,
@@ -49,35 +61,37 @@ from tinsmith.text.tools import ToolName
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(ObjectiveConfigBase):
-    """What every objective of this kind can be told."""
+    """Keys that all reinforcement-learning objectives share."""
 
     data_format: ClassVar[FormatName] = "prompts"
     generates: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
     rewards: tuple[RewardConfig, ...] = (ExactMatchReward(),)
-    """What answers are judged by; the reward is their weighted sum."""
+    """Reward functions and models; the reward is their weighted sum."""
     num_generations: Count = 1
-    """Answers to one prompt."""
+    """Completions of one prompt (group size)."""
     max_new_tokens: Count = 256
-    """Tokens of an answer, at most."""
+    """Largest number of tokens in a completion."""
     temperature: float = 1.0
-    """Of sampling, and of every log-probability here."""
+    """Temperature of sampling and of all log-probabilities in the loss."""
     generation_batch_size: Count = 64
-    """Answers that are made at the same time, by one process."""
+    """Completions that a process generates at the same time."""
     num_minibatches: Count = 1
-    """Parts that a rollout is trained in."""
+    """Minibatches of a rollout."""
     num_epochs: Count = 1
-    """Passes over a rollout."""
+    """Passes over a rollout (PPO epochs)."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence from the policy before its first step; 0 needs no copy of it."""
+    """Weight of the KL divergence from the reference, the policy before its first step. With 0 no
+    reference is kept.
+    """
     mask_truncated: bool = False
-    """Whether answers that were cut off at `max_new_tokens` are learned from."""
+    """If True, completions that reached `max_new_tokens` are left out of the loss."""
     truncation_penalty: float = 0.0
-    """What is taken from the reward of an answer that was cut off."""
+    """Subtracted from the reward of a completion that reached `max_new_tokens`."""
     tools: tuple[ToolName, ...] = ()
-    """What the policy may call; the data must tell it how."""
+    """Tools that the policy may call; prompts must describe them."""
     max_turns: Count = 3
-    """Answers of an episode with tools, at most."""
+    """Largest number of turns of the policy in a rollout with tools."""
     seed: int = 0
     """Random seed of sampling."""
 
@@ -101,41 +115,40 @@ class RLConfig(ObjectiveConfigBase):
 
     @property
     def max_response_tokens(self) -> int:
-        """Tokens that the policy may say in an episode, at most."""
+        """Return the largest number of tokens that the policy generates for a prompt."""
         return self.max_new_tokens * (self.max_turns if self.tools else 1)
 
     def frozen_models(self) -> dict[str, str | None]:
-        """The reference, where anything is compared with it."""
+        """Name the reference model if `kl_coef` is above 0."""
         return {"reference": None} if self.kl_coef > 0 else {}
 
     def check_rank_batch(self, num_prompts: int) -> None:
-        """Parts of a rollout are equal."""
+        """Raise UserError if minibatches of a rollout would differ in size."""
         if num_prompts % self.num_minibatches:
             raise UserError(
                 f"objective.num_minibatches: {self.num_minibatches} must divide the {num_prompts} "
-                "prompts of a "
-                "process (train.batch_size over the processes)"
+                "prompts of a process (train.batch_size over the processes)"
             )
 
     def reward_models(self) -> tuple[str, ...]:
-        """Those among the rewards."""
+        """Return the folders of the reward models among the rewards."""
         return tuple(each.path for each in self.rewards if isinstance(each, RewardModelReward))
 
 
 class RLObjective(Objective):
-    """Rolls out, scores, and gives the parts of a rollout as batches; what is learned from them is
-    the business of subclasses.
-    """
+    """Train on completions of the policy's own. Subclasses compute advantages and the loss."""
 
     def __init__(self, config: RLConfig):
         super().__init__()
         self.config = config
         self.rollout: RolloutBatch | None = None
         self.minibatch_index = 0
-        """Parts of `rollout` that were given, over all passes."""
+        """Minibatches of `rollout` that were used, over all passes."""
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Rewards read text, and answers have an end; the policy must be still."""
+        """Build reward functions and generation limits. Raise ValueError if the policy has dropout
+        or router noise.
+        """
         check_deterministic(policy)
         self.tokenizer = tokenizer
         self.weighted_rewards = [
@@ -152,57 +165,39 @@ class RLObjective(Objective):
         )
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
-        """Parts of rollouts, endlessly.
+        """Yield the minibatches of one rollout after the other, without end.
 
-        UserError where prompts do not come out even.
+        Raise UserError if the prompts of this process cannot be divided evenly.
         """
-        parts, total = (
-            self.config.num_minibatches,
-            self.config.num_minibatches * self.config.num_epochs,
-        )
+        num_minibatches, num_epochs = self.config.num_minibatches, self.config.num_epochs
         self.config.check_rank_batch(loader.rank_batch_size)
         while True:
-            if self.rollout is None or self.minibatch_index >= total:
+            if self.rollout is None or self.minibatch_index >= num_minibatches * num_epochs:
                 self.rollout, self.minibatch_index = self.next_rollout(loader, policy), 0
-            part = self.minibatch_index % parts
+            index = self.minibatch_index % num_minibatches
             self.minibatch_index += 1
-            yield self.rollout.select_rows(self._part(part, loader.rank_batch_size))
+            yield self.rollout.select_rows(self._minibatch_rows(index, loader.rank_batch_size))
 
-    def _part(self, part: int, prompts: int) -> Tensor:
-        """The rows of part number `part`: whole groups."""
-        answers = self.config.num_generations
-        chosen = torch.arange(part, prompts, self.config.num_minibatches)
-        return (chosen[:, None] * answers + torch.arange(answers)).flatten()
+    def _minibatch_rows(self, index: int, num_prompts: int) -> Tensor:
+        """Return the rows of a minibatch: all completions of every `num_minibatches`-th prompt."""
+        group_size = self.config.num_generations
+        prompts = torch.arange(index, num_prompts, self.config.num_minibatches)
+        return (prompts[:, None] * group_size + torch.arange(group_size)).flatten()
 
     def next_rollout(self, loader: RankLoader, policy: LM) -> RolloutBatch:
-        """The next rollout, scored and judged."""
-        first = loader.cursor + loader.offset
+        """Run the stages of a rollout on the next prompts."""
+        first, group_size = loader.cursor + loader.offset, self.config.num_generations
         prompts = loader.next_prompts()
-        repeated = [prompt for prompt in prompts for _ in range(self.config.num_generations)]
+        repeated = [prompt for prompt in prompts for _ in range(group_size)]
         seeds = [
-            derive_seed(self.config.seed, "answer", first + place, number)
-            for place in range(len(prompts))
-            for number in range(self.config.num_generations)
+            derive_seed(self.config.seed, "answer", first + index, generation)
+            for index in range(len(prompts))
+            for generation in range(group_size)
         ]
-        rows = self.generate_and_score(policy, repeated, seeds)
-        if self.config.frozen_models():
-            with reference_model(policy, self.frozen_models.get("reference")) as lm:
-                rows = rows._replace(ref_logprobs=self.logprobs(lm, rows)[0])
-        return self.with_advantages(policy, prompts, rows)
-
-    def generate_and_score(
-        self, policy: LM, prompts: list[Prompt], seeds: list[int]
-    ) -> RolloutBatch:
-        """An answer to each prompt, and its reward. Answers without one are learned nothing
-        from.
-        """
-        episodes = self.generate(policy, prompts, seeds)
-        rows = collate(episodes, policy.embed.weight.device)
-        rewards = self.compute_rewards(prompts, episodes).to(rows.old_logprobs)
-        learned = torch.isfinite(rewards)
-        if self.config.mask_truncated:
-            learned = learned & ~rows.truncated
-        return rows._replace(rewards=rewards, mask=rows.mask & learned[:, None])
+        rollouts = self.generate(policy, repeated, seeds)
+        rows = self.collate(policy, rollouts, self.score(repeated, rollouts))
+        rows = rows._replace(ref_logprobs=self.reference_logprobs(policy, rows))
+        return self.compute_advantages(policy, prompts, rows)
 
     def generate(
         self,
@@ -211,27 +206,61 @@ class RLObjective(Objective):
         seeds: list[int],
         limits: GenerationLimits | None = None,
     ) -> list[Rollout]:
-        """One answer to each prompt."""
-        requested, drawn = [prompt.ids for prompt in prompts], limits or self.limits
+        """Sample one completion per prompt from the policy."""
+        ids = [prompt.ids for prompt in prompts]
         return generate_rollouts(
-            policy, requested, seeds, drawn, reply=self.reply, poll=self.peers.poll
+            policy, ids, seeds, limits or self.limits, reply=self.reply, poll=self.peers.poll
         )
 
-    def compute_rewards(self, prompts: list[Prompt], episodes: list[Rollout]) -> Tensor:
-        """(B,) the reward of each answer, less the penalty; NaN where it has none."""
-        cut = torch.tensor([episode.finish_reason != "stop" for episode in episodes])
-        given = torch.tensor(self.score(prompts, episodes))
+    def score(self, prompts: list[Prompt], rollouts: list[Rollout]) -> Tensor:
+        """Return the rewards (B,), less the penalty of truncated completions; NaN if one failed."""
+        rewards = torch.tensor(self.raw_rewards(prompts, rollouts))
+        truncated = torch.tensor([rollout.finish_reason != "stop" for rollout in rollouts])
         return torch.where(
-            torch.isfinite(given), given - self.config.truncation_penalty * cut, math.nan
+            torch.isfinite(rewards), rewards - self.config.truncation_penalty * truncated, math.nan
         )
 
-    def score(self, prompts: list[Prompt], episodes: list[Rollout]) -> list[float]:
-        """The reward of each answer; NaN, and a word about it, where it has none."""
-        answers = [
-            Response(prompt, self.tokenizer.decode(self.response_ids(episode)), episode.ids)
-            for prompt, episode in zip(prompts, episodes, strict=True)
+    def reference_logprobs(self, policy: LM, rows: RolloutBatch) -> Tensor:
+        """Return log-probabilities (B, T) by the reference model, or the old ones of the policy if
+        there is no reference.
+        """
+        if not self.config.frozen_models():
+            return rows.old_logprobs
+        with reference_model(policy, self.frozen_models.get("reference")) as lm:
+            return self.logprobs(lm, rows)[0]
+
+    def compute_advantages(
+        self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
+    ) -> RolloutBatch:
+        """Return the rollout with advantages, and with values and returns if the loss reads them.
+        `prompts` are listed once each, without repetition.
+        """
+        raise NotImplementedError
+
+    def loss(self, policy: LM, batch: RolloutBatch) -> Loss:
+        """Compute the loss of one minibatch, summed over units."""
+        raise NotImplementedError
+
+    def collate(self, policy: LM, rollouts: list[Rollout], rewards: Tensor) -> RolloutBatch:
+        """Pad rollouts to rows on the policy's device. Rows without a finite reward are left out of
+        the loss, and truncated ones if `mask_truncated`.
+        """
+        rows = collate(rollouts, policy.embed.weight.device)
+        rewards = rewards.to(rows.old_logprobs)
+        in_loss = torch.isfinite(rewards)
+        if self.config.mask_truncated:
+            in_loss = in_loss & ~rows.truncated
+        return rows._replace(rewards=rewards, mask=rows.mask & in_loss[:, None])
+
+    def raw_rewards(self, prompts: list[Prompt], rollouts: list[Rollout]) -> list[float]:
+        """Return the weighted sum of rewards of each rollout. If one fails it is NaN, with a
+        warning.
+        """
+        responses = [
+            Response(prompt, self.tokenizer.decode(self.response_ids(rollout)), rollout.ids)
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
         ]
-        scored = score_responses(self.weighted_rewards, answers)
+        scored = score_responses(self.weighted_rewards, responses)
         for failure in scored.failures:
             scored.rewards[failure.response_index] = math.nan
             print_warning(
@@ -239,83 +268,76 @@ class RLObjective(Objective):
             )
         return scored.rewards
 
-    def response_ids(self, episode: Rollout) -> list[int]:
-        """What was said last, without its end."""
-        newest = episode.last_turn_ids
+    def response_ids(self, rollout: Rollout) -> list[int]:
+        """Return the ids of the last turn without its end token."""
+        newest = rollout.last_turn_ids
         return newest[:-1] if newest and newest[-1] in self.limits.eos_ids else newest
 
-    def with_advantages(
-        self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
-    ) -> RolloutBatch:
-        """The rollout with its advantages, and whatever else the loss wants."""
-        raise NotImplementedError
-
     def dummy_batch(self, batch: Batch) -> RolloutBatch:
-        """One group, of answers that are all the same."""
-        answers = self.config.num_generations
-        rows = [Rollout([*row.tolist()], seed=0) for row in batch.ids.repeat(answers, 1)]
-        for row in rows:
-            row.response_mask = [False] + [True] * (len(row.ids) - 1)
-        return collate(rows, batch.ids.device)
+        """Return one group of equal completions."""
+        group_size = self.config.num_generations
+        rollouts = [Rollout([*row.tolist()], seed=0) for row in batch.ids.repeat(group_size, 1)]
+        for rollout in rollouts:
+            rollout.response_mask = [False] + [True] * (len(rollout.ids) - 1)
+        return collate(rollouts, batch.ids.device)
 
     def evaluate(self, policy: LM, source: SampleSource, max_samples: int) -> dict[str, float]:
-        """Greedy answers to held-back prompts, spread evenly over them."""
+        """Score greedy completions of validation prompts, spread evenly over the data set."""
         count = min(max_samples, source.size)
         prompts = [source.get_prompts(i * source.size // count, 1)[0] for i in range(count)]
         greedy = replace(self.limits, temperature=0.0)
-        episodes = self.generate(policy, prompts, [0] * count, greedy)
-        rewards = self.compute_rewards(prompts, episodes)
-        output = sum(sum(episode.response_mask) for episode in episodes)
-        cut = sum(episode.finish_reason != "stop" for episode in episodes)
-        reward = float(rewards.nanmean())
-        reported = {
+        rollouts = self.generate(policy, prompts, [0] * count, greedy)
+        reward = float(self.score(prompts, rollouts).nanmean())
+        tokens = sum(sum(rollout.response_mask) for rollout in rollouts)
+        truncated = sum(rollout.finish_reason != "stop" for rollout in rollouts)
+        metrics = {
             "reward": reward,
-            "completion_length": output / count,
-            "truncated_fraction": cut / count,
+            "completion_length": tokens / count,
+            "truncated_fraction": truncated / count,
         }
         if self.config.tools:
-            reported["turns"] = sum(episode.turns for episode in episodes) / count
-        return reported | {"loss": -reward}
+            metrics["turns"] = sum(rollout.turns for rollout in rollouts) / count
+        return metrics | {"loss": -reward}
 
     def logprobs(self, lm: LM, rows: RolloutBatch) -> tuple[Tensor, ModelOut]:
-        """(B, T) log-probabilities of what was said, at the sampling temperature, and what the
-        model said beside.
+        """Return log-probabilities (B, T) of the response tokens at the sampling temperature, and
+        the output of the model.
         """
         out = lm(rows.ids, segments=rows.segments, logits=False)
-        output = target_logprobs(
+        logprobs = target_logprobs(
             out.hidden, rows.targets, rows.mask, lm.head, self.config.temperature
         )
-        return output, out
+        return logprobs, out
 
     def state(self) -> dict[str, object]:
-        """The place in the rollout."""
+        """Return the position in the rollout."""
         return {"place": self.minibatch_index}
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        """Put back what `progress` gave."""
+        """Restore what `state` returned."""
         self.minibatch_index = saved["place"]
 
     def snapshot(self) -> Any:
-        """Rollout and place."""
+        """Return the rollout and the position in it."""
         return self.rollout, self.minibatch_index
 
     def restore_snapshot(self, snapshot: Any) -> None:
-        """Stand where `mark` was taken."""
+        """Return to the state of `snapshot`."""
         self.rollout, self.minibatch_index = snapshot
 
     def rank_state(self) -> dict[str, Tensor]:
-        """The rollout in hand, if some of it is still to be given."""
+        """Return the current rollout if some of its minibatches are unused."""
         over = self.minibatch_index >= self.config.num_minibatches * self.config.num_epochs
         return {} if self.rollout is None or over else self.rollout._asdict()
 
     def load_rank_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `carried` gave."""
+        """Restore what `rank_state` returned."""
         self.rollout = RolloutBatch(**saved) if saved else None
 
     def reshard_rank_state(
         self, parts: list[dict[str, Tensor]], rank: int, world_size: int
     ) -> dict[str, Tensor]:
-        """An equal share of the rows of all, in their order."""
+        """Return an equal share of all rows, in their order."""
         if not parts[0]:
             return {}
         whole = concat_rollouts([RolloutBatch(**part) for part in parts])
