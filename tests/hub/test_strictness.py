@@ -119,13 +119,13 @@ def test_mixed_dtypes_stay_as_the_file_has_them(folder, ids):
 def test_truncated_weights_are_refused(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    assert "model.safetensors: not a whole safetensors file" in refused(folder)
+    assert "model.safetensors: not a complete safetensors file" in refused(folder)
 
 
 def test_a_header_that_claims_to_be_huge_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes((10**15).to_bytes(8, "little") + path.read_bytes()[8:])
-    assert "not a whole safetensors file" in refused(folder)
+    assert "not a complete safetensors file" in refused(folder)
 
 
 class Trap:
@@ -136,7 +136,7 @@ class Trap:
 def test_pickled_weights_are_never_opened(folder):
     raw = pickle.dumps(Trap())
     (folder / "model.safetensors").write_bytes(raw)
-    assert "not a whole safetensors file" in refused(folder)
+    assert "not a complete safetensors file" in refused(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(raw)
     output = refused(folder)

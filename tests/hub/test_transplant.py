@@ -369,7 +369,7 @@ def test_bad_folders_are_refused_in_one_line_and_nothing_is_half_written(verb, e
     save_file(state | {"more": torch.zeros(3)}, file, metadata={"format": "pt"})
     assert "tensor more is not part of this model" in verb.refused()
     file.write_bytes(whole[:-100])
-    assert "not a whole safetensors file" in verb.refused()
+    assert "not a complete safetensors file" in verb.refused()
     file.write_bytes(whole)
     edit(verb.folder, head_dim=16)
     assert "self_attn.q_proj.weight is [32, 32]; the config asks for [64, 32]" in verb.refused()

@@ -1,1 +1,1 @@
-"""Folders that others open, and opening theirs."""
+"""Read and write Hugging Face folders, Tinsmith checkpoints and PEFT adapters."""

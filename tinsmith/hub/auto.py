@@ -1,10 +1,10 @@
-"""Importing this module teaches transformers' Auto classes folders of `model_type: tinsmith`.
+"""Register `model_type: tinsmith` with transformers' Auto classes; importing this module does it.
 
     import tinsmith.hub.auto
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
-Logits and loss are those of the model; `generate` works without a cache, so it is for trying things
-out. Tinsmith's own engine is the fast way.
+Logits and loss equal those of the Tinsmith model. `generate` runs without a KV cache, so it suits
+small tests only; `tinsmith generate` uses Tinsmith's own engine, which is much faster.
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ from tinsmith.nn.moe.dead_experts import UsageWindow
 
 
 class TinsmithConfig(PretrainedConfig):
-    """`config.json` with Tinsmith's own description of the model under `tinsmith`."""
+    """`config.json` whose key `tinsmith` holds Tinsmith's own description of the model."""
 
     model_type = TINSMITH_MODEL_TYPE
 
 
 class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
-    """Any Tinsmith model behind transformers' interface."""
+    """A Tinsmith model with the interface of transformers' causal language models."""
 
     config_class = TinsmithConfig
     base_model_prefix = "lm"
@@ -52,10 +52,9 @@ class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutput:
-        """Ids (B, T) to logits (B, T, V); `attention_mask` is 0 where there is padding.
+        """Map ids (B, T) to logits (B, T, V); `attention_mask` is 0 at padding.
 
-        transformers passes more than is of use here (`use_cache`, `return_dict`, ...); it is
-        ignored.
+        Other keyword arguments of transformers (`use_cache`, `return_dict`, ...) are ignored.
         """
         segments = None if attention_mask is None else attention_mask.long() - 1
         logits = self.lm(input_ids, positions=position_ids, segments=segments).logits
@@ -67,7 +66,7 @@ class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """The whole sequence every time: there is no cache."""
+        """Return the whole sequence at every step, because there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -80,8 +79,8 @@ class TinsmithForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Counters of a run, which no folder has, from 0; `LM` has given weights their first
-        values.
+        """Set usage counters, which no folder stores, to 0. `LM` has already initialised the
+        weights.
         """
         if isinstance(module, UsageWindow):
             for counter in module.buffers(recurse=False):

@@ -1,6 +1,4 @@
-"""The model card: a README.md made from facts, and from nothing else. A section without facts is
-left out.
-"""
+"""Write model cards: a README.md from recorded facts. A section without facts is omitted."""
 
 import re
 from typing import NotRequired, Required, TypedDict
@@ -26,11 +24,11 @@ class CardScore(TypedDict):
     metric: Required[str]
     value: Required[float]
     items: NotRequired[int]
-    """How many tokens, questions, ... the value is a mean over."""
+    """Number of tokens, questions, ... over which the value is a mean."""
 
 
 class CardSample(TypedDict):
-    """A prompt and what the model made of it; `note` says what is good or bad about it."""
+    """A prompt and a completion; `note` comments on its quality."""
 
     prompt: Required[str]
     text: Required[str]
@@ -38,49 +36,49 @@ class CardSample(TypedDict):
 
 
 class CardFacts(TypedDict, total=False):
-    """What a card may say. Only `name` and `parameters` are required."""
+    """The facts of a card. Only `name` and `parameters` are required."""
 
     name: Required[str]
     parameters: Required[int]
     active_parameters: int
-    """Parameters that act on one token, where these are fewer."""
+    """Parameters that act on one token, if fewer than all."""
     family: str
     """`model_type` of config.json."""
     reason: str | None
-    """Why no stock class fits, where `family` is "tinsmith"."""
+    """Why no stock class can express the model, if `family` is "tinsmith"."""
     dtype: str
     max_seq_len: int
-    """Tokens the model was made for."""
+    """Context length in tokens."""
     architecture: str
     """One line, such as "8 x (gqa, swiglu)"."""
     base: str
-    """What training started from."""
+    """Model from which training started."""
     objective: str
     license: str
     tokens_seen: int
     steps: int
     data: list[CardDataset]
     recipe: str
-    """The resolved config as YAML."""
+    """The resolved recipe as YAML."""
     command: str
     commit: str
     versions: dict[str, str]
     loss_plot: str
-    """Name of a picture beside the card."""
+    """File name of a picture in the same folder."""
     scores: list[CardScore]
     samples: list[CardSample]
     bad_sample: CardSample
     limits: list[str]
     tokenizer: bool
-    """Whether the folder holds one (default True)."""
+    """Whether the folder has a tokenizer (default True)."""
     chat: bool
-    """Whether it was trained on conversations."""
+    """Whether the model was trained on conversations."""
     hashes: dict[str, str]
-    """SHA-256 by file of weights."""
+    """SHA-256 of every weights file, by file name."""
 
 
 def model_card(facts: CardFacts) -> str:
-    """README.md of a model's folder."""
+    """Return the README.md of a model's folder."""
     sections = [
         ("", _introduction(facts)),
         ("How to load it", _loading(facts)),
@@ -92,11 +90,11 @@ def model_card(facts: CardFacts) -> str:
         ("Recipe", _fenced(facts["recipe"], "yaml") if "recipe" in facts else ""),
         ("Weights", _weights(facts)),
     ]
-    reported = [f"## {title}\n\n{body}" if title else body for title, body in sections if body]
-    return "\n\n".join([_front(facts), *reported]) + "\n"
+    parts = [f"## {title}\n\n{body}" if title else body for title, body in sections if body]
+    return "\n\n".join([_front_matter(facts), *parts]) + "\n"
 
 
-def _front(facts: CardFacts) -> str:
+def _front_matter(facts: CardFacts) -> str:
     stock = facts.get("family", "tinsmith") != "tinsmith"
     data = {
         "library_name": "transformers" if stock else "tinsmith",
@@ -105,7 +103,7 @@ def _front(facts: CardFacts) -> str:
     }
     if "license" in facts:
         data["license"] = facts["license"]
-    return f"---\n{write_yaml(data).strip()}\n---\n\n# {_line(facts['name'])}"
+    return f"---\n{write_yaml(data).strip()}\n---\n\n# {_one_line(facts['name'])}"
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -138,18 +136,20 @@ def _class(facts: CardFacts) -> str | None:
 def _loading(facts: CardFacts) -> str:
     stock = facts.get("family", "tinsmith") != "tinsmith"
     tokenizer, chat = facts.get("tokenizer", True), facts.get("chat", False)
-    first = [] if stock else ["import tinsmith.hub.auto  # registers the class"]
+    registration = [] if stock else ["import tinsmith.hub.auto  # registers the class"]
     names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
-    theirs = [
-        *first,
+    transformers_lines = [
+        *registration,
         f"from transformers import {names}",
         "",
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
         *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if tokenizer else []),
     ]
-    ours = ["import tinsmith", "", 'lm, tokenizer = tinsmith.load("FOLDER")']
+    tinsmith_lines = ["import tinsmith", "", 'lm, tokenizer = tinsmith.load("FOLDER")']
     shell = "tinsmith chat FOLDER" if chat else 'tinsmith generate FOLDER -p "Once"'
-    snippets = [_fenced("\n".join(lines), "python") for lines in (theirs, ours)]
+    snippets = [
+        _fenced("\n".join(lines), "python") for lines in (transformers_lines, tinsmith_lines)
+    ]
     return "\n\n".join([*snippets, *([_fenced(shell, "sh")] if tokenizer else [])])
 
 
@@ -157,9 +157,9 @@ def _data(facts: CardFacts) -> str:
     rows = [
         [
             source["name"],
-            _number(source.get("documents")),
-            _number(source.get("tokens")),
-            _number(source.get("rejected")),
+            _format_int(source.get("documents")),
+            _format_int(source.get("tokens")),
+            _format_int(source.get("rejected")),
             source.get("license", "not stated"),
         ]
         for source in facts.get("data", [])
@@ -175,29 +175,29 @@ def _training(facts: CardFacts) -> str:
         parts.append(f"![loss]({facts['loss_plot']})")
     if "command" in facts:
         parts.append(_fenced(facts["command"], "sh"))
-    made = dict(facts.get("versions", {}))
+    versions = dict(facts.get("versions", {}))
     if "commit" in facts:
-        made = {"commit": facts["commit"]} | made
-    if made:
-        parts.append(_table(["with", "version"], [[name, made[name]] for name in made]))
+        versions = {"commit": facts["commit"]} | versions
+    if versions:
+        parts.append(_table(["with", "version"], [[name, versions[name]] for name in versions]))
     return "\n\n".join(parts)
 
 
 def _evaluation(facts: CardFacts) -> str:
     rows = [
-        [score["task"], score["metric"], f"{score['value']:.4g}", _number(score.get("items"))]
+        [score["task"], score["metric"], f"{score['value']:.4g}", _format_int(score.get("items"))]
         for score in facts.get("scores", [])
     ]
     return _table(["task", "metric", "value", "over"], rows) if rows else ""
 
 
 def _samples(facts: CardFacts) -> str:
-    shown = [("", sample) for sample in facts.get("samples", [])]
+    samples = [("", sample) for sample in facts.get("samples", [])]
     if "bad_sample" in facts:
-        shown.append(("A bad one. ", facts["bad_sample"]))
+        samples.append(("A bad one. ", facts["bad_sample"]))
     parts: list[str] = []
-    for lead, sample in shown:
-        note = lead + _line(sample.get("note", ""))
+    for prefix, sample in samples:
+        note = prefix + _one_line(sample.get("note", ""))
         parts += [note.strip()] if note.strip() else []
         parts += [_fenced(sample["prompt"], "text"), _fenced(sample["text"], "text")]
     return "\n\n".join(parts)
@@ -216,14 +216,14 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
+    return _one_line(text).replace("|", "\\|")
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _number(value: int | None) -> str:
+def _format_int(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 

@@ -1,5 +1,7 @@
-"""`config.json` to `ModelConfig`: Llama, Mistral, Qwen2, Qwen3, their kin with experts, DeepSeek,
-and Tinsmith's own.
+"""Translate `config.json` to `ModelConfig`.
+
+Reads Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V2 (dense) and V3, and Tinsmith's
+own `model_type: tinsmith`.
 """
 
 from typing import Any
@@ -15,10 +17,10 @@ from tinsmith.nn.parameters import ALL_PARAMETERS
 TINSMITH_MODEL_TYPE = "tinsmith"
 SCHEMA_VERSION = 1
 TRAINABLE_KEY = "tinsmith_trained"
-"""Tinsmith's own key in the `config.json` of a stock family: which tensors training may change."""
+"""Tinsmith's key in the `config.json` of a stock family: patterns of the trainable parameters."""
 FAMILY_MODULES = (llama, deepseek)
-"""Modules, one for each kind of attention, that read and write what only its families have."""
-MODULE_BY_FAMILY = {kind: side for side in FAMILY_MODULES for kind in side.FAMILIES}
+"""One module for each kind of attention; it reads and writes the keys of its families."""
+MODULE_BY_FAMILY = {kind: module for module in FAMILY_MODULES for kind in module.FAMILIES}
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -31,17 +33,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
-"""Keys that would change what is computed, and the values that do not."""
+"""Keys that could change the computation, and the values at which they do not."""
 
 
 def config_from_hf(data: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """The model that a parsed `config.json` describes, where Tinsmith can build exactly that.
+    """Return the model config that a parsed `config.json` describes.
 
-    UserError, with the key, for everything that it cannot build and for values of no sense.
+    UserError names the key if Tinsmith cannot build exactly that model, or if a value is invalid.
     """
     kind = data.get("model_type")
     if kind == TINSMITH_MODEL_TYPE:
-        return _own(data, where)
+        return _read_tinsmith(data, where)
     if not isinstance(kind, str) or kind not in MODULE_BY_FAMILY:
         known = [*MODULE_BY_FAMILY, TINSMITH_MODEL_TYPE]
         hint = did_you_mean(kind, known) if isinstance(kind, str) else ""
@@ -50,12 +52,12 @@ def config_from_hf(data: dict[str, Any], where: str = "config.json") -> ModelCon
     for key, allowed in _ONLY.items():
         keys.check_allowed(key, allowed)
     try:
-        return _stock(kind, keys)
+        return _read_stock(kind, keys)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _own(data: dict[str, Any], where: str) -> ModelConfig:
+def _read_tinsmith(data: dict[str, Any], where: str) -> ModelConfig:
     inner = data.get(TINSMITH_MODEL_TYPE)
     if not isinstance(inner, dict) or inner.get("schema") != SCHEMA_VERSION:
         schema = inner.get("schema") if isinstance(inner, dict) else None
@@ -63,18 +65,18 @@ def _own(data: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: {TINSMITH_MODEL_TYPE}.schema: {schema!r:.60}, and this version reads "
             f"{SCHEMA_VERSION}"
         )
-    place, model = f"{where}: {TINSMITH_MODEL_TYPE}.model", inner.get("model")
+    model_where, model = f"{where}: {TINSMITH_MODEL_TYPE}.model", inner.get("model")
     if not isinstance(model, dict):
-        raise UserError(f"{place}: must be an object (got {model!r:.60})")
+        raise UserError(f"{model_where}: must be an object (got {model!r:.60})")
     for key in ("vocab_size", "dim", "depth"):
-        ConfigReader(model, place).positive_int(key)
-    return ModelConfig.from_dict(model, place)
+        ConfigReader(model, model_where).positive_int(key)
+    return ModelConfig.from_dict(model, model_where)
 
 
-def _stock(kind: str, keys: ConfigReader) -> ModelConfig:
-    side = MODULE_BY_FAMILY[kind]
-    family = side.FAMILIES[kind]
-    first, pattern = side.read_layers(kind, keys)
+def _read_stock(kind: str, keys: ConfigReader) -> ModelConfig:
+    module = MODULE_BY_FAMILY[kind]
+    family = module.FAMILIES[kind]
+    first, pattern = module.read_layers(kind, keys)
     context = keys.positive_int("max_position_embeddings", family.max_seq_len)
     return ModelConfig(
         vocab_size=keys.positive_int("vocab_size"),
@@ -85,14 +87,14 @@ def _stock(kind: str, keys: ConfigReader) -> ModelConfig:
         max_seq_len=context,
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         norm_eps=keys.number("rms_norm_eps", family.norm_eps),
-        rope=read_rope(keys.data, context, keys.where, side.read_scaling, family.rope_theta),
+        rope=read_rope(keys.data, context, keys.where, module.read_scaling, family.rope_theta),
         dropout=Dropout(attention=keys.number("attention_dropout", 0.0, above=-1)),
-        trainable=_trained(keys),
+        trainable=_trainable(keys),
     )
 
 
-def _trained(keys: ConfigReader) -> tuple[str, ...]:
+def _trainable(keys: ConfigReader) -> tuple[str, ...]:
     patterns = keys.data.get(TRAINABLE_KEY, list(ALL_PARAMETERS))
-    if not isinstance(patterns, list) or not all(isinstance(each, str) for each in patterns):
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         keys.fail(TRAINABLE_KEY, f"must be a list of patterns of names (got {patterns!r:.60})")
     return tuple(patterns)

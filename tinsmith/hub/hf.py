@@ -1,4 +1,4 @@
-"""Hugging Face folders: written so that others open them, read so that nothing is guessed."""
+"""Export and import Hugging Face folders; the import is strict and guesses nothing."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 class ExportResult(NamedTuple):
-    """What a folder turned out to be; a model card is made from it."""
+    """The outcome of an export; model cards are written from it."""
 
     family: str
     reason: str | None
@@ -44,11 +44,11 @@ class ExportResult(NamedTuple):
     parameters: int
     dtype: str
     hashes: dict[str, str]
-    """SHA-256 of every file of weights."""
+    """SHA-256 of every weights file, by file name."""
 
 
 Card = str | Callable[[ExportResult], str]
-"""The text of a folder's README.md, or what makes it once the weights are written."""
+"""The text of README.md, or a function that returns it after the weights are written."""
 
 
 def export_folder(
@@ -61,12 +61,12 @@ def export_folder(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportResult:
-    """Write a model as a Hugging Face folder, weights in their own dtype, whole or not at all.
+    """Write a model as a Hugging Face folder, atomically, with weights in their own dtype.
 
-    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V3)
-    wherever it computes the same, else `model_type: tinsmith`. `attach` are files to lie beside,
-    such as the picture a card shows.
-    UserError where `folder` is there already (unless `overwrite`).
+    The class is a stock one (Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V3) if it
+    computes the same function, otherwise `model_type: tinsmith`. `extra_files` are copied into the
+    folder, for example the picture that a card shows. UserError if `folder` exists (unless
+    `overwrite`).
     """
     return write_folder(
         lm.config,
@@ -92,15 +92,16 @@ def write_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     write_extra: Callable[[Path], None] | None = None,
 ) -> ExportResult:
-    """`export_folder` for full tensors by Tinsmith's names, wherever they came from; `also` writes
-    more into the folder before it is there.
+    """Write a folder as `export_folder` does, from a state dict of full tensors.
+
+    `write_extra` writes more files into the temporary folder before it is renamed to `folder`.
     """
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists; give the name of a new folder, or remove it first")
     translation = config_to_hf(config)
     names = NAME_MAPS[translation.family]
     tied = {"head.weight"} if config.tie_embeddings else set()
-    theirs = {
+    hf_state = {
         names.to_hf_name(name): names.to_hf_tensor(name, tensor, config)
         for name, tensor in names.split_experts(state).items()
         if name not in tied
@@ -108,31 +109,31 @@ def write_folder(
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     ids = special_token_ids(tokenizer, config.vocab_size)
     data = translation.data | {"dtype": dtype, "torch_dtype": dtype} | ids.for_config()
-    with atomic_dir(folder) as inside:
-        written = save_sharded(inside, theirs, max_shard_bytes)
-        _write_json(inside / "config.json", data)
-        _write_json(inside / "generation_config.json", ids.for_generation())
+    with atomic_dir(folder) as tmp:
+        written = save_sharded(tmp, hf_state, max_shard_bytes)
+        _write_json(tmp / "config.json", data)
+        _write_json(tmp / "generation_config.json", ids.for_generation())
         if tokenizer is not None:
-            save_tokenizer(tokenizer, inside, config.vocab_size)
+            save_tokenizer(tokenizer, tmp, config.vocab_size)
         for path in extra_files:
-            shutil.copyfile(path, inside / path.name)
+            shutil.copyfile(path, tmp / path.name)
         if write_extra is not None:
-            write_extra(inside)
-        done = ExportResult(
+            write_extra(tmp)
+        result = ExportResult(
             family=translation.family,
             reason=translation.reason,
-            parameters=sum(tensor.numel() for tensor in theirs.values()),
+            parameters=sum(tensor.numel() for tensor in hf_state.values()),
             dtype=dtype,
             hashes={path.name: sha256(path) for path in written},
         )
-        atomic_write(inside / "README.md", _card(card, done, folder.name, tokenizer is not None))
-    return done
+        atomic_write(tmp / "README.md", _card(card, result, folder.name, tokenizer is not None))
+    return result
 
 
-def _card(card: Card | None, done: ExportResult, name: str, has_tokenizer: bool) -> str:
+def _card(card: Card | None, result: ExportResult, name: str, has_tokenizer: bool) -> str:
     if card is None:
-        return model_card(CardFacts(name=name, tokenizer=has_tokenizer, **done._asdict()))
-    return card if isinstance(card, str) else card(done)
+        return model_card(CardFacts(name=name, tokenizer=has_tokenizer, **result._asdict()))
+    return card if isinstance(card, str) else card(result)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
@@ -145,10 +146,10 @@ def import_folder(
     device: torch.device | str | None = None,
     rope_scaling: dict[str, Any] | None = None,
 ) -> tuple[LM, Tokenizer | None]:
-    """Open a folder of a family that `hub.from_hf` knows, or Tinsmith's; the model is in eval mode.
+    """Load a Hugging Face folder of a family in `hub.from_hf`; the model is in eval mode.
 
-    Strict: every tensor that the model has must be there in its shape, and no other. UserError
-    names the first key, file or tensor that is wrong.
+    Strict: the folder must hold every tensor of the model in its shape, and no other tensor.
+    UserError names the first key, file or tensor that is wrong.
     """
     where = path / "config.json"
     data = read_object(where)
@@ -159,6 +160,6 @@ def import_folder(
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder, None where it has none."""
-    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    return Tokenizer.load(folder) if pair or (folder / "tokenizer.json").is_file() else None
+    """Return the tokenizer of a folder, or None if it has none."""
+    is_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return Tokenizer.load(folder) if is_bpe or (folder / "tokenizer.json").is_file() else None

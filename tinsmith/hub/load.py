@@ -1,4 +1,4 @@
-"""`tinsmith.load`: a run, a checkpoint, a Hugging Face folder, or a name on the Hub."""
+"""`tinsmith.load`: open a run, a checkpoint, a Hugging Face folder, or a model on the Hub."""
 
 import os
 import re
@@ -31,7 +31,7 @@ REQUIRED_FILES = ("model.safetensors", "config.yaml")
 CONFIG_PATTERNS = ("config.json",)
 TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja")
 MODEL_PATTERNS = ("*.safetensors", *TOKENIZER_PATTERNS)
-"""What there may be of a model on the Hub, as patterns."""
+"""Files of a model that are downloaded from the Hub."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _DTYPES = {
@@ -48,30 +48,28 @@ def load(
     dtype: torch.dtype | str | None = None,
     rope_scaling: dict[str, Any] | None = None,
 ) -> tuple[LM, Tokenizer | None]:
-    """Open a model: (lm in eval mode, tokenizer or None where the folder has none).
+    """Load a model and its tokenizer: (lm in eval mode, tokenizer or None if the folder has none).
 
-    `path` is a run (its `final/`, else its newest valid checkpoint), a checkpoint, a Hugging Face
-    folder, or, where no such path exists, a name on the Hugging Face Hub. Weights keep the file's
-    dtype unless `dtype` is given (a torch dtype, or its name); adapters of a checkpoint are folded
-    into them. `rope_scaling` stretches the context: `{kind: yarn, factor, original_max_seq_len}`,
-    or in Hugging Face's words. UserError where there is nothing to open, or where what is there is
-    broken or not a model that Tinsmith can build.
+    `path` is a run (its `final/`, otherwise its newest valid checkpoint), a checkpoint, a Hugging
+    Face folder, or, if no such path exists, a name on the Hugging Face Hub. Weights keep the dtype
+    of the file unless `dtype` is given (a torch dtype or its name). LoRA adapters of a checkpoint
+    are merged. `rope_scaling` extends the context: `{kind: yarn, factor, original_max_seq_len}`, or
+    the keys of Hugging Face. UserError if there is no model, or if it is damaged or cannot be
+    built.
     """
-    kind = _dtype(dtype)
-    place = _device(device)
+    torch_dtype = _dtype(dtype)
+    torch_device = _device(device)
     folder = locate(path)
     if _is_checkpoint(folder):
-        return _open_checkpoint(folder, kind, place, rope_scaling)
-    return import_folder(folder, kind, place, rope_scaling)
+        return _open_checkpoint(folder, torch_dtype, torch_device, rope_scaling)
+    return import_folder(folder, torch_dtype, torch_device, rope_scaling)
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The config of the model at `path`, as for `load`; of a Hugging Face folder no weights need to
-    be there.
-    """
+    """Return the config of the model at `path`, as for `load`; weights are not read."""
     folder = locate(path, CONFIG_PATTERNS)
     if _is_checkpoint(folder):
-        return _recipe(folder)[0]
+        return _read_recipe(folder)[0]
     return config_from_hf(read_object(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -83,13 +81,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
 
 
 def locate(path: str | Path, allow_patterns: Sequence[str] = MODEL_PATTERNS) -> Path:
-    """The folder that holds the weights `path` stands for: a checkpoint or a Hugging Face folder.
+    """Return the folder with the weights that `path` names: a checkpoint or a Hugging Face folder.
 
-    Fetches `files` (patterns) from the Hub where `path` is a name and not a path.
+    If `path` is a name on the Hub, the files that match `allow_patterns` are downloaded.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _inside(folder)
+        return _find_in_run(folder)
     if folder.exists():
         raise UserError(f"{path}: is a file; give the folder that holds the model")
     name = str(path)
@@ -98,19 +96,19 @@ def locate(path: str | Path, allow_patterns: Sequence[str] = MODEL_PATTERNS) -> 
     run = Path(os.environ.get("TINSMITH_RUNS", "runs")) / name
     if run.is_dir():
         raise UserError(f"{path}: no such folder; did you mean {run}?")
-    return _fetch(name, allow_patterns)
+    return _download(name, allow_patterns)
 
 
-def _inside(folder: Path) -> Path:
+def _find_in_run(folder: Path) -> Path:
     if (folder / "config.json").is_file() or _is_checkpoint(folder):
         return folder
     if (folder / "final" / "config.json").is_file():
         return folder / "final"
-    found, skipped = newest_valid(folder / "checkpoints", required=REQUIRED_FILES)
-    for line in skipped if found else []:
-        print_warning(f"passed over {folder / 'checkpoints'}/{line}")
-    if found:
-        return found
+    checkpoint, skipped = newest_valid(folder / "checkpoints", required=REQUIRED_FILES)
+    for line in skipped if checkpoint else []:
+        print_warning(f"skipped {folder / 'checkpoints'}/{line}")
+    if checkpoint:
+        return checkpoint
     if skipped:
         raise UserError(f"{folder}: no valid checkpoint; {skipped[0]}")
     raise UserError(
@@ -120,7 +118,7 @@ def _inside(folder: Path) -> Path:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder means to be a checkpoint; `verify` says whether it is one."""
+    """Whether a folder looks like a checkpoint; `verify` decides whether it is a valid one."""
     if (folder / "config.json").is_file():
         return False
     return (folder / MANIFEST).exists() or all((folder / name).is_file() for name in REQUIRED_FILES)
@@ -132,16 +130,16 @@ def _open_checkpoint(
     device: torch.device,
     rope_scaling: dict[str, Any] | None,
 ) -> tuple[LM, Tokenizer | None]:
-    config, adapted, _ = _recipe(folder)
+    config, lora_config, _ = _read_recipe(folder)
     config = with_rope_scaling(config, rope_scaling)
     lm = materialize(
-        config, find_tensors(folder), IDENTITY_MAP, dtype, device, str(folder), adapted
+        config, find_tensors(folder), IDENTITY_MAP, dtype, device, str(folder), lora_config
     )
     return lm, open_tokenizer(folder)
 
 
-def _recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
-    """What a checkpoint's recipe says of its model, of its adapters and of where it began."""
+def _read_recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
+    """Return model config, LoRA config and `init_from` of a checkpoint's recipe."""
     reason = verify(folder, hashes=True, required=REQUIRED_FILES)
     if reason is not None:
         raise UserError(f"{folder}: not a valid checkpoint: {reason}")
@@ -150,17 +148,19 @@ def _recipe(folder: Path) -> tuple[ModelConfig, LoRA | None, str | None]:
     if not isinstance(recipe, dict) or "model" not in recipe:
         raise UserError(f"{where}: has no model section")
     section = recipe.get("lora")
-    adapted = None if section is None else parse(LoRA, section, f"{where}: lora")
+    lora_config = None if section is None else parse(LoRA, section, f"{where}: lora")
     return (
         ModelConfig.from_dict(recipe["model"], f"{where}: model"),
-        adapted,
+        lora_config,
         recipe.get("init_from"),
     )
 
 
 def load_adapters(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
-    """The config of the model at `path`, a run or a checkpoint, the adapters it has trained, and
-    the name of what they were added to. UserError where there are none.
+    """Load the LoRA adapters of a run or a checkpoint: (model config, adapters, base model).
+
+    The base model is the name or path to which the adapters were added. UserError if there are no
+    adapters.
     """
     folder = locate(path)
     if (folder / "adapter").is_dir():
@@ -169,26 +169,26 @@ def load_adapters(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
         return config, read_adapters(folder / "adapter", config), base
     if not _is_checkpoint(folder):
         raise UserError(f"{folder}: has no adapters; only a run with a lora section has")
-    config, adapted, base = _recipe(folder)
-    if adapted is None:
+    config, lora_config, base = _read_recipe(folder)
+    if lora_config is None:
         raise UserError(f"{folder}: has no adapters; its recipe has no lora section")
     state = read_tensors(find_tensors(folder), None, None)
-    return config, Adapters(adapted, lora.split_state_dict(state)[1]), base
+    return config, Adapters(lora_config, lora.split_state_dict(state)[1]), base
 
 
-def _fetch(name: str, files: Sequence[str]) -> Path:
+def _download(name: str, allow_patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    print_line(f"fetching {name} from the Hugging Face Hub: {', '.join(files)}", err=True)
+    print_line(f"fetching {name} from the Hugging Face Hub: {', '.join(allow_patterns)}", err=True)
     try:
         folder = snapshot_download(
-            name, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"]
+            name, allow_patterns=list(allow_patterns), ignore_patterns=["*/*", "consolidated*"]
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{name}: no such folder here, and the Hugging Face Hub did not give it: {reason}"
+            f"{name}: no such folder here, and the Hugging Face Hub answered: {reason}"
         ) from None
     print_line(f"{name} is at revision {Path(folder).name}", err=True)
     return Path(folder)

@@ -1,4 +1,4 @@
-"""A model from stored tensors: built without memory of its own, then given exactly those."""
+"""Build a model on the meta device and assign stored tensors to it."""
 
 import re
 
@@ -14,7 +14,7 @@ from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.precision import fp32_param_names
 
 _REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Buffers of older transformers, which follow from the config."""
+"""Buffers that older versions of transformers store; they follow from the config."""
 
 _EMBED, _HEAD = "embed.weight", "head.weight"
 
@@ -28,63 +28,69 @@ def materialize(
     where: str,
     lora_config: LoRA | None = None,
 ) -> LM:
-    """A model in eval mode whose tensors are those of a folder, by `names`; where adapters are
-    among them, they are folded into the weights.
+    """Return a model in eval mode whose tensors are those of a folder, translated by `name_map`.
 
-    UserError, naming the first tensor, where one is missing, of another shape, or not wanted.
-    `dtype` is that of weights, None what the files have; buffers, and what decides, always keep it.
+    If `lora_config` is given, the folder also holds adapters, which are merged into the weights.
+    UserError names the first tensor that is missing, has another shape, or does not belong to the
+    model. `dtype` (None: that of the files) applies to weights; buffers and parameters kept in fp32
+    (`fp32_param_names`) keep the dtype of the files.
     """
     with torch.device("meta"):
-        lm, shapes = LM(config), _shapes(config, name_map, lora_config)
-    wanted = {name: name_map.to_hf_name(name) for name in shapes}
+        lm, shapes = LM(config), _stored_shapes(config, name_map, lora_config)
+    hf_names = {name: name_map.to_hf_name(name) for name in shapes}
     head = name_map.to_hf_name(_HEAD) if config.tie_embeddings else None
-    buffers = {name: name_map.to_hf_name(name) for name, _ in lm.named_buffers()}
-    counters = {theirs for name, theirs in buffers.items() if name not in shapes}
+    buffer_names = {name: name_map.to_hf_name(name) for name, _ in lm.named_buffers()}
+    counters = {hf_name for name, hf_name in buffer_names.items() if name not in shapes}
     stored_tensors = {name: part for name, part in stored_tensors.items() if name not in counters}
-    _compare({wanted[name]: shape for name, shape in shapes.items()}, stored_tensors, head, where)
+    _check_tensors(
+        {hf_names[name]: shape for name, shape in shapes.items()}, stored_tensors, head, where
+    )
     stored = {
-        name: stored_tensors[name] for name in [*wanted.values(), head] if name in stored_tensors
+        name: stored_tensors[name] for name in [*hf_names.values(), head] if name in stored_tensors
     }
-    kind = dtype if lora_config is None else None
-    kept = fp32_param_names(lm) | buffers.keys()
-    exact = {theirs: stored.pop(theirs) for name, theirs in wanted.items() if name in kept}
-    state = read_tensors(stored, kind, device) | read_tensors(exact, None, device)
-    if head in state:
-        _same(state.pop(head), state[wanted[_EMBED]], head, where)
-    ours = {
-        name: name_map.from_hf_tensor(name, state[theirs], config)
-        for name, theirs in wanted.items()
+    read_dtype = dtype if lora_config is None else None
+    exact_names = fp32_param_names(lm) | buffer_names.keys()
+    exact = {
+        hf_name: stored.pop(hf_name) for name, hf_name in hf_names.items() if name in exact_names
+    }
+    hf_state = read_tensors(stored, read_dtype, device) | read_tensors(exact, None, device)
+    if head in hf_state:
+        _check_tied(hf_state.pop(head), hf_state[hf_names[_EMBED]], head, where)
+    state = {
+        name: name_map.from_hf_tensor(name, hf_state[hf_name], config)
+        for name, hf_name in hf_names.items()
     }
     if lora_config is not None:
-        merged = lora.merged_state_dict(*lora.split_state_dict(ours), lora_config.scaling)
-        kinds = {name: dtype for name in merged if dtype and name not in kept}
-        ours = {name: tensor.to(kinds.get(name, tensor.dtype)) for name, tensor in merged.items()}
+        merged = lora.merged_state_dict(*lora.split_state_dict(state), lora_config.scaling)
+        dtypes = {name: dtype for name in merged if dtype and name not in exact_names}
+        state = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in merged.items()}
     if config.tie_embeddings:
-        ours[_HEAD] = ours[_EMBED]
-    lm.load_state_dict(name_map.stack_experts(ours), assign=True)
+        state[_HEAD] = state[_EMBED]
+    lm.load_state_dict(name_map.stack_experts(state), assign=True)
     if config.tie_embeddings:
         lm.head.weight = lm.embed.weight
-    _from_zero(lm, device)
+    _zero_counters(lm, device)
     return lm.eval()
 
 
-def _shapes(
-    config: ModelConfig, names: NameMap, adapted: LoRA | None
+def _stored_shapes(
+    config: ModelConfig, name_map: NameMap, lora_config: LoRA | None
 ) -> dict[str, tuple[int, ...]]:
-    """Of everything that is stored of a model, by its names."""
-    whole = LM(config)
-    if adapted is not None:
-        lora.add_adapters(whole, adapted)
+    """Return the shape of every stored tensor of a model, by Tinsmith's names."""
+    lm = LM(config)
+    if lora_config is not None:
+        lora.add_adapters(lm, lora_config)
     shapes = {
-        name: tuple(part.shape) for name, part in names.split_experts(whole.state_dict()).items()
+        name: tuple(tensor.shape)
+        for name, tensor in name_map.split_experts(lm.state_dict()).items()
     }
     if config.tie_embeddings:
         del shapes[_HEAD]
     return shapes
 
 
-def _from_zero(lm: LM, device: torch.device | str | None) -> None:
-    """Counters that belong to a run, and not to its model, begin anew."""
+def _zero_counters(lm: LM, device: torch.device | str | None) -> None:
+    """Set counters to 0: they belong to a training run and are not stored with the model."""
     for module in lm.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -92,23 +98,25 @@ def _from_zero(lm: LM, device: torch.device | str | None) -> None:
                 module.register_buffer(name, zero, persistent=False)
 
 
-def _compare(
-    wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo], head: str | None, where: str
+def _check_tensors(
+    expected: dict[str, tuple[int, ...]], found: dict[str, TensorInfo], head: str | None, where: str
 ) -> None:
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")
         if found[name].shape != shape:
-            file, has = found[name].file, list(found[name].shape)
-            raise UserError(f"{file}: tensor {name} is {has}; the config asks for {list(shape)}")
+            file, found_shape = found[name].file, list(found[name].shape)
+            raise UserError(
+                f"{file}: tensor {name} is {found_shape}; the config asks for {list(shape)}"
+            )
         if not found[name].is_weight:
-            raise UserError(f"{found[name].file}: {name} holds whole numbers and no weights")
+            raise UserError(f"{found[name].file}: {name} holds integers, not weights")
     for name in sorted(found):
-        if name not in wanted and name != head and not _REDUNDANT.fullmatch(name):
+        if name not in expected and name != head and not _REDUNDANT.fullmatch(name):
             raise UserError(f"{found[name].file}: tensor {name} is not part of this model")
 
 
-def _same(head: Tensor, embed: Tensor, name: str, where: str) -> None:
+def _check_tied(head: Tensor, embed: Tensor, name: str, where: str) -> None:
     if not torch.equal(head, embed):
         raise UserError(
             f"{where}: tensor {name} differs from the embedding, though config.json ties the two"

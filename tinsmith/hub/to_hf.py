@@ -1,6 +1,7 @@
-"""`ModelConfig` to `config.json`: the stock family that computes exactly the same, where there is
-one. What none of them can express is written with `model_type: tinsmith` and Tinsmith's own
-description inside.
+"""Translate `ModelConfig` to `config.json`.
+
+A stock family is used if its class computes exactly the same function; otherwise the folder has
+`model_type: tinsmith` and Tinsmith's own description of the model.
 """
 
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ from tinsmith.nn.mixers.mla import MLA
 from tinsmith.nn.parameters import ALL_PARAMETERS
 from tinsmith.nn.residuals.plain import Plain
 
-_SIDES = {GQA: llama, MLA: deepseek}
-_FEEDS = {GQA: (SwiGLU, TopKMoE), MLA: (SwiGLU, DeepSeekMoE)}
+_FAMILY_MODULES = {GQA: llama, MLA: deepseek}
+_STOCK_FEED_FORWARDS = {GQA: (SwiGLU, TopKMoE), MLA: (SwiGLU, DeepSeekMoE)}
 
 
 class HFConfig(NamedTuple):
-    """A `config.json`: its content, whose class opens it, and why it is not a stock one."""
+    """A `config.json`: its content, its `model_type`, and why it is not a stock family."""
 
     data: dict[str, Any]
     family: str
@@ -31,20 +32,21 @@ class HFConfig(NamedTuple):
 
 
 def config_to_hf(config: ModelConfig) -> HFConfig:
-    """A `config.json` of the stock family that computes exactly this model, or Tinsmith's own.
+    """Return the `config.json` of the stock family that computes exactly this model, or Tinsmith's
+    own.
 
-    What only acts in training (dropout but for attention's, how attention is computed) is no reason
-    against a stock family.
+    Settings that act in training only (dropout except attention dropout, the attention backend) do
+    not prevent a stock family.
     """
     reason = why_not_stock(config)
     if reason is not None:
-        return HFConfig(_write_own(config), TINSMITH_MODEL_TYPE, reason)
+        return HFConfig(_write_tinsmith(config), TINSMITH_MODEL_TYPE, reason)
     mixer = config.layers[0].mixer
     assert isinstance(mixer, GQA | MLA), "others are refused above"
-    side = _SIDES[type(mixer)]
-    kind = side.kind_of(config)
+    module = _FAMILY_MODULES[type(mixer)]
+    kind = module.kind_of(config)
     data = {
-        "architectures": [side.FAMILIES[kind].architecture],
+        "architectures": [module.FAMILIES[kind].architecture],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -59,23 +61,23 @@ def config_to_hf(config: ModelConfig) -> HFConfig:
         "initializer_range": 0.02,
         "use_cache": True,
     }
-    data |= side.write_keys(kind, config)
-    if (
-        config.trainable != ALL_PARAMETERS
-    ):  # made to be trained, so nothing that says how may be lost
+    data |= module.write_keys(kind, config)
+    if config.trainable != ALL_PARAMETERS:  # to be trained further: keep the training settings
         data[TRAINABLE_KEY] = list(config.trainable)
-        if _feeds(config_from_hf(data)) != _feeds(config):
+        if _feed_forwards(config_from_hf(data)) != _feed_forwards(config):
             return HFConfig(
-                _write_own(config), TINSMITH_MODEL_TYPE, "no stock class says how it is trained"
+                _write_tinsmith(config),
+                TINSMITH_MODEL_TYPE,
+                "no stock class stores its training settings",
             )
     return HFConfig(data, kind)
 
 
-def _feeds(config: ModelConfig) -> list[FeedForwardConfig]:
+def _feed_forwards(config: ModelConfig) -> list[FeedForwardConfig]:
     return [layer.feed_forward for layer in config.layers]
 
 
-def _write_own(config: ModelConfig) -> dict[str, Any]:
+def _write_tinsmith(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["TinsmithForCausalLM"],
         "model_type": TINSMITH_MODEL_TYPE,
@@ -89,21 +91,21 @@ def _write_own(config: ModelConfig) -> dict[str, Any]:
 
 
 def why_not_stock(config: ModelConfig) -> str | None:
-    """None where a stock family computes exactly this model, else what stands against it."""
-    for key, value, wanted in (
+    """Return the reason why no stock family computes exactly this model, or None if one does."""
+    for key, value, stock_value in (
         ("norm", config.norm, "rms"),
         ("positions", config.positions, "rope"),
         ("residual", config.residual.kind, Plain().kind),
     ):
-        if value != wanted:
+        if value != stock_value:
             return f"{key} is {value}"
-    first = type(config.layers[0].mixer)
+    mixer_class = type(config.layers[0].mixer)
     for index, layer in enumerate(config.layers):
-        feeds = _FEEDS.get(type(layer.mixer))
-        if feeds is None:
+        stock_classes = _STOCK_FEED_FORWARDS.get(type(layer.mixer))
+        if stock_classes is None:
             return f"layer {index} has mixer {layer.mixer.kind}"
-        if not isinstance(layer.feed_forward, feeds):
+        if not isinstance(layer.feed_forward, stock_classes):
             return f"layer {index} has feed_forward {layer.feed_forward.kind}"
-        if type(layer.mixer) is not first:
+        if type(layer.mixer) is not mixer_class:
             return f"layer {index} is of another shape than layer 0"
-    return _SIDES[first].problem(config)
+    return _FAMILY_MODULES[mixer_class].problem(config)

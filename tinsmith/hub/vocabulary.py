@@ -1,7 +1,7 @@
-"""A tokenizer beside a model: the ids that end a text, and a vocabulary no larger than the model's.
+"""Export a tokenizer beside a model: special token ids, and no ids beyond the embedding.
 
-A foreign tokenizer gets Tinsmith's chat tokens behind its last id when it is loaded; a model that
-was never trained on them may have no rows for them. Such tokens are left out of what is exported.
+Loading a foreign tokenizer adds Tinsmith's chat tokens after its last id. A model that was not
+trained on them may have no embedding rows for them; such tokens are not exported.
 """
 
 import json
@@ -14,39 +14,40 @@ from tinsmith.text.tokenizer import END_OF_TEXT, Tokenizer
 
 
 class SpecialTokenIds(NamedTuple):
-    """Token ids that generation needs; empty and None without a tokenizer."""
+    """Token ids that generation needs; without a tokenizer None and empty."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
     def for_config(self) -> dict[str, Any]:
-        """Keys of config.json. The pad id stays out: transformers would never train that row."""
+        """Return keys of config.json. The pad id is omitted: transformers would never train that
+        row.
+        """
         return {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids) or None}
 
     def for_generation(self) -> dict[str, Any]:
-        """The content of generation_config.json."""
+        """Return the content of generation_config.json."""
         return self.for_config() | {"pad_token_id": self.pad_id}
 
 
 def special_token_ids(tokenizer: Tokenizer | None, vocab_size: int) -> SpecialTokenIds:
-    """The ids of a tokenizer's roles, as far as the model has rows for them."""
+    """Return the special token ids of a tokenizer that are below the model's `vocab_size`."""
     if tokenizer is None:
         return SpecialTokenIds()
-    ends = sorted({tokenizer.end_of_text, tokenizer.end_of_turn})
+    eos_ids = sorted({tokenizer.end_of_text, tokenizer.end_of_turn})
     pad = tokenizer.special(END_OF_TEXT)
     return SpecialTokenIds(
         bos_id=tokenizer.end_of_text if tokenizer.end_of_text < vocab_size else None,
-        eos_ids=tuple(number for number in ends if number < vocab_size),
+        eos_ids=tuple(token_id for token_id in eos_ids if token_id < vocab_size),
         pad_id=pad if pad < vocab_size else None,
     )
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer's files without the added tokens that a model of `vocab_size` rows cannot
-    read.
+    """Write a tokenizer's files without the added tokens whose ids are `vocab_size` or more.
 
-    UserError where the vocabulary proper does not fit either.
+    UserError if the base vocabulary is larger than `vocab_size` too.
     """
     tokenizer.save(folder)
     if tokenizer.vocab_size <= vocab_size:
@@ -56,7 +57,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
     dropped = [token["content"] for token in data["added_tokens"] if token not in kept]
     data["added_tokens"] = kept
     text = json.dumps(data, ensure_ascii=False, indent=2)
-    largest = _largest(text)
+    largest = _largest_id(text)
     if largest >= vocab_size:
         raise UserError(
             f"vocab_size={vocab_size} is too small for the tokenizer, whose ids reach {largest}"
@@ -69,7 +70,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
         (folder / "chat_template.jinja").unlink()
 
 
-def _largest(settings: str) -> int:
+def _largest_id(settings: str) -> int:
     import tokenizers
 
     vocabulary = tokenizers.Tokenizer.from_str(settings).get_vocab(with_added_tokens=True)

@@ -25,32 +25,37 @@ from tinsmith.nn.layers.init import LMHead
 
 
 class TargetWeight(NamedTuple):
-    """A weight that could be meant."""
+    """A weight that a target can match."""
 
     name: str
-    """What targets are compared with: of a linear layer, or of a stack itself."""
+    """The name that targets are compared with: of a linear layer, or of a stack itself."""
     module: nn.Module
     param_name: str
-    """Its name in the module."""
+    """Name of the parameter in the module."""
+
+    @property
+    def full_name(self) -> str:
+        """The name of the parameter in the model."""
+        return f"{self.name}.weight" if isinstance(self.module, nn.Linear) else self.name
 
     def matches(self, target: str) -> bool:
-        """Whether `target` names it."""
+        """Whether `target` matches the weight."""
         if target == "all":
             return isinstance(self.module, nn.Linear)
         return _matches(self.name, target)
 
 
 def match_targets(model: nn.Module, targets: Sequence[str]) -> list[TargetWeight]:
-    """Everything that some target names; UserError where one names nothing."""
+    """Return all weights that some target matches; UserError if a target matches none."""
     known = list(target_weights(model))
     for target in targets:
         if not any(candidate.matches(target) for candidate in known):
             raise UserError(_unknown(model, target, known))
-    return [each for each in known if any(each.matches(target) for target in targets)]
+    return [weight for weight in known if any(weight.matches(target) for target in targets)]
 
 
 def target_weights(model: nn.Module) -> Iterator[TargetWeight]:
-    """All that a target could name."""
+    """Yield the weights of linear layers and the stacks of experts, in model order."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if not isinstance(module, LMHead):
@@ -68,18 +73,18 @@ def _matches(name: str, target: str) -> bool:
 def _unknown(model: nn.Module, target: str, candidates: list[TargetWeight]) -> str:
     short = [re.sub(r"^blocks\.\d+\.", "", candidate.name) for candidate in candidates]
     known = list(dict.fromkeys(short))
-    there = f"there are {', '.join(known)}"
+    available = f"there are {', '.join(known)}"
     if any(_matches(name, target) for name, _ in model.named_modules() if name):
-        return f"lora.targets: '{target}' is not a linear layer that can be adapted; {there}"
+        return f"lora.targets: '{target}' is not a linear layer that can be adapted; {available}"
     hint = did_you_mean(target, [*known, *(name.rpartition(".")[2] for name in known)])
-    return f"lora.targets: '{target}' names no linear layer of this model; {there}{hint}"
+    return f"lora.targets: '{target}' names no linear layer of this model; {available}{hint}"
 
 
 ALL_PARAMETERS = ("*",)
 
 
 class TrainableCounts(NamedTuple):
-    """Numbers in tensors, shared ones once."""
+    """Counts of trainable and frozen parameters; a shared tensor counts once."""
 
     trainable: int
     frozen: int
@@ -89,8 +94,10 @@ class TrainableCounts(NamedTuple):
 
 
 def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze what no pattern names; what a part has frozen itself stays so. UserError for a pattern
-    that names nothing.
+    """Freeze all parameters that no pattern matches; parameters that are frozen already stay
+    frozen.
+
+    UserError for a pattern that matches nothing.
     """
     names = {name: _with_owners(name) for name, _ in model.named_parameters()}
     known = {part for parts in names.values() for part in parts}
@@ -99,16 +106,16 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
             hint = did_you_mean(pattern, sorted(known))
             raise UserError(f"model.trainable: '{pattern}' names no tensor of this model{hint}")
     for name, parameter in model.named_parameters():
-        if not any(fnmatchcase(part, each) for part in names[name] for each in patterns):
+        if not any(fnmatchcase(part, pattern) for part in names[name] for pattern in patterns):
             parameter.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> TrainableCounts:
-    """How much of `model` is trained, and how much is not."""
-    found = {True: 0, False: 0}
+    """Count the trainable and the frozen parameters of `model`."""
+    counts = {True: 0, False: 0}
     for parameter in model.parameters():
-        found[parameter.requires_grad] += parameter.numel()
-    return TrainableCounts(found[True], found[False])
+        counts[parameter.requires_grad] += parameter.numel()
+    return TrainableCounts(counts[True], counts[False])
 
 
 def _with_owners(name: str) -> list[str]:

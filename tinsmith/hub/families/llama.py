@@ -1,5 +1,6 @@
-"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and SwiGLU in every layer; Mixtral and
-Qwen3-MoE: experts.
+"""Translate configs with grouped-query attention in every layer.
+
+Llama, Mistral, Qwen2 and Qwen3 have SwiGLU; Mixtral and Qwen3-MoE have experts.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,16 @@ __all__ = ["FAMILIES", "kind_of", "problem", "read_layers", "read_scaling", "wri
 
 
 class LlamaFamily(NamedTuple):
-    """A stock family: its class, and what transformers assumes where `config.json` is silent."""
+    """A stock family: its class, and the defaults of transformers for keys missing in
+    `config.json`.
+    """
 
     architecture: str
     max_seq_len: int
     kv_heads: int | None = None
     head_dim: int | None = None
     layer_types: bool = False
-    """Each layer says whether it has the window; otherwise all or none have it."""
+    """Whether `layer_types` may give single layers a window; otherwise all or none have one."""
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 
@@ -42,80 +45,86 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_layers(kind: str, keys: ConfigReader) -> tuple[Sequence[Layer], Sequence[Layer]]:
-    """The first layers and the pattern of a family with grouped-query attention."""
+    """Read the layers: the first ones (none here) and the pattern that is repeated."""
     family = FAMILIES[kind]
     heads, depth = keys.positive_int("num_attention_heads"), keys.positive_int("num_hidden_layers")
     kv_heads = keys.optional_positive_int("num_key_value_heads", family.kv_heads)
     if heads % (kv_heads or heads):
         keys.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads={heads}")
-    biased = keys.flag("attention_bias", False) and kind in ("llama", "qwen3", "qwen3_moe")
+    has_bias = keys.flag("attention_bias", False) and kind in ("llama", "qwen3", "qwen3_moe")
     mixer = GQA(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=keys.optional_positive_int("head_dim", family.head_dim),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
-        bias="qkv" if kind == "qwen2" else "all" if biased else "none",
+        bias="qkv" if kind == "qwen2" else "all" if has_bias else "none",
     )
     layers = [
         Layer(mixer=replace(mixer, window=window), feed_forward=feed)
-        for window, feed in zip(_windows(kind, keys, depth), _feeds(kind, keys, depth), strict=True)
+        for window, feed in zip(
+            _windows(kind, keys, depth), _feed_forwards(kind, keys, depth), strict=True
+        )
     ]
     return (), _period(layers)
 
 
-def _feeds(kind: str, keys: ConfigReader, depth: int) -> Sequence[moe.StockFeedForward]:
-    """The feed-forward of every layer."""
+def _feed_forwards(kind: str, keys: ConfigReader, depth: int) -> Sequence[moe.StockFeedForward]:
+    """Read the feed-forward of every layer."""
     if kind == "qwen3_moe":
         return moe.read_qwen3(keys, depth)
     if kind == "mixtral":
         return [moe.read_mixtral(keys)] * depth
-    biased = keys.flag("mlp_bias", False) and kind == "llama"
-    return [SwiGLU(hidden_dim=keys.positive_int("intermediate_size"), bias=biased)] * depth
+    has_bias = keys.flag("mlp_bias", False) and kind == "llama"
+    return [SwiGLU(hidden_dim=keys.positive_int("intermediate_size"), bias=has_bias)] * depth
 
 
 def _windows(kind: str, keys: ConfigReader, depth: int) -> list[int | None]:
-    """The window of every layer."""
+    """Read the attention window of every layer."""
     if kind == "llama":
         width, sliding = None, [False] * depth
     elif kind in ("mistral", "mixtral"):
         width = keys.optional_positive_int("sliding_window", 4096 if kind == "mistral" else None)
         sliding = [width is not None] * depth
     elif kind == "qwen3_moe":
-        used = keys.flag("use_sliding_window", False)
-        width = keys.optional_positive_int("sliding_window", 4096) if used else None
+        use_window = keys.flag("use_sliding_window", False)
+        width = keys.optional_positive_int("sliding_window", 4096) if use_window else None
         sliding = [width is not None] * depth
     else:
-        used = keys.flag("use_sliding_window", False)
-        width = keys.optional_positive_int("sliding_window", 4096) if used else None
-        begin = keys.data.get("max_window_layers", 28)
-        if type(begin) is not int:
-            keys.fail("max_window_layers", f"must be a whole number (got {begin!r:.60})")
-        sliding = [width is not None and layer >= begin for layer in range(depth)]
+        use_window = keys.flag("use_sliding_window", False)
+        width = keys.optional_positive_int("sliding_window", 4096) if use_window else None
+        first_sliding = keys.data.get("max_window_layers", 28)
+        if type(first_sliding) is not int:
+            keys.fail("max_window_layers", f"must be a whole number (got {first_sliding!r:.60})")
+        sliding = [width is not None and layer >= first_sliding for layer in range(depth)]
     types = keys.data.get("layer_types")
     if types is not None:
-        sliding = _reported(types, sliding, keys, FAMILIES[kind].layer_types)
+        sliding = _read_layer_types(types, sliding, keys, FAMILIES[kind].layer_types)
         if width is None and any(sliding):
             keys.fail("layer_types", f"names {SLIDING!r}, but no sliding_window is in use")
-    return [width if slides else None for slides in sliding]
+    return [width if is_sliding else None for is_sliding in sliding]
 
 
-def _reported(types: Any, default: list[bool], keys: ConfigReader, free: bool) -> list[bool]:
-    """`layer_types` as one bool a layer. transformers' Llama and Mistral do not read it, so there
-    it must not say anything new.
+def _read_layer_types(
+    types: Any, default: list[bool], keys: ConfigReader, per_layer: bool
+) -> list[bool]:
+    """Return `layer_types` as one bool for each layer: whether it has a window.
+
+    transformers' Llama and Mistral ignore `layer_types`; for such families (not `per_layer`) it
+    must agree with the default.
     """
     if not isinstance(types, list) or len(types) != len(default):
         keys.fail("layer_types", f"must be a list of {len(default)} names, one a layer")
     for name in types:
         if name not in (FULL, SLIDING):
             keys.fail("layer_types", f"{name!r:.60} is not one of {FULL}, {SLIDING}")
-    reported = [name == SLIDING for name in types]
-    if reported != default and not free:
+    sliding = [name == SLIDING for name in types]
+    if sliding != default and not per_layer:
         keys.fail("layer_types", f"a {keys.data['model_type']} model cannot differ by layer")
-    return reported
+    return sliding
 
 
 def _period(layers: list[Layer]) -> list[Layer]:
-    """The shortest pattern that gives `layers` when it is tiled."""
+    """Return the shortest pattern that gives `layers` when it is repeated."""
     for length in range(1, len(layers)):
         if layers[length:] == layers[:-length]:
             return layers[:length]
@@ -123,9 +132,9 @@ def _period(layers: list[Layer]) -> list[Layer]:
 
 
 def kind_of(config: ModelConfig) -> str:
-    """The family that a model without `problem` is written as."""
+    """Return the `model_type` for a model without `problem`."""
     mixer = _mixers(config)[0]
-    if _routed(config) is not None:
+    if _moe_layer(config) is not None:
         return "qwen3_moe" if mixer.qk_norm else "mixtral"
     if mixer.qk_norm:
         return "qwen3"
@@ -135,8 +144,8 @@ def kind_of(config: ModelConfig) -> str:
 
 
 def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
-    """The keys of grouped-query attention, and those that only some of the families have."""
-    mixers, routed = _mixers(config), _routed(config)
+    """Return the keys of attention, and the keys that only some families have."""
+    mixers, moe_layer = _mixers(config), _moe_layer(config)
     mixer, windows = mixers[0], [mixer.window for mixer in mixers]
     width = max((window for window in windows if window is not None), default=None)
     data: dict[str, Any] = write_rope(config.rope)
@@ -145,29 +154,32 @@ def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
         "head_dim": mixer.resolve_head_dim(config.dim),
     }
     if kind == "llama":
-        data["mlp_bias"] = _biased(config)
+        data["mlp_bias"] = _has_mlp_bias(config)
     if kind in ("llama", "qwen3", "qwen3_moe"):
         data["attention_bias"] = mixer.bias == "all"
     if kind in ("mistral", "mixtral", "qwen3_moe"):
         data["sliding_window"] = width
-    if routed is not None and kind == "mixtral":
-        data |= moe.write_mixtral(routed)
-    if routed is not None and kind == "qwen3_moe":
-        data |= {"use_sliding_window": width is not None} | moe.write_qwen3(routed, config)
+    if moe_layer is not None and kind == "mixtral":
+        data |= moe.write_mixtral(moe_layer)
+    if moe_layer is not None and kind == "qwen3_moe":
+        data |= {"use_sliding_window": width is not None} | moe.write_qwen3(moe_layer, config)
     if FAMILIES[kind].layer_types:
-        first = next((i for i, window in enumerate(windows) if window is not None), config.depth)
+        first_sliding = next(
+            (i for i, window in enumerate(windows) if window is not None), config.depth
+        )
         data |= {
             "use_sliding_window": width is not None,
             "sliding_window": width,
-            "max_window_layers": first,
+            "max_window_layers": first_sliding,
             "layer_types": [FULL if window is None else SLIDING for window in windows],
         }
     return data
 
 
 def problem(config: ModelConfig) -> str | None:
-    """What stands against all these families, of a model of grouped-query attention with SwiGLU
-    or `topk_moe`.
+    """Return a property that none of these families has, or None.
+
+    The model has grouped-query attention with SwiGLU or `topk_moe` in every layer.
     """
     mixers = _mixers(config)
     for index, mixer in enumerate(mixers):
@@ -176,23 +188,23 @@ def problem(config: ModelConfig) -> str | None:
                 return f"layer {index} has {name}"
         if not mixer.rope:
             return f"layer {index} has rope: false"
-        if _alike(config, index) != _alike(config, 0):
+        if _without_window(config, index) != _without_window(config, 0):
             return f"layer {index} is of another shape than layer 0"
-    routed = _routed(config)
+    moe_layer = _moe_layer(config)
     return (
         moe.layer_mismatch(config)
-        or (_no_family(config) if routed is None else moe.problem(routed))
-        or (None if routed is None else _no_routed_family(config, routed))
+        or (_dense_problem(config) if moe_layer is None else moe.problem(moe_layer))
+        or (None if moe_layer is None else _moe_problem(config, moe_layer))
     )
 
 
-def _routed(config: ModelConfig) -> TopKMoE | None:
-    """The experts that some or all layers have."""
+def _moe_layer(config: ModelConfig) -> TopKMoE | None:
+    """Return the experts of the first layer that has experts, or None."""
     feeds = (layer.feed_forward for layer in config.layers)
     return next((feed for feed in feeds if isinstance(feed, TopKMoE)), None)
 
 
-def _biased(config: ModelConfig) -> bool:
+def _has_mlp_bias(config: ModelConfig) -> bool:
     """Whether the dense feed-forwards have biases."""
     feeds = (layer.feed_forward for layer in config.layers)
     return any(isinstance(feed, SwiGLU) and feed.bias for feed in feeds)
@@ -202,22 +214,22 @@ def _mixers(config: ModelConfig) -> list[GQA]:
     return [layer.mixer for layer in config.layers if isinstance(layer.mixer, GQA)]
 
 
-def _alike(config: ModelConfig, index: int) -> GQA:
-    """A layer's mixer with its window set aside and its derived sizes written out."""
+def _without_window(config: ModelConfig, index: int) -> GQA:
+    """Return a layer's mixer without its window and with its default sizes resolved."""
     mixer = _mixers(config)[index]
     return replace(
         mixer, kv_heads=mixer.num_kv_heads, head_dim=mixer.resolve_head_dim(config.dim), window=None
     )
 
 
-def _no_family(config: ModelConfig) -> str | None:
-    """What no family has, of a model whose layers are alike but for their windows."""
-    mixers, feed_biased = _mixers(config), _biased(config)
+def _dense_problem(config: ModelConfig) -> str | None:
+    """Return a property that no dense family has; the layers differ only in their windows."""
+    mixers, has_mlp_bias = _mixers(config), _has_mlp_bias(config)
     mixer, windows = mixers[0], {mixer.window for mixer in mixers}
     if len(windows - {None}) > 1:
         return f"windows of {len(windows - {None})} widths"
-    plain_llama = not mixer.qk_norm and mixer.bias != "qkv"
-    if feed_biased and not plain_llama:
+    is_llama = not mixer.qk_norm and mixer.bias != "qkv"
+    if has_mlp_bias and not is_llama:
         return "feed_forward.bias beside q/k norms or q/k/v biases"
     if mixer.qk_norm:
         return "q/k norms beside q/k/v biases" if mixer.bias == "qkv" else None
@@ -225,20 +237,20 @@ def _no_family(config: ModelConfig) -> str | None:
         return None
     if len(windows) > 1:
         return "windows on some layers only, without q/k norms or q/k/v biases"
-    biased = mixer.bias == "all" or feed_biased
-    if biased and windows != {None}:
+    has_bias = mixer.bias == "all" or has_mlp_bias
+    if has_bias and windows != {None}:
         return "windows beside biases"
-    if biased and config.dim % mixer.heads:
+    if has_bias and config.dim % mixer.heads:
         return f"biases, and dim={config.dim} is no multiple of heads={mixer.heads}"
     return None
 
 
-def _no_routed_family(config: ModelConfig, routed: TopKMoE) -> str | None:
-    """What neither Qwen3-MoE nor Mixtral has, of a model with experts."""
+def _moe_problem(config: ModelConfig, moe_layer: TopKMoE) -> str | None:
+    """Return a property that neither Qwen3-MoE nor Mixtral has, of a model with experts."""
     mixer = _mixers(config)[0]
     if len({mixer.window for mixer in _mixers(config)}) > 1:
         return "windows on some layers only, beside experts"
-    if _biased(config):
+    if _has_mlp_bias(config):
         return "feed_forward.bias beside experts"
     if mixer.qk_norm:
         return "q/k norms beside q/k/v biases" if mixer.bias == "qkv" else None
@@ -246,6 +258,6 @@ def _no_routed_family(config: ModelConfig, routed: TopKMoE) -> str | None:
         return "biases beside experts, without q/k norms"
     if not all(isinstance(layer.feed_forward, TopKMoE) for layer in config.layers):
         return "dense layers beside experts, without q/k norms"
-    if not routed.norm_topk_prob or routed.top_k == 1:
+    if not moe_layer.norm_topk_prob or moe_layer.top_k == 1:
         return "raw weights of experts, without q/k norms"
     return None

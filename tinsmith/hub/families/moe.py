@@ -1,16 +1,11 @@
-"""The experts of Qwen3-MoE, Mixtral and DeepSeek-V3: what `config.json` says of them.
+"""Translate the MoE keys of `config.json`: Mixtral, Qwen3-MoE and DeepSeek-V3.
 
-Stacks of experts: Tinsmith keeps (E, O, I) in one tensor, Hugging Face's files one per expert.
-
-blocks.3.feed.experts.up_proj.weight  <->  blocks.3.feed.experts.0.up_proj.weight, ...
+Each family has `read_FAMILY` (keys to feed-forward config) and `write_FAMILY` (the inverse); the
+functions below them are shared. `families.names` translates the tensors.
 """
 
-import re
 from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from tinsmith.hub.keys import ConfigReader
 from tinsmith.nn.config import ModelConfig
@@ -23,96 +18,88 @@ StockFeedForward = SwiGLU | TopKMoE | DeepSeekMoE
 
 
 def read_mixtral(keys: ConfigReader) -> TopKMoE:
-    """The experts of every layer."""
+    """Read the experts of Mixtral, which are the same in every layer."""
     keys.check_allowed("router_jitter_noise", (0, 0.0))
-    chosen = keys.positive_int("num_experts_per_tok", 2)
-    _refuse_one(keys, "num_experts_per_tok", chosen, True)
+    top_k = keys.positive_int("num_experts_per_tok", 2)
+    _refuse_renormalised_top1(keys, "num_experts_per_tok", top_k, True)
     return TopKMoE(
         experts=keys.positive_int("num_local_experts", 8),
-        top_k=chosen,
+        top_k=top_k,
         hidden_dim=keys.positive_int("intermediate_size"),
         balance_weight=keys.number("router_aux_loss_coef", 0.001, above=-1),
     )
 
 
-def read_qwen3(keys: ConfigReader, depth: int) -> list[StockFeedForward]:
-    """Of each layer its experts, or the dense feed-forward that it has instead."""
-    chosen, renormalise = (
-        keys.positive_int("num_experts_per_tok", 8),
-        keys.flag("norm_topk_prob", False),
-    )
-    _refuse_one(keys, "norm_topk_prob", chosen, renormalise)
-    name = "num_experts" if keys.data.get("num_experts") is not None else "num_local_experts"
-    routed = TopKMoE(
-        experts=keys.positive_int(name, 128),
-        top_k=chosen,
-        hidden_dim=keys.positive_int("moe_intermediate_size", 768),
-        norm_topk_prob=renormalise,
-        balance_weight=keys.number("router_aux_loss_coef", 0.001, above=-1),
-    )
-    every, only = (
-        keys.positive_int("decoder_sparse_step", 1),
-        keys.data.get("mlp_only_layers") or [],
-    )
-    if not isinstance(only, list) or any(type(index) is not int for index in only):
-        keys.fail("mlp_only_layers", f"must be a list of layers (got {only!r:.60})")
-    sparse = [index not in only and (index + 1) % every == 0 for index in range(depth)]
-    dense = routed if all(sparse) else SwiGLU(hidden_dim=keys.positive_int("intermediate_size"))
-    return [routed if chosen else dense for chosen in sparse]
-
-
-def read_deepseek(keys: ConfigReader) -> DeepSeekMoE:
-    """The experts of the layers that have some."""
-    keys.check_allowed("scoring_func", ("sigmoid",))
-    keys.check_allowed("topk_method", ("noaux_tc",))
-    keys.check_allowed("moe_layer_freq", (1,))
-    chosen, renormalise = (
-        keys.positive_int("num_experts_per_tok", 8),
-        keys.flag("norm_topk_prob", True),
-    )
-    _refuse_one(keys, "norm_topk_prob", chosen, renormalise)
-    return DeepSeekMoE(
-        experts=keys.positive_int("n_routed_experts", 256),
-        top_k=chosen,
-        hidden_dim=keys.positive_int("moe_intermediate_size", 2048),
-        n_shared_experts=keys.positive_int("n_shared_experts", 1),
-        norm_topk_prob=renormalise,
-        routed_scaling_factor=keys.number("routed_scaling_factor", 2.5),
-        n_group=keys.positive_int("n_group", 8),
-        topk_group=keys.positive_int("topk_group", 4),
-    )
-
-
-def _refuse_one(keys: ConfigReader, key: str, chosen: int, renormalise: bool) -> None:
-    if renormalise and chosen == 1:
-        keys.fail(key, "one expert a token, renormalised, has weight 1; here it has its own score")
-
-
 def write_mixtral(feed: TopKMoE) -> dict[str, Any]:
-    """The keys of its experts, beside `intermediate_size`."""
+    """Return the keys of Mixtral's experts, except `intermediate_size`."""
     return {
         "num_local_experts": feed.experts,
         "num_experts_per_tok": feed.top_k,
-        "router_aux_loss_coef": _switch_weight(feed),
+        "router_aux_loss_coef": _router_aux_loss_coef(feed),
     }
 
 
+def read_qwen3(keys: ConfigReader, depth: int) -> list[StockFeedForward]:
+    """Read the feed-forward of every layer of Qwen3-MoE: experts, or a dense one."""
+    top_k = keys.positive_int("num_experts_per_tok", 8)
+    norm_topk_prob = keys.flag("norm_topk_prob", False)
+    _refuse_renormalised_top1(keys, "norm_topk_prob", top_k, norm_topk_prob)
+    name = "num_experts" if keys.data.get("num_experts") is not None else "num_local_experts"
+    routed = TopKMoE(
+        experts=keys.positive_int(name, 128),
+        top_k=top_k,
+        hidden_dim=keys.positive_int("moe_intermediate_size", 768),
+        norm_topk_prob=norm_topk_prob,
+        balance_weight=keys.number("router_aux_loss_coef", 0.001, above=-1),
+    )
+    step = keys.positive_int("decoder_sparse_step", 1)
+    dense_layers = keys.data.get("mlp_only_layers") or []
+    if not isinstance(dense_layers, list) or any(type(index) is not int for index in dense_layers):
+        keys.fail("mlp_only_layers", f"must be a list of layers (got {dense_layers!r:.60})")
+    is_sparse = [index not in dense_layers and (index + 1) % step == 0 for index in range(depth)]
+    dense = routed if all(is_sparse) else SwiGLU(hidden_dim=keys.positive_int("intermediate_size"))
+    return [routed if sparse else dense for sparse in is_sparse]
+
+
 def write_qwen3(feed: TopKMoE, config: ModelConfig) -> dict[str, Any]:
-    """The keys of its experts, and which layers are dense."""
-    feeds = [layer.feed_forward for layer in config.layers]
+    """Return the keys of Qwen3-MoE's experts and the list of its dense layers."""
     return {
         "num_experts": feed.experts,
         "num_experts_per_tok": feed.top_k,
         "moe_intermediate_size": feed.hidden_dim,
         "norm_topk_prob": feed.norm_topk_prob and feed.top_k > 1,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [index for index, one in enumerate(feeds) if isinstance(one, SwiGLU)],
-        "router_aux_loss_coef": _switch_weight(feed),
+        "mlp_only_layers": [
+            index
+            for index, layer in enumerate(config.layers)
+            if isinstance(layer.feed_forward, SwiGLU)
+        ],
+        "router_aux_loss_coef": _router_aux_loss_coef(feed),
     }
 
 
+def read_deepseek(keys: ConfigReader) -> DeepSeekMoE:
+    """Read the experts of DeepSeek-V3, for the layers that have experts."""
+    keys.check_allowed("scoring_func", ("sigmoid",))
+    keys.check_allowed("topk_method", ("noaux_tc",))
+    keys.check_allowed("moe_layer_freq", (1,))
+    top_k = keys.positive_int("num_experts_per_tok", 8)
+    norm_topk_prob = keys.flag("norm_topk_prob", True)
+    _refuse_renormalised_top1(keys, "norm_topk_prob", top_k, norm_topk_prob)
+    return DeepSeekMoE(
+        experts=keys.positive_int("n_routed_experts", 256),
+        top_k=top_k,
+        hidden_dim=keys.positive_int("moe_intermediate_size", 2048),
+        n_shared_experts=keys.positive_int("n_shared_experts", 1),
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=keys.number("routed_scaling_factor", 2.5),
+        n_group=keys.positive_int("n_group", 8),
+        topk_group=keys.positive_int("topk_group", 4),
+    )
+
+
 def write_deepseek(feed: DeepSeekMoE) -> dict[str, Any]:
-    """The keys of its experts."""
+    """Return the keys of DeepSeek-V3's experts."""
     return {
         "n_routed_experts": feed.experts,
         "num_experts_per_tok": feed.top_k,
@@ -127,43 +114,26 @@ def write_deepseek(feed: DeepSeekMoE) -> dict[str, Any]:
     }
 
 
-def _switch_weight(feed: TopKMoE) -> float:
+def _refuse_renormalised_top1(
+    keys: ConfigReader, key: str, top_k: int, norm_topk_prob: bool
+) -> None:
+    """Refuse renormalised top-1 routing: Tinsmith weights a single expert by its score."""
+    if norm_topk_prob and top_k == 1:
+        keys.fail(key, "one expert a token, renormalised, has weight 1; here it has its own score")
+
+
+def _router_aux_loss_coef(feed: TopKMoE) -> float:
     return feed.balance_weight if feed.balance == "switch" else 0.0
 
 
 def intermediate_size(config: ModelConfig) -> int:
-    """`intermediate_size`: of the dense layers, or of experts where there are none."""
+    """Return the width of the dense layers, or of the experts if no layer is dense."""
     feeds = [layer.feed_forward for layer in config.layers]
     return next((feed for feed in feeds if isinstance(feed, SwiGLU)), feeds[0]).hidden_dim
 
 
-def without_training_settings(feed: FeedForwardConfigBase) -> FeedForwardConfigBase:
-    """A feed-forward with what only acts in training set aside."""
-    if isinstance(feed, TopKMoE):
-        return replace(feed, balance="none", balance_weight=0.0, z_weight=0.0)
-    if isinstance(feed, DeepSeekMoE):
-        return replace(
-            feed,
-            bias_update_speed=0.0,
-            balance_weight=0.0,
-            noise=0.0,
-            topk_group=feed.num_topk_groups,
-        )
-    return feed
-
-
-def layer_mismatch(config: ModelConfig) -> str | None:
-    """The first feed-forward that differs from an earlier one of its kind."""
-    first: dict[str, FeedForwardConfigBase] = {}
-    for index, layer in enumerate(config.layers):
-        feed = without_training_settings(layer.feed_forward)
-        if first.setdefault(layer.feed_forward.kind, feed) != feed:
-            return f"layer {index} is of another shape than layer 0"
-    return None
-
-
 def problem(feed: TopKMoE | DeepSeekMoE) -> str | None:
-    """What no stock family has, of one layer's experts."""
+    """Return a property of one layer's experts that no stock family has, or None."""
     if feed.activation != "swiglu":
         return f"experts of {feed.activation}"
     if isinstance(feed, TopKMoE):
@@ -175,34 +145,26 @@ def problem(feed: TopKMoE | DeepSeekMoE) -> str | None:
     return "groups of one expert" if feed.experts == feed.n_group else None
 
 
-_STACK = re.compile(r"(.*\.feed\.experts)\.([a-z_]+\.weight)")
-
-_SLICE = re.compile(r"(.*\.feed\.experts)\.(\d+)\.([a-z_]+\.weight)")
-
-
-def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every stack as one tensor per expert, views of it; the rest as it is."""
-    parts: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        match = _STACK.fullmatch(name)
-        if match is None:
-            parts[name] = tensor
-        else:
-            parts |= {f"{match[1]}.{e}.{match[2]}": matrix for e, matrix in enumerate(tensor)}
-    return parts
+def layer_mismatch(config: ModelConfig) -> str | None:
+    """Describe the first feed-forward that differs from an earlier one of its kind."""
+    first: dict[str, FeedForwardConfigBase] = {}
+    for index, layer in enumerate(config.layers):
+        feed = without_training_settings(layer.feed_forward)
+        if first.setdefault(layer.feed_forward.kind, feed) != feed:
+            return f"layer {index} is of another shape than layer 0"
+    return None
 
 
-def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `apart`."""
-    whole: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in state.items():
-        match = _SLICE.fullmatch(name)
-        if match is None:
-            whole[name] = tensor
-        else:
-            stacks.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
-    return whole | {
-        name: torch.stack([matrices[e] for e in range(len(matrices))])
-        for name, matrices in stacks.items()
-    }
+def without_training_settings(feed: FeedForwardConfigBase) -> FeedForwardConfigBase:
+    """Return a feed-forward config without the settings that act in training only."""
+    if isinstance(feed, TopKMoE):
+        return replace(feed, balance="none", balance_weight=0.0, z_weight=0.0)
+    if isinstance(feed, DeepSeekMoE):
+        return replace(
+            feed,
+            bias_update_speed=0.0,
+            balance_weight=0.0,
+            noise=0.0,
+            topk_group=feed.num_topk_groups,
+        )
+    return feed

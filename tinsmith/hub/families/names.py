@@ -1,9 +1,13 @@
-"""Tensor names: Tinsmith's and those of Hugging Face's families, one to one.
+"""Translate tensor names between Tinsmith and Hugging Face's families, one to one.
 
-A table lists modules, and `WHOLE` lists tensors. `{}` stands for the index of a block or expert.
-`.weight` and `.bias` are the same on both sides. Hugging Face files hold each expert of a stack as
-a tensor of its own (`families.moe`). Values are equal too, except for the rotated parts of
-DeepSeek's projections, whose rows are in another order.
+`*_NAMES` map modules and `*_TENSOR_NAMES` map tensors. `{}` stands for the index of a block or an
+expert. `.weight` and `.bias` are the same on both sides. Tinsmith stores the experts of a layer as
+one stack (E, O, I), Hugging Face files store a tensor for each expert:
+
+    blocks.3.feed.experts.up_proj.weight  <->  blocks.3.feed.experts.0.up_proj.weight, ...
+
+Values are equal, except for the rotated parts of DeepSeek's projections, whose rows are in another
+order.
 """
 
 import re
@@ -13,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinsmith.hub.families import moe
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.mixers.mla import MLA
 
@@ -36,23 +39,25 @@ LLAMA_NAMES = {
 """Llama, Mistral, Qwen2 and Qwen3."""
 
 
-def _experts(theirs: str, gate: str, up: str, down: str) -> dict[str, str]:
-    """The router and the experts of a family that keeps them in its module `theirs`."""
-    ours, place = "blocks.{}.feed", f"model.layers.{{}}.{theirs}"
+def _expert_names(hf_module: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """Return the names of router and experts of a family whose MoE module is `hf_module`."""
+    feed, hf_feed = "blocks.{}.feed", f"model.layers.{{}}.{hf_module}"
     matrices = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    return {f"{ours}.router": f"{place}.gate"} | {
-        f"{ours}.experts.{{}}.{mine}": f"{place}.experts.{{}}.{name}"
-        for mine, name in matrices.items()
+    return {f"{feed}.router": f"{hf_feed}.gate"} | {
+        f"{feed}.experts.{{}}.{name}": f"{hf_feed}.experts.{{}}.{hf_name}"
+        for name, hf_name in matrices.items()
     }
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-QWEN3_MOE_NAMES = LLAMA_NAMES | _experts("mlp", *_PROJECTIONS)
+QWEN3_MOE_NAMES = LLAMA_NAMES | _expert_names("mlp", *_PROJECTIONS)
 MIXTRAL_NAMES = {
-    ours: theirs for ours, theirs in LLAMA_NAMES.items() if ".feed." not in ours
-} | _experts("block_sparse_moe", "w1", "w3", "w2")
+    name: hf_name for name, hf_name in LLAMA_NAMES.items() if ".feed." not in name
+} | _expert_names("block_sparse_moe", "w1", "w3", "w2")
 
-DEEPSEEK_NAMES = {ours: theirs for ours, theirs in LLAMA_NAMES.items() if ".mixer." not in ours} | {
+DEEPSEEK_NAMES = {
+    name: hf_name for name, hf_name in LLAMA_NAMES.items() if ".mixer." not in name
+} | {
     "blocks.{}.mixer.queries.straight": "model.layers.{}.self_attn.q_proj",
     "blocks.{}.mixer.queries.down": "model.layers.{}.self_attn.q_a_proj",
     "blocks.{}.mixer.queries.norm": "model.layers.{}.self_attn.q_a_layernorm",
@@ -61,7 +66,7 @@ DEEPSEEK_NAMES = {ours: theirs for ours, theirs in LLAMA_NAMES.items() if ".mixe
     "blocks.{}.mixer.keys.norm": "model.layers.{}.self_attn.kv_a_layernorm",
     "blocks.{}.mixer.keys.up": "model.layers.{}.self_attn.kv_b_proj",
     "blocks.{}.mixer.o_proj": "model.layers.{}.self_attn.o_proj",
-    **_experts("mlp", *_PROJECTIONS),
+    **_expert_names("mlp", *_PROJECTIONS),
     **{
         f"blocks.{{}}.feed.shared.{name}": f"model.layers.{{}}.mlp.shared_experts.{name}"
         for name in _PROJECTIONS
@@ -69,10 +74,42 @@ DEEPSEEK_NAMES = {ours: theirs for ours, theirs in LLAMA_NAMES.items() if ".mixe
 }
 """DeepSeek-V2 and V3."""
 DEEPSEEK_TENSOR_NAMES = {"blocks.{}.feed.bias": "model.layers.{}.mlp.gate.e_score_correction_bias"}
-"""Tensors that are no module's weight or bias on one of the sides."""
+"""Tensors that are not the weight or bias of a module on one of the sides."""
 
 
-def _same(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+_STACK = re.compile(r"(.*\.feed\.experts)\.([a-z_]+\.weight)")
+_EXPERT = re.compile(r"(.*\.feed\.experts)\.(\d+)\.([a-z_]+\.weight)")
+
+
+def _split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split every stack (E, O, I) into one tensor for each expert, views of the stack."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = _STACK.fullmatch(name)
+        if match is None:
+            result[name] = tensor
+        else:
+            result |= {f"{match[1]}.{e}.{match[2]}": matrix for e, matrix in enumerate(tensor)}
+    return result
+
+
+def _stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the tensors of experts; the inverse of `_split_experts`."""
+    others: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            others[name] = tensor
+        else:
+            stacks.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+    return others | {
+        name: torch.stack([matrices[e] for e in range(len(matrices))])
+        for name, matrices in stacks.items()
+    }
+
+
+def _same_tensor(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return tensor
 
 
@@ -80,49 +117,55 @@ TensorTransform = Callable[[str, Tensor, ModelConfig], Tensor]
 StateDict = dict[str, Tensor]
 
 
-def _whole(state: StateDict) -> StateDict:
+def _same_state(state: StateDict) -> StateDict:
     return state
 
 
 class NameMap(NamedTuple):
-    """A family's names, and what becomes of a tensor (by Tinsmith's name) on the way. The first
-    two raise KeyError on a name that has no counterpart. They name what `apart` gives.
+    """The tensor names of a family, and transforms of its tensors (by Tinsmith's name).
+
+    `to_hf_name` and `from_hf_name` raise KeyError for unknown names; they take the names that
+    `split_experts` returns.
     """
 
     to_hf_name: Callable[[str], str]
     from_hf_name: Callable[[str], str]
-    to_hf_tensor: TensorTransform = _same
-    from_hf_tensor: TensorTransform = _same
-    split_experts: Callable[[StateDict], StateDict] = _whole
-    stack_experts: Callable[[StateDict], StateDict] = _whole
+    to_hf_tensor: TensorTransform = _same_tensor
+    from_hf_tensor: TensorTransform = _same_tensor
+    split_experts: Callable[[StateDict], StateDict] = _same_state
+    stack_experts: Callable[[StateDict], StateDict] = _same_state
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def _mapped(table: dict[str, str], whole: dict[str, str]) -> Callable[[str], str]:
+def _translator(module_names: dict[str, str], tensor_names: dict[str, str]) -> Callable[[str], str]:
     def convert(name: str) -> str:
-        numbers = _NUMBER.findall(name)
-        if (tensor := whole.get(_NUMBER.sub("{}", name))) is not None and "{" not in name:
-            return tensor.format(*numbers)
-        module, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias") or "{" in module:
+        indices = _INDEX.findall(name)
+        if (target := tensor_names.get(_INDEX.sub("{}", name))) is not None and "{" not in name:
+            return target.format(*indices)
+        module, _, suffix = name.rpartition(".")
+        if suffix not in ("weight", "bias") or "{" in module:
             raise KeyError(name)
-        return f"{table[_NUMBER.sub('{}', module)].format(*numbers)}.{leaf}"
+        return f"{module_names[_INDEX.sub('{}', module)].format(*indices)}.{suffix}"
 
     return convert
 
 
-def _from_table(table: dict[str, str], whole: dict[str, str] | None = None) -> NameMap:
-    """Stacks of experts lie apart in the files of every family."""
-    tensors = whole or {}
-    theirs = _mapped(table, tensors)
-    ours = _mapped(_inverse(table), _inverse(tensors))
-    return NameMap(theirs, ours, split_experts=moe.split_experts, stack_experts=moe.stack_experts)
+def _from_table(
+    module_names: dict[str, str], tensor_names: dict[str, str] | None = None
+) -> NameMap:
+    """Return the name map of a stock family, whose files store every expert separately."""
+    tensors = tensor_names or {}
+    to_hf_name = _translator(module_names, tensors)
+    from_hf_name = _translator(_inverse(module_names), _inverse(tensors))
+    return NameMap(
+        to_hf_name, from_hf_name, split_experts=_split_experts, stack_experts=_stack_experts
+    )
 
 
 def _inverse(table: dict[str, str]) -> dict[str, str]:
-    inverse = {theirs: ours for ours, theirs in table.items()}
+    inverse = {hf_name: name for name, hf_name in table.items()}
     assert len(inverse) == len(table)
     return inverse
 
@@ -134,38 +177,40 @@ def _without_prefix(name: str) -> str:
 
 
 _PREFIX = "lm."
-"""Where `hub.auto.TinsmithForCausalLM` holds the model."""
+"""Prefix of the model inside `hub.auto.TinsmithForCausalLM`."""
 
 IDENTITY_MAP = NameMap(str, str)
-"""A checkpoint's: Tinsmith's own."""
+"""The names of a checkpoint, which are Tinsmith's own."""
 
-_TURNED = re.compile(r"blocks\.(\d+)\.mixer\.(queries\.up|queries\.straight|keys\.down)\.weight")
+_ROTATED = re.compile(r"blocks\.(\d+)\.mixer\.(queries\.up|queries\.straight|keys\.down)\.weight")
 
 
-def _reordered(
+def _reorder_rotated(
     name: str, tensor: Tensor, config: ModelConfig, table: Callable[[int], Tensor]
 ) -> Tensor:
-    """The rows that are turned, the last of every head's (keys have one), read by columns of a
-    table of their numbers.
+    """Reorder the rotated rows of a projection, the last ones of every head (keys have one head).
+
+    The new order is `table(rope_dim)`, a table of row indices, read column by column.
     """
-    match = _TURNED.fullmatch(name)
+    match = _ROTATED.fullmatch(name)
     mixer = config.layers[int(match[1]) if match else 0].mixer
     if match is None or not isinstance(mixer, MLA):
         return tensor
     order = table(mixer.rope_dim).T.flatten().to(tensor.device)
     rows = tensor.unflatten(0, (1 if match[2] == "keys.down" else mixer.heads, -1))
-    kept = rows.shape[1] - mixer.rope_dim
-    turned = rows[:, kept:][:, order]
-    return torch.cat((rows[:, :kept], turned), 1).flatten(0, 1)
+    num_unrotated = rows.shape[1] - mixer.rope_dim
+    rotated = rows[:, num_unrotated:][:, order]
+    return torch.cat((rows[:, :num_unrotated], rotated), 1).flatten(0, 1)
 
 
 def _to_pairs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Half-split, i turns with i + R/2, to DeepSeek's pairs, 2i with 2i + 1."""
-    return _reordered(name, tensor, config, lambda width: torch.arange(width).view(2, -1))
+    """Reorder half-split pairs (i rotates with i + R/2) to DeepSeek's pairs (2i with 2i + 1)."""
+    return _reorder_rotated(name, tensor, config, lambda width: torch.arange(width).view(2, -1))
 
 
 def _to_halves(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    return _reordered(name, tensor, config, lambda width: torch.arange(width).view(-1, 2))
+    """Reorder DeepSeek's pairs to half-split pairs, the inverse of `_to_pairs`."""
+    return _reorder_rotated(name, tensor, config, lambda width: torch.arange(width).view(-1, 2))
 
 
 _DEEPSEEK = _from_table(DEEPSEEK_NAMES, DEEPSEEK_TENSOR_NAMES)._replace(
@@ -181,4 +226,4 @@ NAME_MAPS = {
     "deepseek_v3": _DEEPSEEK,
     "tinsmith": NameMap(lambda name: _PREFIX + name, _without_prefix),
 }
-"""By `model_type` of config.json."""
+"""Name maps by the `model_type` of config.json."""

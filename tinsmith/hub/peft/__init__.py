@@ -1,1 +1,1 @@
-"""LoRA adapters in PEFT's format."""
+"""Read and write LoRA adapters in PEFT's format."""
