@@ -138,15 +138,15 @@ def test_A3_gates_look_at_their_own_token_only():
     x = noise(1, TOKENS, DIM)
     changed = x.clone()
     changed[:, 10] += 1.0
-    moved = (mixer._mixed(changed, output) - mixer._mixed(x, output)).abs().amax((0, 2, 3)) > 0
+    moved = (mixer._mix(changed, output) - mixer._mix(x, output)).abs().amax((0, 2, 3)) > 0
     assert moved.nonzero().flatten().tolist() == [10]
 
 
 def test_softmax_gates_sum_to_one_and_sigmoid_gates_need_not():
     ones = [torch.ones(1, TOKENS, 2, 5, dtype=torch.float64)] * 3
     x = noise(1, TOKENS, DIM)
-    close(mixer_of(Hybrid(**SMALL))._mixed(x, ones), ones[0])
-    total = mixer_of(Hybrid(**SMALL, gate="sigmoid"))._mixed(x, ones)
+    close(mixer_of(Hybrid(**SMALL))._mix(x, ones), ones[0])
+    total = mixer_of(Hybrid(**SMALL, gate="sigmoid"))._mix(x, ones)
     assert (total - 1).abs().min() > 1e-6
 
 
@@ -267,8 +267,8 @@ def test_it_compiles_as_a_whole():
     ("sizes", "output"),
     [
         ({"mode": "nsa", "branches": ("window",)}, "give mode=nsa or branches, not both"),
-        ({"branches": ()}, "branches=\\[\\] must be some, each once"),
-        ({"branches": ("window", "window")}, "must be some, each once"),
+        ({"branches": ()}, "branches=\\[\\] must name at least one branch, each once"),
+        ({"branches": ("window", "window")}, "must name at least one branch, each once"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"compress_block": 0}, "compress_block=0 must be at least 1"),
         ({"index_topk": 0}, "index_topk=0 must be at least 1"),

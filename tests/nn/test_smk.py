@@ -511,7 +511,7 @@ def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
         ({"candidates": "all"}, "candidates=all needs router_grad=smk, sml or both"),
         (
             {"experts": 1, "router_grad": "smk"},
-            "router_grad=smk compares experts; experts=1 is one",
+            "router_grad=smk compares experts, so experts=1 is too few",
         ),
         ({"router_grad": "tsk"}, "router_grad"),
         ({"hidden_dim": 0}, "hidden_dim=0 must be at least 1"),

@@ -1,16 +1,16 @@
-"""Low-rank adapters (LoRA: Hu et al., 2106.09685), added to any model by a pass over its modules.
+"""Low-rank adapters (LoRA: Hu et al., 2106.09685), added to the modules of any model.
 
     y = W x + s B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) (rsLoRA, 2312.03732)
 
-W is frozen, and B is initialised to 0. A linear layer computes the two small products, a router in
-its own precision. Code that reads a weight directly gets W + s B A: absorbed latents, oneDNN's
-layout (`infer.onednn_weights`), and stacks of experts, where each expert has its own A and B
-(PEFT's `target_parameters`).
+W is frozen, and B is initialised to 0. A linear layer computes the two small products; a router
+does so in its own precision. Code that reads a weight directly gets W + s B A: absorbed queries of
+latent attention, oneDNN's layout (`infer.onednn_weights`), and stacks of experts, where each expert
+has its own A and B (PEFT's `target_parameters`).
 
-An adapted module has its own class with an adapter in `module.lora[parameter]`, so that W keeps its
-name and place: state has `q_proj.weight` as before and `q_proj.lora.weight.A` and `.B` beside it.
+An adapted module gets a class of its own and an adapter in `module.lora[parameter]`, so W keeps its
+name: the state dict has `q_proj.weight` as before, and `q_proj.lora.weight.A` and `.B`.
 
-Legend: E experts (not there for linear layers), O and I the last two sides of a weight as it is
+Legend: E experts (absent for linear layers), O and I the last two dimensions of a weight as it is
 stored, R rank.
 """
 
@@ -36,11 +36,11 @@ from tinsmith.nn.precision import at_least_fp32, no_autocast
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Config):
-    """Which weights are adapted, and how.
+    """Which weights get adapters, and their hyperparameters.
 
-    A target, one or several, is the last name or names of a linear layer (`q_proj`, `mixer.q_proj`)
-    or of a stack of experts, or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is
-    every linear layer.
+    A target is the last part of the name of a linear layer (`q_proj`, `mixer.q_proj`) or of a stack
+    of experts, or a pattern over the whole name (`blocks.[0-3].mixer.*`); `all` is every linear
+    layer. There may be one target or several.
     """
 
     targets: str | tuple[str, ...] = "all"
@@ -66,7 +66,7 @@ class LoRA(Config):
 
 
 class LoRAWeights(NamedTuple):
-    """What an adapter has learned."""
+    """The weights of an adapter."""
 
     A: Tensor
     """(E, R, I)"""
@@ -74,47 +74,47 @@ class LoRAWeights(NamedTuple):
     """(E, O, R)"""
 
     def merged_weight(self, weight_EOI: Tensor, scaling: float) -> Tensor:
-        """W + s B A, formed in at least float32, in the dtype of W."""
-        kind = at_least_fp32(weight_EOI.dtype)
+        """Return W + s B A, computed in at least float32, in the dtype of W."""
+        dtype = at_least_fp32(weight_EOI.dtype)
         with no_autocast(weight_EOI.device):
-            delta_EOI = self.B.to(kind) @ self.A.to(kind) * scaling
-            return (weight_EOI.to(kind) + delta_EOI).to(weight_EOI.dtype)
+            delta_EOI = self.B.to(dtype) @ self.A.to(dtype) * scaling
+            return (weight_EOI.to(dtype) + delta_EOI).to(weight_EOI.dtype)
 
 
 class Adapter(nn.Module):
-    """A and B of one weight, in at least float32: A uniform as Kaiming has it, B zero."""
+    """A and B of one weight, in at least float32: A is Kaiming-uniform, B is 0."""
 
     ROLE: ClassVar[Literal["matrix"]] = "matrix"
 
     def __init__(self, weight_EOI: Tensor, config: LoRA):
         super().__init__()
         *stack, rows, columns = weight_EOI.shape
-        made = {"dtype": at_least_fp32(weight_EOI.dtype), "device": weight_EOI.device}
-        self.A = nn.Parameter(torch.empty(*stack, config.rank, columns, **made))
-        self.B = nn.Parameter(torch.zeros(*stack, rows, config.rank, **made))
+        factory = {"dtype": at_least_fp32(weight_EOI.dtype), "device": weight_EOI.device}
+        self.A = nn.Parameter(torch.empty(*stack, config.rank, columns, **factory))
+        self.B = nn.Parameter(torch.zeros(*stack, rows, config.rank, **factory))
         nn.init.uniform_(self.A, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
         self.scaling, self.dropout = config.scaling, config.dropout
         self.enabled = True
         self.original: Tensor | None = None
-        """W, while the adapter is merged into its place."""
+        """W, while the adapter is merged into the weight."""
 
     @property
     def is_active(self) -> bool:
-        """Whether it has something to add."""
+        """Whether the adapter is enabled and not merged."""
         return self.enabled and self.original is None
 
     def merged_weight(self, weight_EOI: Tensor) -> Tensor:
-        """W + s B A."""
+        """Return W + s B A in the dtype of W."""
         return LoRAWeights(self.A, self.B).merged_weight(weight_EOI, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        """s B A dropout(x), (..., I) -> (..., O), for linear layers."""
+        """Return s B A dropout(x), (..., I) to (..., O), for linear layers."""
         low = F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.A)
         return F.linear(low, self.B) * self.scaling
 
 
 class Adapted(nn.Module):
-    """A module some of whose weights have adapters, in `lora` by name."""
+    """A module with adapters in `lora`, by the names of the adapted weights."""
 
     lora: nn.ModuleDict
 
@@ -123,18 +123,18 @@ class AdaptedLinear(Adapted, nn.Linear):
     """A linear layer with an adapter of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        y = F.linear(input, _stored(self, "weight"), self.bias)
+        """Map (..., I) to (..., O)."""
+        y = F.linear(input, _base_weight(self, "weight"), self.bias)
         adapter = _adapter(self, "weight")
         return y + adapter(input).to(y.dtype) if adapter.is_active else y
 
 
 class AdaptedRouter(Adapted, RouterLinear):
-    """A gate with an adapter of its weight: as exact as without."""
+    """A router with an adapter of its weight, in the router's precision."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) -> logits (..., E)."""
-        logits = router_logits(input, _stored(self, "weight"))
+        """Map (..., D) to logits (..., E)."""
+        logits = router_logits(input, _base_weight(self, "weight"))
         adapter = _adapter(self, "weight")
         if not adapter.is_active:
             return logits
@@ -142,8 +142,8 @@ class AdaptedRouter(Adapted, RouterLinear):
             return logits + adapter(input)
 
 
-def _stored(module: nn.Module, name: str) -> nn.Parameter:
-    """W itself: where it lies, not what `module.name` reads."""
+def _base_weight(module: nn.Module, name: str) -> nn.Parameter:
+    """Return W itself, while `module.name` may return W + s B A."""
     return cast(nn.Parameter, module._parameters[name])
 
 
@@ -151,58 +151,60 @@ def _adapter(module: Adapted, name: str) -> Adapter:
     return cast(Adapter, module.lora[name])
 
 
-def _reading(name: str) -> property:
+def _merged_property(name: str) -> property:
     def read(module: Adapted) -> Tensor:
-        weight, adapter = _stored(module, name), _adapter(module, name)
+        weight, adapter = _base_weight(module, name), _adapter(module, name)
         return adapter.merged_weight(weight) if adapter.is_active else weight
 
     return property(read)
 
 
-def _adapted_base(kind: type[nn.Module]) -> type[Adapted]:
-    if issubclass(kind, RouterLinear):
+def _adapted_base(module_class: type[nn.Module]) -> type[Adapted]:
+    if issubclass(module_class, RouterLinear):
         return AdaptedRouter
-    return AdaptedLinear if issubclass(kind, nn.Linear) else Adapted
+    return AdaptedLinear if issubclass(module_class, nn.Linear) else Adapted
 
 
 @cache
-def _adapted_kind(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class that reads `names` with their adapters, and is `kind` for the rest."""
-    read = {name: _reading(name) for name in names}
-    bases = (_adapted_base(kind), kind)
-    return new_class(f"Adapted{kind.__name__}", bases, None, lambda body: body.update(read))
+def _adapted_class(module_class: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return a subclass of `kind` whose weights `names` include their adapters."""
+    properties = {name: _merged_property(name) for name in names}
+    bases = (_adapted_base(module_class), module_class)
+    return new_class(
+        f"Adapted{module_class.__name__}", bases, None, lambda body: body.update(properties)
+    )
 
 
 def add_adapters(model: nn.Module, config: LoRA) -> None:
-    """Freeze all of `model` and give every target an adapter, which is all that is trained then.
+    """Freeze `model` and add an adapter to every target; only the adapters are trained.
 
-    A's first values come from torch's global generator. UserError where a target names nothing that
-    can be adapted, or where dropout is asked of a stack of experts, which has no place for it.
+    A is initialised from torch's global generator. UserError if a target matches nothing, or if
+    dropout is set for a stack of experts, which cannot have it.
     """
     assert not adapters(model), "the model has adapters already"
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    found = match_targets(model, targets)
-    stacks = [each for each in found if not isinstance(each.module, nn.Linear)]
+    matched = match_targets(model, targets)
+    stacks = [weight for weight in matched if not isinstance(weight.module, nn.Linear)]
     if config.dropout and stacks:
         raise UserError(
             f"lora.dropout: {config.dropout:g}, but {stacks[0].name} is a stack of experts, whose "
-            "inputs are not seen here; set it to 0"
+            "adapters cannot drop inputs; set it to 0"
         )
     freeze_except(model, ())
-    for module in dict.fromkeys(each.module for each in found):
-        names = [each.param_name for each in found if each.module is module]
-        made = {name: Adapter(_stored(module, name), config) for name in names}
-        module.__class__ = _adapted_kind(type(module), tuple(names))
-        module.lora = nn.ModuleDict(made).train(module.training)
+    for module in dict.fromkeys(weight.module for weight in matched):
+        names = [weight.param_name for weight in matched if weight.module is module]
+        new_adapters = {name: Adapter(_base_weight(module, name), config) for name in names}
+        module.__class__ = _adapted_class(type(module), tuple(names))
+        module.lora = nn.ModuleDict(new_adapters).train(module.training)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters by the names of the weights that they adapt."""
-    return {name: _adapter(module, key) for name, module, key in _adapted(model)}
+    """Return the adapters by the names of the weights that they adapt."""
+    return {name: _adapter(module, key) for name, module, key in _adapted_weights(model)}
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
-    """Every adapted weight: its name, its module, its name there."""
+def _adapted_weights(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
+    """Yield every adapted weight: its name, its module and its name in the module."""
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             for key in module.lora:
@@ -210,17 +212,17 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
 
 
 def describe(model: nn.Module, config: LoRA) -> str:
-    """What is trained and what is not, for people."""
-    kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
+    """Describe the counts of parameters, rank, alpha and adapted layers in one line."""
+    layers = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
     rank = f"rank {config.rank}, alpha {config.alpha:g}"
-    return f"{count_parameters(model)} | {rank} on {', '.join(kinds)}"
+    return f"{count_parameters(model)} | {rank} on {', '.join(layers)}"
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Put W + s B A in the place of every W; adapters are silent until `unmerge`."""
-    for _, module, key in _adapted(model):
-        weight, adapter = _stored(module, key), _adapter(module, key)
+    """Replace every W by W + s B A; adapters are inactive until `unmerge`."""
+    for _, module, key in _adapted_weights(model):
+        weight, adapter = _base_weight(module, key), _adapter(module, key)
         if adapter.original is None:
             adapter.original = weight.detach().clone()
             weight.copy_(adapter.merged_weight(weight))
@@ -228,51 +230,52 @@ def merge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Put every W back, to the bit: `merge` has kept it."""
-    for _, module, key in _adapted(model):
+    """Restore every W bit for bit from the copy that `merge` kept."""
+    for _, module, key in _adapted_weights(model):
         adapter = _adapter(module, key)
         if adapter.original is not None:
-            _stored(module, key).copy_(adapter.original)
+            _base_weight(module, key).copy_(adapter.original)
             adapter.original = None
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is the one without adapters. It must not be merged."""
-    switched = list(adapters(model).values())
-    if any(adapter.original is not None for adapter in switched):
-        raise ValueError("merged adapters cannot be switched off; unmerge the model first")
-    before = [adapter.enabled for adapter in switched]
+    """Run `model` without its adapters inside the context. They must not be merged."""
+    all_adapters = list(adapters(model).values())
+    if any(adapter.original is not None for adapter in all_adapters):
+        raise ValueError("merged adapters cannot be disabled; unmerge the model first")
+    were_enabled = [adapter.enabled for adapter in all_adapters]
     try:
-        for adapter in switched:
+        for adapter in all_adapters:
             adapter.enabled = False
         yield
     finally:
-        for adapter, enabled in zip(switched, before, strict=True):
+        for adapter, enabled in zip(all_adapters, were_enabled, strict=True):
             adapter.enabled = enabled
 
 
-_LEAF = re.compile(r"(?:(.*)\.)?lora\.(\w+)\.([AB])")
+_ADAPTER_NAME = re.compile(r"(?:(.*)\.)?lora\.(\w+)\.([AB])")
 
 
 def split_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, LoRAWeights]]:
-    """A model's state (tensors, or whatever stands for them) as that of the model without adapters,
-    and the adapters by the names of their weights.
+    """Split a state dict into that of the model without adapters and the adapters by weight name.
+
+    Values may be tensors or anything that stands for them.
     """
     base: dict[str, Any] = {}
-    halves: dict[str, dict[str, Any]] = {}
+    matrices: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
-        match = _LEAF.fullmatch(name)
+        match = _ADAPTER_NAME.fullmatch(name)
         if match is None:
             base[name] = tensor
         else:
-            owner = f"{match[1]}." if match[1] else ""
-            halves.setdefault(owner + match[2], {})[match[3]] = tensor
-    return base, {name: LoRAWeights(half["A"], half["B"]) for name, half in halves.items()}
+            prefix = f"{match[1]}." if match[1] else ""
+            matrices.setdefault(prefix + match[2], {})[match[3]] = tensor
+    return base, {name: LoRAWeights(pair["A"], pair["B"]) for name, pair in matrices.items()}
 
 
 def merged_state_dict(
     base: dict[str, Tensor], pairs: dict[str, LoRAWeights], scaling: float
 ) -> dict[str, Tensor]:
-    """The state of a plain model with adapters folded into its weights."""
+    """Return the state dict of the base model with adapters merged into its weights."""
     return base | {name: pair.merged_weight(base[name], scaling) for name, pair in pairs.items()}

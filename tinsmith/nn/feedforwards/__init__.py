@@ -1,6 +1,4 @@
-"""The feed-forwards. This union is the list of them: a new one is a file here and one more name
-below.
-"""
+"""Union of all feed-forward configs. A new feed-forward is a file here and a name in the union."""
 
 from typing import Annotated
 

@@ -1,17 +1,18 @@
-"""DeepSeek's experts: many small ones, balanced by a bias instead of a loss (2401.06066,
-2408.15664, DeepSeek-V3 2412.19437).
+"""DeepSeekMoE: many small experts, balanced by a bias on the routing scores instead of a loss
+(2401.06066, 2408.15664, DeepSeek-V3 2412.19437).
 
-    s = sigmoid(W x), or softmax(W x)      chosen: the K best of s + b, of the `topk_group` best
-    w = scale s / sum of the chosen s                                   of `groups` equal groups
+    s = sigmoid(W x), or softmax(W x)
+    selected: the K best of s + b, within the `topk_group` best of `n_group` equal groups
+    w = routed_scaling_factor s / sum of the selected s
 
-The bias b chooses and never weighs. No gradient reaches it; after every optimizer step it moves by
-`bias_update_speed` against the load that the experts had in the global batch; casts leave it in at
-least float32. In training, `noise` s multiplies each logit by a number drawn evenly from 1 - s/2 to
-1 + s/2 (Tiny-R2), and the `balance` loss holds the unbiased choice of every row
-(`moe.balance.sequence_loss`). With K = 1 the raw score counts: a weight of 1 would teach the gate
-nothing.
+The bias b affects the selection, not the weights. It has no gradient; after every optimizer step it
+moves by `bias_update_speed` against the load of the experts in the global batch. Casts keep it in
+at least float32. In training, `noise` s multiplies each logit by a uniform random number from 1 -
+s/2 to 1 + s/2 (Tiny-R2), and the loss `balance` balances the selection without bias within every
+row (`moe.balance.sequence_loss`). With K = 1 the weight is the raw score, because a constant weight
+of 1 would give the router no gradient.
 
-Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.
+Legend: B rows, T tokens of a row, N = B T, K selected experts of a token, E experts, D width.
 """
 
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ from tinsmith.nn.precision import Fp32Params
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekMoE(FeedForwardConfigBase):
-    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token
-    meets.
+    """Sparse MoE: `top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` for every
+    token.
     """
 
     kind: Literal["deepseek_moe"] = "deepseek_moe"
@@ -59,7 +60,9 @@ class DeepSeekMoE(FeedForwardConfigBase):
             noise=self.noise,
         )
         if self.noise > 2:
-            raise ValueError(f"noise={self.noise} must be at most 2: more turns signs of logits")
+            raise ValueError(
+                f"noise={self.noise} must be at most 2: more changes the signs of logits"
+            )
         if not self.routed_scaling_factor > 0:
             raise ValueError(f"routed_scaling_factor={self.routed_scaling_factor} must be above 0")
         if self.n_group < 1 or self.experts % self.n_group:
@@ -68,13 +71,15 @@ class DeepSeekMoE(FeedForwardConfigBase):
             raise ValueError(
                 f"topk_group={self.num_topk_groups} must be from 1 to n_group={self.n_group}"
             )
-        within = self.num_topk_groups * (self.experts // self.n_group)
-        if self.top_k > within:
-            raise ValueError(f"top_k={self.top_k} is more than the {within} experts of topk_group")
+        num_candidates = self.num_topk_groups * (self.experts // self.n_group)
+        if self.top_k > num_candidates:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {num_candidates} experts of topk_group"
+            )
 
     @property
     def num_topk_groups(self) -> int:
-        """How many groups a token may choose from."""
+        """The number of groups from which a token selects experts."""
         return self.n_group if self.topk_group is None else self.topk_group
 
     def build(self, build_ctx: BuildContext) -> "DeepSeekFeedForward":
@@ -95,7 +100,7 @@ class DeepSeekFeedForward(Fp32Params, SparseMoEFeedForward):
         self.register_buffer("bias", torch.zeros(config.experts))
 
     def route(self, x_ND: Tensor) -> RouterOutput:
-        """By score and bias."""
+        """Select experts by score and bias."""
         config, logits_NE = self.config, self.router(x_ND)
         if self.training and config.noise:
             logits_NE = logits_NE * (1 + config.noise * (torch.rand_like(logits_NE) - 0.5))
@@ -104,17 +109,17 @@ class DeepSeekFeedForward(Fp32Params, SparseMoEFeedForward):
         else:
             scores_NE = logits_NE.sigmoid()
             probabilities_NE = scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)
-        open_NE = group_limited_scores(
+        limited_NE = group_limited_scores(
             scores_NE.detach() + self.bias, config.n_group, config.num_topk_groups
         )
-        choices_NK = must_save(stable_topk(open_NE, self.top_k))
+        indices_NK = must_save(stable_topk(limited_NE, self.top_k))
         weights_NK = config.routed_scaling_factor * combine_weights(
-            scores_NE, choices_NK, config.norm_topk_prob
+            scores_NE, indices_NK, config.norm_topk_prob
         )
-        return RouterOutput(logits_NE, probabilities_NE, choices_NK, weights_NK)
+        return RouterOutput(logits_NE, probabilities_NE, indices_NK, weights_NK)
 
     def aux_losses(self, router_output: RouterOutput, valid_BT: Tensor) -> dict[str, AuxLoss]:
-        """`balance`, of what would be chosen without the bias."""
+        """Return `balance`, the loss of the selection without bias."""
         probabilities_BTE = router_output.probabilities_NE.unflatten(0, valid_BT.shape)
         value = sequence_loss(
             probabilities_BTE, stable_topk(probabilities_BTE, self.top_k), valid_BT
@@ -127,7 +132,7 @@ class DeepSeekFeedForward(Fp32Params, SparseMoEFeedForward):
 
     @torch.no_grad()
     def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
-        """The bias moves against the load of the global batch; that of a frozen gate stays."""
+        """Move the bias against the load of the global batch, unless the router is frozen."""
         if self.router.weight.requires_grad:
             update_bias(self.bias, stats["load"], self.config.bias_update_speed)
         return []

@@ -21,7 +21,7 @@ class SwiGLU(FeedForwardConfigBase):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self.hidden_dim)
+        _check_hidden_dim(self.hidden_dim)
 
     def build(self, build_ctx: BuildContext) -> SwiGLUFeedForward:
         """Build the module."""
@@ -37,13 +37,13 @@ class ReLU2(FeedForwardConfigBase):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self.hidden_dim)
+        _check_hidden_dim(self.hidden_dim)
 
     def build(self, build_ctx: BuildContext) -> ReLU2FeedForward:
         """Build the module."""
         return ReLU2FeedForward(build_ctx.dim, self.hidden_dim, self.bias)
 
 
-def _positive(hidden: int) -> None:
-    if hidden < 1:
-        raise ValueError(f"hidden_dim={hidden} must be at least 1")
+def _check_hidden_dim(hidden_dim: int) -> None:
+    if hidden_dim < 1:
+        raise ValueError(f"hidden_dim={hidden_dim} must be at least 1")

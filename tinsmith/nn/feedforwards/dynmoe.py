@@ -1,5 +1,5 @@
-"""Mixture of experts with a variable number of experts per token: all whose threshold it exceeds
-(DynMoE, Guo et al., 2405.14297; Tiny-ONN).
+"""Mixture of experts with a variable number of experts per token (DynMoE, Guo et al., 2405.14297;
+Tiny-ONN): a token selects every expert whose threshold it exceeds.
 
     y_t = sum over the experts e of token t of c_te f_e(x_t)
 
@@ -41,7 +41,7 @@ from tinsmith.nn.moe.surprise_router import SurpriseRouterConfig, add_router_gra
 
 @dataclass(frozen=True, kw_only=True)
 class DynMoE(CosineRouterConfig, SurpriseRouterConfig, FeedForwardConfigBase):
-    """`experts` of width `hidden_dim`, each token with those above their thresholds."""
+    """Experts of width `hidden_dim`; each token selects those whose thresholds it exceeds."""
 
     kind: Literal["dyn_moe"] = "dyn_moe"
     hidden_dim: Size
@@ -51,7 +51,9 @@ class DynMoE(CosineRouterConfig, SurpriseRouterConfig, FeedForwardConfigBase):
         super().__post_init__()
         self.check_surprise_router()
         if self.uses_surprise and self.experts < 2:
-            raise ValueError(f"router_grad={self.router_grad} compares experts; experts=1 is one")
+            raise ValueError(
+                f"router_grad={self.router_grad} compares experts, so experts=1 is too few"
+            )
         if self.hidden_dim < 1:
             raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
 
@@ -68,36 +70,36 @@ class DynMoEFeedForward(FeedForward, CosineRouted):
         self.config = config
         self.gate = CosineRouter(config, build_ctx.dim, build_ctx.layer_idx)
         self.experts = Experts(build_ctx.dim, config.experts, config.hidden_dim, config.activation)
-        # a compiler cannot make tensors that wait for a gradient; only here, as it loads one
+        # torch.compile cannot create tensors that require a gradient; `disable` loads the compiler
         self._attach = cast(
             AttachProbes,
             torch.compiler.disable(attach_probes) if config.uses_surprise else attach_probes,
         )
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D); stats and losses are the gate's."""
+        """Map x (B, T, D) to Out.y (B, T, D); stats and losses are those of the router."""
         x_ND = x.flatten(0, 1)
-        choice = self.route(x, ctx, differentiable=self.config.uses_task_gradient)
+        routing = self.route(x, ctx, differentiable=self.config.uses_task_gradient)
         if self.training and torch.is_grad_enabled() and self.config.uses_surprise:
-            return self._listening(x, choice)
-        plan = plan_from_mask(choice.mask_NE)
-        weights_P = plan.gather_weights(choice.weight_NE)
+            return self._forward_with_probes(x, routing)
+        plan = plan_from_mask(routing.mask_NE)
+        weights_P = plan.gather_weights(routing.weight_NE)
         y_ND = combine(self.experts(x_ND, plan), weights_P, plan, len(x_ND))
-        return Out(y_ND.view_as(x), choice.losses, choice.stats)
+        return Out(y_ND.view_as(x), routing.losses, routing.stats)
 
-    def _listening(self, x: Tensor, choice: CosineRouterOutput) -> Out:
+    def _forward_with_probes(self, x: Tensor, routing: CosineRouterOutput) -> Out:
         y_ND, probes = self._attach(
             self.experts,
             x.flatten(0, 1),
-            choice.mask_NE,
-            choice.weight_NE,
+            routing.mask_NE,
+            routing.weight_NE,
             self.config.needs_output_grad,
         )
-        losses = choice.losses | {"sdl": choice.losses["sdl"] + probes["share"]}
-        return Out(y_ND.view_as(x), losses, choice.stats, probes)
+        losses = routing.losses | {"sdl": routing.losses["sdl"] + probes["loss_scale"]}
+        return Out(y_ND.view_as(x), losses, routing.stats, probes)
 
     def after_backward(self, grad_probes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Where it was asked for, the gate learns from surprise."""
+        """Add the router's gradients from surprise, if `router_grad` uses it."""
         return (
             add_router_gradients(self.config, self.gate, self.experts, grad_probes)
             if grad_probes
@@ -109,12 +111,12 @@ class DynMoEFeedForward(FeedForward, CosineRouted):
         return self.gate.post_step(stats, expert_reset_stds(self.experts))
 
     def flops(self) -> int:
-        """Of a token that has as many experts as SDL asks for; at first it is half of all."""
+        """Count the router and the target number of experts per token; the actual number varies."""
         return self.gate.flops() + round(
             self.config.target_experts_per_token * self.experts.flops()
         )
 
     def inactive_parameters(self) -> int:
-        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
-        held = sum(parameter.numel() for parameter in self.experts.parameters())
-        return round(held * (1 - self.config.target_experts_per_token / self.config.experts))
+        """Count the parameters of unused experts, at the target number of experts per token."""
+        total = sum(parameter.numel() for parameter in self.experts.parameters())
+        return round(total * (1 - self.config.target_experts_per_token / self.config.experts))

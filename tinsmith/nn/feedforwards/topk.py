@@ -1,12 +1,12 @@
-"""Experts behind a softmax gate: MiniMind's, Mixtral's (2401.04088) and Qwen3's.
+"""Sparse MoE with a softmax router and top-k selection: MiniMind, Mixtral (2401.04088), Qwen3.
 
     p = softmax(W x);  select the K largest;  w = p, or p / their sum with `norm_topk_prob`
 
-With K = 1 the raw probability counts whatever `norm_topk_prob` says: a weight of 1 would teach the
-gate nothing. Losses in training: `balance` (`moe.balance`) and, where `z_weight` is not 0,
-`router_z`. They are means over one micro-batch, by definition.
+With K = 1 the weight is the raw probability even with `norm_topk_prob`, because a constant weight
+of 1 would give the router no gradient. Losses in training: `balance` (`moe.balance`) and, if
+`z_weight` is not 0, `router_z`. They are means over one micro-batch by definition.
 
-Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.
+Legend: B rows, T tokens of a row, N = B T, K selected experts of a token, E experts, D width.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from tinsmith.nn.moe.router import RouterOutput, combine_weights
 
 @dataclass(frozen=True, kw_only=True)
 class TopKMoE(FeedForwardConfigBase):
-    """`top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` ones that every token
-    meets.
+    """Sparse MoE: `top_k` of `experts` of width `hidden_dim`, and `n_shared_experts` for every
+    token.
     """
 
     kind: Literal["topk_moe"] = "topk_moe"
@@ -61,20 +61,20 @@ class TopKFeedForward(SparseMoEFeedForward):
         """Select experts by probability."""
         logits_NE = self.router(x_ND)
         probabilities_NE = logits_NE.softmax(-1)
-        choices_NK = must_save(stable_topk(probabilities_NE, self.top_k))
-        weights_NK = combine_weights(probabilities_NE, choices_NK, self.config.norm_topk_prob)
-        return RouterOutput(logits_NE, probabilities_NE, choices_NK, weights_NK)
+        indices_NK = must_save(stable_topk(probabilities_NE, self.top_k))
+        weights_NK = combine_weights(probabilities_NE, indices_NK, self.config.norm_topk_prob)
+        return RouterOutput(logits_NE, probabilities_NE, indices_NK, weights_NK)
 
     def aux_losses(self, router_output: RouterOutput, valid_BT: Tensor) -> dict[str, AuxLoss]:
-        """`balance` and `router_z`, as asked for."""
+        """Return the losses `balance` and `router_z`, if enabled."""
         config, shape = self.config, valid_BT.shape
-        costs: dict[str, AuxLoss] = {}
+        losses: dict[str, AuxLoss] = {}
         if config.balance != "none":
             probabilities_BTE = router_output.probabilities_NE.unflatten(0, shape)
-            choices_BTK = router_output.expert_indices_NK.unflatten(0, shape)
-            value = BALANCE_LOSSES[config.balance](probabilities_BTE, choices_BTK, valid_BT)
-            costs["balance"] = AuxLoss(value, config.balance_weight)
+            indices_BTK = router_output.expert_indices_NK.unflatten(0, shape)
+            value = BALANCE_LOSSES[config.balance](probabilities_BTE, indices_BTK, valid_BT)
+            losses["balance"] = AuxLoss(value, config.balance_weight)
         if config.z_weight:
             value = z_loss(router_output.logits_NE.unflatten(0, shape), valid_BT)
-            costs["router_z"] = AuxLoss(value, config.z_weight)
-        return costs
+            losses["router_z"] = AuxLoss(value, config.z_weight)
+        return losses

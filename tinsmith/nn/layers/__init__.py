@@ -1,1 +1,1 @@
-"""Norms, initialisation and top-k selection."""
+"""Norms, dense networks, initialisation and deterministic top-k selection."""

@@ -1,12 +1,12 @@
-"""All initialisation in one place.
+"""Initialisation of all weights.
 
 | module | weight |
 |---|---|
 | Embedding (tied head too), head | normal, std min(0.02, 0.5 / sqrt(width)): first loss is ln V |
 | Linear | normal, std 0.5 / sqrt(fan in) |
-| Output (writes into the stream) | the same / sqrt(2 depth): the stream does not grow (GPT-2) |
-| Stack, OutputStack | each of its matrices as Linear's, as Output's |
-| biases | 0; norms 1 (set where they are made, like the mixing weights of residual streams) |
+| ResidualProj | the same / sqrt(2 depth), so that the residual stream does not grow (GPT-2) |
+| ExpertWeight, ExpertOutWeight | each matrix as Linear, as ResidualProj |
+| biases | 0; norms 1 (set in their modules, like the mixing weights of residual streams) |
 """
 
 import math
@@ -18,38 +18,38 @@ from tinsmith.nn.precision import at_least_fp32
 
 
 class ResidualProj(nn.Linear):
-    """A projection that writes into the residual stream."""
+    """A linear layer whose output is added to the residual stream."""
 
 
 class LMHead(nn.Linear):
-    """Hidden states to logits; logits are at least float32."""
+    """The output head from hidden states to logits, which are at least float32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Map (..., D) to logits (..., V)."""
         logits = super().forward(input)
         return logits.to(at_least_fp32(logits.dtype))
 
 
 def init_weights(model: nn.Module, depth: int) -> None:
-    """Give every weight of `model` its first value, from torch's global generator."""
+    """Initialise every weight of `model` from torch's global generator."""
     for module in model.modules():
         if isinstance(module, nn.Embedding | LMHead):
             width = module.weight.shape[1]
             nn.init.normal_(module.weight, std=min(0.02, 0.5 / math.sqrt(width)))
         elif isinstance(module, nn.Linear):
-            _spread(module.weight, depth if isinstance(module, ResidualProj) else None)
+            _init_normal(module.weight, depth if isinstance(module, ResidualProj) else None)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, ExpertWeight):
-            _spread(module.weight, depth if isinstance(module, ExpertOutWeight) else None)
+            _init_normal(module.weight, depth if isinstance(module, ExpertOutWeight) else None)
 
 
-def _spread(weight: Tensor, depth: int | None) -> None:
-    """Normal, for matrices (..., outputs, inputs); `depth` of those that write into the stream."""
-    shrink = 1.0 if depth is None else math.sqrt(2 * depth)
-    nn.init.normal_(weight, std=linear_init_std(weight) / shrink)
+def _init_normal(weight: Tensor, depth: int | None) -> None:
+    """Initialise matrices (..., outputs, inputs); `depth` is given for residual projections."""
+    divisor = 1.0 if depth is None else math.sqrt(2 * depth)
+    nn.init.normal_(weight, std=linear_init_std(weight) / divisor)
 
 
 def linear_init_std(weight: Tensor) -> float:
-    """Standard deviation of the first values of matrices (..., outputs, inputs)."""
+    """Return the initial standard deviation of matrices (..., outputs, inputs)."""
     return 0.5 / math.sqrt(weight.shape[-1])

@@ -14,7 +14,7 @@ from tinsmith.nn.layers.init import ResidualProj
 
 
 class SwiGLUFeedForward(FeedForward):
-    """Gated feed-forward: two projections up, one down."""
+    """Gated feed-forward with two up projections and one down projection."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = False):
         super().__init__()
@@ -23,7 +23,7 @@ class SwiGLUFeedForward(FeedForward):
         self.down_proj = ResidualProj(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
+        """Map x (B, T, D) to Out.y (B, T, D)."""
         return Out(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
     def flops(self) -> int:
@@ -36,7 +36,7 @@ class SwiGLUFeedForward(FeedForward):
 
 
 class ReLU2FeedForward(FeedForward):
-    """Feed-forward with a squared ReLU: one projection up, one down."""
+    """Feed-forward with a squared ReLU, one up projection and one down projection."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = False):
         super().__init__()
@@ -44,7 +44,7 @@ class ReLU2FeedForward(FeedForward):
         self.down_proj = ResidualProj(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
+        """Map x (B, T, D) to Out.y (B, T, D)."""
         return Out(self.down_proj(F.relu(self.up_proj(x)).square()))
 
     def flops(self) -> int:

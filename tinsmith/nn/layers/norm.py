@@ -1,4 +1,4 @@
-"""Norms, with statistics in at least float32 whatever the input."""
+"""RMSNorm and LayerNorm, with statistics in at least float32 for any input dtype."""
 
 from typing import Any
 
@@ -22,18 +22,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim), same dtype."""
+        """Normalise (..., dim); the dtype stays the same."""
         norm = _Normalise.apply if use_custom_backward() else _normalise
         return norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    kind = at_least_fp32(x.dtype)
-    return F.rms_norm(x.to(kind), weight.shape, weight.to(kind), eps).to(x.dtype)
+    dtype = at_least_fp32(x.dtype)
+    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
 
 
 class _Normalise(torch.autograd.Function):
-    """RMSNorm in few passes over memory: torch has no fused kernel for it on a CPU.
+    """RMSNorm with a backward in few passes over memory: torch has no fused CPU kernel for it.
 
     dx = r (u - x r^2 mean(u x)) with u = weight * dy and r = 1 / sqrt(mean(x^2) + eps); dweight =
     sum of dy x r.
@@ -41,23 +41,23 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        kind = at_least_fp32(x.dtype)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind)
-        shrink = (size.square() / x.shape[-1] + eps).rsqrt()
-        ctx.save_for_backward(x, weight, shrink)
-        return (x * shrink).mul_(weight).to(x.dtype)
+        dtype = at_least_fp32(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        factor = (norm.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, factor)
+        return (x * factor).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, shrink = ctx.saved_tensors
+        x, weight, factor = ctx.saved_tensors
         (dy,) = upstream
-        kind, width = shrink.dtype, x.shape[-1]
-        unit = (x * shrink).to(kind)
-        moved = dy * unit
-        dweight = moved.reshape(-1, width).sum(0) if ctx.needs_input_grad[1] else None
-        along = (moved @ weight.to(kind)).unsqueeze(-1) / width
-        dx = torch.addcmul(dy * weight, unit, along, value=-1).mul_(shrink)
+        dtype, width = factor.dtype, x.shape[-1]
+        normed = (x * factor).to(dtype)
+        weighted = dy * normed
+        dweight = weighted.reshape(-1, width).sum(0) if ctx.needs_input_grad[1] else None
+        radial = (weighted @ weight.to(dtype)).unsqueeze(-1) / width
+        dx = torch.addcmul(dy * weight, normed, radial, value=-1).mul_(factor)
         return dx.to(x.dtype), None if dweight is None else dweight.to(weight.dtype), None
 
 
@@ -73,10 +73,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim), same dtype."""
-        kind = at_least_fp32(x.dtype)
-        weight, bias = self.weight.to(kind), self.bias.to(kind)
-        return F.layer_norm(x.to(kind), self.weight.shape, weight, bias, self.eps).to(x.dtype)
+        """Normalise (..., dim); the dtype stays the same."""
+        dtype = at_least_fp32(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -1,9 +1,9 @@
-"""Discrete choices that come out the same however a sum was made: the one home of the tie rule.
+"""Top-k selection that does not depend on the order of summation, with a fixed tie rule.
 
-A choice orders by (score descending, index ascending). Scores are first rounded to a grid, because
-a decoding step, a longer row and a padded batch add the same numbers in another order: sums that
-are equal in exact arithmetic differ in their last bits, and would be chosen by chance. So scores
-closer than a grid point are ties, those of a saturated sigmoid among them.
+Candidates are ordered by (score descending, index ascending). Scores are first rounded to a grid,
+because a decoding step, a longer row and a padded batch sum the same terms in another order: sums
+that are equal in exact arithmetic differ in their last bits, and the selection would be random. So
+scores closer than a grid step are ties, including those of a saturated sigmoid.
 """
 
 from typing import Any
@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 GRID = 2.0**20
-"""Grid points per 1: far above rounding errors of float32 scores around 1."""
+"""Grid points per unit; a grid step is far larger than float32 rounding errors of scores near 1."""
 MAX_SCORE = 2.0**22
-"""Scores beyond are ties: the order of 2^42 grid points times 2^21 candidates fits in an int64."""
+"""Scores beyond it are ties: 2^42 grid points times 2^21 candidates fit into an int64."""
 
 
 @torch.library.custom_op("tinsmith::decided", mutates_args=())
 def must_save(choice: Tensor) -> Tensor:
-    """The choice, bool or int64. Activation checkpointing makes everything again but this: a
-    rounding that comes out otherwise turns no expert.
+    """Mark a selection (bool or int64) that activation checkpointing saves instead of recomputing.
+
+    So a different rounding in the recomputation cannot change the selected experts.
     """
     return choice.clone()
 
@@ -32,13 +33,14 @@ def _(choice: Tensor) -> Tensor:
 
 
 def must_save_context_fn() -> Any:
-    """The `context_fn` of a checkpointed block whose parts decide."""
+    """Return the `context_fn` of a checkpointed block that contains selections."""
     return create_selective_checkpoint_contexts([torch.ops.tinsmith.decided.default])
 
 
 def rank_keys(scores: Tensor) -> Tensor:
-    """(..., S) scores, at least float32 -> int64 that rank as the scores do, ties by index; -inf
-    ranks lowest. All differ, so any sorting gives the one right order. S is at most 2^21.
+    """Map scores (..., S), at least float32, to int64 keys in the same order, ties by index.
+
+    -inf ranks lowest. All keys differ, so any sort gives the same order. S is at most 2^21.
     """
     count = scores.shape[-1]
     steps = (
@@ -49,8 +51,9 @@ def rank_keys(scores: Tensor) -> Tensor:
 
 
 def stable_topk(scores: Tensor, count: int) -> Tensor:
-    """(..., S) -> (..., min(count, S)) int64: the indices of the best scores, best first; ties go
-    to the smaller index. Whoever hides candidates with -inf checks what was chosen.
+    """Return the indices of the highest scores, (..., S) to (..., min(count, S)) int64, best first.
+
+    Ties go to the smaller index. Callers that exclude candidates with -inf must check the result.
     """
     count = min(count, scores.shape[-1])
     return rank_keys(scores).topk(count, -1).indices

@@ -1,4 +1,4 @@
-"""The mixers. This union is the list of them: a new one is a file here and one more name below."""
+"""Union of all mixer configs. A new mixer is a file here and a name in the union."""
 
 from typing import Annotated
 

@@ -1,14 +1,14 @@
-"""DeepSeek Sparse Attention (DeepSeek-V3.2, 2512.02556): latent attention to the `keep` earlier
-tokens that a learned indexer scores highest.
+"""DeepSeek Sparse Attention (DeepSeek-V3.2, 2512.02556): latent attention to the `index_topk`
+earlier tokens that a learned indexer scores highest.
 
     S_t = `index_topk` best of I_t,<=t      y_t = O softmax_s in S_t ((q_t . k_s) / sqrt(N + R)) v_s
 
-All heads attend to the same tokens, so attention is always absorbed (`attention.latent`) and
-gathers latents. The indexer is trained by `losses["indexer"]`: `index_weight` times the mean over
-tokens of KL(p || softmax I), where p is the layer's own attention to all earlier tokens
+All heads attend to the same tokens, so attention always uses absorbed queries (`attention.latent`)
+and gathers latents. The indexer is trained by `losses["indexer"]`: `index_weight` times the mean
+over tokens of KL(p || softmax I), where p is the layer's own attention to all earlier tokens
 (`index_target: dense`) or to the selected ones (`selected`, the paper's second stage). The paper's
-Hadamard rotation changes no product and is left out. A narrow index head (index_dim < rope_dim) is
-turned whole.
+Hadamard rotation does not change the products and is omitted. A narrow index head (index_dim <
+rope_dim) is rotated completely.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from tinsmith.nn.layers.init import ResidualProj
 
 @dataclass(frozen=True, kw_only=True)
 class DSA(IndexedHeads):
-    """Latent attention to the tokens that an indexer chooses."""
+    """Latent attention to the tokens that an indexer selects."""
 
     kind: Literal["dsa"] = "dsa"
 
@@ -53,46 +53,53 @@ class DSAMixer(Mixer):
         self.o_proj = ResidualProj(config.heads * config.v_dim, build_ctx.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D); in training, losses["indexer"]."""
+        """Map x (B, T, D) to Out.y (B, T, D); in training, with losses["indexer"]."""
         rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
         nope_BTHN, rope_BTHR, source = self.queries(x, rotary)
         latent_BSC, rope_BSR = self.keys(x, rotary)
         index = self.indexer(x, source, rotary)
         if cache is None:
-            seen = ctx.span()
+            span = ctx.span()
         else:
-            held, seen = cache.append(ctx.segments, latent_BSC, rope_BSR, index.k_BSE)
-            latent_BSC, rope_BSR, k_BSE = (tensor.to(x.dtype) for tensor in held)
+            cached, span = cache.append(ctx.segments, latent_BSC, rope_BSR, index.k_BSE)
+            latent_BSC, rope_BSR, k_BSE = (tensor.to(x.dtype) for tensor in cached)
             index = index._replace(k_BSE=k_BSE)
         q_BTHD = self.keys.absorb_queries(nope_BTHN * self.nope_factor, rope_BTHR)
         k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
-        v_BS1C, choice = latent_BSC[:, :, None], self._choice()
-        mixed_BTHC, lost = attend_topk_tokens(
-            q_BTHD, k_BS1D, v_BS1C, index, seen, ctx.segments, choice
+        v_BS1C, config = latent_BSC[:, :, None], self._sparse_config()
+        mixed_BTHC, index_loss = attend_topk_tokens(
+            q_BTHD, k_BS1D, v_BS1C, index, span, ctx.segments, config
         )
         y = self.o_proj(self.keys.project_values(mixed_BTHC).flatten(2))
-        return Out(y, {} if lost is None else {"indexer": self.config.index_weight * lost})
+        return Out(
+            y, {} if index_loss is None else {"indexer": self.config.index_weight * index_loss}
+        )
 
-    def _choice(self) -> TokenSparseConfig:
-        learns = self.config.index_target if self.training else None
+    def _sparse_config(self) -> TokenSparseConfig:
+        index_target = self.config.index_target if self.training else None
         dropout = self.dropout if self.training else 0.0
-        return TokenSparseConfig(self.config.index_topk, learns, self.attention, dropout)
+        return TokenSparseConfig(self.config.index_topk, index_target, self.attention, dropout)
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """Latents, turned keys and index keys: kv_rank + rope_dim + index_dim numbers per token."""
+        """Create a cache of latents, rotated keys and index keys.
+
+        It holds kv_rank + rope_dim + index_dim numbers per token.
+        """
         widths = (self.config.kv_rank, self.config.rope_dim, self.config.index_dim)
         return KVCache(batch_size, capacity, [(width,) for width in widths], dtype, device)
 
     def flops(self, seq_len: int) -> int:
-        """Projections, index scores of all earlier tokens, attention to the chosen ones."""
+        """Count projections, index scores of earlier tokens and attention to the selected ones."""
         config = self.config
-        indexed = config.index_heads * config.index_dim * (seq_len + 1)
-        kept = min(config.index_topk, seq_len)
-        seen = kept - kept * (kept - 1) / (2 * seq_len)
-        chosen = 2 * config.heads * (2 * config.kv_rank + config.rope_dim) * seen
-        absorbed = 2 * config.heads * config.kv_rank * (config.nope_dim + config.v_dim)
-        # LatentKeys.up is applied to queries and sums instead of keys: that is `absorbed`
-        expanded = 2 * self.keys.up.weight.numel()
-        return int(linear_flops(self) - expanded + absorbed + indexed + chosen)
+        index_flops = config.index_heads * config.index_dim * (seq_len + 1)
+        num_selected = min(config.index_topk, seq_len)
+        mean_selected = num_selected - num_selected * (num_selected - 1) / (2 * seq_len)
+        attention_flops = 2 * config.heads * (2 * config.kv_rank + config.rope_dim) * mean_selected
+        absorbed_flops = 2 * config.heads * config.kv_rank * (config.nope_dim + config.v_dim)
+        # LatentKeys.up multiplies queries and outputs instead of keys and values (`absorbed_flops`)
+        expanded_flops = 2 * self.keys.up.weight.numel()
+        return int(
+            linear_flops(self) - expanded_flops + absorbed_flops + index_flops + attention_flops
+        )

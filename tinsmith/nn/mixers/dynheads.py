@@ -8,9 +8,9 @@ experts of each token and their weights c. Heads, norms, rotation, window and ca
 `gqa`: one expert equals `gqa`, and one head is Tiny-ONN's form. No matrix is built per token;
 instead, pairs of token and expert are sorted by expert.
 
-A token without experts (`fallback: none`) has query, key and value 0 and output 0. It attends to
-nothing, so what depends only on earlier tokens cannot be learned there. A re-initialised expert
-has output 0 at first, but its keys and queries take part from the first token that selects it.
+A token without experts (`fallback: none`) has query, key and value 0 and output 0, so it cannot use
+earlier tokens. A re-initialised expert has output 0 initially, but its keys and queries take effect
+from the first token that selects it.
 
 Legend: B rows, T tokens, N = B T, E experts, P pairs, D width, I queries, J keys or values.
 """
@@ -36,7 +36,7 @@ from tinsmith.nn.moe.grouped_gemm import grouped_linear
 
 @dataclass(frozen=True, kw_only=True)
 class DynHeads(CosineRouterConfig, MixerConfigBase):
-    """Attention whose projections are experts that each token chooses."""
+    """Attention whose projections are experts selected by each token."""
 
     kind: Literal["dyn_heads"] = "dyn_heads"
     heads: Size = 4
@@ -49,11 +49,11 @@ class DynHeads(CosineRouterConfig, MixerConfigBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.gqa_config.heads == self.heads  # GQA refuses sizes that do not fit
+        assert self.gqa_config.heads == self.heads  # GQA validates the sizes
 
     @property
     def gqa_config(self) -> GQA:
-        """The attention that every expert could be alone."""
+        """The attention config of a single expert."""
         return GQA(
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -64,7 +64,7 @@ class DynHeads(CosineRouterConfig, MixerConfigBase):
         )
 
     def check(self, dim: int) -> None:
-        """The equivalent config of grouped-query attention."""
+        """Check the equivalent config of grouped-query attention."""
         self.gqa_config.check(dim)
 
     def build(self, build_ctx: BuildContext) -> "DynHeadsMixer":
@@ -86,23 +86,25 @@ class DynHeadsMixer(AttentionMixer, CosineRouted):
         self.o_proj = ExpertOutWeight(config.experts, queries, build_ctx.dim)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
-        choice = self.route(x, ctx)
-        mixture = ExpertMixture.from_router_output(choice)
+        """Map x (B, T, D) to Out.y (B, T, D)."""
+        routing = self.route(x, ctx)
+        mixture = ExpertMixture.from_router_output(routing)
 
-        def mixed(x_BTI: Tensor, stack: ExpertWeight) -> Tensor:
+        def project(x_BTI: Tensor, stack: ExpertWeight) -> Tensor:
             return mixture(x_BTI, lambda x_PI, ends_E: grouped_linear(x_PI, stack.weight, ends_E))
 
-        q_BTI, k_BTJ, v_BTJ = (mixed(x, stack) for stack in (self.q_proj, self.k_proj, self.v_proj))
-        seen_BTI = self.attend(q_BTI, k_BTJ, v_BTJ, ctx, cache).y
-        return Out(mixed(seen_BTI, self.o_proj), choice.losses, choice.stats)
+        q_BTI, k_BTJ, v_BTJ = (
+            project(x, stack) for stack in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        heads_BTI = self.attend(q_BTI, k_BTJ, v_BTJ, ctx, cache).y
+        return Out(project(heads_BTI, self.o_proj), routing.losses, routing.stats)
 
     def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
-        """Count, and let experts that never fire begin anew."""
+        """Count expert usage and re-initialise dead experts."""
         return self.gate.post_step(stats, expert_reset_stds(self))
 
     def flops(self, seq_len: int) -> int:
-        """Projections by as many experts as a token is to have, the gate, attention."""
+        """Count router, attention, and projections by the target number of experts per token."""
         return int(
             self.active * self.projection_flops()
             + self.gate.flops()
@@ -110,6 +112,8 @@ class DynHeadsMixer(AttentionMixer, CosineRouted):
         )
 
     def inactive_parameters(self) -> int:
-        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
-        held = sum(s.weight.numel() for s in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        return round(held * (1 - self.active / self.gate.config.experts))
+        """Count the parameters of unused experts, at the target number of experts per token."""
+        total = sum(
+            stack.weight.numel() for stack in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        )
+        return round(total * (1 - self.active / self.gate.config.experts))

@@ -1,4 +1,4 @@
-"""Attention with a static base and routed low-rank changes to its projections (DynSMLoRA of
+"""Attention with a static base and routed low-rank updates of its projections (DynSMLoRA of
 Tiny-ONN, which was described but not implemented).
 
     z_t = W x_t + (alpha / rank) sum over the experts e of token t of  c_te B_e A_e x_t
@@ -41,7 +41,7 @@ from tinsmith.nn.moe.grouped_gemm import grouped_linear
 
 @dataclass(frozen=True, kw_only=True)
 class DynLoRA(CosineRouterConfig, MixerConfigBase):
-    """A base gqa whose projections each token may change, by the experts it chooses."""
+    """Grouped-query attention whose projections get low-rank updates from selected experts."""
 
     kind: Literal["dyn_lora"] = "dyn_lora"
     base: GQA
@@ -59,11 +59,11 @@ class DynLoRA(CosineRouterConfig, MixerConfigBase):
             raise ValueError(f"alpha={self.alpha} must be above 0")
 
     def check(self, dim: int) -> None:
-        """As the base."""
+        """Check the config of the base."""
         self.base.check(dim)
 
     def value_residual_shape(self, dim: int) -> tuple[int, int] | None:
-        """The base takes part in the value residual, or not."""
+        """Return the shape of the base's value residual, or None."""
         return self.base.value_residual_shape(dim)
 
     def build(self, build_ctx: BuildContext) -> "DynLoRAMixer":
@@ -72,7 +72,7 @@ class DynLoRA(CosineRouterConfig, MixerConfigBase):
 
 
 class LowRankExperts(nn.Module):
-    """A low-rank change B_e A_e to a linear layer for each of E experts."""
+    """A low-rank update B_e A_e of a linear layer for each of E experts."""
 
     EXPERT_STACKS: ClassVar[tuple[str, ...]] = ("down", "up")
 
@@ -84,11 +84,11 @@ class LowRankExperts(nn.Module):
         nn.init.normal_(self.down, std=self.init_std)
 
     def forward(self, x_PI: Tensor, ends_E: Tensor) -> Tensor:
-        """(P, O): what each pair's expert adds."""
+        """Return the update of each pair's expert, (P, O)."""
         return grouped_linear(grouped_linear(x_PI, self.down, ends_E), self.up, ends_E)
 
     def flops(self) -> int:
-        """Operations of one pair."""
+        """Count the FLOPs of one pair."""
         return 2 * (self.down[0].numel() + self.up[0].numel())
 
 
@@ -109,42 +109,42 @@ class DynLoRAMixer(Mixer, CosineRouted):
 
     @property
     def deltas(self) -> tuple[LowRankExperts, ...]:
-        """Compute the low-rank changes of all experts."""
+        """The low-rank experts of all four projections."""
         return self.q_delta, self.k_delta, self.v_delta, self.o_delta
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
-        choice = self.route(x, ctx)
-        mixture = ExpertMixture.from_router_output(choice)
+        """Map x (B, T, D) to Out.y (B, T, D)."""
+        routing = self.route(x, ctx)
+        mixture = ExpertMixture.from_router_output(routing)
 
-        def changed(x_BTI: Tensor, layer: nn.Linear, delta: LowRankExperts) -> Tensor:
+        def project(x_BTI: Tensor, layer: nn.Linear, delta: LowRankExperts) -> Tensor:
             return layer(x_BTI) + self.scale * mixture(x_BTI, delta)
 
         base = self.base
-        q_BTI = changed(x, base.q_proj, self.q_delta)
-        k_BTJ = changed(x, base.k_proj, self.k_delta)
-        v_BTJ = changed(x, base.v_proj, self.v_delta)
-        seen = base.attend(q_BTI, k_BTJ, v_BTJ, ctx, cache)
-        y_BTD = changed(seen.y, base.o_proj, self.o_delta)
-        return Out(y_BTD, choice.losses, choice.stats, value_residual=seen.value_residual)
+        q_BTI = project(x, base.q_proj, self.q_delta)
+        k_BTJ = project(x, base.k_proj, self.k_delta)
+        v_BTJ = project(x, base.v_proj, self.v_delta)
+        heads = base.attend(q_BTI, k_BTJ, v_BTJ, ctx, cache)
+        y_BTD = project(heads.y, base.o_proj, self.o_delta)
+        return Out(y_BTD, routing.losses, routing.stats, value_residual=heads.value_residual)
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """The base's, of changed keys and values."""
+        """Create the cache of the base, for keys and values after the updates."""
         return self.base.new_cache(batch_size, capacity, dtype, device)
 
     def post_step(self, stats: dict[str, Tensor]) -> list[OptimizerReset]:
-        """Count, and let experts that never fire begin anew."""
+        """Count expert usage and re-initialise dead experts."""
         resets = {delta.down: delta.init_std for delta in self.deltas}
         return self.gate.post_step(stats, resets | {delta.up: 0.0 for delta in self.deltas})
 
     def flops(self, seq_len: int) -> int:
-        """The base, the gate, and as many changes as a token is to have."""
-        changes = self.active * sum(delta.flops() for delta in self.deltas)
-        return int(self.base.flops(seq_len) + self.gate.flops() + changes)
+        """Count the base, the router, and updates by the target number of experts per token."""
+        delta_flops = self.active * sum(delta.flops() for delta in self.deltas)
+        return int(self.base.flops(seq_len) + self.gate.flops() + delta_flops)
 
     def inactive_parameters(self) -> int:
-        """Those of the experts that a token does not have, if it has as many as SDL asks for."""
-        held = sum(p.numel() for delta in self.deltas for p in delta.parameters())
-        return round(held * (1 - self.active / self.gate.config.experts))
+        """Count the parameters of unused experts, at the target number of experts per token."""
+        total = sum(p.numel() for delta in self.deltas for p in delta.parameters())
+        return round(total * (1 - self.active / self.gate.config.experts))

@@ -1,10 +1,10 @@
 """Grouped-query attention (Ainslie et al., 2305.13245): H query heads share G key and value heads.
 
-    y = O softmax(q k^T / sqrt(d)) v      q, k normalised per head (Qwen3) if asked, then rotated
+    y = O softmax(q k^T / sqrt(d)) v      q, k normalised with qk_norm (Qwen3), then rotated
 
-Options: `window` (each token sees the last `window` tokens, itself included: Mistral), `sinks` (a
-learned logit per head in the softmax's denominator: gpt-oss), `value_residual` (v = l1 v_first + l2
-v: Zhou et al., 2410.17897), biases (Qwen2 has them on q, k and v).
+Options: `window` (each token attends to the last `window` tokens, itself included: Mistral),
+`sinks` (a learned logit per head in the softmax's denominator: gpt-oss), `value_residual` (v = l1
+v_first + l2 v: Zhou et al., 2410.17897), biases (Qwen2 has them on q, k and v).
 
 Legend: B rows, T tokens, H query heads, G key and value heads, D head width.
 """
@@ -26,7 +26,7 @@ from tinsmith.nn.layers.norm import RMSNorm
 
 @dataclass(frozen=True, kw_only=True)
 class GQA(GroupedHeads):
-    """Grouped-query attention; `window` makes it sliding."""
+    """Grouped-query attention; with `window`, sliding-window attention."""
 
     kind: Literal["gqa"] = "gqa"
     heads: Size = 8
@@ -53,9 +53,7 @@ class GQA(GroupedHeads):
 
 
 class AttentionMixer(Mixer):
-    """What is done with queries, keys and values, however they were projected: norms, rotation,
-    the value residual, the cache, attention.
-    """
+    """Attention on projected queries, keys and values: norms, RoPE, value residual, KV cache."""
 
     def __init__(self, config: GQA, build_ctx: BuildContext):
         super().__init__()
@@ -76,40 +74,42 @@ class AttentionMixer(Mixer):
         )
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
         self.value_residual = config.value_residual
-        mixes = config.value_residual and not build_ctx.is_value_residual_source
-        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
+        mixes_values = config.value_residual and not build_ctx.is_value_residual_source
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes_values else None
 
     def attend(self, q_BTI: Tensor, k_BTJ: Tensor, v_BTJ: Tensor, ctx: Ctx, cache: Any) -> Out:
-        """Out.y (B, T, I) is what the heads saw, before the output projection; I = heads head_dim,
-        J = kv_heads head_dim.
+        """Return the attention output before the output projection, Out.y (B, T, I).
+
+        I = heads head_dim, J = kv_heads head_dim.
         """
-        rows, count, _ = q_BTI.shape
-        q_BTHD = self.q_norm(q_BTI.view(rows, count, self.heads, self.head_dim))
-        k_BTGD = self.k_norm(k_BTJ.view(rows, count, self.num_kv_heads, self.head_dim))
-        v_BTGD = v_BTJ.view(rows, count, self.num_kv_heads, self.head_dim)
+        batch_size, num_tokens, _ = q_BTI.shape
+        q_BTHD = self.q_norm(q_BTI.view(batch_size, num_tokens, self.heads, self.head_dim))
+        k_BTGD = self.k_norm(k_BTJ.view(batch_size, num_tokens, self.num_kv_heads, self.head_dim))
+        v_BTGD = v_BTJ.view(batch_size, num_tokens, self.num_kv_heads, self.head_dim)
         if self.rotary_dim:
             rotary = ctx.rotary[self.rotary_dim]
             q_BTHD, k_BTGD = apply_rotary_emb(q_BTHD, rotary), apply_rotary_emb(k_BTGD, rotary)
-        offered = v_BTGD if self.value_residual else None
+        value_residual = v_BTGD if self.value_residual else None
         if self.value_mix is not None and ctx.value_residual is not None:
             v_BTGD = (self.value_mix[0] * ctx.value_residual + self.value_mix[1] * v_BTGD).to(
                 v_BTGD.dtype
             )
         if cache is None:
-            seen = ctx.span(self.window)
+            span = ctx.span(self.window)
         else:
-            (k_BTGD, v_BTGD), seen = cache.append(ctx.segments, k_BTGD, v_BTGD)
+            (k_BTGD, v_BTGD), span = cache.append(ctx.segments, k_BTGD, v_BTGD)
         dropout = self.dropout if self.training else 0.0
         y_BTHD = attend(
-            q_BTHD, k_BTGD, v_BTGD, seen, kind=self.attention, dropout=dropout, sinks_H=self.sinks
+            q_BTHD, k_BTGD, v_BTGD, span, kind=self.attention, dropout=dropout, sinks_H=self.sinks
         )
-        return Out(y_BTHD.flatten(2), value_residual=offered)
+        return Out(y_BTHD.flatten(2), value_residual=value_residual)
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """Keys (already rotated) and values (already mixed): 2 kv_heads head_dim numbers per
-        token held.
+        """Create a cache of keys (after RoPE) and values (after the value residual).
+
+        It holds 2 kv_heads head_dim numbers per token.
         """
         shapes: list[tuple[int, ...]] = [(self.num_kv_heads, self.head_dim)] * 2
         if self.window is not None:
@@ -118,15 +118,15 @@ class AttentionMixer(Mixer):
 
     @property
     def proj_dims(self) -> tuple[int, int]:
-        """Widths of all queries, and of all keys or all values."""
+        """The widths of all queries, and of all keys (or all values)."""
         return self.heads * self.head_dim, self.num_kv_heads * self.head_dim
 
     def projection_flops(self) -> int:
-        """Operations per token of projections to queries, keys, values and back."""
+        """Count FLOPs per token of the query, key, value and output projections."""
         return 4 * self.dim * sum(self.proj_dims)
 
     def attention_flops(self, seq_len: int) -> float:
-        """Operations per token of scores and sums over the keys that are seen on average."""
+        """Count FLOPs per token of scores and sums over the mean number of visible keys."""
         window = min(self.window or seq_len, seq_len)
         return 4 * self.proj_dims[0] * (window - window * (window - 1) / (2 * seq_len))
 
@@ -144,12 +144,12 @@ class GQAMixer(AttentionMixer):
         self.o_proj = ResidualProj(queries, build_ctx.dim, bias=out_bias)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
-        seen = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), ctx, cache)
-        return seen._replace(y=self.o_proj(seen.y))
+        """Map x (B, T, D) to Out.y (B, T, D)."""
+        out = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), ctx, cache)
+        return out._replace(y=self.o_proj(out.y))
 
     def flops(self, seq_len: int) -> int:
-        """Projections and attention."""
+        """Count projections and attention."""
         return int(self.projection_flops() + self.attention_flops(seq_len))
 
     def tensor_plan(self) -> dict[str, TensorSplit]:

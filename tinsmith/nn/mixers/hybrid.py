@@ -1,12 +1,12 @@
-"""Tiny-R2's hybrid attention: up to three branches of latent queries, mixed per token and head.
+"""Tiny-R2's hybrid attention: up to three branches with latent queries, mixed per token and head.
 
     y_t = O sum_b g_t^b branch_b(q_t)      g_t = softmax_b or sigmoid of W x_t
 
-The branches - compressed blocks, chosen tokens, a window - are in `parts/branches.py`. `mode` names
-the seed's combinations of them, `branches` any. A single branch has no gate. The published code
-leaks future tokens, applies no window and never pools: this is what its document describes.
+The branches (compressed blocks, selected tokens, a window) are in `hybrid_branches`. `mode` names
+Tiny-R2's combinations of branches, `branches` gives any other. A single branch has no gate. The
+published code leaks future tokens, applies no window and never pools; this follows its description.
 
-Legend: B rows, T tokens, H heads, N un-turned part of a head, R turned part, V values, Z branches.
+Legend: B rows, T tokens, H heads, N unrotated part of a head, R rotated part, V values, Z branches.
 """
 
 from collections.abc import Mapping
@@ -41,10 +41,10 @@ MODES: dict[str, tuple[BranchName, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid(BranchedHeads):
-    """Compressed blocks, chosen tokens and a window; the defaults are Tiny-R2's."""
+    """Attention to compressed blocks, selected tokens and a window; the defaults are Tiny-R2's."""
 
     kind: Literal["hybrid"] = "hybrid"
-    mode: Literal["nsa", "swa", "dsa"] | None = None  # nsa, unless branches are named
+    mode: Literal["nsa", "swa", "dsa"] | None = None  # null: nsa, unless branches are given
     branches: tuple[BranchName, ...] | None = None
     gate: Literal["softmax", "sigmoid"] = "softmax"
 
@@ -53,11 +53,13 @@ class Hybrid(BranchedHeads):
         if self.mode is not None and self.branches is not None:
             raise ValueError(f"give mode={self.mode} or branches, not both")
         if not self.branch_names or len(set(self.branch_names)) < len(self.branch_names):
-            raise ValueError(f"branches={list(self.branch_names)} must be some, each once")
+            raise ValueError(
+                f"branches={list(self.branch_names)} must name at least one branch, each once"
+            )
 
     @property
     def branch_names(self) -> tuple[BranchName, ...]:
-        """The branches that are built."""
+        """The names of the branches."""
         return MODES[self.mode or "nsa"] if self.branches is None else self.branches
 
     def build(self, build_ctx: BuildContext) -> "HybridMixer":
@@ -83,53 +85,57 @@ class HybridMixer(Mixer):
         self.o_proj = ResidualProj(config.heads * config.v_dim, build_ctx.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D); in training, the losses of an indexer."""
+        """Map x (B, T, D) to Out.y (B, T, D); in training, with the loss of the indexer."""
         rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
         nope_BTHN, rope_BTHR, source = self.queries(x, rotary)
         if cache is None:
-            seen, keys = ctx.span(), x.shape[1]
+            span, num_keys = ctx.span(), x.shape[1]
         else:
-            seen, keys = cache.append(ctx.segments, x)
-        at = block_positions(seen, x.shape[1], keys, x.device)
+            span, num_keys = cache.append(ctx.segments, x)
+        positions = block_positions(span, x.shape[1], num_keys, x.device)
         dropout = self.dropout if self.training else 0.0
         nope_BTHN = nope_BTHN * self.nope_factor
-        requested = BranchInputs(x, nope_BTHN, rope_BTHR, source, rotary, ctx, seen, at, dropout)
-        output, losses = [], {}
-        for name, branch in self.branches.items():
-            y_BTHV, more = branch(requested, None if cache is None else cache.branch_caches[name])
-            output.append(y_BTHV)
-            losses |= more
-        return Out(self.o_proj(self._mixed(x, output).flatten(2)), losses)
-
-    def _mixed(self, x: Tensor, output: list[Tensor]) -> Tensor:
-        if self.branch_gate is None:
-            return output[0]
-        scores_BTHZ = (
-            self.branch_gate(x).to(at_least_fp32(x.dtype)).unflatten(-1, (-1, len(output)))
+        inputs = BranchInputs(
+            x, nope_BTHN, rope_BTHR, source, rotary, ctx, span, positions, dropout
         )
-        softmax = self.config.gate == "softmax"
-        gates_BTHZ = scores_BTHZ.softmax(-1) if softmax else scores_BTHZ.sigmoid()
-        parts = (gate * y for gate, y in zip(gates_BTHZ[..., None].unbind(3), output, strict=True))
-        return sum(parts, start=torch.zeros_like(output[0])).to(output[0].dtype)
+        outputs, losses = [], {}
+        for name, branch in self.branches.items():
+            y_BTHV, branch_losses = branch(
+                inputs, None if cache is None else cache.branch_caches[name]
+            )
+            outputs.append(y_BTHV)
+            losses |= branch_losses
+        return Out(self.o_proj(self._mix(x, outputs).flatten(2)), losses)
+
+    def _mix(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        if self.branch_gate is None:
+            return outputs[0]
+        scores_BTHZ = (
+            self.branch_gate(x).to(at_least_fp32(x.dtype)).unflatten(-1, (-1, len(outputs)))
+        )
+        use_softmax = self.config.gate == "softmax"
+        gates_BTHZ = scores_BTHZ.softmax(-1) if use_softmax else scores_BTHZ.sigmoid()
+        gated = (gate * y for gate, y in zip(gates_BTHZ[..., None].unbind(3), outputs, strict=True))
+        return sum(gated, start=torch.zeros_like(outputs[0])).to(outputs[0].dtype)
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """What each branch remembers; see there."""
-        parts = {
+        """Create the caches of all branches."""
+        branch_caches = {
             name: branch.new_cache(batch_size, capacity, dtype, device)
             for name, branch in self.branches.items()
         }
-        return HybridCache(parts, KVCache(batch_size, capacity, [(0,)], dtype, device))
+        return HybridCache(branch_caches, KVCache(batch_size, capacity, [(0,)], dtype, device))
 
     def flops(self, seq_len: int) -> int:
-        """Projections, and what each branch does with the tokens that it sees on average."""
-        output = sum(branch.flops(seq_len) for branch in self.branches.values())
-        return int(linear_flops(self) + output)
+        """Count projections, and the branches at the mean number of visible tokens."""
+        branch_flops = sum(branch.flops(seq_len) for branch in self.branches.values())
+        return int(linear_flops(self) + branch_flops)
 
 
 class HybridCache:
-    """What each branch remembers; which tokens there were is counted once."""
+    """The caches of all branches, and one shared count of tokens."""
 
     def __init__(self, branch_caches: dict[str, Any], token_counter: KVCache):
         self.branch_caches = branch_caches
@@ -137,33 +143,33 @@ class HybridCache:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens absorbed per row."""
+        """Number of cached tokens of each row, (B,)."""
         return self.token_counter.lengths
 
     def append(self, segments_BT: Tensor | None, x: Tensor) -> tuple[Span, int]:
-        """Take in the tokens of a call; what they see of all tokens, and how many those are."""
-        (held,), seen = self.token_counter.append(segments_BT, x[..., :0])
-        return seen, held.shape[1]
+        """Count the tokens of a call; return their span and the number of all tokens so far."""
+        (counted,), span = self.token_counter.append(segments_BT, x[..., :0])
+        return span, counted.shape[1]
 
     def select(self, rows: Tensor) -> None:
-        """Keep, reorder or repeat rows."""
-        for part in (*self.branch_caches.values(), self.token_counter):
-            part.select(rows)
+        """Select, reorder or repeat rows."""
+        for cache in (*self.branch_caches.values(), self.token_counter):
+            cache.select(rows)
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens; possible while no window and no block has dropped any."""
-        parts = (*self.branch_caches.values(), self.token_counter)
-        for part in parts:
-            part.check_truncate(lengths)
-        for part in parts:
-            part.truncate(lengths)
+        """Remove the newest tokens; possible while no window and no block has dropped tokens."""
+        caches = (*self.branch_caches.values(), self.token_counter)
+        for cache in caches:
+            cache.check_truncate(lengths)
+        for cache in caches:
+            cache.truncate(lengths)
 
     def join(self, other: "HybridCache") -> None:
         """Append the rows of another cache."""
-        for name, part in self.branch_caches.items():
-            part.join(other.branch_caches[name])
+        for name, cache in self.branch_caches.items():
+            cache.join(other.branch_caches[name])
         self.token_counter.join(other.token_counter)
 
     def nbytes(self) -> int:
-        """All of it."""
-        return sum(part.nbytes() for part in self.branch_caches.values())
+        """Return the bytes of the branch caches."""
+        return sum(cache.nbytes() for cache in self.branch_caches.values())

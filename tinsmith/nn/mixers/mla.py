@@ -1,14 +1,14 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1).
 
-    q_t = [W_UQ c^Q_t, turned(W_QR c^Q_t)]           c^Q_t = norm(W_DQ x_t)
+    q_t = [W_UQ c^Q_t, rope(W_QR c^Q_t)]             c^Q_t = norm(W_DQ x_t)
     y_t = O softmax((q_t . k_s) / sqrt(N + R)) v_s   keys and values: `attention.latent`
 
-A cache holds kv_rank + rope_dim numbers per token, for all heads together. Many queries at once
-attend to expanded keys and values; with a cache, few queries are absorbed instead, whatever costs
-fewer products. Under YaRN the whole logit gets the factor, not the turned part alone (DeepSeek's
-`mscale_all_dim`).
+A cache holds kv_rank + rope_dim numbers per token, for all heads together. Without a cache, keys
+and values are expanded from the latents. With a cache, the cheaper form is used: absorbed queries
+for few queries, expanded keys and values otherwise. With YaRN the attention factor applies to the
+whole logit, not only to the rotated part (DeepSeek's `mscale_all_dim`).
 
-Legend: B rows, T tokens, H heads, N un-turned part of a head, R turned part, C latent, V values.
+Legend: B rows, T tokens, H heads, N unrotated part of a head, R rotated part, C latent, V values.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from tinsmith.nn.layers.init import ResidualProj
 
 @dataclass(frozen=True, kw_only=True)
 class MLA(LatentHeads):
-    """Multi-head latent attention."""
+    """Config of multi-head latent attention."""
 
     kind: Literal["mla"] = "mla"
 
@@ -52,18 +52,23 @@ class MLAMixer(Mixer):
         self.o_proj = ResidualProj(config.heads * config.v_dim, build_ctx.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
+        """Map x (B, T, D) to Out.y (B, T, D)."""
         rotary = ctx.rotary[self.rotary_dim] if self.rotary_dim else None
         nope_BTHN, rope_BTHR, _ = self.queries(x, rotary)
         nope_BTHN = nope_BTHN * self.nope_factor
         latent_BSC, rope_BSR = self.keys(x, rotary)
         if cache is None:
-            seen, way = ctx.span(), self._expanded
+            span, attention = (
+                ctx.span(),
+                self._expanded,
+            )
         else:
-            (latent_BSC, rope_BSR), seen = cache.append(ctx.segments, latent_BSC, rope_BSR)
+            (latent_BSC, rope_BSR), span = cache.append(ctx.segments, latent_BSC, rope_BSR)
             latent_BSC, rope_BSR = latent_BSC.to(x.dtype), rope_BSR.to(x.dtype)
-            way = self._absorbed if self.config.prefer_absorbed(x.shape[1]) else self._expanded
-        y_BTHV = way(nope_BTHN, rope_BTHR, latent_BSC, rope_BSR, seen)
+            attention = (
+                self._absorbed if self.config.prefer_absorbed(x.shape[1]) else self._expanded
+            )
+        y_BTHV = attention(nope_BTHN, rope_BTHR, latent_BSC, rope_BSR, span)
         return Out(self.o_proj(y_BTHV.flatten(2)))
 
     def _expanded(
@@ -72,10 +77,10 @@ class MLAMixer(Mixer):
         rope_BTHR: Tensor,
         latent_BSC: Tensor,
         rope_BSR: Tensor,
-        seen: Span,
+        span: Span,
     ) -> Tensor:
         k_BSHD, v_BSHV = self.keys.expand(latent_BSC, rope_BSR)
-        return self._attend(torch.cat((nope_BTHN, rope_BTHR), -1), k_BSHD, v_BSHV, seen)
+        return self._attend(torch.cat((nope_BTHN, rope_BTHR), -1), k_BSHD, v_BSHV, span)
 
     def _absorbed(
         self,
@@ -83,23 +88,25 @@ class MLAMixer(Mixer):
         rope_BTHR: Tensor,
         latent_BSC: Tensor,
         rope_BSR: Tensor,
-        seen: Span,
+        span: Span,
     ) -> Tensor:
         q_BTHD = self.keys.absorb_queries(nope_BTHN, rope_BTHR)
         k_BS1D = torch.cat((latent_BSC, rope_BSR), -1)[:, :, None]
-        return self.keys.project_values(self._attend(q_BTHD, k_BS1D, latent_BSC[:, :, None], seen))
+        return self.keys.project_values(self._attend(q_BTHD, k_BS1D, latent_BSC[:, :, None], span))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Span) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, seen, kind=self.attention, dropout=dropout)
+        return attend(q, k, v, span, kind=self.attention, dropout=dropout)
 
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """Latents (normalised) and turned keys: kv_rank + rope_dim numbers per token."""
+        """Create a cache of normalised latents and rotated keys: kv_rank + rope_dim numbers per
+        token.
+        """
         shapes: list[tuple[int, ...]] = [(self.config.kv_rank,), (self.config.rope_dim,)]
         return KVCache(batch_size, capacity, shapes, dtype, device)
 
     def flops(self, seq_len: int) -> int:
-        """Projections, and scores and sums over the keys that are seen on average."""
+        """Count projections, and scores and sums over the mean number of visible keys."""
         return linear_flops(self) + self.config.pair_flops * (seq_len + 1) // 2

@@ -1,23 +1,23 @@
-"""Native Sparse Attention (Yuan et al., 2502.11089): three ways to look back, mixed by gates.
+"""Native Sparse Attention (Yuan et al., 2502.11089): three attention branches, mixed by gates.
 
     y_t = O sum_b g_t^b attention(q_t, K_t^b, V_t^b)      g_t^b = sigmoid(W_b x_t), per head
 
 - compress: keys and values of blocks of `compress_block` tokens, one block every `compress_stride`,
-  each pooled by an MLP over its tokens laid side by side, plus learned positions within the block.
-  A block is seen once its last token is; where none is seen yet the branch says 0.
-- select: the raw tokens of the `select_count` blocks of `select_block` tokens that the compress
-  branch pays most attention to (`parts/importance.py`); the heads of a group choose together. The
-  query's own block, the first and the previous one are always among them, so there is something
-  to choose from 4 on.
+  each pooled by an MLP over its concatenated tokens plus learned positions within the block. A
+  query sees a block once the block's last token is visible; without visible blocks the output is 0.
+- select: the raw tokens of the `select_count` blocks of `select_block` tokens to which the compress
+  branch attends most (`attention.block_scores`); the heads of a group select together. The query's
+  own block, the first and the previous one are always among them, so `select_count` of 4 or more
+  leaves blocks to select.
 - window: the last `window` tokens, the query's own included.
 
 Each branch has its own keys and values; queries are shared. Blocks are counted from the first token
-of each document. The paper says nothing of positions in the compress branch: here its keys are
-pooled, and its queries used, before rotation. Gates are one linear layer; the paper says MLP. The
-window branch takes part in the value residual (2410.17897).
+of each document. The paper does not specify positions in the compress branch: here its keys are
+pooled, and its queries used, before RoPE. Gates are one linear layer; the paper has an MLP. The
+window branch has the value residual (2410.17897).
 
 Legend: B rows, T tokens, S keys, H query heads, G key and value heads, D head width, N compressed
-blocks, L tokens of a block, C chosen blocks.
+blocks, L tokens of a block, C selected blocks.
 """
 
 from collections.abc import Callable
@@ -48,12 +48,12 @@ from tinsmith.nn.layers.norm import RMSNorm
 from tinsmith.nn.precision import at_least_fp32
 
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values."""
+"""A pair of keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NSA(GroupedHeads):
-    """Native sparse attention: compressed blocks, chosen blocks and a window."""
+    """Native sparse attention: compressed blocks, selected blocks and a window."""
 
     kind: Literal["nsa"] = "nsa"
     heads: Size = 8
@@ -64,7 +64,7 @@ class NSA(GroupedHeads):
     compress_hidden: Size | None = None  # of the pooling MLP, = 2 head_dim
     select_block: Size = 64
     select_count: Size = (
-        16  # own, first and previous block always, in this order; the rest by choice
+        16  # own, first and previous block always, in this order; the others by score
     )
     window: Size = 512
     qk_norm: bool = False
@@ -91,7 +91,7 @@ class NSA(GroupedHeads):
 
     @property
     def block_layout(self) -> BlockLayout:
-        """How tokens are compressed."""
+        """The layout of compressed blocks."""
         return BlockLayout(self.compress_block, self.compress_stride)
 
     def build(self, build_ctx: BuildContext) -> "NSAMixer":
@@ -100,19 +100,19 @@ class NSA(GroupedHeads):
 
 
 class MLPPool(nn.Module):
-    """phi of the paper: the tokens of a block side by side, with their places, through an MLP."""
+    """The paper's phi: an MLP over the concatenated tokens of a block and their positions."""
 
     def __init__(self, size: int, width: int, hidden: int):
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(size, width))
         self.inner = nn.Linear(size * width, hidden)
-        # A bias here would add the same to every key, which softmax does not see.
+        # A bias would add the same vector to every key, which softmax ignores.
         self.outer = nn.Linear(hidden, width, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., L, G, D) -> (..., G, D)."""
-        placed = tokens.transpose(-3, -2) + self.positions
-        return self.outer(F.gelu(self.inner(placed.flatten(-2))))
+        """Map (..., L, G, D) to (..., G, D)."""
+        with_positions = tokens.transpose(-3, -2) + self.positions
+        return self.outer(F.gelu(self.inner(with_positions.flatten(-2))))
 
 
 class NSAMixer(Mixer):
@@ -128,100 +128,121 @@ class NSAMixer(Mixer):
         self.attention, self.dropout = build_ctx.attention, build_ctx.attention_dropout
         self.rotary_dim = self.head_dim if config.rope and build_ctx.use_rope else None
         self.window = config.window
-        inner, outer = config.heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(build_ctx.dim, inner, bias=False)
-        self.compress_k = nn.Linear(build_ctx.dim, outer, bias=False)
-        self.compress_v = nn.Linear(build_ctx.dim, outer, bias=False)
-        self.select_k = nn.Linear(build_ctx.dim, outer, bias=False)
-        self.select_v = nn.Linear(build_ctx.dim, outer, bias=False)
-        self.window_k = nn.Linear(build_ctx.dim, outer, bias=False)
-        self.window_v = nn.Linear(build_ctx.dim, outer, bias=False)
+        query_dim, kv_dim = config.heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(build_ctx.dim, query_dim, bias=False)
+        self.compress_k = nn.Linear(build_ctx.dim, kv_dim, bias=False)
+        self.compress_v = nn.Linear(build_ctx.dim, kv_dim, bias=False)
+        self.select_k = nn.Linear(build_ctx.dim, kv_dim, bias=False)
+        self.select_v = nn.Linear(build_ctx.dim, kv_dim, bias=False)
+        self.window_k = nn.Linear(build_ctx.dim, kv_dim, bias=False)
+        self.window_v = nn.Linear(build_ctx.dim, kv_dim, bias=False)
         hidden = config.compress_hidden or 2 * self.head_dim
         self.pool_k = MLPPool(config.compress_block, self.head_dim, hidden)
         self.pool_v = MLPPool(config.compress_block, self.head_dim, hidden)
         self.branch_gate = BranchGate(build_ctx.dim, 3 * config.heads)
-        self.o_proj = ResidualProj(inner, build_ctx.dim, bias=False)
+        self.o_proj = ResidualProj(query_dim, build_ctx.dim, bias=False)
         norms = [
             RMSNorm(self.head_dim, build_ctx.norm_eps) for _ in range(4 if config.qk_norm else 0)
         ]
-        plain = [nn.Identity() for _ in range(4 - len(norms))]
-        self.q_norm, self.compress_norm, self.select_norm, self.window_norm = norms + plain
-        mixes = config.value_residual and not build_ctx.is_value_residual_source
-        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
+        identities = [nn.Identity() for _ in range(4 - len(norms))]
+        self.q_norm, self.compress_norm, self.select_norm, self.window_norm = norms + identities
+        mixes_values = config.value_residual and not build_ctx.is_value_residual_source
+        self.value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes_values else None
 
     def forward(self, x: Tensor, ctx: Ctx, cache: Any = None) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D)."""
+        """Map x (B, T, D) to Out.y (B, T, D)."""
         q_BTHD = self.q_norm(self._heads(self.q_proj, x))
-        raw = self.compress_norm(self._heads(self.compress_k, x)), self._heads(self.compress_v, x)
-        far_k_BTGD = self.select_norm(self._heads(self.select_k, x))
-        near_k_BTGD = self.window_norm(self._heads(self.window_k, x))
-        near_v_BTGD = offered = self._heads(self.window_v, x)
-        turned_BTHD = q_BTHD
+        compress_kv = (
+            self.compress_norm(self._heads(self.compress_k, x)),
+            self._heads(self.compress_v, x),
+        )
+        select_k_BTGD = self.select_norm(self._heads(self.select_k, x))
+        window_k_BTGD = self.window_norm(self._heads(self.window_k, x))
+        window_v_BTGD = value_residual = self._heads(self.window_v, x)
+        rotated_BTHD = q_BTHD
         if self.rotary_dim:
             rotary = ctx.rotary[self.rotary_dim]
-            turned_BTHD, far_k_BTGD = (
+            rotated_BTHD, select_k_BTGD = (
                 apply_rotary_emb(q_BTHD, rotary),
-                apply_rotary_emb(far_k_BTGD, rotary),
+                apply_rotary_emb(select_k_BTGD, rotary),
             )
-            near_k_BTGD = apply_rotary_emb(near_k_BTGD, rotary)
+            window_k_BTGD = apply_rotary_emb(window_k_BTGD, rotary)
         if self.value_mix is not None and ctx.value_residual is not None:
-            mixed = self.value_mix[0] * ctx.value_residual + self.value_mix[1] * near_v_BTGD
-            near_v_BTGD = mixed.to(near_v_BTGD.dtype)
-        far, near = (far_k_BTGD, self._heads(self.select_v, x)), (near_k_BTGD, near_v_BTGD)
+            mixed = self.value_mix[0] * ctx.value_residual + self.value_mix[1] * window_v_BTGD
+            window_v_BTGD = mixed.to(window_v_BTGD.dtype)
+        select_kv, window_kv = (
+            (select_k_BTGD, self._heads(self.select_v, x)),
+            (window_k_BTGD, window_v_BTGD),
+        )
         if cache is None:
-            held = self._hold(ctx, raw, far, near)
+            kv = self._key_values(ctx, compress_kv, select_kv, window_kv)
         else:
-            held = cache.append(ctx.segments, self._pool, raw, far, near)
-        y_BTHD = self._gated(x, self._branches(q_BTHD, turned_BTHD, held))
-        value = offered if self.config.value_residual else None
-        return Out(self.o_proj(y_BTHD.flatten(2)), value_residual=value)
+            kv = cache.append(ctx.segments, self._pool, compress_kv, select_kv, window_kv)
+        y_BTHD = self._gate(x, self._branches(q_BTHD, rotated_BTHD, kv))
+        value_out = value_residual if self.config.value_residual else None
+        return Out(self.o_proj(y_BTHD.flatten(2)), value_residual=value_out)
 
     def _heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
         return linear(x).unflatten(-1, (-1, self.head_dim))
 
     def _pool(self, k: Tensor, v: Tensor) -> KeyValue:
-        """Tokens of blocks (..., L, G, D) each -> (..., G, D) each."""
+        """Pool tokens of blocks (..., L, G, D) to (..., G, D), keys and values."""
         return self.pool_k(k), self.pool_v(v)
 
-    def _hold(self, ctx: Ctx, raw: KeyValue, far: KeyValue, near: KeyValue) -> "NSAKeyValues":
-        """What is seen of the tokens of one call, without a cache."""
-        length, device = near[0].shape[1], near[0].device
-        seen = ctx.span()
-        cut = self.config.block_layout.gather_blocks
-        pooled = self._pool(cut(raw[0], seen), cut(raw[1], seen))
-        window = ctx.span(self.config.window)
+    def _key_values(
+        self,
+        ctx: Ctx,
+        compress_kv: KeyValue,
+        select_kv: KeyValue,
+        window_kv: KeyValue,
+    ) -> "NSAKeyValues":
+        """Return the keys and values of all branches of one call without a cache."""
+        length, device = window_kv[0].shape[1], window_kv[0].device
+        span = ctx.span()
+        gather = self.config.block_layout.gather_blocks
+        pooled = self._pool(gather(compress_kv[0], span), gather(compress_kv[1], span))
+        window_span = ctx.span(self.config.window)
         return NSAKeyValues(
-            block_positions(seen, length, length, device), seen, pooled, far, near, window
+            block_positions(span, length, length, device),
+            span,
+            pooled,
+            select_kv,
+            window_kv,
+            window_span,
         )
 
-    def _branches(self, q_BTHD: Tensor, turned_BTHD: Tensor, held: "NSAKeyValues") -> list[Tensor]:
-        """What each branch says, (B, T, H, D) each."""
+    def _branches(self, q_BTHD: Tensor, rotated_BTHD: Tensor, kv: "NSAKeyValues") -> list[Tensor]:
+        """Return the output of each branch, (B, T, H, D) each."""
         kind, dropout = self.attention, self.dropout if self.training else 0.0
-        blocks, at = self.config.block_layout, held.block_positions
+        layout, positions = self.config.block_layout, kv.block_positions
         return [
-            attend_compressed(q_BTHD, *held.compress_kv, blocks, at, kind=kind, dropout=dropout),
-            self._selected(q_BTHD, turned_BTHD, held, kind, dropout),
-            attend(turned_BTHD, *held.window_kv, held.window_span, kind=kind, dropout=dropout),
+            attend_compressed(
+                q_BTHD, *kv.compress_kv, layout, positions, kind=kind, dropout=dropout
+            ),
+            self._select_branch(q_BTHD, rotated_BTHD, kv, kind, dropout),
+            attend(rotated_BTHD, *kv.window_kv, kv.window_span, kind=kind, dropout=dropout),
         ]
 
-    def _selected(
-        self, q_BTHD: Tensor, turned_BTHD: Tensor, held: "NSAKeyValues", kind: str, dropout: float
+    def _select_branch(
+        self, q_BTHD: Tensor, rotated_BTHD: Tensor, kv: "NSAKeyValues", kind: str, dropout: float
     ) -> Tensor:
-        """Of so few tokens that every block is chosen, no choice is made."""
+        """Attend to the selected blocks; if there are at most `select_count` blocks, to all of
+        them.
+        """
         keys, size, count = (
-            held.select_kv[0].shape[1],
+            kv.select_kv[0].shape[1],
             self.config.select_block,
             self.config.select_count,
         )
         if keys <= count * size:
-            return attend(turned_BTHD, *held.select_kv, held.span, kind=kind, dropout=dropout)
-        k_BNGD, blocks, at = held.compress_kv[0], self.config.block_layout, held.block_positions
-        begins = select_blocks(q_BTHD, k_BNGD, blocks, at, keys=keys, size=size, count=count)
-        given = (turned_BTHD, *held.select_kv, begins, at.cache_position_BT, size)
-        return attend_topk_blocks(*given, kind=kind, dropout=dropout)
+            return attend(rotated_BTHD, *kv.select_kv, kv.span, kind=kind, dropout=dropout)
+        k_BNGD, layout, positions = kv.compress_kv[0], self.config.block_layout, kv.block_positions
+        starts = select_blocks(q_BTHD, k_BNGD, layout, positions, keys=keys, size=size, count=count)
+        arguments = (rotated_BTHD, *kv.select_kv, starts, positions.cache_position_BT, size)
+        return attend_topk_blocks(*arguments, kind=kind, dropout=dropout)
 
-    def _gated(self, x: Tensor, branches: list[Tensor]) -> Tensor:
-        """The sum of the branches, each times its gate."""
+    def _gate(self, x: Tensor, branches: list[Tensor]) -> Tensor:
+        """Return the sum of the branches, each multiplied by its gate."""
         gates_BTHZ = self.branch_gate(x).to(at_least_fp32(x.dtype)).sigmoid().unflatten(-1, (-1, 3))
         compress, select, window = gates_BTHZ[..., None].unbind(3)
         y_BTHD = compress * branches[0] + select * branches[1] + window * branches[2]
@@ -230,64 +251,76 @@ class NSAMixer(Mixer):
     def new_cache(
         self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
-        """Keys (rotated in two branches) and values (of the window: already mixed): 2 kv_heads
-        head_dim numbers per token held, of the window, of the newest block, and per block.
+        """Create a cache of keys (rotated in two branches) and values (of the window: with value
+        residual).
+
+        It holds 2 kv_heads head_dim numbers per token, per token of the window, per token of the
+        newest block, and per block.
         """
         shapes: list[tuple[int, ...]] = [(self.config.num_kv_heads, self.head_dim)] * 2
         return NSACache(self.config, batch_size, capacity, shapes, dtype, device)
 
     def flops(self, seq_len: int) -> int:
-        """Projections, pooling, and scores and sums over what each branch sees on average: the
-        tokens of the window, those of the chosen blocks, the compressed blocks so far. Choosing
-        reads scores that are counted already.
+        """Count projections, pooling, and scores and sums over the mean number of visible keys.
+
+        Those are the tokens of the window, of the selected blocks, and the compressed blocks so
+        far. The selection reads scores that are counted already.
         """
         config = self.config
-        inner, outer = config.heads * self.head_dim, config.num_kv_heads * self.head_dim
-        projections = 2 * self.dim * (2 * inner + 6 * outer + 3 * config.heads)
+        query_dim, kv_dim = config.heads * self.head_dim, config.num_kv_heads * self.head_dim
+        projections = 2 * self.dim * (2 * query_dim + 6 * kv_dim + 3 * config.heads)
         hidden = self.pool_k.inner.out_features
-        pooling = 4 * outer * hidden * (config.compress_block + 1)
-        blocks = config.block_layout.num_slots(seq_len)
-        seen = _seen_in_window(seq_len, config.window)
-        seen += _seen_in_chosen(seq_len, config.select_block, config.select_count)
-        # Block i is seen by all tokens from its last one on.
-        seen += sum(
+        pooling = 4 * kv_dim * hidden * (config.compress_block + 1)
+        num_blocks = config.block_layout.num_slots(seq_len)
+        num_pairs = _pairs_in_window(seq_len, config.window)
+        num_pairs += _pairs_in_selected(seq_len, config.select_block, config.select_count)
+        # A block is visible to all tokens from its last one on.
+        num_pairs += sum(
             seq_len - i for i in range(config.compress_block - 1, seq_len, config.compress_stride)
         )
-        return int(projections + (pooling * blocks + 4 * inner * seen) / seq_len)
+        return int(projections + (pooling * num_blocks + 4 * query_dim * num_pairs) / seq_len)
 
 
-def _seen_in_window(context: int, window: int) -> int:
-    """Keys seen by all tokens together."""
+def _pairs_in_window(context: int, window: int) -> int:
+    """Count (query, key) pairs of all tokens in the window branch."""
     window = min(window, context)
     return window * (window + 1) // 2 + (context - window) * window
 
 
-def _seen_in_chosen(context: int, size: int, count: int) -> int:
-    """The same: all tokens while all blocks are chosen, then count - 1 blocks and the own one."""
-    begun, rest = divmod(context, size)
-    own = begun * (size * (size + 1) // 2) + rest * (rest + 1) // 2
-    others = sum(min(j, count - 1) for j in range(begun)) * size + rest * min(begun, count - 1)
+def _pairs_in_selected(context: int, size: int, count: int) -> int:
+    """Count (query, key) pairs of all tokens in the select branch.
+
+    A token sees all blocks while there are at most `count`; then it sees count - 1 blocks and its
+    own.
+    """
+    full_blocks, rest = divmod(context, size)
+    own = full_blocks * (size * (size + 1) // 2) + rest * (rest + 1) // 2
+    others = sum(min(j, count - 1) for j in range(full_blocks)) * size + rest * min(
+        full_blocks, count - 1
+    )
     return own + others * size
 
 
 class NSAKeyValues(NamedTuple):
-    """What the queries of a call attend to."""
+    """The keys and values of all branches for the queries of one call."""
 
     block_positions: BlockPositions
     span: Span
-    """All earlier tokens of the document, of those to choose from."""
+    """All earlier tokens of the document, for the select branch."""
     compress_kv: KeyValue
     """Compressed keys and values, (B, N, G, D) each."""
     select_kv: KeyValue
-    """Keys and values to choose from, (B, S, G, D) each, in order of places."""
+    """Keys and values of the select branch, (B, S, G, D) each, in order of position."""
     window_kv: KeyValue
     """Keys and values of the window branch."""
     window_span: Span
 
 
 class NSACache:
-    """All tokens of the select branch, the last `window` ones of the window branch, the compressed
-    blocks, and of the last `compress_block` tokens what is to be compressed.
+    """The caches of the three branches.
+
+    They hold all tokens of the select branch, the last `window` tokens of the window branch, all
+    compressed blocks, and the last `compress_block` tokens, which are not compressed yet.
     """
 
     def __init__(
@@ -309,7 +342,7 @@ class NSACache:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens absorbed per row."""
+        """Number of cached tokens of each row, (B,)."""
         return self.select_cache.lengths
 
     def append(
@@ -320,29 +353,36 @@ class NSACache:
         select_kv: KeyValue,
         window_kv: KeyValue,
     ) -> NSAKeyValues:
-        """Take in (B, T, G, D) keys and values of every branch; return all that they may see."""
-        (far_k, far_v), seen = self.select_cache.append(segments_BT, *select_kv)
-        at = block_positions(seen, compress_kv[0].shape[1], far_k.shape[1], far_k.device)
-        ended = self.compress_cache.append(segments_BT, at, *compress_kv)
+        """Append keys and values (B, T, G, D) of every branch; return all visible ones."""
+        (select_k, select_v), span = self.select_cache.append(segments_BT, *select_kv)
+        positions = block_positions(
+            span, compress_kv[0].shape[1], select_k.shape[1], select_k.device
+        )
+        ended = self.compress_cache.append(segments_BT, positions, *compress_kv)
         pooled_k, pooled_v = pool(*(tokens.to(compress_kv[0].dtype) for tokens in ended.tokens))
         k_BNGD, v_BNGD = self.compress_cache.append_blocks(ended, pooled_k, pooled_v)
-        (near_k, near_v), window = self.window_cache.append(segments_BT, *window_kv)
-        return NSAKeyValues(at, seen, (k_BNGD, v_BNGD), (far_k, far_v), (near_k, near_v), window)
+        (window_k, window_v), window_span = self.window_cache.append(segments_BT, *window_kv)
+        return NSAKeyValues(
+            positions,
+            span,
+            (k_BNGD, v_BNGD),
+            (select_k, select_v),
+            (window_k, window_v),
+            window_span,
+        )
 
     def select(self, rows: Tensor) -> None:
-        """Keep, reorder or repeat rows."""
-        for part in (self.select_cache, self.window_cache, self.compress_cache):
-            part.select(rows)
+        """Select, reorder or repeat rows."""
+        for cache in (self.select_cache, self.window_cache, self.compress_cache):
+            cache.select(rows)
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget the newest tokens; possible while neither window nor newest block has dropped
-        any.
-        """
-        parts = (self.window_cache, self.compress_cache, self.select_cache)
-        for part in parts:
-            part.check_truncate(lengths)
-        for part in parts:
-            part.truncate(lengths)
+        """Remove the newest tokens; possible while window and newest block have dropped none."""
+        caches = (self.window_cache, self.compress_cache, self.select_cache)
+        for cache in caches:
+            cache.check_truncate(lengths)
+        for cache in caches:
+            cache.truncate(lengths)
 
     def join(self, other: "NSACache") -> None:
         """Append the rows of another cache."""
@@ -351,7 +391,7 @@ class NSACache:
         self.compress_cache.join(other.compress_cache)
 
     def nbytes(self) -> int:
-        """All of it."""
+        """Return the bytes of all branch caches."""
         return (
             self.select_cache.nbytes() + self.window_cache.nbytes() + self.compress_cache.nbytes()
         )

@@ -135,13 +135,13 @@ class CosineRouter(Fp32Params):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             u_NE = self.margins(x_ND)
         valid_N = torch.ones_like(u_NE[:, 0], dtype=torch.bool) if valid_N is None else valid_N
-        fired_NE = must_save(above_threshold(u_NE) & valid_N[:, None])
-        mask_NE = must_save(self._with_fallback(u_NE, fired_NE, valid_N))
+        above_NE = must_save(above_threshold(u_NE) & valid_N[:, None])
+        mask_NE = must_save(self._with_fallback(u_NE, above_NE, valid_N))
         count_N = mask_NE.sum(-1).to(u_NE.dtype)
-        weight_NE = self._combined(_straight_through(u_NE, mask_NE), count_N[:, None])
-        losses, stats = {}, _stats(x_ND, fired_NE, valid_N, count_N)
+        weight_NE = self._combine_weights(_straight_through(u_NE, mask_NE), count_N[:, None])
+        losses, stats = {}, _stats(x_ND, above_NE, valid_N, count_N)
         if self.training and torch.is_grad_enabled():
-            sdl = self._sdl(x_ND.detach(), fired_NE, valid_N)
+            sdl = self._sdl(x_ND.detach(), above_NE, valid_N)
             losses["sdl"] = self.config.sdl_weight * sdl
             stats["sdl"] = sdl.detach() * stats["tokens"]
         return CosineRouterOutput(mask_NE, weight_NE, losses, stats)
@@ -156,51 +156,51 @@ class CosineRouter(Fp32Params):
         """FLOPs of the cosines of one token."""
         return 2 * self.prototypes.numel()
 
-    def _with_fallback(self, u_NE: Tensor, fired_NE: Tensor, valid_N: Tensor) -> Tensor:
-        kind = self.config.fallback
-        if kind == "none" or (kind == "none_in_training" and self.training):
-            return fired_NE
-        silent_N = valid_N & ~fired_NE.any(-1)
-        best_NE = torch.zeros_like(fired_NE).scatter(-1, stable_topk(u_NE, 1), True)
-        return fired_NE | (best_NE & silent_N[:, None])
+    def _with_fallback(self, u_NE: Tensor, above_NE: Tensor, valid_N: Tensor) -> Tensor:
+        fallback = self.config.fallback
+        if fallback == "none" or (fallback == "none_in_training" and self.training):
+            return above_NE
+        unrouted_N = valid_N & ~above_NE.any(-1)
+        best_NE = torch.zeros_like(above_NE).scatter(-1, stable_topk(u_NE, 1), True)
+        return above_NE | (best_NE & unrouted_N[:, None])
 
-    def _combined(self, value_NE: Tensor, count_N1: Tensor) -> Tensor:
+    def _combine_weights(self, value_NE: Tensor, count_N1: Tensor) -> Tensor:
         if self.config.combine == "sum":
             return value_NE
-        share_N1 = 1 / count_N1.clamp(min=1)
+        scale_N1 = 1 / count_N1.clamp(min=1)
         if self.config.combine == "rescaled_sum":
-            share_N1 = share_N1 * self.config.experts
-        return value_NE * share_N1
+            scale_N1 = scale_N1 * self.config.experts
+        return value_NE * scale_N1
 
-    def _sdl(self, x_ND: Tensor, fired_NE: Tensor, valid_N: Tensor) -> Tensor:
-        kind = at_least_fp32(x_ND.dtype)
-        prototypes = self.prototypes.to(kind)
+    def _sdl(self, x_ND: Tensor, above_NE: Tensor, valid_N: Tensor) -> Tensor:
+        dtype = at_least_fp32(x_ND.dtype)
+        prototypes = self.prototypes.to(dtype)
         with no_autocast(x_ND.device):
             unit = _unit(prototypes)
-            similar_EE = unit @ unit.mT
+            cosine_EE = unit @ unit.mT
         if self.config.sdl == "dynmoe":
-            excess_EE = similar_EE - torch.eye(len(unit), dtype=kind, device=unit.device)
+            deviation_EE = cosine_EE - torch.eye(len(unit), dtype=dtype, device=unit.device)
             lengths_E = prototypes.norm(dim=-1) / prototype_norm(prototypes.shape[1])
-            return torch.linalg.vector_norm(excess_EE) + lengths_E.mean()
-        value_NE = _straight_through(self.margins(x_ND), fired_NE) * valid_N[:, None]
+            return torch.linalg.vector_norm(deviation_EE) + lengths_E.mean()
+        value_NE = _straight_through(self.margins(x_ND), above_NE) * valid_N[:, None]
         mean = value_NE.sum() / valid_N.sum().clamp(min=1)
         sparsity = (
             (mean - self.config.target_experts_per_token) / self.config.target_experts_per_token
         ).square()
-        # 1 on the diagonal is a constant, yet rounding must not leave a gradient there
-        other_EE = similar_EE.square().fill_diagonal_(0)
-        pairs = max(len(unit) * (len(unit) - 1), 1)
-        return sparsity + other_EE.sum() / pairs
+        # the diagonal is the constant 1; rounding must not give it a gradient
+        off_diagonal_EE = cosine_EE.square().fill_diagonal_(0)
+        num_pairs = max(len(unit) * (len(unit) - 1), 1)
+        return sparsity + off_diagonal_EE.sum() / num_pairs
 
 
 def margins(x_ND: Tensor, prototypes_ED: Tensor, thresholds_E: Tensor) -> Tensor:
     """Return u (N, E), the difference between each cosine and its threshold, in at least
     float32.
     """
-    kind = at_least_fp32(x_ND.dtype)
+    dtype = at_least_fp32(x_ND.dtype)
     with no_autocast(x_ND.device):
-        cosine_NE = _unit(x_ND.to(kind)) @ _unit(prototypes_ED.to(kind)).mT
-        return cosine_NE - thresholds_E.to(kind)
+        cosine_NE = _unit(x_ND.to(dtype)) @ _unit(prototypes_ED.to(dtype)).mT
+        return cosine_NE - thresholds_E.to(dtype)
 
 
 def above_threshold(u: Tensor) -> Tensor:
@@ -219,15 +219,15 @@ def _straight_through(u: Tensor, decision: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _stats(x_ND: Tensor, fired_NE: Tensor, valid_N: Tensor, count_N: Tensor) -> dict[str, Tensor]:
-    silent_N = valid_N & ~fired_NE.any(-1)
-    kind = at_least_fp32(x_ND.dtype)
+def _stats(x_ND: Tensor, above_NE: Tensor, valid_N: Tensor, count_N: Tensor) -> dict[str, Tensor]:
+    without_N = valid_N & ~above_NE.any(-1)
+    dtype = at_least_fp32(x_ND.dtype)
     with no_autocast(x_ND.device):
-        unrouted_D = silent_N.to(kind) @ _unit(x_ND.to(kind))
+        unrouted_D = without_N.to(dtype) @ _unit(x_ND.to(dtype))
     return {
-        "load": fired_NE.sum(0),
+        "load": above_NE.sum(0),
         "tokens": valid_N.sum(),
-        "fallback": silent_N.sum(),
+        "fallback": without_N.sum(),
         "entropy": count_N.clamp(min=1).log().sum(),
         "unrouted": unrouted_D,
     }

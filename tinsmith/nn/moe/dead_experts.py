@@ -1,16 +1,16 @@
-"""Re-birth of experts that never fire.
+"""Re-initialise dead experts, which no token selects.
 
-Every `interval` optimizer steps, an expert that fired for no token of the global batches since the
-last look (fallback and padding are not counted) begins anew: threshold 0, weights as at first, but
-nothing where it writes, so that it changes no sum before it has learned. The first prototype
-points where the tokens point that nobody fired for, the others away from all living ones. The
-optimizer forgets the rows.
+Every `reset_interval` optimizer steps, an expert that no token of the global batches has selected
+since the last reset (fallback and padding do not count) is re-initialised: threshold 0, weights
+from their initial distribution, but output weights 0, so that it does not change the output before
+it is trained. The first new prototype points in the mean direction of the tokens that selected no
+expert, the others are orthogonal to all live ones. The optimizer state of these rows is reset.
 
-Counts are sums over micro-batches and ranks, and random rows come from a generator of their own:
-all ranks do the same, and training's random numbers stay as they were. All counters are buffers,
-so a resumed run looks at the same step with the same counts; they belong to the run and not to the
-model, so a folder for others does not have them. Where any of these weights is frozen (adapters, a
-skeleton), nothing is counted and nobody is born.
+Counts are sums over micro-batches and ranks, and random rows come from a separate generator: all
+ranks do the same, and the random numbers of training do not change. All counters are buffers, so a
+resumed run resets at the same step with the same counts; they belong to the run, not to the model,
+so exported folders do not have them. If any of these weights is frozen (adapters, a frozen
+skeleton), nothing is counted and no expert is reset.
 
 Legend: E experts, D width.
 """
@@ -27,18 +27,18 @@ from tinsmith.nn.layers.init import linear_init_std
 from tinsmith.nn.moe.experts import ExpertOutWeight, ExpertWeight
 
 ResetStds = dict[nn.Parameter, float]
-"""Weights with the experts along their first axis -> the standard deviation of a newborn's; 0
-where it writes.
+"""Weights whose first axis is experts -> the standard deviation of a re-initialised expert; 0 for
+output weights.
 """
 
 
 def prototype_norm(dim: int) -> float:
-    """Of a prototype: its numbers are about 1."""
+    """Return the initial length of a prototype; its elements are about 1."""
     return math.sqrt(dim)
 
 
 def expert_reset_stds(experts: nn.Module) -> ResetStds:
-    """Those of all stacks inside a module."""
+    """Return the standard deviations for all stacks of experts inside a module."""
     return {
         stack.weight: 0.0 if isinstance(stack, ExpertOutWeight) else linear_init_std(stack.weight)
         for stack in experts.modules()
@@ -47,7 +47,7 @@ def expert_reset_stds(experts: nn.Module) -> ResetStds:
 
 
 class UsageWindow(nn.Module):
-    """What was counted since the last look."""
+    """Counters of expert usage since the last reset."""
 
     load: Tensor
     unrouted: Tensor
@@ -76,9 +76,11 @@ class UsageWindow(nn.Module):
         thresholds: nn.Parameter,
         reset_stds: ResetStds,
     ) -> list[OptimizerReset]:
-        """Add the statistics of one step; at the end of a window, what was re-born."""
-        trained = all(p.requires_grad for p in (prototypes, thresholds, *reset_stds))
-        if self.reset_interval is None or not trained:
+        """Add the statistics of one step; at the end of a window, reset dead experts and return
+        their rows.
+        """
+        trainable = all(p.requires_grad for p in (prototypes, thresholds, *reset_stds))
+        if self.reset_interval is None or not trainable:
             return []
         self.load += stats["load"]
         self.unrouted += stats["unrouted"].to(self.unrouted.dtype)
@@ -88,7 +90,7 @@ class UsageWindow(nn.Module):
             return []
         dead_E = (self.load == 0) & (self.tokens > 0)
         resets = (
-            self._bear(dead_E, prototypes, thresholds, reset_stds) if bool(dead_E.any()) else []
+            self._reset(dead_E, prototypes, thresholds, reset_stds) if bool(dead_E.any()) else []
         )
         self.newborn.copy_(dead_E)
         self.looks += 1
@@ -96,7 +98,7 @@ class UsageWindow(nn.Module):
             counter.zero_()
         return resets
 
-    def _bear(
+    def _reset(
         self,
         dead_E: Tensor,
         prototypes: nn.Parameter,
@@ -104,34 +106,39 @@ class UsageWindow(nn.Module):
         reset_stds: ResetStds,
     ) -> list[OptimizerReset]:
         rows = dead_E.nonzero().flatten()
-        draw = make_generator(0, "rebirth", self.layer_idx, int(self.looks))
-        alive = full_tensor(prototypes).detach()[~dead_E].cpu().double()
-        found = _directions(self.unrouted.cpu().double(), alive, len(rows), draw)
-        write_rows(prototypes, rows, prototype_norm(prototypes.shape[1]) * found)
+        generator = make_generator(0, "rebirth", self.layer_idx, int(self.looks))
+        live = full_tensor(prototypes).detach()[~dead_E].cpu().double()
+        directions = _new_directions(self.unrouted.cpu().double(), live, len(rows), generator)
+        write_rows(prototypes, rows, prototype_norm(prototypes.shape[1]) * directions)
         write_rows(thresholds, rows, torch.zeros(len(rows)))
         for parameter, std in reset_stds.items():
             shape = (len(rows), *parameter.shape[1:])
-            write_rows(parameter, rows, std * torch.randn(shape, generator=draw))
+            write_rows(parameter, rows, std * torch.randn(shape, generator=generator))
         return [
             OptimizerReset(parameter, rows) for parameter in (prototypes, thresholds, *reset_stds)
         ]
 
 
-def _directions(unrouted_D: Tensor, alive: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    """(count, D) unit vectors: along `unrouted` if it points anywhere, then random ones orthogonal
-    to all before; where there is no room for another, just random.
+def _new_directions(
+    unrouted_D: Tensor, live: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Return unit vectors (count, D) for new prototypes.
+
+    The first is along `unrouted_D` if that is not 0. The others are random and orthogonal to all
+    earlier vectors and to the live prototypes, or just random if there is no orthogonal direction
+    left.
     """
-    found = alive
+    vectors = live
     for index in range(count):
-        along = unrouted_D if index == 0 else torch.zeros_like(unrouted_D)
-        if not bool(along.any()):
-            along = torch.randn(len(unrouted_D), generator=draw, dtype=torch.float64)
-            along = _away(along, found) if len(found) < len(along) else along
-        found = torch.cat((found, (along / along.norm())[None]))
-    return found[len(alive) :]
+        vector = unrouted_D if index == 0 else torch.zeros_like(unrouted_D)
+        if not bool(vector.any()):
+            vector = torch.randn(len(unrouted_D), generator=generator, dtype=torch.float64)
+            vector = _orthogonal_part(vector, vectors) if len(vectors) < len(vector) else vector
+        vectors = torch.cat((vectors, (vector / vector.norm())[None]))
+    return vectors[len(live) :]
 
 
-def _away(x_D: Tensor, others: Tensor) -> Tensor:
-    """The part of x that is orthogonal to all rows of `others`."""
+def _orthogonal_part(x_D: Tensor, others: Tensor) -> Tensor:
+    """Return the part of x that is orthogonal to all rows of `others`."""
     basis = torch.linalg.qr(others.mT).Q
     return x_D - basis @ (basis.mT @ x_D)

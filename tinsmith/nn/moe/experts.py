@@ -1,9 +1,9 @@
-"""A stack of small feed-forwards, each run on the tokens that chose it.
+"""A stack of small feed-forward networks (experts), each applied to the tokens routed to it.
 
     swiglu   f_e(x) = W_down (SiLU(W_gate x) * W_up x)      (Shazeer, 2002.05202)
     relu2    f_e(x) = W_down relu(W_up x)^2                 (So et al., 2109.08668)
 
-Legend: N tokens, P pairs, E experts, D width, H width of an expert.
+Legend: N tokens, P pairs of token and expert, E experts, D width, H width of an expert.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from tinsmith.nn.moe.grouped_gemm import autocast_operand, grouped_linear
 Activation = Literal["swiglu", "relu2"]
 
 GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`grouped`, or one that does more."""
+"""`grouped_linear`, or a function that wraps it."""
 
 
 class Experts(nn.Module):
-    """`gate_proj` and `up_proj` (E, H, D), `down_proj` (E, D, H); `relu2` has no `gate_proj`."""
+    """Weights `gate_proj`, `up_proj` (E, H, D) and `down_proj` (E, D, H); `relu2` has no gate."""
 
     def __init__(self, dim: int, num_experts: int, hidden_dim: int, activation: Activation):
         super().__init__()
@@ -34,27 +34,29 @@ class Experts(nn.Module):
         self.down_proj = ExpertOutWeight(num_experts, hidden_dim, dim)
 
     def forward(self, x_ND: Tensor, plan: DispatchPlan) -> Tensor:
-        """(P, D): of each pair what its expert says to its token."""
+        """Return the output of each pair's expert for its token, (P, D)."""
         inner_PH = self.intermediate(plan.gather(autocast_operand(x_ND)), plan.ends_E)
         return grouped_linear(inner_PH, self.down_proj.weight, plan.ends_E)
 
     def intermediate(
         self, x_PD: Tensor, ends_E: Tensor, matmul: GroupedMatmul = grouped_linear
     ) -> Tensor:
-        """(P, H): what the down projection is given. `product` is how rows meet their matrices."""
+        """Return the input of the down projection, (P, H); `matmul` multiplies rows by expert
+        weights.
+        """
         up_PH = matmul(x_PD, self.up_proj.weight, ends_E)
         if self.gate_proj is None:
             return F.relu(up_PH).square()
         return F.silu(matmul(x_PD, self.gate_proj.weight, ends_E)) * up_PH
 
     def flops(self) -> int:
-        """Floating-point operations of one pair."""
-        matrices = 2 if self.gate_proj is None else 3
-        return 2 * matrices * self.up_proj.weight[0].numel()
+        """Count the FLOPs of one pair."""
+        num_matrices = 2 if self.gate_proj is None else 3
+        return 2 * num_matrices * self.up_proj.weight[0].numel()
 
 
 class ExpertWeight(nn.Module):
-    """A stack of matrices (E, O, I), one per expert, without biases; see `moe.grouped_gemm`."""
+    """A stack of matrices (E, O, I), one for each expert, without biases."""
 
     EXPERT_STACKS: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of 3-D parameters that are stacks of matrices. LoRA, quantisation and Muon treat each
@@ -67,4 +69,4 @@ class ExpertWeight(nn.Module):
 
 
 class ExpertOutWeight(ExpertWeight):
-    """A stack that writes into the residual stream."""
+    """A stack of matrices whose output is added to the residual stream."""

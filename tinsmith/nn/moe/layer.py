@@ -1,12 +1,12 @@
-"""A feed-forward of experts that a linear gate chooses: what `topk_moe` and `deepseek_moe` share.
+"""Sparse MoE feed-forward with a linear router, the base of `topk_moe` and `deepseek_moe`.
 
-    y_n = sum over the K chosen e of  w_ne f_e(x_n)  +  f_shared(x_n)
+    y_n = sum over the K selected e of  w_ne f_e(x_n)  +  f_shared(x_n)
 
-Several shared experts are one of their summed width, which is the same function. What is added up
-in `stats`, over valid tokens: `load` (E,) pairs of each expert, `tokens` how many there were,
-`entropy` of the gate in nats, and in training each loss before its coefficient, times `tokens`.
+Several shared experts are one network of their summed width, which is the same function. `stats`
+are sums over valid tokens: `load` (E,) pairs of each expert, `tokens` their number, `entropy` of
+the router in nats, and in training each loss before its coefficient, times `tokens`.
 
-Legend: B rows, T tokens of a row, N = B T, K choices of a token, E experts, D width.
+Legend: B rows, T tokens of a row, N = B T, K selected experts of a token, E experts, D width.
 """
 
 from typing import NamedTuple
@@ -24,14 +24,14 @@ SHARED_EXPERTS = {"swiglu": SwiGLUFeedForward, "relu2": ReLU2FeedForward}
 
 
 class AuxLoss(NamedTuple):
-    """A loss before and its coefficient."""
+    """An auxiliary loss before its coefficient, and the coefficient."""
 
     value: Tensor
     coef: float
 
 
 def check_sizes(experts: int, top_k: int, hidden_dim: int, n_shared_experts: int) -> None:
-    """ValueError where such a layer cannot be built."""
+    """Raise ValueError if sizes of an MoE layer are invalid."""
     for name, value in (("experts", experts), ("top_k", top_k), ("hidden_dim", hidden_dim)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -42,14 +42,14 @@ def check_sizes(experts: int, top_k: int, hidden_dim: int, n_shared_experts: int
 
 
 def check_coefficients(**coefficients: float) -> None:
-    """ValueError for one below 0, or not a number."""
+    """Raise ValueError for a coefficient that is negative or NaN."""
     for name, value in coefficients.items():
         if not value >= 0:
             raise ValueError(f"{name}={value} must be at least 0")
 
 
 class SparseMoEFeedForward(FeedForward, Routed):
-    """Needs `route`, and `costs` for what the gate is to learn beside the task."""
+    """Base class; subclasses implement `route` and `aux_losses`."""
 
     def __init__(
         self,
@@ -64,55 +64,55 @@ class SparseMoEFeedForward(FeedForward, Routed):
         self.num_experts, self.top_k = num_experts, top_k
         self.router = RouterLinear(build_ctx.dim, num_experts)
         self.experts = Experts(build_ctx.dim, num_experts, hidden_dim, activation)
-        dense = SHARED_EXPERTS[activation]
+        shared_class = SHARED_EXPERTS[activation]
         self.shared = (
-            dense(build_ctx.dim, n_shared_experts * hidden_dim) if n_shared_experts else None
+            shared_class(build_ctx.dim, n_shared_experts * hidden_dim) if n_shared_experts else None
         )
 
     def route(self, x_ND: Tensor) -> RouterOutput:
-        """What the gate says of each token."""
+        """Return logits, probabilities, selected experts and weights of tokens (N, D)."""
         raise NotImplementedError
 
     def aux_losses(self, router_output: RouterOutput, valid_BT: Tensor) -> dict[str, AuxLoss]:
-        """The losses of one training step by name."""
+        """Return the auxiliary losses of one micro-batch by name."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, ctx: Ctx) -> Out:
-        """x (B, T, D) -> Out.y (B, T, D), `losses` in training, `stats`."""
+        """Map x (B, T, D) to Out.y (B, T, D), with `stats`, and in training `losses`."""
         x_ND, valid_BT = x.flatten(0, 1), _valid(x, ctx)
-        route = self.route(x_ND)
-        plan = plan_from_indices(route.expert_indices_NK, self.num_experts, valid_BT.flatten())
+        routing = self.route(x_ND)
+        plan = plan_from_indices(routing.expert_indices_NK, self.num_experts, valid_BT.flatten())
         y_PD = self.experts(x_ND, plan)
-        y = combine(y_PD, plan.gather_weights(route.weights_NK), plan, len(x_ND)).view_as(x)
+        y = combine(y_PD, plan.gather_weights(routing.weights_NK), plan, len(x_ND)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x, ctx).y
-        costs = self.aux_losses(route, valid_BT) if self.training else {}
+        losses = self.aux_losses(routing, valid_BT) if self.training else {}
         tokens = valid_BT.sum()
-        unsure_N = entropy(route.probabilities_NE.detach()).masked_fill(~valid_BT.flatten(), 0)
-        stats = {"load": plan.load_E, "tokens": tokens, "entropy": unsure_N.sum()}
-        stats |= {name: cost.value.detach() * tokens for name, cost in costs.items()}
-        return Out(y, {name: cost.value * cost.coef for name, cost in costs.items()}, stats)
+        entropy_N = entropy(routing.probabilities_NE.detach()).masked_fill(~valid_BT.flatten(), 0)
+        stats = {"load": plan.load_E, "tokens": tokens, "entropy": entropy_N.sum()}
+        stats |= {name: loss.value.detach() * tokens for name, loss in losses.items()}
+        return Out(y, {name: loss.value * loss.coef for name, loss in losses.items()}, stats)
 
     @torch.no_grad()
     def expert_mask(self, x: Tensor, ctx: Ctx) -> Tensor:
-        """(B, T, E) bool: which routed experts work on which tokens."""
-        choices_BTK = self.route(x.flatten(0, 1)).expert_indices_NK.unflatten(0, x.shape[:2])
-        chosen_BTE = x.new_zeros(*x.shape[:2], self.num_experts, dtype=torch.bool)
-        return chosen_BTE.scatter(-1, choices_BTK, True) & _valid(x, ctx)[..., None]
+        """Return which routed experts each token uses, (B, T, E) bool."""
+        indices_BTK = self.route(x.flatten(0, 1)).expert_indices_NK.unflatten(0, x.shape[:2])
+        selected_BTE = x.new_zeros(*x.shape[:2], self.num_experts, dtype=torch.bool)
+        return selected_BTE.scatter(-1, indices_BTK, True) & _valid(x, ctx)[..., None]
 
     def flops(self) -> int:
-        """The gate, the chosen experts, the shared ones."""
+        """Count the router, the selected experts and the shared experts."""
         shared = 0 if self.shared is None else self.shared.flops()
         return 2 * self.router.weight.numel() + self.top_k * self.experts.flops() + shared
 
     def inactive_parameters(self) -> int:
-        """Those of the experts that a token did not choose."""
-        held = sum(parameter.numel() for parameter in self.experts.parameters())
-        return held // self.num_experts * (self.num_experts - self.top_k)
+        """Count the parameters of the experts that a token does not use."""
+        total = sum(parameter.numel() for parameter in self.experts.parameters())
+        return total // self.num_experts * (self.num_experts - self.top_k)
 
 
 def _valid(x: Tensor, ctx: Ctx) -> Tensor:
-    """(B, T) bool: padding is never routed nor counted."""
+    """Return (B, T) bool; padding is neither routed nor counted."""
     if ctx.segments is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     return ctx.segments >= 0

@@ -1,13 +1,14 @@
-"""Linear gates: which experts a token chooses, and how much each of them counts.
+"""Linear routers: which experts a token selects, and the weights of their outputs.
 
     logits = W x      probabilities = softmax(logits), or sigmoid(logits) / its sum
-    the K best by score + bias are chosen; w = score, or score / sum of the chosen scores
+    selected: the K best by score + bias
+    w = score, or score / sum of the selected scores
 
-All of it in at least float32. A choice orders by (score descending, index ascending). Where K = 1 a
-renormalised weight would be 1 whatever the gate says and the gate would never learn, so there the
-raw score counts (the fault of MiniMind's and Tiny-R2's published routers).
+All in at least float32. Selection is by (score descending, index ascending). With K = 1 a
+renormalised weight would always be 1 and the router would have no gradient, so the weight is the
+raw score (a fault in the published routers of MiniMind and Tiny-R2).
 
-Legend: N tokens, K choices of a token, E experts, D width.
+Legend: N tokens, K selected experts of a token, E experts, D width.
 """
 
 from typing import ClassVar, Literal, NamedTuple
@@ -21,7 +22,7 @@ from tinsmith.nn.precision import at_least_fp32, no_autocast
 
 
 class RouterOutput(NamedTuple):
-    """What a gate says."""
+    """The routing of N tokens by a linear router."""
 
     logits_NE: Tensor
     probabilities_NE: Tensor
@@ -32,7 +33,7 @@ class RouterOutput(NamedTuple):
 
 
 class RouterLinear(nn.Linear):
-    """A linear gate without biases."""
+    """A linear router without biases."""
 
     ROLE: ClassVar[Literal["router"]] = "router"
 
@@ -40,39 +41,43 @@ class RouterLinear(nn.Linear):
         super().__init__(dim, num_experts, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) -> logits (..., E), at least float32."""
+        """Map (..., D) to logits (..., E) in at least float32."""
         return router_logits(input, self.weight)
 
 
 def router_logits(input: Tensor, weight_ED: Tensor) -> Tensor:
-    """(..., D) -> logits (..., E), at least float32, under autocast too."""
-    kind = at_least_fp32(input.dtype)
+    """Map (..., D) to logits (..., E) in at least float32, also under autocast."""
+    dtype = at_least_fp32(input.dtype)
     with no_autocast(input.device):
-        return F.linear(input.to(kind), weight_ED.to(kind))
+        return F.linear(input.to(dtype), weight_ED.to(dtype))
 
 
 def combine_weights(scores_NE: Tensor, expert_indices_NK: Tensor, norm_topk_prob: bool) -> Tensor:
-    """(N, K): the scores of what was chosen; with `renormalise` and K > 1 they sum to 1."""
-    chosen_NK = scores_NE.gather(1, expert_indices_NK)
+    """Return the scores of the selected experts, (N, K); they sum to 1 if `norm_topk_prob` and K >
+    1.
+    """
+    selected_NK = scores_NE.gather(1, expert_indices_NK)
     if not norm_topk_prob or expert_indices_NK.shape[1] == 1:
-        return chosen_NK
-    return chosen_NK / (chosen_NK.sum(1, keepdim=True) + 1e-20)
+        return selected_NK
+    return selected_NK / (selected_NK.sum(1, keepdim=True) + 1e-20)
 
 
 def group_limited_scores(scores_NE: Tensor, n_group: int, topk_group: int) -> Tensor:
-    """Scores with those of all but the `kept` best of `groups` equal groups of neighbours at -inf.
-    A group is as good as its two best experts together (DeepSeek-V3, 2412.19437).
+    """Set the scores of all experts outside of the `topk_group` best groups to -inf.
+
+    The experts form `n_group` equal groups of neighbours. The score of a group is the sum of its
+    two best experts (DeepSeek-V3, 2412.19437).
     """
     if topk_group == n_group:
         return scores_NE
     scores_NGS = scores_NE.unflatten(1, (n_group, -1))
-    two_NG = scores_NGS.topk(min(2, scores_NGS.shape[2]), -1).values.sum(-1)
-    open_NG = torch.zeros_like(two_NG, dtype=torch.bool).scatter(
-        1, stable_topk(two_NG, topk_group), True
+    group_scores_NG = scores_NGS.topk(min(2, scores_NGS.shape[2]), -1).values.sum(-1)
+    selected_NG = torch.zeros_like(group_scores_NG, dtype=torch.bool).scatter(
+        1, stable_topk(group_scores_NG, topk_group), True
     )
-    return scores_NGS.masked_fill(~open_NG[..., None], -torch.inf).flatten(1)
+    return scores_NGS.masked_fill(~selected_NG[..., None], -torch.inf).flatten(1)
 
 
 def entropy(probabilities_NE: Tensor) -> Tensor:
-    """(N,) in nats."""
+    """Return the entropy of probabilities in nats, (N, E) to (N,)."""
     return torch.special.entr(probabilities_NE).sum(-1)

@@ -1,17 +1,18 @@
-"""Surprise: how much a token asks an expert to change, the norm of its weights' gradient.
+"""Surprise of a token at an expert: the gradient norm of the expert's weights for that token.
 
-The gradient of a product y = W x by W is, for one token, dy x': its norm is |dy| |x|. So for an
-expert h = silu(a) * b, a = W_gate x, b = W_up x, y = W_down h, and g the gradient that comes back
-to the layer's output at this token,
+The gradient of a product y = W x with respect to W is, for one token, dy x', with norm |dy| |x|. So
+for an expert h = silu(a) * b, a = W_gate x, b = W_up x, y = W_down h, and g the gradient with
+respect to the layer's output at this token,
 
     S^2 = |g|^2 |h|^2 + |x|^2 (|da|^2 + |db|^2)
 
-with da and db as they come of dy = g (Goodfellow, 1510.01799, found the same for dense layers; for
-relu(b)^2 there is no a). It is what autograd would say of a copy of the weights for each token,
-including what a token does to others through layers above, at a cost of a few numbers per pair: the
-one backward pass forms g, da and db anyway, and leaves their norms in zero tensors that took part
-(`Out.grad_probes`). da and db there come of c g, c the expert's weight in the token's sum; S is
-that of c = 1, or it would only say who has the smaller weight.
+with da and db from dy = g (Goodfellow, 1510.01799, found the same for dense layers; for relu(b)^2
+there is no a). It equals the norm that autograd would compute with a copy of the weights for each
+token, including the token's effect on other tokens through later layers, at the cost of a few
+numbers per pair: the backward pass computes g, da and db anyway, and stores their norms in gradient
+probes (zero tensors of `Out.grad_probes`). There da and db come from c g, with c the expert's
+combine weight; S is that of c = 1, because otherwise it would mostly reflect which expert has the
+smaller weight.
 
 Legend: N tokens, E experts, P pairs of them, D width, H width of an expert.
 """
@@ -29,8 +30,8 @@ from tinsmith.nn.moe.grouped_gemm import autocast_operand, grouped_linear
 from tinsmith.nn.precision import at_least_fp32
 
 
-class _Watched(torch.autograd.Function):
-    """y as it is; the probe's gradient is the squared norm of each row of y's."""
+class _NormProbe(torch.autograd.Function):
+    """The identity; the gradient of the probe is the squared norm of each row of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, y_RX: Tensor, probe_R: Tensor) -> Tensor:
@@ -40,101 +41,111 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         (dy_RX,) = upstream
-        return dy_RX, _squares(dy_RX, ctx.kind)
+        return dy_RX, _squared_norms(dy_RX, ctx.kind)
 
 
 def attach_norm_probe(y_RX: Tensor, probe_R: Tensor) -> Tensor:
-    """y; after backward, `probe.grad` has grown by |dy_r|^2 for each of its rows."""
-    return _Watched.apply(y_RX, probe_R)  # type: ignore[return-value]
+    """Return y; backward adds |dy_r|^2 of every row r to `probe_R.grad`."""
+    return _NormProbe.apply(y_RX, probe_R)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def _squares(x_RX: Tensor, kind: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(x_RX, dim=-1, dtype=kind).square()
+def _squared_norms(x_RX: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(x_RX, dim=-1, dtype=dtype).square()
 
 
 class CollectedProbes(NamedTuple):
-    """Of one layer and micro-batch, what the router learns from."""
+    """The inputs of the router's surprise loss, of one layer and micro-batch."""
 
     x_ND: Tensor
     active_NE: Tensor
-    """bool: who worked on whom."""
+    """bool: the selected experts of each token."""
     surprise_NE: Tensor
-    """S; 0 where not active."""
+    """Surprise S; 0 if not active."""
     output_norm_NE: Tensor
-    """|y|, the length of what each expert said; 0 where not active."""
+    """Norm |y| of each expert's output; 0 if not active."""
     grad_norm_N: Tensor
     """Norm |g| of the output gradient of each token."""
     output_grad_ND: Tensor | None
-    """g, where `listen` was asked for it."""
+    """The output gradient g, if `attach_probes` was called with `keep_output_grad`."""
     loss_scale: Tensor
-    """() what the layer's own losses were multiplied by."""
+    """(): the factor by which the trainer multiplied the layer's losses."""
 
 
 def attach_probes(
     experts: Experts, x_ND: Tensor, mask_NE: Tensor, weight_NE: Tensor, keep_output_grad: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The layer's output (N, D), and probes from which `heard` reads the surprise after backward.
+    """Return the layer's output (N, D) and the probes for `collect_probes`.
 
-    `whole` keeps g itself too. Weights must not be 0 where the mask is not. To `probes["share"]`,
-    a zero, add one of the layer's losses: it hears how the trainer weighs them.
+    `keep_output_grad` also keeps g itself. Weights must not be 0 where the mask is True. Add the
+    scalar probe "loss_scale", which is 0, to one of the layer's losses: its gradient is the factor
+    by which the trainer multiplies them.
     """
-    kind = at_least_fp32(x_ND.dtype)
+    dtype = at_least_fp32(x_ND.dtype)
     plan = plan_from_mask(mask_NE)
-    inner_P, upstream_N, share = (
-        torch.zeros(shape, dtype=kind, device=x_ND.device, requires_grad=True)
+    inner_P, upstream_N, loss_scale = (
+        torch.zeros(shape, dtype=dtype, device=x_ND.device, requires_grad=True)
         for shape in (len(plan.tokens_P), len(x_ND), ())
     )
 
-    def product(x_PD: Tensor, weight_EHD: Tensor, ends_E: Tensor) -> Tensor:
+    def matmul(x_PD: Tensor, weight_EHD: Tensor, ends_E: Tensor) -> Tensor:
         return attach_norm_probe(grouped_linear(x_PD, weight_EHD, ends_E), inner_P)
 
-    h_PH = experts.intermediate(plan.gather(autocast_operand(x_ND)), plan.ends_E, product)
+    h_PH = experts.intermediate(plan.gather(autocast_operand(x_ND)), plan.ends_E, matmul)
     y_PD = grouped_linear(h_PH, experts.down_proj.weight, plan.ends_E)
     weights_P = plan.gather_weights(weight_NE)
-    out_ND = attach_norm_probe(combine(y_PD, weights_P, plan, len(x_ND)), upstream_N)
-    probes = {"inner": inner_P, "upstream": upstream_N, "share": share}
+    y_ND = attach_norm_probe(combine(y_PD, weights_P, plan, len(x_ND)), upstream_N)
+    probes = {"inner": inner_P, "upstream": upstream_N, "loss_scale": loss_scale}
     if keep_output_grad:
-        probes["gradient"] = torch.zeros_like(out_ND, requires_grad=True)
-        out_ND = out_ND + probes["gradient"]
-    probes |= {"x": x_ND.detach(), "active": mask_NE, "places": plan.flat_indices_P}
-    probes |= {"hidden": _squares(h_PH, kind), "size": _squares(y_PD, kind).sqrt()}
-    return out_ND, probes | {"weights": weights_P.detach().to(y_PD.dtype)}
+        probes["gradient"] = torch.zeros_like(y_ND, requires_grad=True)
+        y_ND = y_ND + probes["gradient"]
+    probes |= {"x": x_ND.detach(), "active": mask_NE, "flat_indices": plan.flat_indices_P}
+    probes |= {
+        "hidden": _squared_norms(h_PH, dtype),
+        "output_norm": _squared_norms(y_PD, dtype).sqrt(),
+    }
+    return y_ND, probes | {"weights": weights_P.detach().to(y_PD.dtype)}
 
 
 AttachProbes = Callable[[Experts, Tensor, Tensor, Tensor, bool], tuple[Tensor, dict[str, Tensor]]]
-"""`listen`, or the same kept away from a compiler."""
+"""`attach_probes`, or the same function excluded from torch.compile."""
 
 
 def collect_probes(grad_probes: dict[str, Tensor]) -> CollectedProbes | None:
-    """What `listen`'s probes collected; None where no gradient came, or not that of the losses."""
-    inner_P, upstream_N, share = (grad_probes[name].grad for name in ("inner", "upstream", "share"))
-    if inner_P is None or upstream_N is None or share is None:
+    """Read the probes after backward; None if they, or the losses, got no gradient."""
+    inner_P, upstream_N, loss_scale = (
+        grad_probes[name].grad for name in ("inner", "upstream", "loss_scale")
+    )
+    if inner_P is None or upstream_N is None or loss_scale is None:
         return None
-    x_ND, active_NE, places_P = grad_probes["x"], grad_probes["active"], grad_probes["places"]
-    tokens_P = places_P // active_NE.shape[1]
-    lengths_N = _squares(x_ND, upstream_N.dtype)
+    x_ND, active_NE, flat_indices_P = (
+        grad_probes["x"],
+        grad_probes["active"],
+        grad_probes["flat_indices"],
+    )
+    tokens_P = flat_indices_P // active_NE.shape[1]
+    squared_norm_N = _squared_norms(x_ND, upstream_N.dtype)
     inner_P = inner_P / grad_probes["weights"].to(inner_P.dtype).square()
-    squared_P = upstream_N[tokens_P] * grad_probes["hidden"] + lengths_N[tokens_P] * inner_P
-    whole = grad_probes["gradient"].grad if "gradient" in grad_probes else None
+    squared_P = upstream_N[tokens_P] * grad_probes["hidden"] + squared_norm_N[tokens_P] * inner_P
+    output_grad_ND = grad_probes["gradient"].grad if "gradient" in grad_probes else None
 
-    def table(values_P: Tensor) -> Tensor:
-        flat = values_P.new_zeros(active_NE.numel()).scatter(0, places_P, values_P)
+    def to_table(values_P: Tensor) -> Tensor:
+        flat = values_P.new_zeros(active_NE.numel()).scatter(0, flat_indices_P, values_P)
         return flat.view(active_NE.shape).where(active_NE, 0)
 
     return CollectedProbes(
         x_ND,
         active_NE,
-        table(squared_P.sqrt()),
-        table(grad_probes["size"]),
+        to_table(squared_P.sqrt()),
+        to_table(grad_probes["output_norm"]),
         upstream_N.sqrt(),
-        whole,
-        share,
+        output_grad_ND,
+        loss_scale,
     )
 
 
 class ExpertMatrices(NamedTuple):
-    """Of all experts."""
+    """The weights of all experts."""
 
     gate_EHD: Tensor | None
     up_EHD: Tensor
@@ -144,29 +155,30 @@ class ExpertMatrices(NamedTuple):
 def closed_form_surprise(
     matrices: ExpertMatrices, x_ND: Tensor, output_grad_ND: Tensor, mask_NE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """S and |y| (N, E) of the masked pairs, 0 elsewhere, by the formula alone: also of experts that
-    did not work, and differentiable by the weights.
+    """Return S and |y| (N, E) of the masked pairs, 0 elsewhere, from the formula alone.
+
+    It covers experts that were not selected and is differentiable with respect to the weights.
     """
-    plan, kind = plan_from_mask(mask_NE), matrices.up_EHD.dtype
-    x_PD, g_PD = plan.gather(x_ND).to(kind), plan.gather(output_grad_ND).to(kind)
+    plan, dtype = plan_from_mask(mask_NE), matrices.up_EHD.dtype
+    x_PD, g_PD = plan.gather(x_ND).to(dtype), plan.gather(output_grad_ND).to(dtype)
     b_PH = grouped_linear(x_PD, matrices.up_EHD, plan.ends_E)
     dh_PH = grouped_linear(g_PD, matrices.down_EDH.mT, plan.ends_E)
     if matrices.gate_EHD is None:
-        h_PH, inner = b_PH.relu().square(), [2 * b_PH.relu() * dh_PH]
+        h_PH, inner_grads = b_PH.relu().square(), [2 * b_PH.relu() * dh_PH]
     else:
         a_PH = grouped_linear(x_PD, matrices.gate_EHD, plan.ends_E)
-        soft_PH = a_PH.sigmoid()
-        slope_PH = soft_PH * (1 + a_PH * (1 - soft_PH))
-        h_PH, inner = F.silu(a_PH) * b_PH, [dh_PH * b_PH * slope_PH, dh_PH * F.silu(a_PH)]
-    within_P = sum(d_PH.square().sum(-1) for d_PH in inner)
-    squared_P = g_PD.square().sum(-1) * h_PH.square().sum(-1) + x_PD.square().sum(-1) * within_P
-    # the root has no slope at 0
+        sigmoid_PH = a_PH.sigmoid()
+        silu_grad_PH = sigmoid_PH * (1 + a_PH * (1 - sigmoid_PH))
+        h_PH, inner_grads = F.silu(a_PH) * b_PH, [dh_PH * b_PH * silu_grad_PH, dh_PH * F.silu(a_PH)]
+    inner_P = sum(d_PH.square().sum(-1) for d_PH in inner_grads)
+    squared_P = g_PD.square().sum(-1) * h_PH.square().sum(-1) + x_PD.square().sum(-1) * inner_P
+    # the gradient of the square root is infinite at 0
     surprise_P = squared_P.where(squared_P > 0, 1).sqrt().where(squared_P > 0, 0)
-    size_P = grouped_linear(h_PH.detach(), matrices.down_EDH.detach(), plan.ends_E).norm(dim=-1)
+    norm_P = grouped_linear(h_PH.detach(), matrices.down_EDH.detach(), plan.ends_E).norm(dim=-1)
     tables = [
         values_P.new_zeros(mask_NE.numel())
         .scatter(0, plan.flat_indices_P, values_P)
         .view(mask_NE.shape)
-        for values_P in (surprise_P, size_P)
+        for values_P in (surprise_P, norm_P)
     ]
     return tables[0], tables[1]

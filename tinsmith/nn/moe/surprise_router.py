@@ -1,23 +1,24 @@
-"""Routers that learn from surprise: SMK and SML.
+"""Train routers by surprise: SMK and SML.
 
-Among the candidates C_t of a token (the experts that worked on it, if there are two), and with
-logits r = u / 0.1 made again from a detached input,
+The candidates C_t of a token are the experts that processed it, if there are at least two. With
+logits r = u / 0.1 recomputed from a detached input,
 
     smk   mean_t CE(q_t, softmax_C r)    q hard: the least S; soft: softmax(-S / (0.2 mean_C S))
-    sml   mean_t sum_C pi_te S_te / mean_C S    pi = softmax_C r, S held fixed
+    sml   mean_t sum_C pi_te S_te / mean_C S    pi = softmax_C r, S held constant
 
-so a router prefers the expert that the token would change least. S is compared within a token only;
-the scale of the loss has no say. `sml_local` also lets the experts follow the second formula: S as
-a function of their weights, with the gradient g from above held fixed (first order; the true
-second order is global, no layer knows it).
+so a router prefers the expert that the token would change least. S is compared only within a token,
+so the scale of the loss has no effect. `sml_local` also trains the experts by the second formula: S
+as a function of their weights, with the output gradient g held constant (first order; the exact
+second order is global, and no layer knows it).
 
-Dark room: an expert that says nothing has no surprise and would win every token. The guard drops
-candidates whose |y| is no more than a tenth of what is usual in the layer; the share of tokens that
-such an expert would have won, and the correlation of S with |y|, are always reported. Usual is the
-median weighted by |y| itself: half of all that is said is said in pairs of at least that size. The
-plain median would be nothing where half of the pairs are silent.
+Degenerate solution: an expert whose output is near zero has no surprise and would win every token.
+The guard removes candidates whose |y| is at most a tenth of the usual |y| of the layer; the
+fraction of tokens that such an expert would have won, and the correlation of S with |y|, are always
+reported. The usual |y| is the median weighted by |y| itself: pairs of at least that norm have half
+of the total norm. The plain median would be 0 if half of the pairs had no output.
 
-Experts that the last window has born are no candidates: they have had no time to say anything.
+Experts that were re-initialised at the end of the last window are no candidates, because they have
+no output yet.
 
 Legend: N tokens, E experts, P pairs of them, D width.
 """
@@ -42,17 +43,17 @@ from tinsmith.nn.moe.surprise import (
 from tinsmith.nn.precision import at_least_fp32
 
 TEMPERATURE = 0.1
-"""Of logits: cosines alone are too close to each other to tell one expert from thirty."""
+"""Temperature of logits: cosines alone are too close together to separate thirty experts."""
 SOFT_TARGET_TEMPERATURE = 0.2
 INACTIVE_RATIO = 1e-3
-"""Up to this part of the usual |y| an expert says nothing."""
+"""An expert with at most this fraction of the usual |y| counts as inactive."""
 GUARD_RATIO = 0.1
-"""Up to this part the guard drops a candidate."""
+"""The guard removes candidates with at most this fraction of the usual |y|."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurpriseRouterConfig(Config):
-    """The keys of a router's own loss. `both` is task and smk."""
+    """Recipe keys of the router's own loss. `router_grad: both` is task and smk."""
 
     router_grad: Literal["task", "smk", "sml", "both"] = "task"
     router_weight: float = 1.0
@@ -63,7 +64,7 @@ class SurpriseRouterConfig(Config):
     sml_local: bool = False
 
     def check_surprise_router(self) -> None:
-        """ValueError where keys contradict each other."""
+        """Raise ValueError if keys contradict each other."""
         if self.router_weight < 0:
             raise ValueError(f"router_weight={self.router_weight} must be at least 0")
         if self.extra_candidates < 1:
@@ -77,17 +78,17 @@ class SurpriseRouterConfig(Config):
 
     @property
     def uses_task_gradient(self) -> bool:
-        """The gate learns from the losses behind it."""
+        """Whether the router is trained by the task loss."""
         return self.router_grad in ("task", "both")
 
     @property
     def uses_surprise(self) -> bool:
-        """The gate learns from surprise."""
+        """Whether the router is trained by surprise."""
         return self.router_grad != "task"
 
     @property
     def needs_output_grad(self) -> bool:
-        """g itself is needed, not only norms."""
+        """Whether the output gradient g itself is needed, not only norms."""
         return self.sml_local or self.candidates != "active"
 
 
@@ -97,161 +98,184 @@ def add_router_gradients(
     experts: Experts,
     grad_probes: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Add the gradient of the router's own loss to that of prototypes and thresholds (and, with
-    `sml_local`, of the experts); what there is to report, as sums over tokens.
+    """Add the gradient of the router's surprise loss to that of prototypes and thresholds.
+
+    With `sml_local`, also to that of the experts. Returns statistics as sums over tokens.
     """
-    found = collect_probes(grad_probes)
-    if found is None:
+    probes = collect_probes(grad_probes)
+    if probes is None:
         return {}
-    old_E = ~gate.window.newborn
-    surprise_NE, size_NE, known_NE = _candidates(config, experts, found, old_E)
-    usual = weighted_median(size_NE[known_NE])
-    stats = _report(surprise_NE, size_NE, known_NE, usual, found.grad_norm_N)
+    eligible_E = ~gate.window.newborn
+    surprise_NE, norm_NE, candidates_NE = _candidates(config, experts, probes, eligible_E)
+    usual_norm = weighted_median(norm_NE[candidates_NE])
+    stats = _router_stats(surprise_NE, norm_NE, candidates_NE, usual_norm, probes.grad_norm_N)
     if config.inactive_expert_guard:
-        known_NE = known_NE & (size_NE > GUARD_RATIO * usual)
-    known_NE = known_NE & (known_NE.sum(-1, keepdim=True) > 1)
+        candidates_NE = candidates_NE & (norm_NE > GUARD_RATIO * usual_norm)
+    candidates_NE = candidates_NE & (candidates_NE.sum(-1, keepdim=True) > 1)
     prototypes, thresholds = (
         full_tensor(parameter).detach().requires_grad_()
         for parameter in (gate.prototypes, gate.thresholds)
     )
     with torch.enable_grad():
-        logits_NE = margins(found.x_ND, prototypes, thresholds) / TEMPERATURE
+        logits_NE = margins(probes.x_ND, prototypes, thresholds) / TEMPERATURE
         if config.router_grad == "sml":
-            lost = sml(logits_NE, surprise_NE, known_NE)
+            loss = sml(logits_NE, surprise_NE, candidates_NE)
         else:
-            lost = smk(logits_NE, surprise_NE, known_NE, soft=config.smk_target == "soft")
-        scaled = lost * found.loss_scale * config.router_weight
-    gradients = torch.autograd.grad(scaled, (prototypes, thresholds))
+            loss = smk(logits_NE, surprise_NE, candidates_NE, soft=config.smk_target == "soft")
+        scaled_loss = loss * probes.loss_scale * config.router_weight
+    gradients = torch.autograd.grad(scaled_loss, (prototypes, thresholds))
     for parameter, gradient in zip((gate.prototypes, gate.thresholds), gradients, strict=True):
         accumulate_grad(parameter, gradient)
     if config.sml_local:
-        _learn_locally(config, experts, found, logits_NE.detach(), known_NE)
-    scored = known_NE.any(-1).sum()
-    return stats | {"router_loss": lost.detach() * scored, "router_tokens": scored}
+        _add_expert_gradients(config, experts, probes, logits_NE.detach(), candidates_NE)
+    num_tokens = candidates_NE.any(-1).sum()
+    return stats | {"router_loss": loss.detach() * num_tokens, "router_tokens": num_tokens}
 
 
 def smk(
     logits_NE: Tensor, surprise_NE: Tensor, candidates_NE: Tensor, soft: bool = False
 ) -> Tensor:
-    """The mean over tokens with candidates of CE(target, softmax of their logits)."""
-    relative_NE = _relative(surprise_NE, candidates_NE)
+    """Return the mean over tokens with candidates of CE(target, softmax of their logits)."""
+    relative_NE = _relative_surprise(surprise_NE, candidates_NE)
     if soft:
         target_NE = _softmax(-relative_NE / SOFT_TARGET_TEMPERATURE, candidates_NE)
     else:
         least = stable_topk((-relative_NE).masked_fill(~candidates_NE, -torch.inf), 1)
         target_NE = torch.zeros_like(logits_NE).scatter(-1, least, 1.0)
-    output_NE = logits_NE.masked_fill(~candidates_NE, -torch.inf).log_softmax(-1)
-    return _mean(-target_NE * output_NE.where(candidates_NE, 0), candidates_NE)
+    logprobs_NE = logits_NE.masked_fill(~candidates_NE, -torch.inf).log_softmax(-1)
+    return _mean(-target_NE * logprobs_NE.where(candidates_NE, 0), candidates_NE)
 
 
 def sml(logits_NE: Tensor, surprise_NE: Tensor, candidates_NE: Tensor) -> Tensor:
-    """The mean over tokens with candidates of the surprise to be expected, 1 if none is better."""
-    relative_NE = _relative(surprise_NE, candidates_NE)
+    """Return the mean over tokens with candidates of the expected relative surprise; 1 if all are
+    equal.
+    """
+    relative_NE = _relative_surprise(surprise_NE, candidates_NE)
     return _mean(_softmax(logits_NE, candidates_NE) * relative_NE, candidates_NE)
 
 
 def weighted_median(size_P: Tensor) -> Tensor:
-    """() the size at which half of the sum is reached from below; 0 without any."""
+    """Return the norm below which half of the sum of norms lies, (); 0 without pairs."""
     if not len(size_P):
         return size_P.new_zeros(())
     sorted_P = size_P.sort().values
-    below_P = sorted_P.cumsum(0)
-    return sorted_P[torch.searchsorted(below_P, below_P[-1] / 2)]
+    cumulative_P = sorted_P.cumsum(0)
+    return sorted_P[torch.searchsorted(cumulative_P, cumulative_P[-1] / 2)]
 
 
-def _relative(surprise_NE: Tensor, known_NE: Tensor) -> Tensor:
-    """S over its mean among the candidates; 0 where all of them are 0."""
-    kept_NE = surprise_NE.where(known_NE, 0)
-    mean_N1 = kept_NE.sum(-1, keepdim=True) / known_NE.sum(-1, keepdim=True).clamp(min=1)
-    return kept_NE / mean_N1.where(mean_N1 > 0, 1)
+def _relative_surprise(surprise_NE: Tensor, candidates_NE: Tensor) -> Tensor:
+    """Return S divided by its mean among the candidates; 0 if all of them are 0."""
+    surprise_masked_NE = surprise_NE.where(candidates_NE, 0)
+    mean_N1 = surprise_masked_NE.sum(-1, keepdim=True) / candidates_NE.sum(-1, keepdim=True).clamp(
+        min=1
+    )
+    return surprise_masked_NE / mean_N1.where(mean_N1 > 0, 1)
 
 
-def _softmax(logits_NE: Tensor, known_NE: Tensor) -> Tensor:
-    """Among candidates; 0 elsewhere, and for a token without any."""
+def _softmax(logits_NE: Tensor, candidates_NE: Tensor) -> Tensor:
+    """Return the softmax over candidates; 0 elsewhere and for tokens without candidates."""
     lowest = torch.finfo(logits_NE.dtype).min
-    return logits_NE.masked_fill(~known_NE, lowest).softmax(-1).where(known_NE, 0)
+    return logits_NE.masked_fill(~candidates_NE, lowest).softmax(-1).where(candidates_NE, 0)
 
 
-def _mean(lost_NE: Tensor, known_NE: Tensor) -> Tensor:
-    """Over tokens that have candidates; 0 without any. `lost` is 0 where not known."""
-    return lost_NE.sum() / known_NE.any(-1).sum().clamp(min=1)
+def _mean(loss_NE: Tensor, candidates_NE: Tensor) -> Tensor:
+    """Return the mean over tokens with candidates; 0 without any. `loss_NE` is 0 elsewhere."""
+    return loss_NE.sum() / candidates_NE.any(-1).sum().clamp(min=1)
 
 
 @torch.no_grad()
 def _candidates(
-    config: SurpriseRouterConfig, experts: Experts, found: CollectedProbes, old_E: Tensor
+    config: SurpriseRouterConfig, experts: Experts, probes: CollectedProbes, eligible_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S, |y|, 0 where not known, and whom they are known of among the old: (N, E) each."""
-    active_NE = found.active_NE
-    if config.candidates == "active" or found.output_grad_ND is None:
-        known_NE = active_NE & old_E
-        return found.surprise_NE * known_NE, found.output_norm_NE * known_NE, known_NE
+    """Return S, |y| and the candidates, (N, E) each; S and |y| are 0 for other experts.
+
+    `eligible_E` is False for experts that were just re-initialised.
+    """
+    active_NE = probes.active_NE
+    if config.candidates == "active" or probes.output_grad_ND is None:
+        candidates_NE = active_NE & eligible_E
+        return (
+            probes.surprise_NE * candidates_NE,
+            probes.output_norm_NE * candidates_NE,
+            candidates_NE,
+        )
     routed_N1 = active_NE.any(-1, keepdim=True)
-    known_NE = routed_N1 & old_E
+    candidates_NE = routed_N1 & eligible_E
     if config.candidates == "active+r":
-        drawn_NE = torch.rand_like(found.surprise_NE).masked_fill(active_NE | ~old_E, -1)
-        count = min(config.extra_candidates, drawn_NE.shape[1])
-        extra_NE = torch.zeros_like(active_NE).scatter(-1, drawn_NE.topk(count, -1).indices, True)
-        known_NE = (active_NE | extra_NE) & known_NE
-    output = closed_form_surprise(_weights(experts), found.x_ND, found.output_grad_ND, known_NE)
-    return *output, known_NE
+        random_NE = torch.rand_like(probes.surprise_NE).masked_fill(active_NE | ~eligible_E, -1)
+        count = min(config.extra_candidates, random_NE.shape[1])
+        extra_NE = torch.zeros_like(active_NE).scatter(-1, random_NE.topk(count, -1).indices, True)
+        candidates_NE = (active_NE | extra_NE) & candidates_NE
+    scores = closed_form_surprise(
+        _expert_matrices(experts), probes.x_ND, probes.output_grad_ND, candidates_NE
+    )
+    return *scores, candidates_NE
 
 
-def _weights(experts: Experts) -> ExpertMatrices:
-    """Detached, at least float32."""
+def _expert_matrices(experts: Experts) -> ExpertMatrices:
+    """Return the detached weights of all experts in at least float32."""
 
-    def wanted(stack: ExpertWeight) -> Tensor:
+    def detached(stack: ExpertWeight) -> Tensor:
         weight = full_tensor(stack.weight).detach()
         return weight.to(at_least_fp32(weight.dtype))
 
-    gate = None if experts.gate_proj is None else wanted(experts.gate_proj)
-    return ExpertMatrices(gate, wanted(experts.up_proj), wanted(experts.down_proj))
+    gate = None if experts.gate_proj is None else detached(experts.gate_proj)
+    return ExpertMatrices(gate, detached(experts.up_proj), detached(experts.down_proj))
 
 
-def _learn_locally(
+def _add_expert_gradients(
     config: SurpriseRouterConfig,
     experts: Experts,
-    found: CollectedProbes,
+    probes: CollectedProbes,
     logits_NE: Tensor,
-    known_NE: Tensor,
+    candidates_NE: Tensor,
 ) -> None:
-    """The experts' gradient of sml's formula: S of their weights, all else held fixed."""
-    assert found.output_grad_ND is not None
-    weights = _weights(experts)
-    learnt = [weight.requires_grad_() for weight in weights if weight is not None]
+    """Add the gradient of sml with respect to the experts' weights; all else is held constant."""
+    assert probes.output_grad_ND is not None
+    weights = _expert_matrices(experts)
+    trainable = [weight.requires_grad_() for weight in weights if weight is not None]
     with torch.enable_grad():
-        surprise_NE, _ = closed_form_surprise(weights, found.x_ND, found.output_grad_ND, known_NE)
-        mean_N1 = surprise_NE.detach().sum(-1, keepdim=True) / known_NE.sum(-1, keepdim=True)
-        share_NE = _softmax(logits_NE, known_NE) / mean_N1.where(mean_N1 > 0, 1)
-        lost = _mean(share_NE * surprise_NE, known_NE) * found.loss_scale * config.router_weight
+        surprise_NE, _ = closed_form_surprise(
+            weights, probes.x_ND, probes.output_grad_ND, candidates_NE
+        )
+        mean_N1 = surprise_NE.detach().sum(-1, keepdim=True) / candidates_NE.sum(-1, keepdim=True)
+        weight_NE = _softmax(logits_NE, candidates_NE) / mean_N1.where(mean_N1 > 0, 1)
+        loss = (
+            _mean(weight_NE * surprise_NE, candidates_NE) * probes.loss_scale * config.router_weight
+        )
     stacks = (experts.gate_proj, experts.up_proj, experts.down_proj)
-    owners = [stack.weight for stack in stacks if stack is not None]
-    for parameter, gradient in zip(owners, torch.autograd.grad(lost, learnt), strict=True):
+    parameters = [stack.weight for stack in stacks if stack is not None]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, trainable), strict=True):
         accumulate_grad(parameter, gradient)
 
 
 @torch.no_grad()
-def _report(
-    surprise_NE: Tensor, size_NE: Tensor, known_NE: Tensor, usual: Tensor, upstream_N: Tensor
+def _router_stats(
+    surprise_NE: Tensor,
+    norm_NE: Tensor,
+    candidates_NE: Tensor,
+    usual_norm: Tensor,
+    grad_norm_N: Tensor,
 ) -> dict[str, Tensor]:
-    """Return statistics of the router. "surprise": S / |g|, summed over "pairs".
-    "inactive_fraction": tokens, of "compared" with two candidates or more, whose candidate of least
-    surprise has an output near zero beside `usual` |y|. "surprise_norm_corr": corr(S, |y|) times
-    "compared".
+    """Return statistics of the router.
+
+    "surprise": S / |g|, summed over "pairs". "inactive_fraction": the number of tokens, among
+    "compared" tokens with at least two candidates, whose candidate of least surprise has an output
+    near zero relative to `usual_norm`. "surprise_norm_corr": corr(S, |y|) times "compared".
     """
-    pairs = known_NE.sum()
-    relative_NE = surprise_NE / upstream_N.where(upstream_N > 0, torch.inf)[:, None]
-    compared_N = known_NE.sum(-1) > 1
-    least_N1 = surprise_NE.masked_fill(~known_NE, torch.inf).argmin(-1, keepdim=True)
-    silent_N = size_NE.gather(-1, least_N1)[:, 0] <= INACTIVE_RATIO * usual
-    centred = [x_NE - x_NE.sum() / pairs.clamp(min=1) for x_NE in (surprise_NE, size_NE)]
-    one, other = (x_NE * known_NE for x_NE in centred)
-    spread = one.norm() * other.norm()
-    alike = (one * other).sum() / spread.where(spread > 0, 1)
+    pairs = candidates_NE.sum()
+    relative_NE = surprise_NE / grad_norm_N.where(grad_norm_N > 0, torch.inf)[:, None]
+    compared_N = candidates_NE.sum(-1) > 1
+    least_N1 = surprise_NE.masked_fill(~candidates_NE, torch.inf).argmin(-1, keepdim=True)
+    inactive_N = norm_NE.gather(-1, least_N1)[:, 0] <= INACTIVE_RATIO * usual_norm
+    centred = [x_NE - x_NE.sum() / pairs.clamp(min=1) for x_NE in (surprise_NE, norm_NE)]
+    surprise, norm = (x_NE * candidates_NE for x_NE in centred)
+    norm_product = surprise.norm() * norm.norm()
+    correlation = (surprise * norm).sum() / norm_product.where(norm_product > 0, 1)
     return {
         "surprise": relative_NE.sum(),
         "pairs": pairs,
-        "inactive_fraction": (silent_N & compared_N).sum(),
-        "surprise_norm_corr": alike * compared_N.sum(),
+        "inactive_fraction": (inactive_N & compared_N).sum(),
+        "surprise_norm_corr": correlation * compared_N.sum(),
         "compared": compared_N.sum(),
     }

@@ -1,6 +1,4 @@
-"""The residual streams. This union is the list of them: a new one is a file here and one more
-name below.
-"""
+"""Union of all residual configs. A new residual is a file here and a name in the union."""
 
 from typing import Annotated
 

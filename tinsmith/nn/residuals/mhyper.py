@@ -4,14 +4,14 @@
     H_pre = sigmoid(a_pre v W_pre + b_pre)      H_post = 2 sigmoid(a_post v W_post + b_post)
     H_res = Sinkhorn((a_res mat(v W_res) + b_res) / temperature)      v = RMSNorm(vec(X))
 
-H_res is doubly stochastic: each stream becomes a weighted mean of all, and the mean of all stays;
-so no depth of such mixes makes the streams grow, or loses what they share. They are never
-normalised themselves.
+H_res is doubly stochastic: each stream becomes a weighted mean of all streams, and the mean over
+streams is preserved. So depth neither makes the streams grow nor removes what they have in common.
+The streams themselves are never normalised.
 
-At first a = 0.01, H_post = 1 but for its dynamic term, H_res is 0.87 (n = 4) on the diagonal, and
-H_pre sums to 1, most of it at stream (sub-layer mod n): with all streams alike and all weights
-symmetric they would stay alike for ever. The values of b are ours. At the end the mean of the
-streams is taken, which H_res keeps; DeepSeek-V4 learns the weights of that sum.
+Initially a = 0.01, H_post = 1 except its dynamic term, H_res has 0.87 (n = 4) on the diagonal, and
+H_pre sums to 1, most of it at stream (sub-layer mod n): if all streams were equal and all weights
+symmetric, the streams would stay equal forever. The values of b are ours. The output is the mean of
+the streams, which H_res preserves; DeepSeek-V4 learns the weights of that sum.
 
 Legend: B rows, T tokens, D width, n streams.
 """
@@ -38,16 +38,16 @@ from tinsmith.nn.residuals.streams import (
 )
 
 INIT_READ_WEIGHT = 0.88
-"""The share of its first stream in what a sub-layer reads at first."""
+"""Initial weight of its own stream in the input of a sub-layer."""
 INIT_DIAGONAL_LOGIT = 3.0
-"""How much larger the logit on the diagonal of H_res is at first than those beside it."""
+"""Initial difference between diagonal and off-diagonal logits of H_res."""
 MIN_TEMPERATURE = 1e-6
-"""Logits over a smaller temperature may be beyond float32."""
+"""Division of logits by a smaller temperature may overflow float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MHyper(MultiStreamConfigBase):
-    """Several streams, mixed by doubly stochastic matrices that depend on the token."""
+    """Several residual streams, mixed by doubly stochastic matrices that depend on the token."""
 
     kind: Literal["mhyper"] = "mhyper"
     sinkhorn_iterations: Size = 20
@@ -80,44 +80,44 @@ class MHyperResidual(Residual):
         width = self.streams * build_ctx.dim
         self.projection = nn.Parameter(torch.randn(width, sum(self.sizes)) * 0.5 / width**0.5)
         self.scale = nn.Parameter(torch.full((3,), 0.01))
-        self.bias = nn.Parameter(self._start(build_ctx.sublayer_idx % self.streams))
+        self.bias = nn.Parameter(self._initial_bias(build_ctx.sublayer_idx % self.streams))
 
     def read(self, h: Tensor) -> tuple[Tensor, Any]:
-        """(B, T, n, D) -> H_pre X, and H_res X with H_post."""
+        """Return H_pre X, and (H_res X, H_post)."""
         with no_autocast(h.device):
             h_BTnD = h.to(at_least_fp32(h.dtype))
             pre_BTn, post_BTn, res_BTnn = self._weights(h_BTnD)
-            taken = torch.cat((pre_BTn.unsqueeze(2), res_BTnn), 2)
-            x_BT1D, kept_BTnD = mix_streams(taken, h_BTnD).split([1, self.streams], 2)
-        return x_BT1D.squeeze(2).to(h.dtype), (kept_BTnD, post_BTn.unsqueeze(-1))
+            mixing = torch.cat((pre_BTn.unsqueeze(2), res_BTnn), 2)
+            x_BT1D, mixed_BTnD = mix_streams(mixing, h_BTnD).split([1, self.streams], 2)
+        return x_BT1D.squeeze(2).to(h.dtype), (mixed_BTnD, post_BTn.unsqueeze(-1))
 
     def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
-        """H_res X + H_post^T y, (B, T, n, D)."""
-        kept_BTnD, post_BTn1 = saved
+        """Return H_res X + H_post^T y, (B, T, n, D)."""
+        mixed_BTnD, post_BTn1 = saved
         with no_autocast(h.device):
-            return add_to_streams(kept_BTnD, post_BTn1, y.unsqueeze(2)).to(h.dtype)
+            return add_to_streams(mixed_BTnD, post_BTn1, y.unsqueeze(2)).to(h.dtype)
 
     def flops(self) -> int:
-        """Of the projection and the mixes; Sinkhorn's sums are few."""
+        """Count the projection and the mixing products; Sinkhorn's sums are negligible."""
         return mixing_flops(sum(self.sizes), self.streams, 1, len(self.projection) // self.streams)
 
     def activation_bytes(self) -> int:
-        """The streams and what was said."""
+        """Count the streams and the sub-layer's output."""
         width = len(self.projection)
         return stream_activation_bytes(width, width // self.streams)
 
     def _weights(self, h_BTnD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
+        """Return H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
         kind = h_BTnD.dtype
-        moved = project_normed(h_BTnD.flatten(2), self.projection.to(kind), self.eps)
+        dynamic = project_normed(h_BTnD.flatten(2), self.projection.to(kind), self.eps)
         scale = torch.cat([a.expand(size) for a, size in zip(self.scale, self.sizes, strict=True)])
-        logits = torch.addcmul(self.bias.to(kind), moved, scale.to(kind))
+        logits = torch.addcmul(self.bias.to(kind), dynamic, scale.to(kind))
         pre_BTn, post_BTn, res = logits.split(self.sizes, -1)
         res_BTnn = res.unflatten(-1, (self.streams, self.streams)) / self.temperature
         return pre_BTn.sigmoid(), 2 * post_BTn.sigmoid(), sinkhorn(res_BTnn, self.iterations)
 
-    def _start(self, stream: int) -> Tensor:
-        """The first b_pre, b_post and b_res, one after the other."""
+    def _initial_bias(self, stream: int) -> Tensor:
+        """Return the initial b_pre, b_post and b_res, concatenated."""
         pre = torch.full((self.streams,), _logit((1 - INIT_READ_WEIGHT) / (self.streams - 1)))
         pre[stream] = _logit(INIT_READ_WEIGHT)
         res = INIT_DIAGONAL_LOGIT * self.temperature * torch.eye(self.streams)
@@ -125,28 +125,29 @@ class MHyperResidual(Residual):
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """exp(logits) (B, T, n, n), then `iterations` times all columns and then all rows divided by
-    their sums (Sinkhorn and Knopp, 1967). Rows sum to 1; columns nearly, and the less nearly the
-    closer the matrix comes to a permutation.
+    """Return exp(logits) (B, T, n, n) after `iterations` of Sinkhorn-Knopp (1967).
 
-    The first round is taken in logarithms. After it every row and every column has an entry of at
-    least 1/n^2, and goes on having one, so that no sum vanishes whatever the logits were.
+    An iteration divides all columns and then all rows by their sums. Rows sum to 1; columns sum to
+    nearly 1, less nearly for matrices close to a permutation.
+
+    The first iteration is computed in logarithms. After it every row and every column has an
+    element of at least 1/n^2, and keeps one, so no sum vanishes for any logits.
     """
-    # Tokens last: sums over n numbers that lie side by side would take several times as long.
+    # Tokens last: sums over n adjacent elements would take several times as long.
     logits_nnBT = logits.movedim((-2, -1), (0, 1)).contiguous()
-    balance = _Balance.apply if use_custom_backward() else _balance
-    mix_nnBT: Tensor = balance(logits_nnBT, iterations)  # type: ignore[assignment]
+    normalise = _Sinkhorn.apply if use_custom_backward() else _sinkhorn
+    mix_nnBT: Tensor = normalise(logits_nnBT, iterations)  # type: ignore[assignment]
     return mix_nnBT.movedim((0, 1), (-2, -1))
 
 
-def _balance(logits_nnBT: Tensor, iterations: int) -> Tensor:
+def _sinkhorn(logits_nnBT: Tensor, iterations: int) -> Tensor:
     first_nnBT = logits_nnBT.log_softmax(0).softmax(1)
-    halves = [(first_nnBT,), *_rounds(first_nnBT, iterations - 1)]
-    return halves[-1][0]
+    steps = [(first_nnBT,), *_rounds(first_nnBT, iterations - 1)]
+    return steps[-1][0]
 
 
 def _rounds(mix_nnBT: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Every half of every round: the divided matrix, by which sums, over which axis."""
+    """Yield every half iteration: the divided matrix, the sums, and their axis."""
     for _ in range(count):
         for axis in (0, 1):
             sums = mix_nnBT.sum(axis, keepdim=True)
@@ -154,16 +155,18 @@ def _rounds(mix_nnBT: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, int]
             yield mix_nnBT, sums, axis
 
 
-class _Balance(torch.autograd.Function):
-    """The rounds are made once more for the gradient, which of M = X / sum(X) is
-    dX = (dM - sum(dM M)) / sum(X): a third of what autograd does, and nothing is kept of a round.
+class _Sinkhorn(torch.autograd.Function):
+    """Sinkhorn with a backward that repeats the iterations and saves nothing of them.
+
+    The gradient of M = X / sum(X) is dX = (dM - sum(dM M)) / sum(X). It takes a third of autograd's
+    time.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_nnBT: Tensor, iterations: int) -> Tensor:
         ctx.save_for_backward(logits_nnBT)
         ctx.rounds = iterations - 1
-        return _balance(logits_nnBT, iterations)
+        return _sinkhorn(logits_nnBT, iterations)
 
     @staticmethod
     @once_differentiable
@@ -171,12 +174,12 @@ class _Balance(torch.autograd.Function):
         (logits_nnBT,) = ctx.saved_tensors
         columns_nnBT = logits_nnBT.softmax(0)
         first_nnBT = logits_nnBT.log_softmax(0).softmax(1)
-        slope_nnBT = upstream[0].clone(memory_format=torch.contiguous_format)
+        grad_nnBT = upstream[0].clone(memory_format=torch.contiguous_format)
         for mix_nnBT, sums, axis in reversed(list(_rounds(first_nnBT, ctx.rounds))):
-            slope_nnBT.sub_((slope_nnBT * mix_nnBT).sum(axis, keepdim=True)).div_(sums)
-        slope_nnBT.sub_((slope_nnBT * first_nnBT).sum(1, keepdim=True)).mul_(first_nnBT)
-        return slope_nnBT.sub_(columns_nnBT * slope_nnBT.sum(0, keepdim=True)), None
+            grad_nnBT.sub_((grad_nnBT * mix_nnBT).sum(axis, keepdim=True)).div_(sums)
+        grad_nnBT.sub_((grad_nnBT * first_nnBT).sum(1, keepdim=True)).mul_(first_nnBT)
+        return grad_nnBT.sub_(columns_nnBT * grad_nnBT.sum(0, keepdim=True)), None
 
 
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))

@@ -1,4 +1,4 @@
-"""The plain residual: one stream, h + y (He et al., 1512.03385)."""
+"""The plain residual connection: one stream, h + y (He et al., 1512.03385)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from tinsmith.nn.contract import BuildContext, Residual, ResidualConfigBase
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(ResidualConfigBase):
-    """One stream that every sub-layer adds to."""
+    """One residual stream to which every sub-layer adds its output."""
 
     kind: Literal["plain"] = "plain"
 
@@ -19,11 +19,11 @@ class Plain(ResidualConfigBase):
         return PlainResidual()
 
     def expand(self, x: Tensor) -> Tensor:
-        """The stream is x."""
+        """Return x, which is the stream."""
         return x
 
     def collapse(self, h: Tensor) -> Tensor:
-        """The stream is what comes out."""
+        """Return h, which is the output."""
         return h
 
 
@@ -31,11 +31,11 @@ class PlainResidual(Residual):
     """The module of `Plain`."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Any]:
-        """(B, T, D) -> itself."""
+        """Return the stream (B, T, D) as the input of the sub-layer."""
         return h, None
 
     def write(self, h: Tensor, y: Tensor, saved: Any) -> Tensor:
-        """h + y."""
+        """Return h + y."""
         return h + y
 
     def flops(self) -> int:
@@ -43,5 +43,5 @@ class PlainResidual(Residual):
         return 0
 
     def activation_bytes(self) -> int:
-        """A sum keeps nothing."""
+        """Return 0: a sum saves nothing for backward."""
         return 0
