@@ -428,7 +428,7 @@ def test_a_reward_that_fails_is_reported_with_its_row_and_its_answer_left_out(sm
     assert not rows.mask.view(4, -1)[1:3].any()
     output = capsys.readouterr().err
     assert output.count("no reward: broken of prompt 1: KeyError") == 3
-    assert output.count("no reward: broken of prompt 2: gave nan") == 3
+    assert output.count("no reward: broken of prompt 2: returned nan") == 3
 
 
 def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):

@@ -152,8 +152,8 @@ def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
     assert found.rewards == [2.5, -1.0, -1.0, -1.0]
     assert found.per_reward == {"exact": [1, 0, 0, 0], "odd": [0.5, -1.0, -1.0, -1.0]}
     assert found.failures == [
-        RewardFailure(1, 8, "odd", "gave nan"),
-        RewardFailure(2, 9, "odd", "gave inf"),
+        RewardFailure(1, 8, "odd", "returned nan"),
+        RewardFailure(2, 9, "odd", "returned inf"),
         RewardFailure(3, 10, "odd", "RuntimeError: no idea"),
     ]
 
@@ -187,7 +187,7 @@ def test_a_panel_that_gives_too_few_or_too_many_values_fails_for_every_answer(gi
     )
     assert found.rewards == [0.0, 0.0]
     assert [failure.response_index for failure in found.failures] == [0, 1]
-    assert found.failures[0].reason == f"ValueError: {len(given)} rewards for 2 answers"
+    assert found.failures[0].reason == f"ValueError: {len(given)} rewards for 2 completions"
 
 
 def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():

@@ -57,11 +57,14 @@ def test_counts_may_be_written_as_people_do():
         ({"others": {"betas": [0.9, 1.5]}}, "r.yaml: others: betas[1]=1.5 must be"),
         ({"others": {"eps": 0}}, "r.yaml: others: eps=0.0 must be above 0"),
         ({"others": {"weight_decay": -0.1}}, "r.yaml: others: weight_decay=-0.1 must be"),
-        ({"schedule": {"kind": "wsd", "decay": 1.5}}, "r.yaml: schedule: decay=1.5 is a share"),
+        (
+            {"schedule": {"kind": "wsd", "decay": 1.5}},
+            "r.yaml: schedule: decay=1.5 must be a fraction",
+        ),
         ({"schedule": {"kind": "wsd", "warmup": -1}}, "r.yaml: schedule: warmup=-1 is a number"),
         (
             {"schedule": {"kind": "cosine", "min_lr_ratio": 2}},
-            "r.yaml: schedule: min_lr_ratio=2.0 is a share",
+            "r.yaml: schedule: min_lr_ratio=2.0 must be a fraction",
         ),
         ({"max_grad_norm": 0}, "r.yaml: max_grad_norm=0.0 must be above 0"),
     ],

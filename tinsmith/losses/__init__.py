@@ -1,1 +1,1 @@
-"""Loss formulas from tensors to tensors."""
+"""Loss functions of tensors."""

@@ -1,4 +1,4 @@
-"""How far a student's distribution over the vocabulary is from a teacher's.
+"""Divergences between the distributions of a student and a teacher over the vocabulary.
 
 With p = softmax(student / tau) and q = softmax(teacher / tau):
 
@@ -7,8 +7,8 @@ With p = softmax(student / tau) and q = softmax(teacher / tau):
     jsd       beta KL(q || m) + (1 - beta) KL(p || m),  m = (1 - beta) p + beta q
                                                                   (Agarwal et al., 2306.13649)
 
-beta 0 stands for the forward KL and beta 1 for the reverse KL, as in trl. Value and slope are
-formed together, in at least float32, and are exactly 0 where both say the same.
+beta 0 selects the forward KL and beta 1 the reverse KL, as in TRL. Value and gradient are computed
+together, in at least float32, and are exactly 0 for equal logits.
 
 Legend: N tokens, n tokens of a chunk, D width, V vocabulary.
 """
@@ -24,7 +24,7 @@ from tinsmith.nn.precision import at_least_fp32
 
 
 class DistillWeights(NamedTuple):
-    """(1 - hard) * scale * divergence + hard * cross-entropy of the label."""
+    """Weights of (1 - ce_weight) * scale * divergence + ce_weight * cross-entropy of the label."""
 
     beta: float
     temperature: float
@@ -33,7 +33,7 @@ class DistillWeights(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """What a model makes of N tokens: logits are hidden @ weight.T."""
+    """The hidden states of N tokens and the head; logits are hidden @ weight.T."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -42,7 +42,7 @@ class HeadInputs(NamedTuple):
 def token_divergence(
     student_NV: Tensor, teacher_NV: Tensor, beta: float, temperature: float
 ) -> Tensor:
-    """Of every token the divergence (N,), in nats; only the student gets a gradient."""
+    """Return the divergence of every token (N,), in nats; only the student gets a gradient."""
     return _Divergence.apply(student_NV, teacher_NV, beta, temperature)  # type: ignore[return-value]
 
 
@@ -53,22 +53,27 @@ def summed_divergence(
     weights_N: Tensor,
     mix: DistillWeights,
 ) -> tuple[Tensor, Tensor]:
-    """sum over tokens of weight * mix, a scalar; and the same sums of the divergence and of the
-    cross-entropy alone, (2,), without gradient. Nothing of (tokens x vocabulary) is held at once.
+    """Return the weighted sum of the token losses of `mix`, and of their two terms, without
+    gradient.
+
+    The terms are the divergence and the cross-entropy, (2,). Logits of (tokens x vocabulary) are
+    never stored completely.
     """
-    low = matmul_dtype(teacher.hidden_ND)
-    taught_ND, head_VD = (part.detach().to(low) for part in teacher)
+    dtype = matmul_dtype(teacher.hidden_ND)
+    teacher_ND, teacher_VD = (tensor.detach().to(dtype) for tensor in teacher)
 
-    def measure(logits_nV: Tensor, part: slice) -> TokenLosses:
-        taught_nV = (taught_ND[part] @ head_VD.T).to(logits_nV.dtype)
-        apart_n, slope_nV = divergence_with_grad(logits_nV, taught_nV, mix.beta, mix.temperature)
-        label = cross_entropy_with_grad(logits_nV, targets_N[part])
-        soft = (1 - mix.ce_weight) * mix.scale
-        loss_n = soft * apart_n + mix.ce_weight * label.loss_n
-        slope_nV = slope_nV.mul_(soft).add_(label.grad_nV, alpha=mix.ce_weight)
-        return TokenLosses(loss_n, slope_nV, (apart_n, label.loss_n))
+    def loss_fn(logits_nV: Tensor, chunk: slice) -> TokenLosses:
+        teacher_nV = (teacher_ND[chunk] @ teacher_VD.T).to(logits_nV.dtype)
+        divergence_n, grad_nV = divergence_with_grad(
+            logits_nV, teacher_nV, mix.beta, mix.temperature
+        )
+        label = cross_entropy_with_grad(logits_nV, targets_N[chunk])
+        divergence_weight = (1 - mix.ce_weight) * mix.scale
+        loss_n = divergence_weight * divergence_n + mix.ce_weight * label.loss_n
+        grad_nV = grad_nV.mul_(divergence_weight).add_(label.grad_nV, alpha=mix.ce_weight)
+        return TokenLosses(loss_n, grad_nV, (divergence_n, label.loss_n))
 
-    return chunked_head_loss(student.hidden_ND, student.weight_VD, weights_N, measure)
+    return chunked_head_loss(student.hidden_ND, student.weight_VD, weights_N, loss_fn)
 
 
 class _Divergence(torch.autograd.Function):
@@ -76,59 +81,63 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_NV: Tensor, teacher_NV: Tensor, beta: float, temperature: float
     ) -> Tensor:
-        each_N, slope_NV = divergence_with_grad(student_NV, teacher_NV, beta, temperature)
-        ctx.save_for_backward(slope_NV.to(student_NV.dtype))
-        return each_N
+        divergence_N, grad_NV = divergence_with_grad(student_NV, teacher_NV, beta, temperature)
+        ctx.save_for_backward(grad_NV.to(student_NV.dtype))
+        return divergence_N
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (slope_NV,) = ctx.saved_tensors
-        return slope_NV * upstream[0][:, None].to(slope_NV.dtype), None, None, None
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * upstream[0][:, None].to(grad_NV.dtype), None, None, None
 
 
 @torch.no_grad()
 def divergence_with_grad(
     student_NV: Tensor, teacher_NV: Tensor, beta: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Of every token the divergence (N,), in nats, and its slope d / d student logits (N, V)."""
-    high = torch.promote_types(at_least_fp32(student_NV.dtype), at_least_fp32(teacher_NV.dtype))
-    student = (student_NV.to(high) / temperature).log_softmax(1)
-    teacher = (teacher_NV.to(high) / temperature).log_softmax(1)
+    """Return the divergence of every token (N,), in nats, and its gradient for student logits (N,
+    V).
+    """
+    dtype = torch.promote_types(at_least_fp32(student_NV.dtype), at_least_fp32(teacher_NV.dtype))
+    student = (student_NV.to(dtype) / temperature).log_softmax(1)
+    teacher = (teacher_NV.to(dtype) / temperature).log_softmax(1)
     if beta == 0:
-        each_N, slope_NV = _forward(student, teacher)
+        divergence_N, grad_NV = _forward_kl(student, teacher)
     elif beta == 1:
-        each_N, slope_NV = _reverse(student, teacher)
+        divergence_N, grad_NV = _reverse_kl(student, teacher)
     else:
-        each_N, slope_NV = _between(student, teacher, beta)
-    return each_N, slope_NV.div_(temperature)
+        divergence_N, grad_NV = _jsd(student, teacher, beta)
+    return divergence_N, grad_NV.div_(temperature)
 
 
-def _forward(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_kl(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
     q_NV = teacher_NV.exp()
-    each_N = teacher_NV.sub_(student_NV).mul_(q_NV).sum(1)
-    return each_N, student_NV.exp_().sub_(q_NV)
+    kl_N = teacher_NV.sub_(student_NV).mul_(q_NV).sum(1)
+    return kl_N, student_NV.exp_().sub_(q_NV)
 
 
-def _reverse(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
     p_NV = student_NV.exp()
-    gap_NV = student_NV.sub_(teacher_NV)
-    each_N1 = (p_NV * gap_NV).sum(1, keepdim=True)
-    return each_N1[:, 0], gap_NV.sub_(each_N1).mul_(p_NV)
+    log_ratio_NV = student_NV.sub_(teacher_NV)
+    kl_N1 = (p_NV * log_ratio_NV).sum(1, keepdim=True)
+    return kl_N1[:, 0], log_ratio_NV.sub_(kl_N1).mul_(p_NV)
 
 
-def _between(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """d / d p is (1 - beta) ln(p / m): what m changes by cancels, since m and p sum to 1."""
+def _jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The gradient for p is (1 - beta) ln(p / m): the terms from the change of m cancel, as m and p
+    sum to 1.
+    """
     p_NV, q_NV = student_NV.exp(), teacher_NV.exp()
-    gap_NV = student_NV.sub_(teacher_NV)
-    own_NV = _over_mixture(gap_NV, beta)
-    own_N1 = (p_NV * own_NV).sum(1, keepdim=True)
-    other_N = q_NV.mul_(own_NV - gap_NV).sum(1)
-    each_N = (1 - beta) * own_N1[:, 0] + beta * other_N
-    return each_N, own_NV.sub_(own_N1).mul_(p_NV).mul_(1 - beta)
+    log_ratio_NV = student_NV.sub_(teacher_NV)
+    log_p_over_m_NV = _log_ratio_to_mixture(log_ratio_NV, beta)
+    student_kl_N1 = (p_NV * log_p_over_m_NV).sum(1, keepdim=True)
+    teacher_kl_N = q_NV.mul_(log_p_over_m_NV - log_ratio_NV).sum(1)
+    jsd_N = (1 - beta) * student_kl_N1[:, 0] + beta * teacher_kl_N
+    return jsd_N, log_p_over_m_NV.sub_(student_kl_N1).mul_(p_NV).mul_(1 - beta)
 
 
-def _over_mixture(gap: Tensor, beta: float) -> Tensor:
-    """ln(p / m) from gap = ln(p / q): 0 where p = q, and finite wherever `gap` is."""
-    above = -torch.log1p(beta * torch.expm1(-gap))
-    below = gap - torch.log1p((1 - beta) * torch.expm1(gap))
-    return torch.where(gap >= 0, above, below)
+def _log_ratio_to_mixture(log_ratio: Tensor, beta: float) -> Tensor:
+    """Return ln(p / m) from log_ratio = ln(p / q): 0 where p = q, finite where the input is."""
+    above = -torch.log1p(beta * torch.expm1(-log_ratio))
+    below = log_ratio - torch.log1p((1 - beta) * torch.expm1(log_ratio))
+    return torch.where(log_ratio >= 0, above, below)

@@ -11,7 +11,7 @@
 | cispo | a token, detached: -sg(min(ratio, 1 + high)) A log pi | all tokens | 2506.13585 |
 | gspo | a sequence: exp(mean of its tokens' log ratios) | rows | 2507.18071 |
 
-Tensors are (B, T). Masked positions contribute to no number and no gradient. A ratio is at most
+Tensors are (B, T). Masked positions contribute to no value and no gradient. A ratio is at most
 e^20, so that it is finite in float32, and has no gradient beyond.
 """
 
@@ -26,18 +26,18 @@ from tinsmith.losses.logprobs import MAX_LOG_RATIO, KLLossEstimator, kl
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """ln(pi / pi_old) (B, T), 0 where masked."""
+    """Return ln(pi / pi_old) (B, T), 0 where masked."""
     return torch.where(mask.bool(), logprobs, 0) - torch.where(mask.bool(), old_logprobs, 0)
 
 
 def expand_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
-    """(B,) or (B, T) -> (B, T), 0 where masked."""
-    wide = advantages[:, None] if advantages.dim() == 1 else advantages
-    return torch.where(mask.bool(), wide, 0)
+    """Expand (B,) or (B, T) to (B, T), 0 where masked."""
+    expanded = advantages[:, None] if advantages.dim() == 1 else advantages
+    return torch.where(mask.bool(), expanded, 0)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over masked tokens of all rows; 0 where there are none."""
+    """Return the mean over tokens with mask 1 of all rows; 0 if there are none."""
     return torch.where(mask.bool(), values, 0).sum() / mask.bool().sum().clamp(min=1)
 
 

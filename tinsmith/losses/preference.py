@@ -1,8 +1,8 @@
-"""Losses of a preference beside DPO's: tensors in, tensors out.
+"""Preference losses: DPO, IPO, SimPO, ORPO, KTO and Bradley-Terry.
 
-All take one number per pair, (B,), and return three of shape (B,): the loss, and the rewards of the
-chosen and of the rejected answer, detached. Log-probabilities are sums over an answer's tokens, end
-of turn included, in nats; averages where a name says so.
+Inputs are one number per pair, (B,). All but the last return three tensors (B,): the loss, and the
+rewards of the chosen and of the rejected completion, detached. Log-probabilities are sums over a
+completion's tokens, end of turn included, in nats; arguments named `mean_*` are means.
 """
 
 import torch
@@ -20,9 +20,9 @@ def ipo_loss(
     reference_rejected: Tensor,
     beta: float,
 ) -> LossAndRewards:
-    """(h - 1 / (2 beta))^2, h the difference of the summed log-ratios of the two sides.
+    """(h - 1 / (2 beta))^2, with h the difference of the summed log-ratios of the two sides.
 
-    Azar et al., 2310.12036, equation 17, whose tau is `beta`: the paper's h is made of sums, where
+    Azar et al., 2310.12036, equation 17, whose tau is `beta`: the paper's h is made of sums, while
     some implementations average over tokens.
     """
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
@@ -61,9 +61,9 @@ def kto_loss(
 ) -> LossAndRewards:
     """2 - sigmoid(chosen_reward - beta drift) - sigmoid(beta drift - rejected_reward).
 
-    `drift`, not below 0, is the reference point z_0: how far the policy is from the reference, in
-    nats of a whole answer; it has no gradient. Ethayarajh et al., 2402.01306, equation 8, of a
-    desirable and an undesirable answer of equal weight.
+    `drift`, not below 0, is the reference point z_0: the divergence of the policy from the
+    reference, in nats per completion; it has no gradient. Ethayarajh et al., 2402.01306, equation
+    8, for a desirable and an undesirable completion of equal weight.
     """
     chosen = beta * (policy_chosen - reference_chosen)
     rejected = beta * (policy_rejected - reference_rejected)
@@ -72,7 +72,7 @@ def kto_loss(
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean); finite where p rounds to 1."""
+    """Return log(p / (1 - p)) of p = exp(mean); finite where p rounds to 1."""
     mean = mean.clamp(max=-torch.finfo(mean.dtype).eps)
     return mean - torch.log(-torch.expm1(mean))
 
@@ -85,9 +85,10 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> LossAndRewards:
-    """Per pair (B,): -log sigmoid(margin), chosen_reward, rejected_reward; rewards are detached.
+    """-log sigmoid(margin) of every pair (B,), chosen_reward and rejected_reward; rewards are
+    detached.
 
-    Log-probabilities (B,) are sums over an answer's tokens, in nats; margin = chosen_reward -
+    Log-probabilities (B,) are sums over a completion's tokens, in nats; margin = chosen_reward -
     rejected_reward, reward = beta (policy - reference). 2305.18290, equation 7. With
     `label_smoothing` e, (1 - e) times that plus e times the loss of the sides exchanged (Mitchell,
     "A note on DPO with noisy preferences", 2023).

@@ -1,4 +1,4 @@
-"""One object over all optimizers of a run: one of several for matrices, AdamW for the rest."""
+"""Build the optimizers of a run: one for matrices, AdamW for all other parameters."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,25 +13,25 @@ from tinsmith.optim.groups import ROLES, Partition, Role, partition
 from tinsmith.optim.state_io import StateIO, make_optimizer
 
 OBJECTIVE_PARAM_PREFIX = "objective."
-"""Stands before the names of the objective's own parameters."""
+"""Prefix of the names of the objective's own parameters."""
 
 
 class Optimizers:
-    """Every trainable parameter in one group, one group per role; frozen ones have no moments."""
+    """All optimizers of a run: each trainable parameter in one group, one group for each role."""
 
     def __init__(self, groups: Partition, config: OptimConfig):
-        """`groups`: role -> [(name, parameter)]; names are those of the saved state."""
+        """`groups` maps roles to [(name, parameter)]; names are those in the saved state."""
         self.param_names = {parameter: name for role in ROLES for name, parameter in groups[role]}
-        found = [
-            _make(["matrix"], groups, config.matrices),
-            _make([role for role in ROLES if role != "matrix"], groups, config.others),
+        candidates = [
+            _make_state_io(["matrix"], groups, config.matrices),
+            _make_state_io([role for role in ROLES if role != "matrix"], groups, config.others),
         ]
-        memories = [memory for memory in found if memory is not None]
-        self.optimizers = [memory.optimizer for memory in memories]
+        state_ios = [state_io for state_io in candidates if state_io is not None]
+        self.optimizers = [state_io.optimizer for state_io in state_ios]
         self.state_ios = {
-            parameter: memory
-            for memory in memories
-            for group in memory.optimizer.param_groups
+            parameter: state_io
+            for state_io in state_ios
+            for group in state_io.optimizer.param_groups
             for parameter in group["params"]
         }
 
@@ -39,10 +39,10 @@ class Optimizers:
     def build(
         cls, module: nn.Module, objective_module: nn.Module | None, config: OptimConfig
     ) -> "Optimizers":
-        """Over all trainable parameters of the policy `module` and of `extra`, the objective's own,
-        which are named `objective.NAME`.
+        """Build the optimizers of the policy `module` and of the objective's own parameters.
 
-        Call it when the parameters have their final device, dtype and spread over ranks.
+        The latter are named `objective.NAME`. Call it when the parameters have their final device,
+        dtype and sharding.
         """
         groups = partition(module)
         if objective_module is not None:
@@ -57,58 +57,59 @@ class Optimizers:
         return cls(groups, config)
 
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for optimizer in self.optimizers:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Drop the gradients of all parameters."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
     def set_lr_multiplier(self, multiplier: float) -> None:
-        """The learning rate of every group becomes its configured one times `multiplier`."""
+        """Set the learning rate of every group to its initial rate times `multiplier`."""
         for group in self._param_groups():
             group["lr"] = group["initial_lr"] * multiplier
 
     def learning_rates(self) -> dict[Role, float]:
-        """Role -> the rate of its next step."""
+        """Return the learning rate of the next step by role."""
         return {group["role"]: group["lr"] for group in self._param_groups()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything that is trained."""
+        """Iterate over all trained parameters."""
         return iter(self.param_names)
 
     @torch.no_grad()
     def reset_state(self, resets: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-        """Zero what is remembered of (parameter, rows): indices (N,) of its first dimension."""
+        """Reset the state of (parameter, rows): indices (N,) of its first dimension."""
         for parameter, rows in resets:
-            memory = self.state_ios.get(parameter)
-            for state, nothing in memory.row_tensors(parameter) if memory else ():
+            state_io = self.state_ios.get(parameter)
+            for state, zero_value in state_io.row_tensors(parameter) if state_io else ():
                 mask = _row_mask(state, rows.to(state.device))
-                local_tensor(state).masked_fill_(shard_like(mask, state), nothing)
+                local_tensor(state).masked_fill_(shard_like(mask, state), zero_value)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`NAME|momentum`, or what else `optim.state_io` lists -> the full tensor, on the CPU.
+        """Return the optimizer state as full tensors on the CPU, by names such as `NAME|momentum`.
 
-        Nothing before the first step; after it, zeros for a parameter that never had a gradient.
-        Gathers where parameters are spread, so every rank must call it. A tensor that is whole and
-        on the CPU already is the live one: write or copy it before the next step.
+        `optim.state_io` lists the keys. The state is empty before the first step; afterwards it has
+        zeros for a parameter that never had a gradient. Sharded parameters are gathered, so every
+        rank must call it. A full tensor on the CPU is not copied: write or copy it before the next
+        step.
         """
         if not any(optimizer.state for optimizer in self.optimizers):
             return {}
         return {
             f"{name}|{key}": full_tensor(tensor).detach().cpu()
             for parameter, name in self.param_names.items()
-            for key, tensor in self._saved(parameter).items()
+            for key, tensor in self._state_of(parameter).items()
         }
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_tensors`; every rank gives the same full tensors.
+        """Load what `state_tensors` returned; every rank gives the same full tensors.
 
-        Rates, betas and decays are the configuration's. Raises UserError, and changes nothing,
-        where a tensor is missing, unexpected, or of another shape.
+        Learning rates, betas and weight decays are those of the config. Raises UserError, and
+        changes nothing, if a tensor is missing, unexpected, or has another shape.
         """
         if tensors:
             self._check(tensors)
@@ -118,18 +119,18 @@ class Optimizers:
             return
         for parameter, name in self.param_names.items():
             state = self.state_ios[parameter].initial_state(parameter)
-            for key, blank in state.items():
-                local_tensor(blank).copy_(
-                    shard_like(tensors[f"{name}|{key}"].to(blank.device), blank)
+            for key, target in state.items():
+                local_tensor(target).copy_(
+                    shard_like(tensors[f"{name}|{key}"].to(target.device), target)
                 )
             self.state_ios[parameter].load_state(parameter, state)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         cause = "it was saved by another model or another `optim` section"
         expected = {
-            f"{name}|{key}": tuple(blank.shape)
+            f"{name}|{key}": tuple(tensor.shape)
             for parameter, name in self.param_names.items()
-            for key, blank in self.state_ios[parameter].initial_state(parameter).items()
+            for key, tensor in self.state_ios[parameter].initial_state(parameter).items()
         }
         for name in [*expected, *tensors]:
             if name not in tensors:
@@ -142,16 +143,16 @@ class Optimizers:
                 continue
             raise UserError(f"optimizer state: '{name}' {problem}; {cause}")
 
-    def _saved(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        memory = self.state_ios[parameter]
-        return memory.state_tensors(parameter) or memory.initial_state(parameter)
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state_io = self.state_ios[parameter]
+        return state_io.state_tensors(parameter) or state_io.initial_state(parameter)
 
     def _param_groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self.optimizers:
             yield from optimizer.param_groups
 
 
-def _make(roles: list[Role], groups: Partition, config: MatrixConfig) -> StateIO | None:
+def _make_state_io(roles: list[Role], groups: Partition, config: MatrixConfig) -> StateIO | None:
     options = [
         {
             "params": [parameter for _, parameter in groups[role]],

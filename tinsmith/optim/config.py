@@ -1,4 +1,4 @@
-"""What a recipe's `optim:` section may say.
+"""Config of the `optim:` section of a recipe: optimizers, schedule and gradient clipping.
 
     optim:
       matrices: {kind: muon, lr: 0.02, momentum: 0.95}        # or adamw, adamw8bit, adafactor
@@ -6,8 +6,8 @@
       schedule: {kind: wsd, warmup: 100, decay: 0.3}          # or cosine, constant
       max_grad_norm: 1.0
 
-`matrices` is the optimizer of the weight matrices inside the blocks, `others` of everything else
-(see `groups.partition`); both follow `schedule`.
+`matrices` is the optimizer of the weight matrices inside the blocks, `others` of all other
+parameters (see `groups.partition`); both follow `schedule`.
 """
 
 import math
@@ -36,24 +36,26 @@ def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay:
         _below_one(f"betas[{index}]", beta)
 
 
-def _check_schedule(warmup: int, final: float) -> None:
+def _check_schedule(warmup: int, min_lr_ratio: float) -> None:
     if warmup < 0:
-        raise ValueError(f"warmup={warmup} is a number of steps, at least 0")
-    if not 0 <= final <= 1:
-        raise ValueError(f"min_lr_ratio={final} is a share of the full rate, from 0 to 1")
+        raise ValueError(f"warmup={warmup} must be a number of steps of at least 0")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ValueError(
+            f"min_lr_ratio={min_lr_ratio} must be a fraction of the full rate, from 0 to 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(Config):
     """Muon (Jordan 2024): momentum, orthogonalised by `ns_steps` of Newton-Schulz.
 
-    `scale` multiplies the orthogonal update of a (rows, columns) matrix: `original` by
-    sqrt(max(1, rows / columns)), `match_rms_adamw` by 0.2 sqrt(max(rows, columns)), which makes
-    AdamW's rate and decay fit (Moonlight, 2502.16982).
+    `scale` multiplies the orthogonal update of a (rows, columns) matrix: `original` by sqrt(max(1,
+    rows / columns)), `match_rms_adamw` by 0.2 sqrt(max(rows, columns)), with which learning rate
+    and weight decay of AdamW can be used (Moonlight, 2502.16982).
     """
 
     STATE_BYTES_PER_PARAM: ClassVar[int] = 4
-    """Bytes of optimizer state for each weight; so in the others."""
+    """Bytes of optimizer state per parameter; the same in the other classes."""
 
     kind: Literal["muon"] = "muon"
     lr: float = 0.02
@@ -75,9 +77,9 @@ class MuonConfig(Config):
 class AdamWConfig(Config):
     """AdamW (Loshchilov and Hutter, 1711.05101).
 
-    `weight_decay` reaches what `decay` names: the block `matrices` (so it does nothing where Muon,
-    with a decay of its own, has those), or `all` but vectors: embedding, head and routers too.
-    Norms, biases and other vectors never decay.
+    `decay` selects the parameters with weight decay: the block `matrices` (without effect if Muon,
+    which has its own weight decay, trains those), or `all` except vectors: also embedding, head and
+    routers. Norms, biases and other vectors have no weight decay.
     """
 
     STATE_BYTES_PER_PARAM: ClassVar[int] = 8
@@ -95,7 +97,7 @@ class AdamWConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bitConfig(Config):
-    """AdamW whose moments are kept in 8 bits, in blocks of 256 (Dettmers et al., 2110.02861); needs
+    """AdamW with 8-bit moments in blocks of 256 (Dettmers et al., 2110.02861), from
     bitsandbytes.
     """
 
@@ -113,9 +115,11 @@ class AdamW8bitConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AdafactorConfig(Config):
-    """Adafactor (Shazeer and Stern, 1804.04235): no momentum, and of the second moments of a matrix
-    only the sums of its rows and columns. The step is `lr` times the weight's own root mean square,
-    and `lr` never above 1 / sqrt(step); a step's root mean square is cut to `clip_update`.
+    """Adafactor (Shazeer and Stern, 1804.04235): no momentum, factored second moments.
+
+    Of the second moments of a matrix only the sums of rows and columns are stored. The step is `lr`
+    times the root mean square of the weight, with `lr` at most 1 / sqrt(step); the root mean square
+    of an update is clipped to `clip_update`.
     """
 
     STATE_BYTES_PER_PARAM: ClassVar[int] = 0
@@ -137,8 +141,10 @@ class AdafactorConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WSD(Config):
-    """Warm-up, stable, decay: linear up over `warmup` steps, flat, then linear down to `final` over
-    the last `decay` of all steps (2405.18392).
+    """Warm-up, stable, decay (2405.18392).
+
+    Linear increase over `warmup` steps, constant, then linear decrease to `min_lr_ratio` over the
+    last `decay` of all steps.
     """
 
     kind: Literal["wsd"] = "wsd"
@@ -149,12 +155,14 @@ class WSD(Config):
     def __post_init__(self) -> None:
         _check_schedule(self.warmup, self.min_lr_ratio)
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay={self.decay} is a share of all steps, from 0 to 1")
+            raise ValueError(f"decay={self.decay} must be a fraction of all steps, from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Config):
-    """Linear up over `warmup` steps, then half a cosine down to `min_lr_ratio` (1608.03983)."""
+    """Linear warm-up over `warmup` steps, then half a cosine down to `min_lr_ratio`
+    (1608.03983).
+    """
 
     kind: Literal["cosine"] = "cosine"
     warmup: Count = 0
@@ -166,7 +174,7 @@ class Cosine(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Config):
-    """Linear up over `warmup` steps, then flat."""
+    """Linear warm-up over `warmup` steps, then constant."""
 
     kind: Literal["constant"] = "constant"
     warmup: Count = 0
@@ -182,8 +190,8 @@ ScheduleConfig = Annotated[WSD | Cosine | Constant, Kind()]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Config):
-    """The `optim:` section. `clip` is the largest allowed norm of the whole gradient; null leaves
-    it alone.
+    """The `optim:` section. `max_grad_norm` clips the norm of the whole gradient; null: no
+    clipping.
     """
 
     matrices: OptimizerConfig = MuonConfig()

@@ -1,18 +1,19 @@
-"""Which optimizer a parameter belongs to: every trainable parameter has exactly one role.
+"""Partition parameters into optimizer groups: every trainable parameter has exactly one role.
 
 - `matrix`: weights of linear layers, and stacks of experts (E, rows, columns), which their module
   lists in `EXPERT_STACKS`; trained by `optim.matrices` (Muon). All other roles are trained by
   `optim.others` (AdamW).
-- `embedding`: token and position tables; a tied head is the embedding; bare 2-D parameters that no
-  linear layer owns, such as mixing matrices.
-- `head`: an output layer of its own, which is a linear layer named `head`.
-- `router`: what scores experts or branches; each of its rows has a meaning.
-- `vector`: norms, biases, sinks, scalars, matrices with a side of 1, convolution kernels, and all
-  that mixes residual streams (`hyper`, `mhyper`), where weight decay would pull the identity
-  towards zero. Never decays.
+- `embedding`: token and position tables; a tied head is the embedding; 2-D parameters outside of
+  linear layers, such as mixing matrices.
+- `head`: a separate output layer, which is a linear layer named `head`.
+- `router`: weights that score experts or branches; each row belongs to one of them.
+- `vector`: norms, biases, sinks, scalars, matrices with one row or column, convolution kernels, and
+  the mixing weights of residual streams (`hyper`, `mhyper`), where weight decay would pull the
+  identity towards zero. Never decays.
 
-Orthogonalised updates are for matrices that map vectors to vectors; a table, a mixing matrix or a
-router is another thing even where it is 2-D. So the module tells the role, no pattern of names.
+Orthogonalised updates are meant for matrices that map vectors to vectors, not for tables, mixing
+matrices or routers, even if these are 2-D. Therefore the module determines the role, not a pattern
+of names.
 """
 
 from collections.abc import Iterator
@@ -27,43 +28,45 @@ Partition = dict[Role, list[tuple[str, nn.Parameter]]]
 
 @runtime_checkable
 class HasRole(Protocol):
-    """A module class with `ROLE = "router"` (or another role) gives it to all its parameters, and
-    to those of modules inside that declare none. What has fewer than two dimensions stays a vector.
+    """A module class with a `ROLE`, which applies to all its parameters.
+
+    It also applies to inner modules that declare none. Parameters with fewer than two dimensions
+    are always vectors.
     """
 
     ROLE: ClassVar[Role]
 
 
 def partition(module: nn.Module) -> Partition:
-    """Role -> [(name, parameter)] of all in `module` that requires a gradient, shared ones once.
+    """Return role -> [(name, parameter)] of all trainable parameters in `module`, shared ones once.
 
-    Names and order are those of `named_parameters()`. Raises ValueError where two owners of a
-    shared parameter disagree about its role (embedding and head agree: embedding).
+    Names and order are those of `named_parameters()`. Raises ValueError if two owners of a shared
+    parameter give it different roles (embedding and head give embedding).
     """
-    claims: dict[nn.Parameter, set[Role]] = {}
-    for parameter, role in _claims(module, "", None):
-        claims.setdefault(parameter, set()).add(role)
+    roles: dict[nn.Parameter, set[Role]] = {}
+    for parameter, role in _roles_by_owner(module, "", None):
+        roles.setdefault(parameter, set()).add(role)
     groups: Partition = {role: [] for role in ROLES}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[_agreed(name, claims[parameter])].append((name, parameter))
+            groups[_common_role(name, roles[parameter])].append((name, parameter))
     trainable = {parameter for parameter in module.parameters() if parameter.requires_grad}
     grouped = [parameter for group in groups.values() for _, parameter in group]
     assert sorted(map(id, grouped)) == sorted(map(id, trainable)), "not a partition"
     return groups
 
 
-def _claims(
+def _roles_by_owner(
     module: nn.Module, name: str, inherited: Role | None
 ) -> Iterator[tuple[nn.Parameter, Role]]:
-    declared = _declared(module) or inherited
+    declared = _declared_role(module) or inherited
     for key, parameter in module.named_parameters(recurse=False):
         yield parameter, _role(module, name, key, parameter, declared)
     for child, inner in module.named_children():
-        yield from _claims(inner, child, declared)
+        yield from _roles_by_owner(inner, child, declared)
 
 
-def _declared(module: nn.Module) -> Role | None:
+def _declared_role(module: nn.Module) -> Role | None:
     return module.ROLE if isinstance(module, HasRole) else None
 
 
@@ -81,11 +84,11 @@ def _role(
     return "embedding" if parameter.dim() == 2 else "vector"
 
 
-def _agreed(name: str, claims: set[Role]) -> Role:
-    if claims == {"embedding", "head"}:
+def _common_role(name: str, roles: set[Role]) -> Role:
+    if roles == {"embedding", "head"}:
         return "embedding"
-    if len(claims) > 1:
+    if len(roles) > 1:
         raise ValueError(
-            f"{name} is shared by modules that give it different roles: {', '.join(sorted(claims))}"
+            f"{name} is shared by modules that give it different roles: {', '.join(sorted(roles))}"
         )
-    return next(iter(claims))
+    return next(iter(roles))

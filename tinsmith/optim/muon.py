@@ -1,16 +1,16 @@
-"""Muon: momentum whose matrices are orthogonalised before they move the weights.
+"""Muon: an optimizer that orthogonalises the momentum of every matrix.
 
     m <- mu m + (1 - mu) g
     u  = mu m + (1 - mu) g  with Nesterov, else m
     W <- (1 - lr decay) W - lr scale NS(u)
 
 NS is five steps of a Newton-Schulz iteration that brings every singular value near 1, so that all
-directions of a matrix move about equally far. Keller Jordan, "Muon: an optimizer for hidden layers"
+directions of a matrix change about equally. Keller Jordan, "Muon: an optimizer for hidden layers"
 (2024), https://kellerjordan.github.io/posts/muon/; the scale `match_rms_adamw` is from Moonlight
-(2502.16982). It differs from `torch.optim.Muon` in taking stacks (E, rows, columns) too, each slice
-a matrix of its own, and parameters spread by FSDP2, and in putting matrices with the same sides,
-lying or standing, through one batched iteration. Of a spread matrix every rank gathers the momentum
-and computes the whole update; stacks spread by slices are updated where they are.
+(2502.16982). Differs from `torch.optim.Muon`: it also takes stacks (E, rows, columns), each slice a
+matrix of its own, and parameters sharded by FSDP2, and it batches matrices of the same shape,
+transposed ones included. For a sharded matrix every rank gathers the momentum and computes the
+complete update; stacks sharded by slices are updated locally.
 """
 
 import math
@@ -26,50 +26,50 @@ from tinsmith.distributed.dtensor import full_tensor, is_sharded_on_dim0, local_
 Scale = Literal["original", "match_rms_adamw"]
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of a s + b s^3 + c s^5 on singular values; steep at 0, hence they end near 1 (0.68 to 1.13)."""
+"""a s + b s^3 + c s^5 of a singular value s; steep at 0, so singular values end in 0.68 to 1.13."""
 
 BATCH_ELEMENTS = 2**23
-"""How many numbers one batched iteration takes in: enough to keep cores busy, little enough for
-caches, and a bound on the memory that a step needs beyond the momentum.
+"""Largest number of elements in one batched iteration: enough for all cores, small enough for
+caches, and a bound on the memory of a step in addition to the momentum.
 """
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """The nearly orthogonal factor of each matrix.
+    """Return the nearly orthogonal factor of each matrix.
 
     `matrices` (..., rows, columns) -> the same shape in `dtype`, which is the precision of the
-    products; norms are taken in at least float32. For a matrix U S V' the result is about U V'; a
-    zero matrix stays zero.
+    products; norms are computed in at least float32. For a matrix U S V' the result is about U V';
+    a zero matrix stays zero.
     """
     a, b, c = NS_COEFFICIENTS
-    wide = torch.promote_types(matrices.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide)
+    norm_dtype = torch.promote_types(matrices.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=norm_dtype)
     x = matrices.to(dtype) / norms.clamp(min=1e-7).to(dtype)
     x = x.reshape(-1, *matrices.shape[-2:])
-    standing = x.shape[-2] > x.shape[-1]
-    if standing:
+    transpose = x.shape[-2] > x.shape[-1]
+    if transpose:
         x = x.mT
     gram = x.new_empty(len(x), x.shape[-2], x.shape[-2])
-    polynomial, spare = torch.empty_like(gram), torch.empty_like(x)
+    polynomial, buffer = torch.empty_like(gram), torch.empty_like(x)
     for _ in range(steps):
         torch.bmm(x, x.mT, out=gram)
         torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-        torch.baddbmm(x, polynomial, x, beta=a, out=spare)
-        x, spare = spare, x
-    return (x.mT if standing else x).reshape(matrices.shape)
+        torch.baddbmm(x, polynomial, x, beta=a, out=buffer)
+        x, buffer = buffer, x
+    return (x.mT if transpose else x).reshape(matrices.shape)
 
 
 def fast_matmul_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision of the products: bfloat16 where the device multiplies it faster than float32.
+    """Return bfloat16 if the device multiplies it faster than float32, else float32.
 
-    Told by the device, not by timing, so that a resumed run computes what the first one would have.
-    float64 stays float64.
+    The device decides, not a measurement, so that a resumed run computes the same numbers. float64
+    stays float64.
     """
     if tensor.dtype == torch.float64:
         return torch.float64
-    multiplies_bfloat16 = {"cuda": _gpu_has_bfloat16, "cpu": _cpu_has_bfloat16}
-    fast = multiplies_bfloat16.get(tensor.device.type, bool)()
-    return torch.bfloat16 if fast else torch.float32
+    has_fast_bfloat16 = {"cuda": _gpu_has_bfloat16, "cpu": _cpu_has_bfloat16}
+    is_fast = has_fast_bfloat16.get(tensor.device.type, bool)()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def _gpu_has_bfloat16() -> bool:
@@ -77,16 +77,16 @@ def _gpu_has_bfloat16() -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """AMX or AVX512-BF16: without their instructions bfloat16 products are slower."""
+    """AMX or AVX512-BF16: without these instructions bfloat16 products are slower."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over matrices (rows, columns) and stacks of them (E, rows, columns).
+    """Muon for matrices (rows, columns) and stacks of them (E, rows, columns).
 
-    `products` fixes the precision of the Newton-Schulz products; by default `product_dtype`
-    chooses. State: `momentum` of the parameter's shape, at least float32. Gradients are read, never
-    changed; a parameter without one is skipped.
+    `ns_dtype` sets the precision of the Newton-Schulz products; the default is `fast_matmul_dtype`.
+    State: `momentum` in the parameter's shape, at least float32. Gradients are not changed; a
+    parameter without gradient is skipped.
     """
 
     def __init__(
@@ -111,22 +111,24 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update. Every rank must have gradients for the same parameters."""
+        """Update all parameters. Every rank must have gradients for the same parameters."""
         for group in self.param_groups:
             for batch in _batches([p for p in group["params"] if p.grad is not None]):
                 self._step(batch, group)
 
     def _step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        stacks = [_lying(self._direction(parameter, group)) for parameter in parameters]
-        products = group["products"] or fast_matmul_dtype(parameters[0])
-        updates = newton_schulz(_joined(stacks), group["steps"], products)
+        stacks = [_wide(self._direction(parameter, group)) for parameter in parameters]
+        ns_dtype = group["products"] or fast_matmul_dtype(parameters[0])
+        updates = newton_schulz(_concatenate(stacks), group["steps"], ns_dtype)
         for parameter, update in zip(
             parameters, updates.split(list(map(len, stacks))), strict=True
         ):
-            _move(parameter, update, group)
+            _apply_update(parameter, update, group)
 
     def _direction(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """What is to be orthogonalised: (rows, columns) or (slices, rows, columns), unspread."""
+        """Update the momentum; return the matrix or stack to be orthogonalised, gathered if
+        necessary.
+        """
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -139,12 +141,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def initial_momentum(parameter: nn.Parameter) -> Tensor:
-    """The momentum of a parameter that never moved: zeros, at least float32."""
+    """Return zeros in the shape of the parameter, at least float32."""
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _move(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
-    """One weight's step by its `update` (slices, short side, long side)."""
+def _apply_update(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
+    """Apply an update (slices, short side, long side) to one parameter."""
     rows, columns = parameter.shape[-2:]
     update = update.mT if rows > columns else update
     if not is_sharded_on_dim0(parameter):
@@ -155,37 +157,37 @@ def _move(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> Non
     weight.add_(update, alpha=-lr * _scale(group["scale"], rows, columns))
 
 
-def _lying(direction: Tensor) -> Tensor:
-    """(slices, short side, long side)."""
+def _wide(direction: Tensor) -> Tensor:
+    """Return (slices, short side, long side)."""
     rows, columns = direction.shape[-2:]
     stack = direction.reshape(-1, rows, columns)
     return stack.mT if rows > columns else stack
 
 
-def _joined(stacks: list[Tensor]) -> Tensor:
-    """All slices in one stack; `torch.cat` takes three times as long where they are transposed."""
-    joined = stacks[0].new_empty(sum(map(len, stacks)), *stacks[0].shape[1:])
-    for place, matrix in zip(joined, chain.from_iterable(stacks), strict=True):
-        place.copy_(matrix)
-    return joined
+def _concatenate(stacks: list[Tensor]) -> Tensor:
+    """Concatenate stacks; `torch.cat` takes three times as long if they are transposed."""
+    result = stacks[0].new_empty(sum(map(len, stacks)), *stacks[0].shape[1:])
+    for target, matrix in zip(result, chain.from_iterable(stacks), strict=True):
+        target.copy_(matrix)
+    return result
 
 
 def _batches(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters whose matrices have the same sides, in a fixed order, not too many at once."""
+    """Yield parameters with matrices of the same shape, in a fixed order, of limited size."""
 
-    def kind(parameter: nn.Parameter) -> tuple[str, str, int, int]:
+    def shape_key(parameter: nn.Parameter) -> tuple[str, str, int, int]:
         short, long = sorted(parameter.shape[-2:])
         return str(parameter.device), str(parameter.dtype), short, long
 
-    for _, alike in groupby(sorted(parameters, key=kind), key=kind):
+    for _, same_shape in groupby(sorted(parameters, key=shape_key), key=shape_key):
         batch: list[nn.Parameter] = []
-        room = BATCH_ELEMENTS
-        for parameter in alike:
-            if batch and parameter.numel() > room:
+        remaining = BATCH_ELEMENTS
+        for parameter in same_shape:
+            if batch and parameter.numel() > remaining:
                 yield batch
-                batch, room = [], BATCH_ELEMENTS
+                batch, remaining = [], BATCH_ELEMENTS
             batch.append(parameter)
-            room -= parameter.numel()
+            remaining -= parameter.numel()
         yield batch
 
 

@@ -1,7 +1,6 @@
-"""What each optimizer remembers of a parameter, as tensors that are saved: the one place that knows
-the insides of optimizers.
+"""Save and load optimizer state as tensors, the only module that depends on optimizer internals.
 
-| kind | of a weight of n numbers |
+| kind | state of a weight of n elements |
 |---|---|
 | muon | `momentum`, n |
 | adamw | `exp_avg`, `exp_avg_sq`, n each |
@@ -24,25 +23,27 @@ ParamGroups = list[dict[str, Any]]
 
 
 class StateIO:
-    """An optimizer, and how its state is saved. Here: as it is, all of it tensors."""
+    """An optimizer and access to its state; here all of the state is tensors."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state from which the optimizer makes the same first step as from none."""
+        """Return a state that gives the same first step as an empty one."""
         raise NotImplementedError
 
     def state_tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The state of a parameter, live; nothing before its first step."""
+        """Return the state of a parameter without copying; empty before its first step."""
         return self.optimizer.state.get(parameter, {})
 
     def load_state(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        """Make what `tensors` once gave the state."""
+        """Set the state of a parameter from `state_tensors`."""
         self.optimizer.state[parameter] = tensors
 
     def row_tensors(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
-        """The tensors that speak of single rows of the parameter, and what stands for nothing."""
+        """Return (state tensor, zero value) of all states that have a row for each row of the
+        parameter.
+        """
         states = self.state_tensors(parameter).values()
         return [(s, 0) for s in states if s.dim() and s.shape[0] == parameter.shape[0]]
 
@@ -56,18 +57,18 @@ class MuonStateIO(StateIO):
 
 
 class AdamWStateIO(StateIO):
-    """Of torch's AdamW."""
+    """State of torch's AdamW."""
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return state tensors of zeros."""
-        place = parameter.device if supports_fused_adamw([parameter]) else "cpu"
-        step = torch.zeros((), device=place, dtype=torch.float32)
+        device = parameter.device if supports_fused_adamw([parameter]) else "cpu"
+        step = torch.zeros((), device=device, dtype=torch.float32)
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         return {"step": step, **moments}
 
 
 class AdafactorStateIO(StateIO):
-    """Of torch's Adafactor."""
+    """State of torch's Adafactor."""
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return state tensors of zeros."""
@@ -83,24 +84,26 @@ class AdafactorStateIO(StateIO):
 
 
 class AdamW8bitStateIO(StateIO):
-    """Of bitsandbytes' AdamW8bit, which counts steps in an int and has its tables in its state."""
+    """State of bitsandbytes' AdamW8bit, which has an int step and code tables in its state."""
 
     STATE_KEYS = ("state1", "state2", "absmax1", "absmax2")
     MIN_8BIT_SIZE = 4096
-    """Weights of fewer numbers keep their moments in float32."""
+    """Weights with fewer elements have float32 moments."""
     BLOCK_SIZE = 256
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Codes of blocks whose largest number is 0."""
-        small, place = parameter.numel() < self.MIN_8BIT_SIZE, parameter.device
-        kind = torch.float32 if small else torch.uint8
-        state = {key: torch.zeros_like(parameter, dtype=kind) for key in self.STATE_KEYS[:2]}
-        blocks = 0 if small else math.ceil(parameter.numel() / self.BLOCK_SIZE)
-        scales = {key: torch.zeros(blocks, device=place) for key in self.STATE_KEYS[2:] if blocks}
+        """Return codes of 0 and scales of 0."""
+        is_small, device = parameter.numel() < self.MIN_8BIT_SIZE, parameter.device
+        dtype = torch.float32 if is_small else torch.uint8
+        state = {key: torch.zeros_like(parameter, dtype=dtype) for key in self.STATE_KEYS[:2]}
+        num_blocks = 0 if is_small else math.ceil(parameter.numel() / self.BLOCK_SIZE)
+        scales = {
+            key: torch.zeros(num_blocks, device=device) for key in self.STATE_KEYS[2:] if num_blocks
+        }
         return {"step": torch.zeros(())} | state | scales
 
     def state_tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Without its tables, which are always the same."""
+        """Return the state without its code tables, which are constant."""
         state = self.optimizer.state.get(parameter, {})
         if not state:
             return {}
@@ -108,27 +111,27 @@ class AdamW8bitStateIO(StateIO):
         return {"step": step} | {key: state[key] for key in self.STATE_KEYS if key in state}
 
     def load_state(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        """With its tables."""
-        group, place = self._place(parameter)
+        """Set the state and create the code tables."""
+        group_index, param_index = self._indices(parameter)
         cast(Any, self.optimizer).init_state(
-            self.optimizer.param_groups[group], parameter, group, place
+            self.optimizer.param_groups[group_index], parameter, group_index, param_index
         )
         state = self.optimizer.state[parameter]
         state |= tensors | {"step": int(tensors["step"])}
 
     def row_tensors(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
-        """Codes of 0."""
+        """Return the codes, whose zero value is the code of 0."""
         state = self.optimizer.state.get(parameter, {})
         if "qmap1" not in state:
             return super().row_tensors(parameter)
         return [(state[f"state{n}"], int(state[f"qmap{n}"].abs().argmin())) for n in (1, 2)]
 
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """The numbers of its group and of itself there."""
+    def _indices(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Return the index of the parameter's group and its index in the group."""
         return next(
-            (number, place)
-            for number, group in enumerate(self.optimizer.param_groups)
-            for place, other in enumerate(group["params"])
+            (group_index, param_index)
+            for group_index, group in enumerate(self.optimizer.param_groups)
+            for param_index, other in enumerate(group["params"])
             if other is parameter
         )
 
@@ -136,9 +139,7 @@ class AdamW8bitStateIO(StateIO):
 def make_optimizer(
     param_groups: ParamGroups, config: MuonConfig | AdamWConfig | AdamW8bitConfig | AdafactorConfig
 ) -> StateIO:
-    """The optimizer that `config` names, over groups of parameters; UserError where it is not
-    installed.
-    """
+    """Build the optimizer of `config` for parameter groups; UserError if it is not installed."""
     if isinstance(config, MuonConfig):
         return MuonStateIO(
             Muon(
@@ -157,9 +158,9 @@ def make_optimizer(
             )
         )
     if isinstance(config, AdamW8bitConfig):
-        kind = _eight_bit()
+        adamw8bit = _import_adamw8bit()
         return AdamW8bitStateIO(
-            kind(param_groups, lr=config.lr, betas=config.betas, eps=config.eps)
+            adamw8bit(param_groups, lr=config.lr, betas=config.betas, eps=config.eps)
         )
     parameters = [parameter for group in param_groups for parameter in group["params"]]
     adamw = torch.optim.AdamW(
@@ -172,17 +173,17 @@ def make_optimizer(
     return AdamWStateIO(adamw)
 
 
-def _eight_bit() -> Any:
+def _import_adamw8bit() -> Any:
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
         raise UserError(
             "optim: kind adamw8bit needs bitsandbytes, which is not installed here (pip install "
-            "'tinsmith[bits]'); adafactor needs nothing and remembers less"
+            "'tinsmith[bits]'); adafactor needs no package and less memory"
         ) from None
     return AdamW8bit
 
 
 def supports_fused_adamw(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch's fused AdamW runs there: one pass over memory, equal from run to run."""
+    """Whether torch's fused AdamW runs on these devices: one pass over memory, deterministic."""
     return all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)

@@ -1,4 +1,4 @@
-"""The `rewards:` list of a recipe: what answers are judged by, each with its weight."""
+"""Config of the `rewards:` list of a recipe: reward functions and models with weights."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from tinsmith.rewards.model import RewardModel
 
 @dataclass(frozen=True, kw_only=True)
 class RewardBase(Config):
-    """What every reward has: its name, and its weight in the sum."""
+    """Base of all rewards: a name and a weight in the sum."""
 
     kind: str
     weight: float = 1.0
@@ -33,43 +33,45 @@ class RewardBase(Config):
             raise ValueError(f"weight={self.weight} must be finite")
 
     def build_weighted(self, models: Mapping[str, RewardModel]) -> WeightedReward:
-        """The reward with its weight; `models` are the trained reward models by their folders."""
+        """Build the reward with its weight; `models` are the trained reward models by folder."""
         return WeightedReward(self.kind, self.build_batch(models), self.weight)
 
     def build_batch(self, models: Mapping[str, RewardModel]) -> BatchReward:
-        """What judges many answers: here, `build()` one after the other."""
+        """Build the function that scores many completions; by default it calls `build()`
+        for each.
+        """
         return as_batch_reward(self.build())
 
     def build(self) -> RewardFunc:
-        """The function of a prompt and an answer's text."""
+        """Build the function of a prompt and the text of a completion."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatchReward(RewardBase):
-    """1 where the answer is right."""
+    """1 if the completion's answer equals the prompt's answer, else 0."""
 
     kind: Literal["exact_match"] = "exact_match"
 
     def build(self) -> RewardFunc:
-        """Needs data with answers."""
+        """Return the reward function, which needs prompts with an answer."""
         return exact_match
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormatReward(RewardBase):
-    """1 for one `<think>` span and then one `<answer>` span."""
+    """1 for one `<think>` span followed by one `<answer>` span."""
 
     kind: Literal["format"] = "format"
 
     def build(self) -> RewardFunc:
-        """Partly right is 1/8 for each mark."""
+        """Return the reward function, which gives 1/8 for each tag that occurs exactly once."""
         return think_format
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthReward(RewardBase):
-    """1 from `low` to `high` characters."""
+    """1 for completions of `low` to `high` characters."""
 
     kind: Literal["length"] = "length"
     low: Count = 20
@@ -80,57 +82,59 @@ class LengthReward(RewardBase):
         make_length_reward(self.low, self.high)
 
     def build(self) -> RewardFunc:
-        """Falls to 0 at none, and at twice `high`."""
+        """Return the reward function, which falls to 0 at no characters and at twice `high`."""
         return make_length_reward(self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistinctNgramsReward(RewardBase):
-    """1 where no three words in a row come twice."""
+    """1 if no sequence of three words occurs twice."""
 
     kind: Literal["distinct_ngrams"] = "distinct_ngrams"
 
     def build(self) -> RewardFunc:
-        """The share of them that are different."""
+        """Return the reward function: the fraction of distinct sequences of three words."""
         return distinct_ngrams
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitTestsReward(RewardBase):
-    """1 where the answer's program passes the tests of its row, in the sandbox."""
+    """1 if the completion's program passes the unit tests of its prompt in the sandbox."""
 
     kind: Literal["unit_tests"] = "unit_tests"
 
     def build(self) -> RewardFunc:
-        """Needs data with tests."""
+        """Return the reward function, which needs prompts with tests."""
         return unit_tests
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierReward(RewardBase):
-    """What a Hugging Face sequence classifier in the folder `path` says."""
+    """The score of a Hugging Face sequence classifier in the folder `path`."""
 
     kind: Literal["classifier"] = "classifier"
     path: str
 
     def build_batch(self, models: Mapping[str, RewardModel]) -> BatchReward:
-        """Reads the folder."""
+        """Load the classifier from its folder."""
         return Classifier(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelReward(RewardBase):
-    """What a reward model says, a run of `objective: {kind: reward}` in the folder `path`. It reads
-    ids, so its tokenizer must be that of the run.
+    """The score of a reward model, which a run of `objective: {kind: reward}` has trained, at
+    `path`.
+
+    It reads token ids, so its tokenizer must be that of the run.
     """
 
     kind: Literal["reward_model"] = "reward_model"
     path: str
 
     def build_batch(self, models: Mapping[str, RewardModel]) -> BatchReward:
-        """Its score of the whole conversation."""
+        """Return a function that scores prompts with their completions by the reward model."""
         model = models[self.path]
-        return lambda answers: model.score([answer.ids for answer in answers]).tolist()
+        return lambda responses: model.score([response.ids for response in responses]).tolist()
 
 
 RewardConfig = Annotated[

@@ -1,8 +1,8 @@
-"""What an answer is worth: plain functions of a prompt and an answer's text.
+"""Reward functions: functions of a prompt and the text of a completion.
 
-Every one here but a classifier's is from 0 to 1. `judge` adds several up by weight, and bears with
-those that fail: a reward that raises, exits or is not a finite number counts as its `lowest` and is
-reported with its row.
+All functions in this module give values from 0 to 1. `score_responses` computes weighted sums and
+tolerates failures: a reward that raises, exits or is not finite counts as its `fallback` and is
+reported with its prompt.
 """
 
 import math
@@ -17,142 +17,150 @@ from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.sources.tasks import GeneratedTask, check_answer, extract_final_answer
 
 RewardFunc = Callable[[Prompt, str], float]
-"""A prompt, and the text of one answer to it (without its end of turn), to a number."""
+"""Function of a prompt and the text of one completion (without its end of turn)."""
 
 
 class Response(NamedTuple):
-    """What is judged."""
+    """A completion to be scored, with its prompt."""
 
     prompt: Prompt
     text: str
-    """What was said last, without its end."""
+    """The last assistant message, without its end of turn."""
     ids: Sequence[int] = ()
-    """The prompt and all that followed."""
+    """Token ids of the prompt and of everything after it."""
 
 
 BatchReward = Callable[[Sequence[Response]], Sequence[float | BaseException]]
-"""Judges many answers (N,) at once: numbers (N,), or why there is none."""
+"""Function that scores N completions at once: numbers, or exceptions where it failed."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _CODE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)```", re.DOTALL)
 UNIT_TEST_LIMITS = SandboxLimits()
-"""Of programs that are tested."""
+"""Sandbox limits of tested programs."""
 
 
 class WeightedReward(NamedTuple):
-    """One reward of several."""
+    """A reward and its weight in the sum."""
 
     name: str
     reward: BatchReward
     weight: float = 1.0
     fallback: float = 0.0
-    """What it counts as where it fails."""
+    """Value that replaces a failed reward."""
 
 
 class RewardFailure(NamedTuple):
-    """A reward that could not be had."""
+    """A reward that failed for one completion."""
 
     response_index: int
-    """The answer's, among those that were judged."""
+    """Index of the completion among those scored."""
     prompt_id: int
-    """The prompt's number in its source."""
+    """Index of the prompt in its source."""
     reward_name: str
     reason: str
 
 
 class ScoredResponses(NamedTuple):
-    """N answers, judged."""
+    """The rewards of N completions."""
 
     rewards: list[float]
     """(N,): weighted sums, all finite."""
     per_reward: dict[str, list[float]]
-    """By rule, (N,), not weighted."""
+    """Unweighted rewards (N,) by reward name."""
     failures: list[RewardFailure]
 
 
 def score_responses(
     weighted_rewards: Sequence[WeightedReward], responses: Sequence[Response]
 ) -> ScoredResponses:
-    """Judge N answers by every rule."""
+    """Score N completions by every reward."""
     failures: list[RewardFailure] = []
-    parts = {rule.name: _bear(rule, responses, failures) for rule in weighted_rewards}
+    per_reward = {
+        weighted.name: _rewards_or_fallback(weighted, responses, failures)
+        for weighted in weighted_rewards
+    }
     rewards = [
-        math.fsum(rule.weight * parts[rule.name][place] for rule in weighted_rewards)
-        for place in range(len(responses))
+        math.fsum(
+            weighted.weight * per_reward[weighted.name][index] for weighted in weighted_rewards
+        )
+        for index in range(len(responses))
     ]
-    return ScoredResponses(rewards, parts, failures)
+    return ScoredResponses(rewards, per_reward, failures)
 
 
 def as_batch_reward(reward: RewardFunc) -> BatchReward:
-    """Judges one answer after the other; one that makes `reward` raise harms no other."""
-    return lambda answers: [_tried(reward, answer) for answer in answers]
+    """Return a batch reward that calls `reward` for each completion and returns its exceptions."""
+    return lambda responses: [_reward_or_error(reward, response) for response in responses]
 
 
-def _tried(reward: RewardFunc, answer: Response) -> float | BaseException:
+def _reward_or_error(reward: RewardFunc, response: Response) -> float | BaseException:
     try:
-        return float(reward(answer.prompt, answer.text))
-    except (Exception, SystemExit) as error:  # it is somebody's code: training goes on
+        return float(reward(response.prompt, response.text))
+    except (Exception, SystemExit) as error:  # user code may fail in any way; training continues
         return error
 
 
-def _bear(
-    rule: WeightedReward, answers: Sequence[Response], failures: list[RewardFailure]
+def _rewards_or_fallback(
+    weighted: WeightedReward, responses: Sequence[Response], failures: list[RewardFailure]
 ) -> list[float]:
     try:
-        found = rule.reward(answers)
-        if len(found) != len(answers):
-            raise ValueError(f"{len(found)} rewards for {len(answers)} answers")
-    except (Exception, SystemExit) as error:  # as above
-        found = [error] * len(answers)
-    kept: list[float] = []
-    for place, value in enumerate(found):
+        values = weighted.reward(responses)
+        if len(values) != len(responses):
+            raise ValueError(f"{len(values)} rewards for {len(responses)} completions")
+    except (Exception, SystemExit) as error:  # user code, as above
+        values = [error] * len(responses)
+    rewards: list[float] = []
+    for index, value in enumerate(values):
         if isinstance(value, float | int) and math.isfinite(value):
-            kept.append(float(value))
+            rewards.append(float(value))
         else:
-            kept.append(rule.fallback)
-            number = answers[place].prompt.prompt_id
-            failures.append(RewardFailure(place, number, rule.name, _reason(value)))
-    return kept
+            rewards.append(weighted.fallback)
+            prompt_id = responses[index].prompt.prompt_id
+            failures.append(RewardFailure(index, prompt_id, weighted.name, _reason(value)))
+    return rewards
 
 
 def _reason(value: float | BaseException) -> str:
-    failed = isinstance(value, BaseException)
-    return f"{type(value).__name__}: {value}" if failed else f"gave {value}"
+    raised = isinstance(value, BaseException)
+    return f"{type(value).__name__}: {value}" if raised else f"returned {value}"
 
 
 def exact_match(prompt: Prompt, text: str) -> float:
-    """1 where the answer is right, else 0.
+    """Return 1 if the completion's answer is right, else 0.
 
-    A generated task is checked by its own rule. Otherwise what counts is what follows `</think>`,
-    there the last `<answer>` span: of a numeric answer its last number, compared as a number; of
-    any other all of it, blanks and case aside. ValueError where the prompt has no answer.
+    A generated task is checked by its own rule. Otherwise the answer is the text after `</think>`,
+    or its last `<answer>` span: if the reference is a number, the last number in it is compared
+    numerically; otherwise the whole text, ignoring whitespace and case. ValueError if the prompt
+    has no answer.
     """
     if prompt.answer is None:
         raise ValueError("the row has no answer to compare with")
     kind = prompt.record.get("task")
     if kind in ("arithmetic", "sort", "copy"):
         return float(check_answer(GeneratedTask(kind, "", "", prompt.answer), text))
-    printed, right = extract_final_answer(text), _number(prompt.answer)
-    if right is not None:
-        numbers = _NUMBER.findall(printed)
-        return float(bool(numbers) and _number(numbers[-1]) == right)
-    return float(_bare(printed) == _bare(prompt.answer))
+    answer, expected = extract_final_answer(text), _number(prompt.answer)
+    if expected is not None:
+        numbers = _NUMBER.findall(answer)
+        return float(bool(numbers) and _number(numbers[-1]) == expected)
+    return float(_normalise(answer) == _normalise(prompt.answer))
 
 
 def think_format(prompt: Prompt, text: str) -> float:
-    """1 where the text is one non-empty `<think>` span, then one non-empty `<answer>` span and
-    nothing else; otherwise 1/8 for each of the four marks that occurs exactly once.
+    """Return 1 for one non-empty `<think>` span, then one non-empty `<answer>` span and nothing
+    else.
+
+    Otherwise 1/8 for each of the four tags that occurs exactly once.
     """
-    marks = ("<think>", "</think>", "<answer>", "</answer>")
-    once = sum(text.count(mark) == 1 for mark in marks)
-    whole = re.fullmatch(
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    num_single = sum(text.count(tag) == 1 for tag in tags)
+    match = re.fullmatch(
         r"\s*<think>(.*\S.*)</think>\s*<answer>(.*\S.*)</answer>\s*", text, flags=re.DOTALL
     )
-    return 1.0 if whole and once == len(marks) else once / 8
+    return 1.0 if match and num_single == len(tags) else num_single / 8
 
 
 def length_reward(prompt: Prompt, text: str, *, low: int, high: int) -> float:
-    """1 from `low` to `high` characters, falling to 0 at none, and at twice `high`."""
+    """Return 1 from `low` to `high` characters, falling to 0 at none, and at twice `high`."""
     count = len(text.strip())
     if count < low:
         return count / low
@@ -160,41 +168,39 @@ def length_reward(prompt: Prompt, text: str, *, low: int, high: int) -> float:
 
 
 def distinct_ngrams(prompt: Prompt, text: str, *, n: int = 3) -> float:
-    """The share of sequences of so many words that are different: 1 where nothing repeats itself,
-    and for texts that are too short to.
-    """
-    printed = text.split()
-    runs = [tuple(printed[start : start + n]) for start in range(len(printed) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else 1.0
+    """Return the fraction of distinct n-grams of words; 1 for texts with fewer than n words."""
+    words = text.split()
+    ngrams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
 def unit_tests(prompt: Prompt, text: str, *, limits: SandboxLimits = UNIT_TEST_LIMITS) -> float:
-    """1 where the answer's program passes all tests of the row, else 0.
+    """Return 1 if the completion's program passes all tests of the prompt's record, else 0.
 
-    The program is the last fenced block of what follows `</think>`, or all of it. Tests are Python
-    statements in `test_list` or `tests` (a list or a text), after `test_setup_code`. They run in
-    the sandbox; whatever the program does there, it has failed if it did not come to their end. (A
-    search through Python's own frames would find what to say there: the sandbox is no wall.)
-    ValueError where the row has no tests.
+    The program is the last fenced code block after `</think>`, or all of that text. Tests are
+    Python statements in `test_list` or `tests` (a list or a text), after `test_setup_code`. They
+    run in the sandbox, and the program fails unless execution reaches the end of the tests. (A
+    program that searches Python's frames could find the success marker: the sandbox is no security
+    boundary.) ValueError if the record has no tests.
     """
     tests = prompt.record.get("test_list") or prompt.record.get("tests")
     if not tests:
         raise ValueError("the row has neither `test_list` nor `tests`")
-    printed = text.rpartition("</think>")[2]
-    blocks = _CODE.findall(printed)
+    completion = text.rpartition("</think>")[2]
+    blocks = _CODE.findall(completion)
     setup = prompt.record.get("test_setup_code") or ""
-    listed = [tests] if isinstance(tests, str) else tests
-    program = "\n".join([setup, blocks[-1] if blocks else printed, *listed])
-    # exit code 0 says nothing of a program that ends itself before its tests; what it must say at
-    # its end is no part of its own code, where it could be read
-    passed = secrets.token_hex(16)
-    whole = f"exec(compile({program!r}, '<answer>', 'exec'))\nprint({passed!r})\n"
-    outcome = run_python(whole, limits)
-    return float(outcome.status == "ok" and outcome.output.rstrip().endswith(passed))
+    test_list = [tests] if isinstance(tests, str) else tests
+    program = "\n".join([setup, blocks[-1] if blocks else completion, *test_list])
+    # exit code 0 does not prove that the tests ran, because a program can exit before them; the
+    # marker to print at the end is not part of the program, which could read it otherwise
+    marker = secrets.token_hex(16)
+    wrapped = f"exec(compile({program!r}, '<answer>', 'exec'))\nprint({marker!r})\n"
+    outcome = run_python(wrapped, limits)
+    return float(outcome.status == "ok" and outcome.output.rstrip().endswith(marker))
 
 
 def make_length_reward(low: int, high: int) -> RewardFunc:
-    """`length` with its bounds."""
+    """Return `length_reward` with these bounds."""
     if not 1 <= low <= high:
         raise ValueError(f"low={low} and high={high} must be 1 <= low <= high")
     return partial(length_reward, low=low, high=high)
@@ -207,5 +213,5 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _bare(text: str) -> str:
+def _normalise(text: str) -> str:
     return " ".join(text.split()).casefold().rstrip(".")
