@@ -286,9 +286,9 @@ def test_bad_lines_are_left_out_and_the_first_is_named(make_lm, tokenizer, write
 
 def test_what_cannot_be_measured_is_refused_in_one_line(make_lm, tokenizer, write_rows, tmp_path):
     lm, path = make_lm(), write_rows([{"text": "the cat"}])
-    with pytest.raises(UserError, match=r"context: 65 must be from 1 to .* 64"):
+    with pytest.raises(UserError, match=r"seq_len: 65 must be from 1 to .* 64"):
         evaluate_text(lm, tokenizer, path, seq_len=65)
-    with pytest.raises(UserError, match=r"stride: 9 must be from 1 to .* 8"):
+    with pytest.raises(UserError, match=r"stride: 9 must be from 1 to seq_len=8"):
         evaluate_text(lm, tokenizer, path, seq_len=8, stride=9)
     with pytest.raises(UserError, match="limit: 0 must be at least 1"):
         evaluate_text(lm, tokenizer, path, limit=0)

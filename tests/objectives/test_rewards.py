@@ -285,7 +285,7 @@ def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words)
 @pytest.mark.parametrize(
     ("kind", "changed", "output"),
     [
-        ("LlamaForCausalLM", {}, "is no classifier: it has no score.weight"),
+        ("LlamaForCausalLM", {}, "is no classifier: it lacks score.weight"),
         ("LlamaForSequenceClassification", {"num_labels": 3}, "of 3 labels is no reward"),
         ("LlamaForSequenceClassification", {"vocab_size": 12, "pad_token_id": 0}, "more ids than"),
     ],

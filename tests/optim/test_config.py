@@ -61,7 +61,10 @@ def test_counts_may_be_written_as_people_do():
             {"schedule": {"kind": "wsd", "decay": 1.5}},
             "r.yaml: schedule: decay=1.5 must be a fraction",
         ),
-        ({"schedule": {"kind": "wsd", "warmup": -1}}, "r.yaml: schedule: warmup=-1 is a number"),
+        (
+            {"schedule": {"kind": "wsd", "warmup": -1}},
+            "r.yaml: schedule: warmup=-1 must be a number",
+        ),
         (
             {"schedule": {"kind": "cosine", "min_lr_ratio": 2}},
             "r.yaml: schedule: min_lr_ratio=2.0 must be a fraction",

@@ -1,1 +1,1 @@
-"""Models measured: bits per byte, multiple choice."""
+"""Evaluations: bits per byte, multiple choice, ARC puzzles, output format, routing statistics."""

@@ -1,12 +1,13 @@
-"""Puzzles of ARC-AGI, two attempts at each test output, right where a cell-for-cell equal one is.
+"""Evaluate a model on ARC-AGI puzzles: two attempts at each test output, compared cell for cell.
 
-Every view of a puzzle under the 8 symmetries of the square is answered greedily, and what parses is
-turned back: the candidates. AugScore (the Tiny-ONN minutes of 2025-08-28) ranks them:
+Every view of a puzzle under the 8 symmetries of the square is answered greedily; answers that parse
+as grids are transformed back and become candidates. AugScore (the Tiny-ONN minutes of 2025-08-28)
+ranks them:
 
     score(y) = sum over views v of log p(T_v y | T_v puzzle)
 
-The two best different grids are the attempts. Where there are fewer than two candidates, one
-sampled answer to each view joins them.
+The two best distinct grids are the attempts. If there are fewer than two candidates, one sampled
+answer to each view is added.
 """
 
 import math
@@ -33,19 +34,19 @@ from tinsmith.text.tokenizer import Tokenizer
 VIEWS = tuple(View(symmetry) for symmetry in range(8))
 NUM_ATTEMPTS = 2
 MAX_BATCH_TOKENS = 2**14
-"""Of a batch that is scored at once."""
+"""Largest number of tokens in a batch of candidates."""
 
 
 class ArcOutcome(NamedTuple):
-    """What became of a puzzle."""
+    """The attempts at one puzzle."""
 
     puzzle: Puzzle
     attempts: tuple[Grid, ...]
-    """At most two different grids, the better first."""
+    """At most two distinct grids, the better first."""
 
     @property
     def correct(self) -> bool:
-        """Whether one of them is the answer."""
+        """Whether one of the attempts equals the answer."""
         return self.puzzle.answer in self.attempts
 
 
@@ -56,22 +57,22 @@ class ArcResult(NamedTuple):
 
     @property
     def task_scores(self) -> dict[str, float]:
-        """By task, the share of its test outputs that are right."""
-        found: dict[str, list[bool]] = {}
+        """Fraction of correct test outputs by task."""
+        correct: dict[str, list[bool]] = {}
         for outcome in self.outcomes:
-            found.setdefault(outcome.puzzle.name, []).append(outcome.correct)
-        return {name: sum(each) / len(each) for name, each in found.items()}
+            correct.setdefault(outcome.puzzle.name, []).append(outcome.correct)
+        return {name: sum(outcomes) / len(outcomes) for name, outcomes in correct.items()}
 
     @property
     def score(self) -> float:
-        """Right test outputs over all test outputs."""
+        """Fraction of correct test outputs."""
         return sum(outcome.correct for outcome in self.outcomes) / len(self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON-ready data."""
-        tried = sum(bool(outcome.attempts) for outcome in self.outcomes) / len(self.outcomes)
+        answered = sum(bool(outcome.attempts) for outcome in self.outcomes) / len(self.outcomes)
         counts = {"tasks": len(self.task_scores), "outputs": len(self.outcomes)}
-        return {"score": self.score, **counts, "answered": tried, "by_task": self.task_scores}
+        return {"score": self.score, **counts, "answered": answered, "by_task": self.task_scores}
 
 
 def evaluate_arc(
@@ -83,52 +84,53 @@ def evaluate_arc(
     max_new_tokens: int = MAX_ANSWER_TOKENS,
     poll: Callable[[], object] = lambda: None,
 ) -> ArcResult:
-    """Two attempts at every puzzle, which must have its answer to be compared with; the answer is
-    never part of what the model is asked.
+    """Make two attempts at every puzzle, each of which must have an answer for comparison.
 
-    `rows` answers of at most `max_new` ids at the same time; `poll` is called before every batch of
-    puzzles and may raise. Views that leave the model's context no room are not asked. UserError
-    where the tokenizer is not that of grids.
+    The answer is never part of the prompt. `batch_size` completions of at most `max_new_tokens` are
+    generated at a time; `poll` is called before every batch of puzzles and may raise. Views that do
+    not fit the model's context are skipped. UserError if the tokenizer is not that of grids.
     """
     check_grid_tokenizer(tokenizer)
     outcomes = []
-    together = max(1, batch_size // len(VIEWS))
-    asker = _Asker(lm, tokenizer, batch_size, max_new_tokens)
+    puzzles_per_batch = max(1, batch_size // len(VIEWS))
+    generator = _GridGenerator(lm, tokenizer, batch_size, max_new_tokens)
     with eval_mode(lm):
-        for start in range(0, len(puzzles), together):
+        for start in range(0, len(puzzles), puzzles_per_batch):
             poll()
-            outcomes += _attempt(puzzles[start : start + together], asker)
+            outcomes += _attempt(puzzles[start : start + puzzles_per_batch], generator)
     return ArcResult(outcomes)
 
 
 def rank_candidates(lm: LM, puzzle: Puzzle, candidates: Sequence[Grid]) -> list[tuple[Grid, float]]:
-    """Candidates with their AugScores, best first; of equal ones the earlier."""
+    """Return candidates with their AugScores, best first; ties keep their order."""
     scores = aug_scores(lm, puzzle, candidates)
-    order = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
-    return [(candidates[place], scores[place]) for place in order]
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    return [(candidates[index], scores[index]) for index in order]
 
 
 def aug_scores(lm: LM, puzzle: Puzzle, candidates: Sequence[Grid]) -> list[float]:
-    """Of each candidate the sum over the 8 views of its log-probability, end of turn included;
-    minus infinity where a view of it is beyond the model's context.
+    """Return for each candidate the sum over the 8 views of its log-probability, end of turn
+    included.
+
+    The score is minus infinity if a view does not fit the model's context.
     """
     cases: list[ScoringCase] = []
     scores = [0.0] * len(candidates)
-    for place, grid in enumerate(candidates):
+    for index, grid in enumerate(candidates):
         for view in VIEWS:
             prompt, answer = _prompt(puzzle, view), encode_answer(view.apply(grid))
             if len(prompt) + len(answer) <= lm.config.max_seq_len:
-                cases.append((place, prompt, answer))
+                cases.append((index, prompt, answer))
             else:
-                scores[place] = -math.inf
+                scores[index] = -math.inf
     for batch in _batches(sorted(cases, key=lambda case: len(case[1]) + len(case[2]))):
-        for (place, _, _), score in zip(batch, _log_probabilities(lm, batch), strict=True):
-            scores[place] += score
+        for (index, _, _), score in zip(batch, _sequence_logprobs(lm, batch), strict=True):
+            scores[index] += score
     return scores
 
 
-class _Asker(NamedTuple):
-    """A model, and how it is asked."""
+class _GridGenerator(NamedTuple):
+    """A model with its settings for generating grids."""
 
     lm: LM
     tokenizer: Tokenizer
@@ -136,55 +138,57 @@ class _Asker(NamedTuple):
     max_new: int
 
     def answers(
-        self, puzzles: Sequence[Puzzle], numbers: Sequence[int], temperature: float
+        self, puzzles: Sequence[Puzzle], indices: Sequence[int], temperature: float
     ) -> Iterator[tuple[int, Grid]]:
-        """Answers that are grids to every view of some puzzles, turned back."""
-        requested = [
-            (number, view, prompt)
-            for number in numbers
+        """Yield (puzzle index, grid) for all answers that parse, from every view,
+        transformed back.
+        """
+        requests = [
+            (index, view, prompt)
+            for index in indices
             for view in VIEWS
-            if len(prompt := _prompt(puzzles[number], view)) < self.lm.config.max_seq_len
+            if len(prompt := _prompt(puzzles[index], view)) < self.lm.config.max_seq_len
         ]
         seeds = [
-            derive_seed(0, puzzles[n].name, puzzles[n].test_index, v.symmetry)
-            for n, v, _ in requested
+            derive_seed(0, puzzles[index].name, puzzles[index].test_index, view.symmetry)
+            for index, view, _ in requests
         ]
-        output = generate(
-            *(self.lm, self.tokenizer, [prompt for _, _, prompt in requested]),
+        completions = generate(
+            *(self.lm, self.tokenizer, [prompt for _, _, prompt in requests]),
             sampling_params=[SamplingParams(temperature=temperature, seed=seed) for seed in seeds],
             max_new_tokens=self.max_new,
             batch_size=self.rows,
         )
-        for (number, view, _), answer in zip(requested, output, strict=True):
-            grid = parse_answer(answer.token_ids)
+        for (index, view, _), completion in zip(requests, completions, strict=True):
+            grid = parse_answer(completion.token_ids)
             if grid is not None:
-                yield number, view.invert(grid)
+                yield index, view.invert(grid)
 
 
-def _attempt(puzzles: Sequence[Puzzle], asker: _Asker) -> Iterator[ArcOutcome]:
-    pools: list[list[Grid]] = [[] for _ in puzzles]
+def _attempt(puzzles: Sequence[Puzzle], generator: _GridGenerator) -> Iterator[ArcOutcome]:
+    candidates: list[list[Grid]] = [[] for _ in puzzles]
     for temperature in (0.0, 1.0):
-        lacking = [n for n, pool in enumerate(pools) if len(pool) < NUM_ATTEMPTS]
-        for number, grid in asker.answers(puzzles, lacking, temperature):
-            if grid not in pools[number]:
-                pools[number].append(grid)
-    for puzzle, pool in zip(puzzles, pools, strict=True):
-        best = rank_candidates(asker.lm, puzzle, pool)[:NUM_ATTEMPTS]
+        incomplete = [index for index, grids in enumerate(candidates) if len(grids) < NUM_ATTEMPTS]
+        for index, grid in generator.answers(puzzles, incomplete, temperature):
+            if grid not in candidates[index]:
+                candidates[index].append(grid)
+    for puzzle, grids in zip(puzzles, candidates, strict=True):
+        best = rank_candidates(generator.lm, puzzle, grids)[:NUM_ATTEMPTS]
         yield ArcOutcome(puzzle, tuple(grid for grid, _ in best))
 
 
 def _prompt(puzzle: Puzzle, view: View) -> list[int]:
-    """What is asked under a view; made without the answer."""
-    seen = view.apply_to_puzzle(puzzle._replace(answer=None))
-    return encode_puzzle_prompt(seen.demonstrations, seen.test_input)
+    """Encode the prompt of a view of a puzzle, without the answer."""
+    transformed = view.apply_to_puzzle(puzzle._replace(answer=None))
+    return encode_puzzle_prompt(transformed.demonstrations, transformed.test_input)
 
 
 ScoringCase = tuple[int, list[int], list[int]]
-"""Which candidate, a prompt, an answer to it."""
+"""Index of the candidate, prompt ids, answer ids."""
 
 
 def _batches(cases: Sequence[ScoringCase]) -> Iterator[list[ScoringCase]]:
-    """Cases of rising length, together at most `TOKENS` positions."""
+    """Group cases of increasing length into batches of at most `MAX_BATCH_TOKENS` tokens."""
     batch: list[ScoringCase] = []
     for case in cases:
         if batch and (len(batch) + 1) * (len(case[1]) + len(case[2])) > MAX_BATCH_TOKENS:
@@ -196,17 +200,20 @@ def _batches(cases: Sequence[ScoringCase]) -> Iterator[list[ScoringCase]]:
 
 
 @torch.no_grad()
-def _log_probabilities(lm: LM, batch: Sequence[ScoringCase]) -> list[float]:
-    """Of every answer after its prompt, summed over its ids, in nats."""
+def _sequence_logprobs(lm: LM, batch: Sequence[ScoringCase]) -> list[float]:
+    """Return the log-probability of every answer after its prompt, summed over tokens, in nats."""
     device = lm.embed.weight.device
     width = max(len(prompt) + len(answer) for _, prompt, answer in batch) - 1
-    ids, segments = (torch.full((len(batch), width), fill, device=device) for fill in (0, -1))
-    targets, counts = torch.zeros_like(ids), torch.zeros_like(ids)
+    ids, segments = (torch.full((len(batch), width), value, device=device) for value in (0, -1))
+    targets, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, (_, prompt, answer) in enumerate(batch):
-        whole = torch.tensor([*prompt, *answer], device=device)
-        ids[row, : len(whole) - 1], targets[row, : len(whole) - 1] = whole[:-1], whole[1:]
-        segments[row, : len(whole) - 1] = 0
-        counts[row, len(prompt) - 1 : len(whole) - 1] = 1
+        sequence = torch.tensor([*prompt, *answer], device=device)
+        ids[row, : len(sequence) - 1], targets[row, : len(sequence) - 1] = (
+            sequence[:-1],
+            sequence[1:],
+        )
+        segments[row, : len(sequence) - 1] = 0
+        mask[row, len(prompt) - 1 : len(sequence) - 1] = 1
     logits = lm(ids, segments=segments).logits
     assert logits is not None
-    return (token_logprobs(logits, targets) * counts).sum(1).tolist()
+    return (token_logprobs(logits, targets) * mask).sum(1).tolist()

@@ -1,8 +1,8 @@
-"""Do answers have the form that a program can read?
+"""Evaluate the output format: are completions machine-readable?
 
-Of greedy answers to prompts, the share that thinks and then answers, each once and inside its tags,
-and ends its turn: `<think>...</think> ... <answer>...</answer><|im_end|>`. Tags are ids of their
-own, so text that only looks like one does not count.
+The rate of greedy completions that think and then answer, each once and inside its tags, and end
+the turn: `<think>...</think> ... <answer>...</answer><|im_end|>`. Tags are single token ids, so
+text that looks like a tag does not count.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from tinsmith.nn.model import LM
 from tinsmith.text.tokenizer import Tokenizer
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-"""In the order in which they must come."""
+"""The tags in their required order."""
 
 
 class FormatRate(NamedTuple):
-    """What was counted."""
+    """Counts of completions."""
 
     num_well_formed: int
-    """Answers of the right form."""
+    """Completions in the right format."""
     num_correct: int
-    """Of those, the ones that say the prompt's own answer, blanks aside."""
+    """Well-formed completions whose answer equals the prompt's, ignoring whitespace."""
     num_completions: int
 
     def to_dict(self) -> dict[str, float]:
-        """Shares of all answers, and how many there were."""
+        """Return the fractions of all completions, and their number."""
         return {
             "format": self.num_well_formed / self.num_completions,
             "accuracy": self.num_correct / self.num_completions,
@@ -45,39 +45,38 @@ def evaluate_format(
     max_new_tokens: int = 512,
     batch_size: int = 16,
 ) -> FormatRate:
-    """Answer every prompt greedily and look at the form; UserError without prompts."""
+    """Complete every prompt greedily and check the format; UserError without prompts."""
     if not prompts:
         raise UserError("format: there are no prompts to answer")
-    requested = [prompt.ids for prompt in prompts]
     greedy = SamplingParams(temperature=0.0)
-    output = generate(
+    completions = generate(
         lm,
         tokenizer,
-        requested,
+        [prompt.ids for prompt in prompts],
         sampling_params=greedy,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    found = [extract_answer(tokenizer, answer.token_ids) for answer in output]
-    exact = [
-        inside is not None and inside.split() == (prompt.answer or "").split()
-        for inside, prompt in zip(found, prompts, strict=True)
+    answers = [extract_answer(tokenizer, completion.token_ids) for completion in completions]
+    is_correct = [
+        answer is not None and answer.split() == (prompt.answer or "").split()
+        for answer, prompt in zip(answers, prompts, strict=True)
     ]
-    return FormatRate(sum(each is not None for each in found), sum(exact), len(found))
+    return FormatRate(sum(answer is not None for answer in answers), sum(is_correct), len(answers))
 
 
 def extract_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
-    """What an answer of the right form says inside `<answer>`; None for any other.
+    """Return the text inside `<answer>` of a well-formed completion, else None.
 
-    Every tag comes once and in order, something stands inside both pairs, and the turn ends right
-    after the last tag.
+    Every tag occurs once and in order, both pairs enclose something, and the turn ends right after
+    the last tag.
     """
     tags = [tokenizer.special(tag) for tag in TAGS]
-    places = [place for place, token in enumerate(ids) if token in tags]
-    if [ids[place] for place in places] != tags:
+    positions = [position for position, token in enumerate(ids) if token in tags]
+    if [ids[position] for position in positions] != tags:
         return None
-    opened, thought, begun, ended = places
-    empty = thought == opened + 1 or ended == begun + 1
-    if empty or list(ids[ended + 1 :]) != [tokenizer.end_of_turn]:
+    think_start, think_end, answer_start, answer_end = positions
+    is_empty = think_end == think_start + 1 or answer_end == answer_start + 1
+    if is_empty or list(ids[answer_end + 1 :]) != [tokenizer.end_of_turn]:
         return None
-    return tokenizer.decode(ids[begun + 1 : ended])
+    return tokenizer.decode(ids[answer_start + 1 : answer_end])

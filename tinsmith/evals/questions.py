@@ -1,4 +1,4 @@
-"""Rows of multiple-choice files. A row is an object in one of these shapes:
+"""Parse records of multiple-choice questions, objects in one of these formats:
 
     {"context": "The sky is", "choices": ["blue", "made of tin"], "answer": 0}
     {"question": "What is tin?", "choices": ["a metal", "a tree"], "answer": "A"}
@@ -6,13 +6,13 @@
      "continuation": " smiled.", "answer": 1}
     {"good": "Cats sleep.", "bad": "Cats sleeps."}
 
-- `context` (or `query`) is taken as it stands; a `question` becomes `Question: ...`, a new line and
-  `Answer:`, behind the context if there is one.
-- `separator`, a space by default, stands between context and choice unless a blank is there.
-- `answer` (or `gold`) is the number of the right choice from 0, its text, or its letter; a text is
-  looked for among the choices before it is read as a letter.
+- `context` (or `query`) is used as it is; a `question` becomes `Question: ...`, a new line and
+  `Answer:`, after the context if there is one.
+- `separator`, a space by default, stands between context and choice unless there is whitespace.
+- `answer` (or `gold`) is the index of the right choice from 0, its text, or its letter; a text is
+  first searched among the choices, then read as a letter.
 - With `continuation` the choices are contexts of it; `good` and `bad` have no context.
-- `task`, `subject` or `uid` names the group that the row is counted in.
+- `task`, `subject` or `uid` names the group of the question.
 """
 
 from typing import Any, NamedTuple
@@ -21,18 +21,18 @@ from tinsmith.data.files import check_text, get_text
 
 
 class ChoiceQuestion(NamedTuple):
-    """Which of the endings, each behind its context, is right?"""
+    """A question: which ending, each after its context, is right?"""
 
     contexts: list[str]
     endings: list[str]
     num_bytes: list[int]
-    """Bytes by which scores are divided: those of an ending without the separator."""
+    """Number of bytes of each ending without the separator, for scores per byte."""
     gold: int
     group: str | None
 
 
 def parse_question(record: dict[str, Any]) -> ChoiceQuestion:
-    """A row in one of the shapes above. Raises ValueError that says what is wrong with it."""
+    """Parse a record in one of the formats above. Raises ValueError with the reason."""
     check_text(record)
     group = next((str(record[key]) for key in ("task", "subject", "uid") if record.get(key)), None)
     if "good" in record and "bad" in record:
@@ -42,7 +42,7 @@ def parse_question(record: dict[str, Any]) -> ChoiceQuestion:
     gold = _gold(record, choices)
     context = _context(record)
     separator = _optional(record, "separator", " ")
-    joined = [_joined(context, separator, choice) for choice in choices]
+    joined = [_with_separator(context, separator, choice) for choice in choices]
     count = len(choices)
     if "continuation" in record:
         ending = get_text(record, "continuation")
@@ -58,9 +58,9 @@ def _choices(record: dict[str, Any]) -> list[str]:
     if not isinstance(choices, list):
         raise ValueError("needs a list 'choices', or 'good' and 'bad'")
     if len(choices) < 2:
-        raise ValueError(f"'choices' holds {len(choices)}, not two or more")
+        raise ValueError(f"'choices' has {len(choices)} items, not two or more")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError("every one of 'choices' must be text, and not empty")
+        raise ValueError("all of 'choices' must be non-empty text")
     return choices
 
 
@@ -74,10 +74,10 @@ def _gold(record: dict[str, Any], choices: list[str]) -> int:
     if isinstance(answer, str) and choices.count(answer) == 1:
         return choices.index(answer)
     if isinstance(answer, str) and len(answer) == 1 and answer.isascii() and answer.isalpha():
-        number = ord(answer.upper()) - ord("A")
-        if number < len(choices):
-            return number
-    raise ValueError(f"'{key}' {answer!r} is no number, text or letter of a choice")
+        index = ord(answer.upper()) - ord("A")
+        if index < len(choices):
+            return index
+    raise ValueError(f"'{key}' {answer!r} is not the index, text or letter of a choice")
 
 
 def _context(record: dict[str, Any]) -> str:
@@ -85,8 +85,8 @@ def _context(record: dict[str, Any]) -> str:
     question = _optional(record, "question", "")
     if not question:
         return context
-    before = f"{context}\n" if context else ""
-    return f"{before}Question: {question}\nAnswer:"
+    prefix = f"{context}\n" if context else ""
+    return f"{prefix}Question: {question}\nAnswer:"
 
 
 def _optional(record: dict[str, Any], key: str, default: str) -> str:
@@ -98,9 +98,9 @@ def _optional(record: dict[str, Any], key: str, default: str) -> str:
     return value
 
 
-def _joined(context: str, separator: str, choice: str) -> str:
-    blank = not context or context[-1].isspace() or choice[0].isspace()
-    return choice if blank else separator + choice
+def _with_separator(context: str, separator: str, choice: str) -> str:
+    has_whitespace = not context or context[-1].isspace() or choice[0].isspace()
+    return choice if has_whitespace else separator + choice
 
 
 def _bytes(text: str) -> int:

@@ -1,16 +1,15 @@
-"""How much the experts of a model specialise, over the rows of a source.
+"""Evaluate the specialisation of experts over the rows of a data source.
 
     information = sum over c, e of p(c, e) log2 (p(c, e) / (p(c) p(e)))       (bits)
 
-is what the expert of a pair (token, expert that works on it), drawn at random, tells of the token's
-class: letters, digits, white space, ... It is at most the entropy of the classes; `share` is the
-part of that. The estimate is of what was counted, and above the truth by about
-(classes - 1) (experts - 1) / (2 ln 2 pairs).
+is the mutual information of a token's class (letters, digits, white space, ...) and an expert that
+processes it, over random pairs. It is at most the entropy of the classes; `normalized_mi` is the
+ratio. The estimate is biased upwards by about (classes - 1) (experts - 1) / (2 ln 2 pairs).
 
     jaccard = mean over pairs of tasks of 1 - |A & B| / |A | B|
 
-is how much tasks differ in the experts that they use more than evenly; a task is a source of the
-data. (Tiny-ONN's routing mutual information and inter-task Jaccard distance.)
+is the distance between the sets of experts that two tasks use more than uniformly; a task is a
+source of the data. (Tiny-ONN's routing mutual information and inter-task Jaccard distance.)
 
 Legend: B rows, T tokens, E experts, C classes, S sources, V vocabulary.
 """
@@ -35,37 +34,33 @@ TOKEN_CLASSES = ("special", "other", "letters", "digits", "white space", "punctu
 
 
 class Specialisation(NamedTuple):
-    """Of one layer, or the mean of several."""
+    """Specialisation of the experts of one layer, or the mean of several layers."""
 
     mutual_information: float
-    """Bits that an expert tells of a token's class; NaN where nothing was routed."""
+    """Bits of information about a token's class in its expert; NaN if nothing was routed."""
     class_entropy: float
-    """Bits there are to tell: the entropy of the classes of routed tokens."""
+    """Entropy of the classes of routed tokens, in bits."""
     jaccard: float | None
-    """From 0, the same experts, to 1, others; None with less than two tasks."""
+    """From 0 (same experts) to 1 (disjoint experts); None with fewer than two tasks."""
 
     @property
     def normalized_mi(self) -> float:
-        """Of what there is to tell; NaN where that is nothing."""
+        """Mutual information divided by class entropy; NaN if that is 0."""
         return self.mutual_information / self.class_entropy if self.class_entropy else math.nan
 
     def __str__(self) -> str:
         bits = f"{self.mutual_information:.2f} of {self.class_entropy:.2f} bits"
-        reported = f"carry {bits} of a token's class"
-        return (
-            reported
-            if self.jaccard is None
-            else f"{reported}, jaccard {self.jaccard:.2f} between tasks"
-        )
+        text = f"carry {bits} of a token's class"
+        return text if self.jaccard is None else f"{text}, jaccard {self.jaccard:.2f} between tasks"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready but for NaN."""
-        reported = {
+        """Convert to JSON-ready data, except for NaN."""
+        data = {
             "mutual_information": self.mutual_information,
             "class_entropy": self.class_entropy,
             "normalized_mi": self.normalized_mi,
         }
-        return reported if self.jaccard is None else reported | {"jaccard": self.jaccard}
+        return data if self.jaccard is None else data | {"jaccard": self.jaccard}
 
 
 @torch.no_grad()
@@ -79,84 +74,91 @@ def evaluate_routing(
     device: torch.device | str,
     poll: Callable[[], object],
 ) -> dict[str, Specialisation]:
-    """By "layer.slot" of every routed part, and `all`, their mean; empty for a model without.
+    """Return the specialisation by "layer.slot" of every routed module, and `all`, their mean.
 
-    One pass over at most `rows` rows, spread evenly over `source`; `classes` (V,) int64 says what
-    each id is. No global random state is touched and the model's modes are as before.
+    Empty for a model without experts. One pass over at most `max_samples` rows, spread evenly over
+    `source`; `classes_V` int64 is the class of each id. No global random state is used, and the
+    model's modes are restored.
     """
-    numbers = [int(source.subset(name).get_batch(0, 1).source[0]) for name in source.names]
+    source_ids = [int(source.subset(name).get_batch(0, 1).source[0]) for name in source.names]
     counters = {
-        name: _Counter(part, int(classes_V.max()) + 1, 1 + max(numbers))
-        for name, part in lm.routed_modules().items()
+        name: _Counter(module, int(classes_V.max()) + 1, 1 + max(source_ids))
+        for name, module in lm.routed_modules().items()
     }
     if not counters:
         return {}
-    with eval_mode(lm), torch.compiler.set_stance("force_eager"), _listening(lm, counters):
+    with eval_mode(lm), torch.compiler.set_stance("force_eager"), _register_hooks(lm, counters):
         for batch in source.iter_batches(batch_size, max_samples=max_samples):
             poll()
             for counter in counters.values():
-                counter.looks_at(classes_V[batch.ids], batch.source)
-            here = batch.to(device)
-            lm(here.ids, here.positions, here.segments, logits=False)
-    found = {name: counter.result() for name, counter in counters.items()}
-    return found | {"all": _mean(list(found.values()))}
+                counter.set_tokens(classes_V[batch.ids], batch.source)
+            on_device = batch.to(device)
+            lm(on_device.ids, on_device.positions, on_device.segments, logits=False)
+    results = {name: counter.result() for name, counter in counters.items()}
+    return results | {"all": _mean(list(results.values()))}
 
 
 def token_classes(tokenizer: Tokenizer) -> Tensor:
-    """(V,) int64: the place in CLASSES of every id. A token is what its first character that is no
-    blank is; text that is not ASCII counts as letters, part of a character as other.
+    """Return the index in TOKEN_CLASSES of every id, (V,) int64.
+
+    The class of a token is that of its first character that is not white space; non-ASCII text
+    counts as letters, an incomplete character as other.
     """
     special = set(tokenizer.added_tokens.values())
     return torch.tensor(
         [
-            0 if number in special else TOKEN_CLASSES.index(_class(tokenizer.token_bytes(number)))
-            for number in range(tokenizer.vocab_size)
+            0
+            if token_id in special
+            else TOKEN_CLASSES.index(_class(tokenizer.token_bytes(token_id)))
+            for token_id in range(tokenizer.vocab_size)
         ]
     )
 
 
 def mutual_information(counts: Tensor) -> float:
-    """Bits that rows tell of columns, or columns of rows, from counts of pairs (C, E)."""
+    """Return the mutual information of rows and columns in bits, from counts of pairs (C, E)."""
     joint = counts.double() / counts.sum()
-    even = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    return float((joint * (joint / even).log2()).where(joint > 0, 0).sum().clamp(min=0))
+    independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    return float((joint * (joint / independent).log2()).where(joint > 0, 0).sum().clamp(min=0))
 
 
 def jaccard_distance(table: Tensor) -> float | None:
-    """Mean over pairs of tasks (S, E) of the distance between the sets of experts that each uses
-    more than evenly; None where less than two tasks used any.
+    """Return the mean Jaccard distance between the sets of experts of pairs of tasks, from (S, E).
+
+    A task's set has the experts that it uses more than uniformly. None if fewer than two tasks used
+    any.
     """
-    used = [row > row.mean() for row in table.double() if bool(row.any())]
-    pairs = [_distance(one, other) for one, other in combinations(used, 2)]
-    return fmean(pairs) if pairs else None
+    expert_sets = [row > row.mean() for row in table.double() if bool(row.any())]
+    distances = [_distance(first, second) for first, second in combinations(expert_sets, 2)]
+    return fmean(distances) if distances else None
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Two empty sets are the same."""
-    both = int((one | other).sum())
-    return 1 - int((one & other).sum()) / both if both else 0.0
+def _distance(first: Tensor, second: Tensor) -> float:
+    """Return the Jaccard distance; two empty sets have distance 0."""
+    union = int((first | second).sum())
+    return 1 - int((first & second).sum()) / union if union else 0.0
 
 
 class _Counter:
-    """Pairs of a token and an expert of one part, by the token's class and source."""
+    """Counts of (token, expert) pairs of one module, by the token's class and source."""
 
-    def __init__(self, part: Routed, classes: int, sources: int):
-        self.part, self._shape = part, (classes, sources)
+    def __init__(self, module: Routed, num_classes: int, num_sources: int):
+        self.module, self._shape = module, (num_classes, num_sources)
         self._groups_BT = torch.zeros(0, 0, dtype=torch.long)
         self._table = torch.zeros((), dtype=torch.float64)
 
-    def looks_at(self, classes_BT: Tensor, source_B: Tensor) -> None:
-        """What the next tokens are."""
+    def set_tokens(self, classes_BT: Tensor, source_B: Tensor) -> None:
+        """Set the classes and sources of the tokens of the next forward pass."""
         self._groups_BT = classes_BT * self._shape[1] + source_B[:, None]
 
-    def __call__(self, part: nn.Module, given: tuple[Any, ...]) -> None:
-        """Asked before the part works."""
-        chosen_NE = self.part.expert_mask(given[0], given[1]).flatten(0, 1).cpu().double()
-        empty = chosen_NE.new_zeros(math.prod(self._shape), chosen_NE.shape[1])
-        self._table = self._table + empty.index_add(0, self._groups_BT.flatten(), chosen_NE)
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Count the selected experts; called as a forward pre-hook."""
+        selected_NE = self.module.expert_mask(inputs[0], inputs[1]).flatten(0, 1).cpu().double()
+        counts = selected_NE.new_zeros(math.prod(self._shape), selected_NE.shape[1])
+        self._table = self._table + counts.index_add(0, self._groups_BT.flatten(), selected_NE)
 
     def result(self) -> Specialisation:
-        """What was counted, in bits."""
+        """Compute the specialisation from the counts, in bits."""
         if not bool(self._table.any()):
             return Specialisation(math.nan, math.nan, None)
         table_CSE = self._table.unflatten(0, self._shape)
@@ -166,9 +168,9 @@ class _Counter:
 
 
 @contextmanager
-def _listening(lm: LM, counters: dict[str, _Counter]) -> Iterator[None]:
+def _register_hooks(lm: LM, counters: dict[str, _Counter]) -> Iterator[None]:
     hooks = [
-        cast(nn.Module, counter.part).register_forward_pre_hook(counter)
+        cast(nn.Module, counter.module).register_forward_pre_hook(counter)
         for counter in counters.values()
     ]
     try:
@@ -178,14 +180,14 @@ def _listening(lm: LM, counters: dict[str, _Counter]) -> Iterator[None]:
             hook.remove()
 
 
-def _mean(found: list[Specialisation]) -> Specialisation:
-    reported = [one for one in found if not math.isnan(one.mutual_information)]
-    if not reported:
+def _mean(results: list[Specialisation]) -> Specialisation:
+    valid = [result for result in results if not math.isnan(result.mutual_information)]
+    if not valid:
         return Specialisation(math.nan, math.nan, None)
-    distances = [one.jaccard for one in reported if one.jaccard is not None]
+    distances = [result.jaccard for result in valid if result.jaccard is not None]
     return Specialisation(
-        fmean(one.mutual_information for one in reported),
-        fmean(one.class_entropy for one in reported),
+        fmean(result.mutual_information for result in valid),
+        fmean(result.class_entropy for result in valid),
         fmean(distances) if distances else None,
     )
 
@@ -195,8 +197,11 @@ def _class(piece: bytes) -> str:
         text = piece.decode("utf-8")
     except UnicodeDecodeError:
         return "other"
-    first = text.strip()[:1]
-    if not first:
+    character = text.strip()[:1]
+    if not character:
         return "white space" if text else "other"
-    kinds = {"letters": first.isalpha() or not first.isascii(), "digits": first.isdigit()}
-    return next((name for name, fits in kinds.items() if fits), "punctuation")
+    tests = {
+        "letters": character.isalpha() or not character.isascii(),
+        "digits": character.isdigit(),
+    }
+    return next((name for name, is_match in tests.items() if is_match), "punctuation")

@@ -1,5 +1,6 @@
-"""Text files -> windows of ids -> rows, so that every token but a document's first is predicted
-exactly once.
+"""Split text files into sliding windows of token ids, and pack windows into rows.
+
+Every token of a document except the first is predicted exactly once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,21 +16,23 @@ from tinsmith.text.tokenizer import Tokenizer
 
 
 class Window(NamedTuple):
-    """Consecutive ids of a document; those from place `first_target` on are to be predicted."""
+    """Consecutive ids of a document; targets are those from index `first_target` on."""
 
     ids: list[int]
     first_target: int
 
     @property
     def num_inputs(self) -> int:
-        """Positions it takes: the last id is only a target."""
+        """Number of input positions: the last id is only a target."""
         return len(self.ids) - 1
 
 
 class TextReader:
-    """The usable texts of one file; afterwards, how many documents and which bad lines there were.
+    """Iterate over the usable texts of one file; then it has the number of documents and the bad
+    lines.
 
-    `field` holds the text of a row of a .jsonl or .parquet file; `limit` documents at most.
+    `field` holds the text of a record of a .jsonl or .parquet file; `limit` is the largest number
+    of documents.
     """
 
     def __init__(self, path: Path, field: str = "text", limit: int | None = None):
@@ -51,57 +54,57 @@ class TextReader:
         if self._path.name.endswith(".txt"):
             yield from files.read_texts(self._path)
             return
-        for row in files.read_records(self._path, [self._field]):
-            if isinstance(row, Reject):
-                yield row
+        for record in files.read_records(self._path, [self._field]):
+            if isinstance(record, Reject):
+                yield record
                 continue
             try:
-                yield TextChunk(files.get_text(row.data, self._field), row.file, row.line)
+                yield TextChunk(files.get_text(record.data, self._field), record.file, record.line)
             except ValueError as error:
-                yield Reject(row.file, row.line, str(error))
+                yield Reject(record.file, record.line, str(error))
 
 
 def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """What stands before a text: the tokenizer's own mark of a beginning, if it has one that is
-    not the mark of the end too.
-    """
-    first = None if tokenizer.bos is None else tokenizer.special(tokenizer.bos)
-    return [] if first is None or first == tokenizer.end_of_text else [first]
+    """Return the tokenizer's beginning-of-text id in a list, empty if it has none of its own."""
+    bos_id = None if tokenizer.bos is None else tokenizer.special(tokenizer.bos)
+    return [] if bos_id is None or bos_id == tokenizer.end_of_text else [bos_id]
 
 
 def sliding_windows(
     texts: Iterable[TextChunk], tokenizer: Tokenizer, seq_len: int, stride: int
 ) -> Iterator[Window]:
-    """Cut documents into windows of up to `context` inputs, `stride` <= `context` apart.
+    """Split documents into windows of up to `seq_len` inputs, `stride` <= `seq_len` apart.
 
-    A token that several windows hold is predicted in the first of them. Documents end with
-    `<|endoftext|>`, as in training. A long one comes in pieces and is never held whole.
+    A token in several windows is predicted in the first of them. Documents end with
+    `<|endoftext|>`, as in training. A long document comes in chunks and is never completely in
+    memory.
     """
-    held: list[int] = []
-    done = 1
+    ids: list[int] = []
+    first_target = 1
     for text in texts:
         if text.first:
-            held, done = bos_ids(tokenizer) + tokenizer.encode(text.text), 1
+            ids, first_target = bos_ids(tokenizer) + tokenizer.encode(text.text), 1
         else:
-            held = held + tokenizer.encode_inside(text.text)
+            ids = ids + tokenizer.encode_inside(text.text)
         if text.last:
-            held.append(tokenizer.end_of_text)
+            ids.append(tokenizer.end_of_text)
         start = 0
-        while len(held) - start > seq_len:
-            yield Window(held[start : start + seq_len + 1], done - start)
-            done = start + seq_len + 1
+        while len(ids) - start > seq_len:
+            yield Window(ids[start : start + seq_len + 1], first_target - start)
+            first_target = start + seq_len + 1
             start += stride
-        if text.last and done < len(held):
-            yield Window(held[start:], done - start)
-        held, done = held[start:], done - start
+        if text.last and first_target < len(ids):
+            yield Window(ids[start:], first_target - start)
+        ids, first_target = ids[start:], first_target - start
 
 
 def pack_windows(
     source: Iterable[Window], seq_len: int, batch_size: int, source_id: int
 ) -> Iterator[Batch]:
-    """Windows side by side in rows of at most `context` positions, each a segment of its own.
+    """Pack windows side by side into rows of at most `seq_len` positions, each a segment of its
+    own.
 
-    `number` is what `Batch.source` says of every row.
+    `source_id` is `Batch.source` of every row.
     """
     rows: list[list[Window]] = []
     for row in _rows(source, seq_len):
@@ -113,33 +116,33 @@ def pack_windows(
         yield _batch(rows, source_id)
 
 
-def _rows(source: Iterable[Window], context: int) -> Iterator[list[Window]]:
+def _rows(source: Iterable[Window], seq_len: int) -> Iterator[list[Window]]:
     row: list[Window] = []
-    room = context
+    room = seq_len
     for window in source:
         if window.num_inputs > room:
             yield row
-            row, room = [], context
+            row, room = [], seq_len
         row.append(window)
         room -= window.num_inputs
     if row:
         yield row
 
 
-def _batch(rows: list[list[Window]], number: int) -> Batch:
+def _batch(rows: list[list[Window]], source_id: int) -> Batch:
     width = max(sum(window.num_inputs for window in row) for row in rows)
-    return collate([_row(row, width) for row in rows], [number] * len(rows))
+    return collate([_row(row, width) for row in rows], [source_id] * len(rows))
 
 
-def _row(chosen: list[Window], width: int) -> Row:
-    row = Row(*(np.zeros(width, dtype=kind) for kind in (np.int64, np.int64, bool, int, int)))
+def _row(windows: list[Window], width: int) -> Row:
+    row = Row(*(np.zeros(width, dtype=dtype) for dtype in (np.int64, np.int64, bool, int, int)))
     row.segments[:] = -1
-    begin = 0
-    for segment, window in enumerate(chosen):
-        place = slice(begin, begin + window.num_inputs)
-        row.ids[place], row.targets[place] = window.ids[:-1], window.ids[1:]
-        row.mask[place] = np.arange(1, window.num_inputs + 1) >= window.first_target
-        row.positions[place] = np.arange(window.num_inputs)
-        row.segments[place] = segment
-        begin += window.num_inputs
+    start = 0
+    for segment, window in enumerate(windows):
+        positions = slice(start, start + window.num_inputs)
+        row.ids[positions], row.targets[positions] = window.ids[:-1], window.ids[1:]
+        row.mask[positions] = np.arange(1, window.num_inputs + 1) >= window.first_target
+        row.positions[positions] = np.arange(window.num_inputs)
+        row.segments[positions] = segment
+        start += window.num_inputs
     return row
