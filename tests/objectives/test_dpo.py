@@ -318,7 +318,7 @@ def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for loss=sigmoid"),
         ({"gamma": 1.0}, "gamma is for loss=simpo"),
-        ({"loss": "simpo", "reference": "x"}, "wants no reference"),
+        ({"loss": "simpo", "reference": "x"}, "has no reference"),
         ({"loss": "orpo", "normalise": "length"}, "leave normalise out"),
         ({"loss": "hinge"}, "loss"),
     ],

@@ -411,7 +411,7 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
 @pytest.mark.parametrize(
     ("settings", "output"),
     [
-        ({"alignment_weight": 1.1}, "alignment_weight=1.1 must be a share from 0 to 1"),
+        ({"alignment_weight": 1.1}, "alignment_weight=1.1 must be from 0 to 1"),
         ({"alignment_weight": -0.1}, "alignment_weight=-0.1"),
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
     ],

@@ -44,10 +44,10 @@ def atomic_dir(target: Path) -> Generator[Path]:
         fsync_tree(temporary)
         kill_point(f"complete {target.name}")
         if target.exists():
-            old = target.with_name(f".{target.name}.old-{os.getpid()}")
-            target.rename(old)
+            replaced = target.with_name(f".{target.name}.old-{os.getpid()}")
+            target.rename(replaced)
             temporary.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(replaced)
         else:
             temporary.rename(target)
         fsync_folder(target.parent)

@@ -17,26 +17,26 @@ from pathlib import Path
 
 def kill_point(name: str) -> None:
     """Mark a point at which a test may kill the process. Costs almost nothing outside of tests."""
-    if passed := _watcher():
-        passed(name)
+    if record_event := _event_recorder():
+        record_event(name)
 
 
 @functools.cache
-def _watcher() -> Callable[[str], None] | None:
+def _event_recorder() -> Callable[[str], None] | None:
     """Return the function that counts events, or None if no environment variable is set."""
     limit = int(os.environ.get("TINSMITH_KILL_AT", "0"))
     report = os.environ.get("TINSMITH_COUNT_EVENTS")
     if not limit and not report:
         return None
-    sent = signal.Signals[os.environ.get("TINSMITH_KILL_BY", "SIGKILL")]
+    sent_signal = signal.Signals[os.environ.get("TINSMITH_KILL_BY", "SIGKILL")]
     counter = itertools.count(1)
     names: list[str] = []
 
-    def passed(name: str) -> None:
+    def record_event(name: str) -> None:
         names.append(name)
         if next(counter) == limit:
-            os.kill(os.getpid(), sent)
+            os.kill(os.getpid(), sent_signal)
 
     if report:
         atexit.register(lambda: Path(report).write_text("\n".join(names), encoding="utf-8"))
-    return passed
+    return record_event

@@ -60,7 +60,7 @@ class RunLog:
             return
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
             from tinsmith.core.files import atomic_write
 
             atomic_write(path, "".join(line + "\n" for line in kept))
@@ -81,10 +81,10 @@ def nonfinite_to_none(values: Any) -> Any:
 
 def read_metrics(path: Path) -> list[Metrics]:
     """Read all complete lines of a `metrics.jsonl`. A truncated last line is skipped."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [json.loads(line) for line in _complete_lines(path)]
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _complete_lines(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.split("\n")[:-1]
     return [line for line in lines if line.startswith("{") and line.endswith("}")]

@@ -48,7 +48,7 @@ def verify(folder: Path, hashes: bool = False, required: Sequence[str] = ()) -> 
     manifest must list.
     """
     try:
-        files = _listed(folder)
+        files = _read_entries(folder)
         for name in required:
             if name not in files:
                 raise UserError(f"{MANIFEST} does not list {name}")
@@ -89,7 +89,7 @@ def steps(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{MANIFEST} is missing (saving was interrupted)")
@@ -107,8 +107,8 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
     for name, entry in entries.items():
         if not isinstance(entry, dict):
             raise UserError(f"{MANIFEST} has no size and SHA-256 for {name}")
-        facts = cast("dict[str, Any]", entry)
-        if type(facts.get("bytes")) is not int or not isinstance(facts.get("sha256"), str):
+        fields = cast("dict[str, Any]", entry)
+        if type(fields.get("bytes")) is not int or not isinstance(fields.get("sha256"), str):
             raise UserError(f"{MANIFEST} has no size and SHA-256 for {name}")
     return entries
 

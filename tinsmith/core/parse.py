@@ -41,7 +41,7 @@ class Config:
         from pydantic_core import core_schema
 
         return core_schema.no_info_before_validator_function(
-            partial(_refuse_truth_for_numbers, source), handler(source)
+            partial(_refuse_bools_for_numbers, source), handler(source)
         )
 
 
@@ -81,7 +81,7 @@ class _CountReader:
         return core_schema.no_info_before_validator_function(read_count, handler(source))
 
 
-def _refuse_truth_for_numbers(kind: Any, data: Any) -> Any:
+def _refuse_bools_for_numbers(config_class: Any, data: Any) -> Any:
     """Raise ValueError for a boolean in a number field. Python's `True` is an int, so pydantic
     would read `depth: true` as 1.
     """
@@ -90,17 +90,17 @@ def _refuse_truth_for_numbers(kind: Any, data: Any) -> Any:
     if not isinstance(data, dict):
         return data  # pyright: ignore[reportUnknownVariableType]
     values = cast("dict[str, Any]", data)
-    wrong = [
+    errors = [
         InitErrorDetails(
             type="int_type" if int in members else "float_type", loc=(key,), input=values[key]
         )
-        for key, hint in get_type_hints(kind).items()
+        for key, hint in get_type_hints(config_class).items()
         if isinstance(values.get(key), bool)
         and not {bool, Any} & (members := {hint, *get_args(hint)})
         and members & {int, float}
     ]
-    if wrong:
-        raise ValidationError.from_exception_data(kind.__name__, wrong)
+    if errors:
+        raise ValidationError.from_exception_data(config_class.__name__, errors)
     return values
 
 
@@ -216,37 +216,37 @@ def _nearest_file(path: Path) -> str:
 
 
 def _explain(kind: Any, problem: Any, where: str) -> str:
-    keys, owner, reached = _walk(kind, problem["loc"])
-    place = ": ".join(part for part in (where, ".".join(str(key) for key in keys)) if part)
+    keys, owner, expected_type = _walk(kind, problem["loc"])
+    location = ": ".join(part for part in (where, ".".join(str(key) for key in keys)) if part)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in fields(owner)] if owner else []
         if (new := new_key(str(keys[-1]), known)) is not None:
-            return f"{place}: `{keys[-1]}` is now `{new}`"
-        return f"{place}: unknown key{did_you_mean(str(keys[-1]), known) or _list(known)}"
+            return f"{location}: `{keys[-1]}` is now `{new}`"
+        return f"{location}: unknown key{did_you_mean(str(keys[-1]), known) or _known_names(known)}"
     if problem["type"] == "missing":
-        return f"{place}: required key is missing"
+        return f"{location}: required key is missing"
     if problem["type"] == "union_tag_invalid":
         expected = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         tag = problem["ctx"]["tag"]
         if (new := new_kind(tag, expected)) is not None:
-            return f"{place}.kind: `{tag}` is now `{new}`"
+            return f"{location}.kind: `{tag}` is now `{new}`"
         hint = did_you_mean(tag, expected) or "; name the file of a kind of your own with --import"
-        return f"{place}.kind: '{tag}' is not one of {', '.join(expected)}{hint}"
+        return f"{location}.kind: '{tag}' is not one of {', '.join(expected)}{hint}"
     if problem["type"] == "union_tag_not_found":
-        known = [str(_tag(_bare(member))) for member in get_args(_bare(reached))]
-        return f"{place}: needs a `kind`{_list(known)}"
+        known = [str(_tag(_bare(member))) for member in get_args(_bare(expected_type))]
+        return f"{location}: needs a `kind`{_known_names(known)}"
     if problem["type"] == "literal_error":
         expected = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         if (new := new_kind(problem["input"], expected)) is not None:
-            return f"{place}: `{problem['input']}` is now `{new}`"
-    kinds = [_tag(m) for m in _with_outside(_members(_bare(reached))) if is_dataclass(m)]
+            return f"{location}: `{problem['input']}` is now `{new}`"
+    kinds = [_tag(m) for m in _with_outside(_members(_bare(expected_type))) if is_dataclass(m)]
     if isinstance(problem["input"], str) and problem["input"] in kinds:
-        return f"{place}: write {{kind: {problem['input']}}}"
+        return f"{location}: write {{kind: {problem['input']}}}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     message = _SHAPES.get(problem["type"], message)
-    got = problem["input"]
-    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
-    return f"{place}: {message}{'' if problem['type'] == 'value_error' else shown}"
+    value = problem["input"]
+    suffix = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return f"{location}: {message}{'' if problem['type'] == 'value_error' else suffix}"
 
 
 _SHAPES = {
@@ -255,10 +255,10 @@ _SHAPES = {
         ("model_attributes_type", "dataclass_type", "dict_type"), "must be keys and values, {...}"
     ),
 }
-"""pydantic error type -> the expected YAML shape."""
+"""Message about the expected YAML, by error type of pydantic."""
 
 
-def _list(names: list[str]) -> str:
+def _known_names(names: list[str]) -> str:
     return f" (known: {', '.join(names)})" if names else ""
 
 

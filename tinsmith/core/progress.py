@@ -36,6 +36,6 @@ class Progress:
         rate = self.done / elapsed
         if not self.total:
             return f"{format_size(self.done)}  {format_size(rate)}/s"
-        left = max(0, self.total - self.done) / max(rate, 1)
+        remaining = max(0, self.total - self.done) / max(rate, 1)
         percent = f"{100 * self.done / self.total:3.0f}%"
-        return f"{percent}  {format_size(rate)}/s  eta {format_duration(left)}"
+        return f"{percent}  {format_size(rate)}/s  eta {format_duration(remaining)}"

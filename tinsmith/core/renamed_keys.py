@@ -52,7 +52,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "turns": ("max_turns",),
     "updates": ("num_epochs",),
 }
-"""Old key -> its new names. A section answers with the one that it has."""
+"""Old key -> its new names. The message names the one that the section has."""
 
 VALUES: dict[str, str] = {
     "exact": "exact_match",
@@ -70,6 +70,6 @@ def new_key(old: str, known: list[str]) -> str | None:
 
 
 def new_kind(old: object, known: list[str]) -> str | None:
-    """Return the new name of a `kind` among those `known` at this place, or None."""
+    """Return the new name of a `kind` among those `known` in this section, or None."""
     new = VALUES.get(old) if isinstance(old, str) else None
     return new if new in known else None

@@ -33,7 +33,7 @@ def _load():
 exec(_load())
 """
 """Program text that reads the real program from stdin, empties stdin and runs it."""
-_KEPT = 4096
+_READ_BYTES = 4096
 """Bytes to read from the program at a time."""
 
 
@@ -76,20 +76,20 @@ def run_python(program: str, limits: SandboxLimits = SandboxLimits()) -> Sandbox
     """
     if sys.platform == "win32":
         raise UserError("sandbox: programs cannot be confined on Windows; use Linux or macOS")
-    wanted = {
+    child_limits = {
         "seconds": limits.seconds,
         "memory_bytes": limits.memory_bytes,
         "file_bytes": limits.file_bytes,
         "strict": limits.strict,
     }
     python = [sys.executable, "-s", "-P", "-S", "-B", "-u"]
-    confine = str(Path(__file__).with_name("sandbox_child.py"))
-    began = time.monotonic()
+    child_script = str(Path(__file__).with_name("sandbox_child.py"))
+    started = time.monotonic()
     with tempfile.TemporaryFile() as source:
         source.write(program.encode("utf-8", "replace"))
         source.seek(0)
         process = subprocess.Popen(
-            [*python, confine, json.dumps(wanted), *python, "-c", _LOADER],
+            [*python, child_script, json.dumps(child_limits), *python, "-c", _LOADER],
             stdin=source,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -98,39 +98,41 @@ def run_python(program: str, limits: SandboxLimits = SandboxLimits()) -> Sandbox
             start_new_session=True,
         )
     try:
-        status, raw = _read_output(process, began + limits.seconds, limits.output_bytes)
+        status, raw = _read_output(process, started + limits.seconds, limits.output_bytes)
     finally:
-        _end(process)
+        _kill(process)
     code = process.returncode
     if status == "ok" and code:
         status = "failed"
     output = raw.decode("utf-8", "replace")
     if code == 1 and output.startswith("not confined:"):
         raise UserError(f"sandbox: {output.strip()}; set strict: false, or use a newer Linux")
-    return SandboxResult(status, code, output, time.monotonic() - began)
+    return SandboxResult(status, code, output, time.monotonic() - started)
 
 
-def _read_output(process: subprocess.Popen[bytes], end: float, most: int) -> tuple[Status, bytes]:
+def _read_output(
+    process: subprocess.Popen[bytes], deadline: float, max_bytes: int
+) -> tuple[Status, bytes]:
     """Read the output until the process ends, runs out of time or prints too much."""
     assert process.stdout is not None
-    received, open_ = bytearray(), True
-    while open_:
-        left = end - time.monotonic()
-        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-            return "timeout", bytes(received)
-        new = os.read(process.stdout.fileno(), _KEPT)
-        received += new
-        open_ = bool(new)
-        if len(received) > most:
-            return "flood", bytes(received[:most])
+    output, is_open = bytearray(), True
+    while is_open:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not select.select([process.stdout], [], [], remaining)[0]:
+            return "timeout", bytes(output)
+        chunk = os.read(process.stdout.fileno(), _READ_BYTES)
+        output += chunk
+        is_open = bool(chunk)
+        if len(output) > max_bytes:
+            return "flood", bytes(output[:max_bytes])
     try:
-        process.wait(max(0.0, end - time.monotonic()))
+        process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return "timeout", bytes(received)
-    return "ok", bytes(received)
+        return "timeout", bytes(output)
+    return "ok", bytes(output)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and its group."""
     with suppress(ProcessLookupError, PermissionError):  # all processes have ended already
         os.killpg(process.pid, signal.SIGKILL)

@@ -95,20 +95,20 @@ def _forbid_writing(libc: ctypes.CDLL) -> bool:
     version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return False
-    handled = ctypes.c_uint64(WRITING[min(version, 3)])
-    ruleset = libc.syscall(444, ctypes.byref(handled), ctypes.c_size_t(8), 0)
+    rights = ctypes.c_uint64(WRITING[min(version, 3)])
+    ruleset = libc.syscall(444, ctypes.byref(rights), ctypes.c_size_t(8), 0)
     return ruleset >= 0 and libc.syscall(446, ruleset, 0) == 0
 
 
 def _forbid_calls(libc: ctypes.CDLL) -> bool:
     if platform.machine() not in CALLS:
         return False
-    machine, own = CALLS[platform.machine()]
-    refused = sorted((*own, *_COMMON))
-    count = len(refused)
+    machine, machine_calls = CALLS[platform.machine()]
+    refused_calls = sorted((*machine_calls, *_COMMON))
+    num_calls = len(refused_calls)
     steps = [Step(LOAD, 0, 0, 4), Step(EQUAL, 1, 0, machine), Step(RETURN, 0, 0, KILL)]
-    steps += [Step(LOAD, 0, 0, 0), Step(AT_LEAST, count + 1, 0, 0x40000000)]
-    steps += [Step(EQUAL, count - place, 0, number) for place, number in enumerate(refused)]
+    steps += [Step(LOAD, 0, 0, 0), Step(AT_LEAST, num_calls + 1, 0, 0x40000000)]
+    steps += [Step(EQUAL, num_calls - index, 0, call) for index, call in enumerate(refused_calls)]
     steps += [Step(RETURN, 0, 0, ALLOW), Step(RETURN, 0, 0, REFUSE)]
     program = Program(len(steps), (Step * len(steps))(*steps))
     return libc.prctl(SET_SECCOMP, 2, ctypes.byref(program), 0, 0) == 0
@@ -116,13 +116,13 @@ def _forbid_calls(libc: ctypes.CDLL) -> bool:
 
 def main(limits: str, *command: str) -> None:
     """Apply the restrictions and replace this process by the command. Never returns."""
-    wanted = json.loads(limits)
-    strict = wanted.pop("strict")
-    linux = sys.platform == "linux"
-    missing = restrict(ctypes.CDLL(None, use_errno=True)) if linux else ["landlock", "seccomp"]
+    options = json.loads(limits)
+    strict = options.pop("strict")
+    is_linux = sys.platform == "linux"
+    missing = restrict(ctypes.CDLL(None, use_errno=True)) if is_linux else ["landlock", "seccomp"]
     if strict and missing:
         sys.exit(f"not confined: this system has no {' and no '.join(missing)}")
-    limit(**wanted)
+    limit(**options)
     os.execv(command[0], command)  # noqa: S606 (the command is ours)
 
 

@@ -1,6 +1,4 @@
-"""What a run trains for. This union is the list of objectives: a new one is a file here and one
-more name below.
-"""
+"""Union of all objective configs. A new objective is a file here and a name in the union."""
 
 from typing import Annotated
 

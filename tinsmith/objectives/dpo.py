@@ -1,14 +1,15 @@
-"""Direct preference optimisation and its family: learn from pairs of answers, one preferred.
+"""Direct preference optimisation (DPO) and related losses on pairs of completions.
 
-    reward(answer) = beta (log policy(answer) - log reference(answer))
+    reward(completion) = beta (log policy(completion) - log reference(completion))
     loss of a pair = -log sigmoid(reward(chosen) - reward(rejected))
 
-Rafailov et al., 2305.18290, equation 7. Log-probabilities are sums over the answer's tokens, as in
-the paper; `normalise: length` divides each by its answer's tokens, which is another objective: its
-reward is one per token, and its gradient smaller by the length, so that it wants a larger beta.
+Rafailov et al., 2305.18290, equation 7. Log-probabilities are sums over the completion's tokens, as
+in the paper; `normalise: length` divides each by its completion's number of tokens, which is
+another objective: the reward is per token, and the gradient is smaller by the length, so beta must
+be larger.
 
-Policy and reference read the same batch in the same precision, and neither has dropout or router
-noise (`still.py`), so a policy that is its reference has exactly ln 2 to pay.
+Policy and reference read the same batch in the same precision, without dropout and router noise
+(`objectives.frozen`), so the loss is exactly ln 2 if the policy equals the reference.
 """
 
 from dataclasses import dataclass
@@ -45,25 +46,24 @@ _WITHOUT_REFERENCE = ("simpo", "orpo")
 
 @dataclass(frozen=True, kw_only=True)
 class DPO(ObjectiveConfigBase):
-    """Make the chosen answers of pairs likelier than the rejected ones."""
+    """Increase the likelihood of chosen completions relative to rejected ones."""
 
     kind: Literal["dpo"] = "dpo"
     data_format: ClassVar[FormatName] = "pairs"
     deterministic: ClassVar[bool] = True
     loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
-    """`sigmoid` is DPO; `simpo` and `orpo` want no reference and are means over tokens; `kto`
-    weighs both sides by themselves."""
+    """`sigmoid` is DPO; `simpo` and `orpo` have no reference and use means over tokens; `kto` has a
+    separate term for each side."""
     beta: float = 0.1
-    """How strongly a difference of log-probabilities counts; of `orpo`, the weight of the odds."""
+    """Scale of log-probability differences; for `orpo`, the weight of the odds-ratio term."""
     gamma: float | None = None
-    """The margin that `simpo` asks for; 0.5 if nothing is said."""
+    """Target margin of `simpo`; null: 0.5."""
     label_smoothing: float = 0.0
-    """The share of pairs that are taken to be the wrong way round; `sigmoid` alone has it."""
+    """Assumed fraction of pairs with exchanged labels; only for `sigmoid`."""
     normalise: Literal["sum", "length"] = "sum"
-    """`length` divides log-probabilities by the answer's tokens."""
+    """`length` divides log-probabilities by the completion's number of tokens."""
     reference: str | None = None
-    """The folder of the reference model; by default the policy as it stands before the first
-    step."""
+    """Folder of the reference model; null: the policy before the first step."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -75,12 +75,12 @@ class DPO(ObjectiveConfigBase):
         if self.gamma is not None and self.loss != "simpo":
             raise ValueError(f"gamma is for loss=simpo, not for loss={self.loss}")
         if self.loss in _WITHOUT_REFERENCE and self.reference is not None:
-            raise ValueError(f"loss={self.loss} wants no reference; leave it out")
+            raise ValueError(f"loss={self.loss} has no reference; leave it out")
         if self.loss in _WITHOUT_REFERENCE and self.normalise == "length":
             raise ValueError(f"loss={self.loss} is a mean over tokens anyway; leave normalise out")
 
     def frozen_models(self) -> dict[str, str | None]:
-        """The reference, for the losses that want one."""
+        """Return the reference model, for losses that have one."""
         return {} if self.loss in _WITHOUT_REFERENCE else {"reference": self.reference}
 
     def build(self) -> "PreferenceObjective":
@@ -89,7 +89,7 @@ class DPO(ObjectiveConfigBase):
 
 
 class PairLogprobs(NamedTuple):
-    """One model's view of B pairs, each (B,): summed log-probabilities, and how many tokens."""
+    """Summed log-probabilities of B pairs under one model, and numbers of tokens, each (B,)."""
 
     chosen: Tensor
     rejected: Tensor
@@ -97,14 +97,15 @@ class PairLogprobs(NamedTuple):
     rejected_tokens: Tensor
 
     def per_token(self) -> "PairLogprobs":
-        """The same with log-probabilities per token."""
+        """Return the log-probabilities divided by the numbers of tokens."""
         chosen, rejected = self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
         return self._replace(chosen=chosen, rejected=rejected)
 
 
 class PreferenceObjective(Objective):
-    """sum over pairs of their loss; the unit is a pair. Rows of a batch come as pairs: chosen,
-    rejected, chosen, rejected, ...
+    """The sum over pairs of a preference loss; the unit is a pair.
+
+    The rows of a batch alternate: chosen, rejected, chosen, rejected, ...
     """
 
     drift: Tensor
@@ -115,7 +116,7 @@ class PreferenceObjective(Objective):
         self.register_buffer("drift", torch.zeros((), dtype=torch.float64))
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """The policy must be still."""
+        """Check that the policy has no dropout and no router noise."""
         check_deterministic(policy)
 
     def units(self, batch: Batch) -> Tensor:
@@ -123,9 +124,9 @@ class PreferenceObjective(Objective):
         return torch.tensor(len(batch.ids) // 2, device=batch.ids.device)
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
-        """One forward pass over both sides, and one of the reference."""
-        output, out = pair_logprobs(policy, batch)
-        loss, chosen, rejected = self._frozen_model(policy, output, batch)
+        """Run one forward pass over both sides, and one of the reference."""
+        logprobs, out = pair_logprobs(policy, batch)
+        loss, chosen, rejected = self._loss_and_rewards(policy, logprobs, batch)
         pairs, margin = self.units(batch), chosen - rejected
         values = {
             "loss": loss,
@@ -133,8 +134,8 @@ class PreferenceObjective(Objective):
             "accuracy": (margin > 0).float(),
             "chosen_reward": chosen,
             "rejected_reward": rejected,
-            "chosen_logprob": output.chosen,
-            "rejected_logprob": output.rejected,
+            "chosen_logprob": logprobs.chosen,
+            "rejected_logprob": logprobs.rejected,
         }
         if self.config.loss == "kto":
             values["drift"] = (chosen + rejected) / (2 * self.config.beta)
@@ -143,35 +144,49 @@ class PreferenceObjective(Objective):
         return Loss(total, metrics | aux_metrics(out.losses, pairs), out.stats, out.grad_probes)
 
     def accept_step(self, means: dict[str, float]) -> bool:
-        """KTO measures the drift of the policy over the whole batch of a step, for the next step,
-        so that no loss depends on what else is in its micro-batch.
+        """Set KTO's drift for the next step to that of the policy over the whole batch of this
+        step.
+
+        So a loss does not depend on the other pairs in its micro-batch.
         """
         if self.config.loss == "kto":
             self.drift.fill_(max(0.0, means["drift"]))
         return True
 
-    def _frozen_model(self, policy: LM, output: PairLogprobs, batch: Batch) -> LossAndRewards:
+    def _loss_and_rewards(
+        self, policy: LM, policy_logprobs: PairLogprobs, batch: Batch
+    ) -> LossAndRewards:
         beta = self.config.beta
         if self.config.loss == "simpo":
             gamma = 0.5 if self.config.gamma is None else self.config.gamma
-            return simpo_loss(*output.per_token()[:2], beta, gamma)
+            return simpo_loss(*policy_logprobs.per_token()[:2], beta, gamma)
         if self.config.loss == "orpo":
-            return orpo_loss(*output.per_token()[:2], beta)
+            return orpo_loss(*policy_logprobs.per_token()[:2], beta)
         with reference_model(policy, self.frozen_models.get("reference")) as lm:
-            known, _ = pair_logprobs(lm, batch)
+            reference_logprobs, _ = pair_logprobs(lm, batch)
         if self.config.normalise == "length":
-            output, known = output.per_token(), known.per_token()
+            policy_logprobs, reference_logprobs = (
+                policy_logprobs.per_token(),
+                reference_logprobs.per_token(),
+            )
         if self.config.loss == "ipo":
-            return ipo_loss(*output[:2], *known[:2], beta)
+            return ipo_loss(*policy_logprobs[:2], *reference_logprobs[:2], beta)
         if self.config.loss == "kto":
-            return kto_loss(*output[:2], *known[:2], beta, self.drift.to(output.chosen))
-        return dpo_loss(*output[:2], *known[:2], beta, self.config.label_smoothing)
+            return kto_loss(
+                *policy_logprobs[:2],
+                *reference_logprobs[:2],
+                beta,
+                self.drift.to(policy_logprobs.chosen),
+            )
+        return dpo_loss(
+            *policy_logprobs[:2], *reference_logprobs[:2], beta, self.config.label_smoothing
+        )
 
 
 def pair_logprobs(lm: LM, batch: Batch) -> tuple[PairLogprobs, ModelOut]:
-    """What a model makes of both sides of a batch's pairs, in one forward pass."""
+    """Compute the log-probabilities of both sides of all pairs in one forward pass."""
     assert len(batch.ids) % 2 == 0, "a batch of pairs has two rows for each"
     out = lm(batch.ids, batch.positions, batch.segments, logits=False)
     logprobs = target_logprobs(out.hidden, batch.targets, batch.mask, lm.head)
-    sums, tokens = row_sums(logprobs, batch.mask), batch.mask.sum(1)
-    return PairLogprobs(sums[0::2], sums[1::2], tokens[0::2], tokens[1::2]), out
+    sums, num_tokens = row_sums(logprobs, batch.mask), batch.mask.sum(1)
+    return PairLogprobs(sums[0::2], sums[1::2], num_tokens[0::2], num_tokens[1::2]), out

@@ -1,13 +1,13 @@
-"""The reference of an objective: a frozen model of its own, or the policy without its adapters.
+"""Frozen reference models, and policies without dropout.
 
-A policy that is compared with itself is deterministic: it has no dropout and no router noise.
+The reference of an objective is a frozen model, or the policy with its adapters disabled.
 
-Generated answers, old log-probabilities and references are computed without dropout. A policy that
-is trained with dropout differs from them before its first step, so ratios would be clipped, and DPO
-would not begin at ln 2. Therefore objectives that compare (`ObjectiveConfigBase.deterministic`)
-train without dropout, that of adapters included, and without noise on router logits. The rest of
-training mode (router statistics, their losses and biases) stays on. The config of the trained model
-says so.
+Generated completions, old log-probabilities and references are computed without dropout. A policy
+that is trained with dropout differs from them before its first step, so ratios would be clipped,
+and the loss of DPO would not begin at ln 2. Therefore objectives that compare
+(`ObjectiveConfigBase.deterministic`) train without dropout, including that of adapters, and without
+noise on router logits. All else of training mode (router statistics, losses and biases) stays on.
+The config of the trained model records this.
 """
 
 from collections.abc import Iterator
@@ -25,23 +25,26 @@ from tinsmith.nn.model import LM
 
 @contextmanager
 def reference_model(policy: LM, frozen: LM | None) -> Iterator[LM]:
-    """The model to compare `policy` with, in eval mode, none of it to be trained.
+    """Yield the reference model of `policy` in eval mode; it is not trained.
 
-    `frozen` is what `Objective.frozen` has under the judge's name. Where a run trains adapters, a
-    judge that is the policy before its first step is not copied, so it has None: then this is
-    `policy` itself, its adapters off, dropout off. Both are as they were afterwards. Raises
-    ValueError where there is neither.
+    `frozen` is the entry of `Objective.frozen_models`. A run that trains adapters does not copy the
+    policy as its reference, so the entry is None: then this yields `policy` itself with adapters
+    and dropout disabled, and restores it afterwards. Raises ValueError if there is neither a frozen
+    model nor an adapter.
     """
     if frozen is None and not lora.adapters(policy):
-        raise ValueError("no frozen model, and no adapters to switch off")
-    # nothing in it wants a gradient, so none is kept; where gradients are off, norms and attention
-    # have other ways to compute, which round differently
-    with torch.enable_grad(), nullcontext(frozen) if frozen is not None else _without(policy) as lm:
+        raise ValueError("no frozen model, and no adapters to disable")
+    # no parameter requires a gradient, so no graph is stored; with gradients disabled, norms and
+    # attention would use other kernels, which round differently
+    with (
+        torch.enable_grad(),
+        nullcontext(frozen) if frozen is not None else _adapters_disabled(policy) as lm,
+    ):
         yield lm
 
 
 @contextmanager
-def _without(policy: LM) -> Iterator[LM]:
+def _adapters_disabled(policy: LM) -> Iterator[LM]:
     training = policy.training
     policy.eval()
     try:
@@ -52,32 +55,32 @@ def _without(policy: LM) -> Iterator[LM]:
 
 
 def deterministic_config(config: ModelConfig) -> ModelConfig:
-    """The same model without dropout and noise."""
+    """Return the model config without dropout and router noise."""
     return replace(
         config,
         dropout=Dropout(),
-        first=_still(config.first),
-        pattern=_still(config.pattern),
-        last=_still(config.last),
+        first=_without_noise(config.first),
+        pattern=_without_noise(config.pattern),
+        last=_without_noise(config.last),
     )
 
 
 def deterministic_adapters(config: LoRA) -> LoRA:
-    """The same adapters without dropout."""
+    """Return the LoRA config without dropout."""
     return replace(config, dropout=0.0)
 
 
 def check_deterministic(policy: LM) -> None:
-    """ValueError where something in `policy` is drawn at random."""
-    dropped = any(adapter.dropout for adapter in lora.adapters(policy).values())
-    if dropped or policy.config != deterministic_config(policy.config):
+    """Raise ValueError if `policy` has dropout or router noise."""
+    has_dropout = any(adapter.dropout for adapter in lora.adapters(policy).values())
+    if has_dropout or policy.config != deterministic_config(policy.config):
         raise ValueError(
-            "the policy has dropout or router noise, so it differs from itself; build it of "
-            "still_model(config) and still_adapters(lora)"
+            "the policy has dropout or router noise, so its outputs are random; build it with "
+            "deterministic_config(config) and deterministic_adapters(lora)"
         )
 
 
-def _still(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+def _without_noise(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return tuple(
         replace(layer, feed_forward=replace(layer.feed_forward, noise=0.0))
         if isinstance(layer.feed_forward, DeepSeekMoE)

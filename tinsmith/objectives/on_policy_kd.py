@@ -1,11 +1,11 @@
-"""On-policy distillation: the student answers, and a teacher says how it would have gone on.
+"""On-policy distillation: the student generates completions, and a teacher gives the targets.
 
-    loss = mean over tokens t of an answer y of D(teacher(. | x', y < t), student(. | x, y < t))
+    loss = mean over tokens t of a completion y of D(teacher(. | x', y < t), student(. | x, y < t))
 
 with D the generalised Jensen-Shannon divergence (GKD: Agarwal et al., 2306.13649, algorithm 1).
-Answers are the student's own, without a gradient through sampling, in a share of batches that may
-grow while training goes on; in the others they are those of the data. The teacher may be told more
-than the student (`hint`): it reads a prompt of its own before the same answer.
+Completions are the student's own in a fraction of batches, which may increase during training,
+without a gradient through sampling; in the other batches they are those of the data. The teacher
+may get a longer prompt than the student (`privileged_prompt`), before the same completion.
 """
 
 from collections.abc import Iterator
@@ -49,8 +49,10 @@ from tinsmith.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRamp(Config):
-    """The share of batches, counted from 0, whose answers are the student's own: `begin` for the
-    first `after`, then in a line to `end` over the next `over`.
+    """The fraction of batches, counted from 0, with the student's own completions.
+
+    It is `begin` for the first `after` batches, then changes linearly to `end` over the next
+    `over`.
     """
 
     begin: float = 1.0
@@ -67,14 +69,16 @@ class LinearRamp(Config):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
     def at(self, batch: int) -> float:
-        """The share at batch number `batch`."""
-        done = min(max(batch - self.after, 0) / self.over, 1) if self.over else batch >= self.after
-        return self.begin + (self.end - self.begin) * done
+        """Return the fraction at batch `batch`."""
+        progress = (
+            min(max(batch - self.after, 0) / self.over, 1) if self.over else batch >= self.after
+        )
+        return self.begin + (self.end - self.begin) * progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyKD(ObjectiveConfigBase):
-    """Answer, and learn what a teacher would have said."""
+    """Generate completions and learn the teacher's next-token distributions on them."""
 
     kind: Literal["on_policy_kd"] = "on_policy_kd"
     data_format: ClassVar[FormatName] = "prompts"
@@ -82,21 +86,21 @@ class OnPolicyKD(ObjectiveConfigBase):
     teacher: str
     """A run, a checkpoint or a Hugging Face folder of the same vocabulary."""
     teacher_weights: WeightDtype = "fp32"
-    """How the teacher's weights are held in memory."""
+    """Storage of the teacher's weights in memory."""
     privileged_prompt: str | None = None
-    """What only the teacher is told, at the end of its system message; `{answer}` stands for the
-    right answer."""
+    """Text at the end of the teacher's system message, which the student does not get; `{answer}`
+    is replaced by the prompt's answer."""
     beta: float = 0.5
     """0 is the forward KL, 1 the reverse."""
     distill_temperature: float = 1.0
-    """Of both distributions."""
+    """Temperature of both distributions."""
     on_policy_fraction: LinearRamp = LinearRamp()
     max_new_tokens: Count = 256
-    """Tokens of an answer, at most."""
+    """Largest number of tokens of a completion."""
     sampling_temperature: float = 1.0
-    """The temperature at which the student answers."""
+    """Temperature at which the student samples completions."""
     generation_batch_size: Count = 64
-    """Answers that are made at the same time, by one process."""
+    """Number of completions generated at a time by one process."""
     seed: int = 0
     """Random seed of sampling."""
 
@@ -111,11 +115,11 @@ class OnPolicyKD(ObjectiveConfigBase):
             )
 
     def frozen_models(self) -> dict[str, str | None]:
-        """Name the teacher model."""
+        """Return the path of the teacher model."""
         return {"teacher": self.teacher}
 
     def frozen_weight_dtype(self) -> WeightDtype:
-        """How the teacher's weights are held."""
+        """Return the storage of the teacher's weights."""
         return self.teacher_weights
 
     def build(self) -> "OnPolicyDistillation":
@@ -124,22 +128,24 @@ class OnPolicyKD(ObjectiveConfigBase):
 
 
 class DistillBatch(NamedTuple):
-    """The same answers behind the student's prompts and behind the teacher's."""
+    """The same completions after the student's prompts and after the teacher's."""
 
     student: RolloutBatch
     teacher: RolloutBatch
     sampled: Tensor
-    """(B,) bool: which answers are the student's."""
+    """(B,) bool: which completions are the student's own."""
 
     def to(self, device: torch.device | str) -> "DistillBatch":
-        """The same on `device`."""
+        """Return the batch on `device`."""
         student, teacher = self.student.to(device), self.teacher.to(device)
         return DistillBatch(student, teacher, self.sampled.to(device))
 
 
 class OnPolicyDistillation(Objective):
-    """sum over answers' tokens of the divergence; the unit is a token of an answer. Nothing is
-    remembered between batches: what is sampled depends on the weights and the place in the data.
+    """The sum over completion tokens of the divergence; the unit is a completion token.
+
+    No state is carried between batches: samples depend only on the weights and the position in the
+    data.
     """
 
     def __init__(self, config: OnPolicyKD):
@@ -147,7 +153,7 @@ class OnPolicyDistillation(Objective):
         self.config = config
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Answers are text, and have an end."""
+        """Set the limits of generation."""
         self.tokenizer = tokenizer
         self.limits = GenerationLimits(
             max_new_tokens=self.config.max_new_tokens,
@@ -158,68 +164,66 @@ class OnPolicyDistillation(Objective):
         )
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
-        """Yield batches of answers without end."""
+        """Yield batches of completions without end."""
         while True:
             yield self.next_batch(loader, policy)
 
     def next_batch(self, loader: RankLoader, policy: LM) -> DistillBatch:
-        """The next prompts, answered by the student or by the data; by the student too where the
-        data has no answer.
+        """Return the next prompts with completions of the student or of the data.
+
+        The student also completes prompts without an answer in the data.
         """
-        number, first = loader.cursor // loader.batch_size, loader.cursor + loader.offset
+        batch_index = loader.cursor // loader.batch_size
+        first = loader.cursor + loader.offset
         prompts = loader.next_prompts()
-        own = _chance(self.config.seed, number) < self.config.on_policy_fraction.at(number)
-        sampled = [own or prompt.answer is None for prompt in prompts]
-        requested = [place for place, wanted in enumerate(sampled) if wanted]
-        episodes = generate_rollouts(
+        fraction = self.config.on_policy_fraction.at(batch_index)
+        on_policy = _uniform(self.config.seed, batch_index) < fraction
+        sampled = [on_policy or prompt.answer is None for prompt in prompts]
+        indices = [index for index, is_sampled in enumerate(sampled) if is_sampled]
+        rollouts = generate_rollouts(
             policy,
-            [prompts[place].ids for place in requested],
-            [derive_seed(self.config.seed, "answer", first + place) for place in requested],
+            [prompts[index].ids for index in indices],
+            [derive_seed(self.config.seed, "answer", first + index) for index in indices],
             self.limits,
             poll=self.peers.poll,
         )
-        output = {
-            place: each.completion_ids for place, each in zip(requested, episodes, strict=True)
+        generated = {
+            index: rollout.completion_ids for index, rollout in zip(indices, rollouts, strict=True)
         }
-        answers = [
-            output[i] if i in output else self.dataset_answer_ids(p) for i, p in enumerate(prompts)
+        completions = [
+            generated[index] if index in generated else self.dataset_answer_ids(prompt)
+            for index, prompt in enumerate(prompts)
         ]
-        return self.build_batch(prompts, answers, torch.tensor(sampled), policy.embed.weight.device)
+        device = policy.embed.weight.device
+        return self.build_batch(prompts, completions, torch.tensor(sampled), device)
 
     def dummy_batch(self, batch: Batch) -> DistillBatch:
-        """The row as an answer to its first id, for both."""
-        rows = [_episode(row[:1].tolist(), row[1:].tolist()) for row in batch.ids]
-        both = collate(rows, batch.ids.device)
-        return DistillBatch(both, both, torch.ones(len(rows), dtype=torch.bool))
+        """Return a batch in which every row is a completion of its first id, for both models."""
+        rollouts = [_rollout(row[:1].tolist(), row[1:].tolist()) for row in batch.ids]
+        rows = collate(rollouts, batch.ids.device)
+        return DistillBatch(rows, rows, torch.ones(len(rollouts), dtype=torch.bool))
 
     def evaluate(self, policy: LM, source: SampleSource, max_samples: int) -> dict[str, float]:
-        """The divergence at greedy answers to held-back prompts, spread evenly over them."""
+        """Return the divergence on greedy completions of validation prompts, spread evenly."""
         count = min(max_samples, source.size)
         prompts = [source.get_prompts(i * source.size // count, 1)[0] for i in range(count)]
-        requested, greedy = (
-            [prompt.ids for prompt in prompts],
-            replace(self.limits, temperature=0.0),
-        )
-        episodes = generate_rollouts(policy, requested, [0] * count, greedy, poll=self.peers.poll)
-        answers, sampled = (
-            [each.completion_ids for each in episodes],
-            torch.ones(count, dtype=torch.bool),
-        )
-        example = self.build_batch(prompts, answers, sampled, policy.embed.weight.device)
+        ids, greedy = [prompt.ids for prompt in prompts], replace(self.limits, temperature=0.0)
+        rollouts = generate_rollouts(policy, ids, [0] * count, greedy, poll=self.peers.poll)
+        completions = [rollout.completion_ids for rollout in rollouts]
+        sampled = torch.ones(count, dtype=torch.bool)
+        batch = self.build_batch(prompts, completions, sampled, policy.embed.weight.device)
         with torch.no_grad(), eval_mode(policy):
-            found = self.loss(policy, example).metrics["loss"]
-        cut = sum(each.finish_reason != "stop" for each in episodes) / count
-        apart = float(found.total / found.count.clamp(min=1))
-        return {"divergence": apart, "truncated_fraction": cut, "loss": apart}
+            loss = self.loss(policy, batch).metrics["loss"]
+        truncated = sum(rollout.finish_reason != "stop" for rollout in rollouts) / count
+        divergence = float(loss.total / loss.count.clamp(min=1))
+        return {"divergence": divergence, "truncated_fraction": truncated, "loss": divergence}
 
     def dataset_answer_ids(self, prompt: Prompt) -> list[int]:
-        """The answer of the data as ids, its end of turn included, at most `max_new`."""
-        requested = read_prompt(prompt.record).prompt
+        """Return the ids of the data's answer, end of turn included, at most `max_new_tokens`."""
+        chat = read_prompt(prompt.record).prompt
         answer = Message(role="assistant", content=prompt.answer or "")
-        ids, mask = encode_chat(
-            self.tokenizer, replace(requested, messages=(*requested.messages, answer))
-        )
-        end = max(place for place, output in enumerate(mask) if output) + 1
+        ids, mask = encode_chat(self.tokenizer, replace(chat, messages=(*chat.messages, answer)))
+        end = max(position for position, is_target in enumerate(mask) if is_target) + 1
         return ids[len(prompt.ids) : end][: self.config.max_new_tokens]
 
     def build_batch(
@@ -229,68 +233,73 @@ class OnPolicyDistillation(Objective):
         sampled: Tensor,
         device: torch.device,
     ) -> DistillBatch:
-        """Rows for both; what of an answer does not fit behind both prompts is left out."""
-        room = self.frozen_models["teacher"].config.max_seq_len
+        """Build rows for both models; a completion is truncated to fit after both prompts."""
+        max_seq_len = self.frozen_models["teacher"].config.max_seq_len
         student, teacher = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
-            reported = self.teacher_prompt_ids(prompt)[-room:]
-            kept = answer[
-                : max(0, min(room - len(reported), self.limits.max_seq_len - len(prompt.ids)))
-            ]
-            student.append(_episode(prompt.ids, kept))
-            teacher.append(_episode(reported, kept))
+            teacher_prompt = self.teacher_prompt_ids(prompt)[-max_seq_len:]
+            teacher_room = max_seq_len - len(teacher_prompt)
+            student_room = self.limits.max_seq_len - len(prompt.ids)
+            truncated = answer[: max(0, min(teacher_room, student_room))]
+            student.append(_rollout(prompt.ids, truncated))
+            teacher.append(_rollout(teacher_prompt, truncated))
         return DistillBatch(collate(student, device), collate(teacher, device), sampled.to(device))
 
     def teacher_prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The teacher's prompt: the student's, or one with the hint."""
+        """Return the teacher's prompt: the student's, with the privileged prompt if there
+        is one.
+        """
         if self.config.privileged_prompt is None:
             return prompt.ids
-        hint = self.config.privileged_prompt.replace("{answer}", prompt.answer or "")
-        requested = read_prompt(prompt.record).prompt
-        system = Message(role="system", content=hint)
-        rest = requested.messages
-        if rest[0].role == "system":
-            system, rest = replace(rest[0], content=f"{rest[0].content}\n\n{hint}"), rest[1:]
-        return encode_prompt(self.tokenizer, replace(requested, messages=(system, *rest)))
+        privileged = self.config.privileged_prompt.replace("{answer}", prompt.answer or "")
+        chat = read_prompt(prompt.record).prompt
+        system = Message(role="system", content=privileged)
+        others = chat.messages
+        if others[0].role == "system":
+            system = replace(others[0], content=f"{others[0].content}\n\n{privileged}")
+            others = others[1:]
+        return encode_prompt(self.tokenizer, replace(chat, messages=(system, *others)))
 
     def units(self, batch: Any) -> Tensor:
-        """Tokens of answers."""
+        """Count the completion tokens."""
         return batch.student.mask.sum()
 
     def loss(self, policy: LM, batch: Any) -> Loss:
-        """The teacher's forward pass without gradients, the student's with them."""
+        """Run the teacher without gradients and the student with them."""
         student, teacher, sampled = batch
-        lm = self.frozen_models["teacher"]
+        teacher_lm = self.frozen_models["teacher"]
         with torch.no_grad():
-            taught = lm(teacher.ids, segments=teacher.segments, logits=False).hidden
+            teacher_hidden = teacher_lm(teacher.ids, segments=teacher.segments, logits=False).hidden
         out = policy(student.ids, segments=student.segments, logits=False)
         targets = student.targets[student.mask]
-        total, seen = summed_divergence(
+        total, term_sums = summed_divergence(
             HeadInputs(out.hidden[student.mask], policy.head.weight),
-            HeadInputs(taught[teacher.mask], lm.head.weight),
+            HeadInputs(teacher_hidden[teacher.mask], teacher_lm.head.weight),
             targets,
             torch.ones_like(targets, dtype=torch.float32),
             DistillWeights(self.config.beta, self.config.distill_temperature),
         )
-        tokens = self.units(batch)
-        rows = torch.tensor(len(sampled), device=sampled.device)
+        num_tokens = self.units(batch)
+        num_rows = torch.tensor(len(sampled), device=sampled.device)
         metrics = {
-            "loss": Metric(total.detach(), tokens),
-            "nll": Metric(seen[1], tokens),
-            "on_policy_fraction": Metric(sampled.sum(), rows),
-            "completion_length": Metric(tokens, rows),
+            "loss": Metric(total.detach(), num_tokens),
+            "nll": Metric(term_sums[1], num_tokens),
+            "on_policy_fraction": Metric(sampled.sum(), num_rows),
+            "completion_length": Metric(num_tokens, num_rows),
         }
-        total = add_aux_losses(total, out.losses, tokens)
-        return Loss(total, metrics | aux_metrics(out.losses, tokens), out.stats, out.grad_probes)
+        total = add_aux_losses(total, out.losses, num_tokens)
+        return Loss(
+            total, metrics | aux_metrics(out.losses, num_tokens), out.stats, out.grad_probes
+        )
 
 
-def _chance(seed: int, batch: int) -> float:
-    """A number in [0, 1) that all processes agree about."""
+def _uniform(seed: int, batch: int) -> float:
+    """Return a number in [0, 1), equal in all processes."""
     return derive_seed(seed, "batch", batch) % 2**32 / 2**32
 
 
-def _episode(prompt: list[int], answer: list[int]) -> Rollout:
-    episode = Rollout(list(prompt), seed=0)
-    for token in answer:
-        episode.append_token(token, 0.0)
-    return episode
+def _rollout(prompt: list[int], completion: list[int]) -> Rollout:
+    rollout = Rollout(list(prompt), seed=0)
+    for token in completion:
+        rollout.append_token(token, 0.0)
+    return rollout

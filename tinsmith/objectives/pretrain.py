@@ -1,4 +1,4 @@
-"""Next-token cross-entropy on every token of every document."""
+"""Pretraining: next-token cross-entropy on all tokens of documents."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -23,7 +23,7 @@ from tinsmith.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(ObjectiveConfigBase):
-    """Predict the next token of documents."""
+    """Learn to predict the next token of documents."""
 
     kind: Literal["pretrain"] = "pretrain"
     data_format: ClassVar[FormatName] = "documents"
@@ -34,8 +34,9 @@ class Pretrain(ObjectiveConfigBase):
 
 
 class CrossEntropy(Objective):
-    """sum over the batch's masked-in targets of weight * -log p(target); the unit is a target's
-    weight, which is 1 but for tags.
+    """The sum over targets with mask 1 of weight * -log p(target); the unit is a target's weight.
+
+    Weights are 1 except for tags.
     """
 
     def __init__(self, weights: TagWeights):
@@ -43,15 +44,15 @@ class CrossEntropy(Objective):
         self.token_weights = TokenWeights(weights)
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Look up the tags' ids."""
+        """Look up the token ids of tags."""
         self.token_weights.prepare(tokenizer)
 
     def units(self, batch: Batch) -> Tensor:
-        """The sum of the targets' weights."""
+        """Return the sum of the targets' weights."""
         return self.token_weights(batch).sum()
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
-        """One forward pass over packed rows."""
+        """Run one forward pass over packed rows."""
         out = policy(batch.ids, batch.positions, batch.segments, logits=False)
         weights = self.token_weights(batch)
         total = summed_nll(out.hidden, batch.targets, weights, policy.head)

@@ -1,11 +1,11 @@
-"""A reward model: how good an answer is, learned from which of two was preferred.
+"""Reward modeling: learn to score completions from pairs of which one was preferred.
 
     P(chosen is better) = sigmoid(score(chosen) - score(rejected))
 
 Bradley and Terry, 1952; as a model's head: Ouyang et al., 2203.02155, section 3.5. The score is
-linear in the final hidden state of the answer's last token, which has read all of it. Scores mean
-nothing but by their differences; `center` keeps their mean near 0 (Eisenstein et al., 2312.09244,
-section 2.1).
+linear in the final hidden state of the completion's last token, which has attended to all of it.
+Only differences of scores are meaningful; `center` keeps their mean near 0 (Eisenstein et al.,
+2312.09244, section 2.1).
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ from tinsmith.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModeling(ObjectiveConfigBase):
-    """Give the chosen answers of pairs a higher score than the rejected ones."""
+    """Give the chosen completions of pairs higher scores than the rejected ones."""
 
     kind: Literal["reward"] = "reward"
     data_format: ClassVar[FormatName] = "pairs"
     center: float = 0.0
-    """Times the square of the sum of a pair's scores, added to its loss."""
+    """Weight of the squared sum of a pair's scores in its loss."""
 
     def __post_init__(self) -> None:
         if not self.center >= 0:
@@ -49,8 +49,9 @@ class RewardModeling(ObjectiveConfigBase):
 
 
 class BradleyTerry(Objective):
-    """sum over pairs of -log P(chosen is better); the unit is a pair. Rows of a batch come as
-    pairs: chosen, rejected, chosen, rejected, ...
+    """The sum over pairs of -log P(chosen is better); the unit is a pair.
+
+    The rows of a batch alternate: chosen, rejected, chosen, rejected, ...
     """
 
     head: ScoreHead
@@ -60,7 +61,7 @@ class BradleyTerry(Objective):
         self.config = config
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """A head of the policy's width."""
+        """Create a score head of the policy's width."""
         self.head = ScoreHead(policy.config.dim).to(policy.embed.weight.device)
 
     def units(self, batch: Batch) -> Tensor:
@@ -68,7 +69,7 @@ class BradleyTerry(Objective):
         return torch.tensor(len(batch.ids) // 2, device=batch.ids.device)
 
     def loss(self, policy: LM, batch: Batch) -> Loss:
-        """One forward pass over both sides."""
+        """Run one forward pass over both sides."""
         assert len(batch.ids) % 2 == 0, "a batch of pairs has two rows for each"
         scores, out = last_token_scores(
             policy, self.head, batch.ids, batch.positions, batch.segments

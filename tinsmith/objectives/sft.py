@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token cross-entropy on exactly the assistant's tokens of chats."""
+"""Supervised fine-tuning (SFT): next-token cross-entropy on the assistant's tokens of chats."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,18 +11,20 @@ from tinsmith.objectives.token_weights import TagWeights
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(ObjectiveConfigBase):
-    """Predict what the assistant says, its end of turn included; the mask comes with the chats."""
+    """Learn the assistant's messages, end-of-turn tokens included; the loss mask comes
+    with chats.
+    """
 
     kind: Literal["sft"] = "sft"
     reads: Literal["chats", "answers"] = "chats"
-    """Chats packed into rows, where the end of one may go on in another row; or one whole chat to a
-    row, where an answer is never without its prompt.
+    """`chats` packs chats into rows, and a chat may be split between two rows; `answers` puts one
+    complete chat in each row, so an answer is always after its prompt.
     """
     weights: TagWeights = TagWeights()
 
     @property
     def data_format(self) -> FormatName:
-        """What it reads."""
+        """The data format that `reads` selects."""
         return self.reads
 
     def build(self) -> CrossEntropy:

@@ -1,9 +1,9 @@
-"""Weights of tags: what makes an answer one that can be read by a program.
+"""Weights of tags in the loss, for completions that a program can parse.
 
-In Tinsmith's tokenizers a tag such as `<think>` or `</answer>` is one id of its own, which ordinary
-text never becomes, whatever it says; so a tag's whole span is weighted by its id, and nothing else
-is. A weight multiplies the mask, and the loss is divided by the sum of weights: rows with many tags
-are no longer a reason for a larger step.
+In Tinsmith's tokenizers a tag such as `<think>` or `</answer>` is a single token id, which ordinary
+text never becomes; so the id identifies the complete tag, and nothing else gets its weight. A
+weight multiplies the mask, and the loss is divided by the sum of weights, so rows with many tags do
+not increase the step.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tinsmith.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class TagWeights(Config):
-    """How much a tag counts, opening and closing; any other token counts 1."""
+    """Weights of opening and closing tags; all other tokens have weight 1."""
 
     think: float = 1.0
     answer: float = 1.0
@@ -30,19 +30,19 @@ class TagWeights(Config):
                 raise ValueError(f"{name}={weight} must be a number above 0")
 
     def by_name(self) -> dict[str, float]:
-        """Weights by the tags' names."""
+        """Return the weights by tag name."""
         return {"think": self.think, "answer": self.answer, "tool_call": self.tool_call}
 
 
 class TokenWeights:
-    """Weights of a batch's targets."""
+    """The weights of a batch's targets."""
 
     def __init__(self, weights: TagWeights):
-        self._by_name = {name: each for name, each in weights.by_name().items() if each != 1}
+        self._by_name = {name: weight for name, weight in weights.by_name().items() if weight != 1}
         self._by_id: dict[int, float] = {}
 
     def prepare(self, tokenizer: Tokenizer) -> None:
-        """Look up the ids; must come before the first batch."""
+        """Look up the token ids of tags; call it before the first batch."""
         self._by_id = {
             tokenizer.special(tag): weight
             for name, weight in self._by_name.items()
@@ -50,8 +50,8 @@ class TokenWeights:
         }
 
     def __call__(self, batch: Batch) -> Tensor:
-        """(B, T) float32: 0 where the mask is, a tag's weight, or 1."""
+        """Return weights (B, T) float32: 0 where the mask is 0, a tag's weight, or 1."""
         weights = batch.mask.to(torch.float32)
-        for number, weight in self._by_id.items():
-            weights = torch.where(batch.targets == number, weights * weight, weights)
+        for token_id, weight in self._by_id.items():
+            weights = torch.where(batch.targets == token_id, weights * weight, weights)
         return weights

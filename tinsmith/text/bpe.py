@@ -15,7 +15,7 @@ from tinsmith.text.tokenizer import Tokenizer
 MIN_VOCAB_SIZE = 256 + len(SPECIALS)
 """Vocabulary size before any merge: 256 bytes plus special tokens."""
 
-_CUTS = (
+_SPLIT_PATTERN = (
     r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"  # a word, with the space or sign before it
     r"|\p{N}"  # one digit
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # punctuation, with the line end after it
@@ -41,22 +41,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"tokenizer.train.vocab_size: {vocab_size} is too small; "
             f"bytes and special tokens alone take {MIN_VOCAB_SIZE}"
         )
-    learner = tokenizers.Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(_CUTS), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    learner.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=as_added(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
-    settings = json.loads(learner.to_str())
+    tokenizer.train_from_iterator(texts, trainer)
+    settings = json.loads(tokenizer.to_str())
     for token in settings["added_tokens"]:
         token["special"] = token["content"] not in TAGS  # the trainer marks all of them as special
     return Tokenizer(json.dumps(settings))

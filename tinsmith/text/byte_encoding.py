@@ -61,14 +61,14 @@ def without_text_changes(settings: dict[str, Any], spelling: ByteEncoding) -> di
     text begins.
     """
     model = settings["model"] | ({"dropout": None} if "dropout" in settings["model"] else {})
-    bare = settings | {"added_tokens": [], "post_processor": None, "model": model}
+    stripped = settings | {"added_tokens": [], "post_processor": None, "model": model}
     if spelling.kind == "words":
-        return bare
-    spelled = "ByteLevel" if spelling.kind == "bytes" else "Replace"
-    kept = [part for part in _parts(settings.get("normalizer")) if part["type"] == spelled]
+        return stripped
+    byte_step = "ByteLevel" if spelling.kind == "bytes" else "Replace"
+    normalizers = [part for part in _parts(settings.get("normalizer")) if part["type"] == byte_step]
     splitters = [_without_prefix(part) for part in _parts(settings.get("pre_tokenizer"))]
-    return bare | {
-        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
+    return stripped | {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters} if splitters else None,
     }
 
@@ -104,8 +104,8 @@ def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if step["type"] != "Sequence":
         return [step]
-    inner = step.get("normalizers", step.get("pretokenizers", []))
-    return [part for one in inner for part in _parts(one)]
+    steps = step.get("normalizers", step.get("pretokenizers", []))
+    return [part for inner_step in steps for part in _parts(inner_step)]
 
 
 def _alphabet() -> dict[int, str]:

@@ -35,11 +35,11 @@ __all__ = [
     "template_texts",
 ]
 
-_OPENING = re.compile(r"<think>\n(?:\n</think>\n\n)?")
+_REASONING_OPENING = re.compile(r"<think>\n(?:\n</think>\n\n)?")
 """Text that a prompt may add after the assistant header: an open or an empty reasoning block."""
 _NAMES = re.compile("|".join(map(re.escape, SPECIALS)))
 _NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-_Change = Callable[[str, str], str]
+_TextChange = Callable[[str, str], str]
 
 
 class EncodedChat(NamedTuple):
@@ -54,7 +54,7 @@ def render(conversation: Conversation, generate: bool = False, thinking: bool | 
 
     `generate` adds the header of the assistant's next turn; `thinking` also opens `<think>`.
     """
-    return _script(None, conversation, lambda role, text: text).text(generate, thinking)
+    return _template_input(None, conversation, lambda role, text: text).text(generate, thinking)
 
 
 def template_texts(conversation: Conversation) -> list[str]:
@@ -72,7 +72,7 @@ def encode_chat(tokenizer: Tokenizer, conversation: Conversation) -> EncodedChat
     not the header before it and not the line end after it. Raise UserError if the template does not
     show where turns begin and end, and BadRecord if it refuses the conversation.
     """
-    return _encoded(tokenizer, conversation, generate=False, thinking=None)
+    return _encode(tokenizer, conversation, generate=False, thinking=None)
 
 
 def encode_prompt(
@@ -85,15 +85,15 @@ def encode_prompt(
         raise UserError(
             "a prompt must end with a message of a user or a tool, not of the assistant"
         )
-    return _encoded(tokenizer, conversation, generate=True, thinking=thinking).ids
+    return _encode(tokenizer, conversation, generate=True, thinking=thinking).ids
 
 
-def _encoded(
+def _encode(
     tokenizer: Tokenizer, conversation: Conversation, *, generate: bool, thinking: bool | None
 ) -> EncodedChat:
     """Encode piece by piece, split where assistant turns begin and end."""
     guards = _Guards(tokenizer, conversation)
-    script = _script(tokenizer, conversation, guards.protect)
+    script = _template_input(tokenizer, conversation, guards.protect)
     text = script.text(generate, thinking)
     ids: list[int] = []
     mask: list[bool] = []
@@ -108,7 +108,7 @@ def _encoded(
 
 
 def _turns(
-    tokenizer: Tokenizer, script: "_Script", text: str, mark: str
+    tokenizer: Tokenizer, script: "_TemplateInput", text: str, mark: str
 ) -> Iterator[tuple[int, int, int]]:
     """Find the assistant's turns in a rendered text: start, end of the opening text, end.
 
@@ -124,13 +124,13 @@ def _turns(
                 "the chat template renders an answered prompt differently, so there is no mask"
             )
         start = len(header)
-        found = text.find(closing, start)
-        if found < 0 or mark in text[start:found]:
+        closing_start = text.find(closing, start)
+        if closing_start < 0 or mark in text[start:closing_start]:
             raise UserError(
                 f"the chat template ends a turn without {closing}, so there is no loss mask"
             )
-        opening = _OPENING.match(text, start)
-        yield start, opening.end() if opening else start, found + len(closing)
+        opening = _REASONING_OPENING.match(text, start)
+        yield start, opening.end() if opening else start, closing_start + len(closing)
 
 
 class _Guards:
@@ -144,7 +144,7 @@ class _Guards:
         self._tokenizer = tokenizer
         self._patterns = _patterns(tuple(tokenizer.added_tokens))
         texts: list[str] = []
-        _script(tokenizer, conversation, lambda role, text: texts.append(text) or text)
+        _template_input(tokenizer, conversation, lambda role, text: texts.append(text) or text)
         free = [c for c in _NONCHARACTERS if not any(c in text for text in texts)]
         if len(free) < 2:
             raise BadRecord("the conversation uses nearly all of Unicode's noncharacters")
@@ -182,18 +182,18 @@ class _Patterns(NamedTuple):
 @lru_cache(maxsize=16)
 def _patterns(names: tuple[str, ...]) -> _Patterns:
     """Compile the patterns. Names of one character are left out: a guard cannot split them."""
-    real = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
-    begins = "[" + re.escape("".join(sorted({name[0] for name in real}))) + "]"
+    splittable = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
+    begins = "[" + re.escape("".join(sorted({name[0] for name in splittable}))) + "]"
     tags = "|".join(map(re.escape, TAGS))
     return _Patterns(
-        re.compile("(" + "|".join(map(re.escape, real)) + ")"),
+        re.compile("(" + "|".join(map(re.escape, splittable)) + ")"),
         re.compile(begins),
         re.compile(f"{tags}|{begins}"),
     )
 
 
 @dataclass(frozen=True)
-class _Script:
+class _TemplateInput:
     """A conversation as plain data for a chat template, and the template."""
 
     template: ChatTemplate
@@ -220,22 +220,24 @@ class _Script:
             raise BadRecord(f"the chat template refuses this conversation: {error}") from None
 
 
-def _script(tokenizer: Tokenizer | None, conversation: Conversation, change: _Change) -> _Script:
+def _template_input(
+    tokenizer: Tokenizer | None, conversation: Conversation, change: _TextChange
+) -> _TemplateInput:
     """Prepare a conversation for its template, with `change` applied to every text. Tool
     descriptions have the role `tools`.
     """
     own = tokenizer.chat_template if tokenizer else None
-    return _Script(
+    return _TemplateInput(
         template=compile_template(our_template() if own is None else own),
-        messages=[_plain(message, change) for message in conversation.messages],
-        tools=[_changed(tool, "tools", change) for tool in conversation.tools],
+        messages=[_message_dict(message, change) for message in conversation.messages],
+        tools=[_map_texts(tool, "tools", change) for tool in conversation.tools],
         bos=(tokenizer.bos or "") if tokenizer else END_OF_TEXT,
         eos=tokenizer.eos if tokenizer else END_OF_TEXT,
         room=1_000_000 + 16 * len(repr(conversation)),
     )
 
 
-def _plain(message: Message, change: _Change) -> dict[str, Any]:
+def _message_dict(message: Message, change: _TextChange) -> dict[str, Any]:
     role = message.role
     plain: dict[str, Any] = {"role": role, "content": change(role, message.content)}
     if message.reasoning:
@@ -243,15 +245,15 @@ def _plain(message: Message, change: _Change) -> dict[str, Any]:
     if message.calls:
         functions = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
         calls = [{"type": "function", "function": function} for function in functions]
-        plain["tool_calls"] = _changed(calls, role, change)
+        plain["tool_calls"] = _map_texts(calls, role, change)
     return plain
 
 
-def _changed(value: Any, role: str, change: _Change) -> Any:
+def _map_texts(value: Any, role: str, change: _TextChange) -> Any:
     if isinstance(value, str):
         return change(role, value)
     if isinstance(value, list):
-        return [_changed(item, role, change) for item in value]
+        return [_map_texts(item, role, change) for item in value]
     if isinstance(value, dict):
-        return {change(role, key): _changed(item, role, change) for key, item in value.items()}
+        return {change(role, key): _map_texts(item, role, change) for key, item in value.items()}
     return value

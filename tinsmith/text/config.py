@@ -25,6 +25,6 @@ class TokenizerConfig(Config):
     symbols: Literal["grids"] | None = None
 
     def __post_init__(self) -> None:
-        given = [each for each in (self.train, self.path, self.symbols) if each is not None]
-        if len(given) != 1:
+        options = [option for option in (self.train, self.path, self.symbols) if option is not None]
+        if len(options) != 1:
             raise ValueError("give exactly one of `tokenizer.train`, `.path` and `.symbols`")

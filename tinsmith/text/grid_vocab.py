@@ -25,10 +25,10 @@ def grid_tokenizer() -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    made = tokenizers.Tokenizer(
-        models.WordLevel({name: number for number, name in enumerate(SYMBOLS)}, unk_token=PAD)
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({name: token_id for token_id, name in enumerate(SYMBOLS)}, unk_token=PAD)
     )
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([name for name in SYMBOLS if len(name) > 1])
-    return Tokenizer(made.to_str(), bos=START_OF_TEXT)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([name for name in SYMBOLS if len(name) > 1])
+    return Tokenizer(tokenizer.to_str(), bos=START_OF_TEXT)

@@ -41,7 +41,7 @@ def find_tokenizer(path_or_name: str | Path) -> TokenizerFiles:
     name = str(path_or_name)
     if not _HUB_NAME.fullmatch(name) or ("/" in name and path.parent.exists()):
         raise UserError(f"{name}: no such file or folder; name a tokenizer.json or its folder")
-    return _from_folder(_fetch(name))
+    return _from_folder(_download(name))
 
 
 def _from_folder(folder: Path) -> TokenizerFiles:
@@ -59,20 +59,20 @@ def _from_file(path: Path) -> TokenizerFiles:
 
 def _roles(folder: Path) -> tuple[str | None, str, str | None]:
     """Read BOS token, EOS token and the chat template (None: Tinsmith's) of a folder."""
-    path, beside = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = _read_object(path)
+    config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = _read_object(config_path)
     templates = config.get("chat_template")
     try:
-        bos, eos = (_name(config.get(role)) for role in ("bos_token", "eos_token"))
+        bos, eos = (_token_name(config.get(role)) for role in ("bos_token", "eos_token"))
         if isinstance(templates, list):
             templates = {item["name"]: item["template"] for item in templates}.get("default")
-        template = _read(beside) if beside.is_file() else _name(templates)
+        template = _read(template_path) if template_path.is_file() else _token_name(templates)
     except (TypeError, KeyError):
-        raise UserError(f"{path}: a token or a template in it is not text") from None
+        raise UserError(f"{config_path}: a token or a template in it is not text") from None
     return bos, eos or END_OF_TEXT, None if template == our_template() else template
 
 
-def _name(value: Any) -> str | None:
+def _token_name(value: Any) -> str | None:
     """Return the name of a token, which may be given as an object with flags."""
     value = value["content"] if isinstance(value, dict) else value
     if not isinstance(value, str | None):
@@ -84,30 +84,32 @@ def _from_vocabulary(folder: Path) -> str:
     """Convert GPT-2's `vocab.json` and `merges.txt` to the text of a `tokenizer.json`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    kind = _read_object(folder / "tokenizer_config.json").get("tokenizer_class", "")
-    if kind not in _GPT2_CLASSES:
-        raise UserError(f"{folder}: a {kind} without tokenizer.json; transformers can write one")
+    class_name = _read_object(folder / "tokenizer_config.json").get("tokenizer_class", "")
+    if class_name not in _GPT2_CLASSES:
+        raise UserError(
+            f"{folder}: a {class_name} without tokenizer.json; transformers can write one"
+        )
     vocabulary = _read_object(folder / "vocab.json")
     added = _read_object(folder / "added_tokens.json")
     lines = _read(folder / "merges.txt").replace("\r\n", "\n").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version:")]
     try:
-        made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(a, b) for a, b in merges]))
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(a, b) for a, b in merges]))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{folder}: vocab.json and merges.txt do not agree: {error}") from None
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     names = [END_OF_TEXT] if END_OF_TEXT in vocabulary else []
     names += sorted((name for name in added if name not in names), key=lambda name: added[name])
-    made.add_tokens(as_added(names))
-    moved = [name for name in added if made.token_to_id(name) != added[name]]
-    if moved:
+    tokenizer.add_tokens(as_added(names))
+    mismatched = [name for name in added if tokenizer.token_to_id(name) != added[name]]
+    if mismatched:
         path = folder / "added_tokens.json"
-        raise UserError(f"{path}: the id of '{moved[0]}' does not follow those of vocab.json")
-    return made.to_str()
+        raise UserError(f"{path}: the id of '{mismatched[0]}' does not follow those of vocab.json")
+    return tokenizer.to_str()
 
 
-def _fetch(name: str) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -117,7 +119,7 @@ def _fetch(name: str) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{name}: no such path, and the Hub does not provide it: {reason}"
+            f"{name}: no such path, and the Hugging Face Hub answered: {reason}"
         ) from None
 
 

@@ -65,8 +65,10 @@ class Conversation:
     def prompt(self) -> "Conversation":
         """Return the conversation without its last assistant message: the prompt of that answer."""
         last = self.messages[-1:]
-        kept = self.messages[:-1] if last and last[0].role == "assistant" else self.messages
-        return Conversation(messages=kept, tools=self.tools)
+        prompt_messages = (
+            self.messages[:-1] if last and last[0].role == "assistant" else self.messages
+        )
+        return Conversation(messages=prompt_messages, tools=self.tools)
 
 
 def parse_conversation(record: Any, *, answered: bool = True) -> Conversation:
@@ -80,7 +82,7 @@ def parse_conversation(record: Any, *, answered: bool = True) -> Conversation:
     """
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
-    items = _items(record, answered)
+    items = _raw_messages(record, answered)
     tools = _tools(record, items)
     messages = [_message(item, f"message {index + 1}") for index, item in enumerate(items)]
     system = record.get("system")
@@ -97,7 +99,7 @@ def parse_conversation(record: Any, *, answered: bool = True) -> Conversation:
     return Conversation(messages=tuple(messages), tools=tuple(tools))
 
 
-def _items(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
+def _raw_messages(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
     """Return the record's messages as role/content objects, not yet validated."""
     for key in ("messages", "conversations"):
         if key in record:
@@ -129,14 +131,16 @@ def _from_parts(item: dict[str, Any]) -> dict[str, Any]:
     parts = item.get("content")
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return item
-    found: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
+    by_type: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
     for part in parts:
-        found.setdefault(str(part.get("type")), []).append(part.get("text", part.get("value")))
-    if len(found) > 3 or any(not isinstance(one, str) for many in found.values() for one in many):
+        by_type.setdefault(str(part.get("type")), []).append(part.get("text", part.get("value")))
+    if len(by_type) > 3 or any(
+        not isinstance(text, str) for texts in by_type.values() for text in texts
+    ):
         return item
-    whole = item | {"content": "".join(found["text"])}
-    whole |= {"reasoning_content": "".join(found["reasoning"])} if found["reasoning"] else {}
-    return whole | ({"tool_calls": found["tool_call"]} if found["tool_call"] else {})
+    message = item | {"content": "".join(by_type["text"])}
+    message |= {"reasoning_content": "".join(by_type["reasoning"])} if by_type["reasoning"] else {}
+    return message | ({"tool_calls": by_type["tool_call"]} if by_type["tool_call"] else {})
 
 
 def _from_alpaca(record: dict[str, Any], answered: bool) -> list[dict[str, Any]]:
@@ -199,46 +203,46 @@ def _message(item: dict[str, Any], where: str) -> Message:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"{where} is not text")
-    return _json(value, where)
+    return _check_json(value, where)
 
 
 def _calls(value: Any, where: str) -> tuple[Call, ...]:
-    calls = _listed(_parsed(value, f"{where}: `tool_calls`"))
+    calls = _as_list(_decode_json(value, f"{where}: `tool_calls`"))
     return tuple(_call(item, f"{where}: a tool call") for item in calls)
 
 
 def _call(item: Any, where: str) -> Call:
-    item = _parsed(item, where)
+    item = _decode_json(item, where)
     inner = (item.get("function") or item) if isinstance(item, dict) else item
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise BadRecord(f"{where} has no name")
-    arguments = _parsed(inner.get("arguments"), f"{where}'s arguments")
+    arguments = _decode_json(inner.get("arguments"), f"{where}'s arguments")
     if not isinstance(arguments, dict | None):
         raise BadRecord(f"{where}'s arguments are not a JSON object")
-    return Call(name=_json(inner["name"], where), arguments=arguments or {})
+    return Call(name=_check_json(inner["name"], where), arguments=arguments or {})
 
 
 def _tools(record: dict[str, Any], items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    given = record.get("tools")
-    if not given and items and items[0].get("role") in ("system", "developer"):
-        given = items[0].get("tools")
-    tools = _listed(_parsed(given, "`tools`"))
+    raw = record.get("tools")
+    if not raw and items and items[0].get("role") in ("system", "developer"):
+        raw = items[0].get("tools")
+    tools = _as_list(_decode_json(raw, "`tools`"))
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRecord("`tools` is not a list of objects")
     return tools
 
 
-def _parsed(value: Any, where: str) -> Any:
+def _decode_json(value: Any, where: str) -> Any:
     """Decode a value that may be JSON text. Empty text gives None."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError):
             raise BadRecord(f"{where}: not valid JSON") from None
-    return _json(value, where)
+    return _check_json(value, where)
 
 
-def _json(value: Any, where: str, depth: int = 0) -> Any:
+def _check_json(value: Any, where: str, depth: int = 0) -> Any:
     """Return the value after checking that it is JSON of limited depth without lone surrogates."""
     if depth > MAX_JSON_DEPTH:
         raise BadRecord(f"{where}: nested more than {MAX_JSON_DEPTH} levels deep")
@@ -249,19 +253,19 @@ def _json(value: Any, where: str, depth: int = 0) -> Any:
             raise BadRecord(f"{where} contains a lone surrogate") from None
     elif isinstance(value, dict):
         for key, item in value.items():
-            _json(item, where, depth + 1)
+            _check_json(item, where, depth + 1)
             if not isinstance(key, str):
                 raise BadRecord(f"{where}: a key is not text")
-            _json(key, where)
+            _check_json(key, where)
     elif isinstance(value, list):
         for item in value:
-            _json(item, where, depth + 1)
+            _check_json(item, where, depth + 1)
     elif not isinstance(value, int | float | None):
         raise BadRecord(f"{where}: a {type(value).__name__} is not JSON")
     return value
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -277,7 +281,11 @@ def _check_order(messages: list[Message]) -> None:
         if message.role == "assistant":
             allowed = ("tool",) if message.calls else ("user",)
         else:
-            after = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}
-            allowed = after[message.role]
+            next_roles = {
+                "system": ("user",),
+                "user": ("assistant",),
+                "tool": ("tool", "assistant"),
+            }
+            allowed = next_roles[message.role]
     if not messages or messages[-1].role == "system":
-        raise BadRecord("nobody says anything")
+        raise BadRecord("has no message of a user or an assistant")

@@ -1,7 +1,4 @@
-"""Decode token ids to text incrementally during generation (streaming).
-
-Stop strings, wherever the borders of tokens fall.
-"""
+"""Decode token ids to text incrementally (streaming), and detect stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -34,44 +31,45 @@ class TextStream:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, whatever pieces it comes in.
+    """Pass text through up to the first stop string, however the text is split into pieces.
 
-    First is the one that is complete first (then the row can end); of several that end together,
-    the longest. Text that could still turn out to be the beginning of one is held back. UserError
-    for an empty stop string.
+    The first is the one that is complete first; if several end together, the longest. Text that
+    could be the beginning of a stop string is buffered. UserError for an empty stop string.
     """
 
     def __init__(self, stops: Sequence[str]):
         if "" in stops:
-            raise UserError("stop: an empty string would stop everything; leave it out")
+            raise UserError("stop: an empty string would stop at once; leave it out")
         self._stops = sorted(set(stops), key=len, reverse=True)
-        self._held = ""
+        self._buffer = ""
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was found: later text is dropped)."""
+        """Return (text that can be shown, whether a stop string was found); later text is
+        dropped.
+        """
         if self._stopped:
             return "", True
-        known, self._held = len(self._held), self._held + text
-        for end in range(known + 1, len(self._held) + 1):
+        num_buffered, self._buffer = len(self._buffer), self._buffer + text
+        for end in range(num_buffered + 1, len(self._buffer) + 1):
             for stop in self._stops:
-                if self._held.endswith(stop, 0, end):
+                if self._buffer.endswith(stop, 0, end):
                     self._stopped = True
                     return self._release(end - len(stop)), True
-        return self._release(self._safe()), False
+        return self._release(self._safe_length()), False
 
     def finish(self) -> str:
-        """What was held back, once no more text comes."""
-        return "" if self._stopped else self._release(len(self._held))
+        """Return the buffered text after the last piece."""
+        return "" if self._stopped else self._release(len(self._buffer))
 
-    def _safe(self) -> int:
-        """How much of the held text no stop string can begin in any more."""
-        longest = len(self._stops[0]) - 1 if self._stops else 0
-        for place in range(max(len(self._held) - longest, 0), len(self._held)):
-            if any(stop.startswith(self._held[place:]) for stop in self._stops):
-                return place
-        return len(self._held)
+    def _safe_length(self) -> int:
+        """Return the length of the buffered text in which no stop string can begin."""
+        max_prefix = len(self._stops[0]) - 1 if self._stops else 0
+        for start in range(max(len(self._buffer) - max_prefix, 0), len(self._buffer)):
+            if any(stop.startswith(self._buffer[start:]) for stop in self._stops):
+                return start
+        return len(self._buffer)
 
     def _release(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
+        text, self._buffer = self._buffer[:count], self._buffer[count:]
         return text

@@ -1,7 +1,5 @@
 """Compile and render chat templates: untrusted Jinja, sandboxed and limited in time and size.
 
-Limit the time and memory of Jinja templates.
-
 Jinja's sandbox blocks access to Python internals, but it does not bound work: nested loops,
 recursive macros, text that doubles. Therefore the template's syntax tree is rewritten before it is
 compiled. Every loop iteration, call and list costs a step, and every operation that can lengthen a
@@ -75,17 +73,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def start(self, room: int) -> None:
         """Start a rendering with at most `room` characters of output."""
         self._room = room
-        self._emitted_so_far = 0
+        self._output_length = 0
         self._steps = MAX_STEPS
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Allow listed methods of text, lists and dicts, and those of `loop` and `namespace`."""
-        for kind, names in _METHODS.items():
-            if isinstance(obj, kind):
+        for value_type, names in _METHODS.items():
+            if isinstance(obj, value_type):
                 return attr in names
-        ours = isinstance(obj, LoopContext | Namespace)
-        return ours and super().is_safe_attribute(obj, attr, value)
+        is_template_object = isinstance(obj, LoopContext | Namespace)
+        return is_template_object and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
         """Refuse `str.format`, which can pad to any width, as an unsafe attribute."""
@@ -103,7 +101,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "**" or (operator == "%" and not numbers):
             raise SecurityError(f"the operator {operator} is not allowed here")
         if not numbers:
-            self._fits(_length(left, right, operator))
+            self._check_length(_length(left, right, operator))
             self._step(_length(left, right, operator) // 1000 + 1)
         elif _bits(left) + _bits(right) > 256:
             raise SecurityError("its numbers become too large")
@@ -114,9 +112,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if self._steps < 0 or time.monotonic() > self._deadline:
             raise SecurityError(f"it takes more than {MAX_STEPS} steps or {MAX_SECONDS:g} seconds")
 
-    def _fits(self, length: int) -> None:
+    def _check_length(self, length: int) -> None:
         if length > self._room:
-            raise SecurityError(f"it makes more than {self._room} characters")
+            raise SecurityError(f"its output is longer than {self._room} characters")
 
     def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
@@ -139,8 +137,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _emitted(self, value: Any) -> str:
         text = self._text(value)
-        self._emitted_so_far += len(text)
-        self._fits(self._emitted_so_far)
+        self._output_length += len(text)
+        self._check_length(self._output_length)
         return text
 
     def _tojson(self, value: Any, indent: int | None = None) -> str:
@@ -151,13 +149,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _join(
         self, values: Iterable[Any], separator: str = "", attribute: str | None = None
     ) -> str:
-        read = [item if attribute is None else self.getitem(item, attribute) for item in values]
-        parts = [self._text(value) for value in read]
-        self._fits(sum(map(len, parts)) + len(separator) * len(parts))
+        items = [item if attribute is None else self.getitem(item, attribute) for item in values]
+        parts = [self._text(value) for value in items]
+        self._check_length(sum(map(len, parts)) + len(separator) * len(parts))
         return separator.join(parts)
 
     def _replace(self, text: str, old: str, new: str, count: int = -1) -> str:
-        self._fits(len(text) + text.count(old) * len(new))
+        self._check_length(len(text) + text.count(old) * len(new))
         return text.replace(old, new, count)
 
     def _range(self, *args: int) -> range:
@@ -193,9 +191,9 @@ def rewrite_template(tree: nodes.Template) -> nodes.Template:
             node.nodes = [_emitted(part) for part in node.nodes]
         for field, value in node.iter_fields():
             if isinstance(value, list):
-                value[:] = [_measured(item) for item in value]
+                value[:] = [_with_limit(item) for item in value]
             elif isinstance(value, nodes.Node):
-                setattr(node, field, _measured(value))
+                setattr(node, field, _with_limit(value))
     return tree
 
 
@@ -203,7 +201,7 @@ def _emitted(node: Any) -> Any:
     return node if isinstance(node, nodes.TemplateData) else _filtered(node, "emitted")
 
 
-def _measured(node: Any) -> Any:
+def _with_limit(node: Any) -> Any:
     if isinstance(node, nodes.Concat):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
     lists = isinstance(node, nodes.List | nodes.Dict)

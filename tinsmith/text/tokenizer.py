@@ -41,9 +41,9 @@ MAX_PIECE_CHARS = 100_000
 """Characters to encode at once. Longer texts are slower, and 10 million spaces crash the splitter.
 """
 
-_BROKEN = re.compile("[\udc80-\udcff]")
-_BROKEN_OR_MARK = re.compile(f"[\udc80-\udcff{SPACE}]")
-_PROBE = (
+_INVALID_BYTE = re.compile("[\udc80-\udcff]")
+_INVALID_BYTE_OR_SPACE = re.compile(f"[\udc80-\udcff{SPACE}]")
+_LOSSY_PROBE = (
     " a  B\t\r\n\n don't 1234 e\u0301 \u00e9 \ufb01 \u4e2d\u6587\u3000"
     " \U0001f469\u200d\U0001f4bb \x00\x7f\u2028<|x|>  "
 )
@@ -68,33 +68,37 @@ class Tokenizer:
         eos: str = END_OF_TEXT,
         chat_template: str | None = None,
     ):
-        parsed, self._whole = _open(settings)
+        parsed, self._full = _open(settings)
         self.bos, self.eos, self.chat_template = bos, eos, chat_template
         if not _is_complete(parsed):
-            _add_missing(self._whole, [name for name in (*CHAT_TOKENS, bos, eos) if name])
-        self._spelling = read_byte_encoding(parsed)
-        self._text = tokenizers.Tokenizer.from_str(
-            json.dumps(without_text_changes(parsed, self._spelling))
+            _add_missing(self._full, [name for name in (*CHAT_TOKENS, bos, eos) if name])
+        self._encoding = read_byte_encoding(parsed)
+        self._text_tokenizer = tokenizers.Tokenizer.from_str(
+            json.dumps(without_text_changes(parsed, self._encoding))
         )
-        pieces = self._whole.get_vocab(with_added_tokens=False)
-        added = self._whole.get_added_tokens_decoder()
+        pieces = self._full.get_vocab(with_added_tokens=False)
+        added = self._full.get_added_tokens_decoder()
         self._added = {
-            token.content: number
-            for number, token in added.items()
+            token.content: token_id
+            for token_id, token in added.items()
             if not (token.content in pieces and is_blank(token.content))
         }
-        ordinary = {piece: number for piece, number in pieces.items() if piece not in self._added}
-        self._bytes = {number: self._spelling.piece(piece) for piece, number in ordinary.items()}
-        self._bytes |= {number: name.encode() for name, number in self._added.items()}
-        self._byte_ids = [ordinary.get(self._spelling.byte(value), -1) for value in range(256)]
+        ordinary = {
+            piece: token_id for piece, token_id in pieces.items() if piece not in self._added
+        }
+        self._bytes = {
+            token_id: self._encoding.piece(piece) for piece, token_id in ordinary.items()
+        }
+        self._bytes |= {token_id: name.encode() for name, token_id in self._added.items()}
+        self._byte_ids = [ordinary.get(self._encoding.byte(value), -1) for value in range(256)]
         self._special_ids = frozenset(self._added.values())
-        self._reachable = frozenset(self._added[name] for name in self._added if name in pieces)
-        self._every_byte = self._spelling.kind != "words" and min(self._byte_ids) >= 0
-        self._exact = self._every_byte and self._survives(_PROBE)
+        self._spellable = frozenset(self._added[name] for name in self._added if name in pieces)
+        self._every_byte = self._encoding.kind != "words" and min(self._byte_ids) >= 0
+        self._exact = self._every_byte and self._is_lossless(_LOSSY_PROBE)
         self.vocab_size = max(self._bytes) + 1
         self.end_of_text = self.special(END_OF_TEXT if eos == END_OF_TURN else eos)
-        own_turns = chat_template is not None and END_OF_TURN not in chat_template
-        self.end_of_turn = self.special(eos if own_turns else END_OF_TURN)
+        has_own_turns = chat_template is not None and END_OF_TURN not in chat_template
+        self.end_of_turn = self.special(eos if has_own_turns else END_OF_TURN)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.to_json(), self.bos, self.eos, self.chat_template)
@@ -130,16 +134,19 @@ class Tokenizer:
 
     def encode_many(self, texts: Iterable[str | bytes]) -> list[list[int]]:
         """Encode many texts in parallel on all cores."""
-        given = list(texts)
-        readied = [self._as_one_text(text, first=True) for text in given]
+        inputs = list(texts)
+        prepared = [self._as_one_text(text, first=True) for text in inputs]
         encodings = iter(
-            self._text.encode_batch_fast(
-                [ready for ready in readied if ready], add_special_tokens=False
+            self._text_tokenizer.encode_batch_fast(
+                [prepared_text for prepared_text in prepared if prepared_text],
+                add_special_tokens=False,
             )
         )
         return [
-            self._checked(next(encodings).ids, text, first=True) if ready else self.encode(text)
-            for text, ready in zip(given, readied, strict=True)
+            self._checked(next(encodings).ids, text, first=True)
+            if prepared_text
+            else self.encode(text)
+            for text, prepared_text in zip(inputs, prepared, strict=True)
         ]
 
     def special(self, name: str) -> int:
@@ -160,13 +167,13 @@ class Tokenizer:
         With `first`, the space that some tokenizers add before a text is removed.
         """
         raw = self._bytes.get(number, b"")
-        return raw.removeprefix(b" ") if first and self._spelling.leading_space else raw
+        return raw.removeprefix(b" ") if first and self._encoding.leading_space else raw
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """Return the exact bytes of ids. An added token gives its name, an unknown id nothing."""
-        numbers = list(ids)
-        start = [self.token_bytes(number, first=True) for number in numbers[:1]]
-        return b"".join(start + self._raw(numbers[1:]))
+        token_ids = list(ids)
+        start = [self.token_bytes(token_id, first=True) for token_id in token_ids[:1]]
+        return b"".join(start + self._raw(token_ids[1:]))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text with special tokens shown, and U+FFFD for bytes that are not UTF-8."""
@@ -175,14 +182,14 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Return (V,) int64: the number of text bytes of each id, 0 for added and unknown ids."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for number, raw in self._bytes.items():
-            lengths[number] = len(raw)
+        for token_id, raw in self._bytes.items():
+            lengths[token_id] = len(raw)
         lengths[list(self._special_ids)] = 0
         return lengths
 
     def to_json(self) -> str:
         """Return the text of `tokenizer.json`."""
-        return self._whole.to_str(pretty=True)
+        return self._full.to_str(pretty=True)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that determines the ids of a text or chat."""
@@ -210,8 +217,8 @@ class Tokenizer:
         atomic_write(folder / "chat_template.jinja", template)
 
     def _encode(self, text: str | bytes, *, first: bool) -> list[int]:
-        ready = self._as_one_text(text, first=first)
-        ids = self._ids(ready) if ready else self._piecewise(text, first=first)
+        prepared = self._as_one_text(text, first=first)
+        ids = self._ids(prepared) if prepared else self._piecewise(text, first=first)
         return self._checked(ids, text, first=first)
 
     def _as_one_text(self, text: str | bytes, *, first: bool) -> str:
@@ -225,16 +232,16 @@ class Tokenizer:
                 return ""
         else:
             _refuse_surrogates(text)
-        spaced = self._spelling.kind == "fallback" and SPACE in text
-        if not text or spaced or len(text) > MAX_PIECE_CHARS:
+        has_space_piece = self._encoding.kind == "fallback" and SPACE in text
+        if not text or has_space_piece or len(text) > MAX_PIECE_CHARS:
             return ""
-        return " " + text if first and self._spelling.leading_space else text
+        return " " + text if first and self._encoding.leading_space else text
 
     def _piecewise(self, text: str | bytes, *, first: bool) -> list[int]:
         """Encode non-UTF-8 bytes and a literal `▁` as byte tokens, and the rest as text."""
         raw = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
-        raw = " " + raw if raw and first and self._spelling.leading_space else raw
-        pattern = _BROKEN_OR_MARK if self._spelling.kind == "fallback" else _BROKEN
+        raw = " " + raw if raw and first and self._encoding.leading_space else raw
+        pattern = _INVALID_BYTE_OR_SPACE if self._encoding.kind == "fallback" else _INVALID_BYTE
         ids: list[int] = []
         start = 0
         for match in pattern.finditer(raw):
@@ -245,35 +252,35 @@ class Tokenizer:
 
     def _ids(self, text: str) -> list[int]:
         if len(text) <= MAX_PIECE_CHARS:
-            return self._text.encode(text, add_special_tokens=False).ids
-        encodings = self._text.encode_batch_fast(
+            return self._text_tokenizer.encode(text, add_special_tokens=False).ids
+        encodings = self._text_tokenizer.encode_batch_fast(
             split_text(text, MAX_PIECE_CHARS), add_special_tokens=False
         )
-        return [number for encoding in encodings for number in encoding.ids]
+        return [token_id for encoding in encodings for token_id in encoding.ids]
 
     def _checked(self, ids: list[int], text: str | bytes, *, first: bool) -> list[int]:
         """Replace added tokens that the text reached by byte tokens, and check that nothing is
         lost.
         """
-        if self._every_byte and not self._reachable.isdisjoint(ids):
-            ids = [spelled for number in ids for spelled in self._spelled_out(number)]
+        if self._every_byte and not self._spellable.isdisjoint(ids):
+            ids = [byte_id for token_id in ids for byte_id in self._as_byte_ids(token_id)]
         if not self._exact:
             raw = text.encode() if isinstance(text, str) else text
-            written = self.bytes_of(ids) if first else b"".join(self._raw(ids))
-            if written != raw or not self._reachable.isdisjoint(ids):
+            decoded = self.bytes_of(ids) if first else b"".join(self._raw(ids))
+            if decoded != raw or not self._spellable.isdisjoint(ids):
                 raise UserError(f"the tokenizer's vocabulary cannot represent {raw[:40]!r}")
         return ids
 
-    def _spelled_out(self, number: int) -> list[int]:
-        if number not in self._reachable:
-            return [number]
-        return [self._byte_ids[byte] for byte in self._bytes[number]]
+    def _as_byte_ids(self, token_id: int) -> list[int]:
+        if token_id not in self._spellable:
+            return [token_id]
+        return [self._byte_ids[byte] for byte in self._bytes[token_id]]
 
-    def _survives(self, text: str) -> bool:
+    def _is_lossless(self, text: str) -> bool:
         return b"".join(self._raw(self._ids(text))) == text.encode()
 
     def _raw(self, ids: list[int]) -> list[bytes]:
-        return [self._bytes.get(number, b"") for number in ids]
+        return [self._bytes.get(token_id, b"") for token_id in ids]
 
 
 def _rebuild(settings: str, bos: str | None, eos: str, chat_template: str | None) -> Tokenizer:
@@ -294,14 +301,14 @@ def _is_complete(settings: dict[str, Any]) -> bool:
     tokens, such as tags, have no meaning in it.
     """
     added = {token["content"] for token in settings.get("added_tokens", [])}
-    symbols = settings["model"].get("type") == "WordLevel"
-    return symbols and added.issuperset((END_OF_TEXT, START_OF_TURN, END_OF_TURN))
+    is_word_level = settings["model"].get("type") == "WordLevel"
+    return is_word_level and added.issuperset((END_OF_TEXT, START_OF_TURN, END_OF_TURN))
 
 
-def _add_missing(whole: tokenizers.Tokenizer, names: list[str]) -> None:
+def _add_missing(tokenizer: tokenizers.Tokenizer, names: list[str]) -> None:
     """Add missing tokens after the last id. Existing tokens keep their ids."""
-    known = {token.content for token in whole.get_added_tokens_decoder().values()}
-    whole.add_tokens(as_added(name for name in dict.fromkeys(names) if name not in known))
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens(as_added(name for name in dict.fromkeys(names) if name not in known))
 
 
 def _refuse_surrogates(text: str) -> None:
