@@ -8,6 +8,7 @@ my_mixer.py` tests the kinds of a user's own file instead.
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -137,8 +138,12 @@ def _is_run(slots: list[str], names: list[str]) -> bool:
 
 def _first_named(beginning: str) -> str:
     """Return the first name of a sample that starts with `beginning`."""
-    names = (_name(kind, sample) for kind, samples in SAMPLES.items() for sample in samples)
-    return next(name for name in names if name.startswith(beginning))
+    return next(name for name in _all_names() if name.startswith(beginning))
+
+
+@cache
+def _all_names() -> list[str]:
+    return [_name(kind, sample) for kind, samples in SAMPLES.items() for sample in samples]
 
 
 def _marks(names: set[str], costly: bool) -> list[pytest.MarkDecorator]:

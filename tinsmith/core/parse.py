@@ -8,7 +8,7 @@ import difflib
 import re
 import types
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
     Annotated,
@@ -23,7 +23,7 @@ from typing import (
 )
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.plugins import outside_variants
+from tinsmith.core.plugins import imported_variants, outside_variants
 from tinsmith.core.renamed_keys import new_key, new_kind
 
 T = TypeVar("T")
@@ -146,15 +146,23 @@ def parse(kind: Any, data: Any, where: str = "") -> Any:
     Raise UserError with one line: where, the key, what is wrong, and the closest known name for an
     unknown one.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(data)
+        return _adapter(kind, imported_variants()).validate_python(data)
     except ValidationError as error:
         problem = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")[
             0
         ]
         raise UserError(_explain(kind, problem, where)) from None
+
+
+@lru_cache(maxsize=64)
+def _adapter(kind: Any, imported: tuple[type, ...]) -> Any:
+    """Return pydantic's adapter of a type, whose unions contain the `imported` variants."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def json_schema(kind: Any) -> dict[str, Any]:

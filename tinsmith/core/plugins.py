@@ -58,6 +58,11 @@ def imported_files() -> list[Path]:
     return list(_IMPORTED)
 
 
+def imported_variants() -> tuple[type, ...]:
+    """Return the config classes of all imported files."""
+    return tuple(variant for variants in _IMPORTED.values() for variant in variants)
+
+
 def kind_of(variant: type) -> str | None:
     """Return the `kind` of a config dataclass, or None if it has none."""
     if not is_dataclass(variant):
