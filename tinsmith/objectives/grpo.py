@@ -67,7 +67,7 @@ class GRPO(CriticFreeConfig):
 
 
 class CriticFreeObjective(RLObjective):
-    """The loss of one forward pass over prompts and answers."""
+    """Policy loss without a value model, in one forward pass."""
 
     def __init__(self, config: CriticFreeConfig):
         super().__init__(config)
@@ -100,18 +100,18 @@ class CriticFreeObjective(RLObjective):
 
 
 class GRPOObjective(CriticFreeObjective):
-    """Advantages within groups."""
+    """Advantages are relative to the group: the completions of one prompt."""
 
     def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
-        """An answer without a reward counts as the mean of its group."""
+        """Normalise rewards within groups. A missing reward counts as the mean of its group."""
         groups = fill_missing_rewards(rows.rewards.view(-1, self.config.num_generations))
         advantages = group_advantages(groups).flatten()
         return rows._replace(advantages=expand_advantages(advantages, rows.mask))
 
     def rollout_metrics(self, rows: RolloutBatch, logprobs: Tensor) -> dict[str, Metric]:
-        """Also the share of groups that teach nothing."""
+        """Add the fraction of groups whose rewards are all equal, so that they have no gradient."""
         same = zero_variance_groups(
             fill_missing_rewards(rows.rewards.view(-1, self.config.num_generations))
         )

@@ -4,7 +4,7 @@
     r_t     = -beta * (ln pi_old - ln pi_ref)_t + [t is last] R
     loss    = clipped surrogate + value_coef * clipped value loss
 
-V_t is read at the state before action t, so it cannot see what it judges.
+V_t is the value of the state before action t, so it does not depend on that action.
 """
 
 import copy
@@ -29,7 +29,7 @@ from tinsmith.text.tokenizer import Tokenizer
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> Tensor:
-    """The clipped surrogate, a scalar: the mean over masked tokens of
+    """Return the clipped surrogate, a scalar: the mean over masked tokens of
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A). All (B, T), `advantages` (B,) or (B, T).
     """
     surrogate = DAPOLoss(clip_low=clip, clip_high=clip)
@@ -40,7 +40,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> Tensor:
-    """The clipped value loss, a scalar: the mean over masked tokens of half the larger of
+    """Return the clipped value loss, a scalar: the mean over masked tokens of half the larger of
     (V - R)^2 and (clip(V, V_old - clip, V_old + clip) - R)^2. All (B, T).
     """
     return masked_mean(token_value_loss(values, old_values, returns, mask, clip), mask)
@@ -49,10 +49,10 @@ def value_loss(
 def token_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> Tensor:
-    """The same of every token (B, T), 0 where masked."""
-    new, old, goal = (torch.where(mask.bool(), each, 0) for each in (values, old_values, returns))
-    near = old + (new - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((new - goal).square(), (near - goal).square())
+    """Return the clipped value loss of every token (B, T), 0 outside the mask."""
+    new, old, target = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
+    clipped = old + (new - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((new - target).square(), (clipped - target).square())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,16 @@ class PPO(RLConfig):
     gamma: float = 1.0
     lam: float = 0.95
     critic: Literal["head", "model"] = "head"
-    """Values from a head on the policy's last hidden states, or from a model of their own that
-    begins as a copy of the policy.
+    """Values come from a head on the policy's last hidden states, or from a separate model that is
+    initialised as a copy of the policy.
     """
     value_coef: float = 0.5
     value_clip: float = 0.2
     whiten: bool = True
-    """Advantages of a rollout get mean 0 and deviation 1."""
+    """If True, advantages of a rollout are normalised to mean 0 and standard deviation 1."""
     target_kl: float | None = None
-    """Early stop: where half the mean squared log-ratio to the policy that answered is above it,
-    that step is not taken, and the rest of the rollout is left.
+    """Early stopping: if half the mean squared log-ratio (`approx_kl`) is above it, the step is
+    skipped and the rest of the rollout is dropped. In nats per token.
     """
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class PPO(RLConfig):
 
 
 class PPOObjective(RLObjective):
-    """The unit is a token."""
+    """PPO with a value model. The unit of the loss is a response token."""
 
     def __init__(self, config: PPO):
         super().__init__(config)
@@ -115,7 +115,7 @@ class PPOObjective(RLObjective):
         self.value: nn.Linear
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Values begin as 0."""
+        """Build the value head, which is initialised to 0, and the value model if there is one."""
         super().prepare(policy, tokenizer)
         weight = policy.embed.weight
         self.value = nn.Linear(policy.config.dim, 1, device=weight.device, dtype=weight.dtype)
@@ -123,11 +123,11 @@ class PPOObjective(RLObjective):
         nn.init.zeros_(self.value.bias)
         if self.config.critic == "model":
             self.trunk = copy.deepcopy(policy)
-            if not policy.config.tie_embeddings:  # nothing asks it for logits
+            if not policy.config.tie_embeddings:  # it computes no logits
                 self.trunk.head.requires_grad_(False)
 
     def values(self, out: ModelOut, rows: RolloutBatch) -> Tensor:
-        """(B, T): V before the token that position t is to predict."""
+        """Return the values (B, T): V of the state before the token that position t predicts."""
         hidden = out.hidden
         if self.trunk is not None:
             hidden = self.trunk(rows.ids, segments=rows.segments, logits=False).hidden
@@ -136,7 +136,7 @@ class PPOObjective(RLObjective):
     def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
-        """Advantages and returns by the values of now."""
+        """Compute advantages and returns (GAE) with the current values."""
         config = self.config
         with eval_mode(policy), torch.no_grad():
             values = self.values(policy(rows.ids, segments=rows.segments, logits=False), rows)
@@ -148,24 +148,24 @@ class PPOObjective(RLObjective):
         return rows._replace(values=values, advantages=advantages, returns=returns)
 
     def units(self, batch: RolloutBatch) -> Tensor:
-        """Tokens that were said."""
+        """Count response tokens."""
         return batch.mask.sum()
 
     def loss(self, policy: LM, batch: RolloutBatch) -> Loss:
-        """One forward pass for probabilities and values."""
+        """Compute the policy loss and the value loss in one forward pass, summed over tokens."""
         config, count, mask = self.config, self.units(batch), batch.mask
         logprobs, out = self.logprobs(policy, batch)
         surrogate = config.policy_loss
         ratio = surrogate.log_ratio(logprobs, batch.old_logprobs, mask)
-        acting = surrogate.per_token(ratio, batch.advantages, logprobs, mask).sum()
+        policy_sum = surrogate.per_token(ratio, batch.advantages, logprobs, mask).sum()
         values = self.values(out, batch)
-        scoring = token_value_loss(values, batch.values, batch.returns, mask, config.value_clip)
-        scoring = scoring.sum()
-        total = acting + config.value_coef * scoring
+        per_token = token_value_loss(values, batch.values, batch.returns, mask, config.value_clip)
+        value_sum = per_token.sum()
+        total = policy_sum + config.value_coef * value_sum
         metrics = {
             "loss": Metric(total.detach(), count),
-            "policy_loss": Metric(acting.detach(), count),
-            "value_loss": Metric(scoring.detach(), count),
+            "policy_loss": Metric(policy_sum.detach(), count),
+            "value_loss": Metric(value_sum.detach(), count),
         }
         clipped = surrogate.is_clipped(ratio.detach(), batch.advantages, mask)
         metrics |= rollout_metrics(self.config, batch, logprobs, clipped)
@@ -173,7 +173,7 @@ class PPOObjective(RLObjective):
         return Loss(add_aux_losses(total, out.losses, count), metrics, out.stats, out.grad_probes)
 
     def accept_step(self, means: dict[str, float]) -> bool:
-        """No step that has gone too far, and then a new rollout."""
+        """Skip the step and drop the rollout if `approx_kl` is above `target_kl`."""
         limit = self.config.target_kl
         if limit is None or means.get("approx_kl", 0.0) <= limit:
             return True
@@ -182,6 +182,6 @@ class PPOObjective(RLObjective):
 
 
 def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
-    """(B,) rewards -> (B, T), each at its row's last masked-in position, 0 where there is none."""
+    """Return rewards (B,) as (B, T): at the last masked-in position of each row, 0 elsewhere."""
     later = mask.long().flip(1).cumsum(1).flip(1)
     return torch.where(mask & (later == 1), rewards[:, None], 0)

@@ -1,22 +1,19 @@
-"""Single-stream Policy Optimization (2509.13232): one answer to each prompt, judged against what
-that prompt is expected to earn.
+"""Single-stream Policy Optimization (2509.13232): one completion per prompt, with the tracked value
+of the prompt as baseline.
 
-    A = r - value(prompt), before the tracker takes r in; then (A - mean) / (std + 1e-8)
+    A = r - value(prompt), before the tracker is updated with r; then (A - mean) / (std + 1e-8)
 
-over the rollouts of all processes. How far the policy has moved since it last answered a prompt is
-the mean |ln pi - ln pi_then| over the tokens of that answer, measured when the prompt comes again.
+over the rollouts of all processes. The value tracker (section 3) has a Beta distribution for each
+prompt:
 
-The last answer to every prompt, with its log-probabilities when it was given.
-
-What a prompt's next answer is expected to earn: the value tracker of Single-stream Policy
-Optimization (2509.13232, section 3).
-
-    value = alpha / (alpha + beta)                                  before the answer
-    rho   = 2^(-D / half), between rho_min and rho_max
+    value = alpha / (alpha + beta)                                  before the completion
+    rho   = 2^(-D / kl_half_life), between rho_min and rho_max
     alpha <- rho alpha + r,   beta <- rho beta + 1 - r              after it
 
-D says how far the policy has moved since it last answered this prompt; a constant rho remembers
-1 / (1 - rho) answers.
+D is the distance of the policy from the one that sampled the previous completion of this prompt:
+the mean |ln pi - ln pi_then| over the tokens of that completion, measured when the prompt comes
+again. `ResponseCache` keeps these completions with their log-probabilities. A constant rho averages
+over 1 / (1 - rho) completions.
 """
 
 import math
@@ -39,7 +36,7 @@ from tinsmith.objectives.rl.rollout import Rollout, RolloutBatch, collate
 
 
 class ValueTracker:
-    """One Beta distribution per prompt, in float64; a prompt that was never met has (1/2, 1/2)."""
+    """One Beta distribution per prompt, in float64; (1/2, 1/2) for an unknown prompt."""
 
     def __init__(
         self, *, rho_min: float = 0.875, rho_max: float = 0.96, kl_half_life: float = 0.06
@@ -56,32 +53,32 @@ class ValueTracker:
         """(alpha, beta) by prompt id."""
 
     def init_prompt(self, prompt: int, rewards: Sequence[float]) -> None:
-        """Start a prompt from N earlier rewards in [0, 1]: alpha + beta = 1 / (1 - rho_min), shared
+        """Initialise a prompt with N rewards in [0, 1]: alpha + beta = 1 / (1 - rho_min), divided
         as (sum + 1/2) to (N - sum + 1/2).
         """
-        count, right = len(rewards), sum(map(_held, rewards))
+        count, right = len(rewards), sum(map(_clamped, rewards))
         weight = 1 / (1 - self.rho_min) / (count + 1) if count else 1.0
         self.state[prompt] = (weight * (right + 0.5), weight * (count - right + 0.5))
 
     def value(self, prompt: int) -> float:
-        """The reward in [0, 1] that is expected of the next answer."""
+        """Return the expected reward in [0, 1] of the next completion."""
         alpha, beta = self.state.get(prompt, (0.5, 0.5))
         return alpha / (alpha + beta)
 
     def rho(self, distance: float) -> float:
-        """How much of the past is kept after the policy has moved by `distance`, in nats per
-        token.
+        """Return the decay of alpha and beta for a policy that moved by `distance` (nats per
+        token).
         """
         return min(max(2 ** (-distance / self.kl_half_life), self.rho_min), self.rho_max)
 
     def update(self, prompt: int, reward: float, distance: float) -> None:
-        """Take in the reward of an answer, held to [0, 1]."""
+        """Update a prompt with the reward of a completion, clamped to [0, 1]."""
         alpha, beta = self.state.get(prompt, (0.5, 0.5))
-        rho, reward = self.rho(distance), _held(reward)
+        rho, reward = self.rho(distance), _clamped(reward)
         self.state[prompt] = (rho * alpha + reward, rho * beta + 1 - reward)
 
     def copy(self) -> "ValueTracker":
-        """Another that may learn more."""
+        """Return a copy with the same state."""
         other = ValueTracker(
             rho_min=self.rho_min, rho_max=self.rho_max, kl_half_life=self.kl_half_life
         )
@@ -89,23 +86,25 @@ class ValueTracker:
         return other
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For a checkpoint: `numbers` (N,) int64 and `shares` (N, 2) float64, alpha and beta."""
+        """Return the state for a checkpoint: `numbers`, the prompt ids (N,) int64, and `shares`
+        (N, 2) float64, alpha and beta.
+        """
         numbers = torch.tensor(list(self.state), dtype=torch.int64)
         shares = torch.tensor(list(self.state.values()), dtype=torch.float64).reshape(-1, 2)
         return {"numbers": numbers, "shares": shares}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """The inverse of `saved`."""
+        """Restore what `state_dict` returned."""
         shares = (tuple(pair) for pair in saved["shares"].tolist())
         self.state = dict(zip(saved["numbers"].tolist(), shares, strict=True))
 
 
-def _held(reward: float) -> float:
+def _clamped(reward: float) -> float:
     return min(max(reward, 0.0), 1.0)
 
 
 class CachedResponse(NamedTuple):
-    """One row without its padding: everything (L,)."""
+    """One row of a rollout without padding. All fields are (L,)."""
 
     ids: Tensor
     """int32, without the last id."""
@@ -115,37 +114,39 @@ class CachedResponse(NamedTuple):
 
 
 class ResponseCache:
-    """Answers by the number of their prompt."""
+    """The newest completion of every prompt, by prompt id."""
 
     def __init__(self, responses: Mapping[int, CachedResponse] | None = None):
         self.responses = dict(responses or {})
 
-    def __contains__(self, number: int) -> bool:
-        return number in self.responses
+    def __contains__(self, prompt_id: int) -> bool:
+        return prompt_id in self.responses
 
     def copy(self) -> "ResponseCache":
-        """Another that may learn more; answers are never changed."""
+        """Return a copy. Completions are shared because they are never changed."""
         return ResponseCache(self.responses)
 
-    def store(self, numbers: Sequence[int], rows: RolloutBatch) -> None:
-        """Row i of a rollout is the newest answer to prompt `numbers[i]`."""
+    def store(self, prompt_ids: Sequence[int], rows: RolloutBatch) -> None:
+        """Store row i of a rollout as the newest completion of prompt `prompt_ids[i]`."""
         lengths = (rows.segments >= 0).sum(1).tolist()
-        for row, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
+        for row, (prompt_id, length) in enumerate(zip(prompt_ids, lengths, strict=True)):
             ids, targets, mask, old = (
                 part[row, :length].cpu().clone()
                 for part in (rows.ids, rows.targets, rows.mask, rows.old_logprobs)
             )
-            self.responses[number] = CachedResponse(ids.int(), targets.int(), mask, old)
+            self.responses[prompt_id] = CachedResponse(ids.int(), targets.int(), mask, old)
 
-    def get_batch(self, numbers: Sequence[int], device: torch.device) -> RolloutBatch:
-        """The answers to these prompts, as rows."""
-        return collate([_episode(self.responses[number]) for number in numbers], device)
+    def get_batch(self, prompt_ids: Sequence[int], device: torch.device) -> RolloutBatch:
+        """Return the completions of these prompts as rows."""
+        return collate([_rollout(self.responses[each]) for each in prompt_ids], device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For a checkpoint: `numbers` and `lengths` (N,), and everything else end to end."""
+        """Return the state for a checkpoint: `numbers` (prompt ids) and `lengths`, both (N,), and
+        the fields of all completions, concatenated.
+        """
         parts = CachedResponse._make(
             torch.cat([getattr(each, name) for each in self.responses.values()] or [empty])
-            for name, empty in zip(CachedResponse._fields, _nothing(), strict=True)
+            for name, empty in zip(CachedResponse._fields, _empty_response(), strict=True)
         )
         numbers = torch.tensor(list(self.responses), dtype=torch.int64)
         lengths = torch.tensor(
@@ -155,23 +156,23 @@ class ResponseCache:
 
     @classmethod
     def from_state_dict(cls, saved: Mapping[str, Tensor]) -> "ResponseCache":
-        """The inverse of `saved`."""
+        """Restore what `state_dict` returned."""
         lengths = saved["lengths"].tolist()
         columns = (saved[name].cpu().split(lengths) for name in CachedResponse._fields)
         each = (CachedResponse(*parts) for parts in zip(*columns, strict=True))
         return cls(dict(zip(saved["numbers"].tolist(), each, strict=True)))
 
 
-def _nothing() -> CachedResponse:
+def _empty_response() -> CachedResponse:
     whole = torch.zeros(0, dtype=torch.int32)
     return CachedResponse(whole, whole, whole.bool(), whole.float())
 
 
-def _episode(kept: CachedResponse) -> Rollout:
-    episode = Rollout([*kept.ids[:1].tolist(), *kept.targets.tolist()], seed=0)
-    episode.response_mask = [False, *kept.mask.tolist()]
-    episode.logprobs = [0.0, *kept.old.tolist()]
-    return episode
+def _rollout(cached: CachedResponse) -> Rollout:
+    rollout = Rollout([*cached.ids[:1].tolist(), *cached.targets.tolist()], seed=0)
+    rollout.response_mask = [False, *cached.mask.tolist()]
+    rollout.logprobs = [0.0, *cached.old.tolist()]
+    return rollout
 
 
 __all__ = ["SPO", "SPOObjective", "ValueTracker"]
@@ -179,20 +180,20 @@ __all__ = ["SPO", "SPOObjective", "ValueTracker"]
 
 @dataclass(frozen=True, kw_only=True)
 class SPO(CriticFreeConfig):
-    """One answer to each prompt, and a tracker of what every prompt is expected to earn."""
+    """One completion per prompt, with the tracked value of the prompt as baseline."""
 
     kind: Literal["spo"] = "spo"
     rho_min: float = 0.875
     rho_max: float = 0.96
     kl_half_life: float = 0.06
-    """The distance, in nats per token, after which half of what is known counts."""
+    """Distance of the policy, in nats per token, that halves the weight of earlier rewards."""
     warmup_samples: int = 0
-    """Answers to a prompt that is met for the first time, for its tracker to begin with; nothing
-    is learned from them.
+    """Extra completions of a prompt that comes for the first time. They initialise its value and
+    are not trained on.
     """
     reward_min: float = 0.0
     reward_max: float = 1.0
-    """The rewards that count as 0 and as 1."""
+    """Rewards are mapped from [reward_min, reward_max] to [0, 1]."""
     whiten: bool = True
 
     def __post_init__(self) -> None:
@@ -210,7 +211,7 @@ class SPO(CriticFreeConfig):
         self.new_tracker()
 
     def new_tracker(self) -> ValueTracker:
-        """One that knows nothing yet."""
+        """Return a tracker without prompts."""
         return ValueTracker(
             rho_min=self.rho_min, rho_max=self.rho_max, kl_half_life=self.kl_half_life
         )
@@ -221,7 +222,9 @@ class SPO(CriticFreeConfig):
 
 
 class SPOObjective(CriticFreeObjective):
-    """Tracker and memory are the same on all processes: each hears of everybody's answers."""
+    """SPO with value tracker and response cache. Both are equal on all processes, because each
+    process updates them with the completions of all.
+    """
 
     def __init__(self, config: SPO):
         super().__init__(config)
@@ -232,46 +235,41 @@ class SPOObjective(CriticFreeObjective):
     def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
-        """Advantages before the tracker is told."""
-        self.tracker, self.response_cache = (
-            self.tracker.copy(),
-            self.response_cache.copy(),
-        )  # `mark` has the old
-        self._begin(policy, prompts)
-        numbers = [prompt.prompt_id for prompt in prompts]
+        """Subtract the tracked values from the rewards, then update tracker and cache."""
+        self.tracker = self.tracker.copy()  # a snapshot holds the old ones
+        self.response_cache = self.response_cache.copy()
+        self._init_new_prompts(policy, prompts)
+        prompt_ids = [prompt.prompt_id for prompt in prompts]
         rewards = self.normalize_rewards(rows.rewards)
-        expected = torch.tensor([self.tracker.value(number) for number in numbers])
-        advantages = torch.nan_to_num(rewards - expected.to(rewards))
-        learned = rows.mask.any(1)
+        values = torch.tensor([self.tracker.value(prompt_id) for prompt_id in prompt_ids])
+        advantages = torch.nan_to_num(rewards - values.to(rewards))
         if self.config.whiten:
-            advantages = whiten(advantages, learned, self.peers)
-        self._learn(numbers, rewards, self.distances(policy, numbers), rows)
+            advantages = whiten(advantages, rows.mask.any(1), self.peers)
+        self._update(prompt_ids, rewards, self.distances(policy, prompt_ids), rows)
         return rows._replace(advantages=expand_advantages(advantages, rows.mask))
 
     def normalize_rewards(self, rewards: Tensor) -> Tensor:
-        """Rewards between 0 and 1; NaN stays NaN."""
+        """Map rewards to [0, 1]. NaN stays NaN."""
         config = self.config
         return ((rewards - config.reward_min) / (config.reward_max - config.reward_min)).clamp(0, 1)
 
-    def distances(self, policy: LM, numbers: list[int]) -> Tensor:
-        """(P,) how far the policy has moved on its last answer to each prompt; 0 where there is
-        none.
+    def distances(self, policy: LM, prompt_ids: list[int]) -> Tensor:
+        """Return the distance of the policy (P,) on the cached completion of each prompt, or 0 if
+        there is none.
         """
-        found = torch.zeros(len(numbers), dtype=torch.float64)
-        known = [place for place, number in enumerate(numbers) if number in self.response_cache]
-        if known:
+        distances = torch.zeros(len(prompt_ids), dtype=torch.float64)
+        cached = [i for i, prompt_id in enumerate(prompt_ids) if prompt_id in self.response_cache]
+        if cached:
             device = policy.embed.weight.device
-            rows = self.response_cache.get_batch([numbers[place] for place in known], device)
+            rows = self.response_cache.get_batch([prompt_ids[i] for i in cached], device)
             with eval_mode(policy), torch.no_grad():
-                now = self.logprobs(policy, rows)[0]
-            moved = row_sums((now - rows.old_logprobs).abs(), rows.mask) / rows.mask.sum(1).clamp(
-                min=1
-            )
-            found[known] = moved.double().cpu()
-        return found
+                logprobs = self.logprobs(policy, rows)[0]
+            sums = row_sums((logprobs - rows.old_logprobs).abs(), rows.mask)
+            distances[cached] = (sums / rows.mask.sum(1).clamp(min=1)).double().cpu()
+        return distances
 
-    def _begin(self, policy: LM, prompts: list[Prompt]) -> None:
-        """Answer prompts that were never met, for what may be expected of them."""
+    def _init_new_prompts(self, policy: LM, prompts: list[Prompt]) -> None:
+        """Initialise the values of new prompts with `warmup_samples` extra completions."""
         count = self.config.warmup_samples
         if not count:
             return
@@ -281,44 +279,46 @@ class SPOObjective(CriticFreeObjective):
             for prompt in new
             for i in range(count)
         ]
-        requested = [prompt for prompt in new for _ in range(count)]
-        rewards = self.normalize_rewards(
-            self.score(requested, self.generate(policy, requested, seeds))
-        )
-        reported = {
-            "numbers": torch.tensor([prompt.prompt_id for prompt in new]),
-            "rewards": rewards,
+        repeated = [prompt for prompt in new for _ in range(count)]
+        rollouts = self.generate(policy, repeated, seeds)
+        own = {
+            "prompt_ids": torch.tensor([prompt.prompt_id for prompt in new]),
+            "rewards": self.normalize_rewards(self.score(repeated, rollouts)),
         }
-        for part in self.peers.gather(reported):
-            earned = part["rewards"].view(-1, count).tolist()
-            for number, values in zip(part["numbers"].tolist(), earned, strict=True):
-                self.tracker.init_prompt(int(number), [v for v in values if math.isfinite(v)])
+        for part in self.peers.gather(own):
+            rewards = part["rewards"].view(-1, count).tolist()
+            for prompt_id, group in zip(part["prompt_ids"].tolist(), rewards, strict=True):
+                self.tracker.init_prompt(int(prompt_id), [r for r in group if math.isfinite(r)])
 
-    def _learn(
-        self, numbers: list[int], rewards: Tensor, distances: Tensor, rows: RolloutBatch
+    def _update(
+        self, prompt_ids: list[int], rewards: Tensor, distances: Tensor, rows: RolloutBatch
     ) -> None:
-        """Tracker and memory take in the answers of all processes, in the order of ranks."""
-        own = {"numbers": torch.tensor(numbers), "earned": rewards, "moved": distances}
+        """Update tracker and cache with the completions of all processes, in the order of ranks."""
+        own = {
+            "prompt_ids": torch.tensor(prompt_ids),
+            "normalized": rewards,
+            "distances": distances,
+        }
         for part in self.peers.gather(own | rows._asdict()):
-            given = RolloutBatch(**{name: part[name] for name in RolloutBatch._fields})
-            whose = part["numbers"].tolist()
-            self.response_cache.store(whose, given)
-            reported = zip(whose, part["earned"].tolist(), part["moved"].tolist(), strict=True)
-            for number, reward, distance in reported:
+            ids = part["prompt_ids"].tolist()
+            fields = {name: part[name] for name in RolloutBatch._fields}
+            self.response_cache.store(ids, RolloutBatch(**fields))
+            updates = zip(ids, part["normalized"].tolist(), part["distances"].tolist(), strict=True)
+            for prompt_id, reward, distance in updates:
                 if math.isfinite(reward):
-                    self.tracker.update(number, reward, distance)
+                    self.tracker.update(prompt_id, reward, distance)
 
     def snapshot(self) -> Any:
-        """Rollout and place, tracker and memory."""
+        """Return the rollout, the position in it, tracker and cache."""
         return super().snapshot(), self.tracker, self.response_cache
 
     def restore_snapshot(self, snapshot: Any) -> None:
-        """Stand where `mark` was taken."""
+        """Return to the state of `snapshot`."""
         rollout, self.tracker, self.response_cache = snapshot
         super().restore_snapshot(rollout)
 
     def rank_state(self) -> dict[str, Tensor]:
-        """Also tracker and memory."""
+        """Add tracker and cache to the current rollout."""
         return (
             super().rank_state()
             | _named("tracker.", self.tracker.state_dict())
@@ -326,7 +326,7 @@ class SPOObjective(CriticFreeObjective):
         )
 
     def load_rank_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `carried` gave."""
+        """Restore what `rank_state` returned."""
         tracker, memory = _part("tracker.", saved), _part("memory.", saved)
         self.tracker.load_state_dict(tracker)
         self.response_cache = ResponseCache.from_state_dict(memory)
@@ -335,7 +335,7 @@ class SPOObjective(CriticFreeObjective):
     def reshard_rank_state(
         self, parts: list[dict[str, Tensor]], rank: int, world_size: int
     ) -> dict[str, Tensor]:
-        """A share of the rows; what is remembered is the same everywhere."""
+        """Return a share of the rows, and the tracker and cache, which are equal on all ranks."""
         kept = {name: part for name, part in parts[0].items() if "." in name}
         return super().reshard_rank_state([_rest(part) for part in parts], rank, world_size) | kept
 
