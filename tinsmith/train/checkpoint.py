@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON that are whole or not there.
+"""Checkpoints: folders of safetensors and JSON files, written atomically.
 
 checkpoints/step-00001000/
   model.safetensors  optim.safetensors  objective.safetensors  state.json
@@ -26,12 +26,12 @@ from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.config import KeepConfig
 
 OBJECTIVE_FILE = "objective.safetensors"
-"""What an objective has trained or remembers beside the model; also the file's name in `final/`."""
+"""Parameters and buffers of an objective. `final/` has a file of the same name."""
 REQUIRED_FILES = ("model.safetensors", "optim.safetensors", "state.json", "config.yaml")
 
 
 class Checkpoint(NamedTuple):
-    """Everything a run needs to go on."""
+    """Everything that a run needs to resume."""
 
     model: dict[str, Tensor]
     optim: dict[str, Tensor]
@@ -42,18 +42,18 @@ class Checkpoint(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """About how many bytes it takes on disk."""
+        """Return the approximate size on disk in bytes."""
         groups = (self.model, self.optim, self.objective)
         return sum(t.numel() * t.element_size() for group in groups for t in group.values()) + 2**16
 
 
 class DiskFull(Failure):
-    """A checkpoint could not be written for want of space; the ones before are as they were."""
+    """A checkpoint could not be written because the disk is full. Earlier ones are unchanged."""
 
 
 def save(root: Path, checkpoint: Checkpoint, config: str, tokenizer: Tokenizer) -> Path:
-    """Write `root/step-XXXXXXXX` in one rename; raises DiskFull, with numbers, and leaves
-    nothing half-written.
+    """Write `root/step-XXXXXXXX` in one rename. Raise DiskFull if there is no space; then no
+    incomplete folder remains.
     """
     step = checkpoint.state["step"]
     target = root / f"step-{step:08d}"
@@ -106,7 +106,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint; UserError says in one line what is wrong with it."""
+    """Read a checkpoint. Raise UserError if it is damaged."""
     problem = verify(folder, hashes=True, required=REQUIRED_FILES)
     if problem:
         raise UserError(f"{folder}: {problem}")
@@ -128,36 +128,36 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def latest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint under `root`, and why newer ones were passed over."""
+    """Return the newest valid checkpoint, and the reasons why newer ones are invalid."""
     return newest_valid(root, required=REQUIRED_FILES)
 
 
 def remove_incomplete(root: Path) -> None:
-    """Remove what a killed save left behind."""
+    """Remove the incomplete folders of killed saves."""
     remove_stale(root)
 
 
 def prune(root: Path, keep: KeepConfig, best_step: int | None) -> None:
-    """Delete what `keep` does not name; the newest always stays. `best`: the step of the best on
-    validation.
+    """Delete checkpoints that `keep` does not select. The newest is always kept. `best_step` is the
+    step of the lowest validation loss.
     """
     folders = sorted(path for path in root.glob("step-*") if path.is_dir())
     if not folders:
         return
-    wanted = (
+    candidates = (
         folders
         if keep.max_val_loss is None
         else [f for f in folders if _validation_loss(f) < keep.max_val_loss]
     )
-    kept = set(wanted[-keep.last :]) | {folders[-1]}
+    kept = set(candidates[-keep.last :]) | {folders[-1]}
     if keep.best:
-        kept |= {folder for folder in wanted if folder.name == f"step-{best_step or 0:08d}"}
+        kept |= {folder for folder in candidates if folder.name == f"step-{best_step or 0:08d}"}
     for folder in folders:
         if folder not in kept:
-            doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-            folder.rename(doomed)
+            renamed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+            folder.rename(renamed)
             kill_point("prune")
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _validation_loss(folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""The sections of a recipe that the trainer reads."""
+"""Recipe sections of the trainer: `train`, `eval`, `parallel` and `log`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,15 +14,15 @@ def _at_least_one(config: Config, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepConfig(Config):
-    """Which checkpoints stay."""
+    """Which checkpoints are kept when older ones are deleted."""
 
     last: int = 3
-    """The newest so many."""
+    """Keep this many of the newest checkpoints."""
     best: bool = True
-    """The best on validation, which is saved as soon as it is found."""
+    """Keep the checkpoint with the lowest validation loss. It is saved when it is found."""
     max_val_loss: float | None = None
-    """Where given, only those whose validation loss (nats per token) is below it; the newest
-    always stays.
+    """If set, keep only checkpoints with a validation loss (nats per token) below it. The newest is
+    always kept.
     """
 
     def __post_init__(self) -> None:
@@ -31,15 +31,15 @@ class KeepConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """How long, how much at a time, how often what."""
+    """Number of steps, batch size, precision, device and the intervals between hooks."""
 
     steps: Count = 1000
     seq_len: Count = 256
-    """Positions of a row."""
+    """Tokens in a row."""
     batch_size: Count = 16
-    """Rows of one micro-batch over all ranks."""
+    """Sequences per micro-batch, over all ranks. Reinforcement learning: prompts per rollout."""
     grad_accum_steps: Count = 1
-    """Micro-batches of a step."""
+    """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: str = "auto"
     seed: int = 0
@@ -51,7 +51,7 @@ class TrainConfig(Config):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     max_nonfinite_steps: Count = 10
-    """Steps in a row with NaN or infinity after which training stops."""
+    """Stop after more than this many steps in a row with a loss or gradient that is not finite."""
 
     def __post_init__(self) -> None:
         _at_least_one(
@@ -61,20 +61,20 @@ class TrainConfig(Config):
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions of a step over all ranks."""
+        """Return the tokens per optimizer step over all ranks, padding included."""
         return self.batch_size * self.grad_accum_steps * self.seq_len
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Config):
-    """Evaluation while training."""
+    """Evaluation during training."""
 
     max_samples: Count = 64
-    """Rows of validation data, at most, spread evenly over it."""
+    """Largest number of validation samples, spread evenly over the data set."""
     tasks: tuple[str, ...] = ("bpb",)
     """`bpb`, or paths of multiple-choice .jsonl files."""
     prompts: tuple[str, ...] | None = None
-    """What samples begin with; by default something that suits the data."""
+    """Prompts of the text samples. Default: beginnings of validation samples."""
     max_new_tokens: Count = 48
 
     def __post_init__(self) -> None:
@@ -83,19 +83,19 @@ class EvalConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Config):
-    """`ddp` copies the model to every rank of torchrun, `fsdp` spreads it over them."""
+    """Parallelism over the ranks of torchrun: `ddp` copies the model, `fsdp` shards it."""
 
     kind: Literal["none", "ddp", "fsdp"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(Config):
-    """What is said, and to whom."""
+    """Interval and targets of the log."""
 
     every: Count = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     samples: int = 2
-    """Samples shown on the terminal each time; samples.md has them all."""
+    """Text samples to print on the terminal. `samples.md` has all of them."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "every")

@@ -1,7 +1,7 @@
-"""`--dry-run`: everything that can go wrong, before anything costs time. Writes nothing.
+"""`--dry-run`: check a recipe and estimate its cost. Nothing is written.
 
-The resolved recipe with the type of every value, a parameter table, cost, memory and disk
-estimates, a look at the data, and one real step of the real model on a few random tokens.
+Print the resolved recipe with the type of every value, a table of parameters, estimates of FLOP,
+memory and disk, and a check of the data; then train the model for one step on random tokens.
 """
 
 import copy
@@ -44,18 +44,18 @@ from tinsmith.train.run import Run, RunParts
 from tinsmith.train.run_dir import run_folder, runs_root
 
 MAX_STEP_PARAMS = 1_000_000_000
-"""Parameters of a model whose step is still tried."""
+"""Largest model, in parameters, for which a step is tried."""
 STEP_TOKENS = 16
 
 
 def dry_run(config: RunConfig, name: str) -> None:
-    """Resolve the recipe, print what the run will cost, and try one step. UserError for the first
-    thing that would stop the run.
+    """Resolve the recipe, print the cost of the run, and try one step. Raise UserError for the
+    first error that would stop the run.
     """
     plan = resolve(config)
     _recipe(plan)
     if config.init_from is not None:
-        load(config.init_from)  # its weights are there and whole
+        load(config.init_from)  # raises if its weights are missing or damaged
     shape = plan.meta_policy()
     for line in parameter_lines(plan, shape):
         print_line(f" {line}")
@@ -126,28 +126,28 @@ def _cost(plan: RunPlan, shape: LM) -> None:
 
 
 def estimate_memory(lm: LM, model_config: ModelConfig, config: RunConfig) -> float:
-    """Bytes, roughly: 8 per parameter (4 per frozen one), what optimizers remember, and per token
-    and layer what a block keeps for its backward pass.
+    """Estimate memory in bytes: 8 per parameter (4 if frozen), optimizer state, and the activations
+    that blocks keep for the backward pass, per token and layer.
     """
     train = config.train
     tokens = train.batch_size * train.seq_len
-    wide = 2 if train.precision != "fp32" else 4
+    dtype_bytes = 2 if train.precision != "fp32" else 4
     inside = sum(
         block.feed.flops() / model_config.dim * 0.6 + 10 * model_config.dim for block in lm.blocks
     )
     residuals = [x for b in lm.blocks for x in (b.mix_residual, b.feed_residual)]
-    kept = inside * wide + sum(residual.activation_bytes() for residual in residuals)
+    kept = inside * dtype_bytes + sum(residual.activation_bytes() for residual in residuals)
     if train.activation_checkpointing:
         state = model_config.residual.expand(
             torch.empty(1, 1, model_config.dim, device="meta")
         ).numel()
-        kept = 2 * state * len(lm.blocks) * wide + kept / len(lm.blocks)
+        kept = 2 * state * len(lm.blocks) * dtype_bytes + kept / len(lm.blocks)
     held = 4.0 * (lm.parameter_count() + count_parameters(lm).trainable) + _moments(lm, config)
     return held + tokens * kept + 12.0 * 2**23
 
 
 def _moments(shape: LM, config: RunConfig) -> float:
-    """Bytes of optimizer state."""
+    """Return the bytes of optimizer state."""
     sizes = {role: sum(p.numel() for _, p in named) for role, named in partition(shape).items()}
     matrices = sizes.pop("matrix")
     optim = config.optim
@@ -160,9 +160,9 @@ def _moments(shape: LM, config: RunConfig) -> float:
 def _disk(shape: LM, config: RunConfig, name: str) -> None:
     each = 4 * shape.parameter_count() + _moments(shape, config)
     kept = config.train.keep.last + config.train.keep.best + 1
-    place = run_folder(name)
+    folder = run_folder(name)
     free = free_space(runs_root().resolve())
-    print_line(f" output    {place} (shards in {runs_root() / '.data'})")
+    print_line(f" output    {folder} (shards in {runs_root() / '.data'})")
     print_line(
         f" disk      {kept} checkpoints of {format_size(each)} at most: "
         f"{format_size(kept * each)}; "
@@ -170,12 +170,12 @@ def _disk(shape: LM, config: RunConfig, name: str) -> None:
     )
     if kept * each > free:
         raise UserError(
-            f"{place}: the run needs {format_size(kept * each)} and {format_size(free)} are free; "
+            f"{folder}: the run needs {format_size(kept * each)} and {format_size(free)} are free; "
             "lower "
             "train.keep.last"
         )
-    if place.exists():
-        print_line(f" output    {place} exists already: choose another --name, or --resume")
+    if folder.exists():
+        print_line(f" output    {folder} exists already: choose another --name, or --resume")
 
 
 def _one_step(plan: RunPlan, name: str) -> None:
@@ -220,7 +220,7 @@ def _tiny_run(plan: RunPlan, name: str) -> Run:
     member = DatasetMember("random", 0, 1.0, sample, sample.num_tokens, sample.num_tokens)
     parts = RunParts(
         policy=policy,
-        tokenizer=_stand_in(plan.model_config.vocab_size),
+        tokenizer=_untrained_tokenizer(plan.model_config.vocab_size),
         source=TokenizedDataset([member], STEP_TOKENS, train.seed, "train"),
         validation=None,
         frozen_models=dict.fromkeys(objective.frozen_models(), frozen_model),
@@ -260,6 +260,6 @@ def _check_finite(loss: float, parameters: list[nn.Parameter]) -> None:
         )
 
 
-def _stand_in(vocab_size: int) -> Tokenizer:
-    """A tokenizer that has learned nothing, since the run's own may not have been trained yet."""
+def _untrained_tokenizer(vocab_size: int) -> Tokenizer:
+    """Return a tokenizer without merges, because the run's own may not be trained yet."""
     return train_bpe([""], max(vocab_size, MIN_VOCAB_SIZE))

@@ -1,6 +1,6 @@
-"""What a run measures on data that are held back: one way for each shape of data.
+"""Evaluate a run on validation data: one function per data format.
 
-What an objective says of data that are held back: its own metrics, as means.
+Documents and chats are measured in bits per byte, other formats by the metrics of the objective.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from tinsmith.train.run import Run
 
 
 def evaluate_validation(run: Run, validation: TokenizedDataset) -> dict[str, float]:
-    """Numbers by name, `loss` among them, by which the best checkpoint is found."""
+    """Return validation metrics by name. The best checkpoint has the lowest `loss`."""
     with autocast(run.config.train.precision, run.ranks.device):
         return EVALUATORS[_kind(run)](run, validation)
 
 
 def _text(run: Run, validation: TokenizedDataset) -> dict[str, float]:
-    """Nats per token and bits per byte; of several sources, bits per byte of each."""
+    """Return loss (nats per token) and bits per byte, with several sources also of each."""
     found = evaluate_bpb(
         run.policy,
         validation,
@@ -44,8 +44,8 @@ def _text(run: Run, validation: TokenizedDataset) -> dict[str, float]:
     return values
 
 
-def _own(run: Run, validation: TokenizedDataset) -> dict[str, float]:
-    """The objective's own metrics: of pairs loss, margin, accuracy."""
+def _objective(run: Run, validation: TokenizedDataset) -> dict[str, float]:
+    """Return the metrics of the objective's loss; for pairs: loss, margin, accuracy."""
     return evaluate_objective(
         run.objective,
         run.policy,
@@ -57,15 +57,15 @@ def _own(run: Run, validation: TokenizedDataset) -> dict[str, float]:
     )
 
 
-def _answers(run: Run, validation: TokenizedDataset) -> dict[str, float]:
-    """What answers to held-back prompts earn."""
+def _completions(run: Run, validation: TokenizedDataset) -> dict[str, float]:
+    """Return the metrics of completions of validation prompts."""
     return run.objective.evaluate(run.policy, validation, run.config.eval.max_samples)
 
 
 EVALUATORS: dict[str, Callable[[Run, TokenizedDataset], dict[str, float]]] = {
     "text": _text,
-    "objective": _own,
-    "generation": _answers,
+    "objective": _objective,
+    "generation": _completions,
 }
 """Functions by `DataFormat.evaluation`."""
 
@@ -75,7 +75,7 @@ def _kind(run: Run) -> str:
 
 
 def evaluate_choice_tasks(run: Run) -> Metrics:
-    """Accuracy on every multiple-choice file of `eval.tasks`."""
+    """Return the accuracy on every multiple-choice file of `eval.tasks`."""
     found: Metrics = {}
     for path in run.config.eval.tasks:
         if path != "bpb":
@@ -92,8 +92,8 @@ def evaluate_choice_tasks(run: Run) -> Metrics:
 
 
 def evaluate_specialisation(run: Run, validation: TokenizedDataset) -> dict[str, Specialisation]:
-    """How much the experts of a run that ends have come to differ; empty where there are none, and
-    where the data are no text.
+    """Measure the specialisation of experts at the last step. Return an empty dict at other steps,
+    without experts, and for data other than text.
     """
     if run.state.step < run.config.train.steps or _kind(run) != "text":
         return {}
@@ -123,12 +123,12 @@ def evaluate_objective(
     device: torch.device | str,
     poll: Callable[[], object],
 ) -> dict[str, float]:
-    """Every metric of `objective.loss` as a mean, over at most `rows` samples spread evenly over
-    `source`, `batch_rows` at a time.
+    """Return every metric of `objective.loss` as a mean over at most `max_samples` samples, spread
+    evenly over `source`, in batches of `batch_size`.
 
-    `poll` is called before every batch and may raise to end it. No global random state is touched,
-    and modes and gradients are as before. Nothing is differentiated, but gradients stay enabled, so
-    that a policy and its reference are computed as they are in training.
+    `poll` is called before every batch and may raise to end the evaluation. Global random state,
+    training mode and gradients are unchanged. Gradients stay enabled although there is no backward,
+    so that policy and reference are computed as in training.
     """
     sums: dict[str, tuple[float, float]] = {}
     with eval_mode(lm):

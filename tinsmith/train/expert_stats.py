@@ -1,8 +1,8 @@
-"""Statistics of experts since the last log line: `metrics.jsonl` (kind `routing`), terminal, heat
-map.
+"""Statistics of experts since the last log line, for `metrics.jsonl` (kind `routing`), terminal and
+heat map.
 
-Layers return sums (`Out.stats`). They are added over micro-batches, ranks and steps, and means are
-computed once. Of every layer, by "layer.slot":
+Layers return sums (`Out.stats`), which are added over micro-batches, ranks and steps. Means are
+computed once. The keys of every layer, by "layer.slot":
 
 | name | meaning |
 |---|---|
@@ -20,8 +20,8 @@ computed once. Of every layer, by "layer.slot":
 | thresholds, bias | [E] their current values |
 | drift | the mean magnitude of these; they start at 0 |
 
-The whole model has the same numbers as means over layers, but max_load_ratio as the largest, dead
-and experts as sums. Tokens are those that are not padding.
+The whole model has the same keys as means over layers, except max_load_ratio (maximum), and dead
+and experts (sums). Padding is not counted as tokens.
 """
 
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ DENOMINATORS = {
     "surprise_norm_corr": "compared",
     "router_loss": "router_tokens",
 }
-"""What a sum is a sum over, where that is not "tokens"."""
+"""The count to divide a sum by, if it is not "tokens"."""
 SIGNIFICANT_DIGITS = 5
 
 
@@ -53,7 +53,7 @@ class ExpertStats:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, stats: dict[str, Tensor]) -> None:
-        """Add what all layers of all ranks said of one step."""
+        """Add the sums of one step over all layers and ranks."""
         for name, value in stats.items():
             if value.dim() and not name.endswith(".load"):
                 continue
@@ -62,23 +62,21 @@ class ExpertStats:
             )
 
     def pop_metrics(self, lm: LM) -> Metrics:
-        """What there is to tell, and begin anew; empty where nothing was routed. Every rank must
-        call it.
-        """
+        """Return metrics (empty without experts) and reset the sums. Every rank must call it."""
         sums, self.sums = self.sums, {}
         layers: dict[str, dict[str, Any]] = {}
         for name, part in lm.routed_modules().items():
-            mine = {key: sums[f"{name}.{key}"] for key in _reported(sums, name)}
-            if "load" in mine and float(mine["tokens"]):
-                layers[name] = _layer(mine) | _drifted(part.router_state())
+            own = {key: sums[f"{name}.{key}"] for key in _reported(sums, name)}
+            if "load" in own and float(own["tokens"]):
+                layers[name] = _layer(own) | _drifted(part.router_state())
         return _whole(layers) | {"layers": layers} if layers else {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {name: value.tolist() for name, value in sorted(self.sums.items())}
 
     def load_state(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         self.sums = {
             name: torch.tensor(value, dtype=torch.float64, device=device)
             for name, value in saved.items()
@@ -86,7 +84,7 @@ class ExpertStats:
 
 
 def format_line(metrics: Metrics) -> str:
-    """One short line of what `RoutingMeter.take` gave."""
+    """Format the metrics of `pop_metrics` as one short line."""
     parts = [f"active {metrics['active']:.2f}", f"dead {metrics['dead']}/{metrics['experts']}"]
     parts += [f"peak {metrics['max_load_ratio']:.1f}"]
     parts += [f"{name} {metrics[name]:.2g}" for name in ("entropy", "drift") if name in metrics]
@@ -113,8 +111,8 @@ def _layer(sums: dict[str, Tensor]) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _drifted(watched: dict[str, Tensor]) -> dict[str, Any]:
-    whole = {key: full_tensor(value).detach() for key, value in watched.items()}
+def _drifted(router_state: dict[str, Tensor]) -> dict[str, Any]:
+    whole = {key: full_tensor(value).detach() for key, value in router_state.items()}
     reported = {key: _round(value) for key, value in whole.items()}
     sizes = [float(to_float64(value).abs().mean()) for value in whole.values()]
     return reported | ({"drift": _short(fmean(sizes))} if sizes else {})
@@ -136,7 +134,7 @@ def _whole(layers: dict[str, dict[str, Any]]) -> Metrics:
 
 
 def _round(value: Tensor) -> Any:
-    """A number or a list of them, of as many digits as are worth keeping."""
+    """Round a number or a list of numbers to `SIGNIFICANT_DIGITS`."""
     plain = value.tolist()
     return [_short(one) for one in plain] if isinstance(plain, list) else _short(plain)
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves: plot, samples, and `final/`, a folder that others open, with its
+"""Export a finished run: loss plot, `samples.md`, and `final/`, a Hugging Face folder with a model
 card.
 """
 
@@ -25,7 +25,7 @@ from tinsmith.train.run_dir import environment
 
 
 def export_run(run: Run) -> None:
-    """Write all of it; every rank must call it. Doing it twice changes nothing."""
+    """Write plot, samples and `final/`. Every rank must call it. A second call changes nothing."""
     own = run.policy.state_dict().keys()
     state = {name: t for name, t in parallel.full_tensors(run.policy).items() if name in own}
     trained = dict(run.objective.named_parameters()).keys()
@@ -48,7 +48,7 @@ def export_run(run: Run) -> None:
         overwrite=True,
         write_extra=None
         if config is None
-        else lambda place: write_adapter(run, Adapters(config, pairs), place),
+        else lambda folder: write_adapter(run, Adapters(config, pairs), folder),
     )
     if heads:  # a reward model is no model without its head
         atomic_write(final / OBJECTIVE_FILE, bytes_of(heads))
@@ -60,7 +60,7 @@ def export_run(run: Run) -> None:
 
 
 def write_adapter(run: Run, adapters: Adapters, folder: Path) -> None:
-    """What a run has trained, in PEFT's format, beside the model that it is merged into."""
+    """Save the LoRA adapter in PEFT format next to the merged model."""
     try:
         write_adapters(folder / "adapter", run.policy.config, adapters, run.config.init_from)
     except UserError as error:
@@ -68,7 +68,7 @@ def write_adapter(run: Run, adapters: Adapters, folder: Path) -> None:
 
 
 def card_facts(run: Run, exported: ExportResult) -> CardFacts:
-    """Everything the card may say, from the run alone."""
+    """Collect the facts for the model card from the run."""
     config, model, env = run.config, run.policy.config, environment(run.ranks)
     layers = dict.fromkeys((layer.mixer.kind, layer.feed_forward.kind) for layer in model.layers)
     found = CardFacts(
@@ -109,7 +109,7 @@ def _data(source: dict) -> CardDataset:
 
 
 HEADLINE_METRICS = ("bpb", "accuracy", "reward", "divergence", "loss")
-"""What is told first of an evaluation, as far as it is there."""
+"""The first of these metrics that an evaluation has is printed when the run is finished."""
 
 
 def _first(evaluation: dict[str, float]) -> str:
@@ -147,7 +147,7 @@ def _samples(folder: Path) -> CardFacts:
 
 
 def distinct_trigrams(text: str) -> float:
-    """The share of different three-word sequences; 0 for text without three words."""
+    """Return the fraction of distinct three-word sequences; 0 for fewer than three words."""
     words = text.split()
     triples = list(zip(words, words[1:], words[2:], strict=False))
     return len(set(triples)) / len(triples) if triples else 0.0

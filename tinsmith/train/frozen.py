@@ -1,5 +1,6 @@
-"""The frozen models of an objective: references and teachers. Every start and resume loads them
-anew, and they are never part of a checkpoint.
+"""Load the frozen models of an objective: references, teachers and reward models.
+
+Every start and resume loads them again; they are never part of a checkpoint.
 """
 
 import copy
@@ -21,27 +22,26 @@ from tinsmith.train.checkpoint import OBJECTIVE_FILE
 def load_frozen_models(
     config: ObjectiveConfig, policy: LM, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, LM]:
-    """What `config.judges()` asks for; `policy` must stand as it does before the first step.
+    """Load the frozen models that the objective names. `policy` must have its weights before the
+    first step.
 
-    Where that is what is left when its adapters are off, no copy is made, and the judge is not
-    among those found (see `objectives.frozen`).
-
-    Weights are held as the config says. UserError where a folder's model reads other ids than the
-    policy.
+    With LoRA the reference is the policy with adapters disabled (`objectives.frozen`), so no copy
+    is made and it is absent from the result. Weights are quantised as the config says. Raise
+    UserError if a model has another vocabulary than the policy.
     """
-    found = {}
+    models = {}
     for name, folder in config.frozen_models().items():
         if folder is None and lora.adapters(policy):
             continue
         lm = copy.deepcopy(policy) if folder is None else _loaded(name, folder, tokenizer, device)
         _check_head(name, lm, policy)
-        found[name] = quantize(lm.eval(), config.frozen_weight_dtype())
-    return found
+        models[name] = quantize(lm.eval(), config.frozen_weight_dtype())
+    return models
 
 
 def check_frozen_models(config: ObjectiveConfig, policy: LM) -> dict[str, int]:
-    """Bytes that each of `config.judges()` takes beside `policy`; UserError where a folder holds no
-    model of as many ids.
+    """Return the bytes that each frozen model needs. Raise UserError if a folder holds no model, or
+    one of another vocabulary size.
     """
     sizes = {}
     for name, folder in config.frozen_models().items():
@@ -55,27 +55,27 @@ def check_frozen_models(config: ObjectiveConfig, policy: LM) -> dict[str, int]:
 
 
 def _check_head(name: str, lm: LM, policy: LM) -> None:
-    ids, wanted = lm.config.vocab_size, policy.config.vocab_size
-    if ids != wanted:
+    ids, expected = lm.config.vocab_size, policy.config.vocab_size
+    if ids != expected:
         raise UserError(
-            f"objective.{name}: its head has {ids} ids and that of this run's model {wanted}; both "
-            "must have the same model.vocab_size"
+            f"objective.{name}: its head has {ids} ids and that of this run's model {expected}; "
+            "both must have the same model.vocab_size"
         )
 
 
 def load_reward_models(
     config: ObjectiveConfig, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, RewardModel]:
-    """The reward models that `config.reward_models()` asks for, by their folders."""
+    """Load the reward models that the objective names, by their folders."""
     return {
         folder: load_reward_model(folder, tokenizer, device) for folder in config.reward_models()
     }
 
 
 def load_reward_model(folder: str, tokenizer: Tokenizer, device: torch.device) -> RewardModel:
-    """The reward model of a run of `objective: {kind: reward}`, by its folder or one inside it.
+    """Load the reward model of a run of `objective: {kind: reward}`, by its folder or one inside.
 
-    UserError where there is no such model, or it reads other ids than `tokenizer` writes.
+    Raise UserError if there is none, or if its vocabulary is not that of `tokenizer`.
     """
     lm = _loaded("rewards", folder, tokenizer, device)
     heads = locate(folder) / OBJECTIVE_FILE

@@ -1,6 +1,4 @@
-"""What happens when a step's numbers are not numbers: it never reaches the weights; and a word
-where the loss leaps.
-"""
+"""Count steps whose loss or gradient is not finite, and detect loss spikes."""
 
 import statistics
 from collections import deque
@@ -9,11 +7,11 @@ from tinsmith.core.errors import Failure
 
 
 class TooManyNonfiniteSteps(Failure):
-    """Training cannot go on; the message names the last good checkpoint."""
+    """Training cannot continue. The message names the last good checkpoint."""
 
 
 class Guard:
-    """Counts steps whose loss or gradient was NaN or infinite; too many in a row end the run."""
+    """Counter of steps with NaN or infinity. More than `limit` in a row end the run."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -21,30 +19,30 @@ class Guard:
         self.consecutive = 0
 
     def update(self, healthy: bool) -> None:
-        """Note one step."""
+        """Count one step."""
         self.consecutive = 0 if healthy else self.consecutive + 1
         self.total += not healthy
 
     @property
     def exceeded(self) -> bool:
-        """More bad steps in a row than allowed."""
+        """True after more than `limit` such steps in a row."""
         return self.consecutive > self.limit
 
     def state(self) -> list[int]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return [self.total, self.consecutive]
 
     def load_state(self, saved: list[int]) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         self.total, self.consecutive = saved
 
 
 class LossSpikeDetector:
-    """Notices a logged loss far above those before it: worth a look at data and learning rate.
+    """Detects a logged loss far above the earlier ones, a sign of bad data or a high learning rate.
 
-    Far: above the median of the last 50 by more than a tenth of it and by more than 8 times their
-    median distance from it, which single outliers do not move. After a leap it begins anew, so a
-    loss that stays high is told once.
+    A spike exceeds the median of the last 50 losses by more than a tenth of it and by more than 8
+    times their median absolute deviation, which single outliers do not change. The history is then
+    cleared, so a loss that stays high is reported once.
     """
 
     MIN_HISTORY, WINDOW = 10, 50
@@ -53,19 +51,19 @@ class LossSpikeDetector:
         self.recent: deque[float] = deque(maxlen=self.WINDOW)
 
     def update(self, loss: float) -> float | None:
-        """Note a loss; the median before it, if it is far above that."""
-        usual = statistics.median(self.recent) if len(self.recent) >= self.MIN_HISTORY else loss
-        spread = statistics.median([abs(each - usual) for each in self.recent] or [0.0])
-        leapt = loss > usual + max(8 * spread, abs(usual) / 10)
-        if leapt:
+        """Add a loss. Return the median of the losses before it if it is a spike."""
+        median = statistics.median(self.recent) if len(self.recent) >= self.MIN_HISTORY else loss
+        spread = statistics.median([abs(each - median) for each in self.recent] or [0.0])
+        is_spike = loss > median + max(8 * spread, abs(median) / 10)
+        if is_spike:
             self.recent.clear()
         self.recent.append(loss)
-        return usual if leapt else None
+        return median if is_spike else None
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return list(self.recent)
 
     def load_state(self, saved: list[float]) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         self.recent = deque(saved, maxlen=self.WINDOW)

@@ -1,6 +1,4 @@
-"""What happens between steps: log, evaluate, sample, save, in this order, each at its own
-interval.
-"""
+"""Hooks between steps: log, evaluate, sample and save, in this order, each at its own interval."""
 
 import math
 import time
@@ -19,7 +17,9 @@ from tinsmith.train.samples import generate_samples
 
 
 def run_hooks(run: Run, names: list[str]) -> None:
-    """Do what is due after the present step. An interruption leaves word of what was not done."""
+    """Run the hooks due at this step. If interrupted, the remaining ones are stored in
+    `state.pending` and run after resume.
+    """
     for index, name in enumerate(names):
         run.state.pending = names[index + 1 :] if name == "save" else names[index:]
         HOOKS[name](run)
@@ -33,7 +33,7 @@ def _due(run: Run, every: int) -> bool:
 
 
 def log(run: Run) -> None:
-    """One line, and the same numbers in metrics.jsonl; means since the last line."""
+    """Log the means of all metrics since the last line, to the terminal and `metrics.jsonl`."""
     if not _due(run, run.config.log.every) or not run.metrics.sums:
         return
     means = run.metrics.means()
@@ -56,15 +56,17 @@ def log(run: Run) -> None:
     run.log.metrics(values)
     extra = "".join(f"  {k} {v:.3g}" for k, v in means.items() if k not in ("loss", "grad_norm"))
     percent = 100 * run.state.step // steps
-    place = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
+    progress = f"{run.state.step:>6}/{steps} {percent:>3}%  loss {means.get('loss', math.nan):.3f}"
     norm = f"norm {means.get('grad_norm', math.nan):.2f}  lr {rate:.2f}{extra}"
-    run.log.line(f" step {place}  {norm}  {format_count(speed)} tok/s  eta {format_duration(left)}")
+    run.log.line(
+        f" step {progress}  {norm}  {format_count(speed)} tok/s  eta {format_duration(left)}"
+    )
     _experts(run)
     _spike(run, means.get("loss", math.nan))
 
 
 def _experts(run: Run) -> None:
-    """What the experts did since the last line, where there are any."""
+    """Log the statistics of experts since the last line, if there are any."""
     found = run.expert_stats.pop_metrics(run.policy)
     if found:
         run.log.metrics({"step": run.state.step, "kind": "routing"} | found)
@@ -72,17 +74,17 @@ def _experts(run: Run) -> None:
 
 
 def _spike(run: Run, loss: float) -> None:
-    """Say where the loss leapt."""
-    usual = run.spike_detector.update(loss) if math.isfinite(loss) else None
-    if usual is not None:
-        values: Metrics = {"step": run.state.step, "kind": "spike", "loss": loss, "median": usual}
+    """Warn of a loss spike."""
+    median = run.spike_detector.update(loss) if math.isfinite(loss) else None
+    if median is not None:
+        values: Metrics = {"step": run.state.step, "kind": "spike", "loss": loss, "median": median}
         run.log.metrics(values)
-        output = f"loss {loss:.3f} is far above the {usual:.3f} before it"
+        output = f"loss {loss:.3f} is far above the {median:.3f} before it"
         run.log.line(f" warning step {run.state.step}: {output}; a lower lr may help")
 
 
 def evaluate(run: Run) -> None:
-    """Measure on validation data."""
+    """Evaluate on validation data and note the best evaluation."""
     if run.validation is None or not _due(run, run.config.train.eval_every):
         return
     began = time.monotonic()
@@ -106,7 +108,7 @@ def evaluate(run: Run) -> None:
 
 
 def sample(run: Run) -> None:
-    """Continue fixed prompts; all go to samples.md, a few to the terminal."""
+    """Generate text samples for fixed prompts and log them."""
     if not _due(run, run.config.train.sample_every):
         return
     began = time.monotonic()
@@ -119,7 +121,7 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """A checkpoint, at its interval, at a new best, at the end, or because SIGUSR1 asked."""
+    """Save a checkpoint: at its interval, at a new best, at the end, or after SIGUSR1."""
     requested = run.ranks.any(run.stop_flag.save)
     run.stop_flag.save = False
     if not (_due(run, run.config.train.save_every) or run.save_now or requested):
@@ -131,7 +133,7 @@ def save(run: Run) -> None:
 
 
 def log_nonfinite_step(run: Run, first_sample: int) -> None:
-    """Say which samples made a step that was skipped."""
+    """Log a skipped step and its samples, whose loss or gradient was not finite."""
     stop = run.loader.cursor
     run.log.metrics(
         {
@@ -146,4 +148,4 @@ def log_nonfinite_step(run: Run, first_sample: int) -> None:
 
 
 HOOKS = {"log": log, "evaluate": evaluate, "sample": sample, "save": save}
-"""In the order in which they are done."""
+"""All hooks in the order in which they run."""

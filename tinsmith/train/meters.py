@@ -1,7 +1,4 @@
-"""Sums and counts, made into global means once.
-
-Speed of training since the last line, without the time of evaluation, samples and saves.
-"""
+"""Metric means over micro-batches and ranks, and training throughput."""
 
 import time
 
@@ -13,7 +10,7 @@ from tinsmith.train.parallel import Ranks
 
 
 class ThroughputMeter:
-    """Counts seconds that were spent on steps."""
+    """Training speed without the time of evaluation, samples and checkpoints."""
 
     def __init__(self, tokens: int):
         self._since = time.monotonic()
@@ -21,11 +18,11 @@ class ThroughputMeter:
         self._tokens = tokens
 
     def exclude(self, seconds: float) -> None:
-        """These seconds were not spent on steps."""
+        """Leave out seconds that were not spent on steps."""
         self._paused += seconds
 
     def tokens_per_second(self, now: float, tokens: int) -> float:
-        """Tokens per second since the last call."""
+        """Return the tokens per second since the last call."""
         seconds = max(now - self._since - self._paused, 1e-9)
         speed = (tokens - self._tokens) / seconds
         self._since, self._paused, self._tokens = now, 0.0, tokens
@@ -33,24 +30,24 @@ class ThroughputMeter:
 
 
 class MetricAccumulator:
-    """Totals and counts by name, in float64."""
+    """Totals and counts by metric name, in float64."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Metric]) -> None:
-        """Add one micro-batch's totals and counts."""
+        """Add the totals and counts of one micro-batch."""
         for name, metric in metrics.items():
             pair = torch.stack([to_float64(metric.total), to_float64(metric.count)])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def merge(self, other: "MetricAccumulator") -> None:
-        """Add what another has gathered."""
+        """Add the totals and counts of another accumulator."""
         for name, pair in other.sums.items():
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def all_reduce(self, ranks: Ranks) -> "MetricAccumulator":
-        """The same over all ranks, in place, with one message."""
+        """Sum over all ranks, in place, with one all-reduce."""
         if self.sums and ranks.world_size > 1:
             names = sorted(self.sums)
             summed = ranks.all_reduce_sum(torch.stack([self.sums[name] for name in names]))
@@ -58,20 +55,20 @@ class MetricAccumulator:
         return self
 
     def means(self) -> dict[str, float]:
-        """Total over count; names without a count are left out."""
+        """Return total / count by name, without metrics whose count is 0."""
         pairs = {name: pair.tolist() for name, pair in self.sums.items()}
         return {name: total / count for name, (total, count) in pairs.items() if count}
 
     def all_finite(self) -> bool:
-        """No total is NaN or infinite."""
+        """Return True if no total is NaN or infinite."""
         return all(bool(torch.isfinite(pair).all()) for pair in self.sums.values())
 
     def state(self) -> dict[str, list[float]]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {name: pair.tolist() for name, pair in sorted(self.sums.items())}
 
     def load_state(self, saved: dict[str, list[float]], device: torch.device) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         self.sums = {
             name: torch.tensor(pair, dtype=torch.float64, device=device)
             for name, pair in saved.items()
@@ -79,6 +76,6 @@ class MetricAccumulator:
 
 
 def to_float64(value: Tensor) -> Tensor:
-    """In float64, where that exists."""
+    """Convert to float64, on the CPU if the device is MPS, which has no float64."""
     value = value.detach()
     return (value.cpu() if value.device.type == "mps" else value).double()

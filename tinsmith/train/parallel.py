@@ -1,8 +1,8 @@
-"""One process among several, and the same module spread over them.
+"""Data parallelism: processes of torchrun, and the model copied to or sharded over them.
 
 `ddp` keeps a whole copy on every rank and averages gradients; `fsdp` shards parameters,
-gradients and optimizer state with FSDP2's `fully_shard`, block by block. No wrapper objects:
-objectives see the same module either way. Nothing outside of `train` knows about ranks.
+gradients and optimizer state with FSDP2's `fully_shard`, block by block. There are no wrapper
+objects: objectives see the same module either way.
 """
 
 import os
@@ -42,50 +42,50 @@ class Mesh:
 
 
 class Ranks:
-    """This process and its peers; with one process every call is free."""
+    """This process and its process group. With one process no call communicates."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device, kind: str):
         self.rank, self.world_size, self.device, self.kind = rank, world_size, device, kind
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 speaks and writes."""
+        """True on rank 0, the only one that logs and writes files."""
         return self.rank == 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks."""
+        """Sum a tensor over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one."""
+        """Return True on every rank if `flag` is True on at least one."""
         if self.world_size == 1:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(float(flag), device=self.device)).item())
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait until all ranks are here."""
         if self.world_size > 1:
             dist.barrier()
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """Every rank's bytes, on every rank."""
+        """Return the bytes of every rank, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [data]
         sizes = torch.zeros(self.world_size, dtype=torch.long, device=self.device)
         sizes[self.rank] = len(data)
         longest = int(self.all_reduce_sum(sizes).max())
-        mine = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-        parts = [torch.zeros_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine)
+        own = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        parts = [torch.zeros_like(own) for _ in range(self.world_size)]
+        dist.all_gather(parts, own)
         return [
             bytes(p[:size].cpu().numpy()) for p, size in zip(parts, sizes.tolist(), strict=True)
         ]
 
     def destroy(self) -> None:
-        """End the process group, if there is one."""
+        """Destroy the process group, if there is one."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -103,7 +103,10 @@ def init_distributed(mesh: Mesh, device: torch.device) -> Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU."""
+    """Return the device called `name`; `auto` is CUDA, then MPS, then the CPU.
+
+    Raise UserError if it cannot be used.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -120,7 +123,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def parallelize(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
-    """Make all ranks start from rank 0's weights, and shard them where asked."""
+    """Broadcast the weights of rank 0, and shard the policy with FSDP2 if `kind` is `fsdp`."""
     if ranks.world_size == 1:
         return
     for tensor in (
@@ -141,9 +144,7 @@ def parallelize(policy: LM, objective: nn.Module, ranks: Ranks) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Mean over ranks of the gradients of parameters that are whole on every rank (sharded ones
-    already are).
-    """
+    """Average gradients over ranks, in place. FSDP2 has averaged those of sharded parameters."""
     if ranks.world_size == 1:
         return
     for parameter in parameters:
@@ -153,8 +154,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
 
 
 def full_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and buffers by name, whole and on the CPU; every rank must
-    call it.
+    """Gather parameters (tied ones once) and buffers by name, unsharded and on the CPU. Every rank
+    must call it.
     """
     named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
     return {name: full_tensor(value).detach().cpu().contiguous() for name, value in named.items()}
@@ -162,8 +163,8 @@ def full_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_full_tensors(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy whole tensors into the module's parameters and buffers; UserError where names or
-    shapes differ.
+    """Copy unsharded tensors into parameters and buffers. Raise UserError if names or shapes
+    differ.
     """
     named: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
     for name in sorted(named.keys() ^ tensors.keys()):

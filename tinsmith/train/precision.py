@@ -1,9 +1,9 @@
-"""Number formats of the forward pass, and loss scaling for the one that needs it.
+"""Mixed precision: autocast of the forward pass, and loss scaling for fp16.
 
 Weights, gradients, moments and every sum stay in float32; `bf16` and `fp16` are autocast. fp16
-cannot hold small gradients, so the loss is multiplied by a scale that halves at an overflow and
-doubles after a long quiet time (Micikevicius et al., 1710.03740). An overflow is part of the
-method: that step is skipped and is not a bad step.
+cannot represent small gradients, so the loss is multiplied by a scale that halves at an overflow
+and doubles after many steps without one (Micikevicius et al., 1710.03740). A step with an overflow
+is skipped, and not counted as a step that is not finite.
 """
 
 from collections.abc import Iterable
@@ -19,20 +19,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which forward passes run."""
+    """Return the autocast context of forward passes."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def fastest_precision() -> str:
-    """`bf16` where this machine multiplies it faster than float32, else `fp32`."""
+    """Return `bf16` if this machine multiplies it faster than float32, else `fp32`."""
     probe = torch.empty(0, device=pick_device("auto"))
     return "bf16" if fast_matmul_dtype(probe) == torch.bfloat16 else "fp32"
 
 
 class LossScaler:
-    """The factor on the loss; 1 and unmoved unless the precision is fp16."""
+    """Dynamic loss scale. Always 1 unless the precision is fp16."""
 
     def __init__(self, precision: str, init_scale: float = 2.0**16, growth_interval: int = 2000):
         self.enabled = precision == "fp16"
@@ -48,7 +48,7 @@ class LossScaler:
                 gradient.mul_(1.0 / self.scale)
 
     def update(self, overflow: bool) -> None:
-        """After a step: halve at an overflow, double after `growth_interval` steps without one."""
+        """Halve the scale after an overflow; double it after `growth_interval` steps without."""
         if not self.enabled:
             return
         self.steps_since_overflow = 0 if overflow else self.steps_since_overflow + 1
@@ -59,14 +59,14 @@ class LossScaler:
 
     @property
     def exhausted(self) -> bool:
-        """Even the smallest scale overflows: it is not the scale."""
+        """True at the smallest scale, where an overflow has another cause than the scale."""
         return self.scale <= 2.0**-14
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return [self.scale, self.steps_since_overflow]
 
     def load_state(self, saved: list[float]) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         if self.enabled:
             self.scale, self.steps_since_overflow = saved[0], int(saved[1])

@@ -1,6 +1,5 @@
-"""What a run leaves for people: pictures (`loss`, `experts`) and `samples.md`, all made of
-`metrics.jsonl` alone, and the table of `tinsmith runs`. A killed run can be reported like any
-other.
+"""Reports of a run from its `metrics.jsonl`: plots (`loss`, `experts`), `samples.md`, and the table
+of `tinsmith runs`. They work for killed runs too.
 """
 
 import re
@@ -22,10 +21,10 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def plot_run(folder: Path) -> Path:
-    """Write `loss.png` and `loss.svg` into a run's folder, and where it has experts `experts.png`
-    and `experts.svg`; returns the path of the first.
+    """Plot `loss.png` and `loss.svg` into a run's folder, and with experts `experts.png` and
+    `experts.svg`. Return the path of `loss.png`.
 
-    Equal metrics of equally named runs give equal files. UserError where there is no such folder.
+    Equal metrics of equally named runs give equal files. Raise UserError if the folder is missing.
     """
     history = History.read(folder)
     drawn = {"loss": draw_run}
@@ -38,7 +37,7 @@ def plot_run(folder: Path) -> Path:
 
 
 def plot_runs(folders: Sequence[Path], out: Path) -> Path:
-    """Several runs in one picture, `out`, a .png or .svg file."""
+    """Plot several runs in one picture, `out`, a .png or .svg file."""
     kind = out.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg"):
         raise UserError(f"{out}: pictures are written as .png or .svg; choose one of these endings")
@@ -50,7 +49,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> Path:
 
 
 def write_samples(folder: Path) -> Path:
-    """Write `samples.md`: all samples of the run, step by step; returns its path."""
+    """Write `samples.md`, all samples of the run by step. Return its path."""
     history = History.read(folder)
     parts = [f"# Samples of {history.name}\n"]
     for line in history.of_kind("samples"):
@@ -65,11 +64,11 @@ def write_samples(folder: Path) -> Path:
 
 
 def runs_table(root: Path) -> list[dict[str, Any]]:
-    """A row for every run under `root`, the one that wrote last first.
+    """Return a dict for every run under `root`, the most recently written first.
 
-    Keys: name, folder, objective (`unknown` where the recipe cannot be read), step, steps (None
-    likewise), best_bpb (None before the first evaluation), age_seconds (since the last word of
-    the run), bytes (of the whole folder), finished.
+    Keys: name, folder, objective (`unknown` if the recipe cannot be read), step, steps (then None),
+    best_bpb (None before the first evaluation), age_seconds (since the last line of metrics), bytes
+    (of the whole folder), finished.
     """
     if not root.is_dir():
         return []
@@ -100,7 +99,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _fenced(text: str) -> str:
-    """Text as a code block that nothing inside it can end."""
+    """Format text as a code block whose fence is longer than any inside."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     end = "" if text.endswith("\n") else "\n"
@@ -115,7 +114,7 @@ def _config(folder: Path) -> Any:
 
 
 def _inside(data: Any, *keys: str) -> Any:
-    """The value under keys of nested dicts, None where one is missing."""
+    """Return the value under keys of nested dicts, or None if one is missing."""
     for key in keys:
         data = data.get(key) if isinstance(data, dict) else None
     return data
@@ -127,13 +126,13 @@ def _saved_step(folder: Path) -> int:
 
 
 def _last_change(folder: Path) -> float:
-    """When the run last said something; its folder's age where it never has."""
+    """Return the time of the last line of metrics, or of the folder if there is none."""
     metrics = folder / "metrics.jsonl"
     return (metrics if metrics.exists() else folder).stat().st_mtime
 
 
 def _bytes(folder: Path) -> int:
-    """Bytes of all files below a folder that another process may be writing to."""
+    """Sum the bytes of all files in a folder. Another process may be writing to it."""
     total = 0
     for path in folder.rglob("*"):
         try:

@@ -1,6 +1,7 @@
-"""A run put together: data, model, objective, optimizer, log, and where it stands.
+"""A training run: model, data, objective, optimizers and log, and its checkpoints.
 
-Where a run stands: everything that moves and is neither a weight nor a moment.
+`TrainerState` holds the position of the run: what changes and is neither a weight nor optimizer
+state.
 """
 
 import json
@@ -36,18 +37,18 @@ from tinsmith.train.precision import LossScaler
 
 @dataclass
 class TrainerState:
-    """Saved as `state.json`, so it holds plain values only."""
+    """Position of a run, saved as `state.json`. It holds plain values only."""
 
     step: int = 0
     """Optimizer steps done, skipped ones included."""
     tokens: int = 0
-    """Positions seen, over all ranks."""
+    """Tokens seen over all ranks, padding included."""
     best: dict[str, float] | None = None
-    """Step, loss and other measures of the best evaluation."""
+    """Step and metrics of the evaluation with the lowest loss."""
     evaluation: dict[str, float] | None = None
-    """The newest evaluation."""
+    """Step and metrics of the newest evaluation."""
     pending: list[str] = field(default_factory=list)
-    """What was still to be done after this step when the run was stopped."""
+    """Hooks of this step that had not run when the run was stopped. They run after resume."""
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON-ready data."""
@@ -55,18 +56,16 @@ class TrainerState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainerState":
-        """From what `to_dict` gave; other keys of the file are left alone."""
+        """Build the state from `to_dict` data. Other keys of the file are ignored."""
         return cls(**{name: saved[name] for name in cls.__dataclass_fields__})
 
 
 OBJECTIVE_PREFIX = "objective."
-"""Stands before the names of the objective's tensors in a rank's file of random states."""
+"""Key prefix of the objective's tensors in each rank's state file."""
 
 
 class Interrupted(Exception):
-    """A stop was asked for in the middle of something; the run is rewound to the last whole
-    step.
-    """
+    """A stop was requested during a step or hook. The run is restored to the last complete step."""
 
 
 class RunParts(NamedTuple):
@@ -130,16 +129,16 @@ class Run:
 
     @property
     def checkpoint_dir(self) -> Path:
-        """Where checkpoints are kept."""
+        """Return the folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """Return all parameters of the optimizers."""
         return list(self.optimizers.parameters())
 
     def poll(self, busy: bool = False) -> bool:
-        """Called wherever time is spent; a stop that any rank was asked for interrupts all of
-        them. Whether any rank is `busy`.
+        """Raise Interrupted on all ranks if a stop was requested on one. Return whether any rank is
+        `busy`. Called between micro-batches, generated tokens and evaluation batches.
         """
         kill_point(f"in {self.state.pending[0] if self.state.pending else 'step'}")
         requested = torch.tensor(
@@ -151,16 +150,18 @@ class Run:
         return anybody > 0
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Every rank's tensors, on the CPU; shapes may differ."""
+        """Gather the tensors of every rank on the CPU. Shapes may differ."""
         if self.ranks.world_size == 1:
             return [tensors]
-        return [tensors_of(data) for data in self.ranks.all_gather_bytes(bytes_of(_apart(tensors)))]
+        return [
+            tensors_of(data) for data in self.ranks.all_gather_bytes(bytes_of(_cpu_copies(tensors)))
+        ]
 
     def build_checkpoint(self) -> checkpoint.Checkpoint:
-        """Everything needed to go on from here; every rank must call it."""
+        """Collect the checkpoint of this step. Every rank must call it."""
         tensors, values = rng.capture()
-        carried = _apart(self.objective.rank_state())
-        tensors |= {f"{OBJECTIVE_PREFIX}{name}": tensor for name, tensor in carried.items()}
+        rank_state = _cpu_copies(self.objective.rank_state())
+        tensors |= {f"{OBJECTIVE_PREFIX}{name}": tensor for name, tensor in rank_state.items()}
         saved = bytes_of(tensors, metadata={"values": json.dumps(values)})
         state = self.state.to_dict() | {
             "cursor": self.loader.cursor,
@@ -180,13 +181,13 @@ class Run:
         )
 
     def save_checkpoint(self) -> bool:
-        """Write a checkpoint and prune old ones; False, after a warning, where the disk is full."""
+        """Write a checkpoint and delete old ones. Return False if the disk is full."""
         snapshot = self.build_checkpoint()
         problem = ""
         if self.ranks.is_main:
             try:
                 folder = checkpoint.save(
-                    self.checkpoint_dir, snapshot, self._described(), self.tokenizer
+                    self.checkpoint_dir, snapshot, self._recipe(), self.tokenizer
                 )
                 best = self.state.best
                 checkpoint.prune(
@@ -205,12 +206,12 @@ class Run:
         self.failed_saves = 0
         return True
 
-    def _described(self) -> str:
-        """The recipe with the model as it is, so that a checkpoint can be opened on its own."""
+    def _recipe(self) -> str:
+        """Return the recipe with the policy's config, so that the checkpoint opens on its own."""
         return dump(replace(self.config, model=self.policy.config))
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Go on from a checkpoint, to the same bits."""
+        """Restore a checkpoint. Training continues to the same bits on as many ranks."""
         saved = checkpoint.load(folder)
         parallel.load_full_tensors(self.policy, saved.model, str(folder))
         parallel.load_full_tensors(self.objective, saved.objective, str(folder))
@@ -224,7 +225,7 @@ class Run:
         self.spike_detector.load_state(saved.state.get("spikes", []))
         self.loss_scaler.load_state(saved.state["loss_scale"])
         self.objective.load_state(saved.state["objective"])
-        self.objective.load_rank_state(self._carried(saved.rng))
+        self.objective.load_rank_state(self._rank_state(saved.rng))
         self.batches = self.objective.batches(self.loader, self.policy)
         if len(saved.rng) == self.ranks.world_size:
             restore_rng(saved.rng[self.ranks.rank])
@@ -233,8 +234,8 @@ class Run:
                 rng.derive_seed(self.config.train.seed, "rank", self.ranks.rank, self.state.step)
             )
 
-    def _carried(self, files: list[bytes]) -> dict[str, Tensor]:
-        """The objective's own tensors in the files of all ranks that were, for this one."""
+    def _rank_state(self, files: list[bytes]) -> dict[str, Tensor]:
+        """Return this rank's tensors of the objective from the state files of all saved ranks."""
         parts = [
             {
                 name.removeprefix(OBJECTIVE_PREFIX): tensor.to(self.ranks.device)
@@ -249,17 +250,17 @@ class Run:
 
     @property
     def metrics_device(self) -> torch.device:
-        """Where sums in float64 live."""
+        """Return the device of float64 sums: the CPU for MPS, which has no float64."""
         return torch.device("cpu") if self.ranks.device.type == "mps" else self.ranks.device
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, no two of them in the same memory."""
+def _cpu_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU. No two of the copies share memory."""
     return {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def restore_rng(data: bytes) -> None:
-    """Put back the random states of a rank's file."""
+    """Restore the random states of a rank's state file."""
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     rng.restore(tensors_of(data), json.loads(header["__metadata__"]["values"]))

@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what is written at its start, and who may write into it."""
+"""The folder of a run: its path, `config.yaml` and `env.json`, and when a run may resume in it."""
 
 import datetime
 import json
@@ -32,19 +32,19 @@ MUTABLE_TRAIN_KEYS = {
 
 
 def runs_root() -> Path:
-    """`$TINSMITH_RUNS`, or `runs` here."""
+    """Return `$TINSMITH_RUNS`, or `runs` in the working directory."""
     return Path(os.environ.get("TINSMITH_RUNS", "runs"))
 
 
 def default_run_name(recipe: str) -> str:
-    """`<recipe>-<date>`, with a counter where that is taken."""
+    """Return `<recipe>-<date>`, with a counter if that folder exists."""
     base = f"{recipe}-{datetime.date.today():%Y%m%d}"
-    names = (base if number == 1 else f"{base}-{number}" for number in range(1, 10_000))
+    names = (base if count == 1 else f"{base}-{count}" for count in range(1, 10_000))
     return next(name for name in names if not (runs_root() / name).exists())
 
 
 def run_folder(name: str) -> Path:
-    """The folder of the run called `name`; UserError for a name that is no name."""
+    """Return the folder of the run called `name`. Raise UserError if the name is a path."""
     if name.startswith(".") or "/" in name or "\\" in name:
         raise UserError(
             f"--name '{name}': a run's name is one word, without / and not beginning with a dot"
@@ -53,8 +53,9 @@ def run_folder(name: str) -> Path:
 
 
 def create_run_folder(folder: Path, resume: bool) -> bool:
-    """Make the folder; True where there is a run in it to resume. A non-empty one needs
-    `resume`.
+    """Create the folder. Return True if it holds a run to resume.
+
+    Raise UserError if it is not empty and `resume` is False.
     """
     taken = folder.exists() and any(folder.iterdir())
     if taken and not resume:
@@ -81,7 +82,7 @@ def write_config_and_env(folder: Path, config: RunConfig, ranks: Ranks) -> None:
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:
-    """What this run runs on."""
+    """Describe git commit, versions, device, threads and processes."""
     return {
         "argv": sys.argv,
         "git": _git(),
@@ -97,19 +98,19 @@ def environment(ranks: Ranks) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    def ask(*words: str) -> str:
+    def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
 
     try:
-        return {"sha": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def check_resume_config(folder: Path, config: RunConfig) -> None:
-    """Refuse to resume with a config that differs in a way that matters."""
+    """Raise UserError if `config` differs from that of the run in a key that may not change."""
     path = folder / "config.yaml"
     if not path.exists():
         return

@@ -1,6 +1,6 @@
-"""Set up a run from its plan: folder, models, data and log, ready for its first or next step.
+"""Set up a run from its plan: folder, log, models and data, ready for its first or next step.
 
-Tune glibc's malloc for training on a CPU.
+`keep_freed_memory` tunes glibc's malloc for training on a CPU.
 """
 
 import ctypes
@@ -205,7 +205,7 @@ def _validation(prepared: PreparedData, config: RunConfig) -> TokenizedDataset |
 
 
 def log_header(run: Run) -> None:
-    """The header: model, data, objective, where the run is."""
+    """Log the first lines of a run: model, data, objective, device and folder."""
     config, train = run.config, run.config.train
     kinds = " + ".join(dict.fromkeys(layer.mixer.kind for layer in run.policy.config.layers))
     feeds = " + ".join(dict.fromkeys(layer.feed_forward.kind for layer in run.policy.config.layers))
@@ -223,13 +223,13 @@ def log_header(run: Run) -> None:
     )
     total = train.steps * train.tokens_per_step
     matrices, others = config.optim.matrices, config.optim.others
-    shape = (
+    tokens = (
         f"{train.steps:,} steps x {train.tokens_per_step:,} tokens = {format_count(total)} tokens"
     )
     epochs = train.steps * train.batch_size * train.grad_accum_steps / run.source.size
     rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}"
     rates = f"{rates}, {config.optim.schedule.kind}"
-    log.line(f"  objective  {config.objective.kind} | {shape} ({epochs:.2g} epochs) | {rates}")
+    log.line(f"  objective  {config.objective.kind} | {tokens} ({epochs:.2g} epochs) | {rates}")
     log.line(
         f"  machine    {_machine(run.ranks.device)}, {train.precision}, {run.ranks.world_size} "
         "process(es)"

@@ -1,7 +1,7 @@
-"""A run's metrics, told to TensorBoard, wandb or trackio as well; `metrics.jsonl` is the truth.
+"""Send a run's metrics to TensorBoard, wandb or trackio. `metrics.jsonl` has all of them anyway.
 
-Each tracker is a few lines around a library that is imported only if a recipe names it. Nothing
-that a tracker does may stop training: its first failure is said once, and then it is left out.
+Each tracker wraps a library that is imported only if a recipe names it. A tracker never stops
+training: its first failure is printed as a warning, and it is not used from then on.
 """
 
 import netrc
@@ -19,26 +19,26 @@ from tinsmith.train.plots.history import is_number
 
 PROJECT = "tinsmith"
 WANDB_TIMEOUT = 20
-"""How long a run waits, once, for wandb's server."""
+"""Seconds that a run waits for wandb's server, once."""
 NOT_INSTALLED = (
     'log.trackers: {name} is not installed; pip install "tinsmith[track]", or leave it out'
 )
 
 
 class Tracker(Protocol):
-    """What is asked of each of them."""
+    """The interface of all trackers."""
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers of one step, by `kind/name`."""
+        """Log the metrics of one step; keys are `kind/name`."""
         ...
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Flush and end the tracker."""
         ...
 
 
 class TensorBoard:
-    """Event files in `RUN/tensorboard`. A resumed run hides what was written after its step."""
+    """Event files in `RUN/tensorboard`. A resumed run hides events after its step."""
 
     def __init__(self, folder: Path, config: dict[str, Any], name: str):
         from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +48,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """A scalar each."""
+        """Write one scalar per metric."""
         if self._writer is None:
             self._writer = self._open(step)
             self._writer.add_text("config", f"```yaml\n{self._config}```", step)
@@ -85,7 +85,7 @@ class Wandb:
 
 
 class Trackio:
-    """A run of the project `tinsmith` in trackio's own folder; a resumed run goes on in it."""
+    """A run of the project `tinsmith` in trackio's own folder. A resumed run continues it."""
 
     def __init__(self, folder: Path, config: dict[str, Any], name: str):
         import trackio  # pyright: ignore[reportMissingImports]
@@ -112,10 +112,10 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any], str], Tracker]] = {
 def attach_trackers(
     trackers: tuple[str, ...], folder: Path, config: dict[str, Any], name: str, log: RunLog
 ) -> Callable[[], None]:
-    """Let the named trackers hear all of `log`'s metrics; returns the function that ends them.
+    """Attach the named trackers to all metrics of `log`. Return the function that closes them.
 
-    Neither the trackers nor that function raise later on. A log that is quiet (another rank's) gets
-    none. UserError where a tracker is not installed.
+    Neither trackers nor that function raise later. A quiet log (of another rank) gets none. Raise
+    UserError if a tracker is not installed.
     """
     open_ones: dict[str, Tracker] = {}
     tensors, values = rng.capture()
@@ -148,15 +148,15 @@ def _begin(
         open_ones[one] = TRACKERS[one](folder, config, name)
     except ImportError:
         raise UserError(NOT_INSTALLED.format(name=one)) from None
-    except Exception as error:  # whatever a server, a disk or a library may answer
+    except Exception as error:  # of a server, a disk or a library
         print_warning(f"{one} could not be started: {_line(error)}; training goes on without it")
 
 
 def _guarded(open_ones: dict[str, Tracker], one: str, action: Callable[[], None]) -> None:
-    """Do it, or say once that this tracker is left out from now on."""
+    """Run an action of a tracker. If it fails, warn and remove the tracker."""
     try:
         action()
-    except Exception as error:  # whatever a server, a disk or a library may answer
+    except Exception as error:  # of a server, a disk or a library
         del open_ones[one]
         print_warning(f"{one} failed: {_line(error)}; training goes on without it")
 

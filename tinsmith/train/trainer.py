@@ -1,10 +1,10 @@
-"""The loop; the only one.
+"""The training loop, for all objectives.
 
     loss of a step = sum of the losses of all micro-batches of all ranks / their units
 
-so the result does not depend on how the batch was split. Objectives say what a batch means
-(`objectives/`), dues what happens between steps (`dues.py`), `start.py` puts a run together and
-`finish.py` leaves what a finished run leaves.
+so the result does not depend on how the batch is split. `objectives/` compute losses, `hooks.py`
+logs, evaluates, samples and saves between steps, `setup.py` builds a run and `export.py` writes the
+files of a finished one.
 """
 
 import math
@@ -42,15 +42,15 @@ def train(
     resume_from: Path | None = None,
     recipe: str = "run",
 ) -> Path:
-    """Run a recipe from start, or from where it stopped, to its end; returns the run's folder.
+    """Train a recipe from the start or from a checkpoint to its last step. Return the run's folder.
 
     `name`: the folder's name under `$TINSMITH_RUNS` or `runs` (default: `recipe` and the date).
-    `resume`: go on from the newest valid checkpoint, or start if there is none; `resume_from` names
-    one.
+    `resume`: continue from the newest valid checkpoint, or start if there is none; `resume_from`
+    names one.
 
-    Raises UserError for anything the caller can mend, Stopped after a requested stop and its
-    checkpoint, TooManyBadSteps where the numbers are beyond repair, DiskFull where two saves in a
-    row failed.
+    Raise UserError for wrong input, Stopped after a requested stop and its checkpoint,
+    TooManyNonfiniteSteps after too many steps in a row that were not finite, and DiskFull if two
+    checkpoints in a row could not be saved.
     """
     name = name or default_run_name(recipe)
     with StopFlag() as flag:
@@ -69,18 +69,20 @@ def train(
 
 
 def train_loop(run: Run) -> None:
-    """Steps, and what is due after each; raises Interrupted with the run at a whole step."""
+    """Train to the last step and run the hooks after each one. If interrupted, raise Interrupted
+    with the run at the last complete step.
+    """
     run_hooks(run, list(run.state.pending))
     while run.state.step < run.config.train.steps:
         tensors, values = rng.capture()
-        cursor, mark = run.loader.cursor, run.objective.snapshot()
+        cursor, snapshot = run.loader.cursor, run.objective.snapshot()
         try:
             train_step(run)
         except Interrupted:
             run.optimizers.zero_grad()
             rng.restore(tensors, values)
             run.loader.cursor = cursor
-            run.objective.restore_snapshot(mark)
+            run.objective.restore_snapshot(snapshot)
             raise
         kill_point("step")
         run_hooks(run, list(HOOKS))
@@ -91,7 +93,7 @@ def train_loop(run: Run) -> None:
 
 
 def train_step(run: Run) -> None:
-    """One optimizer step over `accumulate` micro-batches."""
+    """Run one optimizer step over `grad_accum_steps` micro-batches."""
     begin = run.loader.cursor
     micro = []
     for _ in range(run.config.train.grad_accum_steps):
@@ -129,7 +131,7 @@ def train_step(run: Run) -> None:
 
 
 def backward(run: Run, batch: Any, units: Tensor) -> Loss:
-    """Forward and backward of one micro-batch; gradients are those of the mean over the global
+    """Run forward and backward of one micro-batch. Gradients are those of the mean over the global
     batch.
     """
     with autocast(run.config.train.precision, run.ranks.device):
@@ -140,8 +142,8 @@ def backward(run: Run, batch: Any, units: Tensor) -> Loss:
 
 
 def optimizer_step(run: Run, metrics: MetricAccumulator, stats: dict[str, Tensor]) -> bool:
-    """Clip, check, step. False where a number was not a number: then nothing has changed but the
-    loss scale.
+    """Clip gradients and step the optimizers. Return False if loss or gradient norm is not finite;
+    then only the loss scale has changed.
     """
     parameters = [p for p in run.trainable_parameters() if p.grad is not None]
     average_gradients(parameters, run.ranks)
@@ -178,7 +180,7 @@ def optimizer_step(run: Run, metrics: MetricAccumulator, stats: dict[str, Tensor
 
 
 def save_and_stop(run: Run) -> Stopped:
-    """Save what there is and say how to go on."""
+    """Save a checkpoint and return the exception that ends the process with code 75."""
     if not run.save_checkpoint():
         raise checkpoint.DiskFull(
             "the stop was asked for, but its checkpoint could not be saved; free some space"
