@@ -1,4 +1,4 @@
-"""Mean 0 and deviation 1 over everything that all processes have in hand."""
+"""Advantages: whitening over all processes, group-relative advantages, and GAE."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from tinsmith.distributed.group import Peers
 
 
 def whiten(values: Tensor, mask: Tensor, peers: Peers) -> Tensor:
-    """(values - mean) / (population deviation + 1e-8) over masked-in values of all processes; 0
-    where masked. Any shape; `mask` of the same.
+    """Normalise masked-in values of all processes: (values - mean) / (population deviation + 1e-8);
+    0 outside the mask. `mask` has the shape of `values`.
     """
     own = torch.where(mask, values, 0).double()
     parts = peers.gather({"values": values[mask].double()})
@@ -20,9 +20,9 @@ def whiten(values: Tensor, mask: Tensor, peers: Peers) -> Tensor:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(P, G) rewards of G answers to each of P prompts -> (P, G) advantages: less the group's mean,
-    over its population standard deviation + 1e-4. Equal rewards give exactly 0. Whole rewards are
-    taken as torch's default float.
+    """Return group-relative advantages (P, G) of the rewards (P, G) of G completions of each of P
+    prompts: minus the group's mean, divided by its population standard deviation + 1e-4. Equal
+    rewards give exactly 0. Integer rewards are converted to torch's default float.
     """
     if not rewards.is_floating_point():
         rewards = rewards.to(torch.get_default_dtype())
@@ -32,12 +32,12 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def zero_variance_groups(rewards: Tensor) -> Tensor:
-    """(P,) groups of (P, G) whose rewards are all equal: they teach nothing."""
+    """Mark the groups (P,) of rewards (P, G) that are all equal and so have no gradient."""
     return rewards.amax(1) == rewards.amin(1)
 
 
 def fill_missing_rewards(rewards: Tensor) -> Tensor:
-    """(P, G) rewards with the mean of its row, or else 0, wherever one is not a number."""
+    """Replace rewards (P, G) that are not finite by the mean of the others in the row, or by 0."""
     there = torch.isfinite(rewards)
     mean = torch.where(there, rewards, 0).sum(1) / there.sum(1).clamp(min=1)
     return torch.where(there, rewards, mean[:, None])
@@ -46,11 +46,11 @@ def fill_missing_rewards(rewards: Tensor) -> Tensor:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (B, T) from rewards, values and mask (B, T); 0 where masked.
+    """Return advantages and returns (B, T) of rewards, values and mask (B, T); 0 outside the mask.
 
-    `values[t]` is V before action t, and 0 after the last masked-in token. Positions that the mask
-    leaves out are no actions: what stands between two answers is passed over. Advantages are not
-    whitened; returns are advantages + values.
+    `values[t]` is V before action t, and 0 after the last masked-in token. Positions outside the
+    mask are no actions: observations between two turns are skipped. Advantages are not whitened;
+    returns are advantages + values.
     """
     acted = mask.bool()
     advantages = torch.zeros_like(values)

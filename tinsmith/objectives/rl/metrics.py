@@ -44,7 +44,7 @@ def rollout_metrics(
 
 
 def group_std(rewards: Tensor) -> Tensor:
-    """(P,) population standard deviation of every row of (P, G), of the rewards that there are."""
+    """Return the population standard deviation (P,) of the finite rewards in each row of (P, G)."""
     there = torch.isfinite(rewards)
     count = there.sum(1).clamp(min=1)
     known = torch.where(there, rewards, 0)
@@ -53,7 +53,7 @@ def group_std(rewards: Tensor) -> Tensor:
 
 
 def count_turns(mask: Tensor) -> Tensor:
-    """(B,) how often the policy spoke: stretches of a mask (B, T) that are True."""
+    """Count the turns (B,) of the policy: runs of True in a mask (B, T)."""
     return mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
 
 

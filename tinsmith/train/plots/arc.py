@@ -1,5 +1,5 @@
-"""Puzzles and what became of them, side by side: a demonstration, the input asked about, the true
-output, two attempts.
+"""Plot grid puzzles: a demonstration, the test input, the true output and two attempts, side by
+side.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PUZZLES = 8
-"""Puzzles of a picture: half of them solved, where there are as many."""
+"""Puzzles in a picture. Half of them are solved ones, if there are enough."""
 HEADING_INCHES, PUZZLE_INCHES, MARGIN_INCHES = 1.0, 1.35, 0.1
-"""Inches: the heading, a puzzle, the rest."""
+"""Sizes in inches: heading, puzzle, margin."""
 CELL_COLOURS = (
     *("#16191d", "#1f6feb", "#d1372b", "#2da44e", "#e3b341"),
     *("#8c959f", "#bf3989", "#d1672b", "#79c0ff", "#7d1f2b"),
@@ -25,7 +25,7 @@ COLUMN_TITLES = ("demonstration", "", "input", "output", "attempt 1", "attempt 2
 
 
 def pick_outcomes(outcomes: Sequence[ArcOutcome]) -> list[ArcOutcome]:
-    """The first that are right and the first that are not, in equal parts as far as there are."""
+    """Select the first solved and the first unsolved puzzles, as many of both if possible."""
     right = [each for each in outcomes if each.correct]
     wrong = [each for each in outcomes if not each.correct]
     most = max(MAX_PUZZLES // 2, MAX_PUZZLES - len(wrong))
@@ -33,7 +33,7 @@ def pick_outcomes(outcomes: Sequence[ArcOutcome]) -> list[ArcOutcome]:
 
 
 def draw_puzzles(outcomes: Sequence[ArcOutcome]) -> "Figure":
-    """A row of grids for each of some outcomes."""
+    """Draw a row of grids for each outcome."""
     from matplotlib.figure import Figure
 
     shown = pick_outcomes(outcomes)
@@ -91,7 +91,7 @@ def _draw(axes: "Axes", grid: Grid | None) -> None:
 
 
 def _framed(axes: "Axes") -> None:
-    """A frame around what is right."""
+    """Draw a frame around a correct attempt."""
     for spine in axes.spines.values():
         spine.set_visible(True)
         spine.set_color(COLOURS[2])

@@ -1,6 +1,6 @@
-"""What experts did over a run: a panel of experts over steps for every routed layer, and below them
-how many worked on a token, how many did nothing, how sure the gates were; and where it is told, how
-far thresholds or biases went and what surprise says.
+"""Plot statistics of experts over a run: a heat map of loads for every routed layer, and curves of
+active experts, dead experts and router entropy; also of thresholds, biases and surprise if the run
+logged them.
 """
 
 import math
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LOG2_LOAD = 3
-"""Colours tell loads from 2^-3 to 2^3 times an even share apart."""
+"""Colours show log2 of the load over the mean load, from -3 to 3."""
 MAX_COLUMNS = 4
 CURVES = (
     ("active", "Experts per token", "experts"),
@@ -42,7 +42,7 @@ OPTIONAL_CURVES = (
 
 
 def draw_experts(history: History) -> "Figure":
-    """Loads over the steps, a panel for each layer, and three curves or up to six."""
+    """Draw the loads over steps, one panel per layer, and three to six curves."""
     from matplotlib.figure import Figure
 
     lines = history.of_kind("routing")
@@ -116,7 +116,9 @@ def _draw_layer(
 def _ratios(
     name: str, lines: list[dict[str, Any]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Edges of the intervals (n + 1,), and loads over an even share (experts, n)."""
+    """Return the edges of the step intervals (n + 1,) and the loads over the mean load (experts,
+    n).
+    """
     mine = [line for line in lines if name in line["layers"]]
     loads = np.array([line["layers"][name]["load"] for line in mine], dtype=np.float64)
     even = loads.mean(1, keepdims=True)
@@ -149,7 +151,7 @@ def _draw_curve(axes: "Axes", history: History, key: str, colour: str) -> None:
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:
-    """The last word about the experts, in one line."""
+    """Format the last statistics of experts in one line."""
     last = lines[-1]
     layers = f"{len(last['layers'])} routed layers, {last['experts']} experts"
     return f"{layers}   ·   at the end {last['active']:.2f} per token, {last['dead']} without one"

@@ -1,5 +1,5 @@
-"""What a run's `metrics.jsonl` says, for whoever reads it afterwards: the run may have been killed
-at any moment, so a line that is torn or is none is passed over.
+"""Read a run's `metrics.jsonl`. The run may have been killed at any moment, so a line that is not
+complete JSON is skipped.
 """
 
 import json
@@ -14,7 +14,7 @@ from tinsmith.core.errors import UserError
 
 
 class Series:
-    """Numbers by step: `steps` (n,) and `values` (n,), both float64, all finite."""
+    """Values by step: `steps` (n,) and `values` (n,), both float64 and finite."""
 
     def __init__(self, points: list[tuple[float, float]]):
         table = np.array(points, dtype=np.float64).reshape(-1, 2)
@@ -25,8 +25,9 @@ class Series:
         return len(self.steps)
 
     def smooth(self) -> NDArray[np.float64]:
-        """A weighted mean over neighbours (n,), triangular, a twentieth of the series each way; at
-        the start as many each way as there are, so that a steep beginning stays steep.
+        """Return a weighted moving average (n,) with triangular weights over a twentieth of the
+        series on each side. Near the start the window is shorter and symmetric, so that a steep
+        beginning stays steep.
         """
         count = len(self)
         reach = count // 20
@@ -40,7 +41,7 @@ class Series:
 
 
 class History:
-    """The lines of a run's `metrics.jsonl`, in their order."""
+    """The lines of a run's `metrics.jsonl`, in order."""
 
     def __init__(self, name: str, lines: list[dict[str, Any]]):
         self.name = name
@@ -48,7 +49,9 @@ class History:
 
     @classmethod
     def read(cls, folder: Path) -> "History":
-        """Empty where nothing has been written yet; UserError where there is no such folder."""
+        """Read the metrics of a run; empty before the first line. Raise UserError if the folder is
+        missing.
+        """
         if not folder.is_dir():
             raise UserError(f"{folder}: no such run; `tinsmith runs` lists them")
         path = folder / "metrics.jsonl"
@@ -58,25 +61,25 @@ class History:
 
     @property
     def step(self) -> int:
-        """The last step that anything was said about."""
+        """Return the last step of any line."""
         return max((line["step"] for line in self._lines), default=0)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of one kind."""
+        """Return the lines of one kind."""
         return [line for line in self._lines if line["kind"] == kind]
 
     def series(self, kind: str, key: str) -> Series:
-        """Step and value of every line of `kind` that has a finite number under `key`."""
+        """Return step and value of every line of `kind` that has a finite number under `key`."""
         lines = self.of_kind(kind)
         return Series([(line["step"], line[key]) for line in lines if is_number(line.get(key))])
 
     def keys(self, kind: str) -> list[str]:
-        """Every key of the lines of a kind, in the order of their first appearance."""
+        """Return every key of the lines of a kind, in the order of first appearance."""
         return list(dict.fromkeys(key for line in self.of_kind(kind) for key in line))
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float, and no truth value."""
+    """Return True for a finite int or float, but not for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of runs: one in four panels, or several side by side."""
+"""Plot the loss of a run in four panels, or of several runs in one picture."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def draw_run(history: History) -> "Figure":
-    """Loss at the left; validation, learning rate and gradient norm at the right."""
+    """Draw training loss (left), and validation, learning rate and gradient norm (right)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, 5.6))
@@ -49,7 +49,7 @@ def draw_run(history: History) -> "Figure":
 
 
 def draw_runs(histories: Sequence[History]) -> "Figure":
-    """Training loss and validation of several runs, a colour each."""
+    """Draw training loss and validation of several runs, one colour each."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, 5.0))
@@ -144,7 +144,7 @@ def _draw_norm(axes: "Axes", norm: Series) -> None:
 
 
 def _summary(history: History) -> str:
-    """The run in one line, of what it has said."""
+    """Describe the run in one line: its last metrics."""
     parts = []
     tokens, bpb = history.series("train", "tokens"), history.series("eval", "bpb")
     if len(tokens):
@@ -157,14 +157,14 @@ def _summary(history: History) -> str:
 
 
 def _measure(histories: Sequence[History]) -> tuple[str, str]:
-    """Bits per byte, or the loss where nobody has them."""
+    """Return bits per byte, or the loss if no run has them."""
     if any(len(history.series("eval", "bpb")) for history in histories):
         return "bpb", "bits per byte"
     return "loss", "loss"
 
 
 def _labels(histories: Sequence[History]) -> list[str]:
-    """The runs' names, numbered where two are equal."""
+    """Return the runs' names, with numbers where two are equal."""
     names = [history.name for history in histories]
     return [
         f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name

@@ -1,5 +1,5 @@
-"""What all pictures of runs share. Equal metrics give equal bytes: no dates, no random ids, fonts
-and style that do not depend on the user's settings.
+"""Shared style of all plots. Equal metrics give equal bytes: no dates, no random ids, and fonts and
+style that do not depend on the user's settings.
 """
 
 import io
@@ -45,20 +45,20 @@ STYLE: dict[str, Any] = {
 
 
 def draw_heading(figure: "Figure", title: str, summary: str) -> None:
-    """The picture's name and one line about it, at its top left."""
+    """Write title and subtitle at the top left of a figure."""
     height = figure.get_figheight()
     figure.text(0.015, 1 - 0.25 / height, title, size=15, weight="bold", va="center")
     figure.text(0.0155, 1 - 0.53 / height, summary, size=9.5, color=NORM, va="center")
 
 
 def set_title(axes: "Axes", title: str, unit: str) -> None:
-    """What an axis shows, and the unit of its vertical."""
+    """Write the title of a panel and the unit of its vertical axis."""
     axes.set_title(title, loc="left")
     axes.set_ylabel(unit, fontsize=8.5, color=NORM)
 
 
 def format_step_axis(axes: "Axes", last: int) -> None:
-    """The horizontal axis: whole steps from 0."""
+    """Format the horizontal axis: whole steps from 0."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_xlim(0, 1.015 * max(last, 1))
@@ -69,18 +69,18 @@ def format_step_axis(axes: "Axes", last: int) -> None:
 
 
 def draw_placeholder(axes: "Axes", text: str) -> None:
-    """Words where there is nothing to draw."""
+    """Write a text in place of an empty plot."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=FAINT)
     axes.set_yticks([])
 
 
 def point_marker(series: Series) -> str:
-    """A marker for a line of a single point, which would not be seen."""
+    """Return a marker for a line of a single point, which would be invisible."""
     return "o" if len(series) == 1 else ""
 
 
 def render_figures(draw: Callable[[], "Figure"], kinds: Sequence[str]) -> dict[str, bytes]:
-    """What `draw` makes, as a file of each of `kinds` (png, svg)."""
+    """Render what `draw` makes as a file of each of `kinds` (png, svg)."""
     from matplotlib import style
 
     with style.context(["default", STYLE]):
