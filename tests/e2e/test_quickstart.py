@@ -189,6 +189,17 @@ def test_resume_of_a_finished_run_changes_nothing(shell, quickstart):
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
 
 
+def test_resume_of_a_finished_run_does_not_need_init_from(shell, quickstart):
+    base, moved = shell.folder / "runs" / "quickstart", shell.folder / "runs" / "moved"
+    base.rename(moved)
+    try:
+        recipe = "runs/quickstart-chat/config.yaml"
+        output = shell("train", recipe, "--name", "quickstart-chat", "--resume")
+    finally:
+        moved.rename(base)
+    assert "nothing to do" in output
+
+
 def test_resume_without_a_checkpoint_starts_and_T5_an_edited_one_is_refused(shell, quickstart):
     output = shell(
         *("train", "runs/quickstart/config.yaml", "train.steps=2", "train.save_every=1"),

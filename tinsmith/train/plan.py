@@ -72,7 +72,7 @@ def resolve(config: RunConfig) -> RunPlan:
 
     Raise UserError if the recipe contradicts `init_from`, this machine or the number of processes.
     """
-    mesh, device = Mesh.from_environment(config.parallel.kind), pick_device(config.train.device)
+    mesh, device = resolve_devices(config)
     _check_batch_size(config, mesh)
     _check_eval_tasks(config)
     tokenizer = resolve_tokenizer(config)
@@ -89,6 +89,11 @@ def resolve(config: RunConfig) -> RunPlan:
     )
     plan.recipe()  # the rules of a whole recipe hold for the model of `init_from` too
     return plan
+
+
+def resolve_devices(config: RunConfig) -> tuple[Mesh, torch.device]:
+    """Return the processes of the run and the device of this one."""
+    return Mesh.from_environment(config.parallel.kind), pick_device(config.train.device)
 
 
 def resolve_tokenizer(config: RunConfig) -> Tokenizer | TrainTokenizerConfig:

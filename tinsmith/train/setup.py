@@ -33,7 +33,13 @@ from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel, run_dir
 from tinsmith.train.frozen import load_frozen_models, load_reward_models
 from tinsmith.train.parallel import Ranks
-from tinsmith.train.plan import RunPlan, check_vocab_size, resized_vocab_size, resolve
+from tinsmith.train.plan import (
+    RunPlan,
+    check_vocab_size,
+    resized_vocab_size,
+    resolve,
+    resolve_devices,
+)
 from tinsmith.train.run import Run, RunParts
 from tinsmith.train.trackers import attach_trackers
 
@@ -41,12 +47,11 @@ from tinsmith.train.trackers import attach_trackers
 def setup_run(
     config: RunConfig, name: str, flag: StopFlag, *, resume: bool, resume_from: Path | None
 ) -> Run | None:
-    """Resolve the recipe, claim the folder `name` and build the run. Return None if the run is
-    finished already.
+    """Claim the folder `name`, resolve the recipe and build the run. Return None if the run is
+    finished already; then nothing is resolved, so that `init_from` may be gone.
     """
     folder = run_dir.run_folder(name)
-    plan = resolve(config)
-    ranks = parallel.init_distributed(plan.mesh, plan.device)
+    ranks = parallel.init_distributed(*resolve_devices(config))
     if ranks.device.type == "cpu":
         keep_freed_memory()
     taken = (
@@ -59,7 +64,7 @@ def setup_run(
     try:
         if taken:
             run_dir.check_resume_config(folder, config)
-        return _start(plan, folder, ranks, log, flag, resume, resume_from)
+        return _start(config, folder, ranks, log, flag, resume, resume_from)
     except UserError:
         if not taken:  # the name is free for the corrected recipe
             shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +72,7 @@ def setup_run(
 
 
 def _start(
-    plan: RunPlan,
+    config: RunConfig,
     folder: Path,
     ranks: Ranks,
     log: RunLog,
@@ -75,7 +80,6 @@ def _start(
     resume: bool,
     resume_from: Path | None,
 ) -> Run | None:
-    config = plan.config
     checkpoint.remove_incomplete(folder / "checkpoints") if ranks.is_main else None
     found = resume_from or _newest(folder, log)
     if resume and found is None:
@@ -83,6 +87,7 @@ def _start(
     if found and _finished(folder, found, config):
         log.line(f" finished  {folder} is already at step {config.train.steps}; nothing to do")
         return None
+    plan = resolve(config)
     if ranks.is_main:
         run_dir.write_config_and_env(folder, config, ranks)
     run = build(plan, folder, ranks, log, flag)
