@@ -1,4 +1,4 @@
-"""Small models and tokenizers for measuring."""
+"""Small models and tokenizers for evaluations."""
 
 import itertools
 import json

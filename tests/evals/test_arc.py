@@ -1,4 +1,4 @@
-"""Two attempts at puzzles: how they are found, ranked, scored and drawn."""
+"""ARC evaluation: candidates, ranking, attempts, scores and plots."""
 
 import json
 from pathlib import Path
@@ -58,12 +58,14 @@ def copier() -> LM:
         ((), False),
     ],
 )
-def test_D5_either_of_two_attempts_is_right_if_it_is_the_answer_cell_for_cell(attempts, right):
+def test_D5_a_puzzle_is_correct_if_one_of_two_attempts_equals_the_answer(attempts, right):
     assert ArcOutcome(puzzle(), attempts).correct is right
 
 
-def test_D5_outputs_count_alike_and_a_tasks_share_is_of_its_own():
-    """One of three outputs of task a, and task b: 2 of 4, and not the mean of 1/3 and 1."""
+def test_D5_the_score_counts_outputs_and_task_scores_their_own_outputs():
+    """One of three outputs of task a and the output of task b: 2 of 4, not the mean of
+    1/3 and 1.
+    """
     outcomes = [ArcOutcome(puzzle("a", n), (ONE,) if n == 1 else (TWO,)) for n in range(3)]
     found = ArcResult([*outcomes, ArcOutcome(puzzle("b"), (TWO, ONE))])
     assert found.score == 0.5
@@ -72,7 +74,7 @@ def test_D5_outputs_count_alike_and_a_tasks_share_is_of_its_own():
     assert found.to_dict()["outputs"] == 4
 
 
-def test_D6_a_model_that_says_its_last_token_again_scores_0(copier):
+def test_D6_a_model_that_repeats_its_last_token_scores_0(copier):
     logits = copier(torch.arange(18)[None]).logits
     assert logits is not None
     assert torch.equal(logits[0].argmax(-1), torch.arange(18))
@@ -80,8 +82,8 @@ def test_D6_a_model_that_says_its_last_token_again_scores_0(copier):
     assert evaluate_arc(copier, GRIDS, puzzles).score == 0
 
 
-def test_D6_a_model_that_says_the_answer_scores_1(copier):
-    """The same way there: after the opening symbol a cell of colour 1, then the end."""
+def test_D6_a_model_that_generates_the_answer_scores_1(copier):
+    """The same model: after the opening symbol a cell of colour 1, then the end."""
     lm = make(dim=20, tie_embeddings=False)
     lm.load_state_dict(copier.state_dict() | {"head.weight": torch.zeros(18, 20)})
     opening = SYMBOLS.index("<|solution|>")
@@ -104,7 +106,7 @@ def naive_score(lm: LM, one: Puzzle, candidate) -> float:
     return total
 
 
-def test_D7_augscore_is_the_sum_over_the_eight_views():
+def test_D7_augscore_is_the_sum_over_eight_views():
     lm = make().double().eval()
     one = generate_puzzle("half", 0, 0, Sizes(3, 3, 1))
     candidates = [one.answer, one.test_input, ((1,),), ((1, 2, 3, 4), (5, 6, 7, 8))]
@@ -117,7 +119,7 @@ def test_D7_augscore_is_the_sum_over_the_eight_views():
     assert rank_candidates(lm, one, [TWO, TWO])[0] == (TWO, aug_scores(lm, one, [TWO])[0])
 
 
-def test_D7_scores_do_not_depend_on_how_they_are_batched(monkeypatch):
+def test_D7_scores_do_not_depend_on_batching(monkeypatch):
     lm = make().double().eval()
     one = generate_puzzle("crop", 0, 0, Sizes(3, 4, 1))
     candidates = [one.answer, one.test_input, ((1,),)]
@@ -126,8 +128,8 @@ def test_D7_scores_do_not_depend_on_how_they_are_batched(monkeypatch):
     assert aug_scores(lm, one, candidates) == pytest.approx(whole, abs=1e-10)
 
 
-def test_D4_the_answer_is_no_part_of_what_is_requested(monkeypatch):
-    """By construction: other answers, hidden answers, the same prompts and attempts."""
+def test_D4_the_answer_is_not_part_of_the_prompt(monkeypatch):
+    """Other answers and hidden answers give the same prompts and attempts."""
     requested = []
     real = arc.generate
 
@@ -168,10 +170,12 @@ class Always:
     ("greedy", "sampled", "attempts"),
     [(WIDE, ONE, 3), (None, ONE, 1), (None, None, 0), (ONE, ONE, 1)],
 )
-def test_fewer_than_two_candidates_are_joined_by_sampled_ones(
+def test_sampled_candidates_are_added_if_there_are_fewer_than_two(
     greedy, sampled, attempts, monkeypatch
 ):
-    """A 1 x 2 grid turned back from 8 views is two candidates: nothing is sampled then."""
+    """A 1 x 2 grid transformed back from 8 views gives two candidates, so nothing is
+    sampled then.
+    """
     always = Always(greedy, sampled)
     monkeypatch.setattr(arc, "generate", always)
     outcome = evaluate_arc(make(), GRIDS, [puzzle()]).outcomes[0]
@@ -181,7 +185,7 @@ def test_fewer_than_two_candidates_are_joined_by_sampled_ones(
     assert len(set(always.seeds[:8])) == 8
 
 
-def test_modes_and_random_state_are_as_before():
+def test_modes_and_random_state_are_restored():
     lm = make(dropout={"residual": 0.5}).train()
     lm.blocks[0].eval()
     modes, state = [module.training for module in lm.modules()], torch.get_rng_state()
@@ -191,25 +195,25 @@ def test_modes_and_random_state_are_as_before():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_puzzle_beyond_the_context_is_not_answered_and_is_no_error():
+def test_a_puzzle_longer_than_the_context_is_skipped_without_error():
     large = generate_puzzle("recolour", 0, 0, Sizes(9, 10, 3))
     found = evaluate_arc(make(), GRIDS, [large, puzzle()])
     assert found.outcomes[0].attempts == ()
     assert found.to_dict()["outputs"] == 2
 
 
-def test_an_answer_may_be_kept_short():
-    """A grid needs its end of turn: what is cut off is no answer."""
+def test_a_truncated_answer_is_no_grid():
+    """A grid needs its end of turn, so a truncated answer does not parse."""
     lm, one = make(), generate_puzzle("recolour", 0, 0, Sizes(3, 3, 1))
     assert evaluate_arc(lm, GRIDS, [one], max_new_tokens=1).outcomes[0].attempts == ()
 
 
-def test_another_tokenizer_is_refused_in_one_line(tokenizer):
+def test_a_tokenizer_that_is_not_for_grids_is_refused_in_one_line(tokenizer):
     with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
         evaluate_arc(make(), tokenizer, [puzzle()])
 
 
-def test_files_of_tasks_are_requested_and_bad_ones_reported(tmp_path):
+def test_task_files_are_evaluated_and_invalid_ones_reported(tmp_path):
     pair = {"input": [[2]], "output": [[1]]}
     good, hidden = {"train": [pair], "test": [pair]}, {"train": [pair], "test": [{"input": [[2]]}]}
     path = tmp_path / "tasks.json"
@@ -248,12 +252,12 @@ def outcomes(right: int, wrong: int) -> list[ArcOutcome]:
     ("right", "wrong", "shown"),
     [(20, 20, (4, 4)), (0, 20, (0, 8)), (20, 1, (7, 1)), (2, 1, (2, 1))],
 )
-def test_a_picture_shows_what_was_solved_and_what_was_not(right, wrong, shown, tmp_path):
+def test_a_plot_shows_solved_and_unsolved_puzzles(right, wrong, shown, tmp_path):
     picked = pick_outcomes(outcomes(right, wrong))
     assert (sum(each.correct for each in picked), sum(not each.correct for each in picked)) == shown
 
 
-def test_a_picture_is_the_same_bytes_each_time(tmp_path):
+def test_a_plot_is_byte_identical_each_time(tmp_path):
     every = outcomes(3, 5)
     path = save_puzzles(tmp_path, every)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Loss and bits per byte: against a plain loop, and every target exactly once."""
+"""Loss and bits per byte against a plain loop; every target counts exactly once."""
 
 import json
 import math
@@ -105,7 +105,7 @@ def by_hand(lm, rows, lengths):
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 5])
-def test_sums_are_those_of_a_plain_loop_by_source(make_lm, source, lengths, batch_rows):
+def test_sums_by_source_equal_a_plain_loop(make_lm, source, lengths, batch_rows):
     lm = make_lm()
     found = measure(lm, source, lengths, batch_rows=batch_rows)
     assert list(found) == ["tales", "code", "all"]
@@ -120,7 +120,7 @@ def test_sums_are_those_of_a_plain_loop_by_source(make_lm, source, lengths, batc
     assert found["all"].text_nll < found["all"].nll
 
 
-def test_a_uniform_model_has_the_loss_and_bits_of_guessing(bigrams, source, lengths):
+def test_a_uniform_model_has_the_loss_of_guessing(bigrams, source, lengths):
     found = measure(bigrams([]), source, lengths)["all"]
     targets = [int(t) for row in source.all_rows for t in row.targets[row.mask]]
     texts = [target for target in targets if target != END]
@@ -131,7 +131,7 @@ def test_a_uniform_model_has_the_loss_and_bits_of_guessing(bigrams, source, leng
     assert found.bpb == pytest.approx(math.log2(len(lengths)) * len(texts) / size, rel=1e-5)
 
 
-def test_nothing_to_measure_gives_nan_and_no_failure(make_lm, source, lengths):
+def test_no_targets_give_nan_without_failure(make_lm, source, lengths):
     lm = make_lm()
     found = measure(lm, source, torch.zeros_like(lengths))["all"]
     assert math.isnan(found.bpb)
@@ -144,15 +144,15 @@ def test_nothing_to_measure_gives_nan_and_no_failure(make_lm, source, lengths):
     assert math.isnan(found.loss)
 
 
-def test_a_source_without_a_row_in_the_sample_is_still_named(make_lm, source, lengths):
+def test_a_source_without_sampled_rows_is_reported(make_lm, source, lengths):
     found = measure(make_lm(), source, lengths, rows=1)
     assert source.limits == [1]
     assert found["code"].tokens == 0
     assert found["all"] == found["tales"]
 
 
-def test_evaluation_leaves_no_trace(make_lm, source, lengths):
-    """T2: neither random state nor mode of any module is another afterwards, and dropout is off."""
+def test_evaluation_changes_no_state(make_lm, source, lengths):
+    """T2: random state and module modes are the same afterwards, and dropout is off."""
     lm = make_lm()
     lm.blocks[1].eval()
     modes = [module.training for module in lm.modules()]
@@ -166,7 +166,7 @@ def test_evaluation_leaves_no_trace(make_lm, source, lengths):
     assert all(parameter.grad is None for parameter in lm.parameters())
 
 
-def test_the_poll_comes_before_every_batch_and_may_end_it(make_lm, source, lengths):
+def test_poll_is_called_before_every_batch_and_may_raise(make_lm, source, lengths):
     lm, calls = make_lm(), []
 
     class Enough(Exception):
@@ -188,7 +188,7 @@ def test_the_poll_comes_before_every_batch_and_may_end_it(make_lm, source, lengt
     assert len(calls) == 3
 
 
-def test_prepared_sources_are_measured_by_name(make_lm, tokenizer, lengths, tmp_path):
+def test_prepared_sources_are_evaluated_by_name(make_lm, tokenizer, lengths, tmp_path):
     texts = {"tales": "the cat sat on the mat. ", "code": "print(1 + 1)\n"}
     for name, text in texts.items():
         rows = [json.dumps({"text": f"{text * 4}{number}"}) for number in range(40)]
@@ -236,9 +236,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once(tokenizer, document
 
 
 @pytest.mark.parametrize("stride", [1, 5, 8])
-def test_windows_beside_each_other_do_not_see_each_other(
-    make_lm, tokenizer, lengths, tmp_path, stride
-):
+def test_packed_windows_do_not_attend_to_each_other(make_lm, tokenizer, lengths, tmp_path, stride):
     lm = make_lm()
     documents = ["the cat", "the dog ran off. and the cat sat on the mat", "x", "the mat"]
     path = tmp_path / "some.txt"
@@ -265,14 +263,14 @@ def test_bits_per_byte_count_the_bytes_of_all_but_the_first_tokens(bigrams, toke
     assert found["all"] == found["a.txt"]
 
 
-def test_the_size_of_a_window_does_not_matter_where_documents_fit(make_lm, tokenizer, write_rows):
+def test_the_window_length_does_not_matter_if_documents_fit(make_lm, tokenizer, write_rows):
     path = write_rows([{"text": "the cat sat"}, {"text": "on the mat"}])
     lm = make_lm()
     one, other = (evaluate_text(lm, tokenizer, path, seq_len=n).parts["all"] for n in (32, 64))
     assert one == pytest.approx(other, abs=1e-9)
 
 
-def test_bad_lines_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_rows):
+def test_invalid_lines_are_skipped_and_the_first_is_named(make_lm, tokenizer, write_rows):
     reported = []
     good = {"story": "the cat sat on the mat"}
     path = write_rows([good, "{broken", {"text": "other"}, {"story": 3}, good])
@@ -284,7 +282,9 @@ def test_bad_lines_are_left_out_and_the_first_is_named(make_lm, tokenizer, write
     assert json.loads(json.dumps(found.to_dict()))["parts"]["all"]["tokens"] > 0
 
 
-def test_what_cannot_be_measured_is_refused_in_one_line(make_lm, tokenizer, write_rows, tmp_path):
+def test_invalid_arguments_and_files_are_refused_in_one_line(
+    make_lm, tokenizer, write_rows, tmp_path
+):
     lm, path = make_lm(), write_rows([{"text": "the cat"}])
     with pytest.raises(UserError, match=r"seq_len: 65 must be from 1 to .* 64"):
         evaluate_text(lm, tokenizer, path, seq_len=65)

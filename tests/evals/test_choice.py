@@ -1,4 +1,4 @@
-"""Multiple choice: scores against a plain loop, planted preferences, odd rows."""
+"""Multiple choice: scores against a plain loop, planted preferences, unusual records."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def by_hand(lm, before, after):
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_rows", [1, 4, 16])
-def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
+def test_scores_equal_a_plain_loop(make_lm, tokenizer, batch_rows):
     lm = make_lm().eval()
     encoded = [encode_question(parse_question(row), tokenizer, 64) for row in ROWS]
     lines = [line for one in encoded for line in one.sequences]
@@ -45,7 +45,7 @@ def test_scores_are_those_of_a_plain_loop(make_lm, tokenizer, batch_rows):
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def test_padding_is_marked_for_layers_that_count_tokens(make_lm, tokenizer):
+def test_padding_has_segment_minus_one(make_lm, tokenizer):
     lm, seen = make_lm().eval(), []
     lm.register_forward_pre_hook(
         lambda *output: seen.append(output[2]["segments"]), with_kwargs=True
@@ -55,7 +55,7 @@ def test_padding_is_marked_for_layers_that_count_tokens(make_lm, tokenizer):
     assert seen[0].tolist() == [[0, 0, 0], [0, -1, -1]]
 
 
-def test_lines_are_context_and_choice_to_the_byte(tokenizer):
+def test_sequences_decode_to_context_and_choice(tokenizer):
     contexts = {0: b"the cat", 1: b"Question: where?\nAnswer:", 4: b"<|endoftext|>"}
     contexts[2] = b"the dog.\nQuestion: what?\nAnswer:"
     for number, context in contexts.items():
@@ -67,14 +67,14 @@ def test_lines_are_context_and_choice_to_the_byte(tokenizer):
             assert tokenizer.bytes_of(line.ids[-line.num_scored :]) == ending.encode()
 
 
-def test_only_the_missing_context_is_a_special_token(tokenizer):
+def test_a_special_token_replaces_only_an_empty_context(tokenizer):
     for row in ROWS:
         for line in encode_question(parse_question(row), tokenizer, 64).sequences:
             specials = set(tokenizer.added_tokens.values()).intersection(line.ids)
             assert specials == ({0} if "good" in row else set())
 
 
-def test_a_model_with_planted_preferences_answers_everything(bigrams, tokenizer, write_rows):
+def test_a_model_with_planted_preferences_answers_all_questions(bigrams, tokenizer, write_rows):
     rows = [
         {"context": "the cat", "choices": ["off", "sat", "mat"], "answer": 1, "task": "one"},
         {"question": "where?", "choices": ["mat", "and"], "answer": "B", "task": "two"},
@@ -90,7 +90,7 @@ def test_a_model_with_planted_preferences_answers_everything(bigrams, tokenizer,
     assert evaluate_choice(lm, tokenizer, write_rows(swapped)).total[:2] == (0.0, 0.0)
 
 
-def test_length_does_not_decide_the_normalised_score(bigrams, tokenizer, write_rows):
+def test_the_normalised_score_does_not_favour_short_choices(bigrams, tokenizer, write_rows):
     """Every token costs the same: the sum prefers the choice of few tokens, the share of a byte
     the one whose tokens are long.
     """
@@ -101,20 +101,20 @@ def test_length_does_not_decide_the_normalised_score(bigrams, tokenizer, write_r
     assert (total.acc, total.acc_norm) == (0.0, 1.0)
 
 
-def test_a_model_that_says_nothing_is_at_chance(bigrams, tokenizer, write_rows):
+def test_a_uniform_model_is_at_chance(bigrams, tokenizer, write_rows):
     rows = [{"choices": choices, "answer": 0} for choices in (["b", "c"], ["b", "c", "d"])]
     total = evaluate_choice(bigrams([]), tokenizer, write_rows(rows)).total
     assert total.acc == total.acc_norm == total.chance == pytest.approx(5 / 12)
 
 
-def test_numbers_that_are_none_are_no_answers(bigrams, tokenizer, write_rows):
+def test_nan_scores_get_no_credit(bigrams, tokenizer, write_rows):
     lm = bigrams([])
     with torch.no_grad():
         lm.embed.weight.fill_(math.nan)
     assert evaluate_choice(lm, tokenizer, write_rows(ROWS)).total.acc == 0.0
 
 
-def test_a_long_context_loses_its_beginning_and_is_counted(make_lm, tokenizer, write_rows):
+def test_a_long_context_is_truncated_on_the_left_and_counted(make_lm, tokenizer, write_rows):
     lm = make_lm(max_seq_len=16)
     long = {"context": "the dog " * 40, "choices": ["ran", "sat on the mat"], "answer": 0}
     result = evaluate_choice(lm, tokenizer, write_rows([long, ROWS[4]]))
@@ -128,7 +128,7 @@ def test_a_long_context_loses_its_beginning_and_is_counted(make_lm, tokenizer, w
         assert a.num_scored == b.num_scored
 
 
-def test_bad_rows_are_left_out_and_the_first_is_named(make_lm, tokenizer, write_rows):
+def test_invalid_records_are_skipped_and_the_first_is_named(make_lm, tokenizer, write_rows):
     reported = []
     choices = ["a", "b"]
     bad = [
@@ -183,7 +183,7 @@ def test_a_file_without_a_question_is_refused_in_one_line(make_lm, tokenizer, wr
         (1, ["2", "3", "1"], 1),
     ],
 )
-def test_answers_are_numbers_then_texts_then_letters(answer, choices, gold):
+def test_answers_are_indices_then_texts_then_letters(answer, choices, gold):
     assert parse_question({"choices": choices, "gold": answer}).gold == gold
 
 
@@ -197,7 +197,7 @@ def test_answers_are_numbers_then_texts_then_letters(answer, choices, gold):
         ("", "a", "a"),
     ],
 )
-def test_one_blank_stands_between_context_and_choice(context, choice, ending):
+def test_one_space_separates_context_and_choice(context, choice, ending):
     record = {"context": context, "choices": [choice, "b"], "answer": 0}
     assert parse_question(record).endings[0] == ending
     assert parse_question(record | {"separator": ""}).endings[0] == choice
@@ -212,7 +212,7 @@ def test_a_limit_is_spread_over_the_file(bigrams, tokenizer, write_rows):
         evaluate_choice(bigrams([]), tokenizer, write_rows(rows), limit=0)
 
 
-def test_the_model_is_left_as_it_was_and_the_poll_can_end_it(make_lm, tokenizer, write_rows):
+def test_the_model_is_restored_and_poll_may_raise(make_lm, tokenizer, write_rows):
     lm = make_lm()
     lm.blocks[0].eval()
     before = [module.training for module in lm.modules()]
@@ -241,7 +241,7 @@ def test_evaluation_mode_is_on_inside_only(make_lm):
     assert all(module.training for module in lm.modules())
 
 
-def test_a_compressed_file_and_a_plain_one_say_the_same(make_lm, tokenizer, write_rows, tmp_path):
+def test_a_compressed_file_gives_the_same_result(make_lm, tokenizer, write_rows, tmp_path):
     lm = make_lm()
     plain = evaluate_choice(lm, tokenizer, write_rows(ROWS))
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
@@ -252,7 +252,7 @@ def test_a_compressed_file_and_a_plain_one_say_the_same(make_lm, tokenizer, writ
 
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=5), st.data())
 @settings(derandomize=True, max_examples=30, deadline=None)
-def test_an_answer_in_words_is_found_wherever_it_stands(choices, data):
+def test_an_answer_given_as_text_is_found_at_any_index(choices, data):
     answer = data.draw(st.sampled_from(choices))
     shuffled = data.draw(st.permutations(choices))
     records = [{"choices": some, "answer": answer} for some in (choices, shuffled)]

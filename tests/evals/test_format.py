@@ -1,4 +1,4 @@
-"""What counts as an answer of the right form, and how many there are."""
+"""Format evaluation: which completions are well-formed, and their counts."""
 
 import pytest
 
@@ -27,18 +27,18 @@ def ids(tokenizer: Tokenizer, *parts: str) -> list[int]:
 RIGHT = ("<think>", "\na\n", "</think>", "\n\n", "<answer>", "4 2", "</answer>", "<|im_end|>")
 
 
-def test_the_right_form_gives_what_is_inside(tokenizer):
+def test_a_well_formed_completion_gives_its_answer(tokenizer):
     assert extract_answer(tokenizer, ids(tokenizer, *RIGHT)) == "4 2"
 
 
 @pytest.mark.parametrize("left_out", [0, 2, 4, 6, 7])
-def test_nothing_may_be_missing(left_out, tokenizer):
+def test_a_missing_part_is_not_well_formed(left_out, tokenizer):
     parts = [part for place, part in enumerate(RIGHT) if place != left_out]
     assert extract_answer(tokenizer, ids(tokenizer, *parts)) is None
 
 
 @pytest.mark.parametrize("place", [0, 2, 4, 6])
-def test_a_tag_written_in_ordinary_text_is_none(place, tokenizer):
+def test_a_tag_spelled_in_ordinary_tokens_does_not_count(place, tokenizer):
     output = ids(tokenizer, *RIGHT[:place])
     output += tokenizer.encode_inside(RIGHT[place]) + ids(tokenizer, *RIGHT[place + 1 :])
     assert extract_answer(tokenizer, output) is None
@@ -55,11 +55,11 @@ def test_a_tag_written_in_ordinary_text_is_none(place, tokenizer):
         (),
     ],
 )
-def test_empty_doubled_or_swapped_is_not_the_form(parts, tokenizer):
+def test_empty_repeated_or_swapped_tags_are_not_well_formed(parts, tokenizer):
     assert extract_answer(tokenizer, ids(tokenizer, *parts)) is None
 
 
-def test_a_tagged_task_has_the_form_and_is_checked(tokenizer):
+def test_a_generated_task_with_tags_is_well_formed(tokenizer):
     task = generate_task("arithmetic", 0, 5)
     record = task.chat(answer_tags=True)
     whole, mask = encode_chat(tokenizer, parse_conversation(record))
@@ -69,7 +69,7 @@ def test_a_tagged_task_has_the_form_and_is_checked(tokenizer):
     assert "<answer>" not in task.chat()["messages"][1]["content"]
 
 
-def test_shares_are_of_all_answers(tokenizer, monkeypatch):
+def test_fractions_are_of_all_completions(tokenizer, monkeypatch):
     good, other = ids(tokenizer, *RIGHT), ids(tokenizer, "<think>", "a", "<|im_end|>")
     answers = [Completion(each, "", "stop", []) for each in (good, good, other, good)]
     monkeypatch.setattr(form, "generate", lambda *rest, **settings: answers)

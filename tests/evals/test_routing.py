@@ -1,4 +1,4 @@
-"""How much experts specialise: with planted choices, against a count by hand."""
+"""Specialisation of experts: planted routing against counts by hand."""
 
 import math
 
@@ -96,7 +96,7 @@ def one_hot(experts_V):
     return nn.functional.one_hot(experts_V).bool()
 
 
-def test_information_of_tables_that_can_be_done_in_the_head():
+def test_mutual_information_of_simple_tables():
     assert mutual_information(torch.ones(3, 4)) == pytest.approx(0, abs=1e-12)
     assert mutual_information(torch.tensor([[1.0], [3.0]]) @ torch.tensor([[2.0, 5.0]])) < 1e-12
     assert mutual_information(7 * torch.eye(8)) == pytest.approx(3)
@@ -109,7 +109,7 @@ def test_information_of_tables_that_can_be_done_in_the_head():
     assert mutual_information(drawn) == pytest.approx(mutual_information(1000 * drawn))
 
 
-def test_jaccard_distance_of_sets_that_can_be_done_in_the_head():
+def test_jaccard_distance_of_simple_sets():
     assert jaccard_distance(torch.tensor([[9.0, 9, 1, 1], [8, 8, 0, 0]])) == 0
     assert jaccard_distance(torch.tensor([[9.0, 9, 1, 1], [1, 1, 7, 7]])) == 1
     shared = torch.tensor([[9.0, 9, 1, 1], [1, 9, 9, 1]])
@@ -121,7 +121,7 @@ def test_jaccard_distance_of_sets_that_can_be_done_in_the_head():
     assert jaccard_distance(torch.ones(2, 4)) == 0
 
 
-def test_experts_that_are_the_class_tell_all_and_one_for_all_tells_nothing(
+def test_experts_equal_to_classes_carry_all_information_and_one_expert_none(
     planted, source, tokenizer
 ):
     classes = torch.arange(tokenizer.vocab_size) % 3
@@ -135,7 +135,7 @@ def test_experts_that_are_the_class_tell_all_and_one_for_all_tells_nothing(
     assert found["all"].mutual_information == pytest.approx(sure.mutual_information / 2)
 
 
-def test_counts_are_those_of_a_plain_loop_without_padding(planted, source, tokenizer):
+def test_counts_equal_a_plain_loop_without_padding(planted, source, tokenizer):
     generator = torch.Generator().manual_seed(4)
     table = torch.rand(tokenizer.vocab_size, 6, generator=generator) < 0.4
     classes = torch.randint(0, 4, (tokenizer.vocab_size,), generator=generator)
@@ -154,7 +154,7 @@ def test_counts_are_those_of_a_plain_loop_without_padding(planted, source, token
     assert part.mutual_information != pytest.approx(found.mutual_information)
 
 
-def test_sources_with_experts_of_their_own_are_a_distance_of_one_apart(planted, source, tokenizer):
+def test_sources_with_disjoint_experts_have_distance_one(planted, source, tokenizer):
     lm = planted(one_hot((torch.arange(tokenizer.vocab_size) < 100).long()))
     only_high = [row for row, number in zip(source.all_rows, source.sources, strict=True) if number]
     for row in only_high:
@@ -165,7 +165,7 @@ def test_sources_with_experts_of_their_own_are_a_distance_of_one_apart(planted, 
     assert math.isnan(found.normalized_mi), "one class: there is nothing to tell"
 
 
-def test_a_layer_that_routed_nothing_says_so(planted, source, tokenizer):
+def test_a_layer_that_routed_nothing_gives_nan(planted, source, tokenizer):
     classes = torch.arange(tokenizer.vocab_size) % 3
     unselected = torch.zeros(tokenizer.vocab_size, 4, dtype=torch.bool)
     found = measure(planted(unselected, one_hot(classes)), source, classes)
@@ -174,7 +174,7 @@ def test_a_layer_that_routed_nothing_says_so(planted, source, tokenizer):
     assert math.isnan(measure(planted(unselected), source, classes)["all"].mutual_information)
 
 
-def test_a_model_without_experts_has_nothing_to_tell(make_lm, source, tokenizer):
+def test_a_model_without_experts_gives_no_results(make_lm, source, tokenizer):
     assert measure(make_lm(), source, token_classes(tokenizer)) == {}
 
 
@@ -185,7 +185,7 @@ def routed(make_lm):
     return make_lm(pattern=[{"mixer": mixer, "feed_forward": feed}])
 
 
-def test_it_leaves_the_model_as_it_was_even_if_interrupted(routed, source, tokenizer):
+def test_the_model_is_restored_even_if_interrupted(routed, source, tokenizer):
     calls = []
 
     def poll():
@@ -202,7 +202,7 @@ def test_it_leaves_the_model_as_it_was_even_if_interrupted(routed, source, token
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_compiled_model_is_measured_all_the_same(routed, source, tokenizer):
+def test_a_compiled_model_gives_the_same_results(routed, source, tokenizer):
     classes = token_classes(tokenizer)
     expected = measure(routed, source, classes)
     assert set(expected) == {"0.mixer", "0.feed", "1.mixer", "1.feed", "all"}
@@ -221,8 +221,8 @@ def test_a_compiled_model_is_measured_all_the_same(routed, source, tokenizer):
     ],
     ids=lambda feed: feed["kind"],
 )
-def test_every_kind_chooses_what_it_counts(feed, make_lm):
-    """Whom a part says it chose, and the load it reports, are the same; padding is in neither."""
+def test_expert_masks_agree_with_reported_loads(feed, make_lm):
+    """The mask of selected experts and the reported load agree; padding is in neither."""
     mixer = {"kind": "dyn_lora", "base": {"kind": "gqa", "heads": 4}, "experts": 3}
     lm = make_lm(pattern=[{"mixer": mixer, "feed_forward": feed}]).eval()
     segments = torch.tensor([[0] * 7 + [-1] * 3, [-1] * 2 + [0] * 3 + [1] * 5])
@@ -263,7 +263,7 @@ def test_token_classes(tokenizer):
     assert TOKEN_CLASSES[int(classes[half[0]])] == "other"
 
 
-def test_the_verb_says_what_it_cannot_measure(make_lm, tokenizer, tmp_path):
+def test_the_command_refuses_what_it_cannot_evaluate(make_lm, tokenizer, tmp_path):
     assert str(Specialisation(0.25, 2.0, 0.5)).endswith("jaccard 0.50 between tasks")
     assert "jaccard" not in Specialisation(0.25, 2.0, None).to_dict()
     lm = make_lm().float()

@@ -1,4 +1,4 @@
-"""PEFT's files: what we write PEFT computes with, what PEFT writes we compute with."""
+"""PEFT adapter files: PEFT reads what Tinsmith writes, and Tinsmith reads what PEFT writes."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("mixer", FAMILIES.values(), ids=list(FAMILIES))
-def test_peft_opens_what_we_write_over_the_model_we_write(model, ids, tmp_path, mixer, rslora):
+def test_peft_loads_exported_adapters_on_the_exported_model(model, ids, tmp_path, mixer, rslora):
     peft = pytest.importorskip("peft")
     lm = model(mixer)
     base = lm(ids).logits
@@ -93,7 +93,7 @@ def written_by_peft(config, ids, folder) -> Tensor:
 
 
 @pytest.mark.parametrize("mixer", FAMILIES.values(), ids=list(FAMILIES))
-def test_what_peft_writes_attaches_and_folds(model, ids, tmp_path, mixer):
+def test_adapters_written_by_peft_attach_and_merge(model, ids, tmp_path, mixer):
     peft = pytest.importorskip("peft")
     lm = model(mixer)
     export_folder(lm, None, tmp_path / "base")
@@ -114,7 +114,7 @@ def test_what_peft_writes_attaches_and_folds(model, ids, tmp_path, mixer):
     }
 
 
-def test_an_own_architecture_opens_too(model, ids, tmp_path):
+def test_peft_loads_adapters_of_a_tinsmith_architecture(model, ids, tmp_path):
     peft = pytest.importorskip("peft")
     lm = model({"sinks": True})
     export_folder(lm, None, tmp_path / "base")
@@ -125,7 +125,7 @@ def test_an_own_architecture_opens_too(model, ids, tmp_path):
 
 
 @pytest.mark.parametrize("mixer", FAMILIES.values(), ids=list(FAMILIES))
-def test_there_and_back_is_the_same_to_the_bit(model, tmp_path, mixer):
+def test_writing_and_reading_adapters_is_bit_exact(model, tmp_path, mixer):
     lm = model(mixer)
     made = trained(lm, LoRA(targets=("down_proj", "o_proj"), rank=3, alpha=5.0, dropout=0.25))
     write_adapters(tmp_path, lm.config, made, None)
@@ -139,7 +139,7 @@ def test_there_and_back_is_the_same_to_the_bit(model, tmp_path, mixer):
     )
 
 
-def test_the_seed_of_both_sides_is_the_same_forward_as_pefts(ids):
+def test_forward_and_merge_equal_peft_for_equal_A_and_B(ids):
     """One linear layer, A and B copied: the formula, and merging, are PEFT's."""
     peft = pytest.importorskip("peft")
     ours = torch.nn.Sequential(torch.nn.Linear(6, 5)).double()
@@ -184,7 +184,7 @@ def folder(model, tmp_path):
         ("target_parameters", "up", "target_parameters: must be a list"),
     ],
 )
-def test_what_we_cannot_do_is_refused_with_its_key(folder, key, value, output):
+def test_unsupported_peft_features_are_refused_with_their_key(folder, key, value, output):
     place, config = folder
     path = place / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
@@ -207,7 +207,7 @@ def test_what_we_cannot_do_is_refused_with_its_key(folder, key, value, output):
         (lambda name: name.replace("model.layers.0.self_attn.q_proj", "lm_head"), "lm_head.*no"),
     ],
 )
-def test_tensors_of_other_models_are_refused_by_name(folder, change, output):
+def test_tensors_of_another_model_are_refused_by_name(folder, change, output):
     place, config = folder
     path = place / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -216,7 +216,7 @@ def test_tensors_of_other_models_are_refused_by_name(folder, change, output):
         read_adapters(place, config)
 
 
-def test_missing_and_pickled_files_are_one_line(folder):
+def test_missing_and_pickled_files_give_one_line(folder):
     place, config = folder
     path = place / "adapter_model.safetensors"
     path.rename(place / "adapter_model.bin")
@@ -258,7 +258,7 @@ def experts(model, monkeypatch):
     return lambda mixer: fed(model(mixer))
 
 
-def test_stacks_are_pefts_target_parameters(experts, tmp_path):
+def test_stacks_of_experts_are_pefts_target_parameters(experts, tmp_path):
     peft = pytest.importorskip("peft")
     lm = experts({"sinks": True})
     plain = copy.deepcopy(lm.blocks[1])
@@ -282,7 +282,15 @@ def test_stacks_are_pefts_target_parameters(experts, tmp_path):
             assert not torch.allclose(found, lm.blocks[1].feed.experts(x), atol=1e-2)
 
 
-def test_stacks_have_no_place_in_the_files_of_stock_families(experts, tmp_path):
+def test_a_3d_weight_that_is_no_declared_stack_has_no_adapter(experts, tmp_path, monkeypatch):
+    lm = experts({"sinks": True})
+    write_adapters(tmp_path, lm.config, trained(lm, LoRA(targets=("experts.*",), rank=2)), None)
+    monkeypatch.setattr(Experts, "EXPERT_STACKS", ("down",))
+    with pytest.raises(UserError, match="belongs to no adapted weight"):
+        read_adapters(tmp_path, lm.config)
+
+
+def test_stacks_without_a_counterpart_in_a_stock_family_are_refused(experts, tmp_path):
     lm = experts({})
     made = trained(lm, LoRA(targets=("experts.up",)))
     with pytest.raises(UserError, match=r"experts\.up is not a separate weight in .*llama"):
@@ -311,7 +319,7 @@ def routed(model: Any, family: str) -> LM:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("chosen", EXPERTS.values(), ids=list(EXPERTS))
 @pytest.mark.parametrize("family", LAYERS)
-def test_peft_opens_adapters_of_stock_experts(model, ids, tmp_path, family, chosen, rslora):
+def test_peft_loads_adapters_of_stock_moe_families(model, ids, tmp_path, family, chosen, rslora):
     peft = pytest.importorskip("peft")
     lm = routed(model, family)
     base = copy.deepcopy(lm)
@@ -329,7 +337,7 @@ def test_peft_opens_adapters_of_stock_experts(model, ids, tmp_path, family, chos
 
 
 @pytest.mark.parametrize("family", LAYERS)
-def test_what_peft_writes_of_stock_experts_attaches_and_folds(model, ids, tmp_path, family):
+def test_adapters_of_stock_moe_written_by_peft_attach_and_merge(model, ids, tmp_path, family):
     peft = pytest.importorskip("peft")
     lm = routed(model, family)
     export_folder(lm, None, tmp_path / "base")
@@ -351,7 +359,7 @@ def test_what_peft_writes_of_stock_experts_attaches_and_folds(model, ids, tmp_pa
 
 
 @pytest.mark.parametrize("layer", [*LAYERS.values(), OWN], ids=[*LAYERS, "tinsmith"])
-def test_adapters_of_experts_come_back(model, ids, tmp_path, layer):
+def test_adapters_of_experts_survive_writing_and_reading(model, ids, tmp_path, layer):
     lm = model(depth=2, pattern=[layer])
     plain = copy.deepcopy(lm)
     made = trained(lm, LoRA(rank=3, alpha=5.0, targets=("experts.*", "mixer.o_proj")))
@@ -363,7 +371,7 @@ def test_adapters_of_experts_come_back(model, ids, tmp_path, layer):
         close(plain(ids).logits, lm(ids).logits)
 
 
-def test_peft_merges_adapters_of_our_own_experts(model, ids, tmp_path):
+def test_peft_merges_adapters_of_tinsmith_experts(model, ids, tmp_path):
     peft = pytest.importorskip("peft")
     lm = model(depth=2, pattern=[OWN])
     export_folder(lm, None, tmp_path / "base")

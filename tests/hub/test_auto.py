@@ -32,7 +32,7 @@ def pair(request, tmp_path, model):
     return ours, theirs
 
 
-def test_a_model_that_is_no_stock_one_opens_in_transformers_with_equal_logits(pair, ids):
+def test_a_tinsmith_model_loads_in_transformers_with_equal_logits(pair, ids):
     ours, theirs = pair
     assert torch.equal(theirs(ids).logits, ours(ids).logits)
     for name, counter in ours.named_buffers():
@@ -41,7 +41,7 @@ def test_a_model_that_is_no_stock_one_opens_in_transformers_with_equal_logits(pa
     assert tied == ours.config.tie_embeddings
 
 
-def test_padding_is_reported_by_the_attention_mask(pair, ids):
+def test_the_attention_mask_marks_padding(pair, ids):
     ours, theirs = pair
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -67,7 +67,7 @@ def test_the_loss_is_the_mean_over_shifted_labels(pair, ids):
     torch.testing.assert_close(theirs(ids, labels=labels).loss, wanted)
 
 
-def test_what_transformers_saves_comes_back(pair, tmp_path):
+def test_a_folder_saved_by_transformers_loads_again(pair, tmp_path):
     ours, theirs = pair
     theirs.save_pretrained(tmp_path / "theirs")
     back, _ = load(tmp_path / "theirs")

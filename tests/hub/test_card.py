@@ -77,15 +77,15 @@ def test_the_front_matter_is_yaml():
     }
 
 
-def test_sections_without_facts_are_left_out():
+def test_sections_without_facts_are_omitted():
     card = model_card({"name": "x", "parameters": 5})
     assert re.findall("^## (.*)", card, re.M) == ["How to load it"]
     assert "None" not in card
     assert "\n\n\n" not in card
 
 
-def test_text_cannot_break_out_of_its_fence():
-    """Outside of code blocks nothing of a sample or recipe remains."""
+def test_text_cannot_end_its_code_block():
+    """No text of a sample or recipe appears outside of code blocks."""
     outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", model_card(FACTS))
     assert "upon" not in outside
     assert "escaped" not in outside
@@ -93,7 +93,7 @@ def test_text_cannot_break_out_of_its_fence():
     assert "## Weights" in outside
 
 
-def test_the_reason_against_a_stock_class_is_reported():
+def test_the_reason_why_no_stock_class_fits_is_in_the_card():
     facts = FACTS | {"family": "tinsmith", "reason": "layer 1 has sinks"}
     card = model_card(facts)
     assert "`tinsmith`, Tinsmith's own, because layer 1 has sinks" in card

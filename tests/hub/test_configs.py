@@ -44,7 +44,7 @@ def config(*layers, **changes):
     depth=st.integers(1, 7),
     scaling=st.sampled_from([None, {"kind": "yarn", "factor": 4, "original_max_seq_len": 32}]),
 )
-def test_every_model_reads_back_as_the_same_layers(
+def test_config_json_round_trips_to_the_same_layers(
     heads, kv_heads, head_dim, qk_norm, bias, windows, feed_bias, tie, depth, scaling
 ):
     assume(heads % (kv_heads or heads) == 0 and (head_dim or 48 % heads == 0))
@@ -128,7 +128,7 @@ def deep(one, **keys):
         ([layer()], {"first": [layer()], "last": [layer()]}, "llama"),
     ],
 )
-def test_a_stock_family_is_chosen_wherever_every_layer_allows_it(layers, changes, family):
+def test_a_stock_family_is_used_if_all_layers_allow_it(layers, changes, family):
     translation = config_to_hf(config(*layers, **changes))
     assert (translation.family, translation.reason) == (family, None)
 
@@ -197,7 +197,7 @@ def biased(one):
         ([layer()], {"positions": "learned"}, "positions is learned"),
     ],
 )
-def test_otherwise_the_folder_is_tinsmiths_own_and_says_why(layers, changes, reason):
+def test_otherwise_the_model_type_is_tinsmith_with_a_reason(layers, changes, reason):
     before = config(*layers, **changes)
     translation = config_to_hf(before)
     assert translation.family == "tinsmith"
@@ -231,13 +231,13 @@ def test_otherwise_the_folder_is_tinsmiths_own_and_says_why(layers, changes, rea
         ),
     ],
 )
-def test_windows_are_those_that_transformers_would_use(kind, given_keys, windows):
+def test_attention_windows_equal_those_of_transformers(kind, given_keys, windows):
     read = config_from_hf(BASE | {"model_type": kind, "head_dim": 8} | given_keys)
     assert [one.mixer.window for one in read.layers] == windows
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
-def test_silence_means_what_it_means_to_transformers(kind):
+def test_missing_keys_have_the_defaults_of_transformers(kind):
     from transformers import AutoConfig
 
     sizes = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
@@ -329,7 +329,7 @@ DENSE = {"first_k_dense_replace": 4}
         ),
     ],
 )
-def test_what_cannot_be_built_is_one_line_with_the_key(kind, changes, output):
+def test_unsupported_configs_give_one_line_with_the_key(kind, changes, output):
     with pytest.raises(UserError) as caught:
         config_from_hf(BASE | {"model_type": kind} | changes, "folder/config.json")
     assert output in str(caught.value)
@@ -337,14 +337,14 @@ def test_what_cannot_be_built_is_one_line_with_the_key(kind, changes, output):
     assert "\n" not in str(caught.value)
 
 
-def test_neutral_and_unknown_keys_are_read_over():
+def test_neutral_and_unknown_keys_are_ignored():
     changes = {"hidden_act": "swish", "quantization_config": None, "unsloth_version": "1"}
     changes |= {"pretraining_tp": 1, "rope_interleaved": False, "partial_rotary_factor": 1.0}
     plain = config_from_hf(BASE | {"model_type": "llama"})
     assert config_from_hf(BASE | {"model_type": "llama"} | changes) == plain
 
 
-def test_layers_are_reported_by_the_shortest_pattern():
+def test_layers_are_read_as_the_shortest_pattern():
     types = ["sliding_attention", "full_attention", "full_attention"] * 2
     changes = {"use_sliding_window": True, "layer_types": types, "num_hidden_layers": 6}
     read = config_from_hf(BASE | {"model_type": "qwen2"} | changes)

@@ -15,7 +15,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_a_folder_with_a_tokenizer_opens_in_transformers_as_a_whole(tmp_path, model, tokenizer):
+def test_model_and_tokenizer_of_a_folder_load_in_transformers(tmp_path, model, tokenizer):
     lm = model(vocab_size=320)
     export_folder(lm, tokenizer, tmp_path / "final")
     assert sorted(path.name for path in (tmp_path / "final").iterdir()) == [
@@ -59,7 +59,7 @@ def test_config_json_has_the_keys_of_transformers_4_and_of_5(tmp_path, model, to
     assert "pad_token_id" not in data
 
 
-def test_without_a_tokenizer_nothing_is_output_about_ids(tmp_path, model):
+def test_without_a_tokenizer_no_special_ids_are_written(tmp_path, model):
     export_folder(model(), None, tmp_path / "x")
     assert read(tmp_path / "x" / "config.json")["eos_token_id"] is None
     assert set(read(tmp_path / "x" / "generation_config.json").values()) == {None}
@@ -86,7 +86,7 @@ def test_equal_models_give_equal_bytes(tmp_path, model, tokenizer):
         assert path.read_bytes() == (tmp_path / "b" / "final" / path.name).read_bytes(), path.name
 
 
-def test_what_exists_is_not_overwritten_unless_requested(tmp_path, model):
+def test_an_existing_folder_is_not_overwritten_unless_requested(tmp_path, model):
     target = tmp_path / "precious"
     target.mkdir()
     export_folder(model(), None, target)
@@ -103,7 +103,7 @@ def test_what_exists_is_not_overwritten_unless_requested(tmp_path, model):
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_a_full_disk_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path, model, monkeypatch):
+def test_a_full_disk_keeps_the_old_folder_and_leaves_no_partial_one(tmp_path, model, monkeypatch):
     target = tmp_path / "final"
     export_folder(model(), None, target)
     before = (target / "model.safetensors").read_bytes()
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_half_of_a_new_one(tmp_path, mo
     assert (target / "model.safetensors").read_bytes() == before
 
 
-def test_the_card_may_be_text_or_be_made_from_what_was_written(tmp_path, model):
+def test_the_card_is_a_text_or_a_function_of_the_result(tmp_path, model):
     export_folder(model(), None, tmp_path / "a", card="# mine\n")
     assert (tmp_path / "a" / "README.md").read_text() == "# mine\n"
     picture = tmp_path / "loss.png"
@@ -140,7 +140,7 @@ def test_the_card_may_be_text_or_be_made_from_what_was_written(tmp_path, model):
     assert "`llama`, a stock class of transformers" in card_text
 
 
-def test_tensors_from_elsewhere_are_written_as_they_are(tmp_path, model, ids):
+def test_write_folder_writes_a_given_state_dict(tmp_path, model, ids):
     lm = model(tie_embeddings=False)
     state = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     whole = torch.randn(2, 32)
@@ -152,7 +152,7 @@ def test_tensors_from_elsewhere_are_written_as_they_are(tmp_path, model, ids):
         assert torch.equal(tensor, state[name]), name
 
 
-def test_a_foreign_tokenizer_keeps_only_the_ids_that_the_model_has_rows_for(tmp_path, model):
+def test_a_foreign_tokenizer_is_exported_without_ids_beyond_the_embedding(tmp_path, model):
     """Chat tokens that loading added behind the last id are not exported; loading adds them."""
     plain = transformers_tokenizer(tmp_path / "theirs")
     foreign = Tokenizer.load(tmp_path / "theirs")
@@ -186,5 +186,5 @@ def transformers_tokenizer(folder):
     return 257
 
 
-def test_shards_are_of_five_gigabytes_unless_reported():
+def test_the_default_shard_size_is_five_gigabytes():
     assert hf.MAX_SHARD_BYTES == 5 * 10**9

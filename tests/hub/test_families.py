@@ -1,4 +1,4 @@
-"""Both directions against transformers: the same tensors bit for bit, the same logits to 1e-5."""
+"""Import and export of stock families against transformers: equal tensors, logits within 1e-5."""
 
 import pytest
 import torch
@@ -168,7 +168,7 @@ def assert_same_logits(ours, hugging_face, ids):
 
 @pytest.mark.parametrize("shard", ["1GB", "8KB"])
 @pytest.mark.parametrize("case", CASES)
-def test_their_folder_gives_their_logits_and_goes_back_bit_for_bit(
+def test_a_transformers_folder_gives_equal_logits_and_exports_bit_for_bit(
     case, shard, tmp_path, randomised, ids
 ):
     kind, changes = CASES[case]
@@ -289,7 +289,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_our_folder_gives_our_logits_in_transformers_and_comes_back_bit_for_bit(
+def test_an_exported_folder_gives_equal_logits_in_transformers_and_imports_bit_for_bit(
     case, tmp_path, model, ids
 ):
     kind, mixer, changes = OURS[case]
@@ -307,7 +307,7 @@ def test_our_folder_gives_our_logits_in_transformers_and_comes_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_keep_their_dtype_both_ways(dtype, tmp_path, model):
+def test_weights_keep_their_dtype_in_both_directions(dtype, tmp_path, model):
     ours = model().to(dtype)
     export_folder(ours, None, tmp_path / "ours")
     hugging_face = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -320,7 +320,7 @@ def test_weights_keep_their_dtype_both_ways(dtype, tmp_path, model):
         assert all(torch.equal(wanted[name], value) for name, value in back.state_dict().items())
 
 
-def test_a_stretching_requested_for_at_loading_is_that_of_transformers(tmp_path, randomised, ids):
+def test_rope_scaling_at_loading_equals_transformers(tmp_path, randomised, ids):
     plain = theirs("llama", {}, randomised)
     plain.save_pretrained(tmp_path)
     stretched = theirs("llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}, randomised)
@@ -342,7 +342,7 @@ def test_a_stretching_requested_for_at_loading_is_that_of_transformers(tmp_path,
         ("minimind3-198m-moe", 198_416_640, "qwen3_moe"),
     ],
 )
-def test_presets_are_stock_models_of_exactly_their_published_size(name, count, family):
+def test_presets_are_stock_models_with_the_published_parameter_count(name, count, family):
     from tinsmith.hub.to_hf import config_to_hf
 
     translation = config_to_hf(ModelConfig.preset(name))

@@ -40,7 +40,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"positions": "learned"}])
-def test_a_checkpoint_opens_with_every_bit_and_its_tokenizer(tmp_path, model, tokenizer, changes):
+def test_a_checkpoint_loads_bit_for_bit_with_its_tokenizer(tmp_path, model, tokenizer, changes):
     lm = model({"sinks": True, "value_residual": True}, vocab_size=320, **changes)
     folder = save_checkpoint(tmp_path / step_name(3), lm, tokenizer)
     back, its_tokenizer = load(folder)
@@ -52,7 +52,7 @@ def test_a_checkpoint_opens_with_every_bit_and_its_tokenizer(tmp_path, model, to
     assert (back.head.weight is back.embed.weight) == lm.config.tie_embeddings
 
 
-def test_a_run_is_its_final_folder_and_else_its_newest_valid_checkpoint(tmp_path, model, capsys):
+def test_a_run_loads_its_final_folder_or_its_newest_valid_checkpoint(tmp_path, model, capsys):
     run = tmp_path / "runs" / "x"
     first, second, third = (model(depth=depth) for depth in (1, 2, 3))
     save_checkpoint(run / "checkpoints" / step_name(10), first)
@@ -68,7 +68,7 @@ def test_a_run_is_its_final_folder_and_else_its_newest_valid_checkpoint(tmp_path
     assert same(load(run)[0], third)
 
 
-def test_a_flipped_bit_is_noticed_when_a_model_is_loaded(tmp_path, model):
+def test_a_flipped_bit_is_detected_when_a_model_is_loaded(tmp_path, model):
     folder = save_checkpoint(tmp_path / "run" / "checkpoints" / step_name(1), model())
     weights = folder / "model.safetensors"
     raw = bytearray(weights.read_bytes())
@@ -87,7 +87,7 @@ def test_a_checkpoint_without_a_manifest_is_never_loaded(tmp_path, model):
         load(folder)
 
 
-def test_a_checkpoint_of_another_architecture_names_the_tensor(tmp_path, model):
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(tmp_path, model):
     folder = save_checkpoint(tmp_path / step_name(1), model())
     other = {"model": model(depth=4).config.to_dict()}
     (folder / "config.yaml").write_text(write_yaml(other))
@@ -126,7 +126,7 @@ def test_device_and_dtype_are_as_requested(tmp_path, model):
         load(tmp_path / "x", device="toaster")
 
 
-def test_the_bias_of_a_gate_is_never_rounded(tmp_path, model):
+def test_the_routing_bias_is_never_rounded(tmp_path, model):
     """As in transformers; adapters folded in beside it change nothing of that."""
     latent = {"heads": 4, "kv_rank": 8, "q_rank": None, "nope_dim": 6, "rope_dim": 4, "v_dim": 10}
     feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 12}
@@ -164,14 +164,14 @@ def test_prototypes_and_thresholds_are_never_rounded(tmp_path, model):
             assert torch.equal(block.feed.gate.thresholds, gate.thresholds)
 
 
-def test_a_checkpoint_takes_a_stretching_too(tmp_path, model):
+def test_a_checkpoint_can_be_loaded_with_rope_scaling(tmp_path, model):
     folder = save_checkpoint(tmp_path / "x", model())
     lm, _ = load(folder, rope_scaling={"kind": "yarn", "factor": 2, "original_max_seq_len": 64})
     assert lm.config.max_seq_len == 128
     assert lm.config.rope.scaling is not None
 
 
-def test_what_is_not_a_model_says_what_was_looked_for(tmp_path, monkeypatch):
+def test_a_path_without_a_model_lists_what_was_searched(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.safetensors").write_text("x")
     monkeypatch.chdir(tmp_path)
@@ -196,7 +196,7 @@ def test_a_runs_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
         load("mine")
 
 
-def test_a_hub_name_is_fetched_and_output(tmp_path, model, monkeypatch, capsys):
+def test_a_hub_name_is_downloaded_and_reported(tmp_path, model, monkeypatch, capsys):
     import huggingface_hub
 
     export_folder(model(), None, tmp_path / "snapshots" / "abc123")
@@ -223,7 +223,7 @@ def test_a_hub_name_is_fetched_and_output(tmp_path, model, monkeypatch, capsys):
     assert requested["owner/name"]["allow_patterns"] == ["config.json"], "to count needs no weights"
 
 
-def test_offline_a_hub_name_is_one_line(tmp_path):
+def test_an_offline_hub_name_gives_one_line(tmp_path):
     code = (
         "import tinsmith\ntry: tinsmith.load('owner/name')\nexcept Exception as e: print(repr(e))"
     )
@@ -236,7 +236,7 @@ def test_offline_a_hub_name_is_one_line(tmp_path):
     assert done.stdout.count("\n") == 1
 
 
-def test_locate_names_the_folder_that_holds_the_weights(tmp_path, model):
+def test_locate_returns_the_folder_of_the_weights(tmp_path, model):
     folder = save_checkpoint(tmp_path / "run" / "checkpoints" / step_name(4), model())
     assert locate(tmp_path / "run") == folder
     assert locate(folder) == folder
@@ -251,7 +251,7 @@ def test_loading_does_not_import_the_trainer_or_transformers():
     assert done.stdout == "[]\n"
 
 
-def test_weights_that_training_never_saved_whole_are_found_out(tmp_path, model):
+def test_incomplete_checkpoint_weights_are_refused(tmp_path, model):
     folder = save_checkpoint(tmp_path / "x", model())
     state = load_file(folder / "model.safetensors")
     state["extra"] = torch.zeros(1)

@@ -5,7 +5,7 @@ from tinsmith.hub.families.names import NAME_MAPS
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "tinsmith"])
-def test_every_tensor_of_a_model_has_a_name_of_its_own_and_the_way_back_is_exact(family, model):
+def test_tensor_names_map_one_to_one_in_both_directions(family, model):
     lm = model({"qk_norm": True, "bias": "all"}, depth=12, tie_embeddings=False)
     names = NAME_MAPS[family]
     ours = list(lm.state_dict())
@@ -18,7 +18,7 @@ def test_every_tensor_of_a_model_has_a_name_of_its_own_and_the_way_back_is_exact
     ("family", "kind"),
     [("qwen3_moe", "topk_moe"), ("mixtral", "topk_moe"), ("deepseek_v3", "deepseek_moe")],
 )
-def test_experts_lie_apart_and_come_together(family, kind, model):
+def test_stacks_of_experts_split_and_stack_again(family, kind, model):
     mixer = {"kind": "mla", "heads": 4} if family == "deepseek_v3" else {"kind": "gqa", "heads": 4}
     feed = {"kind": kind, "experts": 11, "hidden_dim": 8}
     lm = model(depth=12, pattern=[{"mixer": mixer, "feed_forward": feed}])
@@ -33,7 +33,7 @@ def test_experts_lie_apart_and_come_together(family, kind, model):
     assert all(torch.equal(whole[name], value) for name, value in state.items())
 
 
-def test_the_names_are_those_of_hugging_face():
+def test_names_equal_those_of_hugging_face():
     names = NAME_MAPS["qwen3"]
     assert names.to_hf_name("embed.weight") == "model.embed_tokens.weight"
     assert names.to_hf_name("head.weight") == "lm_head.weight"
@@ -58,7 +58,7 @@ def test_the_names_are_those_of_hugging_face():
     "name",
     ["model.layers.{}.self_attn.q_proj.weight", "model.norm", "x.weight", "", "model.norm.scale"],
 )
-def test_a_name_without_counterpart_is_an_error(name):
+def test_an_unknown_name_raises_key_error(name):
     with pytest.raises(KeyError):
         NAME_MAPS["llama"].from_hf_name(name)
     with pytest.raises(KeyError):

@@ -39,7 +39,7 @@ def ours(kind, parameters, theta, width):
 
 @pytest.mark.parametrize("width", [8, 64, 80, 96])
 @pytest.mark.parametrize("theta", [1e4, 1e6])
-def test_yarn_frequencies_and_factor_are_those_of_transformers(width, theta):
+def test_yarn_frequencies_and_factor_equal_transformers(width, theta):
     for parameters in YARN:
         frequency, factor = ours("yarn", parameters, theta, width)
         wanted, wanted_factor = theirs("yarn", parameters, theta, width)
@@ -71,7 +71,7 @@ def test_yarn_frequencies_and_factor_are_those_of_transformers(width, theta):
         ),
     ],
 )
-def test_linear_and_llama3_frequencies_are_those_of_transformers(kind, parameters):
+def test_linear_and_llama3_frequencies_equal_transformers(kind, parameters):
     for width, theta in ((16, 1e4), (64, 5e5), (128, 1e6)):
         frequency, factor = ours(kind, parameters, theta, width)
         wanted, wanted_factor = theirs(kind, parameters, theta, width)
@@ -101,7 +101,7 @@ def test_linear_and_llama3_frequencies_are_those_of_transformers(kind, parameter
         ),
     ],
 )
-def test_what_is_written_is_read_back_from_the_words_of_transformers_4_and_of_5(rope):
+def test_written_rope_keys_read_back_in_the_formats_of_transformers_4_and_5(rope):
     written = write_rope(rope)
     assert read_rope(written, 999, "config.json") == rope
     four = {key: written[key] for key in ("rope_theta", "rope_scaling")}
@@ -110,12 +110,12 @@ def test_what_is_written_is_read_back_from_the_words_of_transformers_4_and_of_5(
     assert read_rope(five, 999, "config.json") == rope
 
 
-def test_a_file_that_is_silent_means_ten_thousand_and_no_stretching():
+def test_a_file_without_rope_keys_means_theta_10000_and_no_scaling():
     for data in ({}, {"rope_scaling": None, "rope_parameters": {}}):
         assert read_rope(data, 64, "config.json") == Rope(theta=10000.0, scaling=None)
 
 
-def test_the_original_context_may_stand_beside_or_be_the_context_itself():
+def test_the_original_context_may_be_outside_of_the_section_or_default():
     inner = {"rope_type": "yarn", "factor": 2.0}
     read = read_rope({"rope_scaling": inner}, 48, "config.json").scaling
     assert read == YarnScaling(factor=2.0, original_max_seq_len=48)
@@ -190,7 +190,7 @@ def test_the_original_context_may_stand_beside_or_be_the_context_itself():
         ),
     ],
 )
-def test_what_cannot_be_built_or_makes_no_sense_is_one_line_with_the_key(data, output):
+def test_unsupported_or_invalid_rope_scaling_gives_one_line_with_the_key(data, output):
     with pytest.raises(UserError) as caught:
         read_rope(data, 64, "config.json")
     assert output in str(caught.value)
@@ -198,7 +198,7 @@ def test_what_cannot_be_built_or_makes_no_sense_is_one_line_with_the_key(data, o
     assert "\n" not in str(caught.value)
 
 
-def test_a_stretching_that_is_requested_for_may_use_either_vocabulary(model):
+def test_requested_rope_scaling_may_use_either_key_format(model):
     config = model().config
     words = {"kind": "yarn", "factor": 4, "original_max_seq_len": 64}
     theirs = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -215,7 +215,7 @@ def test_a_stretching_that_is_requested_for_may_use_either_vocabulary(model):
     )
 
 
-def test_a_stretching_that_is_requested_for_wrongly_is_one_line(model):
+def test_invalid_requested_rope_scaling_gives_one_line(model):
     config = model().config
     for scaling, output in (
         ({"kind": "yarm", "factor": 4}, "'yarm' is not one of"),
@@ -230,6 +230,6 @@ def test_a_stretching_that_is_requested_for_wrongly_is_one_line(model):
         with_rope_scaling(model(positions="learned").config, {"type": "yarn", "factor": 2.0})
 
 
-def test_read_scaling_leaves_mscale_alone_where_only_one_is_given():
+def test_read_scaling_ignores_a_single_mscale():
     data = {"type": "yarn", "factor": 4.0, "mscale": 1.0}
     assert read_scaling(data, 64, "x") == YarnScaling(factor=4.0, original_max_seq_len=64)

@@ -1,4 +1,4 @@
-"""H-1 to H-3, H-6 and H-8: what a transplant keeps, what it makes, and what it refuses."""
+"""Transplants (promises H1 to H3, H6 and H8): copied weights, new experts, refused plans."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ QWEN3 = {
     **{"num_key_value_heads": 8, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6},
     **{"rope_theta": 1000000, "tie_word_embeddings": True, "hidden_act": "silu"},
 }
-"""Qwen3-0.6B."""
+"""Config of Qwen3-0.6B."""
 KINDS = {
     "dyn_moe": {"kind": "dyn_moe", "experts": 4, "combine": "sum"},
     "topk_moe": {"kind": "topk_moe", "experts": 4, "top_k": 4},
@@ -61,7 +61,7 @@ def logits(lm, ids):
         return lm.eval()(ids).logits
 
 
-def test_H1_counts_of_qwen3_0_6b_are_those_of_the_decisions():
+def test_H1_parameter_counts_of_qwen3_0_6b_equal_the_specification():
     sparse = transplant_config(config_from_hf(QWEN3), TransplantPlan({}))
     lines = {(line.name, line.trainable): line.num_parameters for line in parameter_table(sparse)}
     assert lines == {
@@ -83,12 +83,12 @@ def test_H1_counts_of_qwen3_0_6b_are_those_of_the_decisions():
     }
 
 
-def test_H1_the_preset_is_this_transplant():
+def test_H1_the_preset_equals_this_transplant():
     made = transplant_config(config_from_hf(QWEN3), TransplantPlan({"router_grad": "smk"}))
     assert made == ModelConfig.preset("tiny-onn-0.6b")
 
 
-def test_norms_are_trained_where_requested_for():
+def test_norms_are_trained_if_requested():
     lines = parameter_table(
         transplant_config(config_from_hf(QWEN3), TransplantPlan({}, train_norms=True))
     )
@@ -99,9 +99,7 @@ def test_norms_are_trained_where_requested_for():
 
 @pytest.mark.parametrize("combine", ["sum", "rescaled_sum"])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_H2_all_slices_together_say_what_the_dense_model_says(
-    combine, activation, model, all_experts, ids
-):
+def test_H2_all_slices_together_equal_the_dense_model(combine, activation, model, all_experts, ids):
     layer = {
         "mixer": {"kind": "gqa", "heads": 4},
         "feed_forward": {"kind": activation, "hidden_dim": 48},
@@ -114,7 +112,7 @@ def test_H2_all_slices_together_say_what_the_dense_model_says(
     close(sparse(ids).logits.detach(), logits(dense, ids))
 
 
-def test_H2_one_slice_less_says_something_else(dense, all_experts, ids):
+def test_H2_one_slice_less_differs_from_the_dense_model(dense, all_experts, ids):
     sparse = all_experts(
         build_transplant(dense, TransplantPlan({"experts": 6, "combine": "sum"}, "slice"))
     )
@@ -123,7 +121,7 @@ def test_H2_one_slice_less_says_something_else(dense, all_experts, ids):
     assert (logits(sparse, ids) - logits(dense, ids)).abs().max() > 1e-3
 
 
-def test_slices_of_the_other_kinds_are_the_dense_layers_parts(dense):
+def test_slices_of_the_other_moe_kinds_are_slices_of_the_dense_layer(dense):
     """Their weights are not 1, so it is experts that are compared and not logits."""
     for kind in ("topk_moe", "deepseek_moe"):
         feed = build_transplant(dense, TransplantPlan(KINDS[kind], "slice")).blocks[2].feed
@@ -133,7 +131,7 @@ def test_slices_of_the_other_kinds_are_the_dense_layers_parts(dense):
         assert torch.equal(torch.cat(list(feed.experts.down_proj.weight), 1), old.down_proj.weight)
 
 
-def test_H3_attention_sub_layers_say_what_those_of_transformers_say(tmp_path, randomised):
+def test_H3_attention_sub_layers_equal_those_of_transformers(tmp_path, randomised):
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(
         **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32},
@@ -169,9 +167,7 @@ def test_H3_attention_sub_layers_say_what_those_of_transformers_say(tmp_path, ra
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("init", ["random", "slice"])
-def test_the_skeleton_is_the_dense_models_to_the_bit_and_no_dense_feed_forward_remains(
-    kind, init, dense
-):
+def test_copied_weights_are_bit_equal_and_no_dense_feed_forward_remains(kind, init, dense):
     sparse = build_transplant(dense, TransplantPlan(KINDS[kind], init))
     old, new = dense.state_dict(), sparse.state_dict()
     skeleton = {name for name in old if ".feed." not in name}
@@ -192,7 +188,7 @@ def test_H6_a_tied_head_is_the_embedding(tied, model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_H8_a_folder_of_a_transplant_gives_it_back_frozen_as_it_was(
+def test_H8_an_exported_transplant_loads_with_the_same_frozen_parameters(
     kind, dtype, model, tokenizer, tmp_path, ids
 ):
     sparse = build_transplant(model(vocab_size=320).to(dtype), TransplantPlan(KINDS[kind]))
@@ -209,7 +205,7 @@ def test_H8_a_folder_of_a_transplant_gives_it_back_frozen_as_it_was(
     assert torch.equal(logits(back, ids), logits(sparse, ids))
 
 
-def test_a_stock_folder_opens_in_transformers_though_it_says_what_is_frozen(model, tmp_path, ids):
+def test_a_stock_folder_with_trainable_patterns_loads_in_transformers(model, tmp_path, ids):
     transformers = pytest.importorskip("transformers")
     mixer = {"kind": "gqa", "heads": 4, "kv_heads": 2, "qk_norm": True}
     sparse = build_transplant(model(mixer), TransplantPlan(KINDS["topk_moe"] | {"top_k": 2}))
@@ -219,13 +215,13 @@ def test_a_stock_folder_opens_in_transformers_though_it_says_what_is_frozen(mode
         torch.testing.assert_close(theirs(ids).logits, logits(sparse, ids))
 
 
-def test_keys_of_training_that_no_stock_family_has_are_kept(model, tmp_path):
+def test_training_settings_that_no_stock_family_has_are_kept(model, tmp_path):
     sparse = build_transplant(model(), TransplantPlan(KINDS["topk_moe"] | {"balance": "sequence"}))
     assert export_folder(sparse, None, tmp_path / "sparse").family == "tinsmith"
     assert load(tmp_path / "sparse")[0].config == sparse.config
 
 
-def test_a_new_dense_layer_in_the_same_skeleton_begins_at_random(dense):
+def test_the_dense_baseline_is_initialised_at_random(dense):
     made = build_transplant(dense, TransplantPlan({"kind": "swiglu", "hidden_dim": 24}))
     assert made.blocks[0].feed.up_proj.weight.shape == (24, 32)
     same = build_transplant(dense, TransplantPlan({"kind": "swiglu"}))
@@ -234,7 +230,7 @@ def test_a_new_dense_layer_in_the_same_skeleton_begins_at_random(dense):
     assert {n for n in old if not torch.equal(old[n], new[n])} == {n for n in old if ".feed." in n}
 
 
-def test_the_same_seed_makes_the_same_experts(dense):
+def test_equal_seeds_give_equal_experts(dense):
     made = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -273,7 +269,7 @@ def test_the_same_seed_makes_the_same_experts(dense):
     ],
     ids=str,
 )
-def test_a_feed_forward_that_cannot_be_is_refused_in_one_line(feed, init, expected, dense):
+def test_an_invalid_feed_forward_is_refused_in_one_line(feed, init, expected, dense):
     with pytest.raises(UserError) as caught:
         transplant_config(dense.config, TransplantPlan(feed, init))
     assert expected in str(caught.value)
@@ -290,7 +286,7 @@ def test_a_model_without_dense_feed_forwards_is_refused(dense, model):
         transplant_config(model(pattern=[layer]).config, TransplantPlan({}))
 
 
-def test_what_a_stock_folder_says_of_freezing_must_be_a_list():
+def test_trainable_patterns_of_a_stock_folder_must_be_a_list():
     for wrong in ("all", [1], {}):
         with pytest.raises(UserError, match="tinsmith_trained: must be a list of patterns"):
             config_from_hf(QWEN3 | {"tinsmith_trained": wrong})
@@ -336,7 +332,7 @@ def verb(model, tokenizer, tmp_path) -> Verb:
     return Verb(tmp_path / "dense")
 
 
-def test_the_verb_writes_a_folder_that_trains_its_experts_alone(verb, capsys, ids):
+def test_the_command_writes_a_folder_in_which_only_experts_are_trainable(verb, capsys, ids):
     verb("experts=4", "router_grad=smk", "--init", "slice")
     sparse, tokenizer = load(verb.out)
     assert tokenizer is not None
@@ -359,7 +355,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(verb, capsys):
     assert not verb.out.exists()
 
 
-def test_bad_folders_are_refused_in_one_line_and_nothing_is_half_written(verb, edit):
+def test_invalid_folders_are_refused_in_one_line_and_nothing_partial_is_written(verb, edit):
     file = verb.folder / "model.safetensors"
     whole, config = file.read_bytes(), (verb.folder / "config.json").read_text()
     state = load_file(file)
@@ -384,7 +380,7 @@ def test_bad_folders_are_refused_in_one_line_and_nothing_is_half_written(verb, e
     assert "exists and is not empty" in verb.refused()
 
 
-def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(verb, model):
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(verb, model):
     export_folder(model(), None, verb.folder.parent / "small")
     for name in ("model.safetensors", "config.json"):
         (verb.folder.parent / "small" / name).replace(verb.folder / name)

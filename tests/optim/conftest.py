@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A model in name only: nothing runs forward, gradients are made up."""
+    """Parameters of a model without forward pass; tests set random gradients."""
 
     def __init__(self, tied: bool = True, dim: int = 6, hidden: int = 10, vocabulary: int = 12):
         super().__init__()

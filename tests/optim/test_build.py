@@ -1,4 +1,4 @@
-"""All optimizers of a run as one object: groups, schedule, saved state, forgetting."""
+"""All optimizers of a run: groups, schedule, saved state, reset of rows."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_every_group_follows_the_schedule(make_model, config):
 
 
 @BOTH
-def test_a_multiplier_of_zero_moves_nothing(make_model, give_gradients, snapshot, config):
+def test_a_multiplier_of_zero_changes_no_parameter(make_model, give_gradients, snapshot, config):
     model = make_model()
     optimizers = Optimizers.build(model, None, config)
     give_gradients(model, 0)
@@ -63,7 +63,9 @@ def test_a_multiplier_of_zero_moves_nothing(make_model, give_gradients, snapshot
         ("all", {"matrix", "embedding", "head", "router"}),
     ],
 )
-def test_weight_decay_reaches_what_it_says_and_never_vectors(make_model, snapshot, decay, shrunk):
+def test_weight_decay_applies_to_the_selected_roles_and_never_to_vectors(
+    make_model, snapshot, decay, shrunk
+):
     model = make_model(tied=False)
     config = AdamWConfig(lr=0.1, weight_decay=0.5, decay=decay)
     optimizers = Optimizers.build(model, None, OptimConfig(matrices=config, others=config))
@@ -78,14 +80,14 @@ def test_weight_decay_reaches_what_it_says_and_never_vectors(make_model, snapsho
             torch.testing.assert_close(parameter.detach(), start * factor)
 
 
-def test_muon_does_not_make_others_decay(make_model):
+def test_muon_does_not_cause_weight_decay_of_others(make_model):
     optimizers = Optimizers.build(make_model(tied=False), None, MUON)
     decays = {group["role"]: group["weight_decay"] for group in all_groups(optimizers)}
     assert decays.pop("matrix") == 0.1
     assert set(decays.values()) == {0.0}
 
 
-def test_adamw_equals_the_textbook(make_model, give_gradients, snapshot):
+def test_adamw_equals_its_formula(make_model, give_gradients, snapshot):
     model = make_model()
     config = AdamWConfig(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     optimizers = Optimizers.build(model, None, OptimConfig(matrices=config, others=config))
@@ -139,9 +141,7 @@ def test_saved_state_gives_bit_equal_next_steps(
             assert torch.equal(left, right)
 
 
-def test_state_is_named_after_parameters_and_kept_apart_from_the_objective_s(
-    make_model, give_gradients
-):
+def test_state_is_named_by_parameter_with_a_prefix_for_the_objective(make_model, give_gradients):
     model, head = make_model(), nn.Linear(6, 5).double()
     optimizers = Optimizers.build(model, head, MUON)
     assert optimizers.state_tensors() == {}
@@ -195,7 +195,7 @@ def test_a_parameter_without_gradient_is_skipped_and_saved_as_zeros(
 
 
 @BOTH
-def test_no_state_loads_as_a_fresh_optimizer(make_model, give_gradients, config):
+def test_empty_state_loads_as_a_fresh_optimizer(make_model, give_gradients, config):
     model = make_model()
     optimizers = Optimizers.build(model, None, config)
     give_gradients(model, 0)
@@ -205,7 +205,7 @@ def test_no_state_loads_as_a_fresh_optimizer(make_model, give_gradients, config)
 
 
 @BOTH
-def test_state_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(
+def test_mismatched_state_is_refused_in_one_line_and_changes_nothing(
     make_model, give_gradients, config
 ):
     model = make_model()
@@ -240,7 +240,7 @@ def test_state_of_another_optimizer_is_refused(make_model, give_gradients):
 
 
 @BOTH
-def test_forgetting_zeroes_exactly_the_rows(make_model, give_gradients, config):
+def test_reset_state_zeroes_exactly_the_rows(make_model, give_gradients, config):
     model = make_model()
     optimizers = Optimizers.build(model, None, config)
     give_gradients(model, 0)
@@ -263,7 +263,7 @@ def test_forgetting_zeroes_exactly_the_rows(make_model, give_gradients, config):
     assert all(torch.equal(now[name], expected[name]) for name in now)
 
 
-def test_forgetting_before_the_first_step_or_of_frozen_parameters_does_nothing(make_model):
+def test_reset_state_before_the_first_step_or_of_frozen_parameters_does_nothing(make_model):
     model = make_model()
     model.blocks[0].up.weight.requires_grad = False
     optimizers = Optimizers.build(model, None, MUON)
@@ -292,13 +292,13 @@ def test_zero_grad_drops_gradients(make_model, give_gradients):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_objective_may_not_own_the_policy_s_parameters(make_model):
+def test_the_objective_must_not_own_parameters_of_the_policy(make_model):
     model = make_model()
     with pytest.raises(AssertionError, match="include the policy's"):
         Optimizers.build(model, nn.ModuleList([model.embed]), MUON)
 
 
-def test_runs_are_bit_equal(make_model, give_gradients, snapshot):
+def test_two_runs_are_bit_equal(make_model, give_gradients, snapshot):
     results = []
     for _ in range(2):
         model = make_model(dtype=torch.float32)

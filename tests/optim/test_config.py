@@ -1,4 +1,4 @@
-"""The `optim:` section: what it accepts, and one line for what it does not."""
+"""The `optim:` section: accepted values, and one line for invalid ones."""
 
 import pytest
 
@@ -21,7 +21,7 @@ RECIPE = {
 }
 
 
-def test_the_recipe_of_the_documentation_is_the_default():
+def test_the_documented_recipe_is_the_default():
     assert parse(OptimConfig, RECIPE) == parse(OptimConfig, {}) == OptimConfig()
 
 
@@ -35,11 +35,11 @@ def test_the_recipe_of_the_documentation_is_the_default():
         ),
     ],
 )
-def test_configs_survive_writing_and_reading(config):
+def test_configs_round_trip_through_yaml(config):
     assert parse(OptimConfig, to_plain(config)) == config
 
 
-def test_counts_may_be_written_as_people_do():
+def test_counts_accept_suffixes_and_exponents():
     assert parse(OptimConfig, {"schedule": {"kind": "wsd", "warmup": "2k"}}).schedule == WSD(
         warmup=2000
     )
@@ -72,7 +72,7 @@ def test_counts_may_be_written_as_people_do():
         ({"max_grad_norm": 0}, "r.yaml: max_grad_norm=0.0 must be above 0"),
     ],
 )
-def test_bad_values_are_named_in_one_line(data, output):
+def test_invalid_values_are_named_in_one_line(data, output):
     with pytest.raises(UserError) as error:
         parse(OptimConfig, data, "r.yaml")
     assert output in str(error.value)

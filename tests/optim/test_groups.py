@@ -1,4 +1,4 @@
-"""Every trainable parameter has exactly one role, told by its module."""
+"""Roles of parameters: every trainable parameter has exactly one, determined by its module."""
 
 from typing import ClassVar
 
@@ -52,7 +52,7 @@ def test_frozen_parameters_have_no_role(make_model):
     assert not any(name.startswith("blocks.0") for name in everyone)
 
 
-def test_the_nearest_declared_role_counts():
+def test_the_innermost_declared_role_applies():
     class Inner(nn.Module):
         ROLE: ClassVar[str] = "matrix"
 
@@ -73,14 +73,14 @@ def test_the_nearest_declared_role_counts():
     assert names(groups, "router") == {"plain.0.weight"}
 
 
-def test_owners_that_disagree_about_a_shared_parameter_are_refused():
+def test_conflicting_roles_of_a_shared_parameter_are_refused():
     module = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Embedding(4, 4)})
     module["a"].weight = module["b"].weight
     with pytest.raises(ValueError, match=r"a\.weight is shared .* embedding, matrix"):
         partition(module)
 
 
-def test_the_26m_preset_gives_muon_its_block_matrices_and_nothing_else():
+def test_muon_gets_exactly_the_block_matrices_of_the_26m_preset():
     with torch.device("meta"):
         model = tinsmith.LM(tinsmith.ModelConfig.preset("minimind2-26m"))
     groups = partition(model)

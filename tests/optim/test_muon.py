@@ -1,4 +1,4 @@
-"""Muon against torch's own on matrices, against itself slice by slice, and against the SVD."""
+"""Muon against torch's Muon on matrices, against itself slice by slice, and against the SVD."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_newton_schulz_does_not_depend_on_the_size_of_its_input():
     torch.testing.assert_close(small, large)
 
 
-def test_newton_schulz_leaves_its_input_alone_and_zeros_zero():
+def test_newton_schulz_does_not_change_its_input_and_keeps_zeros():
     for shape in [(4, 6), (6, 4), (2, 3, 5)]:
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         before = matrix.clone()
@@ -107,7 +107,7 @@ def test_muon_in_bfloat16_products_stays_close_to_torchs():
 
 @pytest.mark.parametrize("shape", [(3, 5, 9), (4, 9, 5), (1, 6, 6)])
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
-def test_a_stack_moves_like_its_slices_on_their_own(shape, scale):
+def test_a_stack_is_updated_like_its_separate_slices(shape, scale):
     (stack,) = weights([shape])
     slices = [nn.Parameter(slice_.clone()) for slice_ in stack.detach()]
     whole = Muon([stack], scale=scale, weight_decay=0.01)
@@ -132,7 +132,7 @@ def test_batches_of_any_size_equal_one_matrix_at_a_time(monkeypatch, room):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_matrices_with_the_same_sides_share_one_iteration(monkeypatch):
+def test_matrices_of_the_same_shape_share_one_iteration(monkeypatch):
     seen = []
     original = newton_schulz
 
@@ -157,7 +157,7 @@ def test_weight_decay_is_decoupled_from_gradient_and_scale():
             torch.testing.assert_close(parameter.detach(), start * 0.95)
 
 
-def test_gradients_are_read_only_and_missing_ones_skip_their_parameter():
+def test_gradients_are_not_changed_and_missing_ones_are_skipped():
     moved, left = weights([(4, 6), (4, 6)])
     gradients([moved], 0)
     given_gradient, before = moved.grad.clone(), left.detach().clone()
@@ -181,7 +181,7 @@ def test_momentum_is_at_least_float32(dtype):
 
 @pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("avx512", [True, False])
-def test_products_are_bfloat16_only_where_that_is_faster(monkeypatch, amx, avx512):
+def test_products_are_bfloat16_only_on_devices_where_that_is_faster(monkeypatch, amx, avx512):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     expected = torch.bfloat16 if amx or avx512 else torch.float32

@@ -1,4 +1,4 @@
-"""Schedules: their shapes, their ends, and MiniMind's as a special case."""
+"""Learning-rate schedules: shapes, end points, and MiniMind's schedule as a special case."""
 
 import math
 
@@ -20,7 +20,7 @@ schedules = st.one_of(
 
 @given(schedule=schedules, steps=st.integers(1, 200), step=st.integers(0, 250))
 @settings(derandomize=True, max_examples=300, deadline=None)
-def test_multipliers_are_shares_that_rise_in_warm_up_and_never_rise_later(schedule, steps, step):
+def test_multipliers_increase_in_warm_up_and_never_later(schedule, steps, step):
     here, after = lr_multiplier(schedule, step, steps), lr_multiplier(schedule, step + 1, steps)
     assert 0 <= here <= 1
     if step < steps:
@@ -38,7 +38,7 @@ def test_warm_up_is_linear_from_one_over_warmup(schedule):
     assert lr_multiplier(schedule, 10, 1000) == pytest.approx(1, abs=1e-4)
 
 
-def test_cosine_without_warm_up_is_minimind_s_schedule():
+def test_cosine_without_warm_up_equals_minimind():
     for step in range(0, 1001, 7):
         expected = 0.1 + 0.45 * (1 + math.cos(math.pi * step / 1000))
         assert lr_multiplier(Cosine(min_lr_ratio=0.1, warmup=0), step, 1000) == pytest.approx(
@@ -52,7 +52,7 @@ def test_cosine_is_halfway_in_the_middle_and_final_at_the_end():
     assert lr_multiplier(schedule, 100, 100) == pytest.approx(0.2)
 
 
-def test_wsd_is_flat_then_linear_over_the_last_share():
+def test_wsd_is_constant_then_linear_over_the_last_fraction():
     schedule = WSD(warmup=10, decay=0.4, min_lr_ratio=0.1)
     assert [lr_multiplier(schedule, step, 100) for step in (10, 35, 60)] == [1, 1, 1]
     assert lr_multiplier(schedule, 80, 100) == pytest.approx(0.55)

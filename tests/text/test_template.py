@@ -179,7 +179,7 @@ def test_a_template_that_is_too_long_is_refused():
 
 def test_the_room_is_a_bound_on_all_that_is_emitted():
     assert run("{{ 'a' * 10 }}", room=10) == "a" * 10
-    with pytest.raises(UserError, match="more than 9 characters"):
+    with pytest.raises(UserError, match="longer than 9 characters"):
         run("{{ 'a' * 5 }}{{ 'a' * 5 }}", room=9)
 
 

@@ -1,6 +1,6 @@
-"""Trains a small module on one rank, or spread over several by FSDP2; run by test_spread.py.
+"""Trains a small module on one rank, or spread over several by FSDP2; run by test_fsdp.py.
 
-    python spread_worker.py RANK WORLD FOLDER
+    python fsdp_worker.py RANK WORLD FOLDER
 
 WORLD 1 is the plain module. Every rank sees the same data, so that the mean gradient is everyone's.
 Rank 0 leaves weights and optimizer state in FOLDER/WORLD.safetensors, and every rank asserts that
@@ -28,7 +28,7 @@ CONFIG = OptimConfig(
 
 
 class Layer(nn.Module):
-    """Sides that two ranks cannot halve, stacks with fewer slices than ranks among them."""
+    """Parameters that two ranks cannot split evenly, and stacks with fewer slices than ranks."""
 
     EXPERT_STACKS = (
         "experts",

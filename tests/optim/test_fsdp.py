@@ -1,4 +1,4 @@
-"""Spread over ranks by FSDP2, the optimizers make the steps, and the state, of one process."""
+"""Optimizers with FSDP2-sharded parameters equal a single process in steps and saved state."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import run
 
-WORKER = Path(__file__).with_name("spread_worker.py")
+WORKER = Path(__file__).with_name("fsdp_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_fsdp_equals_a_single_process(alone, tmp_path, world):
         torch.testing.assert_close(spread[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_forgotten_rows_are_zero_and_the_others_are_not(alone):
+def test_reset_rows_are_zero_and_the_others_are_not(alone):
     momentum = alone["state/blocks.0.experts|momentum"]
     assert not momentum[[0, 2]].any()
     assert momentum[1].all()

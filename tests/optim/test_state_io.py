@@ -1,4 +1,4 @@
-"""Optimizers that remember little: what they keep, that it resumes to the bit, what they forget."""
+"""Memory-efficient optimizers: size of the state, bit-exact resume, reset of rows."""
 
 import sys
 
@@ -48,7 +48,7 @@ def bytes_of(optimizers, name):
     return sum(t.numel() * t.element_size() for key, t in state if key.startswith(f"{name}|"))
 
 
-def test_what_is_remembered_is_as_small_as_promised(give_gradients):
+def test_state_sizes_equal_the_declared_bytes_per_parameter(give_gradients):
     adafactor, eight = fresh(ADAFACTOR), fresh(EIGHT)
     for made in (adafactor, eight):
         steps(*made, range(2), give_gradients)
@@ -58,7 +58,7 @@ def test_what_is_remembered_is_as_small_as_promised(give_gradients):
     assert bytes_of(eight[1], "small.weight") == 2 * 4 * 48 + 4
 
 
-def test_adamw8bit_walks_with_adamw(give_gradients):
+def test_adamw8bit_stays_close_to_adamw(give_gradients):
     whole = OptimConfig(matrices=AdamWConfig(lr=1e-2))
     made = [fresh(config) for config in (whole, EIGHT)]
     begun = made[0][0].stack.detach().clone()
@@ -69,7 +69,7 @@ def test_adamw8bit_walks_with_adamw(give_gradients):
     assert not torch.equal(one, two)
 
 
-def test_adafactor_makes_the_step_of_its_paper(give_gradients):
+def test_adafactor_makes_the_first_step_of_its_paper(give_gradients):
     """Its first one: beta2 is 0, the update clipped to 1, times the weight's root mean square."""
     model, optimizers = fresh(OptimConfig(matrices=AdafactorConfig(lr=0.1)))
     begun = model.stack.detach().clone()
@@ -101,7 +101,7 @@ def test_T2_saved_state_gives_bit_equal_next_steps(config, give_gradients):
 
 
 @BOTH
-def test_a_parameter_without_gradient_is_saved_as_one_that_never_moved(config, give_gradients):
+def test_a_parameter_without_gradient_is_saved_with_its_initial_state(config, give_gradients):
     first, second = fresh(config), fresh(config)
     for model, optimizers in (first, second):
         give_gradients(model, 0)
@@ -124,7 +124,7 @@ def moments(optimizers: Optimizers, parameter: nn.Parameter) -> tuple[Tensor, Te
     return first.view_as(parameter), second.view_as(parameter)
 
 
-def test_adamw8bit_forgets_exactly_the_rows(give_gradients):
+def test_reset_state_of_adamw8bit_resets_exactly_the_rows(give_gradients):
     model, optimizers = fresh(EIGHT)
     steps(model, optimizers, range(3), give_gradients)
     before = [moment.clone() for moment in moments(optimizers, model.stack)]
@@ -140,7 +140,7 @@ def test_adamw8bit_forgets_exactly_the_rows(give_gradients):
         assert rows.tolist() == [True, True, False, True, True, True]
 
 
-def test_adafactor_forgets_exactly_the_experts(give_gradients):
+def test_reset_state_of_adafactor_resets_exactly_the_experts(give_gradients):
     model, optimizers = fresh(ADAFACTOR)
     steps(model, optimizers, range(3), give_gradients)
     before = copies(optimizers.state_tensors())
@@ -160,7 +160,7 @@ def test_state_of_another_kind_is_refused_in_one_line(config, give_gradients):
         other.load_state_tensors(optimizers.state_tensors())
 
 
-def test_without_bitsandbytes_one_line_says_what_to_do(monkeypatch):
+def test_missing_bitsandbytes_gives_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(UserError, match="adamw8bit needs bitsandbytes, which is not installed"):
         fresh(EIGHT)
@@ -176,13 +176,13 @@ def test_without_bitsandbytes_one_line_says_what_to_do(monkeypatch):
     ],
     ids=str,
 )
-def test_bad_numbers_are_refused_in_one_line(matrices, expected):
+def test_invalid_values_are_refused_in_one_line(matrices, expected):
     with pytest.raises(UserError, match=expected):
         recipe(optim={"matrices": matrices})
 
 
 @pytest.mark.parametrize("kind", ["adafactor", "adamw8bit"])
-def test_weights_that_are_spread_are_refused(kind):
+def test_sharded_weights_are_refused(kind):
     with pytest.raises(UserError, match=f"kind=fsdp: optim.matrices.kind={kind}"):
         recipe(optim={"matrices": {"kind": kind}}, parallel={"kind": "fsdp"})
     recipe(optim={"matrices": {"kind": kind}}, parallel={"kind": "ddp"})
