@@ -1,4 +1,4 @@
-"""What tests of routed feed-forwards are given."""
+"""Inputs and dense references for tests of routed feed-forwards."""
 
 import torch
 from torch import Tensor

@@ -48,7 +48,7 @@ def test_attention_equals_the_definition(kind, segments, window, sinks):
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("window", [None, 2, 5])
 @pytest.mark.parametrize("room", [1, 2 * 2 * 11 * 4, attending.MASK_BYTES])
-def test_torchs_kernels_equal_the_definition_however_queries_are_parted(
+def test_torch_kernels_equal_the_definition_for_any_split_of_queries(
     monkeypatch, segments, window, room
 ):
     """As on a GPU, where who sees whom is written down: for so many pairs at a time, no more."""
@@ -105,7 +105,7 @@ def test_query_heads_share_key_heads_in_order(kind, heads, groups):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (2, 9), (8, 9), (3, 3)])
-def test_A5_chunks_see_the_whole_past(kind, sinks, queries, keys):
+def test_A5_a_chunk_of_queries_sees_the_whole_past(kind, sinks, queries, keys):
     """With a cache there are more keys than queries: a mask aligned at the top left would let the
     first query see one key only.
     """
@@ -116,7 +116,7 @@ def test_A5_chunks_see_the_whole_past(kind, sinks, queries, keys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_that_stand_nowhere_are_not_seen(kind):
+def test_free_cache_slots_are_not_visible(kind):
     """Keys in any order, some free slots among them, as a ring holds them."""
     q, k, v = drawn(1, 6)
     places = torch.tensor([[4, 5, 2, 3, -1, -1], [3, -1, 1, 2, 0, -1]])
@@ -160,14 +160,14 @@ def test_a_sink_weakens_plain_attention_by_a_sigmoid():
     close(attend(q, k, v, Span(), sinks_H=z), attend(q, k, v, Span()) * share)
 
 
-def test_a_deep_sink_is_no_sink():
+def test_a_very_negative_sink_has_no_effect():
     q, k, v = drawn(9, 9)
     z = torch.full((4,), -1e3, dtype=torch.float64)
     close(attend(q, k, v, Span(), sinks_H=z), attend(q, k, v, Span()))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 9, 20])
-def test_the_window_is_that_of_mistral(window):
+def test_the_window_equals_that_of_mistral(window):
     """The last `window` tokens, the query's own among them."""
     from transformers.masking_utils import sliding_window_causal_mask_function
 

@@ -1,4 +1,4 @@
-"""Blocks: which exist, where they end, who sees them, however the tokens come in."""
+"""Compressed blocks: which exist, where they end, which tokens see them, in any chunks."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def reported(cut, at, blocks_NL, row=0):
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("segments", DOCUMENTS)
-def test_every_token_sees_the_blocks_of_its_document_that_are_over(cut, segments):
+def test_every_token_sees_the_complete_blocks_of_its_document(cut, segments):
     length = len(segments)
     seen = attention_span(torch.tensor([segments]), length, None, CPU)
     places = torch.arange(length)[None, :, None]
@@ -64,7 +64,7 @@ def test_every_token_sees_the_blocks_of_its_document_that_are_over(cut, segments
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 6, 17])
-def test_one_document_needs_no_table(cut, length):
+def test_one_document_is_a_view_without_an_index_table(cut, length):
     """The view of plain rows holds what the table of packed ones does, block i in slot i."""
     seen = attention_span(None, length, None, CPU)
     x = torch.randn(2, length, 3, 2)
@@ -82,7 +82,7 @@ def test_one_document_needs_no_table(cut, length):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_no_two_blocks_share_a_slot_wherever_documents_begin(cut):
+def test_blocks_never_share_a_slot_for_any_document_boundaries(cut):
     source = torch.Generator().manual_seed(0)
     for _ in range(50):
         segments = (torch.rand(1, 40, generator=source) < 0.15).cumsum(1)
@@ -93,7 +93,7 @@ def test_no_two_blocks_share_a_slot_wherever_documents_begin(cut):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_gradients_of_the_table_are_those_of_the_view(cut):
+def test_gradients_of_the_index_table_equal_those_of_the_view(cut):
     """A token in two blocks gets both their gradients."""
     gradients = []
     for segments in (None, torch.zeros(1, 17, dtype=torch.long)):
@@ -157,7 +157,7 @@ def test_a_cache_sees_the_same_blocks_in_any_chunks(cut, split, segments):
     assert found == sums
 
 
-def test_a_cache_selects_joins_and_forgets():
+def test_a_cache_selects_joins_and_truncates():
     cut = BlockLayout(4, 2)
     fed, other = Fed(cut, rows=2), Fed(cut, rows=1, capacity=6)
     fed.take([[1, 2, 3, 4], [5, 6, 7, 8]], [[0] * 4] * 2, [[0] * 4] * 2)
@@ -178,7 +178,7 @@ def test_a_cache_selects_joins_and_forgets():
     assert fed.cache.nbytes() == 3 * 8 * (4 + cut.num_slots(40))
 
 
-def test_a_full_cache_says_so_and_changes_nothing():
+def test_a_full_cache_raises_and_changes_nothing():
     fed = Fed(BlockLayout(2, 2), capacity=3)
     fed.take([[1, 2]], [[0, 0]], [[0, 0]])
     with pytest.raises(CacheFull):
@@ -187,7 +187,7 @@ def test_a_full_cache_says_so_and_changes_nothing():
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "naive"])
-def test_who_sees_no_block_hears_nothing(kind):
+def test_a_query_without_visible_blocks_gets_zero(kind):
     cut, length = BlockLayout(4, 2), 9
     q = torch.randn(2, length, 4, 8, requires_grad=True)
     k, v = (torch.randn(2, cut.num_slots(length), 2, 8, requires_grad=True) for _ in range(2))

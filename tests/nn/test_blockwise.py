@@ -42,7 +42,7 @@ def with_gradients(y, tensors):
 
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 97, 256])
 @pytest.mark.parametrize("kind", list(reaches(2)))
-def test_blocks_are_the_formula_and_its_gradients(length, kind):
+def test_blockwise_attention_equals_the_formula_with_gradients(length, kind):
     tensors, seen = inputs(length, length), reaches(length)[kind]
     ours = with_gradients(blockwise_attention(*tensors, seen.low_BT, seen.high_BT), tensors)
     formula = with_gradients(attend(*tensors, seen, kind="naive"), tensors)
@@ -59,7 +59,7 @@ def test_queries_may_be_the_last_of_more_keys(queries, keys):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
 
 
-def test_values_may_be_wider_than_keys_and_gradients_are_those_of_differences(monkeypatch):
+def test_values_may_be_wider_than_keys_and_gradients_equal_finite_differences(monkeypatch):
     monkeypatch.setattr(blocks, "QUERY_BLOCK", 3)
     tensors, seen = inputs(7, 7, width=2, value_width=5), reaches(7)["window in documents"]
     y = blockwise_attention(*tensors, seen.low_BT, seen.high_BT)
@@ -80,7 +80,7 @@ def test_keys_out_of_reach_are_not_multiplied(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_as_near_to_the_formula_as_torchs_own_kernel(dtype):
+def test_half_precision_is_as_accurate_as_torchs_kernel(dtype):
     exact = inputs(200, 200, width=32, value_width=32)
     rounded = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
     truth = with_gradients(attend(*exact, Span(), kind="naive"), exact)
@@ -102,7 +102,7 @@ def test_float16_whose_scores_would_overflow_goes_to_torchs_kernel():
     assert attend(q, q, q, Span()).isfinite().all()
 
 
-def test_compiled_it_is_one_operator():
+def test_it_compiles_to_one_operator():
     tensors, seen = inputs(70, 70, dtype=torch.float32), reaches(70)["documents"]
 
     def call(q, k, v, low, high):

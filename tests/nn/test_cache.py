@@ -1,4 +1,6 @@
-"""The bricks of caches: where a token goes, what it sees, what can be forgotten."""
+"""KV caches: where tokens are stored, what queries see, truncation, selection and joining
+of rows.
+"""
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_tokens_are_seen_in_order(make):
     assert cache.lengths.tolist() == [3, 3]
 
 
-def test_a_ring_sees_the_last_of_its_window():
+def test_a_rotating_cache_sees_the_last_tokens_of_its_window():
     cache = ring(window=3)
     assert feed(cache, [[1, 2, 3, 4, 5]] * 2)[0] == [
         [1],
@@ -55,7 +57,7 @@ def test_a_ring_sees_the_last_of_its_window():
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
-def test_a_ring_writes_no_slot_twice_in_a_call(monkeypatch, count):
+def test_a_rotating_cache_writes_no_slot_twice_in_a_call(monkeypatch, count):
     """Which of two writes to one slot stays is nobody's promise."""
     written = []
 
@@ -72,7 +74,7 @@ def test_a_ring_writes_no_slot_twice_in_a_call(monkeypatch, count):
 
 
 @pytest.mark.parametrize("segments", [None, [[0] * 9, [-1, -1, *[0] * 7]]])
-def test_a_ring_gives_several_tokens_in_order_of_places(segments):
+def test_a_rotating_cache_returns_several_tokens_in_order_of_position(segments):
     """What each sees is then an interval of keys, no longer than the window: no mask is needed."""
     cache = ring(window=3)
     feed(cache, [[1, 2], [5, 6]], [[0, 0], [0, -1]])
@@ -113,7 +115,7 @@ def test_more_than_the_capacity_is_refused_and_nothing_changes(make):
     assert feed(cache, [[5, 6]] * 2)[0][-1] in ([1, 2, 3, 4, 5, 6], [4, 5, 6])
 
 
-def test_append_forgets_as_far_back_as_requested():
+def test_truncate_removes_the_requested_tokens():
     cache = append()
     feed(cache, [[1, 2, 3, 4], [5, 6, 7, 8]])
     cache.truncate(torch.tensor([1, 3]))
@@ -122,7 +124,7 @@ def test_append_forgets_as_far_back_as_requested():
     assert feed(cache, [[1], [2]]) == [[[1]], [[2]]]
 
 
-def test_a_ring_forgets_until_it_has_dropped_something():
+def test_a_rotating_cache_truncates_until_it_has_dropped_tokens():
     cache = ring(window=3)
     feed(cache, [[1, 2, 3], [5, 6, 7]])
     cache.truncate(torch.tensor([1, 3]))
@@ -136,7 +138,7 @@ def test_a_ring_forgets_until_it_has_dropped_something():
 
 
 @pytest.mark.parametrize("make", [append, lambda: ring(window=6)])
-def test_a_document_that_is_over_does_not_come_back(make):
+def test_a_finished_document_cannot_be_restored(make):
     """Where it began is forgotten, so losing all of the current document is refused; also exactly
     at the border.
     """
@@ -149,7 +151,7 @@ def test_a_document_that_is_over_does_not_come_back(make):
     assert feed(cache, [[9, 9]] * 2) == [[[3, 9], [3, 9, 9]], [[3, 4, 9], [3, 4, 9, 9]]]
 
 
-def test_truncating_to_what_there_is_is_always_fine():
+def test_truncating_to_the_current_length_is_always_possible():
     cache = ring(window=3)
     feed(cache, [[1, 2, 3, 4, 5]] * 2, [[0, 0, 1, 1, 1]] * 2)
     cache.truncate(torch.tensor([5, 5]))
@@ -157,7 +159,7 @@ def test_truncating_to_what_there_is_is_always_fine():
 
 
 @pytest.mark.parametrize("make", [append, ring])
-def test_selected_rows_are_their_own(make):
+def test_selected_rows_are_independent(make):
     cache = make()
     feed(cache, [[1, 2], [5, 6]])
     cache.select(torch.tensor([1, 1, 0]))
@@ -168,7 +170,7 @@ def test_selected_rows_are_their_own(make):
 
 @pytest.mark.parametrize("capacities", [(2, 20), (20, 2), (3, 20), (2, 2), (1, 2)])
 @pytest.mark.parametrize("make", [append, ring])
-def test_joined_rows_keep_what_they_hold(make, capacities):
+def test_joined_rows_keep_their_content(make, capacities):
     mine, theirs = (make(rows=1, capacity=capacity) for capacity in capacities)
     long, short = ([1, 2, 3, 4], [1]) if capacities == (20, 2) else ([1], [1, 2])
     feed(mine, [long])

@@ -1,4 +1,4 @@
-"""`model:` sections: what is read, what is refused, and in which words."""
+"""`model:` sections: what is parsed, what is refused, and the messages."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tinsmith.nn.mixers import DSA, GQA, MLA, NSA, Hybrid
 from tinsmith.nn.model import ModelConfig
 
 
-def test_a_section_goes_round(section):
+def test_a_section_round_trips(section):
     config = ModelConfig.from_dict(
         section(
             {"window": 5, "sinks": True, "bias": "qkv"},
@@ -30,7 +30,7 @@ def test_a_section_goes_round(section):
     assert hash(config) == hash(ModelConfig.from_dict(config.to_dict()))
 
 
-def test_presets_are_there_and_may_be_overridden():
+def test_presets_exist_and_can_be_overridden():
     minimind = ["104m", "145m-moe", "26m"], ["198m-moe", "64m"]
     assert presets() == [
         *(f"minimind2-{size}" for size in minimind[0]),
@@ -95,7 +95,7 @@ SPARSE = [
     ({"kind": "hybrid", "mode": "csa"}, "mode: .*'nsa', 'swa' or 'dsa'"),
     ({"kind": "hybrid", "mode": "nsa", "branches": ["window"]}, "mode=nsa or branches, not both"),
 ]
-"""Mixers whose sizes cannot work, and what is said."""
+"""Mixers with invalid sizes, and the messages."""
 HYBRID, WINDOWED = {"kind": "hybrid", "branches": "compress"}, {"kind": "dsa", "window": 4}
 WRONG = [
     ({"mixer": {"heads": 5, "kv_heads": None}}, r"dim=32 must be a multiple of heads=5"),
@@ -174,7 +174,7 @@ WRONG = [
 @pytest.mark.parametrize(
     ("change", "expected"), WRONG, ids=lambda x: str(x) if type(x) is str else ""
 )
-def test_a_section_that_cannot_be_is_refused_in_one_line(section, change, expected):
+def test_an_invalid_section_is_refused_in_one_line(section, change, expected):
     change = dict(change)
     data = section(change.pop("mixer", None), **change)
     with pytest.raises(UserError) as error:
@@ -194,7 +194,7 @@ def test_the_kind_of_a_part_is_printed_first_then_what_kinds_share():
     assert all(names[kind][7:12] == index for kind in ("dsa", "hybrid"))
 
 
-def test_sections_that_are_no_sections():
+def test_sections_of_the_wrong_type_are_refused():
     for data in (None, [], "minimind2-26m", 7):
         with pytest.raises(UserError, match="model: "):
             ModelConfig.from_dict(data)

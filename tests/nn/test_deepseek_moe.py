@@ -61,7 +61,7 @@ def answered(feed, x):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", CASES)
-def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
+def test_G5_outputs_and_gradients_equal_a_dense_masked_sum(case, segments):
     feed, x = build(**CASES[case]), draw(ROWS, TOKENS, DIM).requires_grad_()
     real = torch.ones(ROWS, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
     dy = draw(ROWS, TOKENS, DIM, seed=2) * real[..., None]
@@ -75,7 +75,7 @@ def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
     same(found, torch.autograd.grad(expected.view_as(x), wanted, dy))
 
 
-def test_the_bias_chooses_and_never_weighs():
+def test_the_bias_affects_the_selection_and_not_the_weights():
     """A bias that turns no choice changes no bit; one that does leaves the chosen weights to the
     scores alone.
     """
@@ -93,7 +93,7 @@ def test_the_bias_chooses_and_never_weighs():
     assert "bias" in feed.state_dict()
 
 
-def test_the_sequence_loss_takes_the_unbiased_choice_of_every_row():
+def test_the_sequence_loss_uses_the_selection_without_bias_of_every_row():
     feed = build(experts=6, top_k=2, balance_weight=0.5, n_group=3, topk_group=2).train()
     x, real = draw(ROWS, TOKENS, DIM), SEGMENTS >= 0
     losses = []
@@ -112,7 +112,7 @@ def test_the_sequence_loss_takes_the_unbiased_choice_of_every_row():
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_the_gate_learns_from_the_task_at_k_1(score):
+def test_the_router_has_a_task_gradient_at_k_1(score):
     feed, x = build(experts=4, top_k=1, score=score), draw(ROWS, TOKENS, DIM)
     feed(x, context()).y.square().sum().backward()
     assert feed.router.weight.grad is not None
@@ -156,7 +156,7 @@ def test_the_bias_update_lowers_the_imbalance_in_200_steps_and_reversed_raises_i
     assert after > before + 0.5
 
 
-def test_post_step_moves_the_bias_by_its_rate_against_the_load():
+def test_post_step_moves_the_bias_by_the_update_speed_against_the_load():
     feed = build(experts=4, bias_update_speed=0.01)
     feed.bias.zero_()
     assert feed.post_step({"load": torch.tensor([9, 1, 5, 5])}) == []
@@ -167,8 +167,8 @@ def test_post_step_moves_the_bias_by_its_rate_against_the_load():
     assert torch.equal(still.bias, before)
 
 
-def test_casts_leave_the_bias_as_exact_as_it_is():
-    """As transformers has it: rounded, it would choose others, and would no longer move."""
+def test_casts_do_not_round_the_bias():
+    """As in transformers: a rounded bias would select other experts and would no longer change."""
     feed = build(experts=4, bias_update_speed=0.001).float()
     feed.bias.copy_(torch.tensor([0.5, 0.501, -0.3333, 0.0]))
     before = feed.bias.clone()
@@ -184,7 +184,7 @@ def test_casts_leave_the_bias_as_exact_as_it_is():
     assert feed.to("meta").bias.is_meta
 
 
-def test_it_is_deepseek_v3s_block():
+def test_it_equals_the_moe_block_of_deepseek_v3():
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
@@ -228,7 +228,7 @@ def section(**feed):
     return {"vocab_size": 40, "dim": 16, "depth": 2, "pattern": [layer]}
 
 
-def test_the_model_hands_each_layer_its_own_load():
+def test_every_layer_gets_its_own_load():
     lm = LM(ModelConfig.from_dict(section(experts=6, bias_update_speed=0.5))).train()
     out = lm(torch.randint(0, 40, (4, 17), generator=torch.Generator().manual_seed(0)))
     assert lm.post_step(out.stats) == []
@@ -262,7 +262,7 @@ def test_the_model_hands_each_layer_its_own_load():
         ({"score": "relu"}, "relu"),
     ],
 )
-def test_bad_input_is_one_clear_line(keys, message):
+def test_invalid_keys_give_one_line(keys, message):
     with pytest.raises(UserError, match=message) as caught:
         ModelConfig.from_dict(section(**keys))
     assert "\n" not in str(caught.value)

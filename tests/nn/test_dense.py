@@ -1,4 +1,4 @@
-"""The dense feed-forwards against their formulas."""
+"""Dense feed-forwards against their formulas."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CTX = Ctx(torch.arange(5).expand(2, 5))
 SITE = BuildContext(dim=16, layer_idx=0, depth=1)
 
 
-def test_swiglu_is_that_of_llama():
+def test_swiglu_equals_llama():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -24,7 +24,7 @@ def test_swiglu_is_that_of_llama():
     assert torch.equal(ours(X, CTX).y, theirs(X))
 
 
-def test_relu2_is_the_square_of_a_relu():
+def test_relu2_equals_its_formula():
     ours = ReLU2(hidden_dim=24, bias=True).build(SITE).double()
     inner = X @ ours.up_proj.weight.T + ours.up_proj.bias
     expected = inner.clamp(min=0) ** 2 @ ours.down_proj.weight.T + ours.down_proj.bias
@@ -32,7 +32,7 @@ def test_relu2_is_the_square_of_a_relu():
 
 
 @pytest.mark.parametrize("config", [SwiGLU(hidden_dim=24), ReLU2(hidden_dim=24)])
-def test_work_is_counted_and_biases_are_off(config):
+def test_flops_are_counted_and_biases_are_off(config):
     ours = config.build(SITE).double()
     with FlopCounterMode(display=False) as counter:
         ours(X, CTX)
@@ -40,7 +40,7 @@ def test_work_is_counted_and_biases_are_off(config):
     assert not any(name.endswith("bias") for name, _ in ours.named_parameters())
 
 
-def test_biases_as_requested():
+def test_biases_exist_if_requested():
     for config, count in (
         (SwiGLU(hidden_dim=24, bias=True), 3),
         (ReLU2(hidden_dim=24, bias=True), 2),

@@ -46,7 +46,7 @@ def pairs(plan: DispatchPlan) -> list[tuple[int, int]]:
     ]
 
 
-def test_G5_a_plan_lists_exactly_the_chosen_pairs_in_order(mask):
+def test_G5_a_plan_lists_exactly_the_selected_pairs_in_order(mask):
     expected = [(e, n) for e in range(E) for n in range(N) if mask[n, e]]
     plan = plan_from_mask(mask)
     assert pairs(plan) == expected
@@ -56,7 +56,7 @@ def test_G5_a_plan_lists_exactly_the_chosen_pairs_in_order(mask):
     assert plan.gather_weights(table).tolist() == [float(table[n, e]) for e, n in expected]
 
 
-def test_a_plan_of_choices_is_that_of_their_mask():
+def test_a_plan_from_indices_equals_the_plan_from_their_mask():
     choices = draw(N, E).topk(K, -1).indices
     valid = torch.arange(N) % 4 != 0
     plan = plan_from_indices(choices, E, valid)
@@ -86,7 +86,7 @@ def test_no_expert_is_selected():
 
 
 @pytest.mark.parametrize("tail", [0, 3])
-def test_G5_grouped_products_and_their_gradients_are_dense_ones(mask, tail):
+def test_G5_grouped_products_and_their_gradients_equal_dense_ones(mask, tail):
     plan = plan_from_mask(mask)
     count = len(plan.tokens_P)
     group = torch.repeat_interleave(torch.arange(E), plan.load_E)
@@ -103,7 +103,7 @@ def test_G5_grouped_products_and_their_gradients_are_dense_ones(mask, tail):
     assert not found[0][count:].any()
 
 
-def test_grouped_products_have_any_derivative(mask):
+def test_grouped_products_have_derivatives_of_any_order(mask):
     plan = plan_from_mask(mask[:6])
     x, dy = draw(len(plan.tokens_P), 3), draw(len(plan.tokens_P), 4, seed=4)
     weight, ends = draw(E, 4, 3), plan.ends_E
@@ -113,7 +113,7 @@ def test_grouped_products_have_any_derivative(mask):
         assert torch.autograd.gradgradcheck(lambda a, b, f=function: f(a, b, ends), inputs)
 
 
-def test_operators_keep_their_promises_to_the_compiler(mask):
+def test_operators_pass_opcheck(mask):
     plan = plan_from_mask(mask)
     x, weight = draw(len(plan.tokens_P), D).requires_grad_(), draw(E, H, D).requires_grad_()
     dy = draw(len(plan.tokens_P), H)
@@ -143,7 +143,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("width", [16, 12])
-def test_what_a_gpu_runs_equals_the_loop(mask, device, tail, width):
+def test_gpu_kernels_equal_the_loop(mask, device, tail, width):
     """Both products, the transposed weight of a backward pass, rows past the last end, a group
     without rows; and widths that torch's own kernel does not take.
     """
@@ -162,7 +162,7 @@ def test_what_a_gpu_runs_equals_the_loop(mask, device, tail, width):
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU")
-def test_on_a_gpu_products_and_their_gradients_are_those_of_a_cpu(mask):
+def test_gpu_products_and_gradients_equal_those_of_a_cpu(mask):
     plan = plan_from_mask(mask)
     x = draw(len(plan.tokens_P) + 3, 16, dtype=torch.bfloat16)
     weight = draw(E, 32, 16, dtype=torch.bfloat16)
@@ -185,8 +185,8 @@ def test_autocast_casts_as_a_linear_layer():
     assert weight.grad.dtype == torch.float32
 
 
-def test_no_expert_works_on_a_token_that_did_not_choose_it(mask):
-    """What others are given does not matter to the bit, and poison in it does not spread."""
+def test_an_expert_is_not_affected_by_tokens_that_did_not_select_it(mask):
+    """The inputs of other experts do not change a bit, and NaN in them does not spread."""
     experts = Experts(D, E, H, "relu2").double()
     init_weights(experts, 1)
     plan, x = plan_from_mask(mask), draw(N, D)
@@ -199,13 +199,13 @@ def test_no_expert_works_on_a_token_that_did_not_choose_it(mask):
 
 
 @pytest.mark.parametrize(("activation", "matrices"), [("swiglu", 3), ("relu2", 2)])
-def test_work_is_counted_by_the_pair(activation, matrices):
+def test_flops_are_counted_per_pair(activation, matrices):
     experts = Experts(D, E, H, activation)
     assert experts.flops() == 2 * matrices * D * H
     assert sum(p.numel() for p in experts.parameters()) == matrices * E * D * H
 
 
-def test_experts_start_as_dense_layers_do():
+def test_experts_are_initialised_like_dense_layers():
     torch.manual_seed(0)
     experts = Experts(64, 4, 96, "swiglu")
     init_weights(experts, 8)

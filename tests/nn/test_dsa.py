@@ -72,7 +72,7 @@ def in_pairs(rows, width):
 
 
 @pytest.mark.parametrize("keep", [1, 5, 22])
-def test_outputs_are_those_of_deepseek_v32(keep):
+def test_outputs_equal_deepseek_v32(keep):
     """With 3 index heads of random weights no two scores are equal; where they are, transformers
     chooses by chance.
     """
@@ -122,7 +122,7 @@ def test_outputs_are_those_of_deepseek_v32(keep):
 
 
 @pytest.mark.parametrize("keep", [TOKENS, TOKENS + 9])
-def test_keeping_every_token_is_mla(keep):
+def test_selecting_every_token_equals_mla(keep):
     sparse, dense = mixer_of(DSA(**SMALL | {"index_topk": keep})), mixer_of(MLA(**LATENT))
     dense.load_state_dict({k: v for k, v in sparse.state_dict().items() if "indexer" not in k})
     x = noise(2, TOKENS, DIM)
@@ -177,7 +177,7 @@ def test_chunks_of_queries_change_nothing_in_a_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["plain", "packed"])
-def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
+def test_a_chunk_computes_no_products_with_keys_after_its_end(monkeypatch, segments):
     """So half of the products are never made."""
     mixer, met = mixer_of(DSA(**SMALL)).train(), []
     monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 4)
@@ -194,7 +194,7 @@ def test_a_chunk_meets_no_key_after_its_end(monkeypatch, segments):
     assert met == [shape for shape in ends for _ in range(2)]
 
 
-def test_what_is_kept_for_gradients_grows_with_the_length_and_no_faster(monkeypatch):
+def test_memory_saved_for_backward_grows_linearly_with_the_length(monkeypatch):
     """Bytes of all tensors that the backward pass waits for, in chunks of 4 queries."""
     mixer = mixer_of(DSA(**SMALL)).train()
     monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 4)
@@ -217,8 +217,10 @@ def test_what_is_kept_for_gradients_grows_with_the_length_and_no_faster(monkeypa
     assert longest - longer == pytest.approx(longer - short, rel=0.02)
 
 
-def test_equal_scores_choose_the_earliest():
-    """An indexer that says 0 of every token: tokens listen to the first `keep`, and to no other."""
+def test_equal_scores_select_the_earliest_tokens():
+    """With an indexer that scores all tokens 0, tokens attend to the first `index_topk` and no
+    other.
+    """
     mixer = mixer_of(DSA(**SMALL))
     torch.nn.init.zeros_(mixer.indexer.weigh.weight)
     x = noise(1, TOKENS, DIM).requires_grad_()
@@ -229,7 +231,7 @@ def test_equal_scores_choose_the_earliest():
         assert received == sorted({*range(min(5, t + 1)), t})
 
 
-def test_equal_scores_choose_the_same_in_every_way_of_decoding():
+def test_equal_scores_select_the_same_tokens_in_all_decoding_paths():
     lm = stirred(model_of(index_topk=3)).eval()
     for block in lm.blocks:
         torch.nn.init.zeros_(block.mixer.indexer.weigh.weight)
@@ -245,7 +247,7 @@ def test_equal_scores_choose_the_same_in_every_way_of_decoding():
 
 
 @pytest.mark.parametrize("kind", ["dense", "selected"])
-def test_the_loss_is_the_divergence_written_out(kind):
+def test_the_indexer_loss_equals_the_divergence_formula(kind):
     mixer = mixer_of(DSA(**SMALL | {"index_target": kind, "index_weight": 0.5})).train()
     x, ctx = noise(1, TOKENS, DIM), context(4, rows=1)
     rotary = ctx.rotary[4]
@@ -264,7 +266,7 @@ def test_the_loss_is_the_divergence_written_out(kind):
     close(mixer(x, ctx).losses["indexer"], 0.5 * total / TOKENS)
 
 
-def test_the_indexer_learns_from_its_own_loss_and_nothing_else_does():
+def test_only_the_indexer_has_gradients_from_its_loss():
     lm = model_of().train()
     ids = torch.randint(0, 48, (2, 20), generator=torch.Generator().manual_seed(1))
     out = lm(ids)
@@ -281,7 +283,7 @@ def test_the_indexer_learns_from_its_own_loss_and_nothing_else_does():
         assert (from_own is None) == ("indexer" not in name), name
 
 
-def test_recall_of_the_true_mass_rises_under_the_loss():
+def test_the_attention_mass_of_selected_tokens_increases_in_training():
     """The share of one head's attention that the chosen tokens hold: from chance to nearly all that
     5 tokens can hold, while only the indexer is trained.
     """
@@ -315,7 +317,7 @@ def test_evaluation_computes_no_loss():
     assert not model_of().eval()(torch.zeros(1, 9, dtype=torch.long)).losses
 
 
-def test_padding_and_other_documents_never_count_as_chosen():
+def test_padding_and_other_documents_are_never_selected():
     """`keep` above what is visible: nothing out of sight gets in."""
     mixer = mixer_of(DSA(**SMALL | {"index_topk": 9}))
     x = noise(1, TOKENS, DIM)
@@ -326,7 +328,7 @@ def test_padding_and_other_documents_never_count_as_chosen():
     close(mixer(x, ctx).y[:, 10:], mixer(x[:, 10:], alone).y)
 
 
-def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
+def test_a_narrow_index_head_is_rotated_by_the_angles_of_its_own_width():
     x, positions = noise(1, TOKENS, 2, 4), torch.arange(TOKENS)[None]
     narrow, wide = (rotary_tables(Rope(), width, positions, torch.float64) for width in (4, 16))
     close(indexer._turned(x, wide), indexer._turned(x, narrow))
@@ -343,7 +345,7 @@ def test_a_narrow_index_head_is_turned_by_the_angles_of_its_own_width():
         ({"rope_dim": 5}, "rope_dim=5 must be even"),
     ],
 )
-def test_sizes_that_cannot_work_are_one_line(sizes, output):
+def test_invalid_sizes_give_one_line(sizes, output):
     with pytest.raises(ValueError, match=output):
         DSA(**sizes)
 

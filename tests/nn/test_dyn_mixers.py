@@ -1,4 +1,4 @@
-"""Mixers whose projections are experts: dyn_heads (properties A) and dyn_lora (properties L)."""
+"""Mixers whose projections are experts: dyn_heads (promises A) and dyn_lora (promises L)."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ D, T, E = 24, 11, 3
 HEADS = {"heads": 3, "kv_heads": 1, "head_dim": 8}
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALWAYS, NEVER = -2.0, 2.0
-"""Thresholds no cosine is below, or above."""
+"""Thresholds that every cosine exceeds, or none."""
 
 
 def made(config, stirred=True):
@@ -119,7 +119,7 @@ def test_A5_the_dispatch_is_a_dense_masked_einsum_in_outputs_and_gradients(kind,
         close(both[0][name] / largest, both[1][name] / largest)
 
 
-def test_A1_no_token_reads_a_later_one(mixer):
+def test_A1_no_token_attends_to_a_later_one(mixer):
     """To the last bits only: how many pairs an expert has depends on later tokens."""
     mixer.eval()
     x, ctx = noise(2, T, D), context()
@@ -142,7 +142,7 @@ def test_A2_L3_decoding_with_a_cache_is_the_full_forward(mixer):
 
 
 @pytest.mark.parametrize("expert", range(E))
-def test_A3_a_gate_that_always_names_one_expert_is_ordinary_attention(expert):
+def test_A3_a_router_that_always_selects_one_expert_gives_ordinary_attention(expert):
     mixer, x = heads(), noise(2, T, D)
     only(mixer, expert)
     alone = plain([weight[expert] for weight in stacked(mixer)])
@@ -172,7 +172,7 @@ def test_A6_one_head_is_a_mixture_of_projections_into_it():
     close(mixer(x, ctx).y[0], torch.einsum("toi,ti->to", o, seen))
 
 
-def test_L1_at_first_it_is_its_base_to_the_bit():
+def test_L1_at_initialisation_it_equals_its_base_to_the_bit():
     mixer, x = lora(stirred=False), noise(2, T, D)
     assert mixer.expert_mask(x, context()).any()
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_L1_at_first_it_is_its_base_to_the_bit():
     assert torch.equal(mixer(x, context()).y, mixer.base(x, context()).y)
 
 
-def test_L1_changes_begin_as_the_page_says():
+def test_L1_low_rank_weights_have_their_initial_distribution():
     torch.manual_seed(0)
     delta = DynLoRA(experts=64, rank=16, base=GQA(heads=3)).build(BuildContext(D, 0, 2)).q_delta
     assert delta.down.std().item() == pytest.approx(D**-0.5, rel=0.05)
@@ -190,7 +190,7 @@ def test_L1_changes_begin_as_the_page_says():
 
 
 @pytest.mark.parametrize("experts", [[0], [0, 2], [0, 1, 2]])
-def test_L2_a_constant_gate_is_the_base_with_merged_weights(experts):
+def test_L2_a_constant_router_gives_the_base_with_merged_weights(experts):
     mixer, x = lora(alpha=3.0), noise(2, T, D)
     only(mixer, *experts)
     share = 3.0 / 2 / len(experts)
@@ -219,7 +219,7 @@ def test_L4_a_token_is_changed_by_at_most_k_times_rank_directions(experts, monke
         assert torch.linalg.matrix_rank(beyond[0], rtol=1e-9) == 2 * len(experts), name
 
 
-def test_L5_with_a_base_of_nothing_and_full_rank_it_is_dyn_heads():
+def test_L5_with_a_zero_base_and_full_rank_it_is_dyn_heads():
     full, x = heads(fallback="none"), noise(2, T, D)
     mixer = lora(rank=D, alpha=float(D))
     mixer.gate.load_state_dict(full.gate.state_dict())
@@ -240,14 +240,14 @@ def test_L6_a_frozen_base_has_no_gradient():
         assert parameter.requires_grad != name.startswith("base.")
 
 
-def test_a_token_without_experts_has_the_base_alone():
+def test_a_token_without_experts_uses_the_base_only():
     mixer, x = lora(), noise(2, T, D)
     only(mixer)
     close(mixer(x, context()).y, mixer.base(x, context()).y)
     assert DynLoRA(experts=2, base=GQA()).fallback == "none"
 
 
-def test_with_fallback_none_no_expert_adds_anything_and_nothing_is_nan():
+def test_with_fallback_none_tokens_without_experts_get_zero_and_no_nan():
     mixer, x = heads(fallback="none"), noise(2, T, D)
     only(mixer)
     y = mixer(x.requires_grad_(), context()).y
@@ -276,13 +276,13 @@ def test_padding_is_never_routed_nor_counted(mixer):
     close(found.stats, stats)
 
 
-def test_the_task_teaches_the_gate(mixer):
+def test_the_router_has_a_task_gradient(mixer):
     mixer(noise(2, T, D), context()).y.square().sum().backward()
     assert mixer.gate.prototypes.grad.abs().sum() > 0
     assert mixer.gate.thresholds.grad.abs().sum() > 0
 
 
-def test_what_it_says_of_its_routing_fits(mixer):
+def test_reported_routing_statistics_are_consistent(mixer):
     x, ctx = noise(2, T, D), context()
     out = mixer.train()(x, ctx)
     assert set(out.losses) == {"sdl"}
@@ -292,7 +292,7 @@ def test_what_it_says_of_its_routing_fits(mixer):
     assert not mixer.eval()(x, ctx).losses
 
 
-def test_recomputed_activations_choose_the_same(mixer):
+def test_recomputation_selects_the_same_experts(mixer):
     found = []
     for run in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
         mixer.zero_grad()
@@ -303,7 +303,7 @@ def test_recomputed_activations_choose_the_same(mixer):
 
 
 @pytest.mark.parametrize("kind", MIXERS)
-def test_an_expert_that_never_fires_is_reinitialised_anew(kind):
+def test_a_dead_expert_is_reinitialised(kind):
     mixer = MIXERS[kind](reset_interval=2)
     only(mixer, 0, 2)
     x, ctx = noise(2, T, D), context()
@@ -322,7 +322,7 @@ def test_an_expert_that_never_fires_is_reinitialised_anew(kind):
     assert not any(weight[1].any() for weight in writes)
 
 
-def test_the_value_residual_is_the_bases():
+def test_the_value_residual_is_that_of_the_base():
     config = DynLoRA(experts=2, base=GQA(heads=3, value_residual=True))
     assert config.value_residual_shape(D) == (3, 8)
     assert DynLoRA(experts=2, base=GQA(heads=3)).value_residual_shape(D) is None
@@ -338,7 +338,7 @@ def test_the_value_residual_is_the_bases():
     )
 
 
-def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
+def test_flops_are_counted_for_the_target_number_of_experts():
     gate = 2 * E * D
     alone = plain([torch.zeros(())] * 4)
     looking = alone.flops(T) - alone.projection_flops()
@@ -360,12 +360,12 @@ def test_operations_are_counted_for_as_many_experts_as_a_token_is_to_have():
         (DynLoRA, {"experts": 2, "base": GQA(), "alpha": float("nan")}, "alpha=nan"),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(kind, keys, output):
+def test_invalid_configs_are_refused_in_one_line(kind, keys, output):
     with pytest.raises(ValueError, match=output):
         kind(**keys)
 
 
-def test_head_widths_are_checked_at_configuration():
+def test_head_widths_are_checked_in_the_config():
     with pytest.raises(ValueError, match="heads=5"):
         DynHeads(experts=2, heads=5).check(32)
     with pytest.raises(ValueError, match="heads=5"):

@@ -1,4 +1,4 @@
-"""The feed-forward of freely chosen experts against every expert run on every token."""
+"""Feed-forward with a variable number of experts against all experts run on all tokens."""
 
 import math
 from itertools import product
@@ -78,7 +78,7 @@ def test_G5_dispatch_is_the_dense_masked_sum(combine, activation, fallback):
         assert one.grad.abs().max() > 1e-6, name
 
 
-def test_G3_the_gate_hears_what_each_expert_did_for_the_loss():
+def test_G3_the_routers_gradient_is_each_experts_effect_on_the_loss():
     """dL/du_te = <g_t, y_te> / k_t  kappa s (1 - s), summed over tokens for G, with a minus."""
     feed, x = made(), tokens()
     out = run(feed, x)
@@ -93,7 +93,7 @@ def test_G3_the_gate_hears_what_each_expert_did_for_the_loss():
     torch.testing.assert_close(feed.gate.thresholds.grad, -slope.sum(0), rtol=1e-11, atol=1e-13)
 
 
-def test_G4_an_expert_that_never_works_learns_nothing_from_the_task():
+def test_G4_an_expert_that_is_never_selected_has_no_task_gradient():
     feed, x = made(fallback="none"), tokens()
     with torch.no_grad():
         feed.gate.thresholds[2] = 2.0
@@ -114,7 +114,7 @@ def test_G8_padding_is_neither_routed_nor_counted():
 
 @pytest.mark.parametrize("router_grad", ["task", "smk", "sml", "both"])
 @pytest.mark.parametrize("fallback", ["top1", "none"])
-def test_thresholds_that_silence_every_expert_are_reported_and_never_nan(router_grad, fallback):
+def test_thresholds_that_deselect_every_expert_are_reported_without_nan(router_grad, fallback):
     feed = made(router_grad=router_grad, fallback=fallback, sdl_weight=10.0)
     with torch.no_grad():
         feed.gate.thresholds.fill_(2.0)
@@ -129,7 +129,7 @@ def test_thresholds_that_silence_every_expert_are_reported_and_never_nan(router_
     assert (feed.gate.thresholds.grad > 0).all()  # SDL asks for more experts
 
 
-def test_a_batch_of_padding_alone_is_zero_and_not_nan():
+def test_a_batch_of_padding_gives_zero_and_not_nan():
     feed = made(router_grad="smk", sdl_weight=0.01)
     out = run(feed, tokens(), torch.full((N,), -1))
     (out.y.sum() + sum(out.losses.values())).backward()
@@ -140,7 +140,7 @@ def test_a_batch_of_padding_alone_is_zero_and_not_nan():
     assert all(p.grad is None or p.grad.isfinite().all() for p in feed.parameters())
 
 
-def test_work_is_that_of_the_target_and_so_are_idle_parameters():
+def test_flops_and_inactive_parameters_use_the_target_number_of_experts():
     feed = made(target_active=2)
     assert feed.flops() == 2 * E * D + 2 * 6 * D * 5
     assert feed.inactive_parameters() == 3 * D * 5 * 4
@@ -152,7 +152,7 @@ def optimizers(feed: DynMoEFeedForward, kind: str) -> Optimizers:
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_R1_the_optimizer_forgets_exactly_the_rows_of_the_dead(kind):
+def test_R1_optimizer_state_is_reset_exactly_for_dead_experts(kind):
     feed = made(reset_interval=2, sdl_weight=0.01)
     with torch.no_grad():
         feed.gate.thresholds[4] = 2.0
@@ -181,7 +181,7 @@ def test_R1_the_optimizer_forgets_exactly_the_rows_of_the_dead(kind):
         assert (value[4] != weights[name][4]).any(), name
 
 
-def test_R5_tokens_that_had_an_expert_hear_nothing_of_a_newborn():
+def test_R5_tokens_with_experts_are_not_changed_by_a_reset():
     feed = made(reset_interval=1, combine="sum")
     with torch.no_grad():
         feed.gate.thresholds[4] = 2.0

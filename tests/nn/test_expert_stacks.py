@@ -1,4 +1,6 @@
-"""Stacks of experts are declared; another 3-D weight, such as a convolution kernel, is not one."""
+"""Stacks of experts are declared; another 3-D weight, such as a convolution kernel, is
+not a stack.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def part():
     return made
 
 
-def test_muon_gets_stacks_and_linear_layers_and_no_convolution(part):
+def test_muon_trains_stacks_and_linear_layers_and_no_convolution(part):
     roles = {role: [name for name, _ in named] for role, named in partition(part).items()}
     assert roles["matrix"] == ["proj.weight", *STACKS]
     assert roles["vector"] == ["conv.weight"]
@@ -44,7 +46,7 @@ def test_targets_are_stacks_and_linear_layers_and_no_convolution(part):
     assert [target.name for target in target_weights(part)] == ["proj", *STACKS]
 
 
-def test_lora_leaves_a_convolution_alone(part):
+def test_lora_does_not_adapt_a_convolution(part):
     lora.add_adapters(part, LoRA(targets="*", rank=2))
     adapted = {name.split(".lora.")[0] for name, _ in part.named_parameters() if ".lora." in name}
     assert adapted
@@ -52,7 +54,7 @@ def test_lora_leaves_a_convolution_alone(part):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantisation_leaves_a_convolution_alone(part, kind):
+def test_quantisation_skips_a_convolution(part, kind):
     before = part.conv.weight.detach().clone()
     quantize(part, kind)
     assert torch.equal(part.conv.weight, before)

@@ -1,4 +1,4 @@
-"""Grouped-query attention: its options, one by one."""
+"""Grouped-query attention and each of its options."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tinsmith.nn.model import LM, ModelConfig
 close = close_to(1e-10)
 
 
-def test_A4_no_biases_unless_requested_for_and_an_output_projection(small):
+def test_A4_no_biases_unless_requested_and_an_output_projection(small):
     mixer = small().blocks[0].mixer
     assert {name for name, _ in mixer.named_parameters()} == {
         "q_proj.weight",
@@ -25,7 +25,7 @@ def test_A4_no_biases_unless_requested_for_and_an_output_projection(small):
 @pytest.mark.parametrize(
     ("bias", "expected"), [("none", set()), ("qkv", {"q", "k", "v"}), ("all", {"q", "k", "v", "o"})]
 )
-def test_biases_as_requested(small, bias, expected):
+def test_biases_exist_if_requested(small, bias, expected):
     named = dict(small({"bias": bias}).blocks[0].mixer.named_parameters())
     assert {name[0] for name in named if name.endswith("bias")} == expected
 
@@ -38,7 +38,7 @@ def test_A4_heads_are_repeated_after_the_cache(small):
     assert wide.nbytes() == 3 * 10 * 2 * 1 * 20 * 8
 
 
-def test_a_window_cache_holds_a_window(small):
+def test_a_window_cache_holds_only_the_window(small):
     sizes = [small({"window": 4}).new_caches(2, capacity)[0].nbytes() for capacity in (2, 4, 99)]
     assert sizes == [2 * size * 2 * 2 * 8 * 8 for size in (2, 4, 4)]
 
@@ -65,8 +65,8 @@ def test_head_norms_make_scores_independent_of_the_size_of_q(small, ids):
     assert (plain(ids).logits - expected[0]).abs().max() > 0.1
 
 
-def test_without_rope_order_is_not_reported(small, ids):
-    """The last token sees a bag of words; with rope it does not."""
+def test_without_rope_the_order_of_tokens_has_no_effect(small, ids):
+    """The last token sees a bag of words; with RoPE it does not."""
     order = torch.tensor([3, 0, 2, 1, 4, 5, 6, 8, 7, 9, 10, 11])
     for rope, same in ((False, True), (True, False)):
         lm = small({"rope": rope}, depth=1)
@@ -97,7 +97,7 @@ class TestValueResidual:
 
     MIXER = {"value_residual": True}
 
-    def test_the_first_layer_offers_and_the_later_ones_mix(self, small):
+    def test_the_first_layer_provides_values_and_later_layers_mix_them(self, small):
         mixes = [block.mixer.value_mix for block in small(self.MIXER).blocks]
         assert mixes[0] is None
         assert [tuple(mix.shape) for mix in mixes[1:]] == [(2,), (2,)]
@@ -106,7 +106,7 @@ class TestValueResidual:
         lm = LM(ModelConfig.from_dict(section(self.MIXER)))
         assert [block.mixer.value_mix.tolist() for block in lm.blocks[1:]] == [[0.5, 0.5]] * 2
 
-    def test_none_of_the_first_and_all_of_the_own_is_the_baseline(self, small, ids):
+    def test_weights_zero_and_one_equal_the_baseline(self, small, ids):
         plain, mixed = small(), small(self.MIXER)
         missing = mixed.load_state_dict(plain.state_dict(), strict=False)
         assert not missing.unexpected_keys
@@ -115,7 +115,7 @@ class TestValueResidual:
                 block.mixer.value_mix.copy_(torch.tensor([0.0, 1.0]))
         assert torch.equal(mixed(ids).logits, plain(ids).logits)
 
-    def test_all_of_the_first_and_none_of_the_own_reads_the_first_layer(self, small, ids):
+    def test_weights_one_and_zero_use_the_first_layers_values(self, small, ids):
         lm = small(self.MIXER)
         with torch.no_grad():
             for block in lm.blocks[1:]:
@@ -126,7 +126,7 @@ class TestValueResidual:
                 block.mixer.v_proj.weight.add_(1.0)
         assert torch.equal(lm(ids).logits, before)
 
-    def test_the_first_value_projection_learns_from_every_layer(self, small, ids):
+    def test_the_first_value_projection_has_gradients_from_every_layer(self, small, ids):
         """With the first layer's own output cut off, its values still reach the loss."""
         for listening in (1, 2):
             lm = small(self.MIXER)
@@ -144,7 +144,7 @@ class TestValueResidual:
         found = [lm(ids[:, t : t + 1], caches=caches).logits for t in range(12)]
         close(torch.cat(found, 1), lm(ids).logits)
 
-    def test_it_passes_by_layers_that_do_not_take_part(self, section, ids):
+    def test_layers_without_value_residual_are_skipped(self, section, ids):
         """The first layer that offers counts, wherever it stands; others neither offer nor mix."""
         feed = {"kind": "relu2", "hidden_dim": 8}
         silent = {"mixer": {"kind": "gqa", "heads": 2}, "feed_forward": feed}
@@ -161,7 +161,7 @@ class TestValueResidual:
         close(torch.cat(found, 1), lm(ids).logits)
 
 
-def test_work_is_counted(small):
+def test_flops_are_counted(small):
     """Projections exactly; scores and sums over the keys seen on average, by counting them."""
     projections = 2 * 32 * (32 + 16 + 16 + 32)
     for window in (None, 5):
@@ -171,7 +171,7 @@ def test_work_is_counted(small):
             assert mixer.flops(context) == int(projections + 2 * 2 * 32 * seen)
 
 
-def test_widths():
+def test_projection_widths():
     assert GQA(heads=8).resolve_head_dim(64) == 8
     assert GQA(heads=8, head_dim=12).resolve_head_dim(64) == 12
     assert (GQA(heads=8).num_kv_heads, GQA(heads=8, kv_heads=2).num_kv_heads) == (8, 2)

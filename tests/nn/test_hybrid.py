@@ -1,4 +1,4 @@
-"""Tiny-R2's hybrid attention: against its description written out, its dense limit, its modes."""
+"""Tiny-R2's hybrid attention against its description, its dense limit, and its modes."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def chosen_by(mixer, x, ctx):
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("mode", list(MODES))
-def test_every_mode_is_what_its_description_says(mode, gate):
+def test_every_mode_equals_its_description(mode, gate):
     mixer = mixer_of(Hybrid(**SMALL, mode=mode, gate=gate))
     x, ctx = noise(1, TOKENS, DIM), context()
     chosen = chosen_by(mixer, x, ctx) if "select" in mixer.config.branch_names else []
@@ -93,7 +93,7 @@ def _parameters(mode):
 
 
 @pytest.mark.parametrize("scaling", [None, YarnScaling(factor=4.0, original_max_seq_len=8)])
-def test_blocks_of_one_token_alone_are_mla(scaling):
+def test_blocks_of_one_token_equal_mla(scaling):
     rope = Rope(scaling=scaling)
     sizes = SMALL | {"compress_block": 1, "branches": ("compress",)}
     ours = mixer_of(Hybrid(**sizes), attention_scaling=rope.attention_scaling)
@@ -107,7 +107,7 @@ def test_blocks_of_one_token_alone_are_mla(scaling):
         close(ours(x, ctx).y[real], mla(x, ctx).y[real])
 
 
-def test_A6_a_branch_without_a_block_says_nothing():
+def test_A6_a_branch_without_a_complete_block_contributes_zero():
     """Before the first block is whole, and then the same for any number of tokens to come."""
     mixer = mixer_of(Hybrid(**SMALL, branches=("compress",)))
     x = noise(1, TOKENS, DIM)
@@ -116,7 +116,7 @@ def test_A6_a_branch_without_a_block_says_nothing():
     assert (y[:, 3:].abs().amax(-1) > 0).all()
 
 
-def test_A4_a_window_is_a_window():
+def test_A4_the_window_branch_sees_exactly_its_window():
     mixer = mixer_of(Hybrid(**SMALL, branches=("window",)))
     x = noise(1, TOKENS, DIM)
     changed = x.clone()
@@ -125,14 +125,14 @@ def test_A4_a_window_is_a_window():
     assert moved.nonzero().flatten().tolist() == [4, 5, 6, 7, 8]
 
 
-def test_A8_only_distances_between_positions_matter():
-    """Keys of blocks and of chosen tokens are turned by the positions of their tokens."""
+def test_A8_outputs_depend_on_relative_positions_only():
+    """Keys of blocks and of selected tokens are rotated by the positions of their tokens."""
     mixer = mixer_of(Hybrid(**SMALL, mode="nsa"))
     x = noise(1, TOKENS, DIM)
     close(mixer(x, context(begin=1000)).y, mixer(x, context()).y, 1e-8)
 
 
-def test_A3_gates_look_at_their_own_token_only():
+def test_A3_gates_depend_on_their_own_token_only():
     mixer = mixer_of(Hybrid(**SMALL, mode="swa"))
     output = [noise(1, TOKENS, 2, 5, seed=s) for s in (5, 6)]
     x = noise(1, TOKENS, DIM)
@@ -150,7 +150,7 @@ def test_softmax_gates_sum_to_one_and_sigmoid_gates_need_not():
     assert (total - 1).abs().min() > 1e-6
 
 
-def test_the_indexers_loss_is_there_in_training_where_tokens_are_chosen():
+def test_the_indexer_loss_exists_in_training_if_tokens_are_selected():
     for mode, names in MODES.items():
         mixer = mixer_of(Hybrid(**SMALL, mode=mode))
         assert not mixer(noise(1, TOKENS, DIM), context()).losses
@@ -169,7 +169,7 @@ def requested_of(mixer, x, ctx):
 
 
 @pytest.mark.parametrize("kind", ["dense", "selected"])
-def test_the_indexers_loss_is_the_divergence_written_out(kind):
+def test_the_indexer_loss_equals_the_divergence_formula(kind):
     config = Hybrid(**SMALL, mode="nsa", index_target=kind, index_weight=0.5)
     mixer, x, ctx = mixer_of(config).train(), noise(1, TOKENS, DIM), context()
     branch, requested = mixer.branches["select"], requested_of(mixer, x, ctx)
@@ -186,7 +186,7 @@ def test_the_indexers_loss_is_the_divergence_written_out(kind):
     close(mixer(x, ctx).losses["indexer"], 0.5 * total / TOKENS)
 
 
-def test_the_indexer_learns_from_its_own_loss_and_nothing_else_does():
+def test_only_the_indexer_has_gradients_from_its_loss():
     lm = model_of(*MIXED[:2]).double().train()
     ids = torch.randint(0, 48, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     out = lm(ids)
@@ -201,7 +201,7 @@ def test_the_indexer_learns_from_its_own_loss_and_nothing_else_does():
         assert (from_own is None) == ("indexer" not in name), name
 
 
-def test_recall_of_the_true_mass_rises_under_the_loss():
+def test_the_attention_mass_of_selected_tokens_increases_in_training():
     """Of one head's attention, while only the indexer is trained."""
     sizes = SMALL | {"heads": 1, "index_heads": 8, "index_dim": 16, "index_topk": 5}
     mixer, ctx, held_out = mixer_of(Hybrid(**sizes)).train(), context(8), noise(8, TOKENS, DIM)
@@ -275,6 +275,6 @@ def test_it_compiles_as_a_whole():
         ({"rope_dim": 3}, "rope_dim=3 must be even"),
     ],
 )
-def test_sizes_that_cannot_work_are_one_line(sizes, output):
+def test_invalid_sizes_give_one_line(sizes, output):
     with pytest.raises(ValueError, match=output):
         Hybrid(**sizes)

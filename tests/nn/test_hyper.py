@@ -1,4 +1,6 @@
-"""Hyper-Connections: equal to plain at first, to the package, and to the paper written out."""
+"""Hyper-Connections equal the plain residual at initialisation, the published package and the
+paper.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def split(matrix, streams, fracs):
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic": False}, {"fracs": 2}, {"streams": 2}])
-def test_at_first_it_computes_what_plain_computes_to_the_bit(section, ids, options):
+def test_at_initialisation_it_equals_plain_to_the_bit(section, ids, options):
     lms = []
     for residual in ({"kind": "plain"}, {"kind": "hyper"} | options):
         torch.manual_seed(0)
@@ -58,7 +60,7 @@ def test_with_streams_that_are_no_power_of_two_only_the_mean_rounds(section, ids
     close(hyper(ids).logits, plain(ids).logits, 1e-14)
 
 
-def test_each_sub_layer_begins_at_the_next_stream(section):
+def test_each_sub_layer_initially_reads_the_next_stream(section):
     lm = LM(ModelConfig.from_dict(section(residual={"kind": "hyper"})))
     parts = [part for block in lm.blocks for part in (block.mix_residual, block.feed_residual)]
     for index, part in enumerate(parts):
@@ -104,7 +106,7 @@ def packaged(part, streams, fracs, gain):
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize(("streams", "fracs"), SHAPES)
-def test_it_is_the_package_forward_and_backward(streams, fracs, dynamic):
+def test_it_equals_the_package_forward_and_backward(streams, fracs, dynamic):
     """Over two sub-layers, with a function of the read stream between read and write."""
     part = built(streams=streams, fracs=fracs, dynamic=dynamic)
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_it_is_the_package_forward_and_backward(streams, fracs, dynamic):
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 @pytest.mark.parametrize(("streams", "fracs"), SHAPES)
-def test_it_is_the_paper_written_out_forward_and_backward(streams, fracs, dynamic):
+def test_it_equals_the_paper_forward_and_backward(streams, fracs, dynamic):
     part = built(streams=streams, fracs=fracs, dynamic=dynamic, norm_eps=1e-3)
     h = noise(1, 2, streams, DIM).requires_grad_()
     x, kept = part.read(h)
@@ -172,7 +174,7 @@ def test_it_is_the_paper_written_out_forward_and_backward(streams, fracs, dynami
     close(gradients, torch.autograd.grad(loss, inputs))
 
 
-def test_static_weights_do_not_look_at_the_state():
+def test_static_weights_do_not_depend_on_the_state():
     part = built(dynamic=False)
     assert {name for name, _ in part.named_parameters()} == {"static"}
     a, b = noise(2, 3, 4, DIM), noise(2, 3, 4, DIM, seed=2)
@@ -188,7 +190,7 @@ def test_all_its_parameters_are_vectors_for_the_optimizer(section):
     assert mixing <= {name for name, _ in groups["vector"]}
 
 
-def test_every_parameter_learns_after_the_first_step(section, ids):
+def test_every_parameter_has_a_gradient_after_the_first_step(section, ids):
     """tanh(0) = 0 lets no gradient through to the scales in the first step, and only to them."""
     torch.manual_seed(0)
     lm = LM(ModelConfig.from_dict(section(residual={"kind": "hyper"}))).double()

@@ -1,4 +1,4 @@
-"""Which blocks are chosen: the paper's sum, forced blocks, ties, documents."""
+"""Selection of blocks: the paper's sum of scores, forced blocks, ties, documents."""
 
 import math
 
@@ -52,7 +52,7 @@ def drawn(length, cut, rows=2, heads=4, groups=2, scale=2.0):
     ],
 )
 @pytest.mark.parametrize("chunk", [7, 128])
-def test_choices_are_those_of_the_paper(cut, size, count, chunk, monkeypatch):
+def test_selected_blocks_equal_those_of_the_paper(cut, size, count, chunk, monkeypatch):
     monkeypatch.setattr(block_scores, "QUERY_CHUNK", chunk)
     q, k = drawn(45, cut)
     found = choose(q, k, cut, size=size, count=count)
@@ -64,7 +64,7 @@ def test_choices_are_those_of_the_paper(cut, size, count, chunk, monkeypatch):
                 assert found[b][g][t] == expected
 
 
-def test_own_first_and_previous_blocks_are_always_chosen():
+def test_own_first_and_previous_blocks_are_always_selected():
     cut = BlockLayout(4, 2)
     for count, forced in ((1, (0,)), (2, (0, 0)), (3, (0, 0, 1)), (5, (0, 0, 1))):
         found = choose(*drawn(60, cut), cut, size=8, count=count)
@@ -75,7 +75,7 @@ def test_own_first_and_previous_blocks_are_always_chosen():
             assert len(line) == min(count, own + 1)
 
 
-def test_equal_scores_choose_the_first_blocks():
+def test_equal_scores_select_the_first_blocks():
     """Ties by index: constant keys, whatever the last bits of their weights."""
     cut = BlockLayout(4, 4)
     q, k = drawn(64, cut)
@@ -89,7 +89,7 @@ def test_equal_scores_choose_the_first_blocks():
 
 
 @pytest.mark.parametrize("length", [4, 9, 20, 37])
-def test_a_longer_row_chooses_the_same(length):
+def test_a_longer_row_selects_the_same_blocks(length):
     cut = BlockLayout(4, 2)
     q, k = drawn(60, cut)
     whole = choose(q, k, cut, size=4, count=4)
@@ -97,7 +97,7 @@ def test_a_longer_row_chooses_the_same(length):
     assert part[1][1] == whole[1][1][:length]
 
 
-def test_documents_choose_as_if_alone():
+def test_documents_select_independently():
     """Their blocks are counted from their first token, and only their own are weighed."""
     cut, length = BlockLayout(4, 2), 46
     segments = torch.tensor([[-1] * 3 + [5] * 20 + [2] * 21 + [-1] * 2])
@@ -111,7 +111,7 @@ def test_documents_choose_as_if_alone():
         assert [line[part] for line in found[0]] == expected[0]
 
 
-def test_padding_without_a_place_chooses_nothing():
+def test_padding_selects_no_blocks():
     cut = BlockLayout(4, 2)
     q, k = drawn(20, cut)
     at = block_positions(attention_span(None, 20, None, CPU), 20, 20, CPU)
@@ -125,7 +125,7 @@ def test_padding_without_a_place_chooses_nothing():
     assert (select_blocks(q, k, cut, unselected, keys=20, size=4, count=3) == -1).all()
 
 
-def test_choices_carry_no_gradient_and_heads_of_a_group_agree():
+def test_selection_has_no_gradient_and_is_shared_by_heads_of_a_group():
     cut = BlockLayout(4, 2)
     q, k = (x.requires_grad_() for x in drawn(20, cut))
     at = block_positions(attention_span(None, 20, None, CPU), 20, 20, CPU)
@@ -134,7 +134,7 @@ def test_choices_carry_no_gradient_and_heads_of_a_group_agree():
     assert not begins.requires_grad
 
 
-def test_weights_are_never_held_whole(monkeypatch):
+def test_attention_weights_are_never_stored_completely(monkeypatch):
     """(queries x blocks) only for a chunk of queries, and only up to the blocks they see."""
     shapes, cut = [], BlockLayout(4, 2)
     weigh = block_scores._importance

@@ -1,4 +1,4 @@
-"""First values: the table of `parts/init.py`, measured."""
+"""Initialisation: the table of `nn/layers/init.py`, measured."""
 
 import math
 
@@ -15,14 +15,14 @@ def lm(section):
     return LM(ModelConfig.from_dict(section(mixer, vocab_size=999, dim=256, depth=5)))
 
 
-def test_projections_start_with_half_the_variance_preserving_width(lm):
+def test_projections_have_half_the_variance_preserving_std(lm):
     for block in lm.blocks:
         for weight in (block.mixer.q_proj.weight, block.mixer.v_proj.weight):
             assert weight.std().item() == pytest.approx(0.5 / 16, rel=0.03)
         assert block.feed.up_proj.weight.std().item() == pytest.approx(0.5 / 16, rel=0.03)
 
 
-def test_what_writes_into_the_stream_shrinks_with_depth(lm):
+def test_residual_projections_shrink_with_depth(lm):
     for block in lm.blocks:
         expected = 0.5 / 16 / math.sqrt(10)
         assert block.mixer.o_proj.weight.std().item() == pytest.approx(expected, rel=0.03)
@@ -57,7 +57,7 @@ def test_the_stream_does_not_grow_with_depth(section):
     assert sizes[1] < 3 * sizes[0]
 
 
-def test_the_seed_decides(section):
+def test_equal_seeds_give_equal_weights(section):
     def first(seed):
         torch.manual_seed(seed)
         return LM(ModelConfig.from_dict(section())).state_dict()

@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU, against their plain twins."""
+"""Triton kernels, run by Triton's interpreter on a CPU, against their torch implementations."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def compare(device: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_chosen_blocks_in_the_interpreter_are_those_of_the_plain_twin():
+def test_block_sparse_attention_in_the_interpreter_equals_torch():
     """In a process of its own: Triton asks once, when it is imported, whether to interpret."""
     code = f"import sys; sys.path.insert(0, {os.getcwd()!r})\n"
     code += "from tests.nn.test_kernels import compare\ncompare('cpu')"
@@ -69,5 +69,5 @@ def test_chosen_blocks_in_the_interpreter_are_those_of_the_plain_twin():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_chosen_blocks_on_a_gpu_are_those_of_the_plain_twin():
+def test_block_sparse_attention_on_a_gpu_equals_torch():
     compare("cuda")

@@ -1,4 +1,4 @@
-"""LoRA: at first the base to the bit, merged the same model, switched off the base again."""
+"""LoRA: equal to the base at initialisation, to the merged model, and to the base when disabled."""
 
 import copy
 import math
@@ -94,7 +94,7 @@ class Toy(nn.Module):
         return self.experts(self.first(x))
 
 
-def test_the_formula_and_its_scale():
+def test_the_formula_and_its_scaling():
     linear = nn.Sequential(nn.Linear(5, 7)).double()
     x, plain = torch.randn(2, 5).double(), copy.deepcopy(linear)
     for config, scale in ((PLAIN, 5 / 3), (replace(PLAIN, rslora=True), 5 / math.sqrt(3))):
@@ -106,7 +106,7 @@ def test_the_formula_and_its_scale():
         torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_A_is_uniform_as_kaiming_has_it_and_B_is_zero():
+def test_A_is_kaiming_uniform_and_B_is_zero():
     model = nn.Sequential(nn.Linear(400, 7))
     lora.add_adapters(model, LoRA(rank=64))
     adapter = lora.adapters(model)["0.weight"]
@@ -116,7 +116,7 @@ def test_A_is_uniform_as_kaiming_has_it_and_B_is_zero():
 
 
 @every_mixer
-def test_with_B_zero_logits_and_decoding_are_the_bases_to_the_bit(build, ids, mixer):
+def test_with_B_zero_logits_and_decoding_equal_the_base_to_the_bit(build, ids, mixer):
     lm = build(mixer)
     adapted = copy.deepcopy(lm)
     lora.add_adapters(adapted, LoRA(dropout=0.5))
@@ -168,7 +168,7 @@ def test_merging_happens_in_float32_and_is_cast_once():
 
 
 @every_mixer
-def test_switched_off_it_is_the_base_to_the_bit_without_any_dropout(build, ids, mixer):
+def test_disabled_adapters_give_the_base_to_the_bit_without_dropout(build, ids, mixer):
     lm = build(mixer, dropout={"embedding": 0.1, "attention": 0.1, "residual": 0.1})
     wanted, stepwise = lm(ids).logits, decoded(lm, ids)
     lora.add_adapters(lm, replace(PLAIN, dropout=0.3))
@@ -185,7 +185,7 @@ def test_switched_off_it_is_the_base_to_the_bit_without_any_dropout(build, ids, 
     assert not torch.allclose(lm(ids).logits, wanted, atol=1e-2)
 
 
-def test_a_frozen_model_is_the_reference_where_there_is_one(build):
+def test_a_frozen_model_is_the_reference_if_there_is_one(build):
     lm, other = build(), build().requires_grad_(False)
     with reference_model(lm, other) as found:
         assert found is other
@@ -202,7 +202,7 @@ def test_DPO_of_adapters_starts_at_the_same_bits_as_its_reference(build, ids):
             assert torch.equal(base(ids).logits, mine)
 
 
-def test_switching_off_survives_an_error_and_nests(build):
+def test_disabling_adapters_survives_an_error_and_nests(build):
     lm = build()
     lora.add_adapters(lm, PLAIN)
     with pytest.raises(KeyError), lora.disable_adapters(lm), lora.disable_adapters(lm):
@@ -214,7 +214,7 @@ def test_switching_off_survives_an_error_and_nests(build):
 
 
 @every_mixer
-def test_only_adapters_learn_and_the_base_stays_to_the_bit(build, ids, mixer):
+def test_only_adapters_are_trained_and_the_base_stays_bit_equal(build, ids, mixer):
     lm = build(mixer).train()
     lora.add_adapters(lm, replace(PLAIN, dropout=0.1))
     before = state(lm)
@@ -249,7 +249,7 @@ def test_checkpointing_changes_no_gradient(build, ids, mixer):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_dropout_acts_on_what_A_sees_in_training_only(build, ids):
+def test_dropout_acts_on_the_input_of_A_in_training_only(build, ids):
     lm = build()
     lora.add_adapters(lm, replace(PLAIN, dropout=0.5))
     assert torch.equal(lm.train()(ids).logits, lm.eval()(ids).logits)
@@ -272,7 +272,7 @@ def test_it_compiles_to_one_graph(build, ids, mixer):
 
 
 @pytest.mark.parametrize("mixer", [MIXERS["gqa"], MIXERS["mla"]], ids=["gqa", "mla"])
-def test_the_engine_answers_as_the_adapted_model_and_as_the_base_when_it_is_off(build, mixer):
+def test_the_engine_uses_adapters_and_the_base_if_disabled(build, mixer):
     lm = build(mixer, torch.float32)
     engine = Engine(lm)
     lora.add_adapters(lm, replace(PLAIN, dropout=0.5))
@@ -299,7 +299,7 @@ def greedily(lm: LM) -> list[int]:
     return ids[9:]
 
 
-def test_what_is_packed_of_an_adapted_layer_is_its_weight_with_the_adapter(build, ids):
+def test_a_packed_adapted_layer_includes_the_adapter(build, ids):
     lm = build(None, torch.float32)
     lora.add_adapters(lm, PLAIN)
     stir(lm)
@@ -313,7 +313,7 @@ def test_what_is_packed_of_an_adapted_layer_is_its_weight_with_the_adapter(build
     assert twin.blocks[0].mixer.q_proj.packed_weight is not None
 
 
-def test_state_is_the_bases_names_and_two_more_for_every_target(build):
+def test_state_dict_has_the_names_of_the_base_and_two_more_per_target(build):
     lm = build()
     plain = set(lm.state_dict())
     lora.add_adapters(lm, LoRA(targets=("q_proj",)))
@@ -324,7 +324,7 @@ def test_state_is_the_bases_names_and_two_more_for_every_target(build):
     assert set(pairs) == {f"blocks.{i}.mixer.q_proj.weight" for i in range(2)}
 
 
-def test_folded_state_is_that_of_the_merged_model(build, ids):
+def test_merged_state_dict_equals_that_of_the_merged_model(build, ids):
     lm = build()
     plain = copy.deepcopy(lm)
     lora.add_adapters(lm, PLAIN)
@@ -358,7 +358,7 @@ def test_every_expert_of_a_stack_has_its_own_adapter():
     assert set(toy.state_dict()) >= set(plain.state_dict())
 
 
-def test_stacks_are_trained_by_what_trains_matrices():
+def test_adapters_of_stacks_are_trained_as_matrices():
     toy = Toy()
     lora.add_adapters(toy, LoRA(targets=("experts.up", "first")))
     groups = Optimizers.build(toy, None, OptimConfig()).learning_rates()
@@ -378,7 +378,7 @@ def test_stacks_are_trained_by_what_trains_matrices():
         (("q_proj", "mixer.q_proj", "*"), 14),
     ],
 )
-def test_targets_are_names_ends_of_names_or_patterns(build, targets, count):
+def test_targets_are_names_suffixes_or_patterns(build, targets, count):
     lm = build()
     lora.add_adapters(lm, LoRA(targets=targets))
     assert len(lora.adapters(lm)) == count
@@ -394,7 +394,7 @@ def test_targets_are_names_ends_of_names_or_patterns(build, targets, count):
         (("mix_norm",), "'mix_norm' is not a linear layer that can be adapted"),
     ],
 )
-def test_a_target_that_cannot_be_is_refused_in_one_line_and_nothing_changes(build, targets, output):
+def test_an_invalid_target_is_refused_in_one_line_and_nothing_changes(build, targets, output):
     lm = build()
     with pytest.raises(UserError, match=output) as error:
         lora.add_adapters(lm, LoRA(targets=targets))
@@ -417,6 +417,6 @@ def test_dropout_of_a_stack_is_refused():
         ("targets", (), "targets must name at least one layer"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(key, value, output):
+def test_invalid_values_are_refused(key, value, output):
     with pytest.raises(ValueError, match=re.escape(output)):
         LoRA(**{key: value})

@@ -90,7 +90,7 @@ class TestSinkhorn:
             assert torch.linalg.matrix_norm(mix, 2).max() <= 1 + size
 
     @pytest.mark.parametrize("kind", ["order one", "start", "trained"])
-    def test_64_mixes_in_a_row_enlarge_nothing(self, kind):
+    def test_64_consecutive_mixes_do_not_increase_the_norm(self, kind):
         mix = sinkhorn(logits_of(kind), 20)
         for begin in range(0, 512, 64):
             deep = torch.linalg.multi_dot(list(mix[begin : begin + 64]))
@@ -98,11 +98,11 @@ class TestSinkhorn:
             close(deep.sum(-1), torch.ones(4).double())
 
     @pytest.mark.parametrize("kind", ["order one", "start"])
-    def test_the_mean_over_the_streams_stays(self, kind):
+    def test_the_mean_over_the_streams_is_preserved(self, kind):
         mix, h = sinkhorn(logits_of(kind), 20), noise(512, 4, DIM, seed=2)
         assert ((mix @ h).mean(1) - h.mean(1)).abs().max() < 1e-3
 
-    def test_more_rounds_come_closer(self):
+    def test_more_iterations_are_more_accurate(self):
         errors = [
             (sinkhorn(logits_of("order one"), rounds).sum(-2) - 1).abs().max()
             for rounds in (1, 3, 10)
@@ -110,14 +110,14 @@ class TestSinkhorn:
         assert errors[0] > 10 * errors[1] > 100 * errors[2]
 
     @pytest.mark.parametrize("rounds", [1, 2, 20])
-    def test_it_is_the_loop_of_the_definition(self, rounds):
+    def test_it_equals_the_loop_of_the_definition(self, rounds):
         logits = noise(3, 4, 4)
         for found, one in zip(sinkhorn(logits, rounds), logits, strict=True):
             expected = oracle.doubly_stochastic([list(row) for row in one], rounds)
             close(found, torch.stack([torch.stack(row) for row in expected]))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_it_is_finite_whatever_the_logits(self, dtype):
+    def test_it_is_finite_for_any_logits(self, dtype):
         """A row or column whose every exponential is 0 in float32, forward and backward."""
         logits = (400 * noise(200, 4, 4)).to(dtype)
         logits[0], logits[1] = 0.0, -1e4
@@ -128,7 +128,7 @@ class TestSinkhorn:
         assert logits.grad.isfinite().all()
         torch.testing.assert_close(mix.sum(-1), torch.ones(200, 4, dtype=dtype))
 
-    def test_one_bad_matrix_spoils_no_other(self):
+    def test_nan_in_one_matrix_does_not_affect_others(self):
         logits = noise(5, 4, 4)
         expected = sinkhorn(logits, 20)
         logits[2] = torch.nan
@@ -193,7 +193,7 @@ class TestTransformers:
 
 
 @pytest.mark.parametrize(("n", "temperature"), [(2, 1.0), (4, 1.0), (3, 0.7)])
-def test_it_is_the_paper_written_out_forward_and_backward(n, temperature):
+def test_it_equals_the_paper_forward_and_backward(n, temperature):
     part = built(streams=n, norm_eps=1e-3, sinkhorn_iterations=4, sinkhorn_temperature=temperature)
     h = noise(1, 2, n, DIM).requires_grad_()
     x, kept = part.read(h)
@@ -251,7 +251,7 @@ class TestAtFirst:
             assert loss.item() == pytest.approx(math.log(999), rel=0.05)
 
     @pytest.mark.parametrize("temperature", [1.0, 0.05])
-    def test_B07_the_mix_can_be_learned(self, section, ids, temperature):
+    def test_B07_the_mix_has_gradients(self, section, ids, temperature):
         """In float32, off its diagonal too (where a logit of -160 had a gradient of 0), unless in
         the first and last sub-layer, where it has no say.
         """
@@ -277,7 +277,7 @@ def mixing_gradients(part):
     }
 
 
-def test_streams_part_and_every_mixing_parameter_learns_but_two(section, ids):
+def test_streams_diverge_and_all_mixing_parameters_but_two_have_gradients(section, ids):
     """H_res does not in the first sub-layer, where all streams are equal, so that rows that sum to
     1 change nothing; nor in the last, after which only the mean of the streams is read, so that
     columns that sum to 1 (as nearly as 20 rounds make them) change nothing.
@@ -306,7 +306,7 @@ def test_streams_part_and_every_mixing_parameter_learns_but_two(section, ids):
             assert (states[0][:, :, one] - states[0][:, :, other]).abs().max() > 1e-3
 
 
-def test_after_ten_steps_mixes_are_doubly_stochastic_and_64_of_them_enlarge_nothing(
+def test_after_ten_steps_mixes_are_doubly_stochastic_and_64_of_them_do_not_increase_the_norm(
     section, ids, monkeypatch
 ):
     """Those of a model in float32, at every token of every sub-layer."""
@@ -348,7 +348,7 @@ def test_B06_nothing_in_a_block_normalises_the_streams(section):
     close(part.write(100 * h, silent, kept_larger), 100 * part.write(h, silent, kept))
 
 
-def test_the_mix_keeps_the_mean_over_the_streams():
+def test_mixing_preserves_the_mean_over_the_streams():
     part = fresh()
     h = noise(2, 5, 4, DIM)
     _, kept = part.read(h)

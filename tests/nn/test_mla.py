@@ -98,7 +98,7 @@ IN_THEIR_WORDS = {
 
 
 @pytest.mark.parametrize(("scaling", "words"), [(None, None), (STRETCHED, IN_THEIR_WORDS)])
-def test_outputs_and_gradients_are_those_of_deepseek_v3(config, scaling, words):
+def test_outputs_and_gradients_equal_deepseek_v3(config, scaling, words):
     rope = Rope(scaling=scaling)
     mixer = mixer_of(config, torch.float32, rope)
     theirs, embedding = theirs_of(mixer, config, words)
@@ -122,7 +122,7 @@ def test_absorbed_equals_expanded(config):
     close(*(way(nope, turned, latent, key, seen) for way in ways), 1e-12)
 
 
-def test_the_cheaper_way_is_taken(config):
+def test_the_cheaper_of_absorbed_and_expanded_is_used(config):
     """Few queries are absorbed, many expanded, unless a latent is no wider than half of that."""
     narrow = 2 * config.kv_rank <= config.nope_dim + config.v_dim
     assert config.prefer_absorbed(1)
@@ -132,7 +132,7 @@ def test_the_cheaper_way_is_taken(config):
     assert not large.prefer_absorbed(171)
 
 
-def test_a_cache_holds_one_latent_and_one_turned_key_per_token(config):
+def test_a_cache_holds_one_latent_and_one_rotated_key_per_token(config):
     held = mixer_of(config).new_cache(3, 10, torch.float64, torch.device("cpu"))
     assert held.nbytes() == 3 * 10 * (config.kv_rank + config.rope_dim) * 8
     assert [tensor.shape[2:] for tensor in held.tensors] == [
@@ -141,13 +141,13 @@ def test_a_cache_holds_one_latent_and_one_turned_key_per_token(config):
     ]
 
 
-def test_the_seeds_sizes_hold_96_numbers_per_token():
+def test_the_default_sizes_cache_96_numbers_per_token():
     mixer = MLA().build(BuildContext(512, 0, 1))
     assert mixer.new_cache(1, 1, torch.float32, torch.device("cpu")).nbytes() == 96 * 4
 
 
-def test_A9_the_shared_key_is_not_divided_by_the_heads():
-    """The turned parts of q and k alone make the logits of a model whose other parts are 0."""
+def test_A9_the_shared_key_is_not_divided_by_the_number_of_heads():
+    """Only the rotated parts of q and k contribute to the logits; the other parts are 0."""
     config = MLA(**SIZES[0])
     mixer = mixer_of(config)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_A9_the_shared_key_is_not_divided_by_the_heads():
     close(mixer(x, ctx).y, expected)
 
 
-def test_without_rotary_positions_nothing_is_turned():
+def test_without_rope_nothing_is_rotated():
     layer = {
         "mixer": {"kind": "mla", **SIZES[0]},
         "feed_forward": {"kind": "relu2", "hidden_dim": 8},
@@ -186,7 +186,7 @@ def test_without_rotary_positions_nothing_is_turned():
         ({"heads": 0}, "heads=0 must be at least 1"),
     ],
 )
-def test_sizes_that_cannot_work_are_one_line(sizes, output):
+def test_invalid_sizes_give_one_line(sizes, output):
     with pytest.raises(ValueError, match=output):
         MLA(**sizes)
 

@@ -103,7 +103,7 @@ def test_a_tied_head_is_the_embedding(small):
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal", "none"])
-def test_positions_restart_in_packed_rows_and_pass_over_padding(small, ids, positions):
+def test_positions_restart_in_packed_rows_and_skip_padding(small, ids, positions):
     lm = small(positions=positions)
     segments = torch.tensor([[-1, -1, 5, 5, 5, 5, 0, 0, 0, 0, 0, -1]])
     found = lm(ids[:1], segments=segments).logits
@@ -112,7 +112,7 @@ def test_positions_restart_in_packed_rows_and_pass_over_padding(small, ids, posi
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal", "none"])
-def test_A22_positions_go_on_from_the_cache(small, ids, positions):
+def test_A22_positions_continue_from_the_cache(small, ids, positions):
     """Rotations that restart at 0 in every call make chunks differ from the whole."""
     lm = small(positions=positions)
     expected = lm(ids).logits
@@ -141,7 +141,7 @@ def test_A23_decoding_feeds_the_last_token_only(small, ids):
         close(found.logits[:, 0], lm(ids[:, : t + 1]).logits[:, -1])
 
 
-def test_positions_may_be_given(small, ids):
+def test_explicit_positions_are_used(small, ids):
     rope, learned = small(), small(positions="learned")
     given = torch.arange(30, 42).expand(2, 12)
     close(rope(ids, positions=given).logits, rope(ids).logits)
@@ -177,7 +177,7 @@ def test_decoding_past_the_maximum_context_is_refused_in_one_line(small, positio
     assert str(refused.value) == expected
 
 
-def test_sinusoids_are_those_of_the_paper(small, ids):
+def test_sinusoidal_positions_equal_the_paper(small, ids):
     """Sines and cosines of 10000^(-2i/d) t, in halves rather than alternating."""
     lm, silent = small(positions="sinusoidal"), small(positions="none")
     t, i = torch.arange(12)[:, None], torch.arange(16)
@@ -230,7 +230,7 @@ def test_windows_and_whole_contexts_mix(section, ids):
         close(torch.cat(found, 1), expected)
 
 
-def test_a_change_of_the_first_token_is_received_as_far_as_windows_reach(small):
+def test_a_change_of_the_first_token_reaches_as_far_as_the_windows(small):
     lm = small({"window": 3}, depth=2)
     ids = torch.arange(12)[None]
     changed = ids.clone()
@@ -253,7 +253,7 @@ def test_checkpointing_recomputes_in_training_and_nowhere_else(small, ids):
     assert len(calls) == 4
 
 
-def test_gradient_checkpointing_keeps_less(small):
+def test_activation_checkpointing_saves_less_memory(small):
     """Bytes saved for the backward pass, with and without."""
     kept = []
     for checkpointing in (False, True):
@@ -293,7 +293,7 @@ class Talking(FeedForward, Routed):
         return [OptimizerReset(self.weight, torch.tensor([self.layer]))]
 
 
-def test_what_layers_say_carries_their_name_and_comes_back_to_them(small, ids):
+def test_layer_outputs_are_named_by_layer_and_returned_to_it(small, ids):
     lm = small()
     for layer in (0, 2):
         lm.blocks[layer].feed = Talking(layer)
@@ -312,7 +312,7 @@ def test_what_layers_say_carries_their_name_and_comes_back_to_them(small, ids):
         assert feed.received == [{"norms": layer + 20}, {"load": layer + 10}]
 
 
-def test_work_is_that_of_blocks_and_head(small):
+def test_flops_are_those_of_blocks_and_head(small):
     lm = small()
     block = lm.blocks[0]
     expected = 3 * (block.mixer.flops(64) + block.feed.flops()) + 2 * 32 * 48

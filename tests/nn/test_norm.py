@@ -51,7 +51,7 @@ def test_rms_norm_equals_that_of_llama(dtype):
     torch.testing.assert_close(norm(x), theirs(x), rtol=error, atol=error)
 
 
-def test_A1_the_input_is_not_lost():
+def test_A1_the_norm_scales_its_input():
     """gamma * rsqrt(mean x^2) without x is constant over channels and shrinks as x grows."""
     norm, x = RMSNorm(16, 1e-6).double(), drawn(3, 16)
     torch.testing.assert_close(F.cosine_similarity(norm(x), x), torch.ones(3, dtype=x.dtype))
@@ -80,7 +80,7 @@ def test_the_output_has_the_dtype_of_the_input(norm, weights, inputs):
 
 
 @pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
-def test_gradients_are_those_of_finite_differences(norm):
+def test_gradients_equal_finite_differences(norm):
     made = stirred(norm(6, 1e-2), torch.float64)
     x = drawn(2, 3, 6).requires_grad_()
     assert torch.autograd.gradcheck(made, (x,))
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_finite_differences(norm):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
-def test_gradients_are_rounded_once_or_twice_and_no_more(norm, dtype):
+def test_gradients_are_rounded_at_most_twice(norm, dtype):
     made = stirred(norm(64, 1e-5), dtype)
     exact = norm(64, 1e-5).double()
     exact.load_state_dict(made.state_dict())
@@ -112,7 +112,7 @@ def test_gradients_are_rounded_once_or_twice_and_no_more(norm, dtype):
         assert error < 2 * torch.finfo(dtype).eps
 
 
-def test_frozen_weights_get_no_gradient_and_inputs_still_do():
+def test_frozen_weights_get_no_gradient_but_inputs_do():
     made, x = RMSNorm(8, 1e-5).requires_grad_(False), drawn(2, 8).float().requires_grad_()
     made(x).square().sum().backward()
     assert made.weight.grad is None

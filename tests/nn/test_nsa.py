@@ -1,4 +1,4 @@
-"""Native sparse attention: the paper written out, its limits, its options."""
+"""Native sparse attention against the paper, its limits, and its options."""
 
 import math
 
@@ -90,7 +90,7 @@ class Whole(nn.Module):
 class TestPaper:
     @pytest.mark.parametrize("keys", [{}, {"compress_stride": 4, "select_block": 4, "window": 1}])
     @pytest.mark.parametrize("length", [1, 3, 4, 30])
-    def test_the_mixer_is_what_the_paper_says(self, keys, length):
+    def test_the_mixer_equals_the_paper(self, keys, length):
         mixer, x = alone(**keys), noise(1, length, 16)
         expected, _ = nsa(mixer, x[0])
         with torch.no_grad():
@@ -104,7 +104,7 @@ class TestPaper:
             close(out.y[0], nsa(mixer, x[0], first[0])[0])
         close(out.value_residual[0].flatten(1), x[0] @ mixer.window_v.weight.T)
 
-    def test_the_same_blocks_are_chosen(self, monkeypatch):
+    def test_the_same_blocks_are_selected(self, monkeypatch):
         mixer, x, found = alone(select_block=4, select_count=4), noise(1, 40, 16), []
         choose = module.select_blocks
         monkeypatch.setattr(
@@ -135,7 +135,7 @@ class TestLimits:
         only(mixer, "select")
         close(received(mixer, x).y, self.dense(mixer, x, mixer.select_k, mixer.select_v))
 
-    def test_where_every_block_would_be_chosen_no_choice_is_made(self, monkeypatch):
+    def test_if_all_blocks_are_selected_no_scores_are_computed(self, monkeypatch):
         """And nothing is gathered: up to the last token of the last block, in documents too."""
         mixer, found = alone(select_count=5), []
         monkeypatch.setattr(module, "select_blocks", lambda *a, **k: found.append(k["keys"]))
@@ -164,7 +164,7 @@ class TestLimits:
         only(mixer, "window")
         close(received(mixer, x).y, self.dense(mixer, x, mixer.window_k, mixer.window_v))
 
-    def test_blocks_of_one_token_that_stay_what_they_are(self):
+    def test_compress_with_blocks_of_one_token_and_identity_pooling(self):
         """Without rotation: blocks have no position."""
         mixer, x = alone(compress_block=1, compress_stride=1), noise(2, 40, 16)
         mixer.pool_k, mixer.pool_v = Whole(), Whole()
@@ -174,7 +174,7 @@ class TestLimits:
             self.dense(mixer, x, mixer.compress_k, mixer.compress_v, turn=False),
         )
 
-    def test_gates_add_up_the_branches(self):
+    def test_the_output_is_the_gated_sum_of_branches(self):
         """Each head its own weight for each branch, from its own token."""
         mixer, x = alone(), noise(2, 30, 16)
         gate, bias = mixer.branch_gate.weight.clone(), mixer.branch_gate.bias.clone()
@@ -188,7 +188,7 @@ class TestLimits:
         close(total, sum(gates[..., i, None] * part for i, part in enumerate(parts)))
         assert all((part.abs().amax((0, 2, 3))[4:] > 1e-3).all() for part in parts)
 
-    def test_a_window_ends(self):
+    def test_the_window_ends_after_its_length(self):
         mixer, x = alone(), noise(1, 20, 16)
         only(mixer, "window")
         other = x.clone()
@@ -197,7 +197,7 @@ class TestLimits:
         assert torch.equal(before[:, 14:], after[:, 14:])
         assert (before[:, 13] != after[:, 13]).any()
 
-    def test_no_block_yet_is_silence_not_nan(self):
+    def test_no_visible_block_gives_zero_and_not_nan(self):
         mixer, x = alone(), noise(2, 7, 16).requires_grad_()
         only(mixer, "compress")
         for length in (1, 3, 7):
@@ -207,7 +207,7 @@ class TestLimits:
             assert gradient.isfinite().all()
             assert (length > 3) == bool((y != 0).any())
 
-    def test_what_pools_has_a_gradient_even_of_nothing(self):
+    def test_pooling_parameters_have_a_gradient_without_blocks(self):
         """None would be taken for a parameter that is not part of the model."""
         mixer = alone()
         received(mixer, noise(1, 3, 16)).y.sum().backward()
@@ -238,14 +238,14 @@ class TestDecoding:
 
     @pytest.mark.parametrize("keys", [{}, {"rope": False}])
     @torch.no_grad()
-    def test_ties_are_decided_alike(self, make, keys):
+    def test_ties_are_broken_equally(self, make, keys):
         """One token over and over: all blocks look the same."""
         lm = make({"select_count": 4, "select_block": 4} | keys, depth=2)
         self.agree(lm, torch.full((1, 97), 7))
         self.agree(lm, torch.tensor([[7, 7, 9, 9] * 24]))
 
     @torch.no_grad()
-    def test_one_token_over_and_over_without_positions_chooses_the_first(self, monkeypatch, make):
+    def test_a_repeated_token_without_positions_selects_the_first_blocks(self, monkeypatch, make):
         lm, found = make({"select_block": 4, "rope": False}, depth=1), []
         choose = module.select_blocks
         monkeypatch.setattr(
@@ -255,13 +255,13 @@ class TestDecoding:
         assert sorted(found[0][0, 0, 59].tolist()) == [0, 4, 52, 56]
 
     @torch.no_grad()
-    def test_a_cache_holds_what_it_says(self, make):
+    def test_cache_bytes_are_counted(self, make):
         (cache, *_) = make().new_caches(3, 30)
         tokens = 30 + 5 + 4 + (30 - 4) // 2 + 1
         assert cache.nbytes() == 3 * 2 * 2 * 8 * tokens * 8
 
     @torch.no_grad()
-    def test_a_long_prompt_takes_no_mask_of_all_its_tokens(self, make, monkeypatch):
+    def test_a_long_prompt_needs_no_dense_mask(self, make, monkeypatch):
         """Not through a cache either, whose window forgets on the way."""
         lm, sizes = make(depth=1), []
         visible = Span.mask
@@ -275,7 +275,7 @@ class TestDecoding:
 
     @pytest.mark.parametrize(("window", "block", "kept"), [(8, 4, 1), (3, 6, 4)])
     @torch.no_grad()
-    def test_what_cannot_be_forgotten_leaves_every_part_as_it_was(self, make, window, block, kept):
+    def test_an_impossible_truncation_changes_no_branch(self, make, window, block, kept):
         """Also where one branch could forget and another cannot."""
         keys = {"window": window, "compress_block": block, "compress_stride": block // 2}
         lm = make({"select_block": 2 * block} | keys)
@@ -291,7 +291,7 @@ class TestDecoding:
 
 class TestValueResidual:
     @pytest.mark.parametrize("listening", [1, 2])
-    def test_the_first_values_learn_from_every_layer(self, make, listening):
+    def test_the_first_values_have_gradients_from_every_layer(self, make, listening):
         """With the first layer's own output cut off, its values still reach the loss."""
         lm = make({"value_residual": True})
         with torch.no_grad():
@@ -303,7 +303,7 @@ class TestValueResidual:
         assert lm.blocks[listening].mixer.value_mix.grad.abs().min() > 0
 
     @torch.no_grad()
-    def test_none_of_the_first_is_the_baseline(self, make):
+    def test_weight_zero_of_the_first_values_equals_the_baseline(self, make):
         plain, mixed = make(), make({"value_residual": True})
         mixed.load_state_dict(plain.state_dict(), strict=False)
         for block in mixed.blocks[1:]:
@@ -311,7 +311,7 @@ class TestValueResidual:
         ids = torch.arange(30)[None]
         assert torch.equal(mixed(ids).logits, plain(ids).logits)
 
-    def test_it_goes_with_grouped_query_attention_of_the_same_shape(self, make):
+    def test_it_combines_with_gqa_of_the_same_shape(self, make):
         first = {
             "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True},
             "feed_forward": {"kind": "swiglu", "hidden_dim": 8},
@@ -337,7 +337,7 @@ class TestValueResidual:
         ({"compress_blok": 4}, "compress_block"),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_name(make, keys, message):
+def test_invalid_keys_are_refused_by_name(make, keys, message):
     with pytest.raises(UserError) as refused:
         make(keys)
     assert message in str(refused.value)
@@ -363,7 +363,7 @@ def test_defaults_are_those_of_the_paper():
     )
 
 
-def test_gates_are_routers_and_positions_are_no_matrices(make):
+def test_gates_have_the_role_router_and_positions_are_no_matrices(make):
     lm = make()
     roles = {name: role for role, group in partition(lm).items() for name, _ in group}
     assert roles["blocks.0.mixer.branch_gate.weight"] == "router"
@@ -372,7 +372,7 @@ def test_gates_are_routers_and_positions_are_no_matrices(make):
     assert roles["blocks.0.mixer.pool_v.inner.weight"] == "matrix"
 
 
-def test_fast_and_naive_agree_on_long_rows_with_their_gradients(make):
+def test_optimised_and_naive_attention_agree_on_long_rows_with_gradients(make):
     """Packed and padded, long enough for sorting by block and several chunks of queries."""
     ids = torch.randint(0, 48, (2, 200), generator=torch.Generator().manual_seed(3))
     segments = torch.tensor([[-1] * 3 + [4] * 60 + [1] * 137, [0] * 150 + [2] * 31 + [-1] * 19])
@@ -402,7 +402,7 @@ def test_precisions_are_close(make, dtype):
 @pytest.mark.parametrize(
     "segments", [None, torch.tensor([[-1] * 3 + [4] * 37, [0] * 18 + [1] * 22])]
 )
-def test_it_compiles_whole_with_many_tokens(make, segments):
+def test_it_compiles_to_one_graph_with_many_tokens(make, segments):
     """One graph, eager's numbers and gradients, where the sorting operator is used."""
     ids = torch.randint(0, 48, (2, 40), generator=torch.Generator().manual_seed(3))
     lm = make(depth=1)
@@ -418,7 +418,7 @@ def test_it_compiles_whole_with_many_tokens(make, segments):
 
 
 @pytest.mark.slow
-def test_it_compiles_whole_for_real(make):
+def test_it_compiles_with_the_default_compiler(make):
     """With the default compiler."""
     ids = torch.randint(0, 48, (2, 40), generator=torch.Generator().manual_seed(3))
     lm = make(depth=1).float()
@@ -427,7 +427,7 @@ def test_it_compiles_whole_for_real(make):
 
 
 @pytest.mark.parametrize("context", [1, 3, 4, 7, 31, 32, 33, 60, 257])
-def test_work_is_counted(context):
+def test_flops_are_counted(context):
     """Projections exactly; keys seen by counting them, token by token."""
     mixer = alone(select_count=4)
     inner, outer, hidden = 32, 16, 16

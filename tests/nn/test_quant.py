@@ -1,4 +1,4 @@
-"""Weights in codes: exact products with the weight made whole, bounded errors, fewer bytes."""
+"""Quantised weights: exact products with the dequantised weight, bounded errors, fewer bytes."""
 
 import copy
 
@@ -23,7 +23,7 @@ def model(dim: int = 64, **mixer: object) -> LM:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_quantised_linear_is_exactly_the_product_with_its_whole_weight(kind, dtype):
+def test_a_quantised_linear_equals_the_product_with_its_dequantised_weight(kind, dtype):
     linear = nn.Linear(70, 60, dtype=dtype)
     bias = linear.bias.detach().clone()
     quantize(linear, kind)
@@ -37,7 +37,7 @@ def test_quantised_linear_is_exactly_the_product_with_its_whole_weight(kind, dty
     assert not any(parameter.requires_grad for parameter in linear.parameters())
 
 
-def test_int8_is_off_by_at_most_half_a_step_of_its_row():
+def test_int8_error_is_at_most_half_a_step_of_its_row():
     weight = torch.randn(60, 100) * torch.logspace(-3, 3, 60)[:, None]
     linear = nn.Linear(100, 60, bias=False)
     linear.weight.data = weight.clone()
@@ -60,7 +60,7 @@ def test_nf4_takes_the_nearest_level_of_its_block():
     assert torch.allclose(found, nearest, atol=1e-6)
 
 
-def test_nf4_of_normal_weights_is_off_by_a_tenth():
+def test_nf4_of_normal_weights_has_an_error_of_a_tenth():
     linear = nn.Linear(256, 256, bias=False)
     nn.init.normal_(linear.weight)
     weight = linear.weight.detach().clone()
@@ -69,7 +69,7 @@ def test_nf4_of_normal_weights_is_off_by_a_tenth():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stack_of_experts_is_held_in_codes_too(kind):
+def test_a_stack_of_experts_is_quantised_too(kind):
     class Experts(nn.Module):
         EXPERT_STACKS = ("up",)
 
@@ -99,7 +99,7 @@ def test_zeros_stay_zeros(kind):
 
 
 @pytest.mark.parametrize(("kind", "share"), [("bf16", 0.5), ("int8", 0.27), ("nf4", 0.15)])
-def test_a_models_matrices_take_fewer_bytes_and_its_answers_stay_near(kind, share):
+def test_a_quantised_model_takes_fewer_bytes_and_stays_accurate(kind, share):
     lm = model(dim=128)
     ids = torch.randint(0, 50, (2, 16))
     held = copy.deepcopy(lm)
@@ -123,7 +123,7 @@ def test_fp32_leaves_the_weights_and_freezes_them():
         quantize(lm, "int3")
 
 
-def test_every_mixer_works_with_weights_in_codes():
+def test_every_mixer_runs_with_quantised_weights():
     lm = model(kind="mla", kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32, heads=4)
     exact = lm(torch.arange(8)[None]).logits
     quantize(lm, "int8")
@@ -134,7 +134,7 @@ def test_every_mixer_works_with_weights_in_codes():
     assert torch.allclose(torch.cat(steps, 1), found, atol=1e-4)
 
 
-def test_what_declares_another_role_stays_as_it_is():
+def test_modules_with_another_role_are_not_quantised():
     class Router(nn.Module):
         ROLE = "router"
 
@@ -148,7 +148,7 @@ def test_what_declares_another_role_stays_as_it_is():
     assert "weight" not in dict(both["up"].named_parameters())
 
 
-def test_nf4_is_bitsandbytes():
+def test_nf4_equals_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(48, 64 * 3)
     codes = quant.NF4(weight)

@@ -1,4 +1,4 @@
-"""Rotary tables and their stretchings, against transformers and against rotation itself."""
+"""RoPE and its scalings against transformers and against the definition of a rotation."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_A2_interleaved_pairs_are_a_permutation_of_halves():
     assert not torch.isclose(apply_rotary_emb(x, rotary), interleaved).all()
 
 
-def test_gradients_are_turned_back():
+def test_gradients_are_rotated_back():
     x, upstream = drawn(2, 4, 3, 8).requires_grad_(), drawn(2, 4, 3, 8, seed=2)
     rotary = rotary_tables(Rope(), 8, torch.arange(4)[None], x.dtype)
     assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, rotary), (x,))
@@ -60,7 +60,7 @@ def test_gradients_are_turned_back():
     close(apply_rotary_emb(x.grad, rotary), upstream)
 
 
-def test_rotation_keeps_lengths_and_tells_distances_only():
+def test_rotation_preserves_norms_and_depends_on_distances_only():
     q, k = drawn(1, 1, 1, 16), drawn(1, 1, 1, 16, seed=2)
 
     def product(t, s):
@@ -77,7 +77,7 @@ def test_rotation_keeps_lengths_and_tells_distances_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_tables_are_wide_and_vectors_keep_their_dtype(dtype):
+def test_tables_are_float32_and_vectors_keep_their_dtype(dtype):
     """Angles of far positions do not survive bf16: tables are at least float32."""
     positions = torch.tensor([[30_001]])
     cos, sin = rotary_tables(Rope(theta=1e6), 8, positions, dtype)
@@ -143,7 +143,7 @@ def test_A3_yarn_equals_that_of_transformers(
     equal_to_theirs(Rope(theta=theta, scaling=scaling), head_dim, expected)
 
 
-def test_A3_yarn_scales_what_attention_sees():
+def test_A3_yarn_scales_attention_logits():
     """cos and sin carry the factor, so that q.k grows by its square."""
     scaling = YarnScaling(factor=16.0, original_max_seq_len=64)
     cos, sin = rotary_tables(Rope(scaling=scaling), 16, torch.tensor([[0, 9]]), torch.float64)
@@ -199,8 +199,10 @@ def test_scaling_reaches_the_model():
     close(plain(ids[:, :1]).logits, stretched(ids[:, :1]).logits, 1e-6)
 
 
-def test_A22_nothing_rotary_is_stored_to_be_rounded_or_left_behind():
-    """Tables are made where they are used: no buffer for a cast to round or a move to forget."""
+def test_A22_rotary_tables_are_not_stored_as_buffers():
+    """Tables are computed where they are used, so no cast rounds them and no move leaves them
+    behind.
+    """
     lm = LM(ModelConfig.preset("minimind2-26m"))
     assert list(lm.buffers()) == []
     assert not any("rope" in name or "freq" in name for name in lm.state_dict())

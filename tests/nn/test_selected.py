@@ -1,4 +1,4 @@
-"""Attention over chosen blocks: three ways to one sum, its gradients, its memory."""
+"""Block-sparse attention: three implementations of one sum, gradients, memory."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def with_gradients(y, tensors):
 @pytest.mark.parametrize(
     ("queries", "keys"), [(1, 1), (1, 9), (3, 3), (4, 4), (5, 5), (7, 30), (97, 97), (128, 130)]
 )
-def test_every_way_is_the_formula_and_its_gradients(way, queries, keys, monkeypatch):
+def test_every_implementation_equals_the_formula_with_gradients(way, queries, keys, monkeypatch):
     monkeypatch.setattr(block_sparse, "QUERY_CHUNK", 7)
     tensors = inputs(queries, keys)
     chosen = choices(queries, keys, 3, offset=2 if keys > 2 else 0)
@@ -64,7 +64,7 @@ def test_every_way_is_the_formula_and_its_gradients(way, queries, keys, monkeypa
 
 
 @pytest.mark.parametrize("way", [naive, by_query, by_block])
-def test_all_blocks_chosen_is_plain_causal_attention(way):
+def test_all_blocks_selected_equals_causal_attention(way):
     tensors = inputs(30, 30)
     begins = SIZE * torch.arange(8).expand(2, 2, 30, 8)
     begins = begins.where(begins <= torch.arange(30)[:, None], -1)
@@ -75,7 +75,7 @@ def test_all_blocks_chosen_is_plain_causal_attention(way):
 
 
 @pytest.mark.parametrize("way", [naive, by_query, by_block])
-def test_who_chooses_nothing_hears_nothing(way):
+def test_a_query_without_selected_blocks_gets_zero(way):
     tensors = inputs(5, 5)
     begins = torch.full((2, 2, 5, 3), -1)
     begins[0, :, 3, 1] = 0
@@ -90,7 +90,7 @@ def test_who_chooses_nothing_hears_nothing(way):
 
 
 @pytest.mark.parametrize("way", [by_query, by_block])
-def test_gradients_are_those_of_differences(way):
+def test_gradients_equal_finite_differences(way):
     tensors = inputs(6, 6, rows=1, width=2)
     chosen = choices(6, 6, 2, rows=1)
     assert gradcheck(lambda q, k, v: way(q, k, v, *chosen, SIZE), tensors)
@@ -118,7 +118,7 @@ def test_half_precision_is_as_exact_as_its_inputs(way, dtype):
         assert error < 3 * torch.finfo(dtype).eps
 
 
-def test_few_queries_gather_and_many_are_sorted(monkeypatch):
+def test_few_queries_use_gather_and_many_use_sorting(monkeypatch):
     taken = []
     for name in ("naive", "by_query", "by_block"):
         way = getattr(block_sparse, name)
@@ -138,7 +138,7 @@ def test_few_queries_gather_and_many_are_sorted(monkeypatch):
     assert taken == ["by_query", "by_query", "by_block", "naive", "naive"]
 
 
-def test_only_chosen_blocks_are_multiplied(monkeypatch):
+def test_only_selected_blocks_are_multiplied(monkeypatch):
     """Products of keys with queries: as many as there are pairs, whatever the length."""
     pairs, scores = [], block_sparse._scores
 
@@ -155,7 +155,7 @@ def test_only_chosen_blocks_are_multiplied(monkeypatch):
         assert max(pairs) <= block_sparse.QUERY_CHUNK * SIZE
 
 
-def test_compiled_it_is_one_operator():
+def test_it_compiles_to_one_operator():
     tensors, (begins, place) = inputs(40, 40), choices(40, 40, 3)
 
     def call(q, k, v):
@@ -171,7 +171,7 @@ def test_compiled_it_is_one_operator():
         torch.testing.assert_close(mine, expected)
 
 
-def test_no_rows_and_no_queries_are_fine():
+def test_empty_batches_and_queries_are_supported():
     tensors = inputs(20, 20)
     begins, place = choices(20, 20, 3)
     none = [x[:0] for x in tensors]

@@ -1,4 +1,4 @@
-"""What residuals of several streams have in common."""
+"""Properties that all residuals with several streams share."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ COLD = "must be at least 1e-06"
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(section, residual, output):
+def test_invalid_configs_are_refused_in_one_line(section, residual, output):
     with pytest.raises(UserError) as refused:
         ModelConfig.from_dict(section(residual=residual))
     assert output in str(refused.value)
@@ -35,7 +35,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(section, residual, output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_model_compiles_and_says_the_same(kind, section, ids):
+def test_the_whole_model_compiles_with_equal_outputs(kind, section, ids):
     torch.manual_seed(0)
     lm = LM(ModelConfig.from_dict(section(depth=1, residual={"kind": kind})))
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Surprise against autograd with a copy of the weights for every token: properties M."""
+"""Surprise against autograd with separate copies of the weights for every token (promises M)."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_M1_M2_surprise_and_gradients_are_those_of_a_copy_of_the_weights_per_token(kind):
+def test_M1_M2_surprise_and_gradients_equal_a_copy_of_the_weights_per_token(kind):
     feed, x = made(**KINDS[kind]), tokens()
     found = hear(feed, x)
     choice = feed.gate(x)
@@ -84,13 +84,13 @@ def test_M1_in_float32():
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_M3_surprise_is_as_large_as_the_loss_is():
+def test_M3_surprise_scales_with_the_loss():
     x = tokens()
     one, scaled = (hear(made(), x, scale).surprise_NE for scale in (1.0, 65536.0))
     torch.testing.assert_close(scaled, 65536.0 * one, rtol=1e-12, atol=0)
 
 
-def test_M4_hooks_on_the_linears_of_each_expert_find_the_same():
+def test_M4_hooks_on_the_linear_layers_of_each_expert_agree():
     """The slow way: x and dy of every linear, in a model of separate experts."""
     feed, x = made(combine="sum"), tokens()
     expected = hear(feed, x).surprise_NE
@@ -120,7 +120,7 @@ def test_M4_hooks_on_the_linears_of_each_expert_find_the_same():
     torch.testing.assert_close(expected, squared.sqrt(), rtol=1e-12, atol=1e-15)
 
 
-def test_M5_finite_differences_of_a_copy():
+def test_M5_finite_differences_of_a_copy_agree():
     feed, x = made(), tokens()
     found = hear(feed, x)
     choice = feed.gate(x)
@@ -141,7 +141,7 @@ def test_M5_finite_differences_of_a_copy():
     assert squared**0.5 == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_M7_the_gradient_of_an_expert_s_output_only_tells_its_weight():
+def test_M7_the_gradient_of_an_experts_output_gives_only_its_weight():
     """Why surprise is of weights: |dL/dy_te| = c_te |g_t|, the same order in every token."""
     feed, x = made(), tokens()
     choice = feed.gate(x)
@@ -156,7 +156,7 @@ def test_M7_the_gradient_of_an_expert_s_output_only_tells_its_weight():
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_the_closed_form_says_what_backward_received_and_more(activation):
+def test_the_closed_form_equals_the_probes_and_covers_other_experts(activation):
     feed, x = made(activation=activation, candidates="all"), tokens()
     found = hear(feed, x)
     experts = feed.experts
@@ -175,7 +175,7 @@ def test_the_closed_form_says_what_backward_received_and_more(activation):
     torch.testing.assert_close(surprise, squared.sqrt(), rtol=1e-12, atol=1e-15)
 
 
-def test_nothing_is_received_where_the_losses_were_left_out():
+def test_no_probes_are_collected_without_the_losses():
     feed = made()
     out = feed(tokens()[None], CTX)
     causal_loss(out.y[0]).backward()
@@ -183,7 +183,7 @@ def test_nothing_is_received_where_the_losses_were_left_out():
     assert feed.after_backward(out.grad_probes) == {}
 
 
-def test_listening_changes_no_output():
+def test_probes_change_no_output():
     feed, x = made(), tokens()[None]
     assert torch.equal(feed(x, CTX).y, feed.eval()(x, CTX).y)
 
@@ -224,7 +224,7 @@ def test_M9_checkpointing_changes_neither_masks_nor_surprise_nor_gradients(half,
         assert torch.equal(value, found[1][name]), name
 
 
-def test_M9_a_recomputation_that_would_decide_otherwise_is_not_requested(ids, monkeypatch):
+def test_M9_the_selection_is_not_recomputed(ids, monkeypatch):
     expected = probed(model(), ids)
     lm, calls = model(), []
     lm.activation_checkpointing = True

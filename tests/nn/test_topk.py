@@ -47,7 +47,7 @@ def answered(feed, x):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", CASES)
-def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
+def test_G5_outputs_and_gradients_equal_a_dense_masked_sum(case, segments):
     feed, x = build(**CASES[case]), draw(ROWS, TOKENS, DIM).requires_grad_()
     real = torch.ones(ROWS, TOKENS, dtype=torch.bool) if segments is None else segments >= 0
     dy = draw(ROWS, TOKENS, DIM, seed=2) * real[..., None]
@@ -63,7 +63,7 @@ def test_G5_it_is_every_expert_masked_and_so_are_its_gradients(case, segments):
 
 
 @pytest.mark.parametrize("name", ["switch", "sequence", "squared"])
-def test_A6_balance_losses_and_their_gradients_are_their_formulas(name):
+def test_A6_balance_losses_and_their_gradients_equal_their_formulas(name):
     feed = build(experts=5, top_k=2, balance=name, balance_weight=0.3, z_weight=0.2).train()
     x, real = draw(ROWS, TOKENS, DIM), SEGMENTS >= 0
     out = feed(x, context(SEGMENTS))
@@ -87,7 +87,7 @@ def test_A6_balance_losses_and_their_gradients_are_their_formulas(name):
     assert found[0].abs().max() > 1e-4
 
 
-def test_the_switch_loss_is_that_of_transformers_layer_by_layer():
+def test_the_switch_loss_equals_transformers_layer_by_layer():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     feed, x = build(experts=5, top_k=2, balance_weight=1.0).train(), draw(ROWS, TOKENS, DIM)
@@ -98,7 +98,7 @@ def test_the_switch_loss_is_that_of_transformers_layer_by_layer():
         same(feed(x, context(segments)).losses["balance"].float(), theirs, 1e-6)
 
 
-def test_entropy_is_added_up_over_tokens():
+def test_entropy_is_summed_over_tokens():
     feed, x = build(experts=5, top_k=2), draw(ROWS, TOKENS, DIM)
     real = (SEGMENTS >= 0).flatten()
     probabilities = answered(feed, x.flatten(0, 1))[1][real]
@@ -106,7 +106,7 @@ def test_entropy_is_added_up_over_tokens():
     same(feed(x, context(SEGMENTS)).stats["entropy"], expected.detach())
 
 
-def test_balance_is_at_its_floor_when_every_expert_gets_the_same():
+def test_balance_losses_are_minimal_for_equal_loads():
     """K for `switch`, 1 for `sequence`, 0 for `squared`; more where one expert gets all."""
     even = torch.full((1, 6, 3), 1 / 3)
     turns = torch.tensor([[[0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0]]])
@@ -119,7 +119,7 @@ def test_balance_is_at_its_floor_when_every_expert_gets_the_same():
         assert loss(crowd, same_two, everyone) > floor + 0.1
 
 
-def test_G8_nothing_but_padding_has_no_loss_and_no_load():
+def test_G8_a_batch_of_padding_has_no_loss_and_no_load():
     feed = build(experts=5, top_k=2, z_weight=1.0).train()
     for name in ("switch", "sequence", "squared"):
         feed.config = TopKMoE(hidden_dim=HIDDEN, experts=5, balance=name, z_weight=1.0)
@@ -132,13 +132,13 @@ def test_G8_nothing_but_padding_has_no_loss_and_no_load():
         assert x.grad.isfinite().all()
 
 
-def test_losses_are_for_training():
+def test_losses_exist_in_training_only():
     assert not build(experts=4).eval()(draw(ROWS, TOKENS, DIM), context()).losses
     silent = build(experts=4, balance="none").train()
     assert not silent(draw(ROWS, TOKENS, DIM), context()).losses
 
 
-def test_C1_the_gate_learns_from_the_task_at_k_1():
+def test_C1_the_router_has_a_task_gradient_at_k_1():
     """Renormalised to 1, a single weight has no gradient."""
     feed, x = build(experts=4, top_k=1), draw(ROWS, TOKENS, DIM)
     feed(x, context()).y.square().sum().backward()
@@ -146,7 +146,7 @@ def test_C1_the_gate_learns_from_the_task_at_k_1():
     assert feed.router.weight.grad.abs().max() > 1e-3
 
 
-def test_equal_scores_go_to_the_first_experts():
+def test_equal_scores_select_the_first_experts():
     feed = build(experts=5, top_k=2)
     with torch.no_grad():
         feed.router.weight.zero_()
@@ -154,7 +154,7 @@ def test_equal_scores_go_to_the_first_experts():
     assert load.tolist() == [ROWS * TOKENS] * 2 + [0] * 3
 
 
-def test_G7_permuted_experts_give_the_same_with_permuted_loads():
+def test_G7_permuted_experts_give_equal_outputs_with_permuted_loads():
     feed, other = (
         build(experts=5, top_k=2, n_shared_experts=1),
         build(experts=5, top_k=2, n_shared_experts=1),
@@ -169,7 +169,7 @@ def test_G7_permuted_experts_give_the_same_with_permuted_loads():
     assert two.stats["load"].tolist() == one.stats["load"][order].tolist()
 
 
-def test_all_experts_chosen_is_their_weighted_sum():
+def test_selecting_all_experts_gives_their_weighted_sum():
     feed, x = build(experts=3, top_k=3, norm_topk_prob=False), draw(4, DIM)
     stacks = feed.experts
     shares = (x @ feed.router.weight.T).softmax(-1)
@@ -210,7 +210,7 @@ def assert_alike(block, feed):
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
-def test_it_is_qwen3s_block(norm_topk_prob):
+def test_it_equals_the_moe_block_of_qwen3(norm_topk_prob):
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -225,7 +225,7 @@ def test_it_is_qwen3s_block(norm_topk_prob):
     assert_alike(theirs_with_our_weights(Qwen3MoeSparseMoeBlock(config), feed), feed)
 
 
-def test_it_is_mixtrals_block():
+def test_it_equals_the_moe_block_of_mixtral():
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -241,7 +241,7 @@ def small(**feed):
     return section
 
 
-def test_weights_have_their_roles_and_the_inactive_are_counted():
+def test_weights_have_roles_and_inactive_parameters_are_counted():
     lm = LM(ModelConfig.from_dict(small(kind="topk_moe", experts=4, top_k=1, n_shared_experts=1)))
     roles = {name: role for role, group in partition(lm).items() for name, _ in group}
     assert roles["blocks.0.feed.router.weight"] == "router"
@@ -269,14 +269,14 @@ def test_weights_have_their_roles_and_the_inactive_are_counted():
         ({"topk": 2}, "topk"),
     ],
 )
-def test_bad_input_is_one_clear_line(keys, message):
+def test_invalid_keys_give_one_line(keys, message):
     with pytest.raises(UserError, match=message) as caught:
         ModelConfig.from_dict(small(kind="topk_moe", **keys))
     assert "\n" not in str(caught.value)
 
 
 def test_training_on_random_tokens_stays_at_ln_v():
-    """A routed model that does better on noise has seen what it is to say."""
+    """A routed model with a lower loss on random tokens would see its targets."""
     torch.manual_seed(0)
     config = small(kind="topk_moe", experts=4, top_k=1)
     lm = LM(ModelConfig.from_dict(config)).train()

@@ -1,4 +1,4 @@
-"""Re-birth of experts that never fire: properties R, on a gate with weights beside it."""
+"""Re-initialisation of dead experts (promises R), on a router with weights."""
 
 import copy
 import math
@@ -62,13 +62,13 @@ def test_R1_exactly_the_dead_rows_change():
     assert part.gate.window.newborn.tolist() == [e in (1, 4) for e in range(E)]
 
 
-def test_newborn_weights_are_drawn_as_at_first():
+def test_reset_weights_have_the_initial_distribution():
     part = Part(dead=tuple(range(E)))
     window(part)
     assert part.up.std().item() == pytest.approx(0.5, rel=0.1)
 
 
-def test_R2_where_no_expert_is_dead_only_counters_move():
+def test_R2_without_dead_experts_only_counters_change():
     part = Part()
     before = weights(part)
     assert window(part) == [[], [], []]
@@ -80,7 +80,7 @@ def test_R2_where_no_expert_is_dead_only_counters_move():
     assert not counters.newborn.any()
 
 
-def test_R3_a_planted_dead_expert_is_found_and_fires_where_none_did():
+def test_R3_a_planted_dead_expert_is_found_and_selected_for_unrouted_tokens():
     part = Part(dead=(2,))
     direction = draw(9, 1)[0]
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_R3_a_planted_dead_expert_is_found_and_fires_where_none_did():
     assert cosine > 0.9
 
 
-def test_prototypes_point_away_from_the_living_where_no_token_was_left_over():
+def test_prototypes_are_orthogonal_to_live_ones_without_unrouted_tokens():
     part = Part(dead=(1, 4), fallback="none")
     for index in range(INTERVAL):
         x = draw(index, 200)
@@ -108,7 +108,7 @@ def test_prototypes_point_away_from_the_living_where_no_token_was_left_over():
     torch.testing.assert_close(similar, torch.eye(E), rtol=0, atol=1e-6)
 
 
-def test_where_there_is_no_room_for_another_direction_any_will_do():
+def test_without_an_orthogonal_direction_a_random_one_is_used():
     part = Part(dead=(3,), experts=D + 2)
     part.up, part.down = (
         nn.Parameter(torch.randn(D + 2, *p.shape[1:])) for p in (part.up, part.down)
@@ -117,7 +117,7 @@ def test_where_there_is_no_room_for_another_direction_any_will_do():
     assert part.gate.prototypes[3].norm().item() == pytest.approx(math.sqrt(D))
 
 
-def test_R4_same_history_same_newborns_and_training_s_random_numbers_are_left_alone():
+def test_R4_equal_histories_give_equal_resets_and_global_random_state_is_unchanged():
     state = torch.get_rng_state()
     found = []
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_R4_same_history_same_newborns_and_training_s_random_numbers_are_left_al
     torch.set_rng_state(state)
 
 
-def test_newborns_of_the_next_window_are_others():
+def test_resets_of_the_next_window_differ():
     part = Part(dead=(1,))
     window(part)
     first = part.up[1].detach().clone()
@@ -165,7 +165,7 @@ def test_a_window_without_tokens_resets_no_expert():
     assert all(torch.equal(value, before[name]) for name, value in part.named_parameters())
 
 
-def test_R7_a_copy_in_the_middle_of_a_window_does_the_same():
+def test_R7_a_copy_in_the_middle_of_a_window_gives_the_same_reset():
     part = Part(dead=(1, 4))
     part.step(draw(0))
     twin = Part()
@@ -183,7 +183,7 @@ def test_R7_a_copy_in_the_middle_of_a_window_does_the_same():
         assert torch.equal(value, others[name]), name
 
 
-def test_never_means_never():
+def test_reset_interval_null_never_resets():
     part = Part(dead=(1,), reset_interval=None)
     before = weights(part)
     assert window(part) + window(part) == [[]] * (2 * INTERVAL)

@@ -1,4 +1,4 @@
-"""Adapters of models whose experts are chosen by gates, under autocast, as they are trained."""
+"""LoRA of models with routers, under autocast, as they are trained."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def stir(lm: LM) -> None:
 
 @pytest.mark.parametrize("targets", ["all", "*"])
 @every_feed
-def test_with_B_zero_and_switched_off_it_is_the_base_to_the_bit(kind, targets):
+def test_with_B_zero_or_disabled_it_equals_the_base_to_the_bit(kind, targets):
     lm = made(kind)
     base = half(lm, IDS)
     lora.add_adapters(lm, LoRA(targets=targets, rank=2))
@@ -58,7 +58,7 @@ def test_with_B_zero_and_switched_off_it_is_the_base_to_the_bit(kind, targets):
 
 
 @linear_gates
-def test_an_adapted_gate_keeps_its_precision_and_says_what_the_merged_one_says(kind):
+def test_an_adapted_router_keeps_its_precision_and_equals_the_merged_one(kind):
     lm = made(kind)
     lora.add_adapters(lm, LoRA(targets="router", rank=2))
     router, x = lm.blocks[0].feed.router, torch.randn(5, 64)
@@ -80,8 +80,8 @@ def test_an_adapted_gate_keeps_its_precision_and_says_what_the_merged_one_says(k
 
 
 @every_feed
-def test_merged_gates_choose_as_adapted_ones_did(kind):
-    """Beside them, layers of bf16 are rounded otherwise."""
+def test_merged_routers_select_the_same_experts_as_adapted_ones(kind):
+    """Other layers are in bf16 and round differently."""
     lm = made(kind)
     lora.add_adapters(lm, LoRA(targets="all", rank=2))
     stir(lm)
@@ -97,7 +97,7 @@ def test_merged_gates_choose_as_adapted_ones_did(kind):
 
 
 @linear_gates
-def test_an_adapted_gate_learns(kind):
+def test_an_adapted_router_has_a_gradient(kind):
     lm = made(kind).train()
     lora.add_adapters(lm, LoRA(targets="router", rank=2))
     stir(lm)
@@ -111,7 +111,7 @@ def test_an_adapted_gate_learns(kind):
 
 
 @linear_gates
-def test_dropout_acts_on_what_A_sees_in_training_only(kind):
+def test_dropout_acts_on_the_input_of_A_in_training_only(kind):
     lm = made(kind)
     lora.add_adapters(lm, LoRA(targets="router", rank=2, dropout=0.5))
     router, x = lm.blocks[0].feed.router, torch.randn(5, 64)

@@ -1,4 +1,4 @@
-"""Which tensors are trained: what patterns name, and nothing else."""
+"""Trainable parameters: exactly those that patterns name."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def names(lm):
     return {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
 
 
-def test_everything_is_trained_where_nothing_is_output():
+def test_all_parameters_are_trainable_by_default():
     lm = LM(ModelConfig.from_dict(MODEL))
     assert names(lm) == {name for name, _ in lm.named_parameters()}
     assert count_parameters(lm) == (lm.parameter_count(), 0)
 
 
-def test_a_pattern_names_modules_with_all_inside_and_single_tensors():
+def test_a_pattern_names_modules_or_single_tensors():
     lm = model("blocks.*.feed", "blocks.1.feed_norm.weight", "norm")
     inside = {name for name, _ in lm.named_parameters() if ".feed." in name}
     assert names(lm) == inside | {"blocks.1.feed_norm.weight", "norm.weight"}
@@ -42,13 +42,13 @@ def test_a_pattern_names_modules_with_all_inside_and_single_tensors():
     )
 
 
-def test_frozen_tensors_have_no_gradient_and_what_lies_below_them_has():
+def test_frozen_tensors_have_no_gradient_but_earlier_layers_do():
     lm = model("blocks.0.feed")
     lm(torch.arange(8)[None]).logits.sum().backward()
     assert {name for name, p in lm.named_parameters() if p.grad is not None} == names(lm)
 
 
-def test_it_builds_without_memory_and_survives_a_change_of_dtype():
+def test_it_builds_on_the_meta_device_and_survives_a_change_of_dtype():
     with torch.device("meta"):
         shape = model("blocks.*.feed")
     assert names(shape) == names(model("blocks.*.feed").to(torch.bfloat16))
@@ -70,7 +70,7 @@ def test_a_frozen_base_of_dyn_lora_stays_frozen():
 
 
 @pytest.mark.parametrize("trained", ["*", "blocks.*.mixer"])
-def test_a_gate_that_is_frozen_learns_nothing_from_surprise(trained):
+def test_a_frozen_router_has_no_surprise_gradient(trained):
     feed = {"kind": "dyn_moe", "experts": 4, "hidden_dim": 8, "router_grad": "smk"}
     lm = model(trained, pattern=[LAYER | {"feed_forward": feed}]).train()
     out = lm(torch.arange(8)[None])
@@ -79,7 +79,7 @@ def test_a_gate_that_is_frozen_learns_nothing_from_surprise(trained):
     assert all((block.feed.gate.prototypes.grad is None) == (trained != "*") for block in lm.blocks)
 
 
-def test_patterns_that_name_nothing_are_refused_in_one_line():
+def test_patterns_without_a_match_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"model.trainable: 'bloks.\*.feed' names no tensor"):
         model("bloks.*.feed")
     with pytest.raises(UserError, match="trainable must name at least one tensor"):
@@ -133,7 +133,7 @@ FREEZE = {
 
 @pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("way", FREEZE)
-def test_what_is_frozen_is_neither_reinitialised_anew_nor_balanced(kind, way):
+def test_frozen_routers_are_neither_reinitialised_nor_balanced(kind, way):
     """Else adapters would be written beside a base that is no longer the one they were made for."""
     torch.manual_seed(0)
     lm = model("*", pattern=[LAYER | GATED[kind]])
@@ -143,7 +143,7 @@ def test_what_is_frozen_is_neither_reinitialised_anew_nor_balanced(kind, way):
     assert bool(changed) == (way == "nothing"), changed
 
 
-def test_experts_are_reinitialised_where_the_rest_of_the_model_is_frozen():
+def test_experts_are_reinitialised_if_the_rest_of_the_model_is_frozen():
     lm = model("blocks.*.feed", pattern=[LAYER | GATED["dyn_moe"]])
     before, after = after_a_step(lm)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

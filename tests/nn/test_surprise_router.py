@@ -1,4 +1,4 @@
-"""Routers that learn from surprise, SMK and SML: properties M-6, M-8, M-10, M-12."""
+"""Routers trained by surprise, SMK and SML (promises M6, M8, M10, M12)."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("guard", [False, True])
-def test_M6_a_joint_step_is_two_separate_ones(loss, guard):
+def test_M6_a_joint_step_equals_two_separate_steps(loss, guard):
     """The main loss gives the gate nothing, the router's loss gives experts and x nothing, and
     together they are the sum of both.
     """
@@ -143,7 +143,7 @@ def test_the_gradient_scales_with_the_trainer_s_factor():
         torch.testing.assert_close(grads[1][name], 4096 * value, rtol=1e-9, atol=1e-12)
 
 
-def test_the_losses_by_their_definitions():
+def test_losses_equal_their_definitions():
     surprise = torch.tensor([[3.0, 1.0, 2.0], [5.0, 9.0, 7.0], [1.0, 1.0, 1.0]]).double()
     known = torch.tensor([[True, True, True], [False, True, True], [False, False, False]])
     logits = torch.tensor([[0.1, 0.2, 0.3], [9.0, 0.5, 0.4], [1.0, 2.0, 3.0]]).double()
@@ -163,7 +163,7 @@ def test_the_losses_by_their_definitions():
     torch.testing.assert_close(slope[0], (first.exp().detach() - q) / 2)
 
 
-def test_ties_go_to_the_smaller_index_and_no_candidates_lose_nothing():
+def test_ties_go_to_the_smaller_index_and_no_candidates_give_zero_loss():
     logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     equal = torch.full((1, 3), 0.3, dtype=torch.float64) + torch.tensor([1e-15, 0, -1e-15])
     everyone = torch.ones(1, 3, dtype=torch.bool)
@@ -259,7 +259,7 @@ def dark(guard: bool, room: str, whisper: float, newborn: tuple[int, ...] = ()):
 
 @rooms
 @whispers
-def test_M10_silent_experts_win_every_token(room, whisper):
+def test_M10_inactive_experts_win_every_token_without_the_guard(room, whisper):
     first, last, moved, stats = dark(False, room, whisper)
     assert stats["inactive_fraction"] == stats["compared"] > 0
     assert last > 0.95
@@ -269,7 +269,7 @@ def test_M10_silent_experts_win_every_token(room, whisper):
 
 @rooms
 @whispers
-def test_M10_the_guard_leaves_them_out_and_still_reports_them(room, whisper):
+def test_M10_the_guard_excludes_and_reports_them(room, whisper):
     first, last, moved, stats = dark(True, room, whisper)
     assert stats["inactive_fraction"] == stats["compared"] == 32
     assert last < first + 0.05
@@ -278,7 +278,7 @@ def test_M10_the_guard_leaves_them_out_and_still_reports_them(room, whisper):
 
 
 @pytest.mark.parametrize("guard", [False, True])
-def test_M10_newborns_do_not_make_silence_usual(guard):
+def test_M10_reset_experts_do_not_lower_the_usual_norm(guard):
     """Three say nothing yet, beside one that never will and one that speaks."""
     first, last, moved, stats = dark(guard, "1 of 5", 0.0, newborn=(0, 1, 3))
     assert stats["inactive_fraction"] == stats["compared"] > 0
@@ -295,7 +295,7 @@ def test_M10_where_all_are_inactive_none_is_preferred():
     assert stats["inactive_fraction"] == stats["compared"] > 0
 
 
-def test_what_is_usual_is_what_half_of_all_is_output_in():
+def test_the_usual_norm_is_the_weighted_median():
     def of(*sizes: float) -> float:
         return weighted_median(torch.tensor(sizes).double()).item()
 
@@ -311,7 +311,7 @@ def test_what_is_usual_is_what_half_of_all_is_output_in():
     assert 0.5 <= above < 0.502
 
 
-def test_the_report_by_its_definitions():
+def test_statistics_equal_their_definitions():
     feed = made()
     out, stats = step(feed, tokens())
     found = collect_probes(out.grad_probes)
@@ -327,13 +327,13 @@ def test_the_report_by_its_definitions():
     assert stats["inactive_fraction"] == 0
 
 
-def test_surprise_over_the_gradient_has_no_unit():
+def test_surprise_divided_by_the_gradient_is_scale_free():
     reports = [step(made(), tokens(), scale)[1] for scale in (1.0, 1000.0)]
     for name in ("surprise", "surprise_norm_corr", "router_loss"):
         torch.testing.assert_close(reports[0][name], reports[1][name])
 
 
-def test_newborns_sit_out():
+def test_reset_experts_are_no_candidates():
     feed = made()
     with torch.no_grad():
         feed.gate.window.newborn[1] = True
@@ -347,7 +347,7 @@ def test_newborns_sit_out():
 
 
 @pytest.mark.parametrize("candidates", ["all", "active+r"])
-def test_newborns_are_not_requested_either(candidates):
+def test_reset_experts_are_no_extra_candidates(candidates):
     feed = made(candidates=candidates)
     with torch.no_grad():
         feed.gate.window.newborn[1] = True
@@ -361,7 +361,7 @@ def test_newborns_are_not_requested_either(candidates):
 
 
 @pytest.mark.parametrize("candidates", ["all", "active+r"])
-def test_other_candidates_are_requested_what_they_would_have_changed(candidates):
+def test_surprise_of_extra_candidates_equals_autograd(candidates):
     """With g held fixed, by autograd with the expert's own weights."""
     feed = made(candidates=candidates, extra_candidates=2)
     torch.manual_seed(5)
@@ -444,7 +444,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @every_way
-def test_no_weights_per_token_are_made_or_kept(way):
+def test_no_weights_per_token_are_created(way):
     """An expert has 3 x 6 x 8 numbers; of a pair of token and expert there are never more than 8,
     neither in what waits for the backward pass nor on the way.
     """
@@ -488,7 +488,7 @@ def test_one_backward_pass_is_enough(way, monkeypatch):
         out.y.sum().backward()
 
 
-def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
+def test_without_enough_tokens_there_is_no_gradient_and_no_error():
     for fallback in ("top1", "none"):
         feed = made(fallback=fallback, sdl_weight=0.0)
         with torch.no_grad():
@@ -519,6 +519,6 @@ def test_without_enough_tokens_nothing_is_learned_and_nothing_breaks():
         ({"target_active": 33}, "target_active=33.0 must be above 0 and at most experts=32"),
     ],
 )
-def test_keys_that_make_no_sense_are_refused(keys, message):
+def test_invalid_keys_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         parse(DynMoE, {"kind": "dyn_moe", "experts": 32, "hidden_dim": 96} | keys, "feed_forward")

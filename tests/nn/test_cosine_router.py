@@ -1,4 +1,4 @@
-"""The gate of thresholds and its sparse-diversity loss: properties G and S."""
+"""The cosine router and its sparsity and diversity loss (promises G and S)."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_G1_decision_does_not_depend_on_lengths_or_temperature():
         assert torch.equal(paper[routed], expected[routed])
 
 
-def test_G2_straight_through_value_is_the_decision_to_the_bit():
+def test_G2_the_straight_through_value_equals_the_decision_to_the_bit():
     gate = made(combine="sum")
     choice = gate(draw(N, D))
     assert choice.weight_NE.requires_grad
@@ -84,7 +84,7 @@ def test_G3_weights_and_their_gradient(combine):
     torch.testing.assert_close(found, slope, rtol=1e-12, atol=1e-12)
 
 
-def test_G4_an_expert_that_never_fires_has_no_gradient():
+def test_G4_an_expert_that_is_never_selected_has_no_gradient():
     gate, x = made(), draw(N, D)
     with torch.no_grad():
         gate.thresholds[3] = 2.0
@@ -97,7 +97,7 @@ def test_G4_an_expert_that_never_fires_has_no_gradient():
         assert (parameter.grad[:3] != 0).any()
 
 
-def test_G6_half_of_the_experts_fire_at_first():
+def test_G6_half_of_the_experts_are_selected_at_initialisation():
     gate = made(experts=32, dim=64, stirred=False)
     x = draw(4000, 64)
     load = gate(x).stats["load"].sum() / 4000
@@ -107,13 +107,13 @@ def test_G6_half_of_the_experts_fire_at_first():
     torch.testing.assert_close(unit, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_more_experts_than_dimensions_have_prototypes_of_one_length():
+def test_prototypes_have_equal_lengths_with_more_experts_than_dimensions():
     lengths = made(experts=40, stirred=False).prototypes.norm(dim=-1)
     expected = torch.full_like(lengths, math.sqrt(D))
     torch.testing.assert_close(lengths, expected, rtol=0, atol=1e-5)
 
 
-def test_a_step_of_adam_turns_prototypes_by_about_its_rate():
+def test_a_step_of_adam_rotates_prototypes_by_about_its_rate():
     """Of unit length they would turn by sqrt(D) times as much: routes would not stand still long
     enough for experts to learn theirs (LOG.md).
     """
@@ -150,7 +150,7 @@ def test_G8_padding_is_neither_routed_nor_counted():
     assert found.stats["tokens"] == valid.sum()
 
 
-def test_G9_half_precision_inputs_decide_alike_away_from_the_boundary():
+def test_G9_half_precision_inputs_give_the_same_decisions_away_from_the_boundary():
     gate, x = made(), draw(N, D)
     u = gate.margins(x)
     clear = u.abs() > 1e-2
@@ -163,7 +163,7 @@ def test_G9_half_precision_inputs_decide_alike_away_from_the_boundary():
         assert torch.equal(above_threshold(found)[clear], above_threshold(u)[clear])
 
 
-def test_casts_leave_prototypes_and_thresholds_as_exact_as_they_are():
+def test_casts_do_not_round_prototypes_and_thresholds():
     """Rounded, they would choose others."""
     gate = made().float()
     before = {name: value.detach().clone() for name, value in gate.named_parameters()}
@@ -179,7 +179,7 @@ def test_casts_leave_prototypes_and_thresholds_as_exact_as_they_are():
     assert gate.to("meta").prototypes.is_meta
 
 
-def test_a_cosine_of_zero_does_not_fire_however_it_is_rounded():
+def test_a_cosine_of_zero_does_not_exceed_the_threshold_for_any_rounding():
     gate = made(stirred=False)
     x = draw(N, D)
     away = x - x @ gate.prototypes[2:3].T * gate.prototypes[2:3] / gate.prototypes[2].norm() ** 2
@@ -223,7 +223,7 @@ def test_other_fallbacks():
         assert choice.stats["fallback"] == N
 
 
-def test_where_it_does_not_learn_its_weights_are_constants():
+def test_without_a_task_gradient_weights_are_constants():
     gate, x = made(), draw(N, D).requires_grad_()
     choice = gate(x, differentiable=False)
     assert not choice.weight_NE.requires_grad
@@ -231,7 +231,7 @@ def test_where_it_does_not_learn_its_weights_are_constants():
     assert torch.equal(choice.weight_NE, gate(x).weight_NE)
 
 
-def test_losses_are_for_training():
+def test_losses_exist_in_training_only():
     gate, x = made(), draw(N, D)
     assert gate.eval()(x).losses == {}
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_S2_optimised_diversity_attains_the_welch_bound(experts, bound):
 
 
 @pytest.mark.parametrize(("target", "sign"), [(1.0, -1), (7.5, 1)])
-def test_S3_thresholds_rise_where_too_many_fire_and_fall_where_too_few(target, sign):
+def test_S3_thresholds_rise_with_too_many_active_experts_and_fall_with_too_few(target, sign):
     gate, x = made(target_active=target), draw(N, D)
     assert 1 < gate(x).mask_NE.sum(-1).double().mean() < 7.5
     gate(x).losses["sdl"].backward()
@@ -299,7 +299,7 @@ def test_S4_the_loss_reaches_prototypes_and_thresholds_only():
         assert (parameter.grad.reshape(E, -1) != 0).any(-1).all()
 
 
-def test_S5_gradient_of_sparsity_is_that_of_its_surrogate():
+def test_S5_the_gradient_of_sparsity_is_that_of_its_surrogate():
     """Finite differences of the mean of sigmoids, times the outer slope at the hard mean."""
     target = 3.0
     gate, x = made(target_active=target, sdl_weight=1.0), draw(N, D)
@@ -335,6 +335,6 @@ def test_the_original_loss_is_diversity_plus_simplicity():
         ({"reset_interval": 0}, "reset_interval=0 must be at least 1, or null"),
     ],
 )
-def test_keys_that_make_no_sense_are_refused(keys, message):
+def test_invalid_keys_are_refused(keys, message):
     with pytest.raises(Exception, match=message):
         parse(CosineRouterConfig, {"experts": E} | keys, "gate")
