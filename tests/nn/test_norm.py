@@ -119,5 +119,5 @@ def test_frozen_weights_get_no_gradient_but_inputs_do():
     assert x.grad.isfinite().all()
 
 
-def test_wide_is_at_least_float32():
+def test_statistics_are_at_least_float32():
     assert [at_least_fp32(dtype) for dtype in DTYPES] == [torch.float32] * 3 + [torch.float64]

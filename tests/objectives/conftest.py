@@ -1,4 +1,4 @@
-"""Small models whose weights are all stirred, so that answers differ."""
+"""Small models with random weights, so that completions differ."""
 
 import copy
 from collections.abc import Callable

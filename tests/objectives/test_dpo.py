@@ -1,4 +1,4 @@
-"""The DPO family: its formulas against other people's, and what training with them must keep."""
+"""Preference losses against reference implementations, and invariants of training with them."""
 
 import math
 from dataclasses import replace
@@ -94,7 +94,7 @@ def test_dpo_equals_liger(four):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, two, strict=True))
 
 
-def test_dpo_is_the_formula_of_the_paper(four):
+def test_dpo_equals_the_formula_of_the_paper(four):
     pc, pr, rc, rr = (t.detach() for t in four)
     loss, _, _ = dpo_loss(pc, pr, rc, rr, 0.2)
     expected = [
@@ -104,14 +104,14 @@ def test_dpo_is_the_formula_of_the_paper(four):
     assert loss.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_label_smoothing_mixes_in_the_exchanged_sides(four):
+def test_label_smoothing_mixes_with_the_loss_of_exchanged_sides(four):
     pc, pr, rc, rr = four
     smooth, _, _ = dpo_loss(pc, pr, rc, rr, 0.5, 0.2)
     expected = 0.8 * dpo_loss(pc, pr, rc, rr, 0.5)[0] + 0.2 * dpo_loss(pr, pc, rr, rc, 0.5)[0]
     assert torch.allclose(smooth, expected, atol=1e-12)
 
 
-def test_rewards_carry_no_gradient(four, means):
+def test_rewards_have_no_gradient(four, means):
     for found in (
         dpo_loss(*four, 0.1),
         ipo_loss(*four, 0.1),
@@ -134,7 +134,7 @@ def test_simpo_equals_liger(means):
     assert torch.allclose(chosen, expected[1], atol=1e-12)
 
 
-def test_orpo_is_liger_plus_the_likelihood_of_the_chosen(means):
+def test_orpo_equals_liger_plus_the_likelihood_of_the_chosen(means):
     module = pytest.importorskip("liger_kernel.chunked_loss.orpo_loss")
     oracle = module.LigerFusedLinearORPOFunction.preference_loss_fn
     loss, _, _ = orpo_loss(*means, 0.4)
@@ -142,7 +142,7 @@ def test_orpo_is_liger_plus_the_likelihood_of_the_chosen(means):
     assert torch.allclose(loss.mean(), expected, atol=1e-12)
 
 
-def test_orpo_of_a_certain_answer_is_finite():
+def test_orpo_of_a_completion_with_probability_one_is_finite():
     mean = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     loss, _, _ = orpo_loss(mean, mean - 1, 0.4)
     loss.sum().backward()
@@ -164,7 +164,7 @@ def test_kto_equals_liger(four):
     assert torch.allclose(rejected.sum(), expected[2], atol=1e-12)
 
 
-def test_ipo_is_least_where_the_summed_margin_is_one_over_two_beta():
+def test_ipo_is_minimal_at_a_summed_margin_of_one_over_two_beta():
     ratio = torch.linspace(-10, 10, 401, dtype=torch.float64)
     zero = torch.zeros_like(ratio)
     loss, _, _ = ipo_loss(ratio, zero, zero, zero, 0.1)
@@ -191,7 +191,7 @@ def test_dpo_starts_at_exactly_ln_2_under_autocast(batch, precision):
     assert loss.total.item() == -logsigmoid(torch.zeros(PAIRS)).sum().item()
 
 
-def test_the_reference_gets_the_same_bits_as_the_policy_and_keeps_no_graph(batch):
+def test_the_reference_is_bit_equal_to_the_policy_and_stores_no_graph(batch):
     policy = tiny().float().train()
     with reference_model(policy, frozen().float()) as lm:
         scored, _ = pair_logprobs(lm, batch)
@@ -201,13 +201,13 @@ def test_the_reference_gets_the_same_bits_as_the_policy_and_keeps_no_graph(batch
     assert output.chosen.requires_grad
 
 
-def test_ipo_and_kto_start_where_their_formulas_say(batch):
+def test_ipo_and_kto_start_at_the_values_of_their_formulas(batch):
     policy, frozen_model = tiny(), frozen()
     assert built("ipo", frozen_model, beta=0.1).loss(policy, batch).total.item() == PAIRS * 25.0
     assert built("kto", frozen_model).loss(policy, batch).total.item() == PAIRS * 1.0
 
 
-def test_sums_are_those_of_the_whole_logits_over_the_answers_alone(batch):
+def test_logprob_sums_cover_exactly_the_completions(batch):
     policy = tiny()
     found, _ = pair_logprobs(policy, batch)
     logits = policy(batch.ids, batch.positions, batch.segments).logits
@@ -239,7 +239,7 @@ def test_masked_positions_get_exactly_zero_gradient(loss, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_chunked_loss_and_gradient_equal_the_whole(loss, batch, monkeypatch):
+def test_chunked_loss_and_gradient_equal_the_unchunked(loss, batch, monkeypatch):
     policy, objective = tiny(), built(loss, frozen(1))
     whole, expected = gradients(objective, policy, batch)
     monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 120)
@@ -250,7 +250,7 @@ def test_chunked_loss_and_gradient_equal_the_whole(loss, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_T4_splitting_a_batch_changes_nothing(loss, batch):
+def test_T4_splitting_a_batch_changes_no_result(loss, batch):
     policy, objective = tiny(), built(loss, frozen(1))
     whole, expected = gradients(objective, policy, batch)
     policy.zero_grad()
@@ -263,7 +263,7 @@ def test_T4_splitting_a_batch_changes_nothing(loss, batch):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
-def test_padding_changes_nothing(batch):
+def test_padding_changes_no_result(batch):
     policy, objective = tiny(), built(frozen_model=frozen(1))
     wider = Batch(
         *(
@@ -289,13 +289,13 @@ def test_a_step_down_the_gradient_raises_the_margin(loss, batch):
     assert after.metrics["margin"].total.item() > before.metrics["margin"].total.item()
 
 
-def test_losses_without_a_reference_ask_for_none():
+def test_losses_without_a_reference_load_no_reference():
     assert DPO(loss="simpo").frozen_models() == DPO(loss="orpo").frozen_models() == {}
     assert DPO().frozen_models() == {"reference": None}
     assert DPO(loss="ipo", reference="runs/x").frozen_models() == {"reference": "runs/x"}
 
 
-def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
+def test_kto_uses_the_drift_of_the_previous_step_and_at_least_zero(batch):
     objective = built("kto", frozen(1))
     means = objective.loss(tiny(), batch).metrics["drift"]
     mean = float(means.total / means.count)
@@ -323,11 +323,11 @@ def test_kto_remembers_the_drift_of_the_step_before_and_never_below_zero(batch):
         ({"loss": "hinge"}, "loss"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, output):
+def test_invalid_settings_are_refused(settings, output):
     with pytest.raises(UserError, match=output):
         parse(ObjectiveConfig, {"kind": "dpo", **settings})
 
 
-def test_replace_keeps_a_config_checked():
+def test_replace_validates_a_config():
     with pytest.raises(ValueError, match="beta"):
         replace(DPO(), beta=-1.0)

@@ -1,4 +1,4 @@
-"""EAVI: excursions, alignment, and what teacher forcing has in common with it."""
+"""EAVI: excursions, alignment, and its relation to teacher forcing."""
 
 import math
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def gradients(lm: LM, loss):
     return {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
 
 
-def test_the_answer_is_the_last_run_of_learned_targets():
+def test_the_answer_is_the_last_run_of_targets():
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1], [1] * 8]).bool()
     span = last_answer_span(mask)
     assert span.opener_B.tolist() == [4, 7, 0]
@@ -105,7 +105,7 @@ def test_the_answer_is_the_last_run_of_learned_targets():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
+def test_E1_an_excursion_equals_one_parallel_forward_after_it(lm, hard):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     output = excursion(lm, batch.ids, span, temperature=0.7, hard=hard)
@@ -129,7 +129,7 @@ def test_E1_an_excursion_says_what_one_parallel_forward_says_after_it(lm, hard):
             assert not output[row, count:].any()
 
 
-def test_E2_an_excursion_that_says_the_truth_is_teacher_forcing_to_the_bit(lm):
+def test_E2_an_excursion_equal_to_the_truth_is_teacher_forcing_to_the_bit(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     found = ready().loss_given_excursion(lm, batch, span, one_hot(batch, span))
@@ -151,7 +151,7 @@ def frozen_loss(lm, batch, span, output):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_is_the_formula_row_by_row(small, share):
+def test_the_loss_equals_the_formula_row_by_row(small, share):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(every=False)
     span = last_answer_span(batch.mask)
@@ -167,7 +167,7 @@ def test_the_loss_is_the_formula_row_by_row(small, share):
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mixer.q_proj.weight", "embed.weight"])
-def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, name):
+def test_E3_the_gradient_treats_the_excursion_as_constant(small, name):
     """The bias that the docstring tells of, seen by finite differences; of the tied embedding, by
     which what was said is read, too.
     """
@@ -198,7 +198,7 @@ def test_E3_the_gradient_is_that_with_the_excursion_frozen_and_no_other(small, n
     assert abs(difference(output) - exact) > 1e-3 * abs(exact)
 
 
-def test_E4_an_excursion_has_no_graph_and_keeps_modes_and_random_state(lm):
+def test_E4_an_excursion_has_no_graph_and_restores_modes_and_random_state(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     lm.train()
@@ -224,7 +224,7 @@ def most_bytes(call: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in events))
 
 
-def test_E4_an_excursions_memory_is_flat_in_its_length_apart_from_caches_and_answers(lm):
+def test_E4_memory_does_not_grow_with_the_excursion_except_caches_and_answers(lm):
     ids = torch.randint(VOCAB, (4, 20 + 64), generator=torch.Generator().manual_seed(0))
 
     def beside(length: int) -> int:
@@ -238,7 +238,7 @@ def test_E4_an_excursions_memory_is_flat_in_its_length_apart_from_caches_and_ans
     assert abs(beside(64) - beside(4)) < 1000
 
 
-def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursion(small):
+def test_E4_an_excursion_has_no_dropout_and_draws_no_random_numbers(small):
     dropout = {"dropout": {"residual": 0.3, "embedding": 0.3, "attention": 0.3}}
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]], **dropout).train()
     batch = batch_of()
@@ -257,7 +257,7 @@ def test_E4_an_excursion_knows_no_dropout_and_the_training_generator_no_excursio
     assert torch.equal(*drawn)
 
 
-def test_E5_an_excursion_knows_of_the_answer_but_its_length(lm):
+def test_E5_an_excursion_uses_only_the_length_of_the_answer(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     ids = batch.ids.clone()
@@ -311,7 +311,7 @@ def test_E6_a_model_that_copies_its_last_token_is_worse_than_chance(objective):
     assert float(total) == pytest.approx(0, abs=1e-4)
 
 
-def test_E7_the_taught_rows_are_a_step_of_teacher_forcing(lm):
+def test_E7_the_teacher_forced_rows_are_an_ordinary_step(lm):
     batch = batch_of()
     teacher = SFT(reads="answers").build()
     alone = teacher.loss(lm.eval(), batch)
@@ -328,7 +328,7 @@ def test_E7_the_taught_rows_are_a_step_of_teacher_forcing(lm):
     torch.testing.assert_close(reported.total, expected, rtol=1e-12, atol=0)
 
 
-def test_outputs_of_demonstrations_count_once_whatever_the_share(small):
+def test_outputs_of_demonstrations_count_once_for_any_alignment_weight(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     every, last = batch_of(every=True), batch_of(every=False)
     reported = []
@@ -340,7 +340,7 @@ def test_outputs_of_demonstrations_count_once_whatever_the_share(small):
     assert ready().units(every) == every.mask.sum() > ready().units(last)
 
 
-def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
+def test_auxiliary_losses_are_added_once_over_both_kinds_of_rows(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["minutes"]]).train()
     batch = batch_of()
     span = last_answer_span(batch.mask)
@@ -358,7 +358,7 @@ def test_the_routers_losses_are_added_once_over_both_kinds_of_rows(small):
     assert tokens[0] == 2 * (batch.segments >= 0).sum()
 
 
-def test_answers_shaped_as_their_inputs_are_reported_apart(small):
+def test_answers_with_the_shape_of_their_inputs_are_reported_separately(small):
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of(("recolour", "count", "fill", "tile"))
     found = ready(alignment_weight=1.0).loss(lm, batch).metrics
@@ -374,7 +374,7 @@ def test_answers_shaped_as_their_inputs_are_reported_apart(small):
     assert none.count == none.total == 0
 
 
-def test_rows_do_not_depend_on_what_else_is_in_the_batch(lm):
+def test_rows_do_not_depend_on_the_other_rows_of_the_batch(lm):
     """T4: sums over micro-batches are the sum over the batch."""
     lm.eval()
     batch = batch_of()
@@ -385,8 +385,10 @@ def test_rows_do_not_depend_on_what_else_is_in_the_batch(lm):
         torch.testing.assert_close(summed, gradient, rtol=1e-8, atol=1e-9)
 
 
-def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
-    """T11: on a few tasks, alignment falls as teacher forcing does, and hard answers come right."""
+def test_training_reduces_the_alignment_loss_and_answers_become_correct(small):
+    """T11: on a few tasks, the alignment loss falls with that of teacher forcing, and hard
+    excursions become correct.
+    """
     layer = {"mixer": GQA, "feed_forward": SWIGLU}
     torch.manual_seed(0)
     lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[layer]).train()
@@ -416,12 +418,12 @@ def test_a_policy_that_learns_comes_to_say_the_truth_itself(small):
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_names_it(settings, output):
+def test_an_invalid_setting_gives_one_line_with_its_name(settings, output):
     with pytest.raises(ValueError, match=output):
         replace(EAVI(), **settings)
 
 
-def test_a_one_hot_row_reads_as_its_ids_do_in_half_precision_too(small):
+def test_a_one_hot_row_equals_its_ids_in_half_precision_too(small):
     lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[MODELS["dense"]]).eval()
     ids = batch_of().ids
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -430,7 +432,7 @@ def test_a_one_hot_row_reads_as_its_ids_do_in_half_precision_too(small):
     assert torch.equal(read.hidden, mixed.hidden)
 
 
-def test_a_whole_step_in_half_precision_teaches_as_teacher_forcing_does(small):
+def test_a_step_in_half_precision_equals_teacher_forcing(small):
     lm = small(dtype=torch.float32, vocab_size=VOCAB, pattern=[MODELS["dense"]])
     batch = batch_of()
     with torch.autocast("cpu", torch.bfloat16):

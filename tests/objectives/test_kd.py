@@ -1,4 +1,4 @@
-"""Divergences against direct sums and trl's, in chunks as in the whole."""
+"""Divergences against direct sums and TRL, chunked and unchunked."""
 
 import math
 
@@ -37,7 +37,7 @@ def direct(student, teacher, beta, temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("beta", BETAS)
-def test_value_and_gradient_are_those_of_the_direct_sum(beta, temperature, pair):
+def test_value_and_gradient_equal_the_direct_sum(beta, temperature, pair):
     student, teacher, mask = pair
     found = generalized_jsd(student, teacher, mask, beta, temperature)
     expected = direct(student, teacher.detach(), beta, temperature)[mask].mean()
@@ -48,7 +48,7 @@ def test_value_and_gradient_are_those_of_the_direct_sum(beta, temperature, pair)
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_generalized_jsd_is_trls(beta, pair, monkeypatch):
+def test_generalized_jsd_equals_trl(beta, pair, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer
     student, teacher, mask = pair
@@ -64,7 +64,7 @@ def test_generalized_jsd_is_trls(beta, pair, monkeypatch):
         assert torch.allclose(one, two, atol=1e-12)
 
 
-def test_kd_loss_is_the_forward_kl_times_the_square_of_the_temperature(pair):
+def test_kd_loss_equals_the_forward_kl_times_the_squared_temperature(pair):
     student, teacher, mask = pair
     found = kd_loss(student, teacher, mask, 2.5)
     assert torch.allclose(found, 2.5**2 * generalized_jsd(student, teacher, mask, 0.0, 2.5))
@@ -76,7 +76,7 @@ def test_kd_loss_is_the_forward_kl_times_the_square_of_the_temperature(pair):
     assert torch.allclose(found, 6.25 * expected, atol=1e-12)
 
 
-def test_a_float_mask_makes_a_weighted_mean(pair):
+def test_a_float_mask_gives_a_weighted_mean(pair):
     student, teacher, mask = pair
     weights = mask * torch.rand(2, 7, dtype=torch.float64)
     each = direct(student, teacher, 0.0, 1.0)
@@ -103,7 +103,7 @@ def test_only_the_student_gets_a_gradient_and_masked_positions_exactly_none(pair
     assert bool((student.grad[mask] != 0).any(-1).all())
 
 
-def test_what_stands_at_masked_positions_does_not_matter(pair):
+def test_values_at_masked_positions_have_no_effect(pair):
     student, teacher, mask = pair
     spoilt = torch.where(mask[..., None], student.detach(), math.nan).requires_grad_()
     loss = generalized_jsd(spoilt, teacher, mask, 0.5, 1.0)
@@ -112,7 +112,7 @@ def test_what_stands_at_masked_positions_does_not_matter(pair):
     assert bool((spoilt.grad[~mask] == 0).all())
 
 
-def test_no_positions_at_all_are_zero(pair):
+def test_no_positions_give_zero(pair):
     student, teacher, mask = pair
     loss = kd_loss(student, teacher, mask & False, 2.0)
     loss.backward()
@@ -121,7 +121,7 @@ def test_no_positions_at_all_are_zero(pair):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_logits_far_apart_stay_finite(beta):
+def test_very_different_logits_give_finite_values(beta):
     student = torch.tensor([[[200.0, 0.0, -300.0]]], requires_grad=True)
     teacher = torch.tensor([[[-300.0, 0.0, 200.0]]])
     loss = generalized_jsd(student, teacher, torch.ones(1, 1), beta, 1.0)
@@ -130,7 +130,7 @@ def test_logits_far_apart_stay_finite(beta):
     assert bool(torch.isfinite(student.grad).all())
 
 
-def test_half_precision_logits_are_scored_in_float32(pair):
+def test_half_precision_logits_are_computed_in_float32(pair):
     student, teacher, mask = (part.detach() for part in pair)
     low = generalized_jsd(student.bfloat16(), teacher.bfloat16(), mask, 0.5, 1.0)
     rounded = (student.bfloat16().double(), teacher.bfloat16().double())
@@ -138,7 +138,7 @@ def test_half_precision_logits_are_scored_in_float32(pair):
     assert torch.allclose(low.double(), generalized_jsd(*rounded, mask, 0.5, 1.0), atol=1e-6)
 
 
-def test_bad_numbers_and_shapes_are_refused_in_one_line(pair):
+def test_invalid_values_and_shapes_are_refused_in_one_line(pair):
     student, teacher, mask = pair
     with pytest.raises(ValueError, match=r"beta=1\.5 must be from 0 to 1"):
         generalized_jsd(student, teacher, mask, 1.5, 1.0)
@@ -168,7 +168,7 @@ def heads(monkeypatch):
 
 @pytest.mark.parametrize("hard", [0.0, 0.4])
 @pytest.mark.parametrize("beta", BETAS)
-def test_chunked_sum_and_gradients_equal_the_whole(beta, hard, heads):
+def test_chunked_sum_and_gradients_equal_the_unchunked(beta, hard, heads):
     student, teacher, targets, weights = heads
     total, seen = summed_divergence(
         student, teacher, targets, weights, DistillWeights(beta, 1.7, 2.0, hard)
@@ -187,7 +187,7 @@ def test_chunked_sum_and_gradients_equal_the_whole(beta, hard, heads):
         assert torch.allclose(one, two, atol=1e-10)
 
 
-def test_nothing_of_tokens_by_vocabulary_waits_for_the_backward_pass(heads):
+def test_no_tensor_of_tokens_by_vocabulary_is_saved_for_backward(heads):
     saved = []
 
     def pack(tensor):
@@ -217,7 +217,7 @@ def objective(teacher, **keys):
 @pytest.mark.parametrize(
     "keys", [{}, {"loss": "reverse"}, {"loss": "jsd", "beta": 0.2}, {"temperature": 2.0}]
 )
-def test_a_student_that_is_its_teacher_learns_nothing(keys, small):
+def test_a_student_equal_to_its_teacher_has_no_gradient(keys, small):
     """Up to the last bits in which attention with and without gradients differs."""
     student = small()
     loss = objective(small(), **keys).loss(student, batch(torch.ones(2, 12, dtype=torch.bool)))
@@ -226,7 +226,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(keys, small):
     assert all(bool((p.grad.abs() < 1e-12).all()) for p in student.parameters())
 
 
-def test_the_objective_is_kd_loss_and_cross_entropy_over_the_targets_that_count(small):
+def test_the_objective_is_kd_loss_and_cross_entropy_over_masked_in_targets(small):
     student, teacher = small(), small(dim=48, depth=1)
     mask = torch.rand(2, 12) > 0.5
     requested = objective(teacher, temperature=1.5, ce_weight=0.5)
@@ -245,7 +245,7 @@ def test_the_objective_is_kd_loss_and_cross_entropy_over_the_targets_that_count(
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_teacher_and_student_run_in_one_precision_and_the_teacher_without_gradients(small):
+def test_teacher_and_student_run_in_the_same_precision_and_the_teacher_without_gradients(small):
     student, teacher = small(dtype=torch.float32), small(dtype=torch.float32)
     seen = []
     for lm in (teacher, student):
@@ -282,7 +282,7 @@ def test_splitting_a_batch_changes_no_gradient(small):
         ({"teacher": "x", "teacher_weights": "int4"}, "teacher_weights"),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(keys, output):
+def test_invalid_settings_are_refused_in_one_line(keys, output):
     with pytest.raises(Exception, match=output) as refused:
         parse(ObjectiveConfig, {"kind": "kd"} | keys, "objective")
     assert "\n" not in str(refused.value)

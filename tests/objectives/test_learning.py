@@ -125,7 +125,7 @@ def school(tmp_path, monkeypatch):
     return lambda seed: School(tmp_path, seed)
 
 
-def test_T11_grpo_raises_accuracy_on_held_back_sums(school):
+def test_T11_grpo_raises_accuracy_on_validation_sums(school):
     one = school(0)
     start = one.taught()
     before = one.accuracy(start)

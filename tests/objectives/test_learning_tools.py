@@ -37,7 +37,7 @@ def exam(run: Path, practice: RunConfig, place: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_T11_grpo_learns_to_ask_a_calculator_instead_of_guessing(root, tmp_path, monkeypatch):
+def test_T11_grpo_learns_to_call_a_calculator_instead_of_guessing(root, tmp_path, monkeypatch):
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
     start = train(load(root / "recipes/tiny/tools_sft.yaml"), "start")
     practice = load(root / "recipes/tiny/tools.yaml", [f"init_from={start}"])

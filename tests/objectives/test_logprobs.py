@@ -27,7 +27,7 @@ def whole(hidden, targets, weights, head):
     return (nll * weights.flatten()).sum()
 
 
-def test_sum_and_gradients_equal_the_whole(case):
+def test_chunked_sum_and_gradients_equal_the_unchunked(case):
     hidden, targets, weights, head = case
     found = torch.autograd.grad(
         3 * logprobs.summed_nll(hidden, targets, weights, head), [hidden, head.weight]
@@ -45,7 +45,7 @@ def test_masked_positions_get_exactly_zero_gradient(case):
     assert bool((grad[weights != 0] != 0).any(-1).all())
 
 
-def test_a_batch_without_units_is_zero_and_has_zero_gradient(case):
+def test_a_batch_without_targets_has_zero_loss_and_gradient(case):
     hidden, targets, weights, head = case
     total = logprobs.summed_nll(hidden, targets, weights * 0, head)
     total.backward()
@@ -55,7 +55,7 @@ def test_a_batch_without_units_is_zero_and_has_zero_gradient(case):
     assert bool((head.weight.grad == 0).all())
 
 
-def test_nothing_of_tokens_by_vocabulary_is_kept_for_the_backward_pass(case):
+def test_no_tensor_of_tokens_by_vocabulary_is_saved_for_backward(case):
     saved = []
 
     def pack(tensor):
@@ -67,7 +67,7 @@ def test_nothing_of_tokens_by_vocabulary_is_kept_for_the_backward_pass(case):
     assert max(saved) <= max(case[0].numel(), case[3].weight.numel())
 
 
-def test_a_frozen_head_has_no_gradient_and_none_is_made(case):
+def test_no_gradient_is_computed_for_a_frozen_head(case):
     hidden, _, _, head = case
     (expected,) = torch.autograd.grad(logprobs.summed_nll(*case), [hidden])
     head.requires_grad_(False)
@@ -139,7 +139,7 @@ def whole_logprobs(hidden, ids, mask, head, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_and_their_gradients_equal_the_whole(case, temperature):
+def test_chunked_logprobs_and_gradients_equal_the_unchunked(case, temperature):
     hidden, ids, weights, head = case
     mask, upstream = weights > 0, torch.randn(2, 20, dtype=torch.float64)
     found = logprobs.target_logprobs(hidden, ids, mask, head, temperature)
@@ -153,14 +153,14 @@ def test_chunked_logprobs_and_their_gradients_equal_the_whole(case, temperature)
     assert bool((found[~mask] == 0).all())
 
 
-def test_chunked_logprobs_of_nothing_are_zero_and_have_zero_gradient(case):
+def test_chunked_logprobs_without_tokens_are_zero_with_zero_gradient(case):
     hidden, ids, weights, head = case
     logprobs.target_logprobs(hidden, ids, weights * 0, head).sum().backward()
     assert bool((hidden.grad == 0).all())
     assert bool((head.weight.grad == 0).all())
 
 
-def test_nothing_of_tokens_by_vocabulary_is_kept_for_chunked_logprobs(case):
+def test_chunked_logprobs_save_no_tensor_of_tokens_by_vocabulary(case):
     hidden, ids, weights, head = case
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -211,13 +211,13 @@ def test_E_grad_k1_is_zero(policies):
     assert float(expected_gradient(*policies, "k1").abs().max()) < 1e-12
 
 
-def test_E_grad_k2_is_that_of_reverse_kl(policies):
+def test_E_grad_k2_is_the_gradient_of_reverse_kl(policies):
     (exact,) = torch.autograd.grad(divergence(*policies), policies[0])
     assert float(exact.abs().max()) > 0.01
     assert torch.allclose(expected_gradient(*policies, "k2"), exact, atol=1e-12)
 
 
-def test_E_grad_k3_is_that_of_forward_kl(policies):
+def test_E_grad_k3_is_the_gradient_of_forward_kl(policies):
     (exact,) = torch.autograd.grad(divergence(*reversed(policies)), policies[0])
     assert float(exact.abs().max()) > 0.01
     assert torch.allclose(expected_gradient(*policies, "k3"), exact, atol=1e-12)

@@ -1,4 +1,6 @@
-"""Students that answer: what is sampled, what the teacher reads, and the ramp between."""
+"""On-policy distillation: sampled completions, teacher prompts, and the ramp of the on-policy
+fraction.
+"""
 
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_the_ramp_goes_from_begin_to_end():
     assert LinearRamp().at(0) == 1
 
 
-def test_own_answers_come_as_often_as_the_ramp_says(made):
+def test_the_fraction_of_own_completions_follows_the_ramp(made):
     share = LinearRamp(begin=0.5, end=0.5)
     drawn = [bool(example.sampled.all()) for example in batches(made, 40, on_policy_fraction=share)]
     assert 10 <= sum(drawn) <= 30
@@ -78,21 +80,21 @@ def test_own_answers_come_as_often_as_the_ramp_says(made):
     )
 
 
-def test_answers_of_the_data_are_whole_and_end_their_turn(made, tokenizer):
+def test_answers_of_the_data_are_complete_with_end_of_turn(made, tokenizer):
     (example,) = batches(made, 1, on_policy_fraction=LinearRamp(begin=0, end=0))
     output = example.student.targets[1][example.student.mask[1]].tolist()
     assert tokenizer.decode(output) == "it is 1<|im_end|>"
     assert example.sampled.tolist() == [False] * 4
 
 
-def test_a_prompt_without_an_answer_is_always_answered_by_the_student(made):
+def test_the_student_completes_prompts_without_an_answer(made):
     _, example = batches(made, 2, on_policy_fraction=LinearRamp(begin=0, end=0))
     assert example.sampled.tolist() == [True, False, False, False]
     assert bool(example.student.mask[0].any())
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_an_answer_of_the_data_ends_where_the_students_context_does(positions, tokenizer, small):
+def test_an_answer_of_the_data_is_truncated_to_the_students_context(positions, tokenizer, small):
     """The teacher has room for all of it, and the last prompt fills the student's context."""
     source = Prompts(tokenizer)
     room = len(source.prompt(3).ids)
@@ -113,13 +115,13 @@ def test_an_answer_of_the_data_ends_where_the_students_context_does(positions, t
     assert bool(torch.isfinite(objective.loss(student, example).total))
 
 
-def test_without_a_hint_both_read_the_same(made):
+def test_without_a_privileged_prompt_both_prompts_are_equal(made):
     (example,) = batches(made, 1)
     assert torch.equal(example.student.ids, example.teacher.ids)
     assert torch.equal(example.student.mask, example.teacher.mask)
 
 
-def test_only_the_teacher_reads_the_hint_and_both_the_same_answer(made, tokenizer):
+def test_only_the_teacher_gets_the_privileged_prompt_before_the_same_completion(made, tokenizer):
     (example,) = batches(made, 1, privileged_prompt="psst: {answer}, <|im_end|>!")
     for row in range(4):
         theirs = tokenizer.decode(example.teacher.ids[row].tolist())
@@ -133,7 +135,7 @@ def test_only_the_teacher_reads_the_hint_and_both_the_same_answer(made, tokenize
     assert int((example.teacher.ids[0] == tokenizer.end_of_turn).sum()) == 2
 
 
-def test_a_hint_joins_the_system_message_that_is_there(made, tokenizer):
+def test_a_privileged_prompt_is_appended_to_the_system_message(made, tokenizer):
     objective, _, _ = made(privileged_prompt="psst")
     record = {"system": "be kind", "prompt": "one?"}
     prompt = objective.teacher_prompt_ids(Prompt([], 0, None, record))
@@ -141,7 +143,7 @@ def test_a_hint_joins_the_system_message_that_is_there(made, tokenizer):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_loss_is_the_divergence_at_the_answers_tokens(beta, made):
+def test_the_loss_is_the_divergence_on_completion_tokens(beta, made):
     objective, student, feed = made(
         beta=beta, distill_temperature=1.3, privileged_prompt="it is {answer}", teacher={"dim": 48}
     )
@@ -159,7 +161,7 @@ def test_loss_is_the_divergence_at_the_answers_tokens(beta, made):
     assert any(bool((p.grad != 0).any()) for p in student.parameters())
 
 
-def test_a_teacher_that_is_the_student_and_knows_no_more_teaches_nothing(made):
+def test_a_teacher_equal_to_the_student_with_equal_prompts_gives_no_gradient(made):
     objective, student, feed = made()
     loss = objective.loss(student, next(objective.batches(feed, student)))
     loss.total.backward()
@@ -167,7 +169,7 @@ def test_a_teacher_that_is_the_student_and_knows_no_more_teaches_nothing(made):
     assert all(bool((p.grad.abs() < 1e-12).all()) for p in student.parameters())
 
 
-def test_two_ranks_answer_what_one_process_would(made):
+def test_two_ranks_generate_the_completions_of_one_process(made):
     whole = batches(made, 2)
     for rank in range(2):
         for one, part in zip(whole, batches(made, 2, world=2, rank=rank), strict=True):
@@ -177,13 +179,13 @@ def test_two_ranks_answer_what_one_process_would(made):
             assert torch.equal(rows.mask[:, :width], part.student.mask)
 
 
-def test_an_answer_that_does_not_fit_behind_the_teachers_prompt_is_cut_for_both(made):
+def test_a_completion_is_truncated_for_both_to_fit_after_the_teachers_prompt(made):
     for example in batches(made, 3, teacher={"max_seq_len": 60}, privileged_prompt="a long hint"):
         assert example.teacher.ids.shape[1] < 60
         assert torch.equal(example.student.mask.sum(1), example.teacher.mask.sum(1))
 
 
-def test_a_batch_without_answers_is_zero(made):
+def test_a_batch_without_completions_has_zero_loss(made):
     objective, student, feed = made(teacher={"max_seq_len": 1})
     example = next(objective.batches(feed, student))
     loss = objective.loss(student, example)
@@ -192,7 +194,7 @@ def test_a_batch_without_answers_is_zero(made):
     assert loss.total.item() == 0
 
 
-def test_sampling_leaves_global_randomness_and_the_students_mode_alone(made):
+def test_sampling_changes_no_global_random_state_and_no_mode(made):
     objective, student, feed = made()
     student.train()
     before = torch.get_rng_state()
@@ -210,7 +212,7 @@ def test_sampling_leaves_global_randomness_and_the_students_mode_alone(made):
         ({"on_policy_fraction": {"end": 1.5}}, r"end=1\.5 must be from 0 to 1"),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(keys, output):
+def test_invalid_settings_are_refused_in_one_line(keys, output):
     with pytest.raises(Exception, match=output) as refused:
         parse(ObjectiveConfig, {"kind": "on_policy_kd", "teacher": "x"} | keys, "objective")
     assert "\n" not in str(refused.value)

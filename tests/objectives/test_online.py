@@ -1,4 +1,4 @@
-"""Objectives that learn from their own answers: what a rollout becomes, part by part."""
+"""RL objectives (GRPO, PPO, SPO): rollouts, micro-batches, advantages, interruption."""
 
 import math
 from dataclasses import replace
@@ -41,7 +41,7 @@ def gradients(objective, lm, batch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_parameter_that_is_trained_gets_a_finite_gradient(name, small, ready):
+def test_every_trainable_parameter_gets_a_finite_gradient(name, small, ready):
     lm = small()
     objective = ready(CONFIGS[name], lm)
     batches = objective.batches(Prompts(), lm)
@@ -79,7 +79,7 @@ def test_stages_run_in_order_once_per_rollout_and_the_loss_once_per_minibatch(na
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parts_of_a_rollout_are_whole_groups_and_make_up_all_of_it(name, small, ready):
+def test_micro_batches_of_a_rollout_are_complete_groups_and_cover_it(name, small, ready):
     lm = small()
     config = CONFIGS[name]
     objective = ready(config, lm)
@@ -95,7 +95,7 @@ def test_parts_of_a_rollout_are_whole_groups_and_make_up_all_of_it(name, small, 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parts_and_their_sum_have_the_same_gradient(name, small, ready):
+def test_micro_batches_sum_to_the_gradient_of_the_rollout(name, small, ready):
     """T4: how a rollout was split into micro-batches changes nothing."""
     lm = small()
     objective = ready(CONFIGS[name], lm)
@@ -117,7 +117,7 @@ def test_parts_and_their_sum_have_the_same_gradient(name, small, ready):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_first_step_is_reinforce_whatever_the_precision_of_rollouts(name, small, ready):
+def test_the_first_step_is_reinforce_for_any_rollout_precision(name, small, ready):
     """The ratio to the policy that answered is 1."""
     lm = small()
     objective = ready(CONFIGS[name], lm)
@@ -131,7 +131,7 @@ def test_the_first_step_is_reinforce_whatever_the_precision_of_rollouts(name, sm
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_T2_a_rollout_in_hand_is_part_of_what_is_saved(name, small, ready):
+def test_T2_an_unfinished_rollout_is_saved(name, small, ready):
     lm = small()
     whole = ready(CONFIGS[name], lm)
     expected = list(islice(whole.batches(Prompts(), lm), 12))
@@ -148,7 +148,7 @@ def test_T2_a_rollout_in_hand_is_part_of_what_is_saved(name, small, ready):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(name, small, ready):
+def test_T7_a_stop_during_a_rollout_rewinds_to_the_start_of_the_step(name, small, ready):
     """The step had begun with the last part of one rollout, and had finished another."""
     lm = small()
     expected = list(islice(ready(CONFIGS[name], lm).batches(Prompts(), lm), 12))
@@ -174,7 +174,7 @@ def test_T7_a_stop_in_the_middle_of_a_rollout_rewinds_to_where_the_step_began(na
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_grpo_frozen_models_answers_against_their_group(small, ready):
+def test_grpo_compares_completions_with_their_group(small, ready):
     lm = small()
     objective = ready(CONFIGS["grpo"], lm)
     next(objective.batches(Prompts(), lm))
@@ -184,7 +184,7 @@ def test_grpo_frozen_models_answers_against_their_group(small, ready):
     assert expected.abs().sum() > 0
 
 
-def test_groups_that_teach_nothing_are_counted(small, ready):
+def test_groups_with_equal_rewards_are_counted(small, ready):
     lm = small()
     objective = ready(CONFIGS["grpo"], lm)
     objective.raw_rewards = lambda prompts, episodes: [
@@ -199,7 +199,7 @@ def test_groups_that_teach_nothing_are_counted(small, ready):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_answer_without_a_reward_is_left_out_and_counted(name, bad, small, ready):
+def test_a_completion_without_a_reward_is_excluded_and_counted(name, bad, small, ready):
     lm = small()
     objective = ready(CONFIGS[name], lm)
     objective.raw_rewards = lambda prompts, episodes: [bad, *liked(prompts, episodes)[1:]]
@@ -214,7 +214,7 @@ def test_an_answer_without_a_reward_is_left_out_and_counted(name, bad, small, re
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_rollout_without_any_reward_changes_nothing(name, small, ready):
+def test_a_rollout_without_any_reward_changes_no_parameter(name, small, ready):
     lm = small()
     objective = ready(CONFIGS[name], lm)
     objective.raw_rewards = lambda prompts, episodes: [math.nan] * len(prompts)
@@ -227,7 +227,7 @@ def test_a_rollout_without_any_reward_changes_nothing(name, small, ready):
 
 @pytest.mark.parametrize("room", [4, 3, 2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small, ready):
+def test_prompts_without_room_for_a_completion_cause_no_error(name, room, small, ready):
     """Prompts are of 2 to 4 tokens: of 4 the longest gets no answer, and of 2 none does."""
     lm = small()
     objective = ready(CONFIGS[name], lm)
@@ -244,7 +244,7 @@ def test_prompts_that_leave_no_room_for_an_answer_harm_nothing(name, room, small
         assert room > 2 or not batch.mask.any()
 
 
-def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
+def test_truncated_completions_may_be_masked_or_penalised(small, ready):
     lm = small()
     keep = ready(GRPO(num_generations=3, **SMALL), lm)
     drop = ready(GRPO(num_generations=3, mask_truncated=True, truncation_penalty=0.25, **SMALL), lm)
@@ -255,7 +255,7 @@ def test_truncated_answers_may_be_dropped_or_cost_something(small, ready):
     assert torch.allclose(dropped.rewards, kept.rewards - 0.25 * cut)
 
 
-def test_prompts_that_do_not_come_out_even_are_refused(small, ready):
+def test_prompt_counts_that_do_not_divide_evenly_are_refused(small, ready):
     lm = small()
     objective = ready(GRPO(num_generations=2, num_minibatches=3, **SMALL), lm)
     with pytest.raises(UserError, match=r"objective.num_minibatches: 3 must divide the 4 prompts"):
@@ -285,7 +285,7 @@ def test_values_out_of_range_are_refused_by_name(config, key, value):
 # PPO
 
 
-def test_ppo_reward_stands_at_the_last_token_and_the_divergence_at_every_one(small, ready):
+def test_ppo_has_the_reward_at_the_last_token_and_the_kl_at_every_token(small, ready):
     lm = small()
     objective = ready(PPO(kl_coef=0.3, gamma=0.9, lam=0.8, whiten=False, **SMALL), lm)
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_ppo_reward_stands_at_the_last_token_and_the_divergence_at_every_one(sma
     assert torch.allclose(rows.returns, returns, atol=1e-6)
 
 
-def test_the_value_baseline_never_sees_the_action_it_frozen_models(small, ready):
+def test_the_value_baseline_does_not_see_the_action_that_it_evaluates(small, ready):
     for config in (PPO(**SMALL), PPO(critic="model", **SMALL)):
         lm = small()
         objective = ready(config, lm)
@@ -320,7 +320,7 @@ def test_the_value_baseline_never_sees_the_action_it_frozen_models(small, ready)
         assert not torch.equal(before[row], after[row])
 
 
-def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, ready):
+def test_ppo_stops_early_without_a_step_and_continues_with_a_new_rollout(small, ready):
     lm = small()
     objective = ready(PPO(num_minibatches=2, num_epochs=3, target_kl=0.01, **SMALL), lm)
     feed = Prompts()
@@ -335,7 +335,7 @@ def test_ppo_stops_early_without_a_step_and_goes_on_with_a_new_rollout(small, re
     assert objective.minibatch_index == 1
 
 
-def test_rewards_go_to_the_last_token_of_what_was_output():
+def test_rewards_are_at_the_last_sampled_token():
     mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     found = rewards_at_last_token(torch.tensor([2.0, math.nan, 3.0]), mask)
     assert found.tolist() == [[0, 0, 0, 2, 0], [0] * 5, [3, 0, 0, 0, 0]]
@@ -354,7 +354,7 @@ def test_whitened_values_have_mean_0_and_deviation_1():
 # SPO
 
 
-def test_spo_frozen_models_an_answer_by_what_its_prompt_was_expected_to_earn_before(small, ready):
+def test_spo_compares_a_completion_with_the_previous_estimate_of_its_prompt(small, ready):
     lm = small()
     objective = ready(SPO(whiten=False, **SMALL), lm)
     feed, expected = Prompts(batch_size=10), objective.config.new_tracker()
@@ -371,7 +371,7 @@ def test_spo_frozen_models_an_answer_by_what_its_prompt_was_expected_to_earn_bef
         assert objective.tracker.state[number] == pytest.approx(pair, abs=1e-6)
 
 
-def test_spo_measures_the_policy_on_the_answer_it_gave_to_the_same_prompt(small, ready):
+def test_spo_measures_the_kl_on_the_previous_completion_of_the_same_prompt(small, ready):
     lm = small()
     objective = ready(SPO(**SMALL), lm)
     rows = next(objective.batches(Prompts(batch_size=10), lm))
@@ -384,7 +384,7 @@ def test_spo_measures_the_policy_on_the_answer_it_gave_to_the_same_prompt(small,
     assert found.tolist() == pytest.approx([float(expected[3]), 0.0, float(expected[7])], abs=1e-6)
 
 
-def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, ready):
+def test_spo_initialises_a_prompt_with_completions_without_gradient(small, ready):
     lm = small()
     objective = ready(SPO(warmup_samples=8, **SMALL), lm)
     batches = objective.batches(Prompts(batch_size=10), lm)
@@ -399,7 +399,7 @@ def test_spo_begins_a_prompt_with_answers_that_nothing_is_learned_from(small, re
     assert all(6 < sum(pair) < 11 for pair in objective.tracker.state.values())
 
 
-def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
+def test_spo_clips_rewards_to_their_bounds(small, ready):
     lm = small()
     objective = ready(SPO(reward_min=-3, reward_max=3, **SMALL), lm)
     rewards = torch.tensor([-5.0, -3.0, 0.0, 4.5, math.nan])
@@ -411,7 +411,9 @@ def test_spo_holds_rewards_between_the_lowest_and_the_highest(small, ready):
 # rewards
 
 
-def test_a_reward_that_fails_is_reported_with_its_row_and_its_answer_left_out(small, ready, capsys):
+def test_a_failed_reward_is_reported_with_its_prompt_and_its_completion_excluded(
+    small, ready, capsys
+):
     lm = small()
     objective = ready(GRPO(num_generations=3, **SMALL), lm)
     del objective.raw_rewards
@@ -451,7 +453,7 @@ def test_rewards_of_a_recipe_are_a_weighted_sum(small, ready):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_T3_a_rollout_of_two_processes_goes_on_in_one_and_back(name, small, ready):
+def test_T3_a_rollout_of_two_processes_continues_in_one_and_back(name, small, ready):
     lm = small()
     whole = ready(CONFIGS[name], lm)
     next(whole.batches(Prompts(), lm))

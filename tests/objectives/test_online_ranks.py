@@ -1,4 +1,4 @@
-"""Two gloo ranks, each with its share of the prompts, have the single process's gradients."""
+"""Two gloo ranks, each with its part of the prompts, have the gradients of a single process."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_T3_two_ranks_have_the_gradients_of_one_process(name, found):
     assert sum(bool(alone[key].any()) for key in named) > len(named) / 2
 
 
-def test_T3_what_spo_remembers_is_the_same_on_two_ranks(found):
+def test_T3_the_spo_tracker_is_equal_on_two_ranks(found):
     alone, both = found
     assert torch.allclose(both["tracker"], alone["tracker"], atol=1e-9)
     assert torch.equal(both["kept"], alone["kept"])

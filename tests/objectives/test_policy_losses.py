@@ -1,4 +1,4 @@
-"""Losses of PPO and GRPO against liger and plain loops, and what must hold of them anyway."""
+"""Policy losses against Liger, TRL and plain loops, and their invariants."""
 
 import itertools
 import math
@@ -101,7 +101,7 @@ def test_masked_positions_get_exactly_zero_gradient(loss, case):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_is_that_of_reinforce_where_old_is_new(loss, case):
+def test_the_gradient_is_that_of_reinforce_if_old_equals_new(loss, case):
     new, _, _, advantages, mask = case
     (found,) = torch.autograd.grad(
         grpo_loss(new, new.detach(), None, advantages, mask, **keywords(loss, kl_coef=0.0)), new
@@ -135,7 +135,7 @@ def test_group_advantages_use_the_population_deviation():
     assert group_advantages(torch.full((1, 3), 1 / 3)).tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_the_ratio_is_clipped_on_the_side_that_would_gain():
+def test_the_ratio_is_clipped_only_where_the_objective_would_increase():
     new = torch.log(torch.tensor([[1.5, 1.5, 0.5, 0.5]], dtype=torch.float64)).requires_grad_()
     old = torch.zeros(1, 4, dtype=torch.float64)
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_gae_equals_the_sum_of_its_definition(gamma, lam, case):
             assert bool((one[~each] == 0).all())
 
 
-def test_without_discount_and_lambda_1_the_advantage_is_reward_less_value(case):
+def test_with_gamma_and_lambda_1_the_advantage_is_return_minus_value(case):
     _, _, values, _, mask = case
     rewards = torch.zeros_like(values)
     rewards[torch.arange(6), (mask.sum(1) - 1).clamp(min=0)] = torch.arange(6).double()
@@ -245,7 +245,7 @@ def test_an_unknown_loss_is_refused(case):
         grpo_loss(new, old, reference, advantages, mask, **keywords("nope"))
 
 
-def test_a_bare_name_is_answered_with_what_to_write():
+def test_a_bare_name_is_refused_with_the_correct_syntax():
     with pytest.raises(UserError, match=r"^loss: write \{kind: dapo\}$"):
         parse(PolicyLoss, "dapo", "loss")
 
@@ -330,7 +330,7 @@ def trl_trainer(epsilon_low, epsilon_high):
     return trainer
 
 
-def test_whole_rewards_are_scored_like_others():
+def test_integer_rewards_are_treated_like_floats():
     assert torch.equal(
         group_advantages(torch.tensor([[1, 0, 0, 1]])),
         group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])),

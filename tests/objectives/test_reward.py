@@ -1,4 +1,4 @@
-"""The reward model: its loss, what it reads, and that it can be used as a reward."""
+"""Reward modeling: the loss, the tokens that the score reads, and use as a reward."""
 
 import math
 
@@ -56,7 +56,7 @@ def rows_of(batch):
     return [row[:length].tolist() for row, length in zip(batch.ids, LENGTHS, strict=True)]
 
 
-def test_the_loss_is_that_of_bradley_and_terry():
+def test_the_loss_equals_bradley_terry():
     chosen, rejected = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 3.0]).double()
     won = [1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(5.0))]
     found = bradley_terry_loss(chosen, rejected, 0.1)
@@ -71,7 +71,7 @@ def test_training_starts_at_exactly_ln_2(lm, objective, batch):
     assert loss.metrics["accuracy"].total.item() == 0
 
 
-def test_the_score_reads_the_last_token_of_the_answer_and_nothing_behind_it(lm, objective, batch):
+def test_the_score_reads_the_last_token_of_the_completion_and_no_padding(lm, objective, batch):
     with torch.no_grad():
         objective.head.weight.normal_()
     scores = objective.head(
@@ -88,7 +88,7 @@ def test_the_score_reads_the_last_token_of_the_answer_and_nothing_behind_it(lm, 
     assert abs(other.total.item() - loss.total.item()) > 1e-6
 
 
-def test_head_and_model_learn(lm, objective, batch):
+def test_head_and_model_have_gradients(lm, objective, batch):
     parameters = [*objective.parameters(), *lm.blocks.parameters()]
     optimizer = torch.optim.Adam(parameters, 0.01)
     for _ in range(10):
@@ -101,7 +101,7 @@ def test_head_and_model_learn(lm, objective, batch):
     assert after.metrics["accuracy"].total.item() == 2
 
 
-def test_T4_splitting_a_batch_changes_nothing(lm, objective, batch):
+def test_T4_splitting_a_batch_changes_no_result(lm, objective, batch):
     with torch.no_grad():
         objective.head.weight.normal_()
     whole = objective.loss(lm, batch).total
@@ -109,7 +109,7 @@ def test_T4_splitting_a_batch_changes_nothing(lm, objective, batch):
     assert torch.allclose(parts, whole, atol=1e-12)
 
 
-def test_a_scorer_gives_the_scores_that_training_saw(lm, objective, batch):
+def test_a_reward_model_gives_the_scores_of_training(lm, objective, batch):
     with torch.no_grad():
         objective.head.weight.normal_()
     scorer = RewardModel(lm.eval(), objective.head.weight.detach()).double()

@@ -1,4 +1,4 @@
-"""Rewards: what each is worth, and that none of them can end a run."""
+"""Reward functions: their values, and that a failing reward cannot end a run."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def requested(answer=None, number=0, **record):
         ("The green wood", "not the green wood", 0),
     ],
 )
-def test_an_exact_answer_is_right_or_wrong(answer, text, worth):
+def test_exact_match_is_one_or_zero(answer, text, worth):
     assert exact_match(requested(answer), text) == worth
 
 
@@ -62,7 +62,7 @@ def test_generated_tasks_are_checked_by_their_own_rule(name):
         assert exact_match(prompt, task.wrong_answer()) == 0
 
 
-def test_format_wants_one_span_of_each_in_order():
+def test_format_requires_one_span_of_each_in_order():
     good = "<think>\nwell\n</think>\n<answer>\n5\n</answer>"
     assert think_format(requested(), good) == 1
     for bad in (
@@ -78,7 +78,7 @@ def test_format_wants_one_span_of_each_in_order():
     assert think_format(requested(), "<think>well</think> 5") == 0.25
 
 
-def test_length_is_whole_within_its_bounds_and_falls_outside():
+def test_length_reward_is_one_within_bounds_and_falls_outside():
     worth = make_length_reward(10, 20)
     assert [worth(requested(), "x" * n) for n in (0, 5, 10, 20, 30, 40, 99)] == [
         0,
@@ -93,7 +93,7 @@ def test_length_is_whole_within_its_bounds_and_falls_outside():
         make_length_reward(5, 4)
 
 
-def test_repetition_costs():
+def test_repetition_reduces_distinct_ngrams():
     assert distinct_ngrams(requested(), "one two three four five") == 1
     assert distinct_ngrams(requested(), "a b c " * 20) == pytest.approx(3 / 58)
     assert distinct_ngrams(requested(), "too short") == 1
@@ -117,7 +117,7 @@ TESTS = ["assert double(2) == 4", "assert double(0) == 0"]
         ("x = [0] * 10**10", 0),
     ],
 )
-def test_unit_tests_are_passed_or_not_whatever_the_program_does(text, worth):
+def test_unit_tests_pass_or_fail_for_any_behaviour_of_the_program(text, worth):
     assert unit_tests(requested(test_list=TESTS), text, limits=SandboxLimits(seconds=5.0)) == worth
 
 
@@ -129,14 +129,14 @@ def test_unit_tests_are_passed_or_not_whatever_the_program_does(text, worth):
         "sys._getframe().f_code.co_consts",
     ],
 )
-def test_a_program_does_not_find_what_it_would_say_at_its_end(output):
-    """It would be a way to pass without passing."""
+def test_a_program_cannot_find_the_success_marker(output):
+    """Otherwise a program could pass without running the tests."""
     program = f"import os, re, sys\nsaid = str({output})\n"
     program += "print(*re.findall('[0-9a-f]{32}', said))\nos._exit(0)"
     assert unit_tests(requested(test_list=TESTS), program) == 0
 
 
-def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
+def test_failed_rewards_are_reported_and_replaced_by_the_fallback():
     def fails(prompt, text):
         if text == "raise":
             raise RuntimeError("no idea")
@@ -158,7 +158,7 @@ def test_rewards_that_fail_are_reported_counted_and_count_as_the_lowest():
     ]
 
 
-def test_rows_without_what_a_reward_needs_are_reported():
+def test_prompts_without_required_fields_are_reported():
     rules = [
         WeightedReward("exact", as_batch_reward(exact_match)),
         WeightedReward("tests", as_batch_reward(unit_tests)),
@@ -169,7 +169,7 @@ def test_rows_without_what_a_reward_needs_are_reported():
     assert "has no answer" in found.failures[0].reason
 
 
-def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
+def test_a_failing_batch_reward_fails_for_every_completion():
     def gone(answers):
         raise RuntimeError("no memory")
 
@@ -181,7 +181,7 @@ def test_a_panel_that_fails_as_a_whole_fails_for_every_answer():
 
 
 @pytest.mark.parametrize("given", [[1.0], [1.0] * 3, []], ids=len)
-def test_a_panel_that_gives_too_few_or_too_many_values_fails_for_every_answer(given):
+def test_a_batch_reward_with_a_wrong_number_of_values_fails_for_every_completion(given):
     found = score_responses(
         [WeightedReward("model", lambda answers: given)], [Response(requested(), "5")] * 2
     )
@@ -190,7 +190,7 @@ def test_a_panel_that_gives_too_few_or_too_many_values_fails_for_every_answer(gi
     assert found.failures[0].reason == f"ValueError: {len(given)} rewards for 2 completions"
 
 
-def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():
+def test_a_reward_that_exits_is_caught_and_ctrl_c_is_not():
     def leaves(prompt, text):
         raise SystemExit(3)
 
@@ -210,7 +210,7 @@ def test_a_reward_that_exits_ends_nothing_and_ctrl_c_does():
         )
 
 
-def test_a_classifier_that_is_nowhere_is_output_to_be():
+def test_a_missing_classifier_folder_is_reported():
     with pytest.raises(UserError, match=r"objective\.rewards: /nowhere: no such folder"):
         Classifier("/nowhere")
 
@@ -260,7 +260,7 @@ def test_a_sequence_classifier_gives_its_score(folder):
     assert found[1] == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_a_classifier_scores_alike_whatever_else_is_in_its_batch(folder):
+def test_classifier_scores_do_not_depend_on_the_batch(folder):
     answers = [Response(requested(), " ".join("1234567"[: 1 + n % 7])) for n in range(20)]
     alone = [Classifier(str(folder), batch_size=1)([answer])[0] for answer in answers[:7]]
     found = Classifier(str(folder), batch_size=6)(answers)
@@ -268,7 +268,7 @@ def test_a_classifier_scores_alike_whatever_else_is_in_its_batch(folder):
     assert len({round(score, 6) for score in found}) == 7
 
 
-def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words):
+def test_a_classifier_gives_nan_for_inputs_longer_than_its_positions(words):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}
     config = transformers.GPT2Config(**sizes, num_labels=1, pad_token_id=14)
@@ -290,7 +290,7 @@ def test_a_classifier_has_no_number_for_what_is_longer_than_its_positions(words)
         ("LlamaForSequenceClassification", {"vocab_size": 12, "pad_token_id": 0}, "more ids than"),
     ],
 )
-def test_what_is_no_reward_is_refused_in_one_line(kind, changed, output, words):
+def test_invalid_classifiers_are_refused_in_one_line(kind, changed, output, words):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**LLAMA | changed)
     getattr(transformers, kind)(config).save_pretrained(words)
@@ -302,7 +302,7 @@ def test_what_is_no_reward_is_refused_in_one_line(kind, changed, output, words):
 
 
 @pytest.mark.parametrize("torn", ["cut", "pickle"])
-def test_weights_that_are_torn_or_pickled_are_refused_in_one_line(torn, folder, tmp_path):
+def test_truncated_or_pickled_weights_are_refused_in_one_line(torn, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     weights = tmp_path / "copy" / "model.safetensors"
     if torn == "cut":

@@ -1,4 +1,4 @@
-"""Answers of the policy: the same however they are batched, and scored as they were drawn."""
+"""Rollouts: completions do not depend on batching, and have the log-probabilities of sampling."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def texts(episodes):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_answers_do_not_depend_on_how_rows_were_batched(mixer, temperature, small):
+def test_completions_do_not_depend_on_batching(mixer, temperature, small):
     lm = small(mixer)
     wanted = replace(LIMITS, temperature=temperature)
     together = texts(generate_rollouts(lm, PROMPTS, SEEDS, replace(wanted, batch_size=5)))
@@ -41,7 +41,7 @@ def test_answers_do_not_depend_on_how_rows_were_batched(mixer, temperature, smal
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_logprobs_are_those_of_the_sampled_tokens_at_the_sampling_temperature(mixer, small):
+def test_logprobs_are_of_the_sampled_tokens_at_the_sampling_temperature(mixer, small):
     lm = small(mixer)
     rows = collate(generate_rollouts(lm, PROMPTS, SEEDS, LIMITS), torch.device("cpu"))
     lm.eval()
@@ -65,7 +65,7 @@ def test_logprobs_under_autocast_are_those_of_its_precision(small):
     assert not torch.equal(rows.old_logprobs[:, 2], exact.old_logprobs[:, 2])
 
 
-def test_the_end_is_part_of_what_was_output_and_the_prompt_is_not(small):
+def test_completions_include_the_end_of_turn_and_not_the_prompt(small):
     episodes = generate_rollouts(small(), PROMPTS * 4, list(range(20)), LIMITS)
     finishes = {each.finish_reason for each in episodes}
     assert finishes == {"stop", "length"}
@@ -95,7 +95,7 @@ class Counted:
         self.positions += given[0].numel()
 
 
-def test_a_shared_prompt_is_taken_in_once(small):
+def test_a_shared_prompt_is_prefilled_once(small):
     lm = small()
     counted = Counted(lm)
     prompt = list(range(2, 22))
@@ -105,7 +105,7 @@ def test_a_shared_prompt_is_taken_in_once(small):
     assert counted.positions == 20 + 8 * (12 - 1)
 
 
-def test_a_row_that_is_over_makes_room_for_the_next_prompt(small):
+def test_a_finished_row_is_replaced_by_the_next_prompt(small):
     """Lengths differ by seed; in fixed batches every row would wait for its batch's longest."""
     lm = small()
     counted = Counted(lm)
@@ -119,7 +119,7 @@ def test_a_row_that_is_over_makes_room_for_the_next_prompt(small):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_as_before_and_nothing_has_a_gradient(training, small):
+def test_the_mode_is_restored_and_nothing_has_a_gradient(training, small):
     lm = small(dropout={"residual": 0.5}).train(training)
     first = generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)
     assert lm.training is training
@@ -127,7 +127,7 @@ def test_the_mode_is_as_before_and_nothing_has_a_gradient(training, small):
     assert all(parameter.grad is None for parameter in lm.parameters())
 
 
-def test_T7_a_stop_is_looked_for_between_tokens(small):
+def test_T7_a_stop_is_checked_between_tokens(small):
     lm, requested = small(), []
 
     def poll(busy: bool) -> bool:
@@ -142,8 +142,8 @@ def test_T7_a_stop_is_looked_for_between_tokens(small):
     assert requested == [True] * 5
 
 
-def test_who_is_done_waits_for_the_others(small):
-    """Under ranks everybody polls equally often: until nobody is busy."""
+def test_ranks_that_are_done_poll_until_all_are_done(small):
+    """With several ranks all poll equally often, until no rank is busy."""
     requested = []
 
     def poll(busy: bool) -> bool:
@@ -156,7 +156,7 @@ def test_who_is_done_waits_for_the_others(small):
     assert requested[-20:] == [False] * 20
 
 
-def test_a_prompt_that_leaves_no_room_gets_no_answer(small):
+def test_a_prompt_without_room_gets_no_completion(small):
     episodes = generate_rollouts(small(), [[3] * 64, [3] * 60, [4]], [1, 2, 3], LIMITS)
     assert [each.finish_reason is None for each in episodes] == [True, False, False]
     assert episodes[0].completion_ids == []
@@ -166,7 +166,7 @@ def test_a_prompt_that_leaves_no_room_gets_no_answer(small):
     assert bool(rows.truncated[0])
 
 
-def test_what_is_received_is_no_part_of_the_loss_and_changes_nothing_output(small):
+def test_tool_results_are_masked_and_do_not_change_sampled_tokens(small):
     lm = small()
     before = generate_rollouts(lm, PROMPTS, SEEDS, LIMITS)
     received = [8, 8, 2]
@@ -187,7 +187,7 @@ def test_what_is_received_is_no_part_of_the_loss_and_changes_nothing_output(smal
     assert longer > 0
 
 
-def test_rows_of_several_rollouts_join_and_part_again(small):
+def test_rows_of_several_rollouts_are_joined_and_split_again(small):
     lm, cpu = small(), torch.device("cpu")
     one = collate(generate_rollouts(lm, PROMPTS[:2], SEEDS[:2], LIMITS), cpu)
     two = collate(generate_rollouts(lm, PROMPTS[2:], SEEDS[2:], LIMITS), cpu)

@@ -1,4 +1,4 @@
-"""The tracker of SPO against plain loops, and what its paper says of it."""
+"""The reward tracker of SPO against plain loops and the properties in its paper."""
 
 import random
 
@@ -32,14 +32,14 @@ def test_alpha_plus_beta_converges_to_1_over_1_less_rho(distance, rho):
     assert tracker.value(7) == pytest.approx(0.3, rel=1e-9)
 
 
-def test_forgetting_is_held_between_its_bounds():
+def test_the_forgetting_factor_stays_within_its_bounds():
     tracker = ValueTracker(rho_min=0.875, rho_max=0.96)
     assert tracker.rho(0.0) == 0.96
     assert tracker.rho(1e9) == 0.875
     assert tracker.rho(0.06 * 0.1) == pytest.approx(2**-0.1)
 
 
-def test_a_prompt_begins_with_the_weight_of_its_past():
+def test_a_prompt_starts_with_the_weight_of_its_initial_samples():
     tracker = ValueTracker(rho_min=0.875)
     assert tracker.value(3) == 0.5
     tracker.init_prompt(4, [1.0] * 7)
@@ -49,7 +49,7 @@ def test_a_prompt_begins_with_the_weight_of_its_past():
     assert tracker.state[5] == (0.5, 0.5)
 
 
-def test_rewards_are_held_between_0_and_1():
+def test_rewards_are_clipped_to_0_and_1():
     """A reward outside would drive alpha or beta below 0."""
     tracker = ValueTracker()
     for reward in (1.25, -0.5, 4.0) * 50:
@@ -58,7 +58,7 @@ def test_rewards_are_held_between_0_and_1():
         assert 0 <= tracker.value(1) <= 1
 
 
-def test_saved_and_loaded_it_is_the_same():
+def test_the_tracker_survives_saving_and_loading():
     tracker = ValueTracker()
     for prompt in (5, 2**62, 9):
         tracker.update(prompt, 0.2, 0.003)
@@ -73,6 +73,6 @@ def test_saved_and_loaded_it_is_the_same():
 @pytest.mark.parametrize(
     ("key", "value"), [("rho_min", 1.0), ("rho_max", 1.5), ("kl_half_life", 0.0)]
 )
-def test_impossible_bounds_are_refused(key, value):
+def test_invalid_bounds_are_refused(key, value):
     with pytest.raises(ValueError, match=key):
         ValueTracker(**{key: value})

@@ -47,7 +47,7 @@ def test_calculator_computes_exactly(expression, value):
         "*".join(["9" * 20] * 5),
     ],
 )
-def test_calculator_refuses_what_is_no_expression_or_too_large(expression):
+def test_calculator_refuses_invalid_or_too_large_expressions(expression):
     with pytest.raises(BadExpression):
         calculate(expression)
 
@@ -85,7 +85,7 @@ def test_a_call_returns_the_result_or_what_is_wrong_with_it(call, result):
     assert run_tool_call({"calculator": calculator}, call).startswith(result)
 
 
-def test_tags_spelled_out_and_calls_left_open_are_no_calls(tokenizer):
+def test_spelled_out_tags_and_unclosed_calls_are_no_calls(tokenizer):
     opening = tokenizer.special("<tool_call>")
     closing = tokenizer.special("</tool_call>")
     assert parse_tool_calls(tokenizer, tokenizer.encode("<tool_call>1</tool_call>")) == []

@@ -1,4 +1,4 @@
-"""What is compared with itself has nothing in it that is drawn at random."""
+"""Policies that are compared with themselves must have no dropout and no router noise."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ NO_DRAWS: Any = None
 
 @pytest.mark.parametrize("config", [DPO(), GRPO(), PPO(), SPO()], ids=lambda config: config.kind)
 @pytest.mark.parametrize("model", RESTLESS, ids=str)
-def test_a_restless_policy_is_refused(model, config, small):
+def test_a_policy_with_dropout_or_noise_is_refused(model, config, small):
     assert config.deterministic
     lm = small(**model)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):
@@ -34,7 +34,7 @@ def test_a_restless_policy_is_refused(model, config, small):
     DPO().build().prepare(small(**again.to_dict()), NO_DRAWS)
 
 
-def test_adapters_that_drop_are_refused_too(small):
+def test_adapters_with_dropout_are_refused_too(small):
     lm, calm = small(), small()
     lora.add_adapters(lm, DROPS)
     with pytest.raises(ValueError, match="the policy has dropout or router noise"):

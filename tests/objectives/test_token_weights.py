@@ -1,4 +1,4 @@
-"""Tags weigh more, whole and alone; the loss is divided by the sum of weights."""
+"""Weights of tags: exactly the tags are weighted, and the loss is divided by the sum of weights."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def tags(tokenizer) -> TokenWeights:
     return made
 
 
-def test_exactly_the_assistants_tags_are_weighted(tokenizer):
+def test_exactly_the_assistants_tags_have_weights(tokenizer):
     batch = encoded(tokenizer)
     weights = tags(tokenizer)(batch)
     heavy = [tokenizer.decode([number]) for number in batch.targets[weights > 1].tolist()]
@@ -48,13 +48,13 @@ def test_exactly_the_assistants_tags_are_weighted(tokenizer):
     assert weights[weights > 1].tolist() == [10.0, 10.0, 7.0, 7.0]
 
 
-def test_a_tag_is_one_id_and_text_that_looks_like_one_is_not(tokenizer):
+def test_a_tag_is_one_id_and_similar_text_is_not(tokenizer):
     for name in WEIGHTS:
         for tag in (f"<{name}>", f"</{name}>"):
             assert tokenizer.special(tag) not in tokenizer.encode(f"x{tag} y {tag}")
 
 
-def test_weights_multiply_the_mask_and_nothing_else(tokenizer):
+def test_weights_multiply_only_the_mask(tokenizer):
     batch = encoded(tokenizer)
     weights = tags(tokenizer)(batch)
     assert bool((weights[~batch.mask] == 0).all())
