@@ -37,7 +37,7 @@ def make(seed=0, dim=32, **model) -> LM:
 
 @pytest.fixture
 def copier() -> LM:
-    """Says its last token again, surely: labels that are not shifted would make it perfect."""
+    """A model that repeats its last token; with unshifted labels it would be perfect."""
     lm = make(dim=20, tie_embeddings=True)
     with torch.no_grad():
         for block in lm.blocks:
@@ -151,7 +151,7 @@ def test_D4_the_answer_is_not_part_of_the_prompt(monkeypatch):
 
 
 class Always:
-    """Stands for `generate`: says one grid to every view, and another where it is to sample."""
+    """Replaces `generate`: one grid for every view, and another one when sampling."""
 
     def __init__(self, greedy, sampled):
         self.greedy, self.sampled, self.seeds = greedy, sampled, []

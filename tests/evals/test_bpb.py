@@ -23,7 +23,7 @@ END = 0
 
 
 class Source:
-    """What `evaluate_bpb` asks of a source: names, parts, rows, a pass."""
+    """The interface of a source that `evaluate_bpb` uses: names, subsets, rows, iteration."""
 
     def __init__(self, rows, sources, names):
         self.all_rows, self.sources, self.by_number = rows, sources, names

@@ -79,7 +79,7 @@ def test_peft_loads_exported_adapters_on_the_exported_model(model, ids, tmp_path
 
 
 def written_by_peft(config, ids, folder) -> Tensor:
-    """What adapters of `folder`/base say that PEFT writes to `folder`/adapter."""
+    """Save PEFT adapters of `folder`/base to `folder`/adapter and return the logits of PEFT."""
     import peft
 
     adapted = peft.get_peft_model(theirs(folder / "base"), config)

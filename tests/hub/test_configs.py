@@ -80,7 +80,7 @@ def mla(**sizes):
 
 
 def written_out(config):
-    """All that decides what is computed, in one form."""
+    """All settings that affect the computation, in a normal form."""
     layers = [
         (
             one.mixer.heads,

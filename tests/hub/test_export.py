@@ -172,7 +172,7 @@ def test_a_foreign_tokenizer_is_exported_without_ids_beyond_the_embedding(tmp_pa
 
 
 def transformers_tokenizer(folder):
-    """A byte-level tokenizer of 257 ids whose documents end with `</s>`, as others make them."""
+    """A foreign byte-level tokenizer of 257 ids whose documents end with `</s>`."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Raw
 

@@ -313,7 +313,7 @@ class Verb:
         return self.folder.parent / "out"
 
     def refused(self, *words: str) -> str:
-        """What it says of bad input; nothing is left of what it began."""
+        """The message for invalid input; no output remains."""
         before = sorted(self.folder.parent.iterdir())
         with pytest.raises(UserError) as caught:
             self(*words)

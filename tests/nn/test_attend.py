@@ -51,7 +51,7 @@ def test_attention_equals_the_definition(kind, segments, window, sinks):
 def test_torch_kernels_equal_the_definition_for_any_split_of_queries(
     monkeypatch, segments, window, room
 ):
-    """As on a GPU, where who sees whom is written down: for so many pairs at a time, no more."""
+    """As on a GPU, with a dense mask for a limited number of pairs at a time."""
     monkeypatch.setattr(attending, "_use_blockwise", lambda *_: False)
     monkeypatch.setattr(attending, "MASK_BYTES", room)
     written, visible = [], Span.mask
@@ -151,7 +151,7 @@ def test_sinks_equal_those_of_gpt_oss(kind):
 
 
 def test_a_sink_weakens_plain_attention_by_a_sigmoid():
-    """out * sigmoid(logsumexp - z), the form that any kernel that tells its logsumexp allows."""
+    """out * sigmoid(logsumexp - z), possible with any kernel that returns its logsumexp."""
     q, k, v = drawn(9, 9, groups=4)
     z = torch.tensor([-1.0, 0.0, 0.5, 3.0], dtype=torch.float64)
     scores = torch.einsum("bthd,bshd->bths", q, k) / math.sqrt(8)

@@ -65,7 +65,7 @@ def test_every_token_sees_the_complete_blocks_of_its_document(cut, segments):
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 6, 17])
 def test_one_document_is_a_view_without_an_index_table(cut, length):
-    """The view of plain rows holds what the table of packed ones does, block i in slot i."""
+    """The view for plain rows equals the index table for packed rows, block i in slot i."""
     seen = attention_span(None, length, None, CPU)
     x = torch.randn(2, length, 3, 2)
     blocks = cut.gather_blocks(x, seen)
@@ -105,7 +105,7 @@ def test_gradients_of_the_index_table_equal_those_of_the_view(cut):
 
 
 class Fed:
-    """A cache of sums of blocks of numbers, and what the tokens told of one row see."""
+    """A cache of sums of blocks of numbers, and the sums that the tokens of one row see."""
 
     def __init__(self, cut, rows=1, capacity=40):
         self.cut = cut

@@ -58,7 +58,7 @@ def test_a_rotating_cache_sees_the_last_tokens_of_its_window():
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_a_rotating_cache_writes_no_slot_twice_in_a_call(monkeypatch, count):
-    """Which of two writes to one slot stays is nobody's promise."""
+    """The order of two writes to one slot is undefined."""
     written = []
 
     def write(self, slot_BT, keep_BT, new):
@@ -75,7 +75,7 @@ def test_a_rotating_cache_writes_no_slot_twice_in_a_call(monkeypatch, count):
 
 @pytest.mark.parametrize("segments", [None, [[0] * 9, [-1, -1, *[0] * 7]]])
 def test_a_rotating_cache_returns_several_tokens_in_order_of_position(segments):
-    """What each sees is then an interval of keys, no longer than the window: no mask is needed."""
+    """Every query then sees an interval of keys, at most a window: no mask is needed."""
     cache = ring(window=3)
     feed(cache, [[1, 2], [5, 6]], [[0, 0], [0, -1]])
     reported = None if segments is None else torch.tensor(segments)

@@ -164,7 +164,7 @@ def test_G9_half_precision_inputs_give_the_same_decisions_away_from_the_boundary
 
 
 def test_casts_do_not_round_prototypes_and_thresholds():
-    """Rounded, they would choose others."""
+    """Rounded ones would select other experts."""
     gate = made().float()
     before = {name: value.detach().clone() for name, value in gate.named_parameters()}
     x = draw(N, D).float()
@@ -239,7 +239,7 @@ def test_losses_exist_in_training_only():
 
 
 def diversity(gate: CosineRouter) -> torch.Tensor:
-    """SDL without its first term: as many experts are asked for as fire."""
+    """SDL with first term 0: the target equals the number of active experts."""
     x = draw(N, D)
     mean = float(gate(x).stats["load"].sum() / N)
     requested = CosineRouter(

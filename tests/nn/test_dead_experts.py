@@ -15,7 +15,7 @@ INTERVAL = 3
 
 
 class Part(nn.Module):
-    """A gate and what its experts own."""
+    """A router and the weights of its experts."""
 
     def __init__(self, dead: tuple[int, ...] = (), layer: int = 0, **keys):
         super().__init__()

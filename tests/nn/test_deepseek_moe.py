@@ -50,7 +50,7 @@ def scores_of(feed, x):
 
 
 def answered(feed, x):
-    """(N, D) -> what `feed` should say, and its mask."""
+    """(N, D) -> expected output of `feed`, and its mask."""
     config, scores = feed.config, scores_of(feed, x)
     opened = oracle.in_groups(scores + feed.bias, config.n_group, config.num_topk_groups)
     mask = oracle.chosen(opened, config.top_k)

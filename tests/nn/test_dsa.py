@@ -117,7 +117,7 @@ def test_outputs_equal_deepseek_v32(keep):
     rotary = DeepseekV32RotaryEmbedding(settings)(x, ctx.positions)
     with torch.no_grad():
         wanted = theirs(x, rotary, mask, position_ids=ctx.positions)[0]
-        # a chosen token out of sight is masked by its finfo.min, beside which -inf is smaller still
+        # transformers masks an invisible selected token with finfo.min; -inf is smaller still
         close(ours(x, ctx).y[:, keep:], wanted[:, keep:], 2e-5)
 
 
@@ -318,7 +318,7 @@ def test_evaluation_computes_no_loss():
 
 
 def test_padding_and_other_documents_are_never_selected():
-    """`keep` above what is visible: nothing out of sight gets in."""
+    """With `index_topk` above the number of visible tokens, no invisible token is selected."""
     mixer = mixer_of(DSA(**SMALL | {"index_topk": 9}))
     x = noise(1, TOKENS, DIM)
     segments = torch.tensor([[0] * 10 + [1] * 13])

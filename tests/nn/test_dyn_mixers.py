@@ -60,7 +60,7 @@ def noise(*shape, seed=1):
 
 
 def only(mixer, *experts):
-    """Let these experts work on every token, and no others."""
+    """Make every token select exactly these experts."""
     with torch.no_grad():
         mixer.gate.thresholds.fill_(NEVER)
         mixer.gate.thresholds[list(experts)] = ALWAYS
@@ -79,7 +79,7 @@ def stacked(mixer) -> list[Tensor]:
 
 
 def dense(mixer, x, ctx):
-    """All experts on all tokens, masked afterwards; every matrix written out."""
+    """All experts on all tokens, masked afterwards, with explicit matrices."""
     choice = mixer.route(x, ctx)
     c = (choice.mask_NE * choice.weight_NE).unflatten(0, x.shape[:2])
     if isinstance(mixer.gate.config, DynHeads):
@@ -204,7 +204,7 @@ def test_L2_a_constant_router_gives_the_base_with_merged_weights(experts):
 
 @pytest.mark.parametrize("experts", [(0,), (1, 3)])
 def test_L4_a_token_is_changed_by_at_most_k_times_rank_directions(experts, monkeypatch):
-    """The rank of x -> what a projection says beyond its base, over more tokens than directions."""
+    """The rank of x -> projection minus base, over more tokens than directions."""
     mixer, x = lora(rank=2, experts=4), noise(1, 4 * D, D)
     only(mixer, *experts)
     received = []

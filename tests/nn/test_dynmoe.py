@@ -200,7 +200,7 @@ def test_R5_tokens_with_experts_are_not_changed_by_a_reset():
 
 @pytest.mark.parametrize("router_grad", ["task", "smk"])
 def test_training_on_random_tokens_stays_at_ln_V(router_grad):
-    """What can be predicted of them is nothing: less would be a leak."""
+    """Random tokens cannot be predicted; a lower loss would be a leak."""
     torch.manual_seed(0)
     feed = {"kind": "dyn_moe", "experts": 8, "hidden_dim": 16, "router_grad": router_grad}
     layer = {"mixer": {"kind": "gqa", "heads": 2}, "feed_forward": feed | {"reset_interval": 10}}

@@ -145,7 +145,7 @@ class TestValueResidual:
         close(torch.cat(found, 1), lm(ids).logits)
 
     def test_layers_without_value_residual_are_skipped(self, section, ids):
-        """The first layer that offers counts, wherever it stands; others neither offer nor mix."""
+        """The first layer with the option provides the values, at any depth; others are skipped."""
         feed = {"kind": "relu2", "hidden_dim": 8}
         silent = {"mixer": {"kind": "gqa", "heads": 2}, "feed_forward": feed}
         taking = {

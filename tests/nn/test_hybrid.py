@@ -49,7 +49,7 @@ def context(rows=1, begin=0, rope=None, segments=None):
 
 
 def chosen_by(mixer, x, ctx):
-    """What the select branch attends to, as places."""
+    """Positions to which the select branch attends."""
     branch, rotary = mixer.branches["select"], ctx.rotary[4]
     _, _, source = mixer.queries(x, rotary)
     scores = indexer.index_scores(branch.indexer(x, source, rotary))[0]
@@ -160,7 +160,7 @@ def test_the_indexer_loss_exists_in_training_if_tokens_are_selected():
 
 
 def requested_of(mixer, x, ctx):
-    """What the select branch is asked: queries, and what its keys and indexer read."""
+    """Inputs of the select branch: queries, and the inputs of its keys and indexer."""
     received = []
     watch = mixer.branches["select"].register_forward_pre_hook(lambda _, a: received.append(a[0]))
     mixer(x, ctx)

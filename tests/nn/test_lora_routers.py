@@ -26,13 +26,13 @@ def made(kind: str) -> LM:
 
 
 def half(says, *inputs):
-    """What it says under autocast, which forgets its casts in between."""
+    """Outputs under autocast with a fresh cache of casts."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         return says(*inputs)
 
 
 def same(one: ModelOut, other: ModelOut) -> bool:
-    """To the bit, what the gates say included."""
+    """Bit equality, including the outputs of routers."""
     pairs = ((one.logits, other.logits), *((one.stats[k], other.stats[k]) for k in one.stats))
     return all(torch.equal(*pair) for pair in pairs)
 

@@ -253,7 +253,7 @@ class TestAtFirst:
     @pytest.mark.parametrize("temperature", [1.0, 0.05])
     def test_B07_the_mix_has_gradients(self, section, ids, temperature):
         """In float32, off its diagonal too (where a logit of -160 had a gradient of 0), unless in
-        the first and last sub-layer, where it has no say.
+        the first and last sub-layer, where it has no effect.
         """
         residual = {"kind": "mhyper", "sinkhorn_temperature": temperature}
         lm = LM(ModelConfig.from_dict(section(residual=residual)))
@@ -264,7 +264,7 @@ class TestAtFirst:
 
 
 def mixing_gradients(part):
-    """(parameter, what it makes) -> the size of the gradient."""
+    """(parameter, its columns) -> the norm of the gradient."""
     pieces = {
         "projection": part.projection.grad.split([4, 4, 16], -1),
         "scale": part.scale.grad.split(1),
@@ -335,7 +335,7 @@ def test_after_ten_steps_mixes_are_doubly_stochastic_and_64_of_them_do_not_incre
 
 
 def test_B06_nothing_in_a_block_normalises_the_streams(section):
-    """What a block adds is bounded, what it keeps is not: 100 times the state stays 100 times."""
+    """The output of a block is bounded, the state is not: 100 times the state stays 100 times."""
     lm = lm_of(section, positions="none")
     h, ctx = noise(2, 5, 4, 32), Ctx(torch.arange(5).expand(2, 5))
     for block in lm.blocks:

@@ -272,8 +272,8 @@ def test_activation_checkpointing_saves_less_memory(small):
     assert kept[1] < 0.3 * kept[0]
 
 
-class Talking(FeedForward, Routed):
-    """Says something of every sort."""
+class ProbeFeedForward(FeedForward, Routed):
+    """Returns every kind of output."""
 
     def __init__(self, layer):
         super().__init__()
@@ -296,7 +296,7 @@ class Talking(FeedForward, Routed):
 def test_layer_outputs_are_named_by_layer_and_returned_to_it(small, ids):
     lm = small()
     for layer in (0, 2):
-        lm.blocks[layer].feed = Talking(layer)
+        lm.blocks[layer].feed = ProbeFeedForward(layer)
     out = lm(ids)
     assert {name: x.item() for name, x in out.losses.items()} == {
         "0.feed.balance": 0,

@@ -30,7 +30,7 @@ BRANCHES = ("compress", "select", "window")
 
 @pytest.fixture
 def make():
-    """(keys of the mixer, keys of the model) -> a stirred float64 model in eval mode."""
+    """(keys of the mixer, keys of the model) -> a random float64 model in eval mode."""
 
     def made(mixer=(), **model):
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ def make():
 
 
 def alone(first_value=True, **keys):
-    """One mixer of width 16 with 8 numbers a head, float64, stirred."""
+    """One mixer of width 16 with head width 8 and random float64 weights."""
     torch.manual_seed(0)
     config = NSA(**SMALL | {"heads": 4, "head_dim": 8} | keys)
     mixer = config.build(
@@ -73,7 +73,7 @@ def noise(*shape, seed=1):
 
 
 def only(mixer, branch):
-    """The gates open for one branch and shut for the others."""
+    """Set the gates to 1 for one branch and to 0 for the others."""
     with torch.no_grad():
         mixer.branch_gate.weight.zero_()
         wanted = torch.tensor([0.0 if name == branch else -math.inf for name in BRANCHES])

@@ -169,7 +169,7 @@ def test_the_closed_form_equals_the_probes_and_covers_other_experts(activation):
     torch.testing.assert_close(size[active], found.output_norm_NE[active], rtol=1e-12, atol=0)
     assert (surprise[~active] > 0).all()
     own = copies(experts, N)
-    # what it would be if every expert worked with weight 1 and the same g came back
+    # the value if every expert had weight 1 and the same output gradient g
     (output(x, own) * found.output_grad_ND[:, None]).sum().backward()
     squared = sum(copy.grad.square().sum((-2, -1)) for copy in own.values())
     torch.testing.assert_close(surprise, squared.sqrt(), rtol=1e-12, atol=1e-15)
@@ -231,7 +231,7 @@ def test_M9_the_selection_is_not_recomputed(ids, monkeypatch):
     honest = CosineRouter.margins
 
     def turned(self, x_ND):
-        """Honest where it is first asked (for the choice, then for SDL), turned from then on."""
+        """Correct in the first calls (selection, then SDL), reversed from then on."""
         calls.append(1)
         return honest(self, x_ND) * (1 if len(calls) <= 4 else -1)
 

@@ -120,7 +120,7 @@ def test_M6_a_joint_step_equals_two_separate_steps(loss, guard):
 
 
 def test_M6_both_is_task_and_smk():
-    """The gate hears the main loss through its weights, and SMK."""
+    """The router gets the gradients of the task loss and of SMK."""
     grads = {}
     for kind in ("task", "smk", "both"):
         feed = made(router_grad=kind, sdl_weight=0.0)
@@ -224,10 +224,10 @@ ROOMS = {
     "1 of 2": ([2], [-2.0, 2.0, -2.0, 2.0, 2.0]),
     "2 of 3": ([2, 3], [-2.0, 2.0, -2.0, -2.0, 2.0]),
 }
-"""Who is silent, and thresholds: how many are active."""
+"""Indices of inactive experts, and thresholds for the number of active ones."""
 rooms = pytest.mark.parametrize("room", ROOMS)
 whispers = pytest.mark.parametrize("whisper", [0.0, 1e-3])
-"""What is left of the silent ones' first matrices; of what they say, the square."""
+"""Scale of the inactive experts' first matrices; their outputs scale with its square."""
 
 
 def dark(guard: bool, room: str, whisper: float, newborn: tuple[int, ...] = ()):
@@ -303,7 +303,7 @@ def test_the_usual_norm_is_the_weighted_median():
     assert of(1, 1, 1, 1, 1) == 1
     assert of(2, 0, 0, 1, 0, 0, 2) == 2
     assert of(*[1e-3] * 400, 1, 1) == 1  # the many say 0.4, the two say 2
-    assert of(*[1.0] * 99, 50) == 1  # one loud token does not silence the others
+    assert of(*[1.0] * 99, 50) == 1  # one large norm does not make the others inactive
     assert of(0, 0) == of() == 0
     torch.manual_seed(0)
     sizes = torch.rand(1001).double()

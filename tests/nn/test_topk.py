@@ -38,7 +38,7 @@ def build(seed=0, **keys):
 
 
 def answered(feed, x):
-    """(N, D) -> what `feed` should say, its probabilities and its mask."""
+    """(N, D) -> expected output of `feed`, its probabilities and its mask."""
     probabilities = (x @ feed.router.weight.T).softmax(-1)
     mask = oracle.chosen(probabilities, feed.config.top_k)
     table = oracle.weights(probabilities, mask, feed.config.norm_topk_prob)

@@ -109,7 +109,7 @@ GATED = {
 
 
 def after_a_step(lm: LM) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """State before and after what a part does once a step, when an expert of thresholds is dead."""
+    """State before and after `post_step`, when an expert of a cosine router is dead."""
     with torch.no_grad():
         for name, tensor in lm.named_parameters():
             if name.endswith("thresholds"):

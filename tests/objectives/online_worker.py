@@ -34,7 +34,7 @@ CONFIGS = {
 
 
 class Both:
-    """Peers over gloo; both poll until nobody is busy."""
+    """Peers over gloo; both poll until no rank is busy."""
 
     def __init__(self, world: int):
         self.world = world

@@ -73,7 +73,7 @@ def ready(**settings: Any) -> Any:
 
 
 def alone(lm: LM, batch: Batch, span: AnswerSpan, output, row: int):
-    """Logits of one row by itself, not padded, after what was said: at the answer's places."""
+    """Logits of one unpadded row after an excursion, at the answer's positions."""
     length = int((batch.segments[row] >= 0).sum())
     ids = F.one_hot(batch.ids[row : row + 1, :length], VOCAB).double()
     start, count = int(span.opener_B[row]), int(span.length_B[row])
@@ -141,7 +141,7 @@ def test_E2_an_excursion_equal_to_the_truth_is_teacher_forcing_to_the_bit(lm):
 
 
 def frozen_loss(lm, batch, span, output):
-    """L_align of the equation, by rows: nats of the true answers after what was said."""
+    """L_align of the equation, by rows: nats of the true answers after the excursion."""
     total = torch.zeros((), dtype=torch.float64)
     for row, (start, count) in enumerate(zip(*map(torch.Tensor.tolist, span), strict=True)):
         logprobs = alone(lm, batch, span, output, row).log_softmax(-1)
@@ -234,7 +234,7 @@ def test_E4_memory_does_not_grow_with_the_excursion_except_caches_and_answers(lm
         whole = most_bytes(lambda: excursion(lm, ids, span, temperature=1.0, hard=False))
         return whole - answers - caches
 
-    beside(2)  # what is made once and kept
+    beside(2)  # allocations that happen only once
     assert abs(beside(64) - beside(4)) < 1000
 
 

@@ -19,7 +19,7 @@ RESTLESS = [
 ]
 DROPS = lora.LoRA(targets="q_proj", rank=2, dropout=0.1)
 NO_DRAWS: Any = None
-"""The tokenizer; none is asked for."""
+"""The tokenizer, which is not used."""
 
 
 @pytest.mark.parametrize("config", [DPO(), GRPO(), PPO(), SPO()], ids=lambda config: config.kind)

@@ -18,14 +18,14 @@ BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
 
 @pytest.fixture
 def pair():
-    """Logits (2, 7, 11) of a student that learns and of a teacher; a mask; in float64."""
+    """Logits (2, 7, 11) of a student with gradient and of a teacher; a mask; in float64."""
     student = (3 * torch.randn(2, 7, 11, dtype=torch.float64)).requires_grad_()
     teacher = (3 * torch.randn(2, 7, 11, dtype=torch.float64)).requires_grad_()
     return student, teacher, torch.rand(2, 7) > 0.4
 
 
 def direct(student, teacher, beta, temperature):
-    """The divergence of every token, as its definition says."""
+    """The divergence of every token by its definition."""
     p, q = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
     if beta == 0:
         return (q * (q / p).log()).sum(-1)
@@ -150,7 +150,7 @@ def test_invalid_values_and_shapes_are_refused_in_one_line(pair):
 
 @pytest.fixture
 def heads(monkeypatch):
-    """What a student and a teacher of other widths make of 20 tokens; chunks of six."""
+    """Hidden states of a student and a teacher of different widths, 20 tokens in chunks of six."""
     monkeypatch.setattr(chunked_head, "MAX_CHUNK_LOGITS", 300)
     monkeypatch.setattr(chunked_head, "MIN_CHUNK_TOKENS", 1)
 

@@ -167,7 +167,7 @@ def test_a_batch_without_tokens_gives_zero(case):
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.97, 0.9), (1.0, 0.0)])
 def test_gae_equals_the_sum_of_its_definition(gamma, lam, case):
-    """Masks with holes in them included: what a tool says is nobody's action."""
+    """Including masks with gaps: tool results are no actions."""
     _, rewards, values, _, mask = case
     holes = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
     for each in (mask, holes):

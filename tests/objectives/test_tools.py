@@ -38,7 +38,7 @@ def called(expression: object) -> Message:
 
 
 def generated(tokenizer, *messages: Message) -> list[int]:
-    """What the assistant says last, its end of turn included."""
+    """The last assistant message, its end of turn included."""
     ids, mask = encode_chat(tokenizer, Conversation(messages=messages))
     start = len(encode_prompt(tokenizer, Conversation(messages=messages[:-1])))
     return ids[start : len(mask) - mask[::-1].index(True)]

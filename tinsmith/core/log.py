@@ -60,10 +60,10 @@ class RunLog:
             return
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+            lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
             from tinsmith.core.files import atomic_write
 
-            atomic_write(path, "".join(line + "\n" for line in kept))
+            atomic_write(path, "".join(line + "\n" for line in lines))
 
 
 def nonfinite_to_none(values: Any) -> Any:

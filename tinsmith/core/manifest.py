@@ -81,12 +81,12 @@ def steps(checkpoints: Path) -> list[Path]:
     """Return all checkpoint folders, newest step first, valid or not."""
     if not checkpoints.is_dir():
         return []
-    found = [
+    numbered = [
         (int(match[1]), path)
         for path in checkpoints.iterdir()
         if (match := _STEP.fullmatch(path.name)) and path.is_dir()
     ]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def _read_entries(folder: Path) -> dict[str, dict[str, Any]]:

@@ -149,16 +149,16 @@ def encode_question(
             contexts.append(bos_ids(tokenizer) or [tokenizer.end_of_text])
             endings.append(tokenizer.encode(ending))
     longest = max(map(len, endings))
-    room = max_seq_len + 1 - longest
-    if room < 1:
+    max_context = max_seq_len + 1 - longest
+    if max_context < 1:
         raise ValueError(
             f"a choice of {longest} tokens does not fit the model's context of {max_seq_len}"
         )
     sequences = [
-        ChoiceSequence(context_ids[-room:] + ending_ids, len(ending_ids))
+        ChoiceSequence(context_ids[-max_context:] + ending_ids, len(ending_ids))
         for context_ids, ending_ids in zip(contexts, endings, strict=True)
     ]
-    return EncodedQuestion(question, sequences, max(map(len, contexts)) > room)
+    return EncodedQuestion(question, sequences, max(map(len, contexts)) > max_context)
 
 
 def log_likelihoods(

@@ -118,13 +118,13 @@ def pack_windows(
 
 def _rows(source: Iterable[Window], seq_len: int) -> Iterator[list[Window]]:
     row: list[Window] = []
-    room = seq_len
+    remaining = seq_len
     for window in source:
-        if window.num_inputs > room:
+        if window.num_inputs > remaining:
             yield row
-            row, room = [], seq_len
+            row, remaining = [], seq_len
         row.append(window)
-        room -= window.num_inputs
+        remaining -= window.num_inputs
     if row:
         yield row
 

@@ -99,21 +99,24 @@ def _zero_counters(lm: LM, device: torch.device | str | None) -> None:
 
 
 def _check_tensors(
-    expected: dict[str, tuple[int, ...]], found: dict[str, TensorInfo], head: str | None, where: str
+    expected: dict[str, tuple[int, ...]],
+    stored: dict[str, TensorInfo],
+    head: str | None,
+    where: str,
 ) -> None:
     for name, shape in expected.items():
-        if name not in found:
+        if name not in stored:
             raise UserError(f"{where}: tensor {name} is missing")
-        if found[name].shape != shape:
-            file, found_shape = found[name].file, list(found[name].shape)
+        if stored[name].shape != shape:
+            file, stored_shape = stored[name].file, list(stored[name].shape)
             raise UserError(
-                f"{file}: tensor {name} is {found_shape}; the config asks for {list(shape)}"
+                f"{file}: tensor {name} is {stored_shape}; the config asks for {list(shape)}"
             )
-        if not found[name].is_weight:
-            raise UserError(f"{found[name].file}: {name} holds integers, not weights")
-    for name in sorted(found):
+        if not stored[name].is_weight:
+            raise UserError(f"{stored[name].file}: {name} holds integers, not weights")
+    for name in sorted(stored):
         if name not in expected and name != head and not _REDUNDANT.fullmatch(name):
-            raise UserError(f"{found[name].file}: tensor {name} is not part of this model")
+            raise UserError(f"{stored[name].file}: tensor {name} is not part of this model")
 
 
 def _check_tied(head: Tensor, embed: Tensor, name: str, where: str) -> None:

@@ -40,13 +40,13 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     Reads headers only. UserError if there are none, if a file is missing, truncated or outside of
     the folder, and for tensors that are not floating-point numbers (quantised ones).
     """
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in _files(folder):
         for name, info in read_header(file).items():
-            if name in found:
-                raise UserError(f"{file}: {name} is also in {found[name].file.name}")
-            found[name] = info
-    return found
+            if name in tensors:
+                raise UserError(f"{file}: {name} is also in {tensors[name].file.name}")
+            tensors[name] = info
+    return tensors
 
 
 def _files(folder: Path) -> list[Path]:
@@ -100,7 +100,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     The safetensors library refuses headers above 100 MB and headers that do not match the file's
     size.
     """
-    found: dict[str, TensorInfo] = {}
+    infos: dict[str, TensorInfo] = {}
     try:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -108,10 +108,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 dtype = tensor_slice.get_dtype()
                 if dtype not in _FLOATS | _COUNTERS:
                     raise UserError(f"{file}: {name} is {dtype}; quantised weights cannot be read")
-                found[name] = TensorInfo(file, tuple(tensor_slice.get_shape()), dtype in _FLOATS)
+                infos[name] = TensorInfo(file, tuple(tensor_slice.get_shape()), dtype in _FLOATS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a complete safetensors file: {error}") from None
-    return found
+    return infos
 
 
 def read_tensors(
@@ -149,12 +149,12 @@ def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors on the CPU, contiguous, no two in the same memory."""
     copies: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for name, tensor in state.items():
         copy = tensor.detach().cpu().contiguous()
         address = copy.untyped_storage().data_ptr()
-        copies[name] = copy.clone() if address in seen else copy
-        seen.add(address)
+        copies[name] = copy.clone() if address in addresses else copy
+        addresses.add(address)
     return copies
 
 

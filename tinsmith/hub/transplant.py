@@ -25,9 +25,10 @@ from tinsmith.core.parse import parse
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.feedforwards.deepseek import DeepSeekFeedForward, DeepSeekMoE
-from tinsmith.nn.feedforwards.dense import ReLU2, ReLU2FeedForward, SwiGLU, SwiGLUFeedForward
+from tinsmith.nn.feedforwards.dense import ReLU2, SwiGLU
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
 from tinsmith.nn.feedforwards.topk import TopKFeedForward, TopKMoE
+from tinsmith.nn.layers.mlp import ReLU2FeedForward, SwiGLUFeedForward
 from tinsmith.nn.model import LM
 
 ExpertInit = Literal["random", "slice"]

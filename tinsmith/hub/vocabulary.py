@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
-from tinsmith.text.tokenizer import END_OF_TEXT, Tokenizer
+from tinsmith.text.specials import END_OF_TEXT
+from tinsmith.text.tokenizer import Tokenizer
 
 
 class SpecialTokenIds(NamedTuple):
@@ -53,9 +54,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
     if tokenizer.vocab_size <= vocab_size:
         return
     data = json.loads(tokenizer.to_json())
-    kept = [token for token in data["added_tokens"] if token["id"] < vocab_size]
-    dropped = [token["content"] for token in data["added_tokens"] if token not in kept]
-    data["added_tokens"] = kept
+    exported = [token for token in data["added_tokens"] if token["id"] < vocab_size]
+    dropped = [token["content"] for token in data["added_tokens"] if token not in exported]
+    data["added_tokens"] = exported
     text = json.dumps(data, ensure_ascii=False, indent=2)
     largest = _largest_id(text)
     if largest >= vocab_size:

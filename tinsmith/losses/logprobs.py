@@ -76,12 +76,12 @@ def summed_nll(
     Tokens of weight 0 are left out before the head and get exactly zero gradient; none at all give
     0. `head` has no bias.
     """
-    chosen = weights_BT != 0
-    targets_N = targets_BT[chosen]
+    selected = weights_BT != 0
+    targets_N = targets_BT[selected]
     total, _ = chunked_head_loss(
-        hidden_BTD[chosen],
+        hidden_BTD[selected],
         head.weight,
-        weights_BT[chosen],
+        weights_BT[selected],
         lambda logits, part: cross_entropy_with_grad(logits, targets_N[part]),
     )
     return total

@@ -167,7 +167,7 @@ def _adapted_base(module_class: type[nn.Module]) -> type[Adapted]:
 
 @cache
 def _adapted_class(module_class: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Return a subclass of `kind` whose weights `names` include their adapters."""
+    """Return a subclass of `module_class` whose weights `names` include their adapters."""
     properties = {name: _merged_property(name) for name in names}
     bases = (_adapted_base(module_class), module_class)
     return new_class(

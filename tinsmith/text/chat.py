@@ -98,8 +98,11 @@ def _encode(
     ids: list[int] = []
     mask: list[bool] = []
     position = 0
-    for start, opened, end in [*_turns(tokenizer, script, text, guards.mark), (len(text),) * 3]:
-        for stop, is_target in ((start, False), (opened, True), (end, True)):
+    for start, opening_end, end in [
+        *_turns(tokenizer, script, text, guards.mark),
+        (len(text),) * 3,
+    ]:
+        for stop, is_target in ((start, False), (opening_end, True), (end, True)):
             new = guards.encode(text[position:stop])
             ids += new
             mask += [is_target] * len(new)

@@ -112,13 +112,13 @@ class Tokenizer:
         """
         from tinsmith.text.loading import find_tokenizer
 
-        found = find_tokenizer(path_or_name)
+        files = find_tokenizer(path_or_name)
         try:
             return Tokenizer(
-                found.settings, bos=found.bos, eos=found.eos, chat_template=found.chat_template
+                files.settings, bos=files.bos, eos=files.eos, chat_template=files.chat_template
             )
         except UserError as error:
-            raise UserError(f"{found.path}: {error}") from None
+            raise UserError(f"{files.path}: {error}") from None
 
     def encode(self, text: str | bytes) -> list[int]:
         """Encode a text to ids, never to added tokens. Bytes that are not UTF-8 become byte tokens.

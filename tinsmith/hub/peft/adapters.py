@@ -263,10 +263,10 @@ def _unpack(
     count = stack[0] if stack else 1
     expected = ((count * rank, columns), (rows, rank * count))
     if (tuple(A.shape), tuple(B.shape)) != expected:
-        found = (
+        shapes = (
             f"{list(A.shape)} and {list(B.shape)}, not {list(expected[0])} and {list(expected[1])}"
         )
-        raise UserError(f"{where}: lora_A and lora_B are {found}")
+        raise UserError(f"{where}: lora_A and lora_B are {shapes}")
     if not stack:
         return LoRAWeights(A, B)
     return LoRAWeights(

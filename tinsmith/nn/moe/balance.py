@@ -40,9 +40,9 @@ def sequence_loss(
 def squared_loss(probabilities_BTE: Tensor, expert_indices_BTK: Tensor, valid_BT: Tensor) -> Tensor:
     """Return the squared deviation of mean probabilities from 1 / E; indices are ignored."""
     experts = probabilities_BTE.shape[2]
-    share_1E = _mean(probabilities_BTE.flatten(0, 1)[None], valid_BT.flatten()[None])
+    mean_1E = _mean(probabilities_BTE.flatten(0, 1)[None], valid_BT.flatten()[None])
     # without valid tokens the loss is 0
-    return experts * (share_1E - 1 / experts).square().sum() * valid_BT.any()
+    return experts * (mean_1E - 1 / experts).square().sum() * valid_BT.any()
 
 
 BALANCE_LOSSES: dict[str, BalanceLoss] = {

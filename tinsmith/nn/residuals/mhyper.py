@@ -58,8 +58,8 @@ class MHyper(MultiStreamConfigBase):
         if self.sinkhorn_iterations < 1:
             raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1")
         if not self.sinkhorn_temperature >= MIN_TEMPERATURE:
-            given = f"sinkhorn_temperature={self.sinkhorn_temperature}"
-            raise ValueError(f"{given} must be at least {MIN_TEMPERATURE}")
+            setting = f"sinkhorn_temperature={self.sinkhorn_temperature}"
+            raise ValueError(f"{setting} must be at least {MIN_TEMPERATURE}")
 
     def build(self, build_ctx: BuildContext) -> "MHyperResidual":
         """Build the module."""

@@ -61,8 +61,8 @@ def project_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     never stored.
     """
     project = _Project.apply if use_custom_backward() else _project
-    output: tuple[Tensor, Tensor] = project(x, weight, eps)  # type: ignore[assignment]
-    return output[0]
+    result: tuple[Tensor, Tensor] = project(x, weight, eps)  # type: ignore[assignment]
+    return result[0]
 
 
 def _project(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
