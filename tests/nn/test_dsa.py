@@ -150,7 +150,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch, segments):
 
     whole = run()
     for step in (1, 7, 16):
-        monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys, step=step: step)
+        monkeypatch.setattr(token_sparse, "_chunk_size", lambda keys, step=step: step)
         for found, expected in zip(run(), whole, strict=True):
             close(found, expected)
 
@@ -161,7 +161,7 @@ def test_chunks_of_queries_change_nothing_in_a_cache(monkeypatch):
     lm = stirred(model_of()).eval()
     ids = torch.randint(0, 48, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = lm(ids).logits
-    monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 3)
+    monkeypatch.setattr(token_sparse, "_chunk_size", lambda keys: 3)
     close(lm(ids).logits, expected)
     caches = lm.new_caches(2, 24)
     found = [lm(ids[:, begin:end], caches=caches).logits for begin, end in ((0, 8), (8, 24))]
@@ -180,7 +180,7 @@ def test_chunks_of_queries_change_nothing_in_a_cache(monkeypatch):
 def test_a_chunk_computes_no_products_with_keys_after_its_end(monkeypatch, segments):
     """So half of the products are never made."""
     mixer, met = mixer_of(DSA(**SMALL)).train(), []
-    monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 4)
+    monkeypatch.setattr(token_sparse, "_chunk_size", lambda keys: 4)
     for name in ("index_scores", "target_attention"):
         make = getattr(token_sparse, name)
 
@@ -197,7 +197,7 @@ def test_a_chunk_computes_no_products_with_keys_after_its_end(monkeypatch, segme
 def test_memory_saved_for_backward_grows_linearly_with_the_length(monkeypatch):
     """Bytes of all tensors that the backward pass waits for, in chunks of 4 queries."""
     mixer = mixer_of(DSA(**SMALL)).train()
-    monkeypatch.setattr(token_sparse, "_queries_at_once", lambda keys: 4)
+    monkeypatch.setattr(token_sparse, "_chunk_size", lambda keys: 4)
 
     def kept(tokens):
         storages = {}
@@ -331,7 +331,7 @@ def test_padding_and_other_documents_are_never_selected():
 def test_a_narrow_index_head_is_rotated_by_the_angles_of_its_own_width():
     x, positions = noise(1, TOKENS, 2, 4), torch.arange(TOKENS)[None]
     narrow, wide = (rotary_tables(Rope(), width, positions, torch.float64) for width in (4, 16))
-    close(indexer._turned(x, wide), indexer._turned(x, narrow))
+    close(indexer._rotate_index_heads(x, wide), indexer._rotate_index_heads(x, narrow))
 
 
 @pytest.mark.parametrize(

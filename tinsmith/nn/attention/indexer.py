@@ -1,11 +1,12 @@
-"""The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2, 2512.02556, equation 1): which
-earlier tokens are worth attending to.
+"""The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2, 2512.02556, equation 1). It
+scores all earlier tokens, and attention uses those with the highest scores.
 
     I_ts = sum_j w_tj relu(q_tj . k_s) / sqrt(J E)      few narrow heads j, one key for all of them
 
-Its choice is discrete, so it learns from a loss of its own: the divergence of softmax_s(I_ts) from
-the attention that it stands in for, summed over heads. Its inputs are detached: no other loss
-reaches it, and its own reaches nothing else. Scores are at least float32, whatever autocast says.
+Selection has no gradient, so the indexer is trained by its own loss: the KL divergence of
+softmax_s(I_ts) from the mean attention of the heads. Its inputs are detached, so other losses do
+not train it, and its own loss trains nothing else. Scores are at least float32, also under
+autocast.
 
 Legend: B rows, T tokens, S keys, J index heads, E their width, H heads, G key heads, D head width.
 """
@@ -30,7 +31,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedHeads(LatentHeads):
-    """Sizes of a mixer whose latent queries attend to the tokens that an indexer chooses."""
+    """Sizes of a mixer whose latent queries attend to the tokens that an indexer selects."""
 
     index_topk: Size = 64
     index_heads: Size = 4
@@ -43,34 +44,34 @@ class IndexedHeads(LatentHeads):
         for name in ("index_heads", "index_dim", "index_topk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        width, turned = self.index_dim, self.rope_dim
-        if width < turned and (turned % width or width % 2):
-            raise ValueError(f"index_dim={width} must be even and divide rope_dim={turned}")
+        width, rotated = self.index_dim, self.rope_dim
+        if width < rotated and (rotated % width or width % 2):
+            raise ValueError(f"index_dim={width} must be even and divide rope_dim={rotated}")
         if not self.index_weight >= 0:
             raise ValueError(f"index_weight={self.index_weight} must be at least 0")
 
     def build_indexer(self, dim: int) -> "Indexer":
-        """What scores earlier tokens, at model width `dim`."""
+        """Build the indexer at model width `dim`."""
         return Indexer(dim, self.query_input_dim(dim), self.index_heads, self.index_dim)
 
 
 class IndexerOutput(NamedTuple):
-    """What tokens ask for, and what they are found by."""
+    """Queries, head weights and keys of the indexer."""
 
     q_BTJE: Tensor
     weight_BTJ: Tensor
     k_BSE: Tensor
 
     def narrow(self, queries: slice, keys: int) -> "IndexerOutput":
-        """The same for some of the queries, and the first so many keys."""
+        """Return the same for some of the queries and the first `keys` keys."""
         return IndexerOutput(
             self.q_BTJE[:, queries], self.weight_BTJ[:, queries], self.k_BSE[:, :keys]
         )
 
 
 class Indexer(nn.Module):
-    """Queries come from what the attention's queries are made of, `source` wide; keys and weights
-    from x.
+    """Projects the input of the attention's queries to index queries, and x to index keys and head
+    weights.
     """
 
     def __init__(self, dim: int, query_input_dim: int, heads: int, width: int):
@@ -82,37 +83,39 @@ class Indexer(nn.Module):
         self.weigh = nn.Linear(dim, heads, bias=False)
 
     def forward(self, x: Tensor, query_input: Tensor, rotary: Rotary | None) -> IndexerOutput:
-        """x (B, T, D), latent (B, T, source), tables of the attention's turned part."""
+        """Return the projections of x (B, T, D) and of the query input (B, T, query_input_dim).
+        `rotary` are the tables of the attention's rotated part.
+        """
         x, query_input = x.detach(), query_input.detach()
         q_BTJE = self.q_up(query_input).unflatten(-1, (self.heads, self.width))
         k_BTE = self.k_norm(self.k_down(x))
         if rotary is not None:
-            q_BTJE = _turned(q_BTJE, rotary)
-            k_BTE = _turned(k_BTE[:, :, None], rotary)[:, :, 0]
+            q_BTJE = _rotate_index_heads(q_BTJE, rotary)
+            k_BTE = _rotate_index_heads(k_BTE[:, :, None], rotary)[:, :, 0]
         return IndexerOutput(q_BTJE, self.weigh(x) / math.sqrt(self.heads * self.width), k_BTE)
 
 
-def _turned(x_BTJE: Tensor, rotary: Rotary) -> Tensor:
-    """The first R numbers are turned; where a head is narrower than that, all of it, by every n-th
-    of the angles, which are those of a table of its own width.
+def _rotate_index_heads(x_BTJE: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first R numbers of each head. A narrower head is rotated as a whole by every n-th
+    angle, which are the angles of a table of its own width.
     """
-    wanted, width = rotary[0].shape[-1], x_BTJE.shape[-1]
-    if width < wanted:
-        cos, sin = (table[..., :: wanted // width] for table in rotary)
+    rope_dim, width = rotary[0].shape[-1], x_BTJE.shape[-1]
+    if width < rope_dim:
+        cos, sin = (table[..., :: rope_dim // width] for table in rotary)
         return apply_rotary_emb(x_BTJE, (cos, sin))
-    return torch.cat((apply_rotary_emb(x_BTJE[..., :wanted], rotary), x_BTJE[..., wanted:]), -1)
+    return torch.cat((apply_rotary_emb(x_BTJE[..., :rope_dim], rotary), x_BTJE[..., rope_dim:]), -1)
 
 
 @torch.no_grad()
 def index_scores(index: IndexerOutput) -> Tensor:
-    """I, (B, T, S), at least float32."""
+    """Return the scores I (B, T, S), at least float32."""
     with no_autocast(index.q_BTJE.device):
         return _scores(*_wide(index))[1]
 
 
 @torch.no_grad()
 def target_attention(q_BTHD: Tensor, k_BSGD: Tensor, visible_BTS: Tensor) -> Tensor:
-    """What the indexer is to say, (B, T, S): attention over all visible keys, the mean of heads."""
+    """Return the indexer's target (B, T, S): attention over all visible keys, the mean of heads."""
     kind, count = at_least_fp32(q_BTHD.dtype), q_BTHD.shape[1]
     scaled_BTHD = q_BTHD.to(kind) / math.sqrt(q_BTHD.shape[-1])
     q_BGTJD = scaled_BTHD.unflatten(2, (k_BSGD.shape[2], -1)).transpose(1, 2)
@@ -124,40 +127,40 @@ def target_attention(q_BTHD: Tensor, k_BSGD: Tensor, visible_BTS: Tensor) -> Ten
 
 
 class IndexerKL:
-    """The sum over counted tokens of KL(target || softmax of the visible scores), chunk by chunk of
-    the queries, at least float32.
+    """Sums KL(target || softmax of the visible scores) over tokens without padding, in chunks of
+    queries, at least float32.
 
-    The gradient is formed along with the sum, in three tensors of the index's own shapes, so that
-    nothing of (B, T, S) is kept and memory grows with T: d/dI_ts = softmax_s(I_ts) - target_ts, and
-    from there through the weights and the relu.
+    The gradient is computed together with the sum and stored in three tensors of the shapes of
+    `IndexerOutput`. No (B, T, S) tensor is stored, so memory is linear in T. d/dI_ts =
+    softmax_s(I_ts) - target_ts, which is propagated through the head weights and the relu.
     """
 
     def __init__(self, index: IndexerOutput):
         self.index, kind = index, at_least_fp32(index.q_BTJE.dtype)
         self._slopes = IndexerOutput(*(torch.zeros_like(tensor, dtype=kind) for tensor in index))
-        self._lost = index.q_BTJE.new_zeros((), dtype=kind)
+        self._loss = index.q_BTJE.new_zeros((), dtype=kind)
 
     @torch.no_grad()
     def add(self, part: slice, target_BCN: Tensor, visible_BCN: Tensor, counted_BC: Tensor) -> None:
-        """Some of the queries, and the first N keys; `target` is 0 out of sight."""
+        """Add a chunk of queries with the first N keys; `target` is 0 where it is not visible."""
         keys = target_BCN.shape[-1]
         q, weight, k = _wide(self.index.narrow(part, keys))
         with no_autocast(q.device):
-            fired_BCJN, scores_BCN = _scores(q, weight, k)
+            relu_BCJN, scores_BCN = _scores(q, weight, k)
             output_BCN = scores_BCN.masked_fill_(~visible_BCN, -math.inf).log_softmax(-1)
-            lost_BCN = target_BCN * (target_BCN.log() - output_BCN)
-            lost_BC = lost_BCN.masked_fill_(target_BCN == 0, 0.0).sum(-1)
-            self._lost += (lost_BC * counted_BC).sum()
+            kl_BCN = target_BCN * (target_BCN.log() - output_BCN)
+            kl_BC = kl_BCN.masked_fill_(target_BCN == 0, 0.0).sum(-1)
+            self._loss += (kl_BC * counted_BC).sum()
             slope_BCN = (output_BCN.exp_() - target_BCN) * counted_BC[..., None]
-            self._slopes.weight_BTJ[:, part] = (fired_BCJN @ slope_BCN[..., None]).squeeze(-1)
-            slope_BCJN = (weight[..., None] * slope_BCN[:, :, None]).mul_(fired_BCJN > 0)
+            self._slopes.weight_BTJ[:, part] = (relu_BCJN @ slope_BCN[..., None]).squeeze(-1)
+            slope_BCJN = (weight[..., None] * slope_BCN[:, :, None]).mul_(relu_BCJN > 0)
             slope_BXN = slope_BCJN.flatten(1, 2)
             self._slopes.q_BTJE[:, part] = (slope_BXN @ k).view_as(q)
             self._slopes.k_BSE[:, :keys] += slope_BXN.mT @ q.flatten(1, 2)
 
     def sum(self) -> Tensor:
-        """Of all chunks, with its gradient; ends the adding."""
-        return _Sum.apply(self._lost, *self._slopes, *self.index)  # type: ignore[return-value]
+        """Return the sum of all chunks with its gradient. Call it once, after the last `add`."""
+        return _Sum.apply(self._loss, *self._slopes, *self.index)  # type: ignore[return-value]
 
 
 def _wide(index: IndexerOutput) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,21 +169,21 @@ def _wide(index: IndexerOutput) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scores(q_BTJE: Tensor, weight_BTJ: Tensor, k_BSE: Tensor) -> tuple[Tensor, Tensor]:
-    """relu(q . k), (B, T, J, S), and its weighted sum, (B, T, S)."""
-    fired_BTJS = (q_BTJE.flatten(1, 2) @ k_BSE.mT).relu_().unflatten(1, q_BTJE.shape[1:3])
-    return fired_BTJS, (weight_BTJ[:, :, None] @ fired_BTJS).squeeze(2)
+    """Return relu(q . k) (B, T, J, S) and its weighted sum (B, T, S)."""
+    relu_BTJS = (q_BTJE.flatten(1, 2) @ k_BSE.mT).relu_().unflatten(1, q_BTJE.shape[1:3])
+    return relu_BTJS, (weight_BTJ[:, :, None] @ relu_BTJS).squeeze(2)
 
 
 class _Sum(torch.autograd.Function):
-    """A number whose gradient is known: (number, slopes, what they are slopes of)."""
+    """Returns a loss with a precomputed gradient: (loss, gradients, the tensors they belong to)."""
 
     @staticmethod
     def forward(
-        ctx: Any, lost: Tensor, dq: Tensor, dweight: Tensor, dk: Tensor, *index: Tensor
+        ctx: Any, loss: Tensor, dq: Tensor, dweight: Tensor, dk: Tensor, *index: Tensor
     ) -> Tensor:
         grads = zip((dq, dweight, dk), index, strict=True)
         ctx.save_for_backward(*(grad.to(of.dtype) for grad, of in grads))
-        return lost.clone()
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
