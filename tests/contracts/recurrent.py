@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.nn.contract import BuildContext, Ctx, Mixer, MixerConfigBase, Out
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 from tinsmith.nn.precision import at_least_fp32
 from tinsmith.nn.recurrent import RecurrentCache, recurrent_steps
 

@@ -9,7 +9,7 @@ from tests.oracles import experts as oracle
 from tests.oracles.close import close_to
 from tinsmith.core.errors import UserError
 from tinsmith.nn.feedforwards import DeepSeekMoE
-from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.layers.linear import init_weights
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.moe.balance import update_bias
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracles.close import close_to
-from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.layers.linear import init_weights
 from tinsmith.nn.moe.dispatch import DispatchPlan, combine, plan_from_indices, plan_from_mask
 from tinsmith.nn.moe.experts import Experts
 from tinsmith.nn.moe.grouped_gemm import (

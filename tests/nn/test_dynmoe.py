@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.oracles.surprise import causal_loss, dense, output
 from tinsmith.nn.contract import BuildContext, Ctx, Out
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
-from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.layers.linear import init_weights
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import AdamWConfig, MuonConfig, OptimConfig

@@ -1,4 +1,4 @@
-"""Initialisation: the table of `nn/layers/init.py`, measured."""
+"""Initialisation: the table of `nn/layers/linear.py`, measured."""
 
 import math
 

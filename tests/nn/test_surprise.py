@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.oracles.surprise import causal_loss, copies, dense, output
 from tinsmith.nn.contract import BuildContext, Ctx
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
-from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.layers.linear import init_weights
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.moe.cosine_router import CosineRouter
 from tinsmith.nn.moe.surprise import (

@@ -11,7 +11,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.parse import parse
 from tinsmith.nn.contract import BuildContext, Ctx, Out
 from tinsmith.nn.feedforwards.dynmoe import DynMoE, DynMoEFeedForward
-from tinsmith.nn.layers.init import init_weights
+from tinsmith.nn.layers.linear import init_weights
 from tinsmith.nn.moe.surprise import collect_probes
 from tinsmith.nn.moe.surprise_router import TEMPERATURE, smk, sml, weighted_median
 

@@ -1,4 +1,4 @@
-"""What an objective may ask of the run and of its other processes."""
+"""Communication between the processes of a run, as objectives use it."""
 
 from typing import Protocol
 
@@ -6,26 +6,26 @@ from torch import Tensor
 
 
 class Peers(Protocol):
-    """What an objective may ask of the run that it is part of, and of its other processes."""
+    """The run of an objective and its other processes."""
 
     def poll(self, busy: bool = False) -> bool:
-        """To be called wherever time is spent, equally often by all processes: a stop that any was
-        asked for interrupts all of them. Whether any of them is `busy`.
+        """Return True if any process is `busy`. Call it regularly and equally often on all
+        processes: a stop request to any of them interrupts all.
         """
         ...
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """What every process has, in the order of ranks; shapes may differ."""
+        """Return the tensors of every process, in the order of ranks. Shapes may differ."""
         ...
 
 
 class SingleProcess:
-    """No run and no other processes."""
+    """A single process without a run."""
 
     def poll(self, busy: bool = False) -> bool:
         """Return `busy`: there are no other processes."""
         return busy
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """What there is."""
+        """Return the tensors of this process."""
         return [tensors]

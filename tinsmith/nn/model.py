@@ -18,7 +18,7 @@ from tinsmith.nn.attention.rope import rotary_tables
 from tinsmith.nn.attention.span import Span, attention_spans
 from tinsmith.nn.config import Layer, ModelConfig
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, OptimizerReset, Out, Rotary, Routed
-from tinsmith.nn.layers.init import LMHead, init_weights
+from tinsmith.nn.layers.linear import LMHead, init_weights
 from tinsmith.nn.layers.norm import NORMS
 from tinsmith.nn.layers.stable_topk import must_save_context_fn
 from tinsmith.nn.parameters import freeze_except

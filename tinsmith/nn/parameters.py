@@ -21,7 +21,7 @@ from torch import nn
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.parse import did_you_mean
-from tinsmith.nn.layers.init import LMHead
+from tinsmith.nn.layers.linear import LMHead
 
 
 class TargetWeight(NamedTuple):

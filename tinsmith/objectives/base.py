@@ -1,5 +1,5 @@
-"""What every objective is: batches in, a sum and its units out. The trainer divides, once, by
-the global units.
+"""The interface of objectives: a batch goes in, a sum of losses and its number of units come out.
+The trainer divides by the units of all micro-batches and ranks.
 """
 
 from collections.abc import Iterator
@@ -20,49 +20,46 @@ from tinsmith.text.tokenizer import Tokenizer
 
 
 class Metric(NamedTuple):
-    """A total and the number of things it is a total of; the mean is formed once, over all
-    micro-batches and ranks.
-    """
+    """A total and its count. The mean is taken once, over all micro-batches and ranks."""
 
     total: Tensor
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Loss(NamedTuple):
-    """What one micro-batch says."""
+    """The loss of one micro-batch, with what the layers returned."""
 
     total: Tensor
-    """A sum over units, not a mean."""
+    """Sum over the units of the batch, not a mean."""
     metrics: dict[str, Metric] = {}
     stats: dict[str, Tensor] = {}
     grad_probes: dict[str, Tensor] = {}
 
 
 class SampleSource(Protocol):
-    """Samples by global number: a pure function of the seed and the number."""
+    """Samples by global index: a pure function of the seed and the index."""
 
     def get_batch(self, start: int, count: int) -> Batch:
-        """The global samples [start, start + count); of pairs each is two rows, the chosen answer
-        and then the rejected one.
+        """Return the global samples [start, start + count). A pair is two rows, the chosen answer
+        first.
         """
         ...
 
     def get_prompts(self, start: int, count: int) -> list[Prompt]:
-        """The same of a source of prompts, with what answers are judged by."""
+        """Return the global samples [start, start + count) of a dataset of prompts."""
         ...
 
     @property
     def size(self) -> int:
-        """Samples of one pass; `Prompt.number` is below it."""
+        """Samples of one pass; every `Prompt.prompt_id` is smaller."""
         ...
 
 
 class RankLoader:
-    """One rank's share of the global order of samples. The whole state is one integer, `cursor`.
+    """One rank's share of the global order of samples. Its whole state is one integer, `cursor`.
 
-    Iterated it gives batches, as most objectives want them. One that generates answers asks for
-    `prompts()` in its own `batches` instead: every call gives this rank's part of the next `rows`
-    prompts of the global order.
+    Iterating yields batches. An objective that generates completions calls `next_prompts` instead:
+    every call returns this rank's part of the next `batch_size` prompts.
     """
 
     def __init__(self, source: SampleSource, batch_size: int, rank: int, world_size: int):
@@ -81,43 +78,41 @@ class RankLoader:
         return batch
 
     def next_prompts(self) -> list[Prompt]:
-        """The next prompts: ids with the header of the answer, the right answer, a stable number,
-        the whole row of the data.
-        """
-        found = self.source.get_prompts(self.cursor + self.offset, self.rank_batch_size)
+        """Return this rank's part of the next prompts."""
+        prompts = self.source.get_prompts(self.cursor + self.offset, self.rank_batch_size)
         self.cursor += self.batch_size
-        return found
+        return prompts
 
 
 class ObjectiveConfigBase(Config):
     """Base of every objective's config."""
 
     generates: ClassVar[bool] = False
-    """Whether the policy generates answers while it is trained; then each process needs all of
-    it.
+    """True if the policy generates completions during training. Each process then needs the whole
+    policy.
     """
     deterministic: ClassVar[bool] = False
-    """Whether the policy is compared with itself as it was, so that it is to have no dropout and no
-    router noise (`objectives.frozen`).
+    """If True, train without dropout and router noise, so that old and new log-probabilities are
+    equal at the first step (`objectives.frozen`).
     """
 
     @property
     def data_format(self) -> FormatName:
-        """What it reads: documents, chats, pairs or prompts."""
+        """Name of the data format that the objective reads (`data.formats`)."""
         raise NotImplementedError
 
     def frozen_models(self) -> dict[str, str | None]:
-        """The frozen models it wants, by name: the folder of each, or None for the policy as it
-        stands before the first step.
+        """Return the frozen models by name (`reference` or `teacher`): the folder of each, or None
+        for the policy before its first step.
         """
         return {}
 
     def frozen_weight_dtype(self) -> WeightDtype:
-        """How the weights of these models are held in memory."""
+        """Return the dtype of the weights of frozen models in memory."""
         return "fp32"
 
     def reward_models(self) -> tuple[str, ...]:
-        """The folders of the trained reward models that it asks."""
+        """Return the folders of the reward models that the objective uses."""
         return ()
 
     def check_rank_batch(self, num_prompts: int) -> None:
@@ -129,89 +124,87 @@ class ObjectiveConfigBase(Config):
 
 
 class Objective(nn.Module):
-    """May own trainable heads and remembered buffers, which are saved with the run; `frozen`
-    models are not.
+    """A loss with its state. Trainable heads and buffers are saved with the run; frozen models are
+    not.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.frozen_models: dict[str, LM] = {}
-        """The config's `judges()`, in eval mode and without gradients; brought by the trainer. One
-        that is the policy before its first step is missing where the policy has adapters to switch
-        off: `objectives.frozen` knows both.
+        """The config's `frozen_models()`, in eval mode and without gradients; set by the trainer.
+        The reference is absent if the policy has LoRA adapters: `objectives.frozen.reference_model`
+        then disables the adapters instead.
         """
         self.reward_models: dict[str, RewardModel] = {}
-        """The config's `reward_models()` by their folders; brought by the trainer."""
+        """The config's `reward_models()` by folder; set by the trainer."""
         self.peers: Peers = SingleProcess()
-        """Brought by the trainer too."""
+        """The other processes of the run; set by the trainer."""
 
     def prepare(self, policy: LM, tokenizer: Tokenizer) -> None:
-        """Make what depends on the model's sizes and its vocabulary; called once, before the
-        optimizers are made.
+        """Create heads, stop tokens and reward functions, which depend on the model and tokenizer.
+        Called once, before the optimizers are built.
         """
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
-        """What to train on, endlessly: here, the feed as it is. Whatever it gives has
-        `to(device)`, and is what `weight` and `loss` are asked about.
+        """Yield batches without end; by default those of the loader. A batch has `to(device)`, and
+        is passed to `units` and `loss`.
         """
         return iter(loader)
 
     def units(self, batch: Any) -> Tensor:
-        """How many units the batch holds: target tokens, pairs, sequences."""
+        """Return the number of units in the batch: target tokens, pairs or sequences."""
         raise NotImplementedError
 
     def loss(self, policy: LM, batch: Any) -> Loss:
-        """Forward pass and sum of losses over the batch's units."""
+        """Run the forward pass and return the sum of losses over the units of the batch."""
         raise NotImplementedError
 
     def dummy_batch(self, batch: Batch) -> Any:
-        """What `loss` and `weight` want, made of a row of random ids: for a dry run."""
+        """Return a batch for `loss` and `units` from rows of random ids, for a dry run."""
         return batch
 
     def evaluate(self, policy: LM, source: SampleSource, max_samples: int) -> dict[str, float]:
-        """Numbers by name of `rows` held-back prompts, for objectives that answer them; the best
-        checkpoint is that of the smallest `loss`. The same on every process.
+        """Generate completions of at most `max_samples` validation prompts and return metrics,
+        equal on every process. The best checkpoint is that of the lowest `loss`.
         """
         raise NotImplementedError
 
     def accept_step(self, means: dict[str, float]) -> bool:
-        """Asked after the all-reduce, before the optimizer's step; False drops the gradients."""
+        """Return False to drop the gradients of a step, given its means over all ranks."""
         return True
 
     def state(self) -> dict[str, object]:
-        """What a resumed run needs beside buffers and parameters; JSON-ready."""
+        """Return the state besides buffers and parameters that a resumed run needs, JSON-ready."""
         return {}
 
     def load_state(self, saved: dict[str, object]) -> None:
-        """Put back what `progress` gave."""
+        """Restore the result of `state`."""
 
     def snapshot(self) -> Any:
-        """Where it stands, for `rewind` in this process; called before every step, so cheap."""
+        """Return a cheap copy of the state for `restore_snapshot`; called before every step."""
         return self.state()
 
     def restore_snapshot(self, snapshot: Any) -> None:
-        """Stand where `mark` was taken."""
+        """Restore a snapshot after an interrupted step."""
         self.load_state(snapshot)
 
     def rank_state(self) -> dict[str, Tensor]:
-        """Tensors of this process alone that a resumed run needs."""
+        """Return the tensors of this rank that a resumed run needs."""
         return {}
 
     def load_rank_state(self, saved: dict[str, Tensor]) -> None:
-        """Put back what `carried` gave, before `batches` is asked again."""
+        """Restore the result of `rank_state`, before `batches` is called again."""
 
     def reshard_rank_state(
         self, parts: list[dict[str, Tensor]], rank: int, world_size: int
     ) -> dict[str, Tensor]:
-        """What process `rank` of `world` goes on with where another number of them carried
-        `parts`.
-        """
+        """Return the rank state of `rank` when `parts` were saved by another number of ranks."""
         return {}
 
 
 def add_aux_losses(total: Tensor, losses: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """Add the model's own losses, which are means over the batch, so that they scale with the
-    same denominator.
+    """Add the model's auxiliary losses, which are means over the batch, times the number of units,
+    so that the trainer's division by units restores the means.
     """
     for value in losses.values():
         total = total + value * weight
@@ -219,9 +212,9 @@ def add_aux_losses(total: Tensor, losses: dict[str, Tensor], weight: Tensor) -> 
 
 
 def aux_metrics(losses: dict[str, Tensor], weight: Tensor) -> dict[str, Metric]:
-    """The model's own losses by their last name, each summed over its layers."""
+    """Return the auxiliary losses by kind, each summed over layers."""
     sums: dict[str, Tensor] = {}
     for name, value in losses.items():
-        short = name.rsplit(".", 1)[-1]
-        sums[short] = sums.get(short, torch.zeros_like(value)) + value.detach()
+        kind = name.rsplit(".", 1)[-1]
+        sums[kind] = sums.get(kind, torch.zeros_like(value)) + value.detach()
     return {name: Metric(value * weight, weight) for name, value in sums.items()}

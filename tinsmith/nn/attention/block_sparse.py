@@ -10,7 +10,7 @@ group have the same ones. The output of a query without blocks is 0. Three imple
 - by block: sort (query, block) pairs by block and multiply each block of keys with all its queries.
   The partial results of a query are merged by log-sum-exp (the order of FSA, 2508.18224). Every
   product is dense and the memory is O(T); the backward pass recomputes the weights. This operator
-  is opaque to torch.compile, and on a GPU it is `kernels.selected`.
+  is opaque to torch.compile, and on a GPU it is `kernels.block_sparse`.
 
 Scores and sums are at least float32.
 
@@ -250,18 +250,18 @@ _backward = torch.library.custom_op(
 def _(q_NTJD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if not _use_triton(q_NTJD):
         return torch_forward(q_NTJD, *rest)
-    from tinsmith.nn.kernels import selected
+    from tinsmith.nn.kernels import block_sparse as kernels
 
-    return selected.forward(q_NTJD, *rest)
+    return kernels.forward(q_NTJD, *rest)
 
 
 @_backward.register_kernel("cuda")
 def _(dy_NTJD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if not _use_triton(dy_NTJD):
         return torch_backward(dy_NTJD, *rest)
-    from tinsmith.nn.kernels import selected
+    from tinsmith.nn.kernels import block_sparse as kernels
 
-    return selected.backward(dy_NTJD, *rest)
+    return kernels.backward(dy_NTJD, *rest)
 
 
 def _use_triton(x: Tensor) -> bool:

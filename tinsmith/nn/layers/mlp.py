@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.nn.contract import Ctx, FeedForward, Out, TensorSplit
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 
 
 class SwiGLUFeedForward(FeedForward):

@@ -22,7 +22,7 @@ from tinsmith.nn.attention.indexer import IndexedHeads
 from tinsmith.nn.attention.latent import linear_flops
 from tinsmith.nn.attention.token_sparse import TokenSparseConfig, attend_topk_tokens
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 
 
 @dataclass(frozen=True, kw_only=True)

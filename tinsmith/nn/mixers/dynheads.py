@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tinsmith.core.parse import Size
 from tinsmith.nn.contract import BuildContext, Ctx, MixerConfigBase, OptimizerReset, Out
+from tinsmith.nn.layers.linear import ExpertOutWeight, ExpertWeight
 from tinsmith.nn.mixers.gqa import GQA, AttentionMixer
 from tinsmith.nn.moe.cosine_router import (
     CosineRouted,
@@ -30,7 +31,6 @@ from tinsmith.nn.moe.cosine_router import (
     ExpertMixture,
 )
 from tinsmith.nn.moe.dead_experts import expert_reset_stds
-from tinsmith.nn.moe.experts import ExpertOutWeight, ExpertWeight
 from tinsmith.nn.moe.grouped_gemm import grouped_linear
 
 

@@ -20,7 +20,7 @@ from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
 from tinsmith.nn.attention.core import GroupedHeads, attend
 from tinsmith.nn.attention.rope import apply_rotary_emb
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out, TensorSplit
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 from tinsmith.nn.layers.norm import RMSNorm
 
 

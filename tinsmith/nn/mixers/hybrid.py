@@ -22,7 +22,7 @@ from tinsmith.nn.attention.core import BranchGate
 from tinsmith.nn.attention.latent import linear_flops
 from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 from tinsmith.nn.mixers.hybrid_branches import (
     BRANCHES,
     AttentionBranch,

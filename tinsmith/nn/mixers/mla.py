@@ -22,7 +22,7 @@ from tinsmith.nn.attention.core import attend
 from tinsmith.nn.attention.latent import LatentHeads, linear_flops
 from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ from tinsmith.nn.attention.core import BranchGate, GroupedHeads, attend
 from tinsmith.nn.attention.rope import apply_rotary_emb
 from tinsmith.nn.attention.span import Span
 from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
-from tinsmith.nn.layers.init import ResidualProj
+from tinsmith.nn.layers.linear import ResidualProj
 from tinsmith.nn.layers.norm import RMSNorm
 from tinsmith.nn.precision import at_least_fp32
 

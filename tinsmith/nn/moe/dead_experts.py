@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from tinsmith.core.rng import make_generator
 from tinsmith.distributed.dtensor import full_tensor, write_rows
 from tinsmith.nn.contract import OptimizerReset
-from tinsmith.nn.layers.init import linear_init_std
-from tinsmith.nn.moe.experts import ExpertOutWeight, ExpertWeight
+from tinsmith.nn.layers.linear import ExpertOutWeight, ExpertWeight, linear_init_std
 
 ResetStds = dict[nn.Parameter, float]
 """Weights whose first axis is experts -> the standard deviation of a re-initialised expert; 0 for

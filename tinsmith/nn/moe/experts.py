@@ -7,12 +7,12 @@ Legend: N tokens, P pairs of token and expert, E experts, D width, H width of an
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinsmith.nn.layers.linear import ExpertOutWeight, ExpertWeight
 from tinsmith.nn.moe.dispatch import DispatchPlan
 from tinsmith.nn.moe.grouped_gemm import autocast_operand, grouped_linear
 
@@ -53,20 +53,3 @@ class Experts(nn.Module):
         """Count the FLOPs of one pair."""
         num_matrices = 2 if self.gate_proj is None else 3
         return 2 * num_matrices * self.up_proj.weight[0].numel()
-
-
-class ExpertWeight(nn.Module):
-    """A stack of matrices (E, O, I), one for each expert, without biases."""
-
-    EXPERT_STACKS: ClassVar[tuple[str, ...]] = ("weight",)
-    """Names of 3-D parameters that are stacks of matrices. LoRA, quantisation and Muon treat each
-    slice of them as a matrix. Any other 3-D parameter, such as a convolution kernel, is not one.
-    """
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-
-
-class ExpertOutWeight(ExpertWeight):
-    """A stack of matrices whose output is added to the residual stream."""

@@ -31,9 +31,10 @@ from torch import Tensor
 
 from tinsmith.core.parse import Config, Size
 from tinsmith.distributed.dtensor import accumulate_grad, full_tensor
+from tinsmith.nn.layers.linear import ExpertWeight
 from tinsmith.nn.layers.stable_topk import stable_topk
 from tinsmith.nn.moe.cosine_router import CosineRouter, margins
-from tinsmith.nn.moe.experts import Experts, ExpertWeight
+from tinsmith.nn.moe.experts import Experts
 from tinsmith.nn.moe.surprise import (
     CollectedProbes,
     ExpertMatrices,

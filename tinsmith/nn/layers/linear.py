@@ -1,4 +1,4 @@
-"""Initialisation of all weights.
+"""Linear layers with a role in the model, and the initialisation of all weights.
 
 | module | weight |
 |---|---|
@@ -10,10 +10,11 @@
 """
 
 import math
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from tinsmith.nn.moe.experts import ExpertOutWeight, ExpertWeight
 from tinsmith.nn.precision import at_least_fp32
 
 
@@ -28,6 +29,23 @@ class LMHead(nn.Linear):
         """Map (..., D) to logits (..., V)."""
         logits = super().forward(input)
         return logits.to(at_least_fp32(logits.dtype))
+
+
+class ExpertWeight(nn.Module):
+    """A stack of matrices (E, O, I), one for each expert, without biases."""
+
+    EXPERT_STACKS: ClassVar[tuple[str, ...]] = ("weight",)
+    """Names of 3-D parameters that are stacks of matrices. LoRA, quantisation and Muon treat each
+    slice of them as a matrix. Any other 3-D parameter, such as a convolution kernel, is not one.
+    """
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+
+class ExpertOutWeight(ExpertWeight):
+    """A stack of matrices whose output is added to the residual stream."""
 
 
 def init_weights(model: nn.Module, depth: int) -> None:
