@@ -15,6 +15,21 @@ from tinsmith.data.sources.stdlib import StdlibData
 from tinsmith.data.sources.tasks import TasksData
 from tinsmith.data.sources.text import TextData
 
+__all__ = [
+    "AnySource",
+    "ArcData",
+    "ChatsData",
+    "DataConfig",
+    "DataSource",
+    "HubData",
+    "SourceConfig",
+    "SourceContext",
+    "StdlibData",
+    "TasksData",
+    "TextData",
+    "open_source",
+]
+
 AnySource = StdlibData | TasksData | ArcData | TextData | ChatsData | HubData
 DataConfig = Annotated[AnySource, Kind()]
 
