@@ -1,7 +1,7 @@
-"""Readers for what people bring: .txt, .jsonl, .jsonl.gz, .parquet, and folders of them.
+"""Streaming readers of input files: .txt, .jsonl, .jsonl.gz, .parquet, and folders of them.
 
-Readers stream and never stop at a bad line: they yield a Reject with file, physical line and reason
-in its place. What cannot be read at all (a missing file, no permission, not a parquet file) raises
+Readers do not stop at a bad line: they yield a Reject with the file, the line number and the reason
+instead. A file that cannot be read at all (missing, no permission, not a parquet file) raises
 UserError.
 """
 
@@ -21,17 +21,17 @@ from tinsmith.core.parse import did_you_mean
 from tinsmith.core.units import format_size
 
 MAX_LINE_BYTES = 10_000_000
-"""Bytes of a .jsonl line; a longer one is rejected without being kept in memory."""
+"""Maximum bytes of a .jsonl line; a longer one is rejected without being kept in memory."""
 CHUNK_CHARS = 1_000_000
-"""Characters after which a long .txt document is handed on in pieces, cut at the end of a line."""
+"""Characters after which a long .txt document is cut into pieces, at the end of a line."""
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-"""Alone on a line of a .txt file, ends a document."""
+"""Line of a .txt file that ends a document."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 _BOM = codecs.BOM_UTF8
 
 
 class Reject(NamedTuple):
-    """A line (or row of a parquet file, both from 1) that cannot be used, and why."""
+    """A line of a file, or row of a parquet file, that cannot be used. `line` counts from 1."""
 
     file: str
     line: int
@@ -39,7 +39,7 @@ class Reject(NamedTuple):
 
 
 class TextChunk(NamedTuple):
-    """A document, or a piece of a long one: `first` and `last` tell where it begins and ends."""
+    """A document, or a piece of a long one. `first` and `last` mark its first and last piece."""
 
     text: str
     file: str
@@ -49,7 +49,7 @@ class TextChunk(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An object from a line of JSON or a row of a table."""
+    """A JSON object of a line, or a row of a parquet file as a dictionary."""
 
     data: dict[str, Any]
     file: str
@@ -57,75 +57,79 @@ class Record(NamedTuple):
 
 
 def expand_path(path: str) -> Path:
-    """A path as a recipe writes it: `~` and `$NAME` stand for what they do in a shell."""
+    """Expand `~` and environment variables (`$NAME`) in a path of a recipe."""
     return Path(os.path.expandvars(path)).expanduser()
 
 
 def find_files(path: str, key: str = "data.path") -> list[Path]:
-    """The files that `path` stands for: itself, or everything known below a folder, sorted.
+    """Return `path` itself, or all files with a known suffix in a folder and its subfolders,
+    sorted.
 
-    UserError where there is nothing; `key` is the setting that a message names.
+    Raise UserError if there is none. `key` is the recipe key that the message names.
     """
-    start = expand_path(path)
+    root = expand_path(path)
     try:
-        found = _below(start) if start.is_dir() else [start]
-        near = None if start.exists() else _nearest(start)
+        paths = _files_in(root) if root.is_dir() else [root]
+        suggestion = None if root.exists() else _suggest(root)
     except OSError as error:
-        raise UserError(f"{key}: {start}: {error.strerror}") from None
-    known = ", ".join(SUFFIXES)
-    if not found:
-        raise UserError(f"{key}: no {known} file in the folder {start}")
-    if near is not None:
-        raise UserError(f"{key}: {start} does not exist{near}")
-    if not _known(found[0]):
-        raise UserError(f"{key}: {start} is not of a known kind; use {known} or a folder of them")
-    return found
+        raise UserError(f"{key}: {root}: {error.strerror}") from None
+    suffixes = ", ".join(SUFFIXES)
+    if not paths:
+        raise UserError(f"{key}: no {suffixes} file in the folder {root}")
+    if suggestion is not None:
+        raise UserError(f"{key}: {root} does not exist{suggestion}")
+    if not _has_known_suffix(paths[0]):
+        raise UserError(f"{key}: {root} is not of a known kind; use {suffixes} or a folder of them")
+    return paths
 
 
 def read_texts(path: Path) -> Iterator[TextChunk | Reject]:
-    """Documents of a .txt file: between lines `<|endoftext|>`, or the whole file. CRLF becomes LF,
-    a BOM goes.
+    """Yield the documents of a .txt file: the text between lines `<|endoftext|>`, or the whole
+    file. CRLF becomes LF, and a byte order mark is removed.
 
-    A line that is not UTF-8 or holds a NUL is left out and reported. A line may be of any length.
+    A line that is not UTF-8 or contains a NUL is rejected. Lines may be of any length.
     """
-    held: list[str] = []
+    buffer: list[str] = []
     length, begin, first = 0, 1, True
-    for number, line in _decoded_lines(path):
+    for line_number, line in _decoded_lines(path):
         if isinstance(line, Reject):
             yield line
         elif line.strip() == DOCUMENT_SEPARATOR:
-            if not first or "".join(held).strip():
-                yield TextChunk("".join(held), str(path), begin, first, True)
-            held, length, begin, first = [], 0, number + 1, True
+            if not first or "".join(buffer).strip():
+                yield TextChunk("".join(buffer), str(path), begin, first, True)
+            buffer, length, begin, first = [], 0, line_number + 1, True
         else:
             if length >= CHUNK_CHARS:
-                yield TextChunk("".join(held), str(path), begin, first, False)
-                held, length, begin, first = [], 0, number, False
-            held.append(line)
+                yield TextChunk("".join(buffer), str(path), begin, first, False)
+                buffer, length, begin, first = [], 0, line_number, False
+            buffer.append(line)
             length += len(line)
-    if not first or "".join(held).strip():
-        yield TextChunk("".join(held), str(path), begin, first, True)
+    if not first or "".join(buffer).strip():
+        yield TextChunk("".join(buffer), str(path), begin, first, True)
 
 
 def read_records(path: Path, columns: list[str] | None = None) -> Iterator[Record | Reject]:
-    """Objects of a .jsonl, .jsonl.gz or .parquet file; `columns` spares a parquet file from reading
-    others."""
-    return _parquet(path, columns) if path.name.endswith(".parquet") else _jsonl(path)
+    """Return an iterator over the records of a .jsonl, .jsonl.gz or .parquet file. With `columns`,
+    only these columns of a parquet file are read.
+    """
+    if path.name.endswith(".parquet"):
+        return _read_parquet(path, columns)
+    return _read_jsonl(path)
 
 
-def _jsonl(path: Path) -> Iterator[Record | Reject]:
-    for number, line in _lines(path):
+def _read_jsonl(path: Path) -> Iterator[Record | Reject]:
+    for line_number, line in _raw_lines(path):
         if isinstance(line, Reject):
             yield line
         elif line.strip():
             try:
-                yield Record(parse_object(line), str(path), number)
+                yield Record(parse_object(line), str(path), line_number)
             except ValueError as error:
-                yield Reject(str(path), number, str(error))
+                yield Reject(str(path), line_number, str(error))
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of one line. Raises ValueError that says what is wrong with it."""
+    """Return the JSON object of one line. Raise ValueError, with the reason, if it has none."""
     try:
         record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -137,18 +141,19 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except ValueError:
         raise ValueError("not usable JSON: a number of too many digits") from None
     if not isinstance(record, dict):
-        raise ValueError(f"not an object but {_kind_of(record)}")
+        raise ValueError(f"not an object but {_type_name(record)}")
     return record
 
 
 def get_text(record: dict[str, Any], field: str) -> str:
-    """The text in `field` of a row. Raises ValueError where it is missing, not text, empty or
-    unusable."""
+    """Return the text in `field` of a record. Raise ValueError if it is missing, not text, empty,
+    or refused by `check_text`.
+    """
     if field not in record:
         raise ValueError(f"no field '{field}' (it has {', '.join(map(str, record)) or 'none'})")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(f"field '{field}' is {_kind_of(text)}, not text")
+        raise ValueError(f"field '{field}' is {_type_name(text)}, not text")
     if not text.strip():
         raise ValueError(f"field '{field}' is empty")
     check_text(text)
@@ -156,8 +161,9 @@ def get_text(record: dict[str, Any], field: str) -> str:
 
 
 def check_text(value: Any) -> None:
-    """Raises ValueError where a text, or any text inside a list or object, holds a NUL or a lone
-    surrogate."""
+    """Raise ValueError if a text, or any text in a list or object, contains a NUL character or a
+    lone surrogate.
+    """
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("holds a NUL character")
@@ -173,11 +179,11 @@ def check_text(value: Any) -> None:
             check_text(item)
 
 
-def _parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Reject]:
+def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Reject]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    row_number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -188,8 +194,8 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Reject]
                 )
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
-                    number += 1
-                    yield Record(record, str(path), number)
+                    row_number += 1
+                    yield Record(record, str(path), row_number)
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -198,38 +204,33 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Reject]
         ) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
-    """(number, line without its end) of every physical line, a Reject for one that is too long."""
-    number = 0
-    with _opened(path) as file:
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
+    """Yield (line number, line), or (line number, Reject) for a line that is too long."""
+    line_number = 0
+    with _open(path) as file:
         try:
             while line := file.readline(MAX_LINE_BYTES + 2):
-                number += 1
-                raw = line.removeprefix(_BOM) if number == 1 else line
+                line_number += 1
+                raw = line.removeprefix(_BOM) if line_number == 1 else line
                 if len(raw.rstrip(b"\r\n")) <= MAX_LINE_BYTES:
-                    yield number, raw
+                    yield line_number, raw
                     continue
-                yield (
-                    number,
-                    Reject(str(path), number, f"longer than {format_size(MAX_LINE_BYTES)}"),
-                )
+                reason = f"longer than {format_size(MAX_LINE_BYTES)}"
+                yield line_number, Reject(str(path), line_number, reason)
                 while line and not line.endswith(b"\n"):
                     line = file.readline(CHUNK_CHARS)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            yield (
-                number + 1,
-                Reject(
-                    str(path), number + 1, "the compressed file is damaged or cut off from here on"
-                ),
-            )
+            reason = "the compressed file is damaged or cut off from here on"
+            yield line_number + 1, Reject(str(path), line_number + 1, reason)
 
 
 def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
-    """(number, line with its end as LF); a very long line comes in several parts of the same
-    number."""
-    number = 1
+    """Yield (line number, decoded line). A line ends with LF. A very long line is yielded in
+    several parts with the same line number.
+    """
+    line_number = 1
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with _opened(path) as file:
+    with _open(path) as file:
         if file.read(len(_BOM)) != _BOM:
             file.seek(0)
         while part := file.readline(CHUNK_CHARS):
@@ -239,17 +240,17 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
                     part, final=ended or len(part) < CHUNK_CHARS or not file.peek(1)
                 )
                 check_text(text)
-                yield number, f"{text[:-2]}\n" if text.endswith("\r\n") else text
+                yield line_number, f"{text[:-2]}\n" if text.endswith("\r\n") else text
             except UnicodeDecodeError:
                 decoder.reset()
-                yield number, Reject(str(path), number, "not UTF-8")
+                yield line_number, Reject(str(path), line_number, "not UTF-8")
             except ValueError as error:
-                yield number, Reject(str(path), number, str(error))
-            number += ended
+                yield line_number, Reject(str(path), line_number, str(error))
+            line_number += ended
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _open(path: Path) -> Iterator[BufferedReader]:
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
             yield cast(BufferedReader, file)
@@ -259,29 +260,32 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
-def _below(folder: Path) -> list[Path]:
-    """Known files below a folder, without hidden ones, sorted."""
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files with a known suffix in a folder and its subfolders, sorted, without hidden
+    ones.
+    """
     return sorted(
         path
         for path in folder.rglob("*")
-        if _known(path) and not _hidden(path.relative_to(folder)) and path.is_file()
+        if _has_known_suffix(path) and not _is_hidden(path.relative_to(folder)) and path.is_file()
     )
 
 
-def _nearest(path: Path) -> str:
+def _suggest(path: Path) -> str:
+    """Return a suggestion for a missing path: the most similar name in the same folder."""
     parent = path.parent
     return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
 
 
-def _known(path: Path) -> bool:
+def _has_known_suffix(path: Path) -> bool:
     return path.name.endswith(SUFFIXES)
 
 
-def _hidden(path: Path) -> bool:
+def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _kind_of(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {
         str: "text",
         list: "a list",

@@ -1,66 +1,67 @@
-"""Grids of ARC-AGI (Chollet, 1911.01547): puzzles, their symmetries, and one augmentation for all
-grids of a puzzle.
+"""Grids and puzzles of ARC-AGI (Chollet, 1911.01547), and their augmentation by symmetries and
+colour permutations.
 
-A puzzle shows pairs of grids that one rule connects, and asks what becomes of one more grid. The
-rule keeps its meaning where every grid of the puzzle is turned, mirrored or recoloured alike.
+A puzzle has demonstrations, which are pairs of grids connected by one rule, and a test input to
+which the rule is to be applied. The rule remains valid if all grids of the puzzle are rotated,
+mirrored or recoloured in the same way.
 """
 
 import random
 from typing import NamedTuple
 
 Grid = tuple[tuple[int, ...], ...]
-"""Rows of colours 0 to 9, all of one length."""
+"""Rows of equal length, of colours 0 to 9."""
 
 MAX_GRID_SIZE = 30
-"""Rows and columns of a grid, at most."""
+"""Maximum number of rows and of columns of a grid."""
 
 
 class Pair(NamedTuple):
-    """What one grid becomes."""
+    """An input grid and its output grid."""
 
     input: Grid
     output: Grid
 
 
 class Puzzle(NamedTuple):
-    """A task with one of its test inputs."""
+    """A task with a single one of its test inputs."""
 
     name: str
     test_index: int
-    """Which of the task's test inputs, from 0."""
+    """Index of the test input within the task."""
     demonstrations: tuple[Pair, ...]
     test_input: Grid
     answer: Grid | None
-    """None where it is hidden."""
+    """Output of the test input, or None if it is not known."""
 
     def grids(self) -> list[Grid]:
-        """All of them, the answer last."""
-        shown = [grid for pair in self.demonstrations for grid in pair]
-        return [*shown, self.test_input, *([self.answer] if self.answer else [])]
+        """Return all grids, the answer last."""
+        demonstration_grids = [grid for pair in self.demonstrations for grid in pair]
+        return [*demonstration_grids, self.test_input, *([self.answer] if self.answer else [])]
 
 
 class View(NamedTuple):
-    """A change of colours, then one of the 8 symmetries of the square."""
+    """An augmentation: a permutation of the colours, then one of the 8 symmetries of the square."""
 
     symmetry: int = 0
-    """Quarter turns to the right, after an exchange of rows and columns where it is 4 or more."""
+    """Number of quarter turns to the right, modulo 4; with 4 or more, after a transposition."""
     colours: tuple[int, ...] = tuple(range(10))
-    """What each colour becomes: a permutation."""
+    """Permutation: colours[c] replaces colour c."""
 
     def apply(self, grid: Grid) -> Grid:
-        """The grid seen so."""
+        """Return the augmented grid."""
         return apply_symmetry(
             tuple(tuple(self.colours[c] for c in row) for row in grid), self.symmetry
         )
 
     def invert(self, grid: Grid) -> Grid:
-        """The grid that is seen as `grid`."""
-        colours = tuple(self.colours.index(colour) for colour in range(10))
-        plain = apply_symmetry(grid, inverse_symmetry(self.symmetry))
-        return tuple(tuple(colours[c] for c in row) for row in plain)
+        """Undo `apply`: return the original of an augmented grid."""
+        inverse_colours = tuple(self.colours.index(colour) for colour in range(10))
+        original = apply_symmetry(grid, inverse_symmetry(self.symmetry))
+        return tuple(tuple(inverse_colours[c] for c in row) for row in original)
 
     def apply_to_puzzle(self, puzzle: Puzzle) -> Puzzle:
-        """The puzzle, every grid of it seen so."""
+        """Return the puzzle with all its grids augmented."""
         return puzzle._replace(
             demonstrations=tuple(
                 Pair(self.apply(pair.input), self.apply(pair.output))
@@ -72,7 +73,7 @@ class View(NamedTuple):
 
 
 def apply_symmetry(grid: Grid, symmetry: int) -> Grid:
-    """The grid under symmetry 0 to 7; see `View`."""
+    """Apply symmetry 0 to 7 to a grid; see `View.symmetry`."""
     if symmetry >= 4:
         grid = tuple(zip(*grid, strict=True))
     for _ in range(symmetry % 4):
@@ -81,7 +82,7 @@ def apply_symmetry(grid: Grid, symmetry: int) -> Grid:
 
 
 def inverse_symmetry(symmetry: int) -> int:
-    """The symmetry that undoes one: a mirror image undoes itself."""
+    """Return the inverse of a symmetry. Reflections (4 to 7) are their own inverse."""
     return symmetry if symmetry >= 4 else -symmetry % 4
 
 
@@ -93,16 +94,17 @@ def augment(
     colours: str,
     shuffle_demonstrations: bool,
 ) -> Puzzle:
-    """The puzzle under one view for all its grids, demonstrations in another order.
+    """Apply one random view to all grids of a puzzle, and shuffle its demonstrations.
 
-    `colours`: `all` are permuted, `keep_0` all but the background, or `none`.
+    `colours` selects the colours that are permuted: `all`, `keep_0` (all except for the background)
+    or `none`.
     """
-    first = {"all": 0, "keep_0": 1, "none": 10}[colours]
-    permuted = list(range(first, 10))
+    num_fixed = {"all": 0, "keep_0": 1, "none": 10}[colours]
+    permuted = list(range(num_fixed, 10))
     rng.shuffle(permuted)
-    view = View(rng.randrange(8) if symmetries else 0, (*range(first), *permuted))
-    seen = view.apply_to_puzzle(puzzle)
-    shown = list(seen.demonstrations)
+    view = View(rng.randrange(8) if symmetries else 0, (*range(num_fixed), *permuted))
+    augmented = view.apply_to_puzzle(puzzle)
+    demonstrations = list(augmented.demonstrations)
     if shuffle_demonstrations:
-        rng.shuffle(shown)
-    return seen._replace(demonstrations=tuple(shown))
+        rng.shuffle(demonstrations)
+    return augmented._replace(demonstrations=tuple(demonstrations))

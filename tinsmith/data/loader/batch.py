@@ -1,4 +1,4 @@
-"""What a model is trained on: rows of tokens, side by side."""
+"""Batches of token rows for training and evaluation, and their collation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,37 +12,40 @@ from tinsmith.data.loader.pack import Row, pad_row
 
 
 class Batch(NamedTuple):
-    """Rows side by side. Everything is (B, T) int64 but `mask`, which is bool, and `source`, which
-    is (B,)."""
+    """A batch of B rows of T positions. All tensors are (B, T) int64, except for `mask` (B, T)
+    bool and `source` (B,) int64.
+    """
 
     ids: Tensor
     targets: Tensor
-    """The id that follows, within the same document; 0 where there is none."""
+    """The next id within the same document; 0 if there is none."""
     mask: Tensor
-    """Which targets count."""
+    """Loss mask: True for the targets that are trained."""
     positions: Tensor
-    """Restart at 0 with every document and every row."""
+    """Position within the document; restarts at 0 in every row."""
     segments: Tensor
-    """Number the documents of a row from 0; -1 is padding."""
+    """Index of the document within the row, from 0; -1 is padding."""
     source: Tensor
-    """Which data source each row came from, (B,)."""
+    """Index of the data source of each row, (B,)."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`, without waiting for the copy."""
-        return Batch._make(part.to(device, non_blocking=True) for part in self)
+        """Copy the batch to `device`, without waiting for the copy."""
+        return Batch._make(tensor.to(device, non_blocking=True) for tensor in self)
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """The rows [start, stop)."""
-        return Batch._make(part[start:stop] for part in self)
+        """Return the rows [start, stop)."""
+        return Batch._make(tensor[start:stop] for tensor in self)
 
     def split(self, size: int) -> list["Batch"]:
-        """Batches of `size` rows, the last perhaps smaller."""
+        """Split into batches of `size` rows; the last one may be smaller."""
         return [self.rows(start, start + size) for start in range(0, len(self.ids), size)]
 
 
 def collate(rows: Sequence[Row], source: Sequence[int] | NDArray[Any]) -> Batch:
-    """Rows and the number of the source of each, as one batch: shorter rows get padding behind."""
+    """Collate rows, and the data source index of each, into a batch. Shorter rows are padded on
+    the right.
+    """
     width = max(len(row.ids) for row in rows)
-    even = [row if len(row.ids) == width else pad_row(row, width) for row in rows]
-    parts = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*even, strict=True)]
-    return Batch._make([*parts, torch.from_numpy(np.array(source, dtype=np.int64))])
+    padded = [row if len(row.ids) == width else pad_row(row, width) for row in rows]
+    tensors = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*padded, strict=True)]
+    return Batch._make([*tensors, torch.from_numpy(np.array(source, dtype=np.int64))])

@@ -1,9 +1,10 @@
-"""Pieces of text laid into rows of one length, so that next to nothing of a row stays empty.
+"""Bin packing: chats, or pieces of them, are packed into rows of equal length with almost no
+padding.
 
-Rows are filled one after the other, each beginning with the longest piece that is left. Room that
-is left is filled exactly by one piece or by two where that is possible, else by the longest that
-fits. Where nothing fits and more than 0.5 % of all positions so far would be lost, the end of the
-longest piece is cut off to fill the row. The result depends on nothing but the arguments.
+Rows are filled one after the other. Each starts with the longest piece that is left. The rest of
+the row is filled exactly by one or two pieces if possible, or else by the longest piece that fits.
+If no piece fits and more than 0.5 % of all positions so far would be padding, the end of the
+longest piece is cut off to fill the row. The packing is deterministic.
 """
 
 from typing import NamedTuple
@@ -12,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALLOWED_WASTE = 0.005
+"""Fraction of positions that may be padding before a piece is cut."""
 
 
 class BinPacking(NamedTuple):
-    """Row r holds the pieces edges[r] to edges[r + 1]; a piece is `lengths` tokens from `starts`
-    on. All int64.
+    """Row r contains the pieces row_offsets[r] to row_offsets[r + 1]. Piece p is the tokens from
+    starts[p] to starts[p] + lengths[p] of the stream.
 
-    `starts` and `lengths` are (pieces,), `edges` is (rows + 1,).
+    `starts` and `lengths` are (pieces,) int64, `row_offsets` is (rows + 1,) int64.
     """
 
     starts: NDArray[np.int64]
@@ -27,70 +29,78 @@ class BinPacking(NamedTuple):
 
 
 def best_fit(starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> BinPacking:
-    """Lay pieces (n,), each of 1 to `room` tokens, into rows of `room` positions."""
+    """Pack pieces (n,), each of 1 to `capacity` tokens, into rows of `capacity` positions."""
     pool = _Pool(starts, lengths, capacity)
     smallest_cut = max(2, capacity // 64)
     pieces: list[tuple[int, int]] = []
-    edges = [0]
-    wasted = 0
-    while pool.present:
-        left = capacity
-        while left and pool.present:
-            chosen = pool.choose(left)
-            if chosen:
-                pieces += [(pool.take(length), length) for length in chosen]
-                left -= sum(chosen)
-            elif left >= smallest_cut and wasted + left > ALLOWED_WASTE * capacity * len(edges):
-                pieces.append((pool.cut(left), left))
-                left = 0
+    row_offsets = [0]
+    padding = 0
+    while pool.lengths:
+        free = capacity
+        while free and pool.lengths:
+            selected = pool.select_lengths(free)
+            if selected:
+                pieces += [(pool.pop(length), length) for length in selected]
+                free -= sum(selected)
+            elif free >= smallest_cut and padding + free > ALLOWED_WASTE * capacity * len(
+                row_offsets
+            ):
+                pieces.append((pool.cut(free), free))
+                free = 0
             else:
                 break
-        wasted += left
-        edges.append(len(pieces))
+        padding += free
+        row_offsets.append(len(pieces))
     table = np.array(pieces, dtype=np.int64).reshape(-1, 2)
-    return BinPacking(table[:, 0], table[:, 1], np.array(edges, dtype=np.int64))
+    return BinPacking(table[:, 0], table[:, 1], np.array(row_offsets, dtype=np.int64))
 
 
 class _Pool:
-    """Pieces by length. Bit n of `present` is set where there is a piece of n tokens, bit room - n
-    of `mirrored`."""
+    """Unpacked pieces by length, with bit sets of the lengths that occur: bit n of `lengths`, and
+    bit capacity - n of `mirrored_lengths`, are set if there is a piece of n tokens.
+    """
 
-    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], room: int):
-        self.room = room
-        self.present = self.mirrored = 0
-        self.starts: list[list[int]] = [[] for _ in range(room + 1)]
+    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int):
+        self.capacity = capacity
+        self.lengths = self.mirrored_lengths = 0
+        self.starts: list[list[int]] = [[] for _ in range(capacity + 1)]
         for start, length in zip(starts[::-1].tolist(), lengths[::-1].tolist(), strict=True):
-            self.put(start, length)
+            self.push(start, length)
 
-    def put(self, start: int, length: int) -> None:
+    def push(self, start: int, length: int) -> None:
         self.starts[length].append(start)
-        self.present |= 1 << length
-        self.mirrored |= 1 << (self.room - length)
+        self.lengths |= 1 << length
+        self.mirrored_lengths |= 1 << (self.capacity - length)
 
-    def take(self, length: int) -> int:
+    def pop(self, length: int) -> int:
+        """Remove a piece of this length and return its start."""
         start = self.starts[length].pop()
         if not self.starts[length]:
-            self.present &= ~(1 << length)
-            self.mirrored &= ~(1 << (self.room - length))
+            self.lengths &= ~(1 << length)
+            self.mirrored_lengths &= ~(1 << (self.capacity - length))
         return start
 
-    def choose(self, left: int) -> tuple[int, ...]:
-        """One or two lengths that fill `left` exactly, else the longest that fits, else nothing."""
-        if left < self.room:
-            if self.present >> left & 1:
-                return (left,)
-            pairs = self.present & (self.mirrored >> (self.room - left))
-            if left % 2 == 0 and len(self.starts[left // 2]) == 1:
-                pairs &= ~(1 << (left // 2))
+    def select_lengths(self, free: int) -> tuple[int, ...]:
+        """Return one or two lengths that fill `free` positions exactly, or else the longest that
+        fits, or else ().
+        """
+        if free < self.capacity:
+            if self.lengths >> free & 1:
+                return (free,)
+            pairs = self.lengths & (self.mirrored_lengths >> (self.capacity - free))
+            if free % 2 == 0 and len(self.starts[free // 2]) == 1:
+                pairs &= ~(1 << (free // 2))
             if pairs:
                 longer = pairs.bit_length() - 1
-                return (longer, left - longer)
-        fitting = self.present & ((1 << (left + 1)) - 1)
+                return (longer, free - longer)
+        fitting = self.lengths & ((1 << (free + 1)) - 1)
         return (fitting.bit_length() - 1,) if fitting else ()
 
     def cut(self, length: int) -> int:
-        """Where the last `length` tokens of the longest piece start; the rest of it stays."""
-        longest = self.present.bit_length() - 1
-        start = self.take(longest)
-        self.put(start, longest - length)
+        """Cut `length` tokens off the end of the longest piece and return their start. The rest
+        of the piece remains in the pool.
+        """
+        longest = self.lengths.bit_length() - 1
+        start = self.pop(longest)
+        self.push(start, longest - length)
         return start + longest - length

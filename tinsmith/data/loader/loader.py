@@ -48,7 +48,7 @@ class TokenizedDataset:
         self._members, self._seed, self.seq_len = members, seed, seq_len
         self.split: SplitName = split
         self._mixture = Mixture([member.weight for member in members], seed)
-        self._edges = np.cumsum([0, *(member.samples.size for member in members)])
+        self._offsets = np.cumsum([0, *(member.samples.size for member in members)])
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class TokenizedDataset:
     @property
     def size(self) -> int:
         """Samples of one pass over all members."""
-        return int(self._edges[-1])
+        return int(self._offsets[-1])
 
     @property
     def tokens(self) -> int:
@@ -94,10 +94,10 @@ class TokenizedDataset:
     def cursors(self, index: int) -> dict[str, int]:
         """Return how many samples each member has contributed before global sample `index`."""
         if self.split == "validation":
-            given = np.clip(index - self._edges[:-1], 0, np.diff(self._edges))
+            counts = np.clip(index - self._offsets[:-1], 0, np.diff(self._offsets))
         else:
-            given = self._mixture.cursors(index)
-        return dict(zip(self.names, map(int, given), strict=True))
+            counts = self._mixture.cursors(index)
+        return dict(zip(self.names, map(int, counts), strict=True))
 
     def get_batch(self, start: int, count: int) -> Batch:
         """Return the global samples [start, start + count). Validation samples end at `size`."""
@@ -110,7 +110,7 @@ class TokenizedDataset:
         for m, index in zip(*(part.tolist() for part in self._locate(indices)), strict=True):
             samples = self._members[m].samples
             assert isinstance(samples, PromptSamples), "only a dataset of prompts has prompts"
-            prompts.append(samples.get_prompt(index, int(self._edges[m]) + index))
+            prompts.append(samples.get_prompt(index, int(self._offsets[m]) + index))
         return prompts
 
     def take(self, indices: NDArray[np.int64]) -> Batch:
@@ -151,14 +151,14 @@ class TokenizedDataset:
     def _locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the member (n,) and the index within it (n,) of global samples (n,)."""
         if self.split == "validation":
-            members = np.searchsorted(self._edges, indices, side="right") - 1
-            return members, indices - self._edges[members]
-        members, numbers = self._mixture.locate(indices)
-        local = np.empty_like(numbers)
+            members = np.searchsorted(self._offsets, indices, side="right") - 1
+            return members, indices - self._offsets[members]
+        members, steps = self._mixture.locate(indices)
+        local = np.empty_like(steps)
         for m in np.unique(members):
-            here, member = members == m, self._members[m]
-            local[here] = order_many(
-                self._seed, numbers[here], member.samples.size, "source", member.source_index
+            of_member, member = members == m, self._members[m]
+            local[of_member] = order_many(
+                self._seed, steps[of_member], member.samples.size, "source", member.source_index
             )
         return members, local
 
@@ -180,13 +180,15 @@ def open_dataset(
     report = read_report(folder)
     assert report["data_format"] == data_format, f"{folder} holds {report['data_format']}"
     members = []
-    for number, facts in enumerate(report["sources"]):
-        shards = Shards.open(folder / str(number) / split, verify=verify)
+    for source_index, entry in enumerate(report["sources"]):
+        shards = Shards.open(folder / str(source_index) / split, verify=verify)
         samples = FORMATS[data_format].open(shards, seq_len, verify=verify)
         if samples.size:
             tokens, text_bytes = shards.tokens_total, shards.bytes_total
             members.append(
-                DatasetMember(facts["name"], number, facts["weight"], samples, tokens, text_bytes)
+                DatasetMember(
+                    entry["name"], source_index, entry["weight"], samples, tokens, text_bytes
+                )
             )
     if not members:
         raise UserError(

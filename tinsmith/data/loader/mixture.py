@@ -1,9 +1,9 @@
-"""Which source each global sample comes from, when several are mixed by weight.
+"""Deterministic mixing of data sources by weight.
 
-The endless order is cut in blocks of 1000 samples. Every block holds each source's exact quota (its
-share by weight, rounded by the largest remainder, at least one), in an order shuffled by a keyed
-permutation. So the number of samples that any source has given before sample i follows from i
-alone: full blocks times quota, plus a count inside one block.
+The endless order of samples is divided into blocks of 1000. Every block contains each source's
+exact quota (its share by weight, rounded by the largest remainder, at least one), in an order
+shuffled by a keyed permutation. So the number of samples of a source before global sample i is a
+function of i alone: full blocks times quota, plus a count inside one block.
 """
 
 import numpy as np
@@ -23,39 +23,46 @@ class Mixture:
         self._ends = np.cumsum(self.quotas)
 
     def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For global samples (n,): which source each is from (n,), and its number within that
-        source (n,)."""
-        sources, numbers = np.empty_like(indices), np.empty_like(indices)
-        blocks, places = np.divmod(indices, BLOCK_SIZE)
+        """Return the source (n,) of global samples (n,), and their index within that source (n,),
+        which counts on over all epochs.
+        """
+        sources, source_indices = np.empty_like(indices), np.empty_like(indices)
+        blocks, offsets = np.divmod(indices, BLOCK_SIZE)
         for block in np.unique(blocks):
-            here = blocks == block
-            order, earlier = self._block(int(block))
-            chosen = order[places[here]]
-            sources[here] = chosen
-            numbers[here] = block * self.quotas[chosen] + earlier[places[here]]
-        return sources, numbers
+            in_block = blocks == block
+            block_sources, num_earlier = self._block(int(block))
+            selected = block_sources[offsets[in_block]]
+            sources[in_block] = selected
+            source_indices[in_block] = (
+                block * self.quotas[selected] + num_earlier[offsets[in_block]]
+            )
+        return sources, source_indices
 
     def cursors(self, index: int) -> NDArray[np.int64]:
-        """How many samples each source (sources,) has given before global sample `index`."""
-        block, place = divmod(index, BLOCK_SIZE)
-        order, _ = self._block(block)
-        return block * self.quotas + np.bincount(order[:place], minlength=len(self.quotas))
+        """Return the number of samples of each source (sources,) before global sample `index`."""
+        block, offset = divmod(index, BLOCK_SIZE)
+        block_sources, _ = self._block(block)
+        counts = np.bincount(block_sources[:offset], minlength=len(self.quotas))
+        return block * self.quotas + counts
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each of a block's samples, and how many of that source come before it in
-        the block."""
-        slots = permute_many(np.arange(BLOCK_SIZE), BLOCK_SIZE, self._seed, "mixture", block)
-        order = np.searchsorted(self._ends, slots, side="right")
-        earlier = np.empty_like(order)
+        """Return the source of each sample of a block, and the number of samples of that source
+        before it in the block. Both are (BLOCK_SIZE,).
+        """
+        permuted = permute_many(np.arange(BLOCK_SIZE), BLOCK_SIZE, self._seed, "mixture", block)
+        sources = np.searchsorted(self._ends, permuted, side="right")
+        num_earlier = np.empty_like(sources)
         for source in range(len(self.quotas)):
-            here = order == source
-            earlier[here] = np.arange(here.sum())
-        return order, earlier
+            of_source = sources == source
+            num_earlier[of_source] = np.arange(of_source.sum())
+        return sources, num_earlier
 
 
 def quotas(weights: list[float]) -> NDArray[np.int64]:
-    """Samples per block of each source (sources,), summing to BLOCK. At most BLOCK sources, weights
-    above zero."""
+    """Return the number of samples per block of each source (sources,); they sum to BLOCK_SIZE.
+
+    There may be at most BLOCK_SIZE sources, and weights must be positive.
+    """
     assert 0 < len(weights) <= BLOCK_SIZE
     exact = np.array(weights, dtype=np.float64) / sum(weights) * BLOCK_SIZE
     whole = np.floor(exact).astype(np.int64)

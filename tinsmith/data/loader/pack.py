@@ -1,13 +1,13 @@
-"""Documents and chats laid into rows of `context` positions.
+"""Sequence packing: documents and chats in rows of `seq_len` positions.
 
-Documents are one stream of tokens, cut every `context` tokens: row i holds ids x[iC:(i+1)C] and the
-targets one further, so that neighbouring rows share one boundary token and an epoch's rows, side by
-side, are the stream: nothing is lost and nothing repeated. Attention never crosses documents, so
-the last token of a document has no target.
+Documents are packed as one stream of tokens, cut every `seq_len` tokens. With T = seq_len, row i
+has the ids x[iT:(i+1)T] and the targets x[iT+1:(i+1)T+1], so the rows of an epoch are exactly the
+stream, with every token once. Attention never crosses documents, so the last token of a document
+has no target.
 
-Chats share rows too, but each begins at the start of a piece of its own: a chat that is longer than
-a row goes on in another one, everything else is kept whole (but see `fit`). Here as well every
-token occurs once, and every token that is to be learned is a target once.
+Chats are packed whole, several to a row. A chat that is longer than a row continues in another row,
+and bin packing may cut one to fill a row (see `binpack`). Every token occurs once, and every
+trained token is a target once.
 """
 
 from typing import NamedTuple, Protocol
@@ -20,7 +20,7 @@ from tinsmith.data.prepare.shards import Shards
 
 
 class Row(NamedTuple):
-    """One row, each array (T,): int64, int64, bool, int64, int64. See Batch."""
+    """One row of a Batch. All arrays are (T,) int64, except for `mask`, which is bool."""
 
     ids: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -30,125 +30,133 @@ class Row(NamedTuple):
 
 
 class IndexedSamples(Protocol):
-    """Samples by number: what a source shuffles."""
+    """Random access to the samples of one source: packed rows, pairs or prompts."""
 
     size: int
-    """How many samples: packed rows, pairs, prompts."""
+    """Number of samples."""
     num_tokens: int
-    """How many of the `size * context` positions hold a token."""
+    """Number of the `size * seq_len` positions that are not padding."""
     num_split_chats: int
-    """How many chats are longer than a row, and go on in another."""
+    """Number of chats that are longer than a row and continue in another one."""
     num_skipped_pieces: int
-    """How many pieces of such chats are left out because nothing in them is to be learned."""
+    """Number of pieces of such chats that are left out because no token in them is trained."""
 
     def get_rows(self, index: int) -> tuple[Row, ...]:
-        """The rows of sample number `place`, 0 <= place < size: one, or the two of a pair."""
+        """Return the rows of sample `index`, 0 <= index < size: one, or the two of a pair."""
         ...
 
 
 class DocumentRows:
-    """Windows of a stream of documents."""
+    """Rows cut from a stream of documents."""
 
     def __init__(self, shards: Shards, seq_len: int):
-        self._shards, self._context = shards, seq_len
+        self._shards, self._seq_len = shards, seq_len
         self.num_tokens = shards.tokens_total
         self.size = -(-self.num_tokens // seq_len)
         self.num_split_chats = self.num_skipped_pieces = 0
 
     def get_rows(self, index: int) -> tuple[Row, ...]:
-        """Row number `place`."""
+        """Return packed row `index`."""
         return (self.get_row(index),)
 
     def get_row(self, index: int) -> Row:
-        """Window number `place` of the stream; the last one may end in padding."""
-        start = index * self._context
-        stop = min(start + self._context, self.num_tokens)
-        ids, targets, mask, begins = _window(self._shards, start, stop)
-        return _padded(self._context, ids, targets, mask, np.cumsum(begins))
+        """Return packed row `index`; the last one may end in padding."""
+        start = index * self._seq_len
+        stop = min(start + self._seq_len, self.num_tokens)
+        ids, targets, mask, is_start = _read_window(self._shards, start, stop)
+        return _build_row(self._seq_len, ids, targets, mask, np.cumsum(is_start))
 
 
 class ChatRows:
-    """Chats, or pieces of long ones, several to a row."""
+    """Rows of chats, or pieces of long chats, packed several to a row."""
 
     def __init__(self, shards: Shards, seq_len: int):
         assert shards.masked, "chats carry a mask"
-        self._shards, self._context = shards, seq_len
+        self._shards, self._seq_len = shards, seq_len
         self.num_split_chats = int((shards.document_lengths > seq_len).sum())
-        starts, lengths, self.num_skipped_pieces = _pieces(shards, seq_len)
-        self._fitted = best_fit(starts, lengths, seq_len)
-        self.size = len(self._fitted.row_offsets) - 1
-        self.num_tokens = int(self._fitted.lengths.sum())
+        starts, lengths, self.num_skipped_pieces = _split_chats(shards, seq_len)
+        self._packing = best_fit(starts, lengths, seq_len)
+        self.size = len(self._packing.row_offsets) - 1
+        self.num_tokens = int(self._packing.lengths.sum())
 
     def get_rows(self, index: int) -> tuple[Row, ...]:
-        """Row number `place`."""
+        """Return packed row `index`."""
         return (self.get_row(index),)
 
     def get_row(self, index: int) -> Row:
-        """The pieces of row number `place`, side by side."""
-        fitted = self._fitted
-        span = slice(fitted.row_offsets[index], fitted.row_offsets[index + 1])
-        starts, lengths = fitted.starts[span], fitted.lengths[span]
-        parts = [self._piece(int(a), int(a + n)) for a, n in zip(starts, lengths, strict=True)]
-        ids, targets, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return _padded(self._context, ids, targets, mask, np.repeat(np.arange(len(parts)), lengths))
+        """Return packed row `index`: its pieces, one after the other, each a segment."""
+        packing = self._packing
+        pieces = slice(packing.row_offsets[index], packing.row_offsets[index + 1])
+        starts, lengths = packing.starts[pieces], packing.lengths[pieces]
+        parts = [self._read_piece(int(a), int(a + n)) for a, n in zip(starts, lengths, strict=True)]
+        ids, targets, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        segments = np.repeat(np.arange(len(parts)), lengths)
+        return _build_row(self._seq_len, ids, targets, mask, segments)
 
-    def _piece(self, start: int, stop: int) -> tuple[NDArray, NDArray, NDArray]:
-        ids, targets, mask, _ = _window(self._shards, start, stop)
-        learned = self._shards.mask(start + 1, min(stop + 1, self._shards.tokens_total))
-        mask[: len(learned)] &= learned
+    def _read_piece(self, start: int, stop: int) -> tuple[NDArray, NDArray, NDArray]:
+        """Return ids, targets and mask of the tokens [start, stop)."""
+        ids, targets, mask, _ = _read_window(self._shards, start, stop)
+        trained = self._shards.mask(start + 1, min(stop + 1, self._shards.tokens_total))
+        mask[: len(trained)] &= trained
         return ids, np.where(mask, targets, 0), mask
 
 
-def _window(shards: Shards, start: int, stop: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Of the tokens [start, stop): ids, targets, which targets exist, and where a document begins.
+def _read_window(
+    shards: Shards, start: int, stop: int
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Return ids, targets, a mask of the targets that exist, and a mask of the tokens that start a
+    document, for the tokens [start, stop).
 
-    All (stop - start,). The first token never counts as a beginning: a row starts one anyway.
+    All are (stop - start,). The first token is never marked as a start, because every row starts a
+    segment anyway.
     """
     tokens = shards.tokens(start, min(stop + 1, shards.tokens_total))
     first, end = np.searchsorted(shards.document_starts, [start + 1, stop + 1])
-    begins = np.zeros(stop - start + 1, dtype=bool)
-    begins[shards.document_starts[first:end] - start] = True
-    begins[-1] |= stop == shards.tokens_total
-    exists = ~begins[1:]
+    is_start = np.zeros(stop - start + 1, dtype=bool)
+    is_start[shards.document_starts[first:end] - start] = True
+    is_start[-1] |= stop == shards.tokens_total
+    has_target = ~is_start[1:]
     targets = np.append(tokens[1:], 0)[: stop - start]
-    return tokens[: stop - start], np.where(exists, targets, 0), exists, begins[:-1]
+    return tokens[: stop - start], np.where(has_target, targets, 0), has_target, is_start[:-1]
 
 
-def _pieces(shards: Shards, context: int) -> tuple[NDArray, NDArray, int]:
-    """Starts and lengths of chats cut every `context` tokens; how many pieces taught nothing."""
-    counts = -(-shards.document_lengths // context)
+def _split_chats(shards: Shards, seq_len: int) -> tuple[NDArray, NDArray, int]:
+    """Cut chats into pieces of at most `seq_len` tokens and skip the pieces without a trained
+    token. Return starts and lengths of the pieces, and the number of skipped pieces.
+    """
+    counts = -(-shards.document_lengths // seq_len)
     chats = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(chats)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = shards.document_starts[chats] + number * context
+    index_in_chat = np.arange(len(chats)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = shards.document_starts[chats] + index_in_chat * seq_len
     ends = (shards.document_starts + shards.document_lengths)[chats]
-    lengths = np.minimum(ends - starts, context)
-    teaches = np.ones(len(starts), dtype=bool)
+    lengths = np.minimum(ends - starts, seq_len)
+    has_trained = np.ones(len(starts), dtype=bool)
     for piece in np.flatnonzero(counts[chats] > 1):
-        following = min(starts[piece] + lengths[piece] + 1, ends[piece])
-        teaches[piece] = shards.mask(int(starts[piece]) + 1, int(following)).any()
-    return starts[teaches], lengths[teaches], int((~teaches).sum())
+        stop = min(starts[piece] + lengths[piece] + 1, ends[piece])
+        has_trained[piece] = shards.mask(int(starts[piece]) + 1, int(stop)).any()
+    return starts[has_trained], lengths[has_trained], int((~has_trained).sum())
 
 
-def _padded(
-    context: int,
+def _build_row(
+    seq_len: int,
     ids: NDArray[np.int64],
     targets: NDArray[np.int64],
     mask: NDArray[np.bool_],
     segments: NDArray[np.int64],
 ) -> Row:
-    """A row of `context` positions; positions are counted from 0 inside each segment."""
+    """Build a row of `seq_len` positions. `positions` count from 0 in each segment."""
     positions = np.arange(len(ids)) - np.searchsorted(segments, segments)
     row = Row(ids, targets, mask, positions, segments)
-    return row if len(ids) == context else pad_row(row, context)
+    return row if len(ids) == seq_len else pad_row(row, seq_len)
 
 
 def pad_row(row: Row, width: int) -> Row:
-    """The row with padding behind it, `width` positions in all."""
-    space = (0, width - len(row.ids))
+    """Pad a row on the right to `width` positions."""
+    padding = (0, width - len(row.ids))
     return Row(
-        np.pad(row.ids, space),
-        np.pad(row.targets, space),
-        np.pad(row.mask, space),
-        np.pad(row.positions, space),
-        np.pad(row.segments, space, constant_values=-1),
+        np.pad(row.ids, padding),
+        np.pad(row.targets, padding),
+        np.pad(row.mask, padding),
+        np.pad(row.positions, padding),
+        np.pad(row.segments, padding, constant_values=-1),
     )

@@ -25,11 +25,11 @@ class PreparedData(NamedTuple):
 
 
 def open_prepared(folder: Path, *, verify: bool = False) -> PreparedData:
-    """Open a prepared folder, checking the sizes of its shards (with `verify`, their hashes)."""
+    """Open a prepared folder and check the sizes of its shards (with `verify`, also the hashes)."""
     report = read_report(folder)
-    for number in range(len(report["sources"])):
-        for part in ("train", "validation"):
-            shards = folder / str(number) / part
+    for source_index in range(len(report["sources"])):
+        for split in ("train", "validation"):
+            shards = folder / str(source_index) / split
             Shards.open(shards, verify=verify)
             if FORMATS[report["data_format"]].has_metadata:
                 Shards.open(shards / METADATA_DIR, verify=verify)
@@ -37,7 +37,7 @@ def open_prepared(folder: Path, *, verify: bool = False) -> PreparedData:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Return the report of a prepared folder; UserError if it cannot be read."""
+    """Return the report of a prepared folder. Raise UserError if it cannot be read."""
     path = folder / "report.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def find_prepared(folder: Path, say: Say) -> PreparedData | None:
     try:
         prepared = open_prepared(folder)
     except UserError as error:
-        say(f" prepare   {folder} is damaged, so it is made again ({error})")
+        say(f" prepare   {folder} is damaged and is prepared again ({error})")
         return None
     say(f" prepare   found {folder}")
     return prepared
@@ -64,8 +64,8 @@ def summarise(prepared: PreparedData, say: Say) -> None:
     """Print the counts of every source, one line each."""
     data_format, rejects = prepared.report["data_format"], prepared.folder / "rejects.jsonl"
     for source in prepared.report["sources"]:
-        name, rejected, held_back = source["name"], source["rejected"], source["validation"]
-        total = {key: source["train"][key] + held_back[key] for key in held_back}
+        name, rejected, validation = source["name"], source["rejected"], source["validation"]
+        total = {key: source["train"][key] + validation[key] for key in validation}
         parts = [
             f"{format_count(total['documents'])} {data_format}",
             f"{format_count(total['tokens'])} tokens",
@@ -73,6 +73,6 @@ def summarise(prepared: PreparedData, say: Say) -> None:
         ]
         if rejected:
             parts.append(f"{rejected} lines rejected ({rejects})")
-        if not held_back["documents"]:
+        if not validation["documents"]:
             parts.append("nothing held back for validation")
         say(f" prepare   {name}: {', '.join(parts)}")

@@ -1,9 +1,9 @@
-"""Token shards: what is read during training, mapped into memory and checked by size and SHA-256.
+"""Token shards: memory-mapped files of token ids, checked by size and SHA-256.
 
-A folder holds `00000.tokens` (uint16, or uint32 for vocabularies above 65536; little endian),
-`00000.index` (uint64: where in this shard documents start), for chats `00000.mask` (uint8: which
-tokens are trained), and so on for 00001, ...; `shards.json` says what must be there. A document may
-continue from one shard into the next.
+Shard 0 of a folder is `00000.tokens` (uint16, or uint32 for vocabularies above 65536; little
+endian), `00000.index` (uint64: offsets in this shard at which documents start) and, for chats,
+`00000.mask` (uint8: 1 for trained tokens). Shard 1 is 00001, and so on. The manifest `shards.json`
+lists all files with size and SHA-256. A document may continue in the next shard.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tinsmith.core.kill_points import kill_point
 
 FORMAT = 1
 MANIFEST = "shards.json"
-_AGAIN = "delete {} and run `tinsmith prepare` again"
+_FIX = "delete {} and run `tinsmith prepare` again"
 
 
 class ShardWriter:
@@ -41,7 +41,7 @@ class ShardWriter:
         self.tokens = self.documents = self.bytes = 0
         self._shards: list[dict[str, Any]] = []
         self._open: _OpenShard | None = None
-        self._starting = True
+        self._at_document_start = True
 
     def add(
         self,
@@ -51,28 +51,29 @@ class ShardWriter:
         text_bytes: int = 0,
         last: bool = True,
     ) -> None:
-        """Append the ids (n,) of a document, or of a part of one unless it is the `last`; `mask`
-        (n,) for chats."""
-        raw = np.asarray(ids, dtype=np.int64)
-        assert len(raw), "a document has at least one token"
-        assert 0 <= raw.min() <= raw.max() < self.vocab_size, "an id outside of the vocabulary"
+        """Append the ids (n,) of a document, or of a piece of it that is not the `last`, and for
+        chats the loss mask (n,).
+        """
+        id_array = np.asarray(ids, dtype=np.int64)
+        assert len(id_array), "a document has at least one token"
+        assert 0 <= id_array.min() <= id_array.max() < self.vocab_size, "id outside the vocabulary"
         assert (mask is not None) == self.masked, "a mask belongs to chats, and only to them"
         shard = self._open or _OpenShard(self.folder, len(self._shards), self.masked)
         self._open = shard
-        if self._starting:
+        if self._at_document_start:
             shard.starts.append(shard.tokens)
             self.documents += 1
         shard.write(
-            raw.astype(self.dtype), None if mask is None else np.asarray(mask, dtype=np.uint8)
+            id_array.astype(self.dtype), None if mask is None else np.asarray(mask, dtype=np.uint8)
         )
-        self.tokens += len(raw)
+        self.tokens += len(id_array)
         self.bytes += text_bytes
-        self._starting = last
+        self._at_document_start = last
         if shard.tokens >= self.shard_tokens:
             self._finish_shard()
 
     def close(self) -> None:
-        """Write what is open, then the manifest."""
+        """Finish the open shard and write the manifest."""
         self._finish_shard()
         manifest = {
             "format": FORMAT,
@@ -108,14 +109,16 @@ class ShardWriter:
 
 
 class _OpenShard:
-    def __init__(self, folder: Path, number: int, masked: bool):
-        self.name = f"{number:05d}"
+    """The shard that is being written."""
+
+    def __init__(self, folder: Path, index: int, masked: bool):
+        self.name = f"{index:05d}"
         self.tokens = 0
         self.starts: list[int] = []
         self._files = {"tokens": _HashedFile(folder / f"{self.name}.tokens")}
         if masked:
             self._files["mask"] = _HashedFile(folder / f"{self.name}.mask")
-        self._index = folder / f"{self.name}.index"
+        self._index_path = folder / f"{self.name}.index"
 
     def write(self, ids: NDArray[Any], mask: NDArray[np.uint8] | None) -> None:
         self._files["tokens"].write(ids.tobytes())
@@ -125,7 +128,8 @@ class _OpenShard:
         self.tokens += len(ids)
 
     def finish(self) -> dict[str, Any]:
-        self._files["index"] = _HashedFile(self._index)
+        """Write the index, close all files, and return the shard's entry in the manifest."""
+        self._files["index"] = _HashedFile(self._index_path)
         self._files["index"].write(np.array(self.starts, dtype="<u8").tobytes())
         files = {file.path.name: file.finish() for file in self._files.values()}
         return {"tokens": self.tokens, "documents": len(self.starts), "files": files}
@@ -136,6 +140,8 @@ class _OpenShard:
 
 
 class _HashedFile:
+    """A file that is hashed while it is written."""
+
     def __init__(self, path: Path):
         self.path = path
         self.handle: BinaryIO = path.open("wb")
@@ -153,7 +159,7 @@ class _HashedFile:
 
 
 class Shards:
-    """The tokens of a folder of shards as one stream of `tokens_total` tokens, read where asked."""
+    """A folder of shards as one memory-mapped stream of `tokens_total` tokens."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
@@ -163,8 +169,8 @@ class Shards:
         self.bytes_total: int = manifest["bytes"]
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         counts = [shard["tokens"] for shard in manifest["shards"]]
-        self._edges = np.cumsum([0, *counts])
-        names = [f"{number:05d}" for number in range(len(counts))]
+        self._offsets = np.cumsum([0, *counts])
+        names = [f"{index:05d}" for index in range(len(counts))]
         self._tokens = [_map(folder / f"{name}.tokens", dtype) for name in names]
         self._mask = (
             [_map(folder / f"{name}.mask", np.dtype(np.uint8)) for name in names]
@@ -172,48 +178,52 @@ class Shards:
             else []
         )
         starts = [np.fromfile(folder / f"{name}.index", dtype="<u8") for name in names]
-        moved = [
-            own.astype(np.int64) + edge for own, edge in zip(starts, self._edges, strict=False)
+        global_starts = [
+            shard_starts.astype(np.int64) + offset
+            for shard_starts, offset in zip(starts, self._offsets, strict=False)
         ]
         self.document_starts: NDArray[np.int64] = np.concatenate(
-            [*moved, np.zeros(0, dtype=np.int64)]
+            [*global_starts, np.zeros(0, dtype=np.int64)]
         )
-        """Where in the stream each document starts, ascending, (documents,)."""
+        """Offsets in the stream at which documents start, ascending, (documents,)."""
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "Shards":
-        """Map a folder of shards. Sizes are always checked, hashes with `verify`.
+        """Memory-map a folder of shards. Sizes are always checked, hashes only with `verify`.
 
-        Raises UserError that names the file that is missing, of the wrong size or changed.
+        Raise UserError, which names the file, if one is missing, has the wrong size or was changed.
         """
         manifest = _read_manifest(folder)
         for shard in manifest["shards"]:
-            for name, facts in shard["files"].items():
-                _check(inside(folder, name), facts, verify)
+            for name, expected in shard["files"].items():
+                _check_file(inside(folder, name), expected, verify)
         return cls(folder, manifest)
 
     @property
     def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, (documents,)."""
+        """Number of tokens of each document, (documents,)."""
         return np.diff(self.document_starts, append=self.tokens_total)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The ids [start, stop) of the stream."""
+        """Return the ids [start, stop) of the stream."""
         return self._read(self._tokens, start, stop).astype(np.int64)
 
     def mask(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Which of the ids [start, stop) are trained."""
+        """Return the loss mask of the ids [start, stop): True for trained tokens."""
         return self._read(self._mask, start, stop).astype(np.bool_)
 
-    def _read(self, parts: list[NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
+    def _read(self, shard_arrays: list[NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         if not 0 <= start <= stop <= self.tokens_total:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens_total}")
         if start == stop:
             return np.zeros(0, dtype=np.uint8)
-        first = int(np.searchsorted(self._edges, start, side="right")) - 1
-        end = int(np.searchsorted(self._edges, stop, side="left"))
-        edges = self._edges
-        pieces = [parts[i][max(start - edges[i], 0) : stop - edges[i]] for i in range(first, end)]
+        offsets = self._offsets
+        first = int(np.searchsorted(offsets, start, side="right")) - 1
+        end = int(np.searchsorted(offsets, stop, side="left"))
+        pieces = [
+            shard_arrays[i][max(start - offsets[i], 0) : stop - offsets[i]]
+            for i in range(first, end)
+        ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -228,21 +238,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `tinsmith prepare`") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_AGAIN.format(folder)}") from None
-    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    if not known:
-        raise UserError(f"{path}: not a shard manifest of format {FORMAT}; {_AGAIN.format(folder)}")
+        raise UserError(f"{path}: cannot be read ({error}); {_FIX.format(folder)}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a shard manifest of format {FORMAT}; {_FIX.format(folder)}")
     return manifest
 
 
-def _check(path: Path, facts: dict[str, Any], verify: bool) -> None:
-    again = _AGAIN.format(path.parent)
+def _check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
+    fix = _FIX.format(path.parent)
     if not path.is_file():
-        raise UserError(f"{path}: missing; {again}")
+        raise UserError(f"{path}: missing; {fix}")
     size = path.stat().st_size
-    if size != facts["bytes"]:
-        raise UserError(f"{path}: {size} bytes where {facts['bytes']} were written; {again}")
-    if verify and sha256(path) != facts["sha256"]:
+    if size != expected["bytes"]:
+        raise UserError(f"{path}: {size} bytes where {expected['bytes']} were written; {fix}")
+    if verify and sha256(path) != expected["sha256"]:
         raise UserError(
-            f"{path}: its content has changed since it was written (SHA-256 differs); {again}"
+            f"{path}: its content has changed since it was written (SHA-256 differs); {fix}"
         )

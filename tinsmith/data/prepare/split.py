@@ -1,5 +1,6 @@
-"""Which documents are held back for validation: a rule on their content, so that equal documents
-stay together."""
+"""Train and validation split: documents are assigned by a hash of their content, so that equal
+documents are in the same part.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -7,11 +8,11 @@ from typing import NamedTuple
 
 from tinsmith.data.documents import Document
 
-_SPAN = 2**64
+_NUM_DIGESTS = 2**64
 
 
 class SourceStats(NamedTuple):
-    """What one reading of a source found out."""
+    """Counts of a source, with its smallest and largest document digest."""
 
     documents: int
     characters: int
@@ -21,80 +22,86 @@ class SourceStats(NamedTuple):
 
     @property
     def all_identical(self) -> bool:
-        """Whether all documents are one and the same."""
+        """True if all documents are equal."""
         return self.min_digest == self.max_digest
 
 
 class Split(NamedTuple):
-    """Documents whose digest is below `threshold` are held back; `cut` instead holds back the end
-    of a lone one."""
+    """Rule that assigns documents to train or validation: validation if the digest is below
+    `threshold`. With `cut_at`, a single document is cut after about that many characters instead.
+    """
 
     threshold: int
     cut_at: int | None = None
 
     def assign(self, documents: Iterable[Document]) -> Iterator[tuple[bool, Document]]:
-        """(whether it is for validation, document) for each; the pieces of a document stay
-        together."""
+        """Yield pairs (is for validation, document). The pieces of a document get the same part."""
         if self.cut_at is not None:
             yield from _cut(documents, self.cut_at)
             return
-        held_back = False
+        is_validation = False
         for document in documents:
             if document.first:
-                held_back = digest(document) < self.threshold
-            yield held_back, document
+                is_validation = digest(document) < self.threshold
+            yield is_validation, document
 
 
 NO_SPLIT = Split(0)
 
 
 def plan_split(stats: SourceStats, fraction: float, *, allow_cut: bool) -> Split:
-    """The split of a source: about `fraction` held back, and never nothing where there are two
-    different documents.
+    """Plan the split of a source: about `fraction` of the documents for validation. If two
+    documents differ, both parts have at least one.
 
-    A lone text (`may_cut`) is cut in two, so that the usual single file of text has a validation
-    part as well.
+    With `allow_cut`, a single text is cut in two, so that a single .txt file also has a validation
+    part.
     """
     if not fraction:
         return NO_SPLIT
     if stats.all_identical:
         return Split(0, int(stats.characters * (1 - fraction))) if allow_cut else NO_SPLIT
-    threshold = int(fraction * _SPAN)
+    threshold = int(fraction * _NUM_DIGESTS)
     return Split(min(max(threshold, stats.min_digest + 1), stats.max_digest))
 
 
 def digest(document: Document) -> int:
-    """64 bits of a document's key (its content, unless its source says otherwise)."""
+    """Return the 64-bit digest of a document's split key, which is by default its content."""
     return int.from_bytes(_digest(document.split_key), "big")
 
 
 def in_sample(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to a random `share` of all; has nothing to do with the split."""
-    return int.from_bytes(_digest(b"sample" + document.split_key), "big") < fraction * _SPAN
+    """Return True if a document belongs to a random `fraction` of all documents. The sample is
+    independent of the split.
+    """
+    hashed = int.from_bytes(_digest(b"sample" + document.split_key), "big")
+    return hashed < fraction * _NUM_DIGESTS
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=8).digest()
 
 
-def _cut(documents: Iterable[Document], cut: int) -> Iterator[tuple[bool, Document]]:
-    """Cut every copy of a lone text after about `cut` characters, at the end of a line (or else of
-    a word)."""
-    seen = 0
+def _cut(documents: Iterable[Document], cut_at: int) -> Iterator[tuple[bool, Document]]:
+    """Cut every copy of the single text after about `cut_at` characters, at the end of a line (or
+    else of a word). Yield pairs (is for validation, document).
+    """
+    offset = 0
     for document in documents:
         text = document.text
-        seen = 0 if document.first else seen
-        at = _line_end(text, cut - seen) if seen < cut <= seen + len(text) else 0
-        if at:
-            yield False, document._replace(content=text[:at], last=True)
-            yield True, document._replace(content=text[at:], first=True)
+        offset = 0 if document.first else offset
+        contains_cut = offset < cut_at <= offset + len(text)
+        end = _find_line_end(text, cut_at - offset) if contains_cut else 0
+        if end:
+            yield False, document._replace(content=text[:end], last=True)
+            yield True, document._replace(content=text[end:], first=True)
         else:
-            yield seen >= cut, document
-        seen += len(text)
+            yield offset >= cut_at, document
+        offset += len(text)
 
 
-def _line_end(text: str, before: int) -> int:
-    """Where to cut: after the last line's end, else the last blank, at or before `before`; 0 where
-    there is none."""
-    before = min(before, len(text) - 1)
-    return (text.rfind("\n", 0, before) + 1) or (text.rfind(" ", 0, before) + 1)
+def _find_line_end(text: str, limit: int) -> int:
+    """Return the index after the last newline, or else after the last blank, at or before `limit`;
+    0 if there is none.
+    """
+    limit = min(limit, len(text) - 1)
+    return (text.rfind("\n", 0, limit) + 1) or (text.rfind(" ", 0, limit) + 1)

@@ -48,14 +48,14 @@ def train_tokenizer(
 
 
 def _sample(
-    documents: Iterable[tuple[bool, Document]], most: int, share: float, progress: Progress
+    documents: Iterable[tuple[bool, Document]], max_bytes: int, fraction: float, progress: Progress
 ) -> Iterator[str]:
-    taken = 0
-    for held_back, document in documents:
+    num_bytes = 0
+    for is_validation, document in documents:
         progress.advance(document.bytes)
-        if held_back or (share < 1 and not in_sample(document, share)):
+        if is_validation or (fraction < 1 and not in_sample(document, fraction)):
             continue
-        if taken and taken + document.bytes > most:
+        if num_bytes and num_bytes + document.bytes > max_bytes:
             return
-        taken += document.bytes
+        num_bytes += document.bytes
         yield from document.tokenizer_texts()

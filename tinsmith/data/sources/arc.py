@@ -141,7 +141,7 @@ class ArcData(SourceConfig):
 
 
 class ArcTask(NamedTuple):
-    """A puzzle for every test input, and where it was read."""
+    """A task: one puzzle per test input, with the file and line it came from."""
 
     puzzles: tuple[Puzzle, ...]
     file: str
@@ -149,63 +149,67 @@ class ArcTask(NamedTuple):
 
 
 def find_task_files(path: str, key: str = "data.path") -> list[Path]:
-    """The files of tasks that `path` stands for; UserError, naming `key`, where there are none."""
-    start = files.expand_path(path)
-    if start.is_dir():
-        below = (each for each in start.rglob("*") if not each.name.startswith("."))
-        found = sorted(each for each in below if each.name.endswith(SUFFIXES))
-        if not found:
-            raise UserError(f"{key}: no {', '.join(SUFFIXES)} file in the folder {start}")
-        return found
-    if not start.is_file():
-        there = [each.name for each in start.parent.iterdir()] if start.parent.is_dir() else []
-        raise UserError(f"{key}: {start} does not exist{did_you_mean(start.name, there)}")
-    if not start.name.endswith(SUFFIXES):
-        raise UserError(f"{key}: {start} is not of a known kind; use {', '.join(SUFFIXES)}")
-    return [start]
+    """Return `path` itself, or all task files in a folder and its subfolders, sorted.
+
+    Raise UserError if there is none. `key` is the recipe key that the message names.
+    """
+    root = files.expand_path(path)
+    if root.is_dir():
+        visible = (file for file in root.rglob("*") if not file.name.startswith("."))
+        paths = sorted(file for file in visible if file.name.endswith(SUFFIXES))
+        if not paths:
+            raise UserError(f"{key}: no {', '.join(SUFFIXES)} file in the folder {root}")
+        return paths
+    if not root.is_file():
+        names = [file.name for file in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise UserError(f"{key}: {root} does not exist{did_you_mean(root.name, names)}")
+    if not root.name.endswith(SUFFIXES):
+        raise UserError(f"{key}: {root} is not of a known kind; use {', '.join(SUFFIXES)}")
+    return [root]
 
 
 def read_solutions(path: str, key: str = "data.solutions") -> Solutions:
-    """Outputs of tests by the ids of tasks; UserError where the file is something else."""
+    """Read the test outputs by task id. Raise UserError if the file has another structure."""
     (file, *more) = find_task_files(path, key)
-    found = _parsed(file)
-    lists = isinstance(found, dict) and all(isinstance(each, list) for each in found.values())
-    if more or not lists or {"train", "test"} & found.keys():
+    content = _read_json(file)
+    has_lists = isinstance(content, dict) and all(isinstance(v, list) for v in content.values())
+    if more or not has_lists or {"train", "test"} & content.keys():
         raise UserError(f"{key}: {file} is no file of solutions: {{id: [output, ...]}}")
-    return found
+    return content
 
 
 def open_tasks(
     path: str, solutions: str | None, keys: tuple[str, str] = ("data.path", "data.solutions")
 ) -> tuple[list[Path], Solutions]:
-    """The files of tasks, the one of solutions not among them, and the solutions."""
-    found = find_task_files(path, keys[0])
+    """Return the task files, without the solutions file, and the solutions."""
+    paths = find_task_files(path, keys[0])
     if solutions is None:
-        return found, {}
-    aside = files.expand_path(solutions).resolve()
-    return [each for each in found if each.resolve() != aside], read_solutions(solutions, keys[1])
+        return paths, {}
+    solutions_path = files.expand_path(solutions).resolve()
+    task_paths = [file for file in paths if file.resolve() != solutions_path]
+    return task_paths, read_solutions(solutions, keys[1])
 
 
 def read_tasks(paths: list[Path], solutions: Solutions) -> Iterator[ArcTask | Reject]:
-    """The tasks of files; a Reject, with file and number of line or task, for each that is none.
-    Of several tasks of one name the second is `name#2`.
+    """Yield the tasks of files, and a Reject for every invalid one, with its line or its index in
+    the file. The second task with the same name is called `name#2`.
     """
-    reported: Counter[str] = Counter()
+    name_counts: Counter[str] = Counter()
     for path in paths:
-        for name, record, line in _records(path):
+        for name, record, line in _read_raw_tasks(path):
             if isinstance(record, Reject):
                 yield record
                 continue
-            reported[name] += 1
-            own = name if reported[name] == 1 else f"{name}#{reported[name]}"
+            name_counts[name] += 1
+            unique = name if name_counts[name] == 1 else f"{name}#{name_counts[name]}"
             try:
-                yield ArcTask(read_task(record, own, solutions.get(name, [])), str(path), line)
+                yield ArcTask(read_task(record, unique, solutions.get(name, [])), str(path), line)
             except ValueError as error:
                 yield Reject(str(path), line, f"task {name}: {error}")
 
 
 def read_task(record: Any, name: str, solutions: list[Any]) -> tuple[Puzzle, ...]:
-    """The puzzles of one task. ValueError says what is wrong with it."""
+    """Return the puzzles of one task. Raise ValueError, with the reason, if it is invalid."""
     if not isinstance(record, dict) or not {"train", "test"} <= record.keys():
         raise ValueError("not a task: it needs `train` and `test`")
     for part in ("train", "test"):
@@ -214,46 +218,51 @@ def read_task(record: Any, name: str, solutions: list[Any]) -> tuple[Puzzle, ...
             raise ValueError(f"`{part}` is not a list of pairs")
         if not pairs:
             raise ValueError("no demonstrations" if part == "train" else "no test input")
-    shown = tuple(
-        Pair(*(_grid(pair.get(side), f"demonstration {n}, {side}") for side in Pair._fields))
+    demonstrations = tuple(
+        Pair(*(_parse_grid(pair.get(side), f"demonstration {n}, {side}") for side in Pair._fields))
         for n, pair in enumerate(record["train"], 1)
     )
     return tuple(
         Puzzle(
-            *(name, place, shown, _grid(test.get("input"), f"test {place + 1}, input")),
-            _answer(test, place, solutions),
+            name,
+            test_index,
+            demonstrations,
+            _parse_grid(test.get("input"), f"test {test_index + 1}, input"),
+            _parse_answer(test, test_index, solutions),
         )
-        for place, test in enumerate(record["test"])
+        for test_index, test in enumerate(record["test"])
     )
 
 
-def _answer(test: dict[str, Any], place: int, solutions: list[Any]) -> Grid:
-    given = test.get("output")
-    if given is None and place < len(solutions):
-        given = solutions[place]
-    if given is None:
-        raise ValueError(f"test {place + 1} has no output, and there is no solution for it")
-    return _grid(given, f"test {place + 1}, output")
+def _parse_answer(test: dict[str, Any], test_index: int, solutions: list[Any]) -> Grid:
+    """Return the output of a test input, from the task or else from the solutions."""
+    output = test.get("output")
+    if output is None and test_index < len(solutions):
+        output = solutions[test_index]
+    if output is None:
+        raise ValueError(f"test {test_index + 1} has no output, and there is no solution for it")
+    return _parse_grid(output, f"test {test_index + 1}, output")
 
 
-def _grid(value: Any, where: str) -> Grid:
+def _parse_grid(value: Any, label: str) -> Grid:
+    """Return a JSON value as a grid. Raise ValueError, which starts with `label`, if it is none."""
     if not isinstance(value, list) or not value or not all(isinstance(row, list) for row in value):
-        raise ValueError(f"{where}: no grid, which is a list of rows of colours")
+        raise ValueError(f"{label}: not a grid (a list of rows of colours)")
     widths = {len(row) for row in value}
     if len(widths) > 1:
-        raise ValueError(f"{where}: ragged, with rows of {' and '.join(map(str, sorted(widths)))}")
+        raise ValueError(f"{label}: ragged, with rows of {' and '.join(map(str, sorted(widths)))}")
     width = widths.pop()
     if not 0 < width <= MAX_GRID_SIZE or len(value) > MAX_GRID_SIZE:
         size = f"{len(value)} x {width}"
-        raise ValueError(f"{where}: {size}; a grid has 1 to {MAX_GRID_SIZE} rows and columns")
+        raise ValueError(f"{label}: {size}; a grid has 1 to {MAX_GRID_SIZE} rows and columns")
     for cell in (cell for row in value for cell in row):
         if type(cell) is not int or not 0 <= cell < NUM_COLOURS:
-            raise ValueError(f"{where}: {cell!r} is no colour from 0 to {NUM_COLOURS - 1}")
+            raise ValueError(f"{label}: {cell!r} is no colour from 0 to {NUM_COLOURS - 1}")
     return tuple(map(tuple, value))
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any, int]]:
-    """Name, content and number of each task of a file, from 1."""
+def _read_raw_tasks(path: Path) -> Iterator[tuple[str, Any, int]]:
+    """Yield name, JSON value and number (line, or index from 1) of each task of a file."""
     if not path.name.endswith(".json"):
         for row in files.read_records(path):
             line = row.line
@@ -261,17 +270,18 @@ def _records(path: Path) -> Iterator[tuple[str, Any, int]]:
             yield name, row if isinstance(row, Reject) else row.data, line
         return
     try:
-        found = _parsed(path)
+        content = _read_json(path)
     except UserError as error:
         yield path.stem, Reject(str(path), 1, str(error).removeprefix(f"{path}: ")), 1
         return
-    many = isinstance(found, dict) and found and not {"train", "test"} & found.keys()
-    many = many and any(isinstance(each, dict) for each in found.values())
-    for number, (name, record) in enumerate(found.items() if many else [(path.stem, found)], 1):
+    has_many = isinstance(content, dict) and content and not {"train", "test"} & content.keys()
+    has_many = has_many and any(isinstance(value, dict) for value in content.values())
+    tasks = content.items() if has_many else [(path.stem, content)]
+    for number, (name, record) in enumerate(tasks, 1):
         yield name, record, number
 
 
-def _parsed(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError:
