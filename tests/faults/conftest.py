@@ -1,4 +1,4 @@
-"""A run small enough to be killed twenty times, and what two runs are compared by."""
+"""A run small enough to be killed twenty times, and the comparison of two runs' results."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ TIMINGS = ("tokens_per_second", "eta_seconds")
 
 @pytest.fixture(scope="session")
 def recipe() -> dict:
-    """Dropout, a noisy gate with its bias, accumulation, evaluation and samples in between:
-    everything that uses randomness or moves outside of the optimizer.
+    """A recipe with everything that draws random numbers or changes outside of the optimizer:
+    dropout, router noise and bias, gradient accumulation, evaluation, samples.
     """
     gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2, "value_residual": True}
     routed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 16, "noise": 0.1}
@@ -57,8 +57,8 @@ def recipe() -> dict:
     }
 
 
-class Place:
-    """A folder of runs, and the command line in it."""
+class Workspace:
+    """A folder with `runs/` in which `tinsmith` commands run as processes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -84,12 +84,12 @@ class Place:
         *more: object,
         program: Sequence[object] = (warm.TINSMITH,),
     ) -> list[warm.Process]:
-        """Both ranks of a run."""
+        """Start both ranks of a run."""
         path = self.write(name, data | {"parallel": {"kind": kind}})
         arguments = ("train", path, "--name", name, *more)
         return [
-            warm.Process(arguments, self.environment(**ours), self.folder, program=program)
-            for ours in ranks_environment(2)
+            warm.Process(arguments, self.environment(**rank), self.folder, program=program)
+            for rank in ranks_environment(2)
         ]
 
     def train_pair(
@@ -100,7 +100,7 @@ class Place:
         *more: object,
         program: Sequence[object] = (warm.TINSMITH,),
     ) -> tuple[int, str]:
-        """The worse exit code, and what both said."""
+        """Train on two ranks; return the larger exit code and the output of both."""
         pair = self.start_pair(data, name, kind, *more, program=program)
         output = [rank.communicate(timeout=300)[0] for rank in pair]
         return max(abs(rank.returncode or 0) for rank in pair), "".join(output)
@@ -111,7 +111,7 @@ class Place:
         return process.returncode, output
 
     def cold(self, *arguments: object) -> tuple[int, str]:
-        """In a process that imports everything anew, with a seed of hashes of its own."""
+        """Run a command in a new interpreter, with its own imports and hash seed."""
         done = subprocess.run(
             [sys.executable, "-m", "tinsmith", *map(str, arguments)],
             env=self.environment(),
@@ -127,8 +127,8 @@ class Place:
         return self.call("train", self.write(name, data), "--name", name, *more, **extra)
 
     def whole(self, data: dict, name: str) -> tuple[dict[str, object], list[str]]:
-        """What a run leaves that nothing happens to, and its events in order. Its shards are there
-        before it begins, so that every later run passes the same events.
+        """Run without interruption; return its result and the names of its kill points in order.
+        The data are prepared first, so that every later run passes the same points.
         """
         code, output = self.call("prepare", self.write(name, data))
         assert code == 0, output
@@ -139,11 +139,11 @@ class Place:
 
     @staticmethod
     def points(events: Sequence[str], name: str) -> list[int]:
-        """Where events of that name stand, counted from 1."""
-        return [place for place, event in enumerate(events, 1) if event == name]
+        """Return the indices, from 1, of events of that name."""
+        return [index for index, event in enumerate(events, 1) if event == name]
 
     def killed(self, data: dict, name: str, event: int) -> dict[str, object]:
-        """What a run leaves that is killed at that event, counted from 1, and resumed."""
+        """Kill a run at the event of that index, from 1, resume it, and return its result."""
         code, output = self.train(data, name, TINSMITH_KILL_AT=str(event))
         assert code == -signal.SIGKILL, output
         code, output = self.train(data, name, "--resume")
@@ -151,7 +151,7 @@ class Place:
         return self.result(name)
 
     def result(self, name: str) -> dict[str, object]:
-        """Hashes of what a finished run left, and its metrics without timings."""
+        """Return hashes of the files of a finished run, and its metrics without timings."""
         run = self.runs / name
         newest = sorted((run / "checkpoints").glob("step-*"))[-1]
         files = [newest / f"{part}.safetensors" for part in ("model", "optim", "rng-00000")]
@@ -165,34 +165,34 @@ class Place:
 
     def metrics(self, name: str) -> list[dict]:
         lines = (self.runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+        records = [json.loads(line) for line in lines]
+        return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
 
 
 @pytest.fixture(scope="session")
-def steady_model(recipe) -> dict:
-    """The recipe's model without dropout and noise, which depend on how a batch is split; without
-    experts, among which the last bits of a sum of another order may turn a choice.
+def deterministic_model(recipe) -> dict:
+    """The recipe's model without dropout and noise, whose draws depend on how a batch is split, and
+    without experts, whose selection may change with the rounding of another summation order.
     """
     return {**recipe["model"], "dropout": {}, "pattern": recipe["model"]["pattern"][:1]}
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def shared_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("faults"))
+def shared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")
-def reference(shared_place: Place, recipe: dict) -> dict[str, object]:
-    """The run that nothing happened to, its events in order, and what it left."""
-    twin = Place(shared_place.folder)
-    twin.runs = shared_place.folder / "twin"
+def reference(shared_workspace: Workspace, recipe: dict) -> dict[str, object]:
+    """Results of an uninterrupted run, of a second one in a new interpreter, and kill points."""
+    twin = Workspace(shared_workspace.folder)
+    twin.runs = shared_workspace.folder / "twin"
     code, output = twin.cold("train", twin.write("whole", recipe), "--name", "whole")
     assert code == 0, output
-    left, events = shared_place.whole(recipe, "whole")
-    return left | {"twin": twin.result("whole"), "events": events}
+    result, events = shared_workspace.whole(recipe, "whole")
+    return result | {"twin": twin.result("whole"), "events": events}

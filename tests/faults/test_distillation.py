@@ -1,4 +1,4 @@
-"""T2 and T3 for distillation: kills and ranks change nothing; a teacher must read the same ids."""
+"""T2 and T3 for distillation; teachers with another vocabulary are refused."""
 
 import pytest
 
@@ -7,24 +7,24 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def teacher(shared_place, recipe) -> dict:
-    """A dense teacher wider than the students, and the recipe that made it."""
+def teacher(shared_workspace, recipe) -> dict:
+    """The recipe of a dense teacher, wider than the students, that has been trained."""
     data = recipe | {
         "model": {**recipe["model"], "dim": 48, "pattern": recipe["model"]["pattern"][:1]},
         "train": {**recipe["train"], "steps": 3},
         "objective": {"kind": "sft"},
     }
-    code, output = shared_place.train(data, "teacher")
+    code, output = shared_workspace.train(data, "teacher")
     assert code == 0, output
     return data
 
 
 @pytest.fixture(scope="module")
-def students(shared_place, recipe, teacher) -> dict[str, dict]:
-    """A recipe of each kind, with dropout; half of the second's answers are its own. A third goes
-    on from experts in the teacher's own skeleton, which is frozen.
+def students(shared_workspace, recipe, teacher) -> dict[str, dict]:
+    """Recipes with dropout: `kd`, `on_policy_kd` with half of the completions from the student, and
+    `experts`, which distils a transplant of the teacher with frozen attention.
     """
-    folder = str(shared_place.runs / "teacher")
+    folder = str(shared_workspace.runs / "teacher")
     objectives = {
         "kd": {
             "temperature": 2,
@@ -46,27 +46,27 @@ def students(shared_place, recipe, teacher) -> dict[str, dict]:
         "train": {**recipe["train"], "steps": STEPS, "save_every": 2, "eval_every": 3},
         "log": {"every": 1},
     }
-    found = {
+    recipes = {
         kind: recipe | own | {"objective": {"kind": kind, "teacher": folder} | keys}
         for kind, keys in objectives.items()
     }
-    sparse = str(shared_place.folder / "sparse")
+    sparse = str(shared_workspace.folder / "sparse")
     words = ("experts=4", "hidden_dim=16", "router_grad=smk", "reset_interval=2")
-    code, output = shared_place.call("transplant", folder, sparse, *words)
+    code, output = shared_workspace.call("transplant", folder, sparse, *words)
     assert code == 0, output
-    experts = found["kd"] | {"init_from": sparse}
+    experts = recipes["kd"] | {"init_from": sparse}
     del experts["model"], experts["tokenizer"]
-    return found | {"experts": experts}
+    return recipes | {"experts": experts}
 
 
 @pytest.fixture(scope="module")
-def wholes(shared_place, students) -> dict[str, tuple[dict[str, object], list[str]]]:
-    """What the runs leave that nothing happened to, and their events in order."""
-    return {kind: shared_place.whole(data, f"{kind}-whole") for kind, data in students.items()}
+def uninterrupted(shared_workspace, students) -> dict[str, tuple[dict[str, object], list[str]]]:
+    """Results of uninterrupted runs, and their kill points in order."""
+    return {kind: shared_workspace.whole(data, f"{kind}-whole") for kind, data in students.items()}
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "which"),
+    ("kind", "name", "index"),
     [
         ("kd", "micro-step", 7),
         pytest.param("kd", "manifest", 1, marks=pytest.mark.slow),
@@ -78,41 +78,45 @@ def wholes(shared_place, students) -> dict[str, tuple[dict[str, object], list[st
     ],
 )
 def test_T2_distillation_killed_and_resumed_ends_in_the_same_bits(
-    kind, name, which, shared_place, students, wholes
+    kind, name, index, shared_workspace, students, uninterrupted
 ):
-    left, events = wholes[kind]
-    event = shared_place.points(events, name)[which]
-    assert shared_place.killed(students[kind], f"{kind}-{name}", event) == left
+    expected, events = uninterrupted[kind]
+    event = shared_workspace.points(events, name)[index]
+    assert shared_workspace.killed(students[kind], f"{kind}-{name}", event) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_T3_two_ranks_have_the_losses_and_gradient_norms_of_one_process(
-    kind, shared_place, students, steady_model
+    kind, shared_workspace, students, deterministic_model
 ):
     """With AdamW, as in test_ranks.py."""
     data = students[kind]
     data = data | {
-        "model": steady_model,
+        "model": deterministic_model,
         "optim": {"matrices": {"kind": "adamw", "lr": 1.0e-3}},
     }
-    code, output = shared_place.train(data, f"{kind}-one")
+    code, output = shared_workspace.train(data, f"{kind}-one")
     assert code == 0, output
-    code, output = shared_place.train_pair(data, f"{kind}-two", "ddp")
+    code, output = shared_workspace.train_pair(data, f"{kind}-two", "ddp")
     assert code == 0, output
     one, two = (
-        [row for row in shared_place.metrics(f"{kind}-{name}") if row["kind"] == "train"]
+        [
+            record
+            for record in shared_workspace.metrics(f"{kind}-{name}")
+            if record["kind"] == "train"
+        ]
         for name in ("one", "two")
     )
     assert len(one) == len(two) == STEPS
-    for alone, both in zip(one, two, strict=True):
+    for single, pair in zip(one, two, strict=True):
         for name in ("loss", "nll", "grad_norm"):
-            assert both[name] == pytest.approx(alone[name], rel=1e-4), (name, alone["step"])
+            assert pair[name] == pytest.approx(single[name], rel=1e-4), (name, single["step"])
 
 
-def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(shared_place, recipe, teacher):
+def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(shared_workspace, recipe, teacher):
     data = recipe | {"tokenizer": {"train": {"vocab_size": 310}}}
-    data |= {"objective": {"kind": "kd", "teacher": str(shared_place.runs / "teacher")}}
-    code, output = shared_place.train(data, "foreign")
+    data |= {"objective": {"kind": "kd", "teacher": str(shared_workspace.runs / "teacher")}}
+    code, output = shared_workspace.train(data, "foreign")
     assert code == 2, output
     last = output.strip().splitlines()[-1]
     assert "objective.teacher:" in last
@@ -121,10 +125,10 @@ def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(shared_place, re
 
 
 def test_a_teacher_with_a_head_of_another_size_is_refused_in_one_line(
-    shared_place, students, recipe
+    shared_workspace, students, recipe
 ):
     data = students["kd"]
-    code, output = shared_place.train(
+    code, output = shared_workspace.train(
         data | {"model": {**data["model"], "vocab_size": 384}}, "padded"
     )
     assert code == 2, output
@@ -133,10 +137,10 @@ def test_a_teacher_with_a_head_of_another_size_is_refused_in_one_line(
     assert "Traceback" not in output
 
 
-def test_a_teacher_that_is_not_there_is_refused_in_one_line(shared_place, students):
+def test_a_missing_teacher_is_refused_in_one_line(shared_workspace, students):
     data = students["on_policy_kd"]
     objective = {**data["objective"], "teacher": "/nowhere/at/all"}
-    code, output = shared_place.train(data | {"objective": objective}, "alone")
+    code, output = shared_workspace.train(data | {"objective": objective}, "alone")
     assert code == 2, output
     assert "/nowhere/at/all: no such folder" in output.strip().splitlines()[-1]
     assert "Traceback" not in output

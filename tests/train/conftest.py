@@ -1,4 +1,4 @@
-"""What several tests of whole runs want."""
+"""Fixtures shared by the tests of whole training runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from tinsmith.nn.moe.cosine_router import CosineRouter
 
 @pytest.fixture
 def noisy() -> dict[str, Any]:
-    """A `model:` section with everything that is drawn at random in training."""
+    """A `model:` section with dropout and router noise, everything random in training."""
     feed = {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 24, "noise": 0.5}
     return {
         **{"vocab_size": 320, "dim": 32, "depth": 2, "max_seq_len": 64},
@@ -23,17 +23,19 @@ def noisy() -> dict[str, Any]:
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Gates of thresholds that are made from now on begin with these experts never firing."""
+def dead_experts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`dead_experts(1, 4)` makes every threshold router built later start with thresholds that no
+    token reaches for experts 1 and 4.
+    """
 
-    def these(*experts: int) -> None:
-        first = CosineRouter.__init__
+    def set_dead(*experts: int) -> None:
+        original = CosineRouter.__init__
 
         def init(self: CosineRouter, *arguments: Any) -> None:
-            first(self, *arguments)
+            original(self, *arguments)
             with torch.no_grad():
                 self.thresholds[list(experts)] = 2.0
 
         monkeypatch.setattr(CosineRouter, "__init__", init)
 
-    return these
+    return set_dead

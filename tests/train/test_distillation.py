@@ -1,4 +1,4 @@
-"""T11 for distillation: the student comes nearer to its teacher, which stays as it was."""
+"""T11 for distillation: the divergence from the teacher falls; the teacher does not change."""
 
 import hashlib
 from pathlib import Path
@@ -30,7 +30,7 @@ TRAIN = {
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A fine-tuned run; its folder."""
+    """Folder of a fine-tuned run."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINSMITH_RUNS", str(root))
@@ -40,12 +40,12 @@ def teacher(tmp_path_factory):
         yield train(from_dict(recipe), "teacher")
 
 
-def rows(folder: Path, kind: str) -> list[dict]:
-    return [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == kind]
+def records(folder: Path, kind: str) -> list[dict]:
+    return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
-def distilled(teacher: Path, name: str, **objective: object) -> Path:
-    """A student of one layer, half as wide, after 60 steps."""
+def distill(teacher: Path, name: str, **objective: object) -> Path:
+    """Train a narrower student of one layer for 60 steps and return the run's folder."""
     weights = teacher / "final" / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
     recipe = COMMON | {
@@ -61,18 +61,18 @@ def distilled(teacher: Path, name: str, **objective: object) -> Path:
 
 
 @pytest.mark.parametrize("loss", ["forward", "reverse", "jsd"])
-def test_T11_divergence_from_the_teacher_goes_down(loss, teacher):
-    folder = distilled(teacher, loss, kind="kd", loss=loss, teacher_weights="int8")
-    found = [row["divergence"] for row in rows(folder, "train")]
-    assert found[-1] < 0.6 * found[0]
-    assert rows(folder, "eval")[-1]["loss"] < rows(folder, "eval")[0]["loss"]
+def test_T11_divergence_from_the_teacher_falls(loss, teacher):
+    folder = distill(teacher, loss, kind="kd", loss=loss, teacher_weights="int8")
+    divergence = [record["divergence"] for record in records(folder, "train")]
+    assert divergence[-1] < 0.6 * divergence[0]
+    assert records(folder, "eval")[-1]["loss"] < records(folder, "eval")[0]["loss"]
 
 
-def test_T11_divergence_at_own_answers_goes_down(teacher):
+def test_T11_divergence_on_the_students_own_completions_falls(teacher):
     keys = {"max_new_tokens": 16, "on_policy_fraction": {"begin": 0, "end": 1, "over": 40}}
-    folder = distilled(teacher, "own", kind="on_policy_kd", **keys)
-    output = [row["on_policy_fraction"] for row in rows(folder, "train")]
-    found = [row["divergence"] for row in rows(folder, "eval")]
-    assert output[0] < 0.5
-    assert output[-1] == 1
-    assert found[-1] < 0.7 * found[0]
+    folder = distill(teacher, "own", kind="on_policy_kd", **keys)
+    fraction = [record["on_policy_fraction"] for record in records(folder, "train")]
+    divergence = [record["divergence"] for record in records(folder, "eval")]
+    assert fraction[0] < 0.5
+    assert fraction[-1] == 1
+    assert divergence[-1] < 0.7 * divergence[0]

@@ -1,4 +1,4 @@
-"""Experts that are re-born, and gates that learn from surprise, in the trainer."""
+"""Whole runs with resets of dead experts and with routers trained on surprise."""
 
 import shutil
 
@@ -14,26 +14,26 @@ FEED = {"kind": "dyn_moe", "experts": 6, "hidden_dim": 12, "reset_interval": INT
 
 
 @pytest.fixture
-def planted(silent):
-    """Every model begins with two experts that never fire."""
-    silent(1, 4)
+def planted(dead_experts):
+    """Make every model start with two dead experts."""
+    dead_experts(1, 4)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train a small model; its checkpoints. `torn`: the checkpoints from step 5 on are lost first,
-    and it resumes in the middle of a window.
+    """Train a small model and return its checkpoints by folder name. With `torn`, delete those from
+    step 5 on first and resume, in the middle of a usage window.
     """
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
 
-    def go(name, *, torn=False, feed=None, **changes):
+    def train_and_load(name, *, torn=False, feed=None, **changes):
         folder = tmp_path / name / "checkpoints"
         for step in range(INTERVAL, 13) if torn else ():
             shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
         train(recipe(feed or {}, **changes), name, resume=torn)
         return {path.name: checkpoint.load(path) for path in sorted(folder.glob("step-*"))}
 
-    return go
+    return train_and_load
 
 
 def recipe(feed, **changes):
@@ -66,9 +66,7 @@ def recipe(feed, **changes):
     )
 
 
-def test_experts_are_re_reinitialised_at_the_end_of_a_window_with_what_the_optimizer_knew(
-    planted, run
-):
+def test_dead_experts_and_their_optimizer_state_are_reset_at_the_end_of_a_window(planted, run):
     saved = run("whole", steps=6)
     for layer in (0, 1):
         name = f"blocks.{layer}.feed."
@@ -105,18 +103,16 @@ def test_R7_a_run_resumed_in_the_middle_of_a_window_ends_in_the_same_bits(feed, 
             assert all(torch.equal(found[name], expected[name]) for name in expected), step
 
 
-def test_checkpointing_changes_no_bit(run):
+def test_activation_checkpointing_changes_no_bit(run):
     feed = {"router_grad": "smk"}
-    kept, formed_again = (
-        run("kept", feed=feed),
-        run("again", feed=feed, activation_checkpointing=True),
-    )
-    for name, value in kept["step-00000012"].model.items():
-        assert torch.equal(value, formed_again["step-00000012"].model[name]), name
+    stored = run("stored", feed=feed)
+    recomputed = run("recomputed", feed=feed, activation_checkpointing=True)
+    for name, value in stored["step-00000012"].model.items():
+        assert torch.equal(value, recomputed["step-00000012"].model[name]), name
 
 
-def test_a_split_into_micro_batches_counts_the_same(planted, run):
-    """Counts and newborns are those of the global batch."""
+def test_micro_batches_give_the_same_usage_counts(planted, run):
+    """Counters and recently reset experts are those of the global batch."""
     whole = run("whole", steps=5, batch_size=8, grad_accum_steps=1)
     parts = run("parts", steps=5, batch_size=2, grad_accum_steps=4)
     for layer in (0, 1):
@@ -132,7 +128,7 @@ def test_a_split_into_micro_batches_counts_the_same(planted, run):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_it_trains_in_half_precision(precision, run):
+def test_dyn_moe_trains_in_half_precision(precision, run):
     feed = {"router_grad": "sml", "sml_local": True, "candidates": "active+r"}
     saved = run("half", feed=feed, precision=precision)
     first, last = saved["step-00000001"].model, saved["step-00000012"].model

@@ -1,4 +1,4 @@
-"""Routed models in the trainer: splits, resumes, what a dry run says."""
+"""Whole runs of models with experts: micro-batches, resume, dry run."""
 
 import shutil
 
@@ -26,17 +26,17 @@ LAYERS = {
     "dyn_heads": {"mixer": {"kind": "dyn_heads", "heads": 4, "kv_heads": 2} | THRESHOLDS},
     "dyn_lora": {"mixer": {"kind": "dyn_lora", "base": GQA, "rank": 2} | THRESHOLDS},
 }
-"""Layers that choose experts, with all that has a state of its own."""
+"""Layers that route to experts, with the options that have persistent state switched on."""
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train a small routed model; what its last checkpoint holds. `torn`: its last checkpoint is
-    lost first, and it resumes from the one before.
+    """Train a small model with experts and return the state_dict of its last checkpoint. With
+    `torn`, delete that checkpoint first and resume from the one before.
     """
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
 
-    def go(name, layer, *, torn=False, **changes):
+    def train_and_load(name, layer, *, torn=False, **changes):
         last = tmp_path / name / "checkpoints" / "step-00000006"
         if torn:
             shutil.rmtree(last)
@@ -44,7 +44,7 @@ def run(tmp_path, monkeypatch):
         lm, _ = load(last)
         return lm.state_dict()
 
-    return go
+    return train_and_load
 
 
 def recipe(layer, **changes):
@@ -79,8 +79,8 @@ def recipe(layer, **changes):
     )
 
 
-def test_T4_splits_give_the_same_weights_and_the_same_bias(run):
-    """The bias to the bit: it moves by whole steps on counts of the global batch."""
+def test_T4_micro_batches_give_the_same_weights_and_router_bias(run):
+    """The bias is equal to the bit: it moves by fixed steps that depend on global counts."""
     layer = {"feed_forward": DEEPSEEK}
     whole = run("whole", layer, batch_size=8, grad_accum_steps=1)
     parts = run("parts", layer, batch_size=2, grad_accum_steps=4)
@@ -93,14 +93,14 @@ def test_T4_splits_give_the_same_weights_and_the_same_bias(run):
 
 
 @pytest.fixture
-def planted(silent):
-    """Every gate of thresholds begins with an expert that never fires."""
-    silent(1)
+def planted(dead_experts):
+    """Make every threshold router start with a dead expert."""
+    dead_experts(1)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_T2_a_resumed_run_ends_in_the_same_bits(kind, planted, run):
-    """Also where an expert is re-born between the resume and the end."""
+    """Also if an expert is reset between the resume and the end."""
     layer = LAYERS[kind]
     whole = run("whole", layer)
     run("torn", layer)
@@ -110,15 +110,16 @@ def test_T2_a_resumed_run_ends_in_the_same_bits(kind, planted, run):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_checkpointing_changes_no_bit(run):
-    kept, formed_again = run("kept", NOISY), run("again", NOISY, activation_checkpointing=True)
-    assert all(torch.equal(value, formed_again[name]) for name, value in kept.items())
+def test_activation_checkpointing_changes_no_bit(run):
+    stored = run("stored", NOISY)
+    recomputed = run("recomputed", NOISY, activation_checkpointing=True)
+    assert all(torch.equal(value, recomputed[name]) for name, value in stored.items())
 
 
-def test_a_dry_run_tells_how_many_parameters_a_token_meets(capsys, tmp_path, monkeypatch):
+def test_a_dry_run_prints_the_number_of_active_parameters(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
     dry_run(recipe(LAYERS["topk_moe"]), "x")
-    idle = 2 * 2 * 3 * 32 * 24
-    output = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
-    total = int(output.split()[1].replace(",", ""))
-    assert output.endswith(f"of which a token meets {total - idle:,}")
+    inactive = 2 * 2 * 3 * 32 * 24
+    line = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
+    total = int(line.split()[1].replace(",", ""))
+    assert line.endswith(f"of which a token meets {total - inactive:,}")

@@ -9,12 +9,12 @@ import pytest
 @pytest.fixture(scope="module")
 def page(root):
     text = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`[^|]*`) \|", text, re.M)
-    return text, {key for row in rows for key in re.findall(r"`([\w.]+)`", row)}
+    cells = re.findall(r"^\| (`[^|]*`) \|", text, re.M)
+    return text, {key for cell in cells for key in re.findall(r"`([\w.]+)`", cell)}
 
 
 def strings_and_metrics(root):
-    """Every string of the library, and the names that are given to a `Metric`."""
+    """Return every string of the library, and the keys whose value is a `Metric`."""
     strings, metrics = set(), set()
     for path in (root / "tinsmith").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -41,7 +41,7 @@ def test_every_key_on_the_page_is_in_the_code(root, page):
     assert not page[1] - known
 
 
-def test_keys_of_the_training_line_and_of_the_routing_line_are_on_the_page(root, page):
+def test_keys_of_training_and_routing_records_are_on_the_page(root, page):
     hooks = (root / "tinsmith" / "train" / "hooks.py").read_text(encoding="utf-8")
     logged = set(re.findall(r'"(\w+)": run\.|"(\w+)": (?:rate|speed|left)', hooks))
     keys = {key for pair in logged for key in pair if key} - {"step", "kind"}
@@ -52,7 +52,7 @@ def test_keys_of_the_training_line_and_of_the_routing_line_are_on_the_page(root,
     assert described <= page[1]
 
 
-def test_every_kind_of_line_is_on_the_page(root, page):
+def test_every_kind_of_record_is_on_the_page(root, page):
     hooks = (root / "tinsmith" / "train" / "hooks.py").read_text(encoding="utf-8")
     for kind in set(re.findall(r'"kind": "(\w+)"', hooks)):
         assert f"kind: {kind}" in page[0] or f"| `{kind}` |" in page[0], kind

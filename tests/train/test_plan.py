@@ -1,4 +1,4 @@
-"""`resolve` decides all facts of a run before anything is loaded; three commands share it."""
+"""`resolve` decides a run's plan before it loads anything; three commands share that function."""
 
 import math
 from dataclasses import FrozenInstanceError, replace
@@ -41,7 +41,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def base(tmp_path, noisy, tokenizer):
-    """A model folder: 280 ids in the model, 300 in its tokenizer, dropout in its config."""
+    """A model folder with a vocabulary of 280, a tokenizer of 300 ids and dropout in its config."""
     model = ModelConfig.from_dict(noisy | {"vocab_size": 280})
     export_folder(LM(model), None, tmp_path / "bare")
     export_folder(LM(replace(model, vocab_size=300)), tokenizer, tmp_path / "whole")
@@ -51,8 +51,8 @@ def base(tmp_path, noisy, tokenizer):
 
 
 @pytest.fixture
-def weights_are_closed(monkeypatch):
-    """Make any attempt to read weights fail."""
+def no_weight_reads(monkeypatch):
+    """Make every attempt to read weights fail."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("weights were read")
@@ -61,8 +61,8 @@ def weights_are_closed(monkeypatch):
     monkeypatch.setattr("tinsmith.hub.load.materialize", refuse)
 
 
-def same(one: RunPlan, two: RunPlan) -> None:
-    """Both plans make the same run."""
+def assert_same_run(one: RunPlan, two: RunPlan) -> None:
+    """Assert that both plans give the same run."""
     assert one.recipe() == two.recipe()
     assert (one.model_config, one.lora) == (two.model_config, two.lora)
     assert (one.device, one.mesh) == (two.device, two.mesh)
@@ -73,46 +73,49 @@ def same(one: RunPlan, two: RunPlan) -> None:
         assert one.tokenizer == two.tokenizer
 
 
-def printed(capsys, path) -> dict:
+def shown_recipe(capsys, path) -> dict:
+    """Return the recipe that `config show --resolved` prints."""
     capsys.readouterr()
     show(path, [], [], resolved=True)
     return yaml.safe_load(capsys.readouterr().out)
 
 
 def test_a_plan_is_frozen(noisy):
-    found = resolve(from_dict(SECTION | {"model": noisy, "objective": {"kind": "pretrain"}}))
+    resolved = resolve(from_dict(SECTION | {"model": noisy, "objective": {"kind": "pretrain"}}))
     with pytest.raises(FrozenInstanceError):
-        found.lora = None  # pyright: ignore[reportAttributeAccessIssue]
-    assert found.device == torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert (found.mesh.kind, found.mesh.world_size) == ("none", 1)
-    assert found.tokenizer == TrainTokenizerConfig(vocab_size=320)
+        resolved.lora = None  # pyright: ignore[reportAttributeAccessIssue]
+    assert resolved.device == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert (resolved.mesh.kind, resolved.mesh.world_size) == ("none", 1)
+    assert resolved.tokenizer == TrainTokenizerConfig(vocab_size=320)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "dpo", "grpo"])
-def test_dropout_and_router_noise_are_off_where_log_probabilities_are_compared(kind, noisy):
+def test_dropout_and_router_noise_are_off_for_objectives_that_compare_log_probabilities(
+    kind, noisy
+):
     recipe = SECTION | {"model": noisy, "lora": LORA, "objective": {"kind": kind}}
-    found = resolve(from_dict(recipe))
+    resolved = resolve(from_dict(recipe))
     whole = ModelConfig.from_dict(noisy)
-    assert found.lora is not None
+    assert resolved.lora is not None
     if kind == "pretrain":
-        assert (found.model_config, found.lora.dropout) == (whole, 0.3)
+        assert (resolved.model_config, resolved.lora.dropout) == (whole, 0.3)
     else:
-        assert found.model_config == deterministic_config(whole) != whole
-        assert found.lora.dropout == 0
-    same(found, resolve(found.recipe()))
+        assert resolved.model_config == deterministic_config(whole) != whole
+        assert resolved.lora.dropout == 0
+    assert_same_run(resolved, resolve(resolved.recipe()))
 
 
-def test_init_from_brings_model_and_tokenizer_without_reading_weights(
-    base, tokenizer, weights_are_closed
+def test_init_from_gives_model_and_tokenizer_without_reading_weights(
+    base, tokenizer, no_weight_reads
 ):
     recipe = SECTION | {"init_from": str(base), "objective": {"kind": "sft"}}
-    found = resolve(from_dict(recipe))
-    assert found.model_config.vocab_size == 64 * math.ceil(300 / 64)
-    assert isinstance(found.tokenizer, Tokenizer)
-    assert found.tokenizer.fingerprint() == tokenizer.fingerprint()
-    assert found.recipe().model == found.model_config
-    assert found.recipe().tokenizer is None
-    same(found, resolve(found.recipe()))
+    resolved = resolve(from_dict(recipe))
+    assert resolved.model_config.vocab_size == 64 * math.ceil(300 / 64)
+    assert isinstance(resolved.tokenizer, Tokenizer)
+    assert resolved.tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert resolved.recipe().model == resolved.model_config
+    assert resolved.recipe().tokenizer is None
+    assert_same_run(resolved, resolve(resolved.recipe()))
 
 
 @pytest.mark.parametrize("objective", ["sft", "grpo"])
@@ -171,16 +174,16 @@ def test_several_processes_share_the_batch(monkeypatch, noisy):
         resolve(from_dict(recipe))
 
 
-def test_train_dry_run_and_config_show_resolve_once_with_one_function(monkeypatch, tmp_path, noisy):
+def test_train_dry_run_and_config_show_each_call_resolve_once(monkeypatch, tmp_path, noisy):
     plans = []
 
-    def counted(config):
-        plans.append(plan_of(config))
+    def counting_resolve(config):
+        plans.append(original(config))
         return plans[-1]
 
-    plan_of = plan.resolve
+    original = plan.resolve
     for module in (setup, dryrun, config_verb):
-        monkeypatch.setattr(module, "resolve", counted)
+        monkeypatch.setattr(module, "resolve", counting_resolve)
     recipe = SECTION | {"model": noisy, "objective": {"kind": "pretrain"}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -189,15 +192,17 @@ def test_train_dry_run_and_config_show_resolve_once_with_one_function(monkeypatc
     dry_run(config, "dry")
     show(path, [], [], resolved=True)
     assert len(plans) == 3
-    for found in plans:
-        same(found, plans[0])
+    for each in plans:
+        assert_same_run(each, plans[0])
 
 
-def test_the_printed_plan_is_a_recipe_of_the_same_run(tmp_path, base, capsys, weights_are_closed):
+def test_the_resolved_recipe_that_config_show_prints_gives_the_same_run(
+    tmp_path, base, capsys, no_weight_reads
+):
     recipe = SECTION | {"init_from": str(base), "objective": {"kind": "grpo"}, "lora": LORA}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    data = printed(capsys, path)
+    data = shown_recipe(capsys, path)
     assert data["model"]["dropout"] == dict.fromkeys(("embedding", "attention", "residual"), 0.0)
     assert data["optim"]["matrices"]["kind"] == "muon"
-    same(resolve(from_dict(data)), resolve(from_dict(recipe)))
+    assert_same_run(resolve(from_dict(data)), resolve(from_dict(recipe)))

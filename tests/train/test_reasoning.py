@@ -1,4 +1,4 @@
-"""T11 for reasoning distillation: answers come to have the form `<think>..</think>..<answer>..`."""
+"""T11 for reasoning SFT: weighted tags teach completions `<think>..</think>..<answer>..`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ LAYER = {
 }
 MODEL = {"vocab_size": 400, "dim": 64, "depth": 2, "max_seq_len": 128, "pattern": [LAYER]}
 DATA = {"kind": "tasks", "tasks": ["copy"], "count": 2000, "length": 3}
-ROOM = 96
-HELD_BACK = 60
+SEQ_LEN = 96
+NUM_HELD_OUT = 60
 
 
 def run(name: str, **section: Any) -> Path:
-    length = {"seq_len": ROOM, "batch_size": 16, "precision": "fp32"}
+    length = {"seq_len": SEQ_LEN, "batch_size": 16, "precision": "fp32"}
     never = {"save_every": 10_000, "eval_every": 10_000, "sample_every": 10_000}
     rates = {"matrices": {"kind": "muon", "lr": 0.02}, "others": {"kind": "adamw", "lr": 3e-3}}
     schedule = {"kind": "wsd", "warmup": 5, "decay": 0.4}
@@ -30,19 +30,19 @@ def run(name: str, **section: Any) -> Path:
     return train(from_dict(section | train_section | {"optim": optim}), name)
 
 
-def rate(folder: Path, place: Path) -> FormatRate:
-    """Of greedy answers to prompts that are held back."""
+def format_rate(folder: Path, cache: Path) -> FormatRate:
+    """Return the share of well-formed greedy completions of held-out prompts."""
     lm, tokenizer = load(folder / "final")
     assert tokenizer is not None
-    reported = {"init_from": str(folder), "data": DATA, "objective": {"kind": "grpo"}}
-    config = from_dict(reported)
-    made = prepare(config.data, tokenizer, "prompts", place, print, seq_len=ROOM)
-    source = open_dataset(made.folder, "prompts", "validation", ROOM, 0)
-    prompts = [source.get_prompts(number, 1)[0] for number in range(HELD_BACK)]
-    return evaluate_format(lm, tokenizer, prompts, max_new_tokens=64, batch_size=HELD_BACK)
+    recipe = {"init_from": str(folder), "data": DATA, "objective": {"kind": "grpo"}}
+    config = from_dict(recipe)
+    prepared = prepare(config.data, tokenizer, "prompts", cache, print, seq_len=SEQ_LEN)
+    source = open_dataset(prepared.folder, "prompts", "validation", SEQ_LEN, 0)
+    prompts = [source.get_prompts(index, 1)[0] for index in range(NUM_HELD_OUT)]
+    return evaluate_format(lm, tokenizer, prompts, max_new_tokens=64, batch_size=NUM_HELD_OUT)
 
 
-def test_T11_weighted_tags_raise_the_share_of_answers_of_the_right_form(tmp_path, monkeypatch):
+def test_T11_weighted_tags_raise_the_share_of_well_formed_completions(tmp_path, monkeypatch):
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
     plain = run(
         "plain",
@@ -52,14 +52,14 @@ def test_T11_weighted_tags_raise_the_share_of_answers_of_the_right_form(tmp_path
         objective={"kind": "sft"},
         steps=40,
     )
-    before = rate(plain, tmp_path / "exam")
-    taught = run(
-        "taught",
+    before = format_rate(plain, tmp_path / "eval")
+    tagged = run(
+        "tagged",
         init_from=str(plain),
         data=DATA | {"answer_tags": True},
         objective={"kind": "sft", "weights": {"think": 10, "answer": 10}},
         steps=100,
     )
-    after = rate(taught, tmp_path / "exam")
-    assert before.num_well_formed <= 0.1 * HELD_BACK
-    assert after.num_well_formed >= 0.9 * HELD_BACK
+    after = format_rate(tagged, tmp_path / "eval")
+    assert before.num_well_formed <= 0.1 * NUM_HELD_OUT
+    assert after.num_well_formed >= 0.9 * NUM_HELD_OUT

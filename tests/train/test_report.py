@@ -1,4 +1,4 @@
-"""Pictures, samples and the table of runs, from metrics that may be torn."""
+"""Loss pictures, samples.md and the table of runs, also from damaged metrics files."""
 
 import itertools
 import json
@@ -19,40 +19,44 @@ from tinsmith.train.plots.loss import draw_run, draw_runs
 from tinsmith.train.report import plot_run, plot_runs, runs_table, write_samples
 
 
-def lines(steps=300, sources=("a", "b")):
-    output = []
+def records(steps=300, sources=("a", "b")):
+    """Return what a run of so many steps writes to metrics.jsonl."""
+    result = []
     for step in range(10, steps + 1, 10):
         loss = 2 + 5 * math.exp(-step / 60)
         train = {"step": step, "kind": "train", "loss": loss, "grad_norm": 1 / step}
         train |= {"lr_multiplier": 1.0, "tokens": step * 100, "tokens_per_second": time.time()}
-        output.append(train)
+        result.append(train)
         if step % 100 == 0:
-            held = {"step": step, "kind": "eval", "loss": loss + 0.1, "bpb": loss / 2}
-            held |= {f"bpb.{name}": loss / (3 + i) for i, name in enumerate(sources)}
+            evaluation = {"step": step, "kind": "eval", "loss": loss + 0.1, "bpb": loss / 2}
+            evaluation |= {f"bpb.{name}": loss / (3 + i) for i, name in enumerate(sources)}
             texts = [{"prompt": "def f(", "text": f"x):\n    return {step}"}]
-            output += [held, {"step": step, "kind": "samples", "samples": texts}]
-    return output
+            result += [evaluation, {"step": step, "kind": "samples", "samples": texts}]
+    return result
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """(name, lines, torn end) -> the folder of a run."""
+    """`make_run(name, metrics, torn)` writes a run's metrics.jsonl, with `torn` as its end, and
+    returns the folder.
+    """
 
-    def made(name="first", output=None, torn=""):
+    def make(name="first", metrics=None, torn=""):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        text = "".join(json.dumps(line) + "\n" for line in (lines() if output is None else output))
+        metrics = records() if metrics is None else metrics
+        text = "".join(json.dumps(record) + "\n" for record in metrics)
         (folder / "metrics.jsonl").write_bytes(text.encode() + torn.encode("latin-1"))
         return folder
 
-    return made
+    return make
 
 
 def panels(figure):
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
-def test_T12_equal_metrics_give_equal_pictures(make_run):
+def test_T12_equal_metrics_give_identical_pictures(make_run):
     one, other = make_run("here/run"), make_run("there/run")
     for folder in (one, other):
         assert plot_run(folder) == folder / "loss.png"
@@ -65,7 +69,7 @@ def test_T12_equal_metrics_give_equal_pictures(make_run):
     assert {path.name for path in one.iterdir()} == {"metrics.jsonl", "loss.png", "loss.svg"}
 
 
-def test_T12_the_users_settings_change_no_picture(make_run, monkeypatch):
+def test_T12_matplotlib_settings_of_the_user_change_no_picture(make_run, monkeypatch):
     import matplotlib as mpl
 
     folder = make_run()
@@ -75,13 +79,13 @@ def test_T12_the_users_settings_change_no_picture(make_run, monkeypatch):
 
 
 def test_other_metrics_give_another_picture(make_run):
-    output = lines()
-    changed = [line | ({"loss": 3.0} if line["kind"] == "train" else {}) for line in output]
-    names = [plot_run(make_run(f"{i}/run", some)) for i, some in enumerate((output, changed))]
+    metrics = records()
+    changed = [line | ({"loss": 3.0} if line["kind"] == "train" else {}) for line in metrics]
+    names = [plot_run(make_run(f"{i}/run", some)) for i, some in enumerate((metrics, changed))]
     assert names[0].read_bytes() != names[1].read_bytes()
 
 
-def test_the_picture_is_as_wide_as_a_readme_wants(make_run):
+def test_the_picture_has_the_size_for_a_readme(make_run):
     data = plot_run(make_run()).read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
@@ -89,50 +93,53 @@ def test_the_picture_is_as_wide_as_a_readme_wants(make_run):
     assert 0.4 < height / width < 0.7
 
 
-def test_the_panels_hold_the_metrics_and_say_their_units(make_run):
+def test_the_panels_show_the_metrics_and_their_units(make_run):
     figure = draw_run(History.read(make_run("the name")))
-    found = panels(figure)
-    loss, bpb, rate, norm = found.values()
+    by_title = panels(figure)
+    loss, bpb, rate, norm = by_title.values()
     assert [axes.get_ylabel() for axes in (loss, bpb)] == ["nats per token", "bits per byte"]
     assert all(axes.get_ylabel() for axes in (rate, norm))
     assert [axes.get_xlabel() for axes in (loss, norm)] == ["step", "step"]
-    train = [line for line in lines() if line["kind"] == "train"]
+    train = [record for record in records() if record["kind"] == "train"]
     raw = loss.lines[0].get_xydata().tolist()
-    assert raw == [[line["step"], line["loss"]] for line in train]
-    held = next(line for line in loss.lines if line.get_label() == "validation")
-    assert held.get_ydata().tolist() == [e["loss"] for e in lines() if e["kind"] == "eval"]
+    assert raw == [[record["step"], record["loss"]] for record in train]
+    validation = next(line for line in loss.lines if line.get_label() == "validation")
+    assert validation.get_ydata().tolist() == [e["loss"] for e in records() if e["kind"] == "eval"]
     drawn = {line.get_label(): line.get_ydata().tolist() for line in bpb.lines}
     for name, key in (("all", "bpb"), ("a", "bpb.a"), ("b", "bpb.b")):
-        assert drawn[name] == [line[key] for line in lines() if line["kind"] == "eval"]
-    assert norm.lines[0].get_ydata().tolist() == [line["grad_norm"] for line in train]
+        assert drawn[name] == [record[key] for record in records() if record["kind"] == "eval"]
+    assert norm.lines[0].get_ydata().tolist() == [record["grad_norm"] for record in train]
     assert rate.lines[0].get_ydata().tolist() == [1.0] * len(train)
     written = " ".join(text.get_text() for text in figure.texts)
     assert "the name" in written
-    best = min(line["bpb"] for line in lines() if line["kind"] == "eval")
+    best = min(record["bpb"] for record in records() if record["kind"] == "eval")
     assert f"{best:.3f} bits per byte at step 300" in written
 
 
 def test_skipped_steps_are_marked(make_run):
-    output = [*lines(), {"step": 123, "kind": "nonfinite_step", "first_sample": 0, "end_sample": 9}]
-    loss = panels(draw_run(History.read(make_run(output=output))))["Loss"]
+    metrics = [
+        *records(),
+        {"step": 123, "kind": "nonfinite_step", "first_sample": 0, "end_sample": 9},
+    ]
+    loss = panels(draw_run(History.read(make_run(metrics=metrics))))["Loss"]
     marks = next(line for line in loss.lines if line.get_label() == "skipped step")
     assert marks.get_xdata() == [123]
 
 
 def test_without_bits_per_byte_the_validation_loss_is_shown(make_run):
-    output = [
-        line | ({"bpb": None} if line["kind"] == "eval" else {}) for line in lines(sources=())
+    metrics = [
+        line | ({"bpb": None} if line["kind"] == "eval" else {}) for line in records(sources=())
     ]
-    found = panels(draw_run(History.read(make_run(output=output))))
-    held = [line["loss"] for line in output if line["kind"] == "eval"]
-    assert found["Validation loss"].lines[0].get_ydata().tolist() == held
+    by_title = panels(draw_run(History.read(make_run(metrics=metrics))))
+    losses = [line["loss"] for line in metrics if line["kind"] == "eval"]
+    assert by_title["Validation loss"].lines[0].get_ydata().tolist() == losses
 
 
 @pytest.mark.parametrize(
-    "output",
+    "metrics",
     [
         [],
-        lines(10),
+        records(10),
         [{"step": 5, "kind": "eval", "loss": 3.0, "bpb": 1.0}],
         [{"step": 5, "kind": "train", "loss": None, "grad_norm": None}],
         [{"step": 5, "kind": "train", "loss": 0.0, "grad_norm": 0.0, "lr_multiplier": 0.0}],
@@ -140,8 +147,8 @@ def test_without_bits_per_byte_the_validation_loss_is_shown(make_run):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_run_that_was_killed_early_is_drawn_as_far_as_it_went(make_run, output):
-    folder = make_run(output=output)
+def test_a_run_killed_early_is_drawn_up_to_its_last_record(make_run, metrics):
+    folder = make_run(metrics=metrics)
     assert plot_run(folder).stat().st_size > 10_000
     write_samples(folder)
     assert plot_runs([folder, folder], folder / "both.svg").stat().st_size > 1000
@@ -162,17 +169,17 @@ TORN = [
 
 
 @pytest.mark.parametrize("torn", TORN)
-def test_lines_that_are_torn_are_passed_over(make_run, torn):
-    output = lines()
-    whole, damaged = make_run("a/run", output), make_run("b/run", output, torn)
+def test_damaged_lines_are_skipped(make_run, torn):
+    metrics = records()
+    whole, damaged = make_run("a/run", metrics), make_run("b/run", metrics, torn)
     for kind in ("train", "eval", "samples"):
-        found = [History.read(folder).of_kind(kind) for folder in (whole, damaged)]
-        assert found[0] == found[1] != []
+        histories = [History.read(folder).of_kind(kind) for folder in (whole, damaged)]
+        assert histories[0] == histories[1] != []
     assert History.read(damaged).step == 300
     assert write_samples(whole).read_bytes() == write_samples(damaged).read_bytes()
 
 
-def test_missing_files_are_an_empty_run_and_a_missing_folder_is_an_error(tmp_path):
+def test_missing_files_give_an_empty_picture_and_a_missing_folder_is_an_error(tmp_path):
     (tmp_path / "run").mkdir()
     assert plot_run(tmp_path / "run").exists()
     assert "None yet" in write_samples(tmp_path / "run").read_text()
@@ -181,8 +188,8 @@ def test_missing_files_are_an_empty_run_and_a_missing_folder_is_an_error(tmp_pat
             report(tmp_path / "none")
 
 
-def test_several_runs_share_a_picture_and_are_reported_apart(make_run, tmp_path):
-    folders = [make_run("one/run"), make_run("two/run"), make_run("other", lines(200))]
+def test_several_runs_share_a_picture_and_have_different_lines_and_names(make_run, tmp_path):
+    folders = [make_run("one/run"), make_run("two/run"), make_run("other", records(200))]
     figure = draw_runs([History.read(folder) for folder in folders])
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["run (1)", "run (2)", "other"]
@@ -193,7 +200,7 @@ def test_several_runs_share_a_picture_and_are_reported_apart(make_run, tmp_path)
     out = plot_runs(folders, tmp_path / "all.png")
     first = out.read_bytes()
     assert plot_runs(folders, out).read_bytes() == first
-    many = draw_runs([History(str(i), lines()) for i in range(20)])
+    many = draw_runs([History(str(i), records()) for i in range(20)])
     looks = {(line.get_color(), line.get_linestyle()) for line in many.axes[0].lines}
     assert len(looks) == 20
     with pytest.raises(UserError, match=r"as \.png or \.svg"):
@@ -202,7 +209,7 @@ def test_several_runs_share_a_picture_and_are_reported_apart(make_run, tmp_path)
         plot_runs(folders, tmp_path / "none" / "all.png")
 
 
-def test_names_are_drawn_as_they_are_written(make_run, recwarn):
+def test_run_names_are_not_interpreted_as_markup(make_run, recwarn):
     for name in ("a$b_{c$", "100%_x^2", "诗"):
         figure = draw_run(History.read(make_run(name)))
         assert figure.texts[0].get_text() == name
@@ -211,15 +218,15 @@ def test_names_are_drawn_as_they_are_written(make_run, recwarn):
 
 
 def fences(text):
-    """(blocks, rest) of Markdown as CommonMark reads fenced code."""
-    blocks, rest, held, fence = [], [], [], ""
+    """Return (code blocks, other lines) of Markdown as CommonMark reads fenced code."""
+    blocks, rest, block, fence = [], [], [], ""
     for line in text.split("\n"):
         marks = re.fullmatch(r" {0,3}(`{3,})\s*([^`]*)", line)
         if fence and marks and not marks[2] and len(marks[1]) >= len(fence):
-            blocks.append("".join(f"{line}\n" for line in held))
-            held, fence = [], ""
+            blocks.append("".join(f"{line}\n" for line in block))
+            block, fence = [], ""
         elif fence:
-            held.append(line)
+            block.append(line)
         elif marks:
             fence = marks[1]
         else:
@@ -235,35 +242,37 @@ pieces = st.sampled_from(
 
 @given(st.lists(st.lists(pieces, max_size=9).map("".join), min_size=2, max_size=6))
 @settings(derandomize=True, max_examples=100, deadline=None)
-def test_no_sample_breaks_out_of_its_fence(tmp_path_factory, texts):
+def test_no_sample_closes_its_code_fence(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("run")
     samples = [{"prompt": a, "text": b} for a, b in itertools.pairwise(texts)]
     line = {"step": 1000, "kind": "samples", "samples": samples}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     blocks, rest = fences(write_samples(folder).read_text())
-    wanted = [text for sample in samples for text in (sample["prompt"], sample["text"])]
-    assert blocks == [text if text.endswith("\n") else f"{text}\n" for text in wanted]
+    expected = [text for sample in samples for text in (sample["prompt"], sample["text"])]
+    assert blocks == [text if text.endswith("\n") else f"{text}\n" for text in expected]
     headings = [line for line in rest if line.startswith("#")]
     assert headings == [f"# Samples of {folder.name}", "## Step 1,000"]
 
 
 def test_only_finite_numbers_are_drawn(make_run):
     values = [1.0, math.nan, 2, None, math.inf, True, "3", 4.5]
-    output = [{"step": i, "kind": "train", "x": value} for i, value in enumerate(values)]
-    series = History.read(make_run(output=[*output, {"step": 9, "kind": "train"}])).series(
+    metrics = [{"step": i, "kind": "train", "x": value} for i, value in enumerate(values)]
+    series = History.read(make_run(metrics=[*metrics, {"step": 9, "kind": "train"}])).series(
         "train", "x"
     )
     assert series.steps.tolist() == [0, 2, 7]
     assert series.values.tolist() == [1.0, 2.0, 4.5]
 
 
-def test_samples_stand_under_their_steps_in_order(make_run):
+def test_samples_are_listed_by_step_in_order(make_run):
     text = write_samples(make_run()).read_text()
-    places = [text.index(part) for n in (100, 200, 300) for part in (f"## Step {n}", f"return {n}")]
-    assert places == sorted(places)
+    positions = [
+        text.index(part) for n in (100, 200, 300) for part in (f"## Step {n}", f"return {n}")
+    ]
+    assert positions == sorted(positions)
 
 
-def test_smoothing_keeps_what_is_straight_and_the_first_point():
+def test_smoothing_keeps_straight_lines_and_the_first_point():
     steps = np.arange(200.0)
     for values in (np.full(200, 3.0), 2 * steps):
         smooth = Series(list(zip(steps, values, strict=True))).smooth()
@@ -279,7 +288,7 @@ def config(steps):
     return f"objective:\n  kind: sft\ntrain:\n  steps: {steps}\n"
 
 
-def test_the_table_lists_runs_as_they_are(make_run, tmp_path):
+def test_the_table_lists_finished_killed_and_broken_runs(make_run, tmp_path):
     done, killed, broken = make_run("done"), make_run("killed", torn="{"), tmp_path / "broken"
     (done / "config.yaml").write_text(config(300))
     (done / "final").mkdir()
@@ -298,10 +307,10 @@ def test_the_table_lists_runs_as_they_are(make_run, tmp_path):
     for age, folder in ((50, done), (500, killed)):
         os.utime(folder / "metrics.jsonl", (now - age, now - age))
     os.utime(broken, (now - 5000, now - 5000))
-    rows = {row["name"]: row for row in runs_table(tmp_path)}
-    assert list(rows) == ["done", "killed", "broken"]
-    best = min(line["bpb"] for line in lines() if line["kind"] == "eval")
-    assert rows["done"] == {
+    runs = {run["name"]: run for run in runs_table(tmp_path)}
+    assert list(runs) == ["done", "killed", "broken"]
+    best = min(line["bpb"] for line in records() if line["kind"] == "eval")
+    assert runs["done"] == {
         "name": "done",
         "folder": str(done),
         "objective": "sft",
@@ -312,9 +321,9 @@ def test_the_table_lists_runs_as_they_are(make_run, tmp_path):
         "bytes": sum(path.stat().st_size for path in done.rglob("*") if path.is_file()),
         "finished": True,
     }
-    assert (rows["killed"]["step"], rows["killed"]["steps"]) == (310, 900)
-    assert not rows["killed"]["finished"]
-    wanted = ("unknown", 0, None, None)
-    assert tuple(rows["broken"][k] for k in ("objective", "step", "steps", "best_bpb")) == wanted
+    assert (runs["killed"]["step"], runs["killed"]["steps"]) == (310, 900)
+    assert not runs["killed"]["finished"]
+    expected = ("unknown", 0, None, None)
+    assert tuple(runs["broken"][k] for k in ("objective", "step", "steps", "best_bpb")) == expected
     assert runs_table(tmp_path / "none") == []
-    json.dumps(list(rows.values()))
+    json.dumps(list(runs.values()))

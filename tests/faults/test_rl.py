@@ -1,5 +1,5 @@
-"""T2 and T7 for objectives that answer their own prompts: stopped anywhere, in the middle of
-rollouts too, a run ends in the same bits.
+"""T2 and T7 for GRPO, PPO and SPO: a run stopped anywhere, in the middle of rollouts too, and
+resumed ends in the same bits.
 """
 
 import random
@@ -22,7 +22,7 @@ COMMON = {
 
 
 def recipe_of(kind: str, recipe: dict) -> dict:
-    """Steps in the middle of rollouts; 12 prompts, so that SPO meets them again."""
+    """Return a recipe with saves in the middle of rollouts and 12 prompts, which SPO sees again."""
     train = {
         "steps": 10,
         "batch_size": 4,
@@ -42,57 +42,63 @@ def recipe_of(kind: str, recipe: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def whole(shared_place, recipe):
-    """(kind) -> recipe, events and results of a run that nothing happens to; each is run once."""
+def whole(shared_workspace, recipe):
+    """`whole(kind)` returns recipe, kill points and result of an uninterrupted run; runs once."""
 
     @cache
-    def made(kind: str) -> tuple[dict, list[str], dict]:
+    def run(kind: str) -> tuple[dict, list[str], dict]:
         data = recipe_of(kind, recipe)
-        left, events = shared_place.whole(data, kind)
-        return data, events, left
+        result, events = shared_workspace.whole(data, kind)
+        return data, events, result
 
-    return made
+    return run
 
 
 def points(events: list[str]) -> list[int]:
-    """Two places in rollouts and one between steps, numbered from 1, none before the first save."""
-    numbers = random.Random(3)
+    """Return indices from 1 of two points in rollouts and one in a step, after the first save."""
+    generator = random.Random(3)
     first = events.index("manifest")
     rollouts = [n for n, name in enumerate(events, 1) if name == "rollout" and n > first]
     steps = [n for n, name in enumerate(events, 1) if name == "step" and n > first]
-    return [*numbers.sample(rollouts, 2), numbers.choice(steps)]
+    return [*generator.sample(rollouts, 2), generator.choice(steps)]
 
 
 CASES = [
-    pytest.param(kind, number, by, marks=[] if (kind, number) in FAST else pytest.mark.slow)
+    pytest.param(kind, index, by, marks=[] if (kind, index) in FAST else pytest.mark.slow)
     for FAST in [{("grpo", 0), ("spo", 1)}]
     for kind in OBJECTIVES
-    for number, by in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL))
+    for index, by in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL))
 ]
 
 
-@pytest.mark.parametrize(("kind", "number", "by"), CASES)
-def test_T2_stopped_in_a_rollout_a_run_ends_in_the_same_bits(kind, number, by, shared_place, whole):
+@pytest.mark.parametrize(("kind", "index", "by"), CASES)
+def test_T2_a_run_stopped_in_a_rollout_and_resumed_ends_in_the_same_bits(
+    kind, index, by, shared_workspace, whole
+):
     data, events, expected = whole(kind)
-    point = points(events)[number]
-    name = f"{kind}-{number}"
-    code, output = shared_place.train(
+    point = points(events)[index]
+    name = f"{kind}-{index}"
+    code, output = shared_workspace.train(
         data, name, TINSMITH_KILL_AT=str(point), TINSMITH_KILL_BY=by.name
     )
     assert code == (75 if by == signal.SIGTERM else -by), output
-    code, output = shared_place.train(data, name, "--resume")
+    code, output = shared_workspace.train(data, name, "--resume")
     assert code == 0, output
-    found = shared_place.result(name)
+    found = shared_workspace.result(name)
     for key in ("model.safetensors", "optim.safetensors", "rng-00000.safetensors", "final"):
         assert found[key] == expected[key], (key, events[point - 1])
     assert found["metrics"] == expected["metrics"]
 
 
-def test_runs_learn_from_their_answers(whole):
-    """Otherwise nothing is tested above: rewards differ and weights move."""
+def test_the_reference_run_changes_weights_by_rewards(whole):
+    """Rewards differ and weights change; without that the tests above would be empty."""
     _, events, expected = whole("grpo")
     assert events.count("rollout") > 20
-    steps = [row for row in expected["metrics"] if row["kind"] == "train"]
-    assert sum(row["approx_kl"] > 1e-6 for row in steps) >= 3
-    assert any(row["reward_std"] > 0 for row in steps)
-    assert [row["step"] for row in expected["metrics"] if row["kind"] == "eval"] == [4, 8, 10]
+    steps = [record for record in expected["metrics"] if record["kind"] == "train"]
+    assert sum(record["approx_kl"] > 1e-6 for record in steps) >= 3
+    assert any(record["reward_std"] > 0 for record in steps)
+    assert [record["step"] for record in expected["metrics"] if record["kind"] == "eval"] == [
+        4,
+        8,
+        10,
+    ]

@@ -1,4 +1,4 @@
-"""Recipes of objectives that answer their own prompts: tried, run, refused."""
+"""GRPO, PPO and SPO as dry runs and whole runs, and recipes of them that are refused."""
 
 import pytest
 import torch
@@ -50,19 +50,19 @@ def runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dry_run_tries_a_step(kind, capsys):
+def test_a_dry_run_runs_a_step(kind, capsys):
     dry_run(recipe(kind, kl_coef=0.1), "dry")
     assert "one step of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
+def test_evaluation_is_the_reward_of_greedy_completions_of_held_out_prompts(kind):
     folder = train(recipe(kind, kl_coef=0.1), kind)
-    lines = list(read_metrics(folder / "metrics.jsonl"))
-    exams = [line for line in lines if line["kind"] == "eval"]
-    assert [line["step"] for line in exams] == [1, 2]
-    assert all(0 <= line["reward"] <= 1 and line["completion_length"] <= 6 for line in exams)
-    steps = [line for line in lines if line["kind"] == "train"]
+    records = list(read_metrics(folder / "metrics.jsonl"))
+    evals = [record for record in records if record["kind"] == "eval"]
+    assert [record["step"] for record in evals] == [1, 2]
+    assert all(0 <= record["reward"] <= 1 and record["completion_length"] <= 6 for record in evals)
+    steps = [record for record in records if record["kind"] == "train"]
     assert {
         "reward",
         "reward_std",
@@ -76,7 +76,7 @@ def test_a_run_measures_greedy_answers_to_held_back_prompts(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
-    """The reference is the policy with its adapters off; a rollout is two steps here."""
+    """The reference is the policy without adapters. One rollout feeds several optimizer steps."""
     section = {
         "kind": kind,
         "max_new_tokens": 6,
@@ -93,35 +93,35 @@ def test_T2_adapters_resume_to_the_same_bits_in_the_middle_of_a_rollout(kind):
     resumed = train(from_dict(data), "resumed", resume_from=middle)
     last = "checkpoints/step-00000006"
     files = sorted((whole / last).glob("*.safetensors"))
-    assert len(files) >= 3, "weights, what optimizers remember, random states"
+    assert len(files) >= 3, "weights, optimizer state, random state"
     for file in files:
         assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
-    rows = [
+    rewards = [
         [
-            line["reward"]
-            for line in read_metrics(folder / "metrics.jsonl")
-            if line["kind"] == "train"
+            record["reward"]
+            for record in read_metrics(folder / "metrics.jsonl")
+            if record["kind"] == "train"
         ]
         for folder in (whole, resumed)
     ]
-    assert rows[0][3:] == rows[1][-3:]
+    assert rewards[0][3:] == rewards[1][-3:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_T2_the_first_ratio_is_1_where_the_model_could_drop_and_be_noisy(kind, noisy):
-    """Answers come from a policy in eval mode; a step later the same in training mode."""
+def test_T2_the_first_ratio_is_1_for_a_model_with_dropout_and_router_noise(kind, noisy):
+    """Completions are generated in eval mode; the step computes log-probabilities in train mode."""
     section = {"kind": kind, "max_new_tokens": 6, "rewards": [{"kind": "distinct_ngrams"}]}
     lora = {"targets": "mixer.q_proj", "rank": 2, "dropout": 0.3}
     steps = {"steps": 2, "precision": "fp32", "save_every": 1}
     data = RECIPE | {"model": noisy, "objective": section, "lora": lora}
     data |= {"train": RECIPE["train"] | steps}
     folder = train(from_dict(data), kind)
-    lines = list(read_metrics(folder / "metrics.jsonl"))
-    steps = [line for line in lines if line["kind"] == "train"]
+    records = list(read_metrics(folder / "metrics.jsonl"))
+    steps = [record for record in records if record["kind"] == "train"]
     assert len(steps) == 2
-    for line in steps:
-        assert line["approx_kl"] < 1e-10
-        assert line["clip_fraction"] == 0
+    for record in steps:
+        assert record["approx_kl"] < 1e-10
+        assert record["clip_fraction"] == 0
     resumed = train(
         from_dict(data), "resumed", resume_from=folder / "checkpoints" / "step-00000001"
     )
@@ -130,8 +130,8 @@ def test_T2_the_first_ratio_is_1_where_the_model_could_drop_and_be_noisy(kind, n
         assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
 
 
-def test_ppo_takes_no_step_that_has_moved_too_far():
-    """The second pass over the first rollout, after the step of the first."""
+def test_ppo_skips_steps_whose_kl_exceeds_target_kl():
+    """The second epoch over the first rollout is skipped, and the next rollout trains again."""
     objective = {
         "kind": "ppo",
         "max_new_tokens": 6,
@@ -150,7 +150,7 @@ def test_ppo_takes_no_step_that_has_moved_too_far():
     assert any(not torch.equal(second.model[name], third.model[name]) for name in first.model)
 
 
-def test_a_policy_spread_over_processes_is_refused():
+def test_fsdp_is_refused():
     with pytest.raises(UserError, match=r"parallel\.kind=fsdp: this objective"):
         from_dict(RECIPE | {"objective": {"kind": "grpo"}, "parallel": {"kind": "fsdp"}})
 

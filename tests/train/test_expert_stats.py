@@ -1,4 +1,4 @@
-"""What a run says of its experts: sums with planted values, the picture, resumes."""
+"""Expert statistics of a run: means of known sums, the picture, resume."""
 
 import json
 import math
@@ -40,26 +40,28 @@ def lm():
     return lm
 
 
-def planted(load, tokens, **more):
-    reported = {"load": torch.tensor(load), "tokens": torch.tensor(tokens)}
-    return reported | {name: torch.tensor(value) for name, value in more.items()}
+def layer_sums(load, tokens, **more):
+    """Return the sums that a layer reports for one forward pass."""
+    sums = {"load": torch.tensor(load), "tokens": torch.tensor(tokens)}
+    return sums | {name: torch.tensor(value) for name, value in more.items()}
 
 
 def stats(**layers):
+    """Return the statistics of a model; the argument `0_mixer` is layer `0.mixer`."""
     return {
-        f"{place.replace('_', '.')}.{name}": value
-        for place, layer in layers.items()
-        for name, value in layer.items()
+        f"{layer.replace('_', '.')}.{name}": value
+        for layer, sums in layers.items()
+        for name, value in sums.items()
     }
 
 
-def test_means_are_formed_once_of_all_sums(lm):
+def test_means_are_total_sums_over_total_tokens(lm):
     meter = ExpertStats()
-    meter.add(stats(**{"0_mixer": planted([6, 0, 0], 8, entropy=4.0, fallback=2)}))
-    meter.add(stats(**{"0_mixer": planted([0, 26, 0], 24, entropy=0.0, fallback=0)}))
-    meter.add(stats(**{"1_feed": planted([1, 1, 1, 1], 2, balance=3.0)}))
-    found = meter.pop_metrics(lm)
-    mixer, feed = found["layers"]["0.mixer"], found["layers"]["1.feed"]
+    meter.add(stats(**{"0_mixer": layer_sums([6, 0, 0], 8, entropy=4.0, fallback=2)}))
+    meter.add(stats(**{"0_mixer": layer_sums([0, 26, 0], 24, entropy=0.0, fallback=0)}))
+    meter.add(stats(**{"1_feed": layer_sums([1, 1, 1, 1], 2, balance=3.0)}))
+    metrics = meter.pop_metrics(lm)
+    mixer, feed = metrics["layers"]["0.mixer"], metrics["layers"]["1.feed"]
     assert mixer["load"] == [6 / 32, 26 / 32, 0]
     assert (mixer["active"], mixer["dead"]) == (1.0, 1)
     assert mixer["max_load_ratio"] == pytest.approx(26 / (32 / 3), rel=1e-4)
@@ -68,21 +70,21 @@ def test_means_are_formed_once_of_all_sums(lm):
     assert mixer["drift"] == pytest.approx(0.1)
     assert feed["load"] == [0.5] * 4
     assert (feed["active"], feed["balance"], feed["bias"]) == (2.0, 1.5, [0.0] * 4)
-    assert (found["experts"], found["dead"], found["max_load_ratio"]) == (
+    assert (metrics["experts"], metrics["dead"], metrics["max_load_ratio"]) == (
         7,
         1,
         mixer["max_load_ratio"],
     )
-    assert (found["active"], found["entropy"]) == (1.5, 4 / 32)
+    assert (metrics["active"], metrics["entropy"]) == (1.5, 4 / 32)
     assert meter.pop_metrics(lm) == {}
-    assert format_line(found).startswith("active 1.50  dead 1/7  peak 2.4  entropy 0.12")
-    assert "fallback 6.2 %" in format_line(found)
-    assert len(format_line(found)) < 80
+    assert format_line(metrics).startswith("active 1.50  dead 1/7  peak 2.4  entropy 0.12")
+    assert "fallback 6.2 %" in format_line(metrics)
+    assert len(format_line(metrics)) < 80
 
 
-def test_surprise_is_over_what_it_was_counted_for(lm):
+def test_surprise_is_averaged_over_pairs_and_not_over_tokens(lm):
     meter = ExpertStats()
-    output = planted(
+    sums = layer_sums(
         [4, 4, 0],
         8,
         surprise=3.0,
@@ -91,7 +93,7 @@ def test_surprise_is_over_what_it_was_counted_for(lm):
         compared=4,
         surprise_norm_corr=-2.0,
     )
-    meter.add(stats(**{"0_mixer": output | {"unrouted": torch.ones(32)}}))
+    meter.add(stats(**{"0_mixer": sums | {"unrouted": torch.ones(32)}}))
     layer = meter.pop_metrics(lm)["layers"]["0.mixer"]
     assert (layer["surprise"], layer["inactive_fraction"], layer["surprise_norm_corr"]) == (
         0.5,
@@ -102,12 +104,12 @@ def test_surprise_is_over_what_it_was_counted_for(lm):
     json.dumps(layer)
 
 
-def test_nothing_is_reported_of_nothing(lm):
+def test_no_tokens_give_no_metrics_and_no_pairs_give_no_surprise(lm):
     meter = ExpertStats()
     assert meter.pop_metrics(lm) == {}
-    meter.add(stats(**{"0_mixer": planted([0, 0, 0], 0)}))
+    meter.add(stats(**{"0_mixer": layer_sums([0, 0, 0], 0)}))
     assert meter.pop_metrics(lm) == {}
-    meter.add(stats(**{"0_mixer": planted([0, 0, 0], 5, surprise=0.0, pairs=0)}))
+    meter.add(stats(**{"0_mixer": layer_sums([0, 0, 0], 5, surprise=0.0, pairs=0)}))
     layer = meter.pop_metrics(lm)["layers"]["0.mixer"]
     assert (layer["dead"], layer["active"], layer["max_load_ratio"]) == (3, 0, 0)
     assert "surprise" not in layer
@@ -115,19 +117,19 @@ def test_nothing_is_reported_of_nothing(lm):
 
 def test_sums_survive_a_checkpoint_to_the_bit(lm):
     meter, other = ExpertStats(), ExpertStats()
-    meter.add(stats(**{"0_mixer": planted([1, 2, 0], 7, entropy=1 / 3)}))
+    meter.add(stats(**{"0_mixer": layer_sums([1, 2, 0], 7, entropy=1 / 3)}))
     other.load_state(json.loads(json.dumps(meter.state())), torch.device("cpu"))
     for each in (meter, other):
-        each.add(stats(**{"0_mixer": planted([1, 1, 1], 7, entropy=0.1)}))
+        each.add(stats(**{"0_mixer": layer_sums([1, 1, 1], 7, entropy=0.1)}))
     assert meter.pop_metrics(lm) == other.pop_metrics(lm)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train a small model with experts in both slots; the run's folder."""
+    """Train a small model with experts in mixer and feed-forward and return the run's folder."""
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path))
 
-    def go(feed, name="run", resume=False, **changes):
+    def train_model(feed, name="run", resume=False, **changes):
         data = {"kind": "tasks", "count": 300, "digits": 2, "length": 4}
         recipe = {
             "model": section(FEEDS[feed]),
@@ -150,7 +152,7 @@ def run(tmp_path, monkeypatch):
         }
         return train(from_dict(recipe), name, resume=resume)
 
-    return go
+    return train_model
 
 
 def of_kind(folder, kind):
@@ -158,7 +160,7 @@ def of_kind(folder, kind):
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
+def test_T2_a_resumed_run_logs_the_same_expert_statistics(feed, run, capsys):
     whole = run(feed, "whole")
     torn = run(feed, "torn")
     shutil.rmtree(torn / "checkpoints" / "step-00000007")
@@ -166,27 +168,27 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
     run(feed, "torn", resume=True)
     for kind in ("routing", "specialisation"):
         assert of_kind(torn, kind) == of_kind(whole, kind) != []
-    lines = of_kind(whole, "routing")
-    assert [line["step"] for line in lines] == [3, 6, 7]
-    for line in lines:
-        assert set(line["layers"]) == {"0.mixer", "0.feed", "1.mixer", "1.feed"}
-        for name, layer in line["layers"].items():
+    records = of_kind(whole, "routing")
+    assert [record["step"] for record in records] == [3, 6, 7]
+    for record in records:
+        assert set(record["layers"]) == {"0.mixer", "0.feed", "1.mixer", "1.feed"}
+        for name, layer in record["layers"].items():
             assert len(layer["load"]) == (3 if name.endswith("mixer") else 4)
             assert sum(layer["load"]) == pytest.approx(layer["active"], rel=1e-3)
             assert ("surprise" in layer) == (feed == "dyn_moe" and name.endswith("feed"))
-    (found,) = of_kind(whole, "specialisation")
-    assert set(found["layers"]) == {"0.mixer", "0.feed", "1.mixer", "1.feed", "all"}
-    assert 0 <= found["layers"]["all"]["normalized_mi"] <= 1
-    assert 0 <= found["layers"]["all"]["jaccard"] <= 1
-    for place in (whole, whole / "checkpoints" / "step-00000007"):
-        lm, _ = load(place, dtype="bfloat16")
+    (specialisation,) = of_kind(whole, "specialisation")
+    assert set(specialisation["layers"]) == {"0.mixer", "0.feed", "1.mixer", "1.feed", "all"}
+    assert 0 <= specialisation["layers"]["all"]["normalized_mi"] <= 1
+    assert 0 <= specialisation["layers"]["all"]["jaccard"] <= 1
+    for path in (whole, whole / "checkpoints" / "step-00000007"):
+        lm, _ = load(path, dtype="bfloat16")
         gate = lm.get_submodule("blocks.0.mixer.gate")
         assert not gate.window.load.is_meta
-        assert int(gate.window.tokens) == 0, "a model of its own, not in the middle of a window"
+        assert int(gate.window.tokens) == 0, "a loaded model starts a new usage window"
     output = capsys.readouterr().out
     evaluate(str(whole), "routing", EvalOptions(None, None, 8), "cpu", None, True)
     again = json.loads(capsys.readouterr().out)
-    for name, layer in found["layers"].items():
+    for name, layer in specialisation["layers"].items():
         assert again[f"routing {name}"] == pytest.approx(layer)
     assert " experts active" in output
     assert " experts carry" in output
@@ -194,27 +196,27 @@ def test_T2_a_resumed_run_says_the_same_of_its_experts(feed, run, capsys):
     assert (whole / "final" / "experts.png").exists()
 
 
-def test_how_a_batch_is_split_changes_no_load(run):
-    lines = [
+def test_micro_batches_give_the_same_expert_load(run):
+    records = [
         of_kind(
-            run("deepseek_moe", f"r{rows}", batch_size=rows, grad_accum_steps=8 // rows), "routing"
+            run("deepseek_moe", f"r{size}", batch_size=size, grad_accum_steps=8 // size), "routing"
         )[0]
-        for rows in (8, 2)
+        for size in (8, 2)
     ]
-    for name, layer in lines[0]["layers"].items():
-        other = lines[1]["layers"][name]
+    for name, layer in records[0]["layers"].items():
+        other = records[1]["layers"][name]
         for key in ("active", "entropy"):
             assert layer[key] == pytest.approx(other[key], rel=1e-3), (name, key)
         assert layer["load"] == pytest.approx(other["load"], abs=0.02)
 
 
-def routing(layers, steps=(10, 20, 30)):
+def routing_records(layers, steps=(10, 20, 30)):
     def load(layer, step):
         rng = np.random.default_rng(hash((layer, step)) % 2**32)
         shares = rng.dirichlet(np.ones(8))
         return [0.0 if e == 5 and step > 10 else float(s) for e, s in enumerate(shares)]
 
-    whole = {
+    totals = {
         "experts": 8 * layers,
         "dead": layers,
         "active": 1.0,
@@ -223,58 +225,60 @@ def routing(layers, steps=(10, 20, 30)):
     }
     return [
         {"step": step, "kind": "routing"}
-        | whole
+        | totals
         | {"layers": {f"{i}.feed": {"load": load(i, step)} for i in range(layers)}}
         for step in steps
     ]
 
 
-def test_the_heat_map_holds_every_load_against_an_even_share():
-    lines = routing(2)
-    figure = draw_experts(History("a run", lines))
+def test_the_heat_map_shows_each_load_relative_to_uniform():
+    records = routing_records(2)
+    figure = draw_experts(History("a run", records))
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     for name in ("0.feed", "1.feed"):
         (mesh,) = panels[name].collections
         drawn = mesh.get_array().reshape(8, 3)
-        loads = np.array([line["layers"][name]["load"] for line in lines])
+        loads = np.array([record["layers"][name]["load"] for record in records])
         even = loads.mean(1, keepdims=True)
         for e, t in np.ndindex(8, 3):
             if loads[t, e] == 0:
-                assert drawn.mask[e, t], "red: none"
+                assert drawn.mask[e, t], "masked, drawn in red: no token"
             else:
-                wanted = np.clip(math.log2(loads[t, e] / even[t, 0]), -3, 3)
-                assert drawn[e, t] == pytest.approx(wanted)
+                expected = np.clip(math.log2(loads[t, e] / even[t, 0]), -3, 3)
+                assert drawn[e, t] == pytest.approx(expected)
         assert drawn.mask.sum() == 2
     curve = panels["Experts per token"].lines[0]
     assert curve.get_xydata().tolist() == [[10, 1.0], [20, 1.0], [30, 1.0]]
 
 
-def test_drift_and_surprise_are_drawn_where_they_are_reported():
-    lines = routing(2)
-    titles = {axes.get_title(loc="left") for axes in draw_experts(History("a run", lines)).axes}
+def test_drift_and_surprise_are_drawn_if_they_are_logged():
+    records = routing_records(2)
+    titles = {axes.get_title(loc="left") for axes in draw_experts(History("a run", records)).axes}
     assert not titles & {"Surprise", "Drift of the gates", "Tokens in the dark room"}
-    reported = {"drift": 0.2, "surprise": 0.5, "inactive_fraction": 0.25}
-    figure = draw_experts(History("a run", [line | reported for line in lines]))
+    values = {"drift": 0.2, "surprise": 0.5, "inactive_fraction": 0.25}
+    figure = draw_experts(History("a run", [record | values for record in records]))
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     drawn = ("Drift of the gates", "Surprise", "Tokens in the dark room")
-    for title, value in zip(drawn, reported.values(), strict=True):
+    for title, value in zip(drawn, values.values(), strict=True):
         assert panels[title].lines[0].get_ydata().tolist() == [value] * 3
 
 
 @pytest.mark.parametrize(("layers", "steps"), [(1, (5,)), (3, (5, 10)), (14, (5, 10, 15))])
 @pytest.mark.filterwarnings("error")
-def test_any_number_of_layers_is_drawn_and_equal_metrics_give_equal_files(tmp_path, layers, steps):
+def test_any_number_of_layers_is_drawn_and_equal_metrics_give_identical_files(
+    tmp_path, layers, steps
+):
     files = []
     for name in ("a", "b"):
         folder = tmp_path / name / "run"
         folder.mkdir(parents=True)
-        lines = "".join(json.dumps(line) + "\n" for line in routing(layers, steps))
+        lines = "".join(json.dumps(line) + "\n" for line in routing_records(layers, steps))
         (folder / "metrics.jsonl").write_text(lines)
         plot_run(folder)
         files.append([(folder / f"experts.{kind}").read_bytes() for kind in ("png", "svg")])
     assert files[0] == files[1]
 
 
-def test_a_run_without_experts_has_no_picture_of_them(tmp_path):
+def test_a_run_without_experts_has_no_experts_png(tmp_path):
     plot_run(tmp_path)
     assert not (tmp_path / "experts.png").exists()

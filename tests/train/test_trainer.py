@@ -1,4 +1,4 @@
-"""The trainer in this process: precisions, what is kept, growing vocabularies, overrides."""
+"""Whole runs in this process: precisions, kept checkpoints, larger vocabularies, metrics."""
 
 import json
 import math
@@ -45,10 +45,10 @@ RECIPE = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train the recipe with sections changed; the run's folder."""
+    """Train the recipe with some sections changed and return the run's folder."""
     monkeypatch.setenv("TINSMITH_RUNS", str(tmp_path / "runs"))
 
-    def go(name: str = "run", **sections: dict) -> Path:
+    def train_with(name: str = "run", **sections: dict) -> Path:
         data = dict(RECIPE)
         for section, values in sections.items():
             old = data.get(section, {})
@@ -56,29 +56,29 @@ def run(tmp_path, monkeypatch):
             data[section] = {**old, **values} if merge else values
         return train(from_dict(data), name)
 
-    return go
+    return train_with
 
 
-def rows(folder: Path, kind: str) -> list[dict]:
-    return [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == kind]
+def records(folder: Path, kind: str) -> list[dict]:
+    return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains(precision, run):
     folder = run(train={"precision": precision, "steps": 30, "eval_every": 30, "save_every": 30})
-    losses = [row["loss"] for row in rows(folder, "train")]
+    losses = [record["loss"] for record in records(folder, "train")]
     assert losses[0] == pytest.approx(math.log(320), rel=0.05)
     assert losses[-1] < losses[0] - 0.5
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_fp16_scale_is_logged_and_overflow_is_not_a_bad_step(run, monkeypatch):
+def test_fp16_loss_scale_is_logged_and_overflow_is_not_a_nonfinite_step(run, monkeypatch):
     monkeypatch.setattr(LossScaler, "__init__", _huge_scale)
     folder = run(train={"precision": "fp16", "steps": 24})
-    found = rows(folder, "train")
-    assert not rows(folder, "nonfinite_step")
-    assert found[-1]["nonfinite_steps"] == 0
-    assert found[-1]["loss_scale"] < 2.0**34
+    train_records = records(folder, "train")
+    assert not records(folder, "nonfinite_step")
+    assert train_records[-1]["nonfinite_steps"] == 0
+    assert train_records[-1]["loss_scale"] < 2.0**34
 
 
 def _huge_scale(
@@ -88,33 +88,33 @@ def _huge_scale(
     self.growth_interval, self.steps_since_overflow = growth_interval, 0
 
 
-def test_loss_scale_halves_and_grows():
-    scale = LossScaler("fp16", init_scale=8.0, growth_interval=2)
-    scale.update(True)
-    assert scale.scale == 4.0
-    scale.update(False)
-    scale.update(False)
-    assert scale.scale == 8.0
+def test_loss_scale_halves_on_overflow_and_doubles_after_an_interval():
+    scaler = LossScaler("fp16", init_scale=8.0, growth_interval=2)
+    scaler.update(True)
+    assert scaler.scale == 4.0
+    scaler.update(False)
+    scaler.update(False)
+    assert scaler.scale == 8.0
     off = LossScaler("bf16")
     off.update(True)
     assert off.scale == 1.0
 
 
-def kept(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
 def test_keep_last_and_best(run):
     folder = run(train={"steps": 10, "keep": {"last": 2, "best": True}})
     best = json.loads((folder / "checkpoints/step-00000010/state.json").read_text())["best"]["step"]
-    assert kept(folder) == sorted({8, 10, int(best)})
+    assert saved_steps(folder) == sorted({8, 10, int(best)})
 
 
-def test_keep_below_a_loss_keeps_only_those_and_the_newest(run):
+def test_keep_max_val_loss_keeps_only_checkpoints_below_it_and_the_newest(run):
     folder = run(train={"steps": 8, "keep": {"last": 9, "best": False, "max_val_loss": 5.4}})
-    losses = {row["step"]: row["loss"] for row in rows(folder, "eval")}
+    losses = {record["step"]: record["loss"] for record in records(folder, "eval")}
     expected = {step for step, loss in losses.items() if loss < 5.4} | {8}
-    assert kept(folder) == sorted(expected)
+    assert saved_steps(folder) == sorted(expected)
     assert len(expected) < len(losses)
 
 
@@ -124,27 +124,27 @@ def test_bits_per_byte_are_logged_per_source_of_a_mixture(run):
         {"kind": "tasks", "tasks": ["sort"], "count": 200, "seed": 1},
     ]
     folder = run(data=mixture, eval={"max_samples": 8})
-    last = rows(folder, "eval")[-1]
+    last = records(folder, "eval")[-1]
     assert sum(key.startswith("bpb.") for key in last) == 2
 
 
-def test_sft_trains_on_the_assistants_tokens(run):
+def test_sft_lowers_the_loss_and_writes_chat_samples(run):
     folder = run(objective={"kind": "sft"}, train={"seq_len": 128, "steps": 8})
-    assert rows(folder, "train")[-1]["loss"] < rows(folder, "train")[0]["loss"]
+    assert records(folder, "train")[-1]["loss"] < records(folder, "train")[0]["loss"]
     assert "assistant" in (folder / "samples.md").read_text()
 
 
-def test_init_from_starts_where_the_other_run_ended(run):
+def test_init_from_starts_from_the_weights_of_the_other_run(run):
     base = run("base")
     data = {key: value for key, value in RECIPE.items() if key not in ("model", "tokenizer")}
     folder = train(from_dict(data | {"init_from": str(base)}), "second")
-    assert rows(folder, "train")[0]["loss"] < rows(base, "train")[0]["loss"] - 0.1
+    assert records(folder, "train")[0]["loss"] < records(base, "train")[0]["loss"] - 0.1
     other = from_dict(data | {"init_from": str(base), "model": {**RECIPE["model"], "depth": 3}})
     with pytest.raises(UserError, match=r"model: differs from that of init_from"):
         train(other, "third")
 
 
-def test_new_token_ids_grow_embedding_and_head_by_the_mean(capsys):
+def test_new_token_ids_get_the_mean_embedding_and_head(capsys):
     tokenizer = train_bpe(["some text to learn from, and some more"] * 3, 290)
     for tied in (True, False):
         config = ModelConfig.from_dict(
@@ -177,13 +177,13 @@ def test_training_does_not_depend_on_evaluation_or_samples(run):
 def test_every_line_of_metrics_is_json_with_step_and_kind(run):
     folder = run()
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        assert row["step"] >= 1
-        assert row["kind"] in ("train", "eval", "samples")
-    assert rows(folder, "train")[-1]["tokens"] == 6 * 4 * 48
+        record = json.loads(line)
+        assert record["step"] >= 1
+        assert record["kind"] in ("train", "eval", "samples")
+    assert records(folder, "train")[-1]["tokens"] == 6 * 4 * 48
 
 
-def test_a_single_batch_is_learned_by_heart(run):
+def test_a_small_data_set_is_memorised(run):
     folder = run(
         data={"kind": "tasks", "tasks": ["copy"], "count": 12, "length": 3},
         train={
@@ -195,4 +195,4 @@ def test_a_single_batch_is_learned_by_heart(run):
         },
         log={"every": 50},
     )
-    assert rows(folder, "train")[-1]["loss"] < 0.7
+    assert records(folder, "train")[-1]["loss"] < 0.7

@@ -1,4 +1,4 @@
-"""Trackers: what was logged can be read back, and no failure of theirs reaches the run."""
+"""Trackers: logged values can be read back, and a failing tracker does not stop the run."""
 
 import builtins
 import json
@@ -15,7 +15,7 @@ from tinsmith.train import trackers
 from tinsmith.train.trackers import attach_trackers
 
 CONFIG = {"train": {"steps": 20}, "objective": {"kind": "pretrain"}}
-LINES = [
+RECORDS = [
     {"step": 10, "kind": "train", "loss": 3.5, "tokens": 1000, "lr_multiplier": 1.0},
     {"step": 10, "kind": "eval", "loss": 3.25, "bpb": 1.5, "bpb.a": float("nan")},
     {"step": 10, "kind": "samples", "samples": [{"prompt": "a", "text": "b"}]},
@@ -24,15 +24,15 @@ LINES = [
 
 
 class Recorder:
-    """A tracker that remembers, or fails."""
+    """A tracker that stores logged values, or fails in the methods of `fails_in`."""
 
     def __init__(self, fails_in=()):
-        self.reported, self.closed, self.fails_in = [], 0, fails_in
+        self.logged, self.closed, self.fails_in = [], 0, fails_in
 
     def log(self, values, step):
         if "log" in self.fails_in:
             raise OSError("the server\nis on fire")
-        self.reported.append((step, values))
+        self.logged.append((step, values))
 
     def close(self):
         self.closed += 1
@@ -42,37 +42,37 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """(places to fail in) -> a Recorder that `tensorboard` now stands for."""
+    """`recorder(*fails_in)` registers a Recorder as the tracker `tensorboard` and returns it."""
 
-    def made(*fails_in):
-        one = Recorder(fails_in)
-        monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, config, name: one)
-        return one
+    def make(*fails_in):
+        tracker = Recorder(fails_in)
+        monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, config, name: tracker)
+        return tracker
 
-    return made
+    return make
 
 
 def run_with(trackers, folder):
     log = RunLog(folder)
     close = attach_trackers(trackers, folder, CONFIG, "first", log)
-    for line in LINES:
-        log.metrics(line)
+    for record in RECORDS:
+        log.metrics(record)
     close()
     return log
 
 
-def test_numbers_go_out_by_kind_and_name_and_nothing_else_does(recorder, tmp_path):
-    one = recorder()
+def test_finite_numbers_are_logged_under_kind_and_name_and_nothing_else(recorder, tmp_path):
+    tracker = recorder()
     run_with(("tensorboard",), tmp_path)
-    assert one.reported == [
+    assert tracker.logged == [
         (10, {"train/loss": 3.5, "train/tokens": 1000, "train/lr_multiplier": 1.0}),
         (10, {"eval/loss": 3.25, "eval/bpb": 1.5}),
         (20, {"train/loss": 2.5, "train/tokens": 2000, "train/lr_multiplier": 0.5}),
     ]
-    assert one.closed == 1
+    assert tracker.closed == 1
 
 
-def test_tensorboard_files_say_what_was_logged(tmp_path):
+def test_tensorboard_files_contain_the_logged_values(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -85,7 +85,7 @@ def test_tensorboard_files_say_what_was_logged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("eval/bpb")] == [(10, 1.5)]
 
 
-def test_a_resumed_run_hides_what_tensorboard_was_reported_after_its_step(tmp_path):
+def test_a_resumed_run_replaces_later_steps_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -99,21 +99,21 @@ def test_a_resumed_run_hides_what_tensorboard_was_reported_after_its_step(tmp_pa
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 3.5), (20, 2.0)]
 
 
-def test_wandb_offline_files_hold_what_was_logged(tmp_path, monkeypatch):
+def test_wandb_offline_files_contain_the_logged_values(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     run_with(("wandb",), tmp_path)
-    wandb.teardown()  # as the end of a process does: waits for what writes the file
-    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = written.read_bytes()
+    wandb.teardown()  # as the end of a process does: waits for the process that writes the file
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
     assert b"train/loss" in content
     assert b"eval/bpb" in content
     assert b"2.5" in content
 
 
-def test_trackio_keeps_what_was_logged_and_goes_on_when_resumed(tmp_path, monkeypatch):
+def test_trackio_stores_logged_values_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio")
     from trackio import sqlite_storage, utils
 
@@ -122,89 +122,91 @@ def test_trackio_keeps_what_was_logged_and_goes_on_when_resumed(tmp_path, monkey
     (tmp_path / "run").mkdir()
     run_with(("trackio",), tmp_path / "run")
     run_with(("trackio",), tmp_path / "run")
-    (written,) = (tmp_path / "trackio").glob("*.db")
-    with sqlite3.connect(written) as database:
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
         rows = database.execute("select run_id, run_name, step, metrics from metrics").fetchall()
-    assert len({number for number, *_ in rows}) == 1
+    assert len({run_id for run_id, *_ in rows}) == 1
     assert {name for _, name, *_ in rows} == {"first"}
-    losses = [(step, json.loads(output).get("train/loss")) for *_, step, output in rows]
+    losses = [(step, json.loads(values).get("train/loss")) for *_, step, values in rows]
     assert {(10, 3.5), (20, 2.5)} <= set(losses)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(name, tmp_path, monkeypatch):
-    real = builtins.__import__
+def test_a_tracker_that_is_not_installed_is_refused_with_the_install_command(
+    name, tmp_path, monkeypatch
+):
+    original = builtins.__import__
 
-    def without(module, *rest, **more):
+    def import_without(module, *rest, **more):
         if module.split(".")[-1] == name or module == name:
             raise ModuleNotFoundError(f"No module named '{name}'")
-        return real(module, *rest, **more)
+        return original(module, *rest, **more)
 
     for loaded in [m for m in sys.modules if m.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", import_without)
     with pytest.raises(
         UserError, match=rf'{name} is not installed; pip install "tinsmith\[track\]"'
     ):
         attach_trackers((name,), tmp_path, CONFIG, "first", RunLog(tmp_path))
 
 
-def test_a_failure_is_output_once_and_training_goes_on(recorder, tmp_path, capsys):
-    one = recorder("log")
+def test_a_failure_to_log_is_printed_once_and_training_continues(recorder, tmp_path, capsys):
+    tracker = recorder("log")
     run_with(("tensorboard",), tmp_path)
-    output = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        output == " warning tensorboard failed: OSError: the server; training goes on without it\n"
+        printed == " warning tensorboard failed: OSError: the server; training goes on without it\n"
     )
-    assert one.closed == 0
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(LINES)
+    assert tracker.closed == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(RECORDS)
 
 
-def test_a_failure_at_the_end_is_output_and_not_raised(recorder, tmp_path, capsys):
-    one = recorder("close")
+def test_a_failure_to_close_is_printed_and_not_raised(recorder, tmp_path, capsys):
+    tracker = recorder("close")
     log = RunLog(tmp_path)
     close = attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)
     close()
     close()
-    assert one.closed == 1
+    assert tracker.closed == 1
     assert capsys.readouterr().err.count("warning") == 1
 
 
 def test_a_tracker_that_cannot_start_does_not_stop_the_others(
     recorder, monkeypatch, tmp_path, capsys
 ):
-    one = recorder()
+    tracker = recorder()
 
     def broken(folder, config, name):
         raise ConnectionError("no route")
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", broken)
     run_with(("wandb", "tensorboard"), tmp_path)
-    assert len(one.reported) == 3
+    assert len(tracker.logged) == 3
     assert "wandb could not be started: ConnectionError: no route" in capsys.readouterr().err
 
 
 def test_a_quiet_log_gets_no_tracker(recorder, tmp_path):
-    one = recorder()
+    tracker = recorder()
     log = RunLog(tmp_path, quiet=True)
     attach_trackers(("tensorboard",), tmp_path, CONFIG, "first", log)()
-    assert (one.reported, one.closed) == ([], 0)
+    assert (tracker.logged, tracker.closed) == ([], 0)
 
 
-def test_T2_a_tracker_does_not_move_the_random_state(monkeypatch, tmp_path):
-    def rolls(folder, config, name):
+def test_T2_a_tracker_does_not_change_the_random_state(monkeypatch, tmp_path):
+    def draws_random_numbers(folder, config, name):
         random.random()
         torch.rand(3)
         return Recorder()
 
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", rolls)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", draws_random_numbers)
     before = random.getstate(), torch.get_rng_state()
     attach_trackers(("wandb",), tmp_path, CONFIG, "first", RunLog(tmp_path))
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_wandb_is_offline_for_who_is_not_logged_in(monkeypatch, tmp_path):
+def test_wandb_is_offline_without_credentials(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

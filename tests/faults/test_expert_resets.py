@@ -1,4 +1,4 @@
-"""Two ranks that see different tokens re-bear the same experts alike."""
+"""Two ranks that see different tokens reset the same experts to the same weights."""
 
 import math
 from pathlib import Path
@@ -13,30 +13,30 @@ STEPS = (1, 2, 3)
 
 
 @pytest.fixture(scope="session")
-def saved(shared_place, recipe) -> dict[str, list[checkpoint.Checkpoint]]:
-    """What runs on two ranks kept after each step, replicated and spread; the ranks have compared
-    all they held at the end.
+def saved(shared_workspace, recipe) -> dict[str, list[checkpoint.Checkpoint]]:
+    """Checkpoints after each step of runs on two ranks, by `parallel.kind`. The ranks compare
+    weights and optimizer state at the end.
     """
     feed = {"kind": "dyn_moe", "experts": 6, "hidden_dim": 16, "router_grad": "smk"}
     layer = {"mixer": {"kind": "gqa", "heads": 4}, "feed_forward": feed | {"reset_interval": 3}}
     model = {**recipe["model"], "dropout": {}, "pattern": [layer]}
     train = {**recipe["train"], "steps": 4, "save_every": 1, "eval_every": 9, "sample_every": 9}
     train["keep"] = {"last": 9, "best": False}
-    program = (Path(__file__).with_name("reborn.py"),)
-    found = {}
+    program = (Path(__file__).with_name("expert_reset_worker.py"),)
+    checkpoints = {}
     for kind in ("ddp", "fsdp"):
-        data, name = recipe | {"model": model, "train": train}, f"reborn-{kind}"
-        code, output = shared_place.train_pair(data, name, kind, program=program)
+        data, name = recipe | {"model": model, "train": train}, f"resets-{kind}"
+        code, output = shared_workspace.train_pair(data, name, kind, program=program)
         assert code == 0, output
         assert "compared" in output
         assert "differs" not in output, output
-        folder = shared_place.runs / name / "checkpoints"
-        found[kind] = [checkpoint.load(folder / f"step-{step:08d}") for step in STEPS]
-    return found
+        folder = shared_workspace.runs / name / "checkpoints"
+        checkpoints[kind] = [checkpoint.load(folder / f"step-{step:08d}") for step in STEPS]
+    return checkpoints
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_agree_about_re_birth(kind, saved):
+def test_ranks_reset_the_same_experts(kind, saved):
     _, before, at = saved[kind]
     for layer in (0, 1):
         name = f"blocks.{layer}.feed.gate."
@@ -51,8 +51,8 @@ def test_ranks_agree_about_re_birth(kind, saved):
         torch.testing.assert_close(lengths, torch.full((len(DEAD),), math.sqrt(32)))
 
 
-def test_gates_learn_the_same_from_surprise_however_they_are_spread(saved):
-    """The first step: afterwards a last bit may turn a choice."""
+def test_surprise_routers_have_the_same_gradients_under_ddp_and_fsdp(saved):
+    """Only the first step: afterwards rounding may change the selection of an expert."""
     one, other = saved["ddp"][0], saved["fsdp"][0]
     for layer in (0, 1):
         name = f"blocks.{layer}.feed.gate.prototypes|exp_avg"
