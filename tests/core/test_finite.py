@@ -1,4 +1,4 @@
-"""No number of a recipe may be NaN or infinite."""
+"""NaN and infinity are refused for every number of a recipe."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -17,11 +17,11 @@ REQUIRED = {
     **{"hidden_dim": 8, "experts": 4, "factor": 2.0, "original_max_seq_len": 64},
     **{"path": "x", "teacher": "x", "name": "x"},
 }
-"""What has no default, wherever it is."""
+"""Values of the keys that have no default."""
 
 
 def configs(kind: Any) -> Iterator[type]:
-    """Every config class inside of a type."""
+    """Yield every config dataclass inside a type."""
     if is_dataclass(kind):
         yield kind  # type: ignore[misc]
         for hint in get_type_hints(kind).values():
@@ -31,26 +31,26 @@ def configs(kind: Any) -> Iterator[type]:
 
 
 def numbers() -> list[Any]:
-    """(class, key) of all numbers."""
+    """Return (class, key) of all numbers of a recipe."""
     kinds = dict.fromkeys(configs(RunConfig))
-    found = [
+    cases = [
         (kind, key)
         for kind in kinds
         for key, hint in get_type_hints(kind).items()
         if float in (hint, *get_args(hint))
         and key in {field.name for field in fields(kind)}
-        and str not in get_args(hint)  # which may be a file's name
+        and str not in get_args(hint)  # a string may be a file name
     ]
-    return [pytest.param(*each, id=f"{each[0].__name__}-{each[1]}") for each in found]
+    return [pytest.param(*each, id=f"{each[0].__name__}-{each[1]}") for each in cases]
 
 
 def smallest(kind: Any) -> dict[str, Any]:
-    """What `kind` can be made of."""
-    needs = [field.name for field in fields(kind) if field.default is MISSING]
-    return {name: REQUIRED[name] for name in needs if name in REQUIRED}
+    """Return the smallest section from which `kind` can be parsed."""
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    return {name: REQUIRED[name] for name in required if name in REQUIRED}
 
 
-def test_the_walk_finds_the_parts():
+def test_the_search_finds_numbers_in_all_sections():
     found = {case.id for case in numbers()}
     assert found >= {
         *("DynMoE-sdl_weight", "DynHeads-sdl_weight", "DynLoRA-alpha", "DynMoE-router_weight"),
@@ -68,7 +68,7 @@ def test_the_walk_finds_the_parts():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "-inf", "nan"])
 @pytest.mark.parametrize(("kind", "key"), numbers())
-def test_a_number_that_is_none_is_refused_in_one_line(kind, key, value):
+def test_nan_and_infinity_are_refused_in_one_line(kind, key, value):
     parse(kind, smallest(kind), "here")
     with pytest.raises(UserError) as error:
         parse(kind, smallest(kind) | {key: value}, "here")
@@ -79,6 +79,6 @@ def test_a_number_that_is_none_is_refused_in_one_line(kind, key, value):
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0])
-def test_a_change_that_would_never_be_is_refused(alpha):
+def test_a_lora_alpha_that_is_not_positive_is_refused(alpha):
     with pytest.raises(UserError, match=r"alpha=.* must be above 0"):
         parse(DynLoRA, smallest(DynLoRA) | {"alpha": alpha}, "mixer")

@@ -12,7 +12,7 @@ def test_an_object_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("raw", "output"),
+    ("raw", "message"),
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
@@ -21,16 +21,16 @@ def test_an_object_is_read(tmp_path):
         (b"[" * 100000, "not valid JSON"),
     ],
 )
-def test_anything_else_is_one_line_that_names_the_file(tmp_path, raw, output):
+def test_other_content_gives_one_line_with_the_file(tmp_path, raw, message):
     path = tmp_path / "a.json"
     path.write_bytes(raw)
     with pytest.raises(UserError) as caught:
         read_object(path)
-    assert str(caught.value).startswith(f"{path}: {output}")
+    assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
 
 
-def test_missing_files_folders_and_endless_files_are_refused(tmp_path, monkeypatch):
+def test_missing_files_folders_and_long_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file"):
         read_object(tmp_path / "absent.json")
     with pytest.raises(UserError, match="directory"):

@@ -85,11 +85,11 @@ def no_files(folder):
     edit(folder, files={})
 
 
-def a_size_that_is_no_number(folder):
+def a_size_that_is_a_string(folder):
     edit(folder, files={"config.yaml": {"bytes": "10", "sha256": "x"}})
 
 
-def a_name_that_leads_out(folder):
+def a_path_outside_the_folder(folder):
     (folder.parent / "outside").write_text("x")
     edit(folder, files={"../outside": {"bytes": 1, "sha256": "x"}})
 
@@ -111,14 +111,14 @@ MUTATIONS = {
     nest_the_manifest_deeply: "manifest.json: not valid JSON",
     another_schema: "manifest.json has schema 2, and this version reads 1",
     no_files: "manifest.json lists no files",
-    a_size_that_is_no_number: "manifest.json has no size and SHA-256 for config.yaml",
-    a_name_that_leads_out: "'../outside' leads out of",
+    a_size_that_is_a_string: "manifest.json has no size and SHA-256 for config.yaml",
+    a_path_outside_the_folder: "'../outside' leads out of",
     a_folder_in_place_of_a_file: "config.yaml is missing",
 }
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-def test_T5_every_damage_gives_one_clear_line_and_the_checkpoint_before_is_chosen(tmp_path, mutate):
+def test_T5_every_damage_gives_one_line_and_the_checkpoint_before_is_used(tmp_path, mutate):
     older = save(tmp_path / step_name(5))
     newer = save(tmp_path / step_name(10))
     assert newest_valid(tmp_path) == (newer, [])
@@ -137,14 +137,14 @@ def test_T5_sizes_are_compared_even_without_hashes_and_contents_only_with_them(s
     assert "699 bytes" in (verify(saved) or "")
 
 
-def test_T5_a_file_that_is_needed_must_be_listed(saved):
+def test_T5_a_required_file_must_be_listed(saved):
     assert (
         verify(saved, required=["optim.safetensors"])
         == "manifest.json does not list optim.safetensors"
     )
 
 
-def test_T5_half_written_and_foreign_folders_are_not_checkpoints(tmp_path):
+def test_T5_incomplete_and_unrelated_folders_are_not_checkpoints(tmp_path):
     for name in (".step-00000099.tmp-12", "step-99", "best", "step-00000050.old"):
         save(tmp_path / name)
     (tmp_path / step_name(60)).write_text("a file")
@@ -154,16 +154,16 @@ def test_T5_half_written_and_foreign_folders_are_not_checkpoints(tmp_path):
     assert newest_valid(tmp_path) == (good, [])
 
 
-def test_T5_without_checkpoints_or_without_a_valid_one_there_is_none(tmp_path):
+def test_T5_without_a_valid_checkpoint_newest_valid_returns_none(tmp_path):
     assert newest_valid(tmp_path / "absent") == (None, [])
     for step in (1, 2):
         truncate(save(tmp_path / step_name(step)))
-    found, skipped = newest_valid(tmp_path)
-    assert found is None
+    newest, skipped = newest_valid(tmp_path)
+    assert newest is None
     assert [line.split(":")[0] for line in skipped] == ["step-00000002", "step-00000001"]
 
 
-def test_steps_are_ordered_by_number_not_by_spelling(tmp_path):
+def test_checkpoints_are_ordered_by_step_number(tmp_path):
     for step in (9, 123456789, 10):
         save(tmp_path / step_name(step))
     assert [path.name for path in steps(tmp_path)] == [

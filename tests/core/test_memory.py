@@ -1,4 +1,4 @@
-"""Memory that was freed is used again."""
+"""`keep_freed_memory` makes glibc reuse freed memory without page faults."""
 
 import platform
 import subprocess
@@ -16,17 +16,17 @@ def faults():
         torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-plain = faults()
+before = faults()
 keep_freed_memory()
-kept = min(faults() for _ in range(10))  # the heap takes a while to settle
-print(plain, kept)
+after = min(faults() for _ in range(10))  # the heap takes a while to settle
+print(before, after)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
-def test_freed_memory_is_used_again():
-    reported = subprocess.run(
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_reused_without_page_faults():
+    done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
     )
-    plain, kept = map(int, reported.stdout.split())
-    assert kept < plain / 100
+    before, after = map(int, done.stdout.split())
+    assert after < before / 100

@@ -1,4 +1,4 @@
-"""Variants in a user's own file join the unions of a recipe."""
+"""Variants in a user's own file are added to the config unions."""
 
 import textwrap
 
@@ -40,8 +40,8 @@ HALF = """
 
 
 @pytest.fixture(autouse=True)
-def imported(monkeypatch):
-    """No variant outlives its test."""
+def no_imported_variants(monkeypatch):
+    """Remove imported variants after each test."""
     monkeypatch.setattr(plugins, "_IMPORTED", {})
 
 

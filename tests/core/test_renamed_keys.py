@@ -1,4 +1,4 @@
-"""A recipe key that was renamed is answered with its new name, in one line."""
+"""A renamed recipe key gives one line with its new name."""
 
 import dataclasses
 from typing import Any, get_args, get_origin, get_type_hints
@@ -26,7 +26,7 @@ TINY = {
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """The tiny recipe with one key set; `path` has dots."""
+    """Return the tiny recipe with the key at a dotted path set."""
 
     def put(tree: Any, keys: list[str]) -> Any:
         key = keys[0]
@@ -130,7 +130,7 @@ def test_the_tiny_recipe_is_valid():
 @pytest.mark.parametrize(
     ("path", "recipe", "new"), CASES, ids=[f"{path}-{new}" for path, _, new in CASES]
 )
-def test_a_renamed_key_is_answered_with_its_new_name(path, recipe, new):
+def test_a_renamed_key_gives_an_error_with_its_new_name(path, recipe, new):
     with pytest.raises(UserError) as error:
         from_dict(recipe, "my.yaml")
     line = str(error.value)
@@ -140,7 +140,7 @@ def test_a_renamed_key_is_answered_with_its_new_name(path, recipe, new):
 
 
 def dataclasses_of(kind: Any, seen: set[Any]) -> set[Any]:
-    """All config dataclasses that a recipe can hold."""
+    """Return all config dataclasses inside a type, added to `seen`."""
     if dataclasses.is_dataclass(kind) and kind not in seen:
         seen.add(kind)
         for hint in get_type_hints(kind, include_extras=True).values():
@@ -151,7 +151,7 @@ def dataclasses_of(kind: Any, seen: set[Any]) -> set[Any]:
     return seen
 
 
-def test_every_entry_names_a_key_that_exists_and_none_that_is_still_in_use_there():
+def test_every_new_name_is_a_key_of_some_section():
     kinds = dataclasses_of(RunConfig, set())
     fields = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
     for old, news in KEYS.items():

@@ -1,4 +1,4 @@
-"""The command line as a person meets it, in one folder of runs for the whole session."""
+"""The command line as a user runs it, in one folder of runs for the whole session."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ from tests import warm
 
 
 class Shell:
-    """`tinsmith ...` in a folder of its own."""
+    """Runs `tinsmith ...` as a process in one folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __call__(self, *words: object, code: int = 0, stdin: str = "", limit: int = 300) -> str:
-        """Both streams; the exit code must be `code` within `limit` seconds, and only bugs show
-        tracebacks.
+        """Run a command and return both streams. Assert that it exits with `code` within `limit`
+        seconds and prints no traceback.
         """
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         process = warm.Process(words, environment, self.folder, stdin)
@@ -30,7 +30,7 @@ class Shell:
         return output
 
     def cold(self, *words: object, limit: int = 300) -> str:
-        """As a person starts it, everything imported anew."""
+        """Run a command in a new interpreter, as a user does."""
         done = subprocess.run(
             [sys.executable, "-m", "tinsmith", *map(str, words)],
             cwd=self.folder,
@@ -50,5 +50,5 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 @pytest.fixture(scope="session")
 def quickstart(shell: Shell) -> str:
-    """The whole story, once; what it printed."""
+    """Output of the tiny quickstart, which runs once."""
     return shell.cold("quickstart", "--tiny")

@@ -1,4 +1,4 @@
-"""Puzzles on the command line: a short run on generated ones, then tasks of others from files."""
+"""ARC on the command line: a short run on generated puzzles, and evaluation on task files."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SHORT = [
     *("model.dim=32", "model.depth=1"),
 ]
 PAIR = {"input": [[1, 0], [0, 0]], "output": [[2, 0], [0, 0]]}
-REQUESTED = {"input": [[0, 1], [0, 0]]}
+TEST_PAIR = {"input": [[0, 1], [0, 0]]}
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,17 @@ def run(shell):
 
 @pytest.fixture
 def tasks(tmp_path):
-    """Two tasks of one name, in folders of their own, and what solves both."""
+    """Two task files of the same name in different folders, and a file with their solutions."""
     for part in ("easy", "hard"):
         (tmp_path / "tasks" / part).mkdir(parents=True)
-        task = {"train": [PAIR], "test": [REQUESTED, REQUESTED]}
+        task = {"train": [PAIR], "test": [TEST_PAIR, TEST_PAIR]}
         (tmp_path / "tasks" / part / "first.json").write_text(json.dumps(task))
     solutions = {"first": [[[0, 2], [0, 0]]] * 2}
     (tmp_path / "solutions.json").write_text(json.dumps(solutions))
     return tmp_path
 
 
-def test_eval_tells_every_task_and_the_total_and_draws(shell, run):
+def test_eval_prints_every_task_and_the_total_and_draws_a_picture(shell, run):
     output = shell("eval", run, "--tasks", "arc_agi", "--limit", "3").splitlines()
     totals = [line for line in output if line.startswith(" arc_agi ")]
     assert [line.split("score")[0].strip() for line in totals] == [
@@ -54,11 +54,11 @@ def test_eval_tells_every_task_and_the_total_and_draws(shell, run):
 
 
 def test_eval_reads_a_folder_of_tasks_with_its_solutions(shell, run, tasks):
-    given = ("--data", tasks / "tasks", "--solutions", tasks / "solutions.json")
-    output = shell("eval", run, "--tasks", "arc_agi", *given, "--json")
-    found = json.loads(output[output.index("{") :])["arc_agi tasks"]
-    assert (found["tasks"], found["outputs"]) == (2, 4)
-    assert found["by_task"].keys() == {"first", "first#2"}
+    arguments = ("--data", tasks / "tasks", "--solutions", tasks / "solutions.json")
+    output = shell("eval", run, "--tasks", "arc_agi", *arguments, "--json")
+    result = json.loads(output[output.index("{") :])["arc_agi tasks"]
+    assert (result["tasks"], result["outputs"]) == (2, 4)
+    assert result["by_task"].keys() == {"first", "first#2"}
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_eval_reads_a_folder_of_tasks_with_its_solutions(shell, run, tasks):
         (["--data", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_bad_words_are_one_line(shell, run, tasks, words, expected):
-    there = [str(tasks / word) if word[0] != "-" and word != "64" else word for word in words]
-    assert expected in shell("eval", run, "--tasks", "arc_agi", *there, code=2)
+def test_bad_arguments_give_one_line(shell, run, tasks, words, expected):
+    arguments = [str(tasks / word) if word[0] != "-" and word != "64" else word for word in words]
+    assert expected in shell("eval", run, "--tasks", "arc_agi", *arguments, code=2)
 
 
-def test_a_recipe_of_real_tasks_is_checked_before_it_runs(shell, tasks):
+def test_a_dry_run_checks_a_recipe_of_real_tasks(shell, tasks):
     section = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["data"]
     assert section["kind"] == "arc"
     output = shell(

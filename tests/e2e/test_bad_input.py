@@ -1,4 +1,4 @@
-"""Bad input: one line that names file, line or key and what to do; exit code 2; nothing lost."""
+"""Bad input gives exit code 2 and one line with file, line or key and what to do."""
 
 import json
 import os
@@ -12,6 +12,7 @@ MIXER = "model.pattern.0.mixer"
 
 
 def one_line(output: str) -> str:
+    """Assert that the output has exactly one error line and return it."""
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, output
     return lines[0]
@@ -58,7 +59,7 @@ def one_line(output: str) -> str:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_one_line_and_exit_2(words, expected, shell):
+def test_bad_input_gives_one_line_and_exit_code_2(words, expected, shell):
     line = one_line(shell(*words, code=2))
     assert expected in line
     assert len(line) < 400
@@ -73,12 +74,12 @@ def test_bad_input_is_one_line_and_exit_2(words, expected, shell):
         (b"- 1\n", "keys and values"),
     ],
 )
-def test_broken_recipe_names_the_file(content, expected, shell):
+def test_a_broken_recipe_gives_an_error_with_its_file(content, expected, shell):
     (shell.folder / "broken.yaml").write_bytes(content)
     assert expected in one_line(shell("train", "broken.yaml", code=2))
 
 
-def test_run_name_that_exists_is_refused_with_both_ways_out(shell):
+def test_a_run_name_that_exists_is_refused_with_both_remedies(shell):
     taken = shell.folder / "runs" / "taken"
     taken.mkdir(parents=True)
     (taken / "precious").write_text("here")
@@ -88,7 +89,7 @@ def test_run_name_that_exists_is_refused_with_both_ways_out(shell):
     assert (taken / "precious").read_text() == "here"
 
 
-def test_a_start_that_failed_leaves_its_name_free(shell):
+def test_a_run_that_failed_to_start_leaves_its_name_free(shell):
     (shell.folder / "empty.txt").write_text("")
     words = ["train", RECIPE, "--name", "again", "data={kind: text, path: empty.txt}"]
     for _ in range(2):
@@ -107,8 +108,8 @@ def test_T9_bad_lines_are_rejected_with_file_and_line_and_counted(shell):
     output = shell("prepare", "some.yaml")
     assert "2 lines rejected" in output
     rejects = shell.folder / output.split(" prepared  ")[1].strip() / "rejects.jsonl"
-    rows = [json.loads(line) for line in rejects.read_text().splitlines()]
-    assert [row["line"] for row in rows] == [11, 21]
+    records = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [record["line"] for record in records] == [11, 21]
     failing = shell("prepare", "some.yaml", "data.on_bad_line=fail", code=2)
     assert "some.jsonl:11" in one_line(failing)
 
@@ -124,7 +125,7 @@ def test_resume_with_another_model_is_refused(shell):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission_is_one_line(shell):
+def test_missing_permission_gives_one_line(shell):
     closed = shell.folder / "closed"
     closed.mkdir(mode=0o500)
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +133,7 @@ def test_no_permission_is_one_line(shell):
         assert "cannot be made" in one_line(shell("train", RECIPE, "--name", "x", code=2))
 
 
-def test_runs_folder_that_is_a_file_is_one_line(shell):
+def test_a_runs_folder_that_is_a_file_gives_one_line(shell):
     (shell.folder / "plain").write_text("a file")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINSMITH_RUNS", "plain")

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-MINE = """
+USER_MIXER = """
     from dataclasses import dataclass
     from typing import Literal
 
@@ -42,26 +42,26 @@ SIZES = [
 
 
 @pytest.fixture
-def mine(shell):
+def mixer_file(shell):
     path = shell.folder / "mine.py"
-    path.write_text(textwrap.dedent(MINE), encoding="utf-8")
+    path.write_text(textwrap.dedent(USER_MIXER), encoding="utf-8")
     return path
 
 
-def test_a_mixer_of_the_user_trains_resumes_and_generates(shell, root, mine):
+def test_a_mixer_of_the_user_trains_resumes_and_generates(shell, root, mixer_file):
     recipe = root / "recipes" / "tiny" / "pretrain.yaml"
     train = ["train", recipe, *SIZES, "--name", "mine"]
     assert "'mine' is not one of" in shell(*train, "train.steps=1", code=2)
-    shell(*train, "train.steps=1", "--import", mine)
-    shell(*train, "train.steps=2", "--import", mine, "--resume")
+    shell(*train, "train.steps=1", "--import", mixer_file)
+    shell(*train, "train.steps=2", "--import", mixer_file, "--resume")
     assert "kind: mine" in (shell.folder / "runs/mine/config.yaml").read_text()
-    words = ["generate", "runs/mine", "-p", "What", "--max-new-tokens", 2]
-    assert "'mine' is not one of" in shell(*words, code=2)
-    shell(*words, "--import", mine)
+    generate = ["generate", "runs/mine", "-p", "What", "--max-new-tokens", 2]
+    assert "'mine' is not one of" in shell(*generate, code=2)
+    shell(*generate, "--import", mixer_file)
     assert "import" not in (shell.folder / "runs/mine/config.yaml").read_text()
 
 
-def test_a_recipe_names_files_relative_to_itself(shell, root, mine):
+def test_a_recipe_names_files_relative_to_itself(shell, root, mixer_file):
     folder = shell.folder / "recipes"
     folder.mkdir()
     text = (root / "recipes" / "tiny" / "pretrain.yaml").read_text(encoding="utf-8")
@@ -83,15 +83,17 @@ def _contracts(root, file, test):
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
-def test_the_contract_suite_accepts_a_sound_mixer_of_the_user(root, mine):
-    done = _contracts(root, mine, "test_logits_do_not_depend_on_later_tokens")
+def test_the_contract_suite_accepts_a_sound_mixer_of_the_user(root, mixer_file):
+    done = _contracts(root, mixer_file, "test_logits_do_not_depend_on_later_tokens")
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 
 
-def test_the_contract_suite_catches_a_mixer_of_the_user_that_looks_ahead(root, mine):
-    text = mine.read_text(encoding="utf-8")
-    mine.write_text(text.replace("y=self.strength * out.y", "y=out.y + x.mean(1, keepdim=True)"))
-    done = _contracts(root, mine, "test_logits_do_not_depend_on_later_tokens")
+def test_the_contract_suite_catches_a_mixer_of_the_user_that_looks_ahead(root, mixer_file):
+    text = mixer_file.read_text(encoding="utf-8")
+    mixer_file.write_text(
+        text.replace("y=self.strength * out.y", "y=out.y + x.mean(1, keepdim=True)")
+    )
+    done = _contracts(root, mixer_file, "test_logits_do_not_depend_on_later_tokens")
     assert done.returncode == 1, done.stdout
     assert "mine-kv_heads=2" in done.stdout

@@ -1,4 +1,4 @@
-"""The wheel that people install works without a checkout."""
+"""The built wheel and source distribution work without a checkout."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def run(*words: object, cwd: Path, **environment: str) -> str:
-    """Output of a command that must succeed."""
+    """Run a command that must succeed and return its output."""
     done = subprocess.run(
         list(map(str, words)),
         cwd=cwd,
@@ -41,21 +41,23 @@ def built(root, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(built, tmp_path_factory) -> Path:
-    """Python of a new environment with the wheel, and with the libraries of this one."""
+    """Python of a new environment with the wheel and the libraries of the present one."""
     folder = tmp_path_factory.mktemp("clean") / "env"
     run(sys.executable, "-m", "venv", folder, cwd=built)
     python = folder / "bin" / "python"
     paths = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=built)
-    own = Path(paths.strip())
+    site_packages = Path(paths.strip())
     # a line of a .pth file adds a folder, but not the .pth files in it: no editable install
-    (own / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    (site_packages / "libraries.pth").write_text(
+        sysconfig.get_path("purelib") + "\n", encoding="utf-8"
+    )
     (wheel,) = built.glob("*.whl")
     words = ("-m", "pip", "install", "--no-deps", "--no-index", "--quiet", wheel)
     run(python, *words, cwd=built)
     return python
 
 
-def test_wheel_and_sdist_hold_what_the_commands_read(built):
+def test_wheel_and_sdist_contain_all_data_files(built):
     (wheel,) = built.glob("*.whl")
     (sdist,) = built.glob("*.tar.gz")
     assert wheel.name == f"tinsmith-{tinsmith.__version__}-py3-none-any.whl"

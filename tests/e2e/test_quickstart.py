@@ -1,4 +1,4 @@
-"""The README's story: quickstart, and everything one does with what it leaves."""
+"""The quickstart of the README, and all commands on the runs that it leaves."""
 
 import json
 import re
@@ -11,12 +11,12 @@ import tinsmith
 RUNS = [f"quickstart{ending}" for ending in ("", "-chat", "-sums", "-dpo", "-grpo")]
 
 
-def marks(output: str) -> dict[str, int]:
-    """Sums right in 100, by what was learned."""
-    return {what: int(right) for what, right in re.findall(r"after (\S+) +(\d+)% right", output)}
+def accuracies(output: str) -> dict[str, int]:
+    """Return the number of right sums in 100 after each stage."""
+    return {stage: int(right) for stage, right in re.findall(r"after (\S+) +(\d+)% right", output)}
 
 
-def test_quickstart_tells_the_whole_story(shell, quickstart):
+def test_quickstart_leaves_all_runs_with_all_files(shell, quickstart):
     assert quickstart.count("\n> ") == 3, "three questions"
     assert "eta" in quickstart
     for run in RUNS:
@@ -27,38 +27,38 @@ def test_quickstart_tells_the_whole_story(shell, quickstart):
             assert (folder / "final" / name).stat().st_size > 0, name
 
 
-def test_quickstart_learns(shell, quickstart):
-    rows = [
+def test_quickstart_lowers_bits_per_byte(shell, quickstart):
+    records = [
         json.loads(line)
         for line in (shell.folder / "runs/quickstart/metrics.jsonl").read_text().splitlines()
     ]
-    bits = [row["bpb"] for row in rows if row["kind"] == "eval"]
+    bits = [record["bpb"] for record in records if record["kind"] == "eval"]
     assert bits[-1] < bits[0] < 4.5
     assert bits[-1] > 1.0
 
 
-def test_quickstart_learns_sums_from_pairs_and_from_its_own_answers(quickstart):
-    right = marks(quickstart)
-    assert list(right) == ["fine-tuning", "DPO", "GRPO"]
-    assert right["DPO"] > right["fine-tuning"]
-    assert right["GRPO"] >= right["fine-tuning"] + 10
+def test_quickstart_dpo_and_grpo_raise_the_accuracy_of_sums(quickstart):
+    accuracy = accuracies(quickstart)
+    assert list(accuracy) == ["fine-tuning", "DPO", "GRPO"]
+    assert accuracy["DPO"] > accuracy["fine-tuning"]
+    assert accuracy["GRPO"] >= accuracy["fine-tuning"] + 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_full_quickstart_raises_the_accuracy_of_sums(shell):
-    right = marks(shell("quickstart", "--name", "full", limit=3600))
-    assert 20 <= right["fine-tuning"] <= 60
-    assert right["DPO"] > right["fine-tuning"]
-    assert right["GRPO"] >= right["fine-tuning"] + 10
+    accuracy = accuracies(shell("quickstart", "--name", "full", limit=3600))
+    assert 20 <= accuracy["fine-tuning"] <= 60
+    assert accuracy["DPO"] > accuracy["fine-tuning"]
+    assert accuracy["GRPO"] >= accuracy["fine-tuning"] + 10
 
 
-def test_final_folder_opens_with_transformers_and_agrees(shell, quickstart):
+def test_final_folder_loads_in_transformers_with_the_same_logits(shell, quickstart):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shell.folder / "runs" / "quickstart-chat" / "final"
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(theirs).__name__ == "LlamaForCausalLM"
+    hf_model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(hf_model).__name__ == "LlamaForCausalLM"
     lm, tokenizer = tinsmith.load(folder.parent)
     assert tokenizer is not None
     ids = torch.tensor([tokenizer.encode("def main():\n    return 1\n")])
@@ -67,11 +67,11 @@ def test_final_folder_opens_with_transformers_and_agrees(shell, quickstart):
         == ids[0].tolist()
     )
     with torch.no_grad():
-        assert torch.allclose(theirs(ids).logits, lm(ids).logits, atol=1e-5)
+        assert torch.allclose(hf_model(ids).logits, lm(ids).logits, atol=1e-5)
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
 
 
-def test_quickstart_again_takes_another_name(shell, quickstart):
+def test_a_second_quickstart_takes_another_name(shell, quickstart):
     from tinsmith.verbs.quickstart import _free
 
     with pytest.MonkeyPatch.context() as patch:
@@ -100,13 +100,15 @@ def test_generate_json_counts_and_reads_standard_input(shell, quickstart):
     output = shell(
         "generate", "runs/quickstart", "-n", 2, "--max-new-tokens", 5, "--json", stdin="import os\n"
     )
-    rows = [json.loads(line) for line in output.splitlines()]
-    assert len(rows) == 2
-    assert all(row["prompt"] == "import os\n" and row["completion_tokens"] <= 5 for row in rows)
+    records = [json.loads(line) for line in output.splitlines()]
+    assert len(records) == 2
+    assert all(
+        record["prompt"] == "import os\n" and record["completion_tokens"] <= 5 for record in records
+    )
 
 
-def test_chat_answers_and_obeys_commands(shell, quickstart):
-    words = [
+def test_chat_replies_and_runs_its_commands(shell, quickstart):
+    inputs = [
         "/set max_new_tokens=5",
         "Hello",
         "/retry",
@@ -115,8 +117,8 @@ def test_chat_answers_and_obeys_commands(shell, quickstart):
         "/save talk.jsonl",
         "/reset",
     ]
-    talk = "\n".join([*words, "/nonsense", "/set x=1", "/help", "/quit", ""])
-    output = shell("chat", "runs/quickstart-chat", "--temperature", 0, stdin=talk)
+    stdin = "\n".join([*inputs, "/nonsense", "/set x=1", "/help", "/quit", ""])
+    output = shell("chat", "runs/quickstart-chat", "--temperature", 0, stdin=stdin)
     assert " max_new_tokens is 5" in output
     assert " the last message is removed" in output
     assert " nothing to undo" in output
@@ -125,25 +127,25 @@ def test_chat_answers_and_obeys_commands(shell, quickstart):
     assert (shell.folder / "talk.jsonl").exists()
 
 
-def test_eval_gives_bits_per_byte_and_choices(shell, quickstart):
+def test_eval_gives_bits_per_byte_and_multiple_choice_accuracy(shell, quickstart):
     (shell.folder / "text.txt").write_text("def f():\n    return 1\n" * 20, encoding="utf-8")
-    rows = [{"question": "1+1=", "choices": ["2", "3"], "answer": 0}] * 3
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    questions = [{"question": "1+1=", "choices": ["2", "3"], "answer": 0}] * 3
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
     (shell.folder / "quiz.jsonl").write_text(lines, encoding="utf-8")
     output = shell("eval", "runs/quickstart", "--json")
-    own = json.loads(output[output.index("{") : output.rindex("}") + 1])
-    assert 0 < own["bpb all"]["bpb"] < 5
+    results = json.loads(output[output.index("{") : output.rindex("}") + 1])
+    assert 0 < results["bpb all"]["bpb"] < 5
     output = shell("eval", "runs/quickstart", "--data", "text.txt", "--tasks", "bpb,quiz.jsonl")
     assert "bpb" in output
     assert "acc" in output
     assert "a name is missing" in shell("eval", "runs/quickstart", "--tasks", "bpb,", code=2)
-    requested = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
-    as_trained = shell(*requested)
-    assert shell(*requested, "--seq-len", 128) == as_trained
-    assert shell(*requested, "--seq-len", 16) != as_trained
+    command = ("eval", "runs/quickstart", "--data", "text.txt", "--json")
+    as_trained = shell(*command)
+    assert shell(*command, "--seq-len", 128) == as_trained
+    assert shell(*command, "--seq-len", 16) != as_trained
 
 
-def test_export_then_import_then_eval(shell, quickstart):
+def test_export_then_import_gives_the_same_weights(shell, quickstart):
     shell("export", "runs/quickstart/checkpoints/" + newest(shell), "exported")
     shell("import", "exported", "imported")
     assert (shell.folder / "imported" / "config.json").exists()
@@ -161,9 +163,9 @@ def newest(shell) -> str:
     return (folder / "LATEST").read_text().strip()
 
 
-def test_runs_plot_doctor_config(shell, quickstart):
+def test_runs_plot_doctor_and_config_commands(shell, quickstart):
     table = json.loads(shell("runs", "--json"))
-    assert {row["name"] for row in table} >= set(RUNS)
+    assert {run["name"] for run in table} >= set(RUNS)
     assert "quickstart-chat" in shell("runs")
     shell("plot", "runs/quickstart", "runs/quickstart-chat", "-o", "both.png")
     assert (shell.folder / "both.png").read_bytes()[:4] == b"\x89PNG"
@@ -224,6 +226,6 @@ def test_resume_without_a_checkpoint_starts_and_T5_an_edited_one_is_refused(shel
     edited = ("--name", "edited", "--resume-from", state.parent)
     output = shell("train", "runs/quickstart/config.yaml", *edited, code=2)
     assert "state.json" in output, "T5: an edited checkpoint is refused when it is named, too"
-    rows = (shell.folder / "runs/fresh/metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(row)["step"] for row in rows if '"train"' in row]
+    lines = (shell.folder / "runs/fresh/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if '"train"' in line]
     assert steps == [1, 2, 3], "cut back to the checkpoint, then written again"

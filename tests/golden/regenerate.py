@@ -1,7 +1,8 @@
-"""Golden numbers: `python tests/golden/regenerate.py` writes what the tests beside it compare with.
+"""Writes the golden logits and losses: `python tests/golden/regenerate.py`.
 
-A change of these numbers is a change of the model for everybody with a checkpoint or a seed: run
-the command on purpose, read the difference, and say in LOG.md why it had to be.
+The tests in this folder compare with these files. Changed numbers mean that models and training
+runs of the same seed differ from earlier versions. Run the command only for an intended change,
+read the difference, and write the reason in LOG.md.
 """
 
 import json
@@ -31,7 +32,7 @@ RECIPES = [
     for path in sorted(Path(__file__).parents[2].glob("recipes/tiny/*.yaml"))
     if not {"init_from:", "teacher:"} & set(path.read_text(encoding="utf-8").split())
 ]
-"""Those that need no other run's model."""
+"""Recipes that need no other run's model."""
 SHORT = {
     "data": {"kind": "tasks", "count": 600},
     "eval": {"max_samples": 2, "max_new_tokens": 4},
@@ -96,8 +97,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def logits() -> dict[str, list[list[float]]]:
-    """The last three positions of two rows of each model, by name; six decimals."""
-    found = {}
+    """Return logits by model: the last three positions of two rows, rounded to six decimals."""
+    result = {}
     for name, options in MODELS.items():
         section = {"vocab_size": 32, "dim": 16, "depth": 2, "max_seq_len": 16} | options
         torch.manual_seed(0)
@@ -105,12 +106,12 @@ def logits() -> dict[str, list[list[float]]]:
         ids = (7 * torch.arange(24).view(2, 12) + 3) % 32
         with torch.no_grad():
             last = lm(ids).logits[:, -3:].flatten(0, 1)
-        found[name] = [[round(x, 6) for x in row] for row in last.tolist()]
-    return found
+        result[name] = [[round(x, 6) for x in row] for row in last.tolist()]
+    return result
 
 
 def losses(recipe: Path) -> list[float]:
-    """The first ten losses of a recipe, on text that every Python has alike; five decimals."""
+    """Return the first ten losses of a recipe on generated tasks, rounded to five decimals."""
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) | SHORT
     small = {"batch_size": 2, "seq_len": 256, "steps": 10, "precision": "fp32", "device": "cpu"}
     never = dict.fromkeys(("save_every", "eval_every", "sample_every"), 1000)
@@ -121,8 +122,8 @@ def losses(recipe: Path) -> list[float]:
         patch("tinsmith.optim.muon._cpu_has_bfloat16", bool),
     ):
         run = train(from_dict(config), "golden")
-        rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
-    return [round(row["loss"], 5) for row in rows]
+        metrics = read_metrics(run / "metrics.jsonl")
+    return [round(line["loss"], 5) for line in metrics if line["kind"] == "train"]
 
 
 if __name__ == "__main__":

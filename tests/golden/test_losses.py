@@ -1,4 +1,4 @@
-"""Training goes the way it went when `regenerate.py` last ran."""
+"""Training gives the committed first losses, which `regenerate.py` writes."""
 
 import json
 
