@@ -43,7 +43,7 @@ def greedily(lm):
 
 
 def can_pack(dtype):
-    return pytest.mark.skipif(dtype not in packing._dtypes(), reason="not packed here")
+    return pytest.mark.skipif(dtype not in packing._supported_dtypes(), reason="not packed here")
 
 
 @pytest.mark.parametrize("tied", [True, False])

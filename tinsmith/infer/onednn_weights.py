@@ -1,9 +1,9 @@
-"""Products with weights in the order in which oneDNN reads them.
+"""Linear layers with weights in the packed layout of oneDNN, for faster decoding on a CPU.
 
-Decoding reads every weight once per token for a handful of rows. On a CPU torch's own product of so
-few rows takes twice the time or more of oneDNN's with weights that were laid out for it (LOG.md),
-so there the engine works with a copy of the model's modules whose linear layers keep such a second
-copy of their weights.
+Decoding reads every weight once per token, for a few rows. With so few rows, torch's matrix product
+takes at least twice as long as oneDNN's with packed weights (LOG.md). So on a CPU, the engine
+decodes with a copy of the model's modules, whose linear layers store a packed copy of their
+weights.
 """
 
 import copy
@@ -17,31 +17,33 @@ from tinsmith.nn.lora import AdaptedLinear, adapters
 from tinsmith.nn.model import LM
 
 PREPACK_BATCH_SIZE = 8
-"""The number of rows that the order is best for; others are served by it nearly as well."""
+"""Number of rows for which the layout is optimised; other numbers are nearly as fast."""
 
 
 def prepack_weights(lm: LM) -> LM:
-    """A model in eval mode with the same parameters, whose linear layers are packed when they are
-    first used; `lm` itself where that is not possible (another device or precision, weights of
-    several processes) or of no use (a compiled model packs in its own way).
+    """Return a copy of the model in eval mode that shares all parameters and packs the weights of
+    its linear layers on first use.
+
+    Return `lm` itself if packing is not possible (another device or precision, or several
+    processes), or if the model is compiled, because the compiler packs weights itself.
     """
-    if not _possible(lm):
+    if not _can_prepack(lm):
         return lm
     shared = {id(tensor): tensor for tensor in (*lm.parameters(), *lm.buffers())}
-    twin = copy.deepcopy(lm, shared)
-    for module in twin.modules():
+    decode_model = copy.deepcopy(lm, shared)
+    for module in decode_model.modules():
         if isinstance(module, nn.Linear):
-            module.__class__ = _packed_kind(type(module))
-    return twin.eval()
+            module.__class__ = _prepacked_class(type(module))
+    return decode_model.eval()
 
 
 def refresh_prepacked(decode_model: LM, lm: LM) -> LM:
-    """The packed twin of `lm` for its weights of now. Not every change of a weight can be noticed
-    (fused optimizers write unseen), so everything is packed again.
+    """Return the prepacked copy of `lm` after its weights may have changed. All weights are packed
+    again, because fused optimizers change weights without increasing their version counter.
     """
-    same = list(map(id, decode_model.parameters())) == list(map(id, lm.parameters()))
-    same = same and _switches(decode_model) == _switches(lm)
-    if not same or _possible(lm) != (decode_model is not lm):
+    reusable = list(map(id, decode_model.parameters())) == list(map(id, lm.parameters()))
+    reusable = reusable and _active_adapters(decode_model) == _active_adapters(lm)
+    if not reusable or _can_prepack(lm) != (decode_model is not lm):
         return prepack_weights(lm)
     for module in decode_model.modules():
         if isinstance(module, PrepackedLinear):
@@ -49,35 +51,40 @@ def refresh_prepacked(decode_model: LM, lm: LM) -> LM:
     return decode_model
 
 
-def _switches(lm: LM) -> list[bool]:
+def _active_adapters(lm: LM) -> list[bool]:
     return [adapter.is_active for adapter in adapters(lm).values()]
 
 
-def _possible(lm: LM) -> bool:
-    compiled = getattr(lm, "_compiled_call_impl", None) is not None
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return alone and not compiled and all(map(_packs, lm.parameters()))
+def _can_prepack(lm: LM) -> bool:
+    is_compiled = getattr(lm, "_compiled_call_impl", None) is not None
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_compiled or is_distributed:
+        return False
+    return all(map(_can_prepack_weight, lm.parameters()))
 
 
-def _packs(weight: nn.Parameter) -> bool:
-    plain = type(weight) is nn.Parameter and not weight.is_inference()
-    return plain and weight.device.type == "cpu" and weight.dtype in _dtypes()
+def _can_prepack_weight(weight: nn.Parameter) -> bool:
+    is_plain = type(weight) is nn.Parameter and not weight.is_inference()
+    return is_plain and weight.device.type == "cpu" and weight.dtype in _supported_dtypes()
 
 
 @cache
-def _packed_kind(kind: type[nn.Linear]) -> type[nn.Linear]:
-    """The class whose product is that of `Packed`, and the rest that of `kind`. An adapted layer
-    is nothing but a product, and what is packed of it is the weight with its adapter.
+def _prepacked_class(linear: type[nn.Linear]) -> type[nn.Linear]:
+    """Return a subclass of `linear` with the matrix product of PrepackedLinear. A layer with an
+    adapter takes its whole forward from PrepackedLinear, whose packed weight includes the adapter.
     """
-    if kind is nn.Linear:
+    if linear is nn.Linear:
         return PrepackedLinear
-    bases = (PrepackedLinear, kind) if issubclass(kind, AdaptedLinear) else (kind, PrepackedLinear)
-    return new_class(f"Packed{kind.__name__}", bases)
+    if issubclass(linear, AdaptedLinear):
+        bases = (PrepackedLinear, linear)
+    else:
+        bases = (linear, PrepackedLinear)
+    return new_class(f"Packed{linear.__name__}", bases)
 
 
 @cache
-def _dtypes() -> frozenset[torch.dtype]:
-    """What this machine's oneDNN packs."""
+def _supported_dtypes() -> frozenset[torch.dtype]:
+    """Return the dtypes that oneDNN can pack on this machine."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
         return frozenset()
@@ -86,13 +93,13 @@ def _dtypes() -> frozenset[torch.dtype]:
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear layer that keeps its weights in oneDNN's order too, for inference."""
+    """A linear layer that also stores its weight in the packed layout of oneDNN, for inference."""
 
     packed_weight: Tensor | None = None
-    """The packed weights; None: not packed yet."""
+    """The packed weight, or None before the first use."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in_features) to (..., out_features)."""
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         if self.packed_weight is None:

@@ -1,10 +1,11 @@
-"""Logits to tokens: pure functions over a batch in which every row has its own settings.
+"""Sampling of tokens from logits: pure functions over a batch in which every row has its own
+sampling parameters.
 
 The order is that of transformers: repetition penalty (Keskar et al., 1909.05858), temperature,
-top-k, top-p (Holtzman et al., 1904.09751), min-p (Nguyen et al., 2407.01082); of equal scores the
-lower id comes first. A row draws its token with one uniform number, a pure function of its seed
-and its step, by inverting its own distribution function: nothing else in the batch has a say, and
-there is no random state to keep.
+top-k, top-p (Holtzman et al., 1904.09751), min-p (Nguyen et al., 2407.01082). Of equal scores, the
+lower id is ranked first. Each row draws its token by inverse transform sampling with one uniform
+random number, which is a pure function of the row's seed and step. So a row does not depend on the
+rest of the batch, and there is no random state to store.
 
 Legend: B rows, V vocabulary.
 """
@@ -21,15 +22,15 @@ from tinsmith.core.parse import Config
 from tinsmith.core.rng import derive_seed
 
 MIN_TEMPERATURE = 1e-6
-"""Below this temperature only the best token is left."""
+"""Below this temperature, decoding is greedy."""
 TOP_P_CANDIDATES = 256
-"""Top-p looks at so many of the best tokens before it sorts them all."""
+"""Number of highest scores that top-p sorts first; it sorts all scores only if that is too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(Config):
-    """How one row chooses its tokens. Temperature 0 is greedy; what is None is off; a row without
-    a seed is different every time.
+    """Sampling parameters of one row. Temperature 0 is greedy decoding, None turns a filter off,
+    and without a seed every generation differs.
     """
 
     temperature: float = 0.8
@@ -53,16 +54,17 @@ class SamplingParams(Config):
 
     @property
     def greedy(self) -> bool:
-        """Always the best token."""
+        """True if the token with the highest score is always taken."""
         return self.temperature < MIN_TEMPERATURE
 
 
 class SamplingTensors(NamedTuple):
-    """The samplings of a batch, (B, 1) each; None where no row asks for it."""
+    """Sampling parameters of a batch as tensors (B, 1); None if no row uses the parameter."""
 
     temperature: Tensor
     greedy: Tensor | None
     all_greedy: bool
+    """True if every row is greedy."""
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
@@ -72,7 +74,7 @@ class SamplingTensors(NamedTuple):
 def stack_sampling_params(
     sampling_params: Sequence[SamplingParams], device: torch.device | str = "cpu"
 ) -> SamplingTensors:
-    """The settings of a batch of rows."""
+    """Stack the sampling parameters of the rows of a batch into tensors."""
 
     def column(values: list[float], off: float) -> Tensor | None:
         if all(value == off for value in values):
@@ -80,25 +82,27 @@ def stack_sampling_params(
         return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
     greedy = [s.greedy for s in sampling_params]
-    heat = [1.0 if s.greedy else s.temperature for s in sampling_params]
+    temperatures = [1.0 if s.greedy else s.temperature for s in sampling_params]
     return SamplingTensors(
-        temperature=torch.tensor(heat, dtype=torch.float32, device=device)[:, None],
+        temperature=torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None],
         greedy=torch.tensor(greedy, device=device)[:, None] if any(greedy) else None,
         all_greedy=all(greedy),
         top_k=column([math.inf if s.top_k is None else s.top_k for s in sampling_params], math.inf),
-        top_p=column([_mass(s.top_p) for s in sampling_params], math.inf),
+        top_p=column([_top_p_mass(s.top_p) for s in sampling_params], math.inf),
         min_p=column([s.min_p or 0.0 for s in sampling_params], 0.0),
         repetition_penalty=column([s.repetition_penalty for s in sampling_params], 1.0),
     )
 
 
-def _mass(top_p: float | None) -> float:
-    """The mass to reach; out of reach where all tokens stay, whatever sums are rounded to."""
+def _top_p_mass(top_p: float | None) -> float:
+    """Return the cumulative probability to reach; infinity if top-p is off, so that no rounding of
+    sums removes a token.
+    """
     return math.inf if top_p is None or top_p >= 1 else top_p
 
 
 def uniform(seed: int, step: int) -> float:
-    """The random number of one row at one step, in [0, 1)."""
+    """Return the uniform random number in [0, 1) for a row's seed and step."""
     return (derive_seed(seed, "token", step) >> 10) / 2**53
 
 
@@ -108,32 +112,35 @@ def sample(
     uniform_B: Tensor | None = None,
     seen_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(ids (B,), log-probabilities (B,)) of one token per row.
+    """Sample one token per row. Return ids (B,) and log-probabilities (B,).
 
-    `uniform_B` (float64, of `uniform`) may be left out where all rows are greedy; `seen_BV` marks
-    the tokens that the penalty falls on. A log-probability is that of the model's own distribution
-    at the row's temperature (at 1 for a greedy row), without penalty and truncation; NaN where the
-    row's logits are not numbers.
+    `uniform_B` (float64, from `uniform`) may be None if all rows are greedy. `seen_BV` marks the
+    tokens to which the repetition penalty applies. The log-probability is taken from the model's
+    distribution at the row's temperature (1 for a greedy row), before penalty and truncation. It
+    is NaN if the row's logits are NaN.
     """
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     if settings.all_greedy:
-        ids = _best(logits_BV, settings, seen_BV)
+        ids = _argmax(logits_BV, settings, seen_BV)
         return ids[:, 0], logits_BV.log_softmax(-1).gather(1, ids)[:, 0]
     assert uniform_B is not None
     ids = draw(filter_logits(logits_BV, settings, seen_BV), uniform_B)
     if settings.greedy is not None:
-        ids = _best(logits_BV, settings, seen_BV).where(settings.greedy, ids)
-    reported = _tempered(logits_BV, settings).log_softmax(-1)
-    return ids[:, 0], reported.gather(1, ids)[:, 0]
+        ids = _argmax(logits_BV, settings, seen_BV).where(settings.greedy, ids)
+    logprobs_BV = _apply_temperature(logits_BV, settings).log_softmax(-1)
+    return ids[:, 0], logprobs_BV.gather(1, ids)[:, 0]
 
 
 def filter_logits(
     logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None = None
 ) -> Tensor:
-    """Scores (B, V) to draw from: penalised, over temperature, -inf where truncated, the best 0."""
-    scores = _tempered(apply_repetition_penalty(logits_BV, settings, seen_BV), settings)
+    """Apply repetition penalty, temperature, top-k, top-p and min-p. Return scores (B, V), shifted
+    so that the highest is 0, with -inf for removed tokens.
+    """
+    penalised = apply_repetition_penalty(logits_BV, settings, seen_BV)
+    scores = _apply_temperature(penalised, settings)
     if settings.top_k is not None or settings.top_p is not None:
-        scores = _keep_best(scores, _count(scores, settings.top_k, settings.top_p))
+        scores = _keep_top(scores, _num_candidates(scores, settings.top_k, settings.top_p))
     if settings.min_p is not None:
         scores = scores.masked_fill(scores < settings.min_p.log(), -math.inf)
     return scores
@@ -142,37 +149,42 @@ def filter_logits(
 def apply_repetition_penalty(
     logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None
 ) -> Tensor:
-    """Logits of seen tokens over the penalty where positive, times it where negative."""
+    """Penalise the logits of seen tokens: divide positive ones by the penalty, and multiply
+    negative ones by it.
+    """
     if settings.repetition_penalty is None or seen_BV is None:
         return logits_BV
     penalty = settings.repetition_penalty.to(logits_BV.dtype)
-    less = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return less.where(seen_BV, logits_BV)
+    penalised = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return penalised.where(seen_BV, logits_BV)
 
 
 def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """(B, 1): the ids at which the distribution functions of softmax(scores) pass `uniform_B`."""
-    reached = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = reached[:, -1:]
-    below = torch.minimum(uniform_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    ids = torch.searchsorted(reached, below, right=True)
+    """Draw ids (B, 1) from softmax(scores) by inverse transform sampling with `uniform_B`."""
+    cdf = scores_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    targets = torch.minimum(uniform_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    ids = torch.searchsorted(cdf, targets, right=True)
     return ids.clamp(max=scores_BV.shape[1] - 1)
 
 
-def _best(logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None) -> Tensor:
-    """(B, 1): the id of the highest score, the lowest of several."""
+def _argmax(logits_BV: Tensor, settings: SamplingTensors, seen_BV: Tensor | None) -> Tensor:
+    """Return the ids (B, 1) of the highest penalised logits; of equal ones, the lowest id."""
     return apply_repetition_penalty(logits_BV, settings, seen_BV).max(-1, keepdim=True).indices
 
 
-def _tempered(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
-    """Over temperature, shifted so that the best is 0, which no temperature makes overflow."""
+def _apply_temperature(logits_BV: Tensor, settings: SamplingTensors) -> Tensor:
+    """Divide logits by the temperature, after a shift of the highest to 0, which avoids overflow
+    at low temperatures.
+    """
     return (logits_BV - logits_BV.amax(-1, keepdim=True)) / settings.temperature
 
 
-def _count(scores_BV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """(B, 1) int64: how many of the best tokens stay.
+def _num_candidates(scores_BV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """Return the number (B, 1) int64 of tokens that top-k and top-p keep.
 
-    Top-p: the fewest that reach the mass, of the distribution over what top-k has left.
+    Top-p keeps the smallest number of tokens that reach the probability mass, in the distribution
+    over the tokens that top-k keeps.
     """
     size = scores_BV.shape[1]
     limit = torch.full_like(scores_BV[:, :1], size, dtype=torch.long)
@@ -180,25 +192,28 @@ def _count(scores_BV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Ten
         limit = top_k.clamp(max=size).long()
     if top_p is None:
         return limit
-    whole = scores_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    total = scores_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
     for width in (min(TOP_P_CANDIDATES, size), size):
-        best = scores_BV.topk(width).values.exp().double()
-        best = best.masked_fill(torch.arange(width, device=best.device) >= limit, 0)
-        reached = best.cumsum(-1)
-        target = top_p * whole.where(limit > width, reached[:, -1:])
-        count = (reached - best < target).sum(-1, keepdim=True)
-        limit_reached = (count < width) | (limit <= width) | top_p.isinf()
-        if bool(limit_reached.all()):
+        weights = scores_BV.topk(width).values.exp().double()
+        weights = weights.masked_fill(torch.arange(width, device=weights.device) >= limit, 0)
+        cumulative = weights.cumsum(-1)
+        target = top_p * total.where(limit > width, cumulative[:, -1:])
+        count = (cumulative - weights < target).sum(-1, keepdim=True)
+        is_exact = (count < width) | (limit <= width) | top_p.isinf()
+        if bool(is_exact.all()):
             return torch.minimum(count, limit).where(top_p.isfinite(), limit).clamp(min=1)
     return limit
 
 
-def _keep_best(scores_BV: Tensor, count_B1: Tensor) -> Tensor:
-    """-inf for all but the `count` best of every row, in the order (score down, index up)."""
+def _keep_top(scores_BV: Tensor, count_B1: Tensor) -> Tensor:
+    """Set all but the `count` highest scores of every row to -inf. Of equal scores, the lower ids
+    are kept.
+    """
     size = scores_BV.shape[1]
-    most = int(count_B1.where(count_B1 < size, 1).max())
-    last = scores_BV.topk(most).values.gather(1, (count_B1 - 1).clamp(max=most - 1))
-    last = last.where(count_B1 < size, -math.inf)
-    above, tied = scores_BV > last, scores_BV == last
-    room = count_B1 - above.sum(-1, keepdim=True)
-    return scores_BV.masked_fill(~(above | (tied & (tied.cumsum(-1) <= room))), -math.inf)
+    max_count = int(count_B1.where(count_B1 < size, 1).max())
+    threshold = scores_BV.topk(max_count).values.gather(1, (count_B1 - 1).clamp(max=max_count - 1))
+    threshold = threshold.where(count_B1 < size, -math.inf)
+    above, tied = scores_BV > threshold, scores_BV == threshold
+    num_tied_kept = count_B1 - above.sum(-1, keepdim=True)
+    keep = above | (tied & (tied.cumsum(-1) <= num_tied_kept))
+    return scores_BV.masked_fill(~keep, -math.inf)
