@@ -71,12 +71,12 @@ def test_final_folder_loads_in_transformers_with_the_same_logits(shell, quicksta
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
 
 
-def test_a_second_quickstart_takes_another_name(shell, quickstart):
-    from tinsmith.verbs.quickstart import _free
+def test_quickstart_again_takes_another_name(shell, quickstart):
+    from tinsmith.verbs.quickstart import _unused_name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINSMITH_RUNS", str(shell.folder / "runs"))
-        assert _free("quickstart") == "quickstart-2"
+        assert _unused_name("quickstart") == "quickstart-2"
 
 
 def test_generate_continues_and_is_repeatable(shell, quickstart):

@@ -122,7 +122,7 @@ def test_H4_frozen_tensors_stay_the_same_to_the_bit_and_have_no_optimizer_state(
 def test_the_model_card_names_frozen_parts(dense, sparse, tmp_path):
     normed = transplant(dense, tmp_path / "normed", "experts=8", "--train-norms")
     cards = [(out / "README.md").read_text(encoding="utf-8") for out in (sparse["task"], normed)]
-    assert ["head of its base but for its norms" in card for card in cards] == [False, True]
+    assert ["head of its base, except for its norms" in card for card in cards] == [False, True]
     assert all("in the frozen attention, embedding and head of its base" in card for card in cards)
 
 

@@ -43,14 +43,14 @@ app.add_typer(config_app, name="config")
 @app.command()
 def quickstart(
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="A smaller version that takes under two minutes.")
+        bool, typer.Option("--tiny", help="Smaller models; takes under two minutes.")
     ] = False,
-    name: Annotated[str, typer.Option(help="The run's name.")] = "quickstart",
+    name: Annotated[str, typer.Option(help="Name of the runs.")] = "quickstart",
 ) -> None:
     """Train, fine-tune and align small models on this machine in minutes.
 
-    A tokenizer, pretraining, chat fine-tuning and three answers. Then a smaller model learns sums
-    with 60 % wrong labels, and improves by DPO and by GRPO.
+    Trains a tokenizer, pretrains and fine-tunes a chat model, and prints three answers. Then it
+    fine-tunes a smaller model on sums with 60 % wrong labels, and improves it by DPO and by GRPO.
 
     \b
     tinsmith quickstart
@@ -394,7 +394,7 @@ def _run() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else 0
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0
     print(" ".join(line.split("\n")), file=sys.stderr)
     return code

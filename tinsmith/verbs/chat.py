@@ -49,7 +49,7 @@ class Settings(Config):
         self.sampling_params()
 
     def sampling_params(self) -> SamplingParams:
-        """Return the settings of the sampler; UserError for a value out of range."""
+        """Return the sampling parameters. Raise UserError for a value out of range."""
         names = [field.name for field in fields(SamplingParams)]
         return sampling_params(**{name: getattr(self, name) for name in names})
 

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,15 +28,15 @@ OPTIONAL = {
 
 
 def doctor(as_json: bool) -> None:
-    """Print the facts about this machine, then advice."""
+    """Print the facts about this machine, and hints."""
     facts = collect_facts()
     if as_json:
         print_line(json.dumps(facts, indent=1))
         return
     for name, value in facts.items():
         print_line(f" {name:<18} {value}")
-    for advice in give_advice(facts):
-        print_line(f" hint   {advice}")
+    for hint in give_advice(facts):
+        print_line(f" hint   {hint}")
 
 
 def collect_facts() -> dict[str, Any]:
@@ -52,14 +53,14 @@ def collect_facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{f"{name} GFLOP/s": round(speed) for name, speed in speeds.items()},
         "runs": str(runs_root().resolve()),
-        "writable": os.access(_existing(runs_root()), os.W_OK),
+        "writable": os.access(_nearest_existing_folder(runs_root()), os.W_OK),
         "disk free": format_size(free_space(runs_root().resolve())),
         "optional missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
     }
 
 
 def give_advice(facts: dict[str, Any]) -> list[str]:
-    """Return one line of advice per problem in the facts."""
+    """Return one hint per problem in the facts."""
     hints = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         hints.append(f"Python {facts['python']} is untested; 3.11 to 3.13 are")
@@ -76,22 +77,22 @@ def give_advice(facts: dict[str, Any]) -> list[str]:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, width: int = 1024) -> float:
-    """Measure GFLOP/s of a square matrix product, the best of a few runs."""
+    """Measure the GFLOP/s of a square matrix product and return the best_seconds of a few runs."""
     a = torch.randn(width, width, device=device).to(dtype)
-    best = float("inf")
+    best_seconds = float("inf")
     for _ in range(6):
-        began = time.perf_counter()
+        start = time.perf_counter()
         (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * width**3 / best / 1e9
+        best_seconds = min(best_seconds, time.perf_counter() - start)
+    return 2 * width**3 / best_seconds / 1e9
 
 
 def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return {name: dtype for name, dtype in known.items() if name != "fp16" or device.type != "cpu"}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return dtypes if device.type == "cpu" else dtypes | {"fp16": torch.float16}
 
 
-def _existing(path: Any) -> Any:
+def _nearest_existing_folder(path: Path) -> Path:
     path = path.resolve()
     while not path.exists():
         path = path.parent

@@ -25,7 +25,7 @@ def export(model: str, out: Path, to: str, adapter: Path | None) -> None:
 
 
 def import_(source: str, out: Path, rope_scaling: str | None) -> None:
-    """Read a Hugging Face folder strictly and write it as a new folder."""
+    """Load a Hugging Face folder, checking every tensor, and write it as a new folder."""
     _write(source, out, parse_rope_scaling(rope_scaling), None)
 
 
@@ -43,11 +43,11 @@ def _write(
 
 def _write_adapters(model: str, out: Path) -> None:
     check_output_free(out)
-    config, made, base = load_adapters(model)
-    write_adapters(out, config, made, base)
-    numbers = sum(tensor.numel() for pair in made.pairs.values() for tensor in pair)
+    config, adapter_weights, base = load_adapters(model)
+    write_adapters(out, config, adapter_weights, base)
+    num_parameters = sum(t.numel() for pair in adapter_weights.pairs.values() for t in pair)
     print_line(
-        f" written  {out} ({format_count(numbers)} parameters of adapters, "
+        f" written  {out} ({format_count(num_parameters)} parameters of adapters, "
         f"for {base or 'its base'})"
     )
 

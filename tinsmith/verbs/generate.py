@@ -21,20 +21,20 @@ from tinsmith.verbs.export_import import parse_rope_scaling
 
 
 class GenerateOptions(NamedTuple):
-    """Options of the command."""
+    """Options of `tinsmith generate`."""
 
     count: int
-    """Completions per prompt."""
+    """Number of completions per prompt."""
     chat: bool
-    """Wrap every prompt in the chat template."""
+    """If True, every prompt is a user message in the chat template."""
     max_new_tokens: int
     sampling_params: SamplingParams
     stop: tuple[str, ...]
 
 
 def sampling_params(**settings: float | None) -> SamplingParams:
-    """Make sampling parameters of command-line flags; UserError names the flag that is out of
-    range.
+    """Create sampling parameters from command-line flags. Raise UserError, which names the flag,
+    if a value is out of range.
     """
     try:
         return SamplingParams(**settings)  # type: ignore[arg-type]
@@ -49,10 +49,10 @@ def generate(
     rope_scaling: str | None,
     as_json: bool,
 ) -> None:
-    """Print every completion; a single one is printed while it is generated."""
+    """Print all completions. If there is only one, it is printed while it is generated."""
     if options.count < 1 or options.max_new_tokens < 1:
         raise UserError("--count and --max-new-tokens: at least 1")
-    texts = prompts or [_standard_input()]
+    texts = prompts or [_read_stdin()]
     lm, tokenizer = load(
         model, device=pick_device("auto"), rope_scaling=parse_rope_scaling(rope_scaling)
     )
@@ -77,14 +77,14 @@ def generate(
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    """Encode a prompt; an empty text becomes the end-of-text token that starts a document."""
+    """Encode a prompt. An empty text becomes the end-of-text token, which precedes a document."""
     if chat:
         record = {"messages": [{"role": "user", "content": text}]}
         return encode_prompt(tokenizer, parse_conversation(record, answered=False))
     return tokenizer.encode(text) or [tokenizer.end_of_text]
 
 
-def _standard_input() -> str:
+def _read_stdin() -> str:
     if sys.stdin.isatty():
         raise UserError("no prompt: give one with -p, or on standard input")
     return sys.stdin.read()

@@ -5,7 +5,7 @@ from pathlib import Path
 from tinsmith.config import load
 from tinsmith.core.log import print_line
 from tinsmith.core.signals import StopFlag
-from tinsmith.data.prepare.prepare import prepare as make
+from tinsmith.data.prepare.prepare import prepare as prepare_data
 from tinsmith.train.plan import resolve_tokenizer
 from tinsmith.train.run_dir import runs_root
 
@@ -15,7 +15,7 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
     config = load(recipe, overrides, more)
     with StopFlag() as flag:
         root = runs_root() / ".data"
-        made = make(
+        prepared = prepare_data(
             config.data,
             resolve_tokenizer(config),
             config.objective.data_format,
@@ -24,4 +24,4 @@ def prepare(recipe: Path, overrides: list[str], more: list[Path]) -> None:
             lambda: flag.stop,
             seq_len=config.train.seq_len,
         )
-    print_line(f" prepared  {made.folder}")
+    print_line(f" prepared  {prepared.folder}")

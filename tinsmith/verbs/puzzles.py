@@ -38,47 +38,50 @@ def open_puzzles(
         return {data.name.split(".")[0]: _read(data, solutions, limit, say)}
     if solutions is not None:
         raise UserError("--solutions: needs --data")
-    sections = () if config is None else config.data
-    mine = [each for each in sections if isinstance(each, ArcData) and each.path is None]
-    if not mine:
+    sources = () if config is None else config.data
+    generated = [
+        source for source in sources if isinstance(source, ArcData) and source.path is None
+    ]
+    if not generated:
         raise UserError(f"{model}: is not a run on generated puzzles; name ARC tasks with --data")
-    section, count = mine[0], limit or MAX_TASKS
-    rules = section.rules or TRAIN_RULES
-    seed = derive_seed(section.seed, "examination")
-    groups = {"seen": rules, "held back": held_out_compositions(rules)}
+    source, count = generated[0], limit or MAX_TASKS
+    train_rules = source.rules or TRAIN_RULES
+    seed = derive_seed(source.seed, "examination")
+    groups = {"seen": train_rules, "held back": held_out_compositions(train_rules)}
     return {
-        name: list(generate_puzzles(each, seed, count, section.sizes))
-        for name, each in groups.items()
-        if each
+        name: list(generate_puzzles(rules, seed, count, source.sizes))
+        for name, rules in groups.items()
+        if rules
     }
 
 
 def _read(
     data: Path, solutions: Path | None, limit: int | None, say: Callable[[str], None]
 ) -> list[Puzzle]:
-    answers = None if solutions is None else str(solutions)
-    found = list(read_tasks(*open_tasks(str(data), answers, ("--data", "--solutions"))))
-    rejects = [each for each in found if isinstance(each, Reject)]
-    tasks = [each for each in found if not isinstance(each, Reject)][:limit]
+    solutions_path = None if solutions is None else str(solutions)
+    paths_and_solutions = open_tasks(str(data), solutions_path, ("--data", "--solutions"))
+    items = list(read_tasks(*paths_and_solutions))
+    rejects = [item for item in items if isinstance(item, Reject)]
+    tasks = [item for item in items if not isinstance(item, Reject)][:limit]
     report_rejects(str(data), "task", len(tasks), rejects, say)
     return [puzzle for task in tasks for puzzle in task.puzzles]
 
 
 def run_folder_of(path: Path) -> Path:
-    """Return the folder of the run that `path` belongs to, else `path`."""
-    above = (path, path.parent, path.parent.parent)
-    return next((each for each in above if (each / "checkpoints").is_dir()), path)
+    """Return the folder of the run that `path` belongs to, or `path` if it belongs to none."""
+    candidates = (path, path.parent, path.parent.parent)
+    return next((folder for folder in candidates if (folder / "checkpoints").is_dir()), path)
 
 
 def picture_folder(model: str) -> Path:
-    """Return the run's folder, or the model's folder, or the current folder."""
+    """Return the folder to draw into: the run's, or else the model's, or else the current one."""
     run = run_folder_of(Path(model))
     return run if run.is_dir() else Path()
 
 
 def save_puzzles(folder: Path, outcomes: Sequence[ArcOutcome]) -> Path:
-    """Draw some outcomes into `folder` and return the path. Raise UserError if it cannot be
-    written.
+    """Draw some outcomes into arc_agi.png in `folder` and return its path. Raise UserError if it
+    cannot be written.
     """
     path = folder / "arc_agi.png"
     try:

@@ -29,112 +29,130 @@ class Stage(NamedTuple):
 
     recipe: str
     """Name of its file in `quickstart_recipes`."""
-    ending: str
+    suffix: str
     """Suffix of the run's name."""
-    story: str
-    start: str | None = None
+    description: str
+    init_from: str | None = None
     """Recipe of the stage whose model it starts from."""
 
 
 STAGES = (
     Stage("pretrain", "", "a tokenizer and a model of Python's own source code"),
-    Stage("chat", "-chat", "the same model learns to answer", start="pretrain"),
+    Stage("chat", "-chat", "the same model learns to answer", init_from="pretrain"),
     Stage("sums", "-sums", "a smaller model learns sums whose labels are wrong 60 % of the time"),
     Stage(
-        "dpo", "-dpo", "DPO: it learns to prefer correct sums to nearly correct ones", start="sums"
+        "dpo",
+        "-dpo",
+        "DPO: it learns to prefer correct sums to nearly correct ones",
+        init_from="sums",
     ),
     Stage(
-        "grpo", "-grpo", "GRPO: instead, it learns from its own answers, each checked", start="sums"
+        "grpo",
+        "-grpo",
+        "GRPO: instead, it learns from rewards for its own answers",
+        init_from="sums",
     ),
 )
-EXAM_LABELS = {"sums": "fine-tuning", "dpo": "DPO", "grpo": "GRPO"}
-"""Stages whose accuracy on sums is measured -> label of the result."""
+EVAL_LABELS = {"sums": "fine-tuning", "dpo": "DPO", "grpo": "GRPO"}
+"""Labels of the stages whose accuracy on sums is measured, by recipe."""
 QUESTIONS = (
     "Write a Python function `is_even(n)`. Return True if n is even.",
     "Implement the method `Stack.push(self, item)` in Python. Add an item to the stack.",
     "How would you write the function `read_text(path)` in Python? Return the text of a file.",
 )
-ANSWER_TOKENS = 120
+MAX_NEW_TOKENS = 120
 
 
 def quickstart(tiny: bool, name: str) -> None:
     """Train every stage in a run named NAME plus suffix, then print answers and accuracies."""
-    began = time.monotonic()
-    name = _free(name)
+    start = time.monotonic()
+    name = _unused_name(name)
     runs: dict[str, Path] = {}
-    for number, part in enumerate(STAGES, 1):
-        run = name + part.ending
-        print_line(f"\nPart {number} of {len(STAGES)}: {part.story} ({run})")
-        start = {} if part.start is None else {"init_from": str(runs[part.start])}
-        runs[part.recipe] = train(_recipe(part.recipe, tiny, start), run, recipe="quickstart")
+    for number, stage in enumerate(STAGES, 1):
+        run = name + stage.suffix
+        print_line(f"\nPart {number} of {len(STAGES)}: {stage.description} ({run})")
+        extra = {} if stage.init_from is None else {"init_from": str(runs[stage.init_from])}
+        config = _load_recipe(stage.recipe, tiny, extra)
+        runs[stage.recipe] = train(config, run, recipe="quickstart")
     print_line("\nThree prompts to the model of part 2")
-    _answer(runs["chat"])
+    _print_answers(runs["chat"])
     print_line("\nAccuracy on held-out sums, greedy decoding, of the models of parts 3 to 5")
-    for recipe, learned in EXAM_LABELS.items():
-        exam = _recipe("grpo", tiny, {"init_from": str(runs[recipe])})
-        print_line(f" {f'after {learned}':<18} {_mark(runs[recipe], exam):>4.0%} right")
-    summary = f"\nDone in {format_duration(time.monotonic() - began)}. Results and next steps:"
-    print_line(f"{summary}\n" + "\n".join(f"  {line}" for line in _what_now(runs)))
+    for recipe, label in EVAL_LABELS.items():
+        config = _load_recipe("grpo", tiny, {"init_from": str(runs[recipe])})
+        print_line(f" {f'after {label}':<18} {_accuracy(runs[recipe], config):>4.0%} right")
+    summary = f"\nDone in {format_duration(time.monotonic() - start)}. Results and next steps:"
+    print_line(f"{summary}\n" + "\n".join(f"  {line}" for line in _next_steps(runs)))
 
 
-def _free(name: str) -> str:
+def _unused_name(name: str) -> str:
     """Return the name, or the name with the first number for which no run exists."""
     for number in range(1, 10_000):
         candidate = name if number == 1 else f"{name}-{number}"
-        if not any(run_folder(candidate + part.ending).exists() for part in STAGES):
+        if not any(run_folder(candidate + stage.suffix).exists() for stage in STAGES):
             return candidate
     raise UserError(f"--name {name}: too many runs of this name; choose another")
 
 
-def _recipe(part: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
-    """Load a recipe of the package, with its `tiny` overrides if requested. bf16 becomes fp32 on
-    machines where bf16 is slower.
+def _load_recipe(name: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
+    """Load a recipe of the package, with its overrides under `tiny` if requested. bf16 becomes
+    fp32 on machines where bf16 is slower.
     """
-    where = resources.files("tinsmith.verbs") / "quickstart_recipes" / f"{part}.yaml"
-    data = read_yaml(Path(str(where)))
-    smaller = data.pop("tiny")
-    chosen = merge(data, smaller) if tiny else data
-    if chosen["train"]["precision"] == "bf16":
-        chosen["train"]["precision"] = fastest_precision()
-    return from_dict(chosen | extra, f"quickstart {part}")
+    path = resources.files("tinsmith.verbs") / "quickstart_recipes" / f"{name}.yaml"
+    data = read_yaml(Path(str(path)))
+    tiny_overrides = data.pop("tiny")
+    if tiny:
+        data = merge(data, tiny_overrides)
+    if data["train"]["precision"] == "bf16":
+        data["train"]["precision"] = fastest_precision()
+    return from_dict(data | extra, f"quickstart {name}")
 
 
-def _answer(chat: Path) -> None:
-    lm, tokenizer = load(chat)
+def _print_answers(run: Path) -> None:
+    """Print the answers of a chat model to `QUESTIONS` while they are generated."""
+    lm, tokenizer = load(run)
     assert tokenizer is not None
     for question in QUESTIONS:
         print_line(f"\n> {question}")
         ids = prompt_ids(tokenizer, question, True)
-        settings = sampling_params(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
-        for piece in stream(
-            lm, tokenizer, ids, sampling_params=settings, max_new_tokens=ANSWER_TOKENS
+        params = sampling_params(temperature=0.6, top_p=0.9, repetition_penalty=1.1, seed=0)
+        for increment in stream(
+            lm, tokenizer, ids, sampling_params=params, max_new_tokens=MAX_NEW_TOKENS
         ):
-            sys.stdout.write(piece)
+            sys.stdout.write(increment)
             sys.stdout.flush()
         print_line("")
 
 
-def _mark(run: Path, exam: RunConfig) -> float:
-    """Return the accuracy of a model on the held-out sums of the exam."""
+def _accuracy(run: Path, config: RunConfig) -> float:
+    """Return the accuracy of a model on the validation prompts of a recipe."""
     lm, tokenizer = load(run)
     assert tokenizer is not None
-    shape, context = exam.objective.data_format, exam.train.seq_len
-    place = runs_root() / ".data"
-    prepared = prepare(exam.data, tokenizer, shape, place, lambda line: None, seq_len=context)
-    held_back = open_dataset(prepared.folder, shape, "validation", context, exam.train.seed)
-    objective = exam.objective.build()
+    data_format, seq_len = config.objective.data_format, config.train.seq_len
+    prepared = prepare(
+        config.data,
+        tokenizer,
+        data_format,
+        runs_root() / ".data",
+        lambda line: None,
+        seq_len=seq_len,
+    )
+    validation = open_dataset(
+        prepared.folder, data_format, "validation", seq_len, config.train.seed
+    )
+    objective = config.objective.build()
     objective.prepare(lm, tokenizer)
-    return objective.evaluate(lm, held_back, exam.eval.max_samples)["reward"]
+    return objective.evaluate(lm, validation, config.eval.max_samples)["reward"]
 
 
-def _what_now(runs: dict[str, Path]) -> list[str]:
+def _next_steps(runs: dict[str, Path]) -> list[str]:
+    """Return lines of files to read and commands to try, each with a description."""
     base, chat, grpo = runs["pretrain"], runs["chat"], runs["grpo"]
-    lines = {
-        f"{chat}/loss.png, samples.md, metrics.jsonl": "how it learned",
-        f"{chat}/final": "opens with transformers; README.md is its card",
+    descriptions = {
+        f"{chat}/loss.png, samples.md, metrics.jsonl": "loss curve, samples, metrics",
+        f"{chat}/final": "opens with transformers; README.md is its model card",
         f'tinsmith generate {base} -p "def main():"': "the base model continues a text",
-        f"tinsmith chat {chat}": "talk to it",
-        f"tinsmith chat {grpo} --temperature 0": "ask it: What is 7 + 8?",
-        "tinsmith runs": "all runs so far",
+        f"tinsmith chat {chat}": "chat with the model",
+        f"tinsmith chat {grpo} --temperature 0": "try: What is 7 + 8?",
+        "tinsmith runs": "list all runs",
     }
-    return [f"{what:<60} {why}" for what, why in lines.items()]
+    return [f"{item:<60} {description}" for item, description in descriptions.items()]

@@ -25,11 +25,11 @@ def table(as_json: bool) -> None:
     for row in rows:
         step = f"{row['step']}/{row['steps'] or '?'}"
         best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
-        age, bulk = format_duration(row["age_seconds"]), format_size(row["bytes"])
-        done = "" if row["finished"] else "  unfinished"
+        age, size = format_duration(row["age_seconds"]), format_size(row["bytes"])
+        note = "" if row["finished"] else "  unfinished"
         print_line(
             f"{row['name']:<32} {row['objective']:<10} {step:>13} {best:>9} {age:>8} "
-            f"{bulk:>8}{done}"
+            f"{size:>8}{note}"
         )
 
 

@@ -17,7 +17,7 @@ def train(
     resume_from: Path | None,
     dry: bool,
 ) -> None:
-    """Validate the recipe, then train, or only check it with `dry`."""
+    """Validate the recipe and train. With `dry`, only do a dry run."""
     config = load(recipe, overrides, more)
     if dry:
         dry_run(config, name or recipe.stem)

@@ -30,8 +30,8 @@ def transplant(
     seed: int,
     dry: bool,
 ) -> None:
-    """Write the sparse model to `out` atomically, or with `dry` only count parameters."""
-    plan = TransplantPlan(_section(keys), init, train_norms)
+    """Write the sparse model to `out` atomically. With `dry`, only count parameters."""
+    plan = TransplantPlan(_parse_keys(keys), init, train_norms)
     check_output_free(out)
     dense = load_config(source)
     sparse = transplant_config(dense, plan)
@@ -42,14 +42,14 @@ def transplant(
     teacher, tokenizer = load(source)
     seed_all(seed)
     student = build_transplant(teacher, plan)
-    feeds = ", ".join(dict.fromkeys(layer.feed_forward.kind for layer in sparse.layers))
+    kinds = ", ".join(dict.fromkeys(layer.feed_forward.kind for layer in sparse.layers))
 
-    def card(done: ExportResult) -> str:
-        facts = CardFacts(name=out.name, tokenizer=tokenizer is not None, **done._asdict())
+    def card(result: ExportResult) -> str:
+        facts = CardFacts(name=out.name, tokenizer=tokenizer is not None, **result._asdict())
         facts["base"] = source
-        but = " but for its norms" if train_norms else ""
+        exception = ", except for its norms" if train_norms else ""
         facts["architecture"] = (
-            f"{feeds} ({init}) in the frozen attention, embedding and head of its base{but}"
+            f"{kinds} ({init}) in the frozen attention, embedding and head of its base{exception}"
         )
         return model_card(facts)
 
@@ -58,7 +58,8 @@ def transplant(
     print_line(f" written   {out} ({count_parameters(student)}{note})")
 
 
-def _section(keys: list[str]) -> dict:
+def _parse_keys(keys: list[str]) -> dict:
+    """Parse KEY=VALUE arguments into a feed-forward section."""
     section: dict = {}
     for key in keys:
         set_key(section, key)
@@ -66,16 +67,17 @@ def _section(keys: list[str]) -> dict:
 
 
 def _print_table(dense: ModelConfig, sparse: ModelConfig) -> None:
+    """Print the number of frozen and trained parameters of the sparse model."""
     lines = parameter_table(sparse)
     for line in lines:
         state = "trained" if line.trainable else "frozen"
         print_line(f" model     {line.name:<12} {line.num_parameters:>14,}  {state}")
     trained = sum(line.num_parameters for line in lines if line.trainable)
     total = sum(line.num_parameters for line in lines)
-    before = sum(line.num_parameters for line in parameter_table(dense))
+    dense_total = sum(line.num_parameters for line in parameter_table(dense))
     print_line(f" model     {'frozen':<12} {total - trained:>14,}")
     print_line(f" model     {'trained':<12} {trained:>14,}")
-    print_line(f" model     {'all':<12} {total:>14,}  (the dense model: {before:,})")
+    print_line(f" model     {'all':<12} {total:>14,}  (the dense model: {dense_total:,})")
 
 
 def check_init(init: str) -> ExpertInit:
