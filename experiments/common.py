@@ -1,4 +1,4 @@
-"""What all experiments have in common: how one is asked for, and rows of results that are kept."""
+"""Command line, results file and recipes that the experiments share."""
 
 import argparse
 import json
@@ -11,90 +11,90 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
-CONTEXT, ROWS = 256, 8
-"""Tokens of a row and rows of a step, on the embedded corpus."""
+SEQ_LEN, BATCH_SIZE = 256, 8
+"""Of runs on the embedded corpus."""
 
 
 def parser(description: str | None, only: Sequence[str]) -> argparse.ArgumentParser:
-    """Words that every experiment understands."""
-    made = argparse.ArgumentParser(
+    """Return a parser with the options that all experiments have."""
+    result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--only", nargs="+", default=list(only), choices=only)
-    return made
+    result.add_argument("--seeds", type=int, default=3)
+    result.add_argument("--only", nargs="+", default=list(only), choices=only)
+    return result
 
 
-def place(experiment: str, steps: int, usual: int) -> Path:
-    """Where results go: beside the experiment's file; with another number of steps than the usual
-    one, to a folder of their own.
+def results_folder(experiment: str, steps: int, default_steps: int) -> Path:
+    """Return the folder of the experiment's file, or `steps-N` in it if the number of steps is not
+    the default.
     """
-    here = Path(experiment).parent
-    return here if steps == usual else here / f"steps-{steps}"
+    folder = Path(experiment).parent
+    return folder if steps == default_steps else folder / f"steps-{steps}"
 
 
 class Results:
-    """Rows in `results.json` of a folder. They are written as they come, and a case that is there
-    is not measured again, so an interrupted experiment goes on.
+    """Records in `results.json` of a folder. Each is written when it is measured, and a case with a
+    record is not measured again, so that an interrupted experiment can be continued.
     """
 
     def __init__(self, folder: Path, *keys: str):
-        """`keys`: what of a row tells cases apart."""
+        """`keys` are the fields that identify a case."""
         folder.mkdir(exist_ok=True)
         self.path, self.keys = folder / "results.json", keys
-        self.rows: list[Row] = []
+        self.records: list[Record] = []
         if self.path.exists():
-            self.rows = json.loads(self.path.read_text(encoding="utf-8"))
+            self.records = json.loads(self.path.read_text(encoding="utf-8"))
 
     def missing(self, *choices: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Combinations of values of the keys that have no row, the first key slowest."""
-        known = {tuple(row[key] for key in self.keys) for row in self.rows}
+        """Yield the key values of cases without a record; the first key varies slowest."""
+        known = {tuple(record[key] for key in self.keys) for record in self.records}
         return (each for each in product(*choices) if each not in known)
 
-    def add(self, *rows: Row) -> None:
-        """Keep more rows, and print what is short of them."""
-        self.rows += rows
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
-        for row in rows:
-            short = {key: value for key, value in row.items() if not isinstance(value, list)}
-            print(json.dumps(short), flush=True)
+    def add(self, *records: Record) -> None:
+        """Write more records to the file, and print their fields except lists."""
+        self.records += records
+        self.path.write_text(json.dumps(self.records, indent=1) + "\n", encoding="utf-8")
+        for record in records:
+            scalars = {key: value for key, value in record.items() if not isinstance(value, list)}
+            print(json.dumps(scalars), flush=True)
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
-    """A folder that is gone afterwards, with all runs that are trained meanwhile in it."""
+def temporary_runs() -> Iterator[Path]:
+    """Yield a temporary folder, and let `TINSMITH_RUNS` be `runs/` in it."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TINSMITH_RUNS"] = str(Path(folder) / "runs")
         yield Path(folder)
 
 
-def on_stdlib(sections: Row, seed: int, steps: int, every: int) -> Row:
-    """A recipe on the embedded corpus, looked at once, at its end; `every`: steps between lines."""
-    shape = {
-        "seq_len": CONTEXT,
-        "batch_size": ROWS,
+def stdlib_recipe(sections: Record, seed: int, steps: int, every: int) -> Record:
+    """Return a recipe on the embedded corpus, evaluated at its end and logged `every` steps."""
+    train = {
+        "seq_len": SEQ_LEN,
+        "batch_size": BATCH_SIZE,
         "steps": steps,
         "seed": seed,
         "precision": "fp32",
     }
-    looks = {"save_every": steps, "eval_every": steps, "sample_every": steps}
+    intervals = {"save_every": steps, "eval_every": steps, "sample_every": steps}
     return sections | {
         "data": {"kind": "stdlib"},
         "optim": {"schedule": {"kind": "wsd", "warmup": 20, "decay": 0.4}},
-        "train": shape | looks | {"keep": {"last": 1, "best": False}},
+        "train": train | intervals | {"keep": {"last": 1, "best": False}},
         "eval": {"max_samples": 128, "max_new_tokens": 8},
         "log": {"every": min(every, steps)},
     }
 
 
-def bits(lines: Sequence[Row]) -> float:
-    """Bits per byte of the last evaluation."""
-    return [line["bpb"] for line in lines if line["kind"] == "eval"][-1]
+def last_bpb(metrics: Sequence[Record]) -> float:
+    """Return bits per byte of the last evaluation."""
+    return [record["bpb"] for record in metrics if record["kind"] == "eval"][-1]
 
 
-def step_seconds(lines: Sequence[Row]) -> float:
-    """Seconds of a step of `on_stdlib`, in the median."""
-    speeds = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
-    return CONTEXT * ROWS / statistics.median(speeds)
+def step_seconds(metrics: Sequence[Record]) -> float:
+    """Return the median seconds of a step of `stdlib_recipe`."""
+    speeds = [record["tokens_per_second"] for record in metrics if record["kind"] == "train"]
+    return SEQ_LEN * BATCH_SIZE / statistics.median(speeds)

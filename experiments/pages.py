@@ -1,4 +1,4 @@
-"""What the pages of all experiments have in common."""
+"""Helpers that write the pages of the experiments."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 
-def publish(folder: Path, intro: str, *parts: str) -> None:
-    """README.md: what was done, what came out in words, the numbers. The words are `answers.md`,
-    written by hand once the numbers were looked at.
+def write_page(folder: Path, intro: str, *parts: str) -> None:
+    """Write README.md: the introduction, the findings and the tables. The findings are the file
+    `findings.md`, which is written by hand when the results are known.
     """
-    reported = folder / "answers.md"
-    answers = [reported.read_text(encoding="utf-8")] if reported.exists() else []
-    page = "\n".join([intro, *answers, *parts])
+    path = folder / "findings.md"
+    findings = [path.read_text(encoding="utf-8")] if path.exists() else []
+    page = "\n".join([intro, *findings, *parts])
     (folder / "README.md").write_text(page, encoding="utf-8")
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation; nothing where there are no values."""
+def mean_and_std(values: Sequence[float], digits: int) -> str:
+    """Return mean and standard deviation as text, empty if there are no values."""
     if not values:
         return ""
-    around = statistics.stdev(values) if values[1:] else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {around:.{digits}f}"
+    deviation = statistics.stdev(values) if values[1:] else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def save(figure: Any, path: Path) -> None:
-    """A picture, its parts moved apart."""
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a figure with tight layout."""
     figure.tight_layout()
     figure.savefig(path, dpi=110)

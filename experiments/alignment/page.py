@@ -1,4 +1,4 @@
-"""results.json as one page: README.md with a table, and a picture."""
+"""Writes README.md with a table, and a picture, from results.json."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -6,94 +6,99 @@ from pathlib import Path
 from typing import Any
 
 from experiments.alignment import cases
-from experiments.pages import publish, save, spread
+from experiments.pages import mean_and_std, save_figure, write_page
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
-INTRO = """# Ways of alignment, compared
+INTRO = """# A comparison of alignment methods
 
-All begin with one SFT model of each seed. It was taught additions of one digit by answers of which
-45 in 100 are right and the others one too high, so it knows them and does not know which to say:
-its greedy answers to {held} that were held back are right in {before:.0f} of 100. All go on for
-{rollouts} rollouts of {answers} answers, rewarded where they are right; mean and standard deviation
-over {seeds} seeds. Made by `python -m experiments.alignment.run`, which says what is measured and
-how; nothing here is chosen: hyper-parameters are those of `recipes/tiny`.
+All runs of a seed start from one SFT model. Its training data are additions of one digit, of which
+45 % have the right answer and the others an answer one too high, so that the model knows the sums
+but often gives wrong answers: {before:.0f} of its greedy completions of {held} held-out sums are
+right. Each run then trains for {rollouts} rollouts of {answers} completions, with a reward for
+right answers. The table has mean and standard deviation over {seeds} seeds. The script
+`python -m experiments.alignment.run` made it, and its docstring describes the measurements. The
+hyper-parameters are those of `recipes/tiny`, without further tuning.
 
-- **accuracy** of greedy answers to the held-back sums, in per cent; **gain** over the SFT model;
-- **KL** from the SFT model, nats of an answer: k3 on answers that the model sampled itself;
-- **tokens** of answers, in thousands: generated, or, of `dpo` (right answers against those one too
-  high, both counted) and `sft` (right answers alone, training simply goes on), trained on;
-- **seconds** of all steps, rollouts included: a hint only, where other work shares the machine, as
-  their spread tells; **memory**: MiB by which training raised the peak of
-  resident memory of a process of its own (`VmHWM`, where there is no `/proc`, `ru_maxrss`); the
-  model has 0.1M parameters, so most of it is the same for all.
+- **accuracy**: per cent of right greedy completions of the held-out sums; **gain**: difference to
+  the SFT model;
+- **KL** from the SFT model in nats per completion: estimator k3 on completions that the trained
+  model sampled;
+- **tokens** of completions in thousands, generated or, for `dpo` and `sft`, trained on. `dpo`
+  trains on pairs of the right answer and an answer one too high, and both count; `sft` trains on
+  right answers only;
+- **seconds** of all steps, rollouts included: a rough value, since other programs used the machine,
+  as the standard deviations show;
+- **memory**: MiB by which training raised the peak resident memory of its process (`VmHWM`, or
+  `ru_maxrss` where there is no `/proc`). The model has 0.1M parameters, so most of this memory is
+  the same for all.
 """
 HEAD = (
     "| case | accuracy | gain | KL | tokens | seconds | memory |",
     "|---|---|---|---|---|---|---|",
 )
 NOTES = """
-`dapo` and `cispo` have the same gradient where a rollout is passed over once, as here: their ratio
-is 1.
+`dapo` and `cispo` have the same gradient here, because each rollout is used for one step, in which
+the ratio is 1.
 
 ![Accuracy](accuracy.png)
 """
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """README.md and its picture."""
-    if not rows:
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Write README.md and its picture."""
+    if not records:
         return
-    starts = {row["seed"]: 100 * row["before"] for row in rows}
+    starts = {record["seed"]: 100 * record["before"] for record in records}
     intro = INTRO.format(
         before=statistics.mean(starts.values()),
-        held=cases.HELD_BACK,
-        rollouts=rows[0]["rollouts"],
-        answers=cases.ANSWERS,
+        held=cases.HELD_OUT,
+        rollouts=records[0]["rollouts"],
+        answers=cases.COMPLETIONS,
         seeds=len(starts),
     )
-    first = f"| SFT alone | {spread(list(starts.values()), 1)} | | 0 | | | |"
+    first = f"| SFT model | {mean_and_std(list(starts.values()), 1)} | | 0 | | | |"
     lines = [
         *HEAD,
         first,
-        *(_line(name, _of(rows, name)) for name in cases.CASES if _of(rows, name)),
+        *(_line(name, _of(records, name)) for name in cases.CASES if _of(records, name)),
     ]
-    publish(folder, intro, "\n".join(lines), NOTES)
-    _draw(rows, folder / "accuracy.png")
+    write_page(folder, intro, "\n".join(lines), NOTES)
+    _draw(records, folder / "accuracy.png")
 
 
-def _line(name: str, mine: Sequence[Row]) -> str:
-    def cell(value: Callable[[Row], float], digits: int) -> str:
-        return spread([value(row) for row in mine], digits)
+def _line(name: str, records: Sequence[Record]) -> str:
+    def cell(value: Callable[[Record], float], digits: int) -> str:
+        return mean_and_std([value(record) for record in records], digits)
 
     cells = [
-        cell(lambda row: 100 * row["accuracy"], 1),
-        cell(lambda row: 100 * (row["accuracy"] - row["before"]), 1),
-        cell(lambda row: row["kl"], 2),
-        cell(lambda row: row["tokens"] / 1000, 1),
-        cell(lambda row: row["seconds"], 1),
-        cell(lambda row: row["mib"], 0),
+        cell(lambda record: 100 * record["accuracy"], 1),
+        cell(lambda record: 100 * (record["accuracy"] - record["before"]), 1),
+        cell(lambda record: record["kl"], 2),
+        cell(lambda record: record["tokens"] / 1000, 1),
+        cell(lambda record: record["seconds"], 1),
+        cell(lambda record: record["mib"], 0),
     ]
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _of(rows: Sequence[Row], case: str) -> list[Row]:
-    return [row for row in rows if row["case"] == case]
+def _of(records: Sequence[Record], case: str) -> list[Record]:
+    return [record for record in records if record["case"] == case]
 
 
-def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy on the way, every case the mean of its seeds, and at what distance it ends."""
+def _draw(records: Sequence[Record], path: Path) -> None:
+    """Draw mean accuracy by tokens of every case, and final accuracy by KL of every seed."""
     import matplotlib.pyplot as plt
 
-    figure, (way, end) = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
-    for place, name in enumerate(cases.CASES):
-        mine, color = _of(rows, name), f"C{place}"
-        if not mine:
+    figure, (progress, end) = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
+    for index, name in enumerate(cases.CASES):
+        of_case, color = _of(records, name), f"C{index}"
+        if not of_case:
             continue
-        points = zip(*(row["curve"] for row in mine), strict=True)
+        points = zip(*(record["curve"] for record in of_case), strict=True)
         means = [[statistics.mean(each) for each in zip(*point, strict=True)] for point in points]
         style = "o--" if name in cases.OFFLINE else "o-"
-        way.plot(
+        progress.plot(
             [tokens / 1000 for tokens, _ in means],
             [100 * accuracy for _, accuracy in means],
             style,
@@ -101,10 +106,17 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
             label=name,
             markersize=4,
         )
-        end.plot([row["kl"] for row in mine], [100 * row["accuracy"] for row in mine], "o", c=color)
-    way.set(xlabel="thousand tokens of answers (dashed: of the data)", ylabel="greedy, % right")
+        end.plot(
+            [record["kl"] for record in of_case],
+            [100 * record["accuracy"] for record in of_case],
+            "o",
+            c=color,
+        )
+    progress.set(
+        xlabel="thousand tokens of answers (dashed: of the data)", ylabel="greedy, % right"
+    )
     end.set(xlabel="KL from the SFT model, nats of an answer (k3), every seed")
-    for axis in (way, end):
+    for axis in (progress, end):
         axis.grid(alpha=0.3)
-    way.legend(fontsize=8)
-    save(figure, path)
+    progress.legend(fontsize=8)
+    save_figure(figure, path)

@@ -1,5 +1,5 @@
-"""The models that are compared: six ways to attend times three kinds of residual streams, of equal
-numbers of parameters.
+"""The models that are compared: six mixers times three residual connections, with equal numbers of
+parameters.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ RESIDUALS: dict[str, dict[str, Any]] = {
 
 
 def mixer(name: str, dim: int, reach: int) -> dict[str, Any]:
-    """A mixer of four heads at width `dim`; the sparse ones look at about `reach` tokens."""
+    """Return a mixer of four heads at width `dim`; sparse ones attend to about `reach` tokens."""
     heads = {"heads": 4, "kv_heads": 2}
     latent = {
         **{"heads": 4, "kv_rank": dim // 4, "q_rank": dim // 2, "nope_dim": dim // 8},
@@ -31,7 +31,7 @@ def mixer(name: str, dim: int, reach: int) -> dict[str, Any]:
         "mla": {"kind": "mla", **latent},
         "nsa": {
             **{"kind": "nsa", **heads, "compress_block": block, "compress_stride": block // 2},
-            # the first, the query's own and the one before it are fixed: one is free to choose
+            # the first block, the query's own and the one before are always selected: one is free
             **{"select_block": block, "select_count": 4, "window": reach // 2},
         },
         "dsa": {"kind": "dsa", **latent, **index, "index_topk": reach},
@@ -43,7 +43,7 @@ def mixer(name: str, dim: int, reach: int) -> dict[str, Any]:
 
 
 def model(case: tuple[str, str], sizes: dict[str, Any], reach: int, budget: int) -> dict[str, Any]:
-    """The `model:` section of a case, its feed-forwards as wide as `budget` parameters allow."""
+    """Return the `model:` section of a case with feed-forwards that fill `budget` parameters."""
     name, residual = case
     dim = sizes["dim"]
 
@@ -55,12 +55,12 @@ def model(case: tuple[str, str], sizes: dict[str, Any], reach: int, budget: int)
         return sizes | {"residual": RESIDUALS[residual], "pattern": [layer]}
 
     step = 8
-    spare = budget - count(section(step))
-    each = 2 * dim * step * sizes["depth"]
-    return section(step * (1 + round(spare / each)))
+    remaining = budget - count(section(step))
+    params_per_step = 2 * dim * step * sizes["depth"]
+    return section(step * (1 + round(remaining / params_per_step)))
 
 
 def count(section: dict[str, Any]) -> int:
-    """Parameters of a `model:` section."""
+    """Return the number of parameters of a `model:` section."""
     with torch.device("meta"):
         return LM(ModelConfig.from_dict(section)).parameter_count()

@@ -1,4 +1,4 @@
-"""results.json as one page: README.md with a table, and three pictures."""
+"""Writes README.md with a table, and three pictures, from results.json."""
 
 import json
 import statistics
@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from experiments.attention import cases
-from experiments.pages import publish, save, spread
+from experiments.pages import mean_and_std, save_figure, write_page
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
-INTRO = """# Attention and residual streams, compared
+INTRO = """# A comparison of mixers and residual connections
 
-Every mixer with every residual, models of equal numbers of parameters (about {parameters:,})
-trained on equal tokens; mean and standard deviation over {seeds} seeds. Made by
-`python -m experiments.attention.run`, which says what is measured and how; nothing here is chosen.
+Every mixer is combined with every residual connection. All models have about {parameters:,}
+parameters and train on the same number of tokens. The table has mean and standard deviation over
+{seeds} seeds. The script `python -m experiments.attention.run` made it, and its docstring describes
+the measurements. Nothing was tuned.
 
-- **bits per byte** on held-back text, less is better;
-- **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1
-  (small models of their own, trained on 4 to 128 tokens);
-- **8 pairs**: multi-query associative recall;
-- **step**: time of a training step against `dense` with `plain`, all cases in turns
-  (`--speed`); **cache**: bytes of a row of 1,024 tokens.
+- **bits per byte** on held-out text, lower is better;
+- **needle**: share of single values recalled, mean over lengths 64 to 256 and depths 0 to 1, by
+  separate small models that were trained on sequences of 4 to 128 tokens;
+- **8 pairs**: accuracy in multi-query associative recall with 8 pairs;
+- **step**: time of a training step relative to `dense` with `plain`, all cases measured in turns
+  (`--speed`);
+- **cache**: bytes of the KV cache of one sequence of 1,024 tokens.
 """
 NOTES = """
 ![Bits per byte](bpb.png)
@@ -34,8 +36,8 @@ NOTES = """
 """
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """README.md and its pictures."""
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Write README.md and its pictures."""
     timed = folder / "speed.json"
     speed = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
     lines = [
@@ -43,94 +45,99 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for mixer, residual in product(cases.MIXERS, cases.RESIDUALS):
-        mine = _of(rows, mixer, residual)
-        if not mine:
+        of_case = _of(records, mixer, residual)
+        if not of_case:
             continue
         cells = [
-            spread([row["bpb"] for row in mine], 3),
-            spread([_needle(row) for row in mine], 2),
-            spread([row["recall"]["pairs"]["8"] for row in mine], 2),
+            mean_and_std([record["bpb"] for record in of_case], 3),
+            mean_and_std([_needle(record) for record in of_case], 2),
+            mean_and_std([record["recall"]["pairs"]["8"] for record in of_case], 2),
             f"{speed[f'{mixer} {residual}'] / speed['dense plain']:.1f}" if speed else "",
-            f"{mine[0]['cache_bytes']:,}",
+            f"{of_case[0]['cache_bytes']:,}",
         ]
         lines.append(f"| {mixer} | {residual} | {' | '.join(cells)} |")
-    seeds = len({row["seed"] for row in rows})
-    intro = INTRO.format(parameters=rows[0]["parameters"], seeds=seeds)
-    publish(folder, intro, "\n".join(lines), NOTES)
-    _draw_bits(rows, folder / "bpb.png")
-    _draw_needles(rows, folder / "needle.png")
-    _draw_pairs(rows, folder / "pairs.png")
+    seeds = len({record["seed"] for record in records})
+    intro = INTRO.format(parameters=records[0]["parameters"], seeds=seeds)
+    write_page(folder, intro, "\n".join(lines), NOTES)
+    _draw_bits(records, folder / "bpb.png")
+    _draw_needles(records, folder / "needle.png")
+    _draw_pairs(records, folder / "pairs.png")
 
 
-def _of(rows: Sequence[Row], mixer: str, residual: str) -> list[Row]:
-    return [row for row in rows if (row["mixer"], row["residual"]) == (mixer, residual)]
+def _of(records: Sequence[Record], mixer: str, residual: str) -> list[Record]:
+    return [
+        record for record in records if (record["mixer"], record["residual"]) == (mixer, residual)
+    ]
 
 
-def _needle(row: Row) -> float:
-    return statistics.mean(row["recall"]["needle"].values())
+def _needle(record: Record) -> float:
+    return statistics.mean(record["recall"]["needle"].values())
 
 
-def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
-    return statistics.mean(map(value, rows)) if rows else 0.0
+def _mean(records: Sequence[Record], value: Callable[[Record], float]) -> float:
+    return statistics.mean(map(value, records)) if records else 0.0
 
 
-def _draw_bits(rows: Sequence[Row], path: Path) -> None:
+def _draw_bits(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 4))
     for offset, residual in enumerate(cases.RESIDUALS):
-        for place, mixer in enumerate(cases.MIXERS):
-            values = [row["bpb"] for row in _of(rows, mixer, residual)]
-            color, x = f"C{offset}", place + (offset - 1) * 0.2
+        for index, mixer in enumerate(cases.MIXERS):
+            values = [record["bpb"] for record in _of(records, mixer, residual)]
+            color, x = f"C{offset}", index + (offset - 1) * 0.2
             axis.plot(
-                [x] * len(values), values, "o", color=color, label=residual if not place else ""
+                [x] * len(values), values, "o", color=color, label=residual if not index else ""
             )
     axis.set_xticks(range(len(cases.MIXERS)), cases.MIXERS)
     axis.set(ylabel="bits per byte, every seed")
     axis.grid(alpha=0.3)
     axis.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_needles(rows: Sequence[Row], path: Path) -> None:
+def _draw_needles(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    lengths = sorted({int(key.split()[0]) for key in rows[0]["recall"]["needle"]})
-    depths = sorted({float(key.split()[1]) for key in rows[0]["recall"]["needle"]})
+    lengths = sorted({int(key.split()[0]) for key in records[0]["recall"]["needle"]})
+    depths = sorted({float(key.split()[1]) for key in records[0]["recall"]["needle"]})
     figure, axes = plt.subplots(1, len(lengths), figsize=(12, 3.6), sharey=True)
     for axis, length in zip(axes, lengths, strict=True):
         for mixer in cases.MIXERS:
-            mine = [row for row in rows if row["mixer"] == mixer]
-            found = [
-                _mean(mine, lambda row, key=f"{length} {depth}": row["recall"]["needle"][key])
+            of_mixer = [record for record in records if record["mixer"] == mixer]
+            recalled = [
+                _mean(
+                    of_mixer,
+                    lambda record, key=f"{length} {depth}": record["recall"]["needle"][key],
+                )
                 for depth in depths
             ]
-            axis.plot(depths, found, "o-", label=mixer)
+            axis.plot(depths, recalled, "o-", label=mixer)
         axis.set(title=f"{length} tokens", xlabel="depth of the needle", ylim=(-0.05, 1.05))
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="recalled, all residuals and seeds")
     axes[0].legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_pairs(rows: Sequence[Row], path: Path) -> None:
+def _draw_pairs(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(cases.RESIDUALS), figsize=(12, 3.6), sharey=True)
     for axis, residual in zip(axes, cases.RESIDUALS, strict=True):
         for mixer in cases.MIXERS:
-            mine = _of(rows, mixer, residual)
-            if not mine:
+            of_case = _of(records, mixer, residual)
+            if not of_case:
                 continue
-            numbers = sorted(map(int, mine[0]["recall"]["pairs"]))
-            found = [
-                _mean(mine, lambda row, key=str(number): row["recall"]["pairs"][key])
-                for number in numbers
+            counts = sorted(map(int, of_case[0]["recall"]["pairs"]))
+            recalled = [
+                _mean(of_case, lambda record, key=str(count): record["recall"]["pairs"][key])
+                for count in counts
             ]
-            axis.plot(numbers, found, "o-", label=mixer)
+            axis.plot(counts, recalled, "o-", label=mixer)
         axis.set(title=residual, xlabel="pairs among 128 tokens", ylim=(-0.05, 1.05))
-        axis.set_xticks(numbers)
+        axis.set_xticks(counts)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="recalled")
     axes[0].legend()
-    save(figure, path)
+    save_figure(figure, path)

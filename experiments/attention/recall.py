@@ -1,12 +1,12 @@
-"""Recall: pairs of a key and a value are hidden among filler; later keys ask for their values.
+"""Recall: key-value pairs are hidden among filler tokens, and later keys query their values.
 
 One pair is a needle; several are multi-query associative recall (Arora et al., 2312.04927). Every
-sequence is drawn anew, so what is measured is looking back, not memory. A row is
+sequence is generated anew, so that the task measures attention and not memorisation. A sequence is
 
     filler k1 v1 filler filler k2 v2 ... filler | k2 v2 k1 v1 k2 v2
 
-and only the values after the bar are predicted and counted. Keys are asked for with repetition, so
-that naming a value that was not asked for yet is no better than guessing among all of them.
+and only the values after the bar are predicted and counted. Queries repeat keys, so that a value
+that has not been queried yet is no better guess than any other.
 
 Legend: B rows, T tokens.
 """
@@ -24,69 +24,70 @@ from tinsmith.optim.schedule import lr_multiplier
 
 KEYS, FILLERS = 32, 32
 VOCABULARY = 2 * KEYS + FILLERS
-PAIRS, ASKS, TOKENS = 8, 8, 1024
-# Looking up one of several pairs is learned in short rows, then kept in long ones. One pair alone
-# is only examined: to name the only value there is would be learned instead of looking up.
+PAIRS, QUERIES, TOKENS = 8, 8, 1024
+# Models learn to look up one of several pairs in short sequences, and keep it in long ones. Single
+# pairs are only evaluated: in training a model would learn to name the only value that occurs.
 SHORT, LENGTHS = (4, 8, 16), (4, 8, 16, 32, 64, 128)
-PACE = 0.5
-"""Of the usual learning rates."""
+LR_SCALE = 0.5
+"""Factor of the default learning rates."""
 EMBEDDING = 0.125
-"""Standard deviation of embeddings at first. From the house's 0.02, which is small beside what the
-first layer writes, no mixer learns to look up (LOG.md).
+"""Initial standard deviation of embeddings. With the default of 0.02, which is small compared with
+the output of the first layer, no mixer learns to look up (LOG.md).
 """
 
 
-def rows(
+def make_sequences(
     count: int,
     length: int,
     pairs: int,
-    source: torch.Generator,
-    asks: int = 1,
+    generator: torch.Generator,
+    queries: int = 1,
     depth: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids (B, T), T = length + 2 asks, and where the values that are asked for stand (B, asks).
+    """Return ids (B, T), T = length + 2 queries, and positions of the queried values (B, queries).
 
-    Keys stand at even places. `depth`: 0 puts a single pair at the beginning, 1 at the end of the
-    first `length` tokens; None puts pairs anywhere.
+    Keys are at even positions. `depth` 0 puts a single pair at the beginning, 1 at the end of the
+    first `length` tokens; None puts pairs at random positions.
     """
-    ids = torch.randint(2 * KEYS, VOCABULARY, (count, length + 2 * asks), generator=source)
-    keys = torch.rand(count, KEYS, generator=source).argsort(1)[:, :pairs]
-    values = torch.randint(KEYS, 2 * KEYS, (count, pairs), generator=source)
+    ids = torch.randint(2 * KEYS, VOCABULARY, (count, length + 2 * queries), generator=generator)
+    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, :pairs]
+    values = torch.randint(KEYS, 2 * KEYS, (count, pairs), generator=generator)
     if depth is None:
-        places = 2 * torch.rand(count, length // 2, generator=source).argsort(1)[:, :pairs]
+        positions = 2 * torch.rand(count, length // 2, generator=generator).argsort(1)[:, :pairs]
     else:
-        places = torch.full((count, 1), 2 * round(depth * (length // 2 - 1)))
-    ids.scatter_(1, places, keys)
-    ids.scatter_(1, places + 1, values)
-    chosen = torch.randint(pairs, (count, asks), generator=source)
-    requested = length + 2 * torch.arange(asks).expand(count, -1)
-    ids.scatter_(1, requested, keys.gather(1, chosen))
-    ids.scatter_(1, requested + 1, values.gather(1, chosen))
-    return ids, requested + 1
+        positions = torch.full((count, 1), 2 * round(depth * (length // 2 - 1)))
+    ids.scatter_(1, positions, keys)
+    ids.scatter_(1, positions + 1, values)
+    selected = torch.randint(pairs, (count, queries), generator=generator)
+    query_positions = length + 2 * torch.arange(queries).expand(count, -1)
+    ids.scatter_(1, query_positions, keys.gather(1, selected))
+    ids.scatter_(1, query_positions + 1, values.gather(1, selected))
+    return ids, query_positions + 1
 
 
-def pick(choices: Sequence[int], source: torch.Generator) -> int:
-    return choices[int(torch.randint(len(choices), (), generator=source))]
+def pick(choices: Sequence[int], generator: torch.Generator) -> int:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
 def learn(lm: LM, steps: int, seed: int) -> float:
-    """Train on 2 to 8 pairs in 4 to 128 tokens, the first half of the steps in the short ones; the
-    mean loss of the last tenth."""
-    source = torch.Generator().manual_seed(seed)
+    """Train on 2 to 8 pairs in 4 to 128 tokens, in the first half of the steps on short sequences
+    only. Return the mean loss of the last tenth of the steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(lm.embed.weight, std=EMBEDDING)
     config = OptimConfig()
     optimizers = Optimizers.build(lm.train(), None, config)
     losses = []
     for step in range(steps):
-        length = pick(SHORT if 2 * step < steps else LENGTHS, source)
-        pairs = pick(range(2, min(PAIRS, length // 2) + 1), source)
-        ids, where = rows(TOKENS // length, length, pairs, source, ASKS)
+        length = pick(SHORT if 2 * step < steps else LENGTHS, generator)
+        pairs = pick(range(2, min(PAIRS, length // 2) + 1), generator)
+        ids, positions = make_sequences(TOKENS // length, length, pairs, generator, QUERIES)
         out = lm(ids)
-        output = out.logits.gather(1, (where - 1)[..., None].expand(-1, -1, VOCABULARY))
-        loss = F.cross_entropy(output.flatten(0, 1), ids.gather(1, where).flatten())
+        logits = out.logits.gather(1, (positions - 1)[..., None].expand(-1, -1, VOCABULARY))
+        loss = F.cross_entropy(logits.flatten(0, 1), ids.gather(1, positions).flatten())
         (loss + sum(out.losses.values())).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizers.set_lr_multiplier(PACE * lr_multiplier(config.schedule, step, steps))
+        optimizers.set_lr_multiplier(LR_SCALE * lr_multiplier(config.schedule, step, steps))
         optimizers.step()
         optimizers.zero_grad()
         losses.append(loss.item())
@@ -96,7 +97,9 @@ def learn(lm: LM, steps: int, seed: int) -> float:
 
 @torch.no_grad()
 def accuracy(lm: LM, length: int, pairs: int, depth: float | None = None) -> float:
-    """Share of values that are said right, of 512 fresh rows."""
-    ids, where = rows(512, length, pairs, torch.Generator().manual_seed(10**6), depth=depth)
-    output = lm.eval()(ids).logits.argmax(-1).gather(1, where - 1)
-    return (output == ids.gather(1, where)).double().mean().item()
+    """Return the share of right values in 512 new sequences."""
+    ids, positions = make_sequences(
+        512, length, pairs, torch.Generator().manual_seed(10**6), depth=depth
+    )
+    predicted = lm.eval()(ids).logits.argmax(-1).gather(1, positions - 1)
+    return (predicted == ids.gather(1, positions)).double().mean().item()

@@ -1,13 +1,14 @@
-"""What sparse attention and several residual streams gain, and what they cost.
+"""Compares mixers and residual connections in loss, recall, cache size and time.
 
     python -m experiments.attention.run [--seeds 3] [--text FILE_OR_FOLDER] [--only hybrid]
     python -m experiments.attention.run --speed         (on a quiet machine, a few minutes)
 
-Every mixer with every residual, equal parameters and tokens, by default three seeds: bits per byte
-on real text; recall of a needle by depth and length, and of several pairs; bytes of a cache.
-Results go to results.json as they come, and a case that is there is not run again, so an
-interrupted run goes on. `--speed` times a training step of all cases in turns, for speed.json. At
-the end page.py draws README.md and its pictures.
+Every mixer is combined with every residual connection, with equal numbers of parameters and tokens
+and by default three seeds. Measured are bits per byte on real text, recall of a needle by depth and
+length and of several pairs, and bytes of the KV cache. Results are written to results.json after
+each case, and cases in that file are not run again, so an interrupted experiment can be continued.
+`--speed` times a training step of all cases in turns and writes speed.json. At the end page.py
+writes README.md and its pictures.
 """
 
 import json
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.attention import cases, page, recall
-from experiments.common import Results, parser, workplace
+from experiments.common import Results, parser, temporary_runs
 from tinsmith import LM, ModelConfig
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
@@ -35,14 +36,14 @@ HERE = Path(__file__).parent
 SPEED = HERE / "speed.json"
 TEXT = {"vocab_size": 1024, "dim": 128, "depth": 4, "max_seq_len": 1024, "rope": {"theta": 1e4}}
 TEXT_REACH, TEXT_PARAMETERS = 64, 1_000_000
-CONTEXT, ROWS, STEPS = 256, 8, 200
+SEQ_LEN, BATCH_SIZE, STEPS = 256, 8, 200
 RECALL = {"vocab_size": recall.VOCABULARY, "dim": 64, "depth": 2, "max_seq_len": 1024}
 RECALL_REACH, RECALL_PARAMETERS, RECALL_STEPS, LENGTH = 32, 150_000, 700, 128
 DEPTHS, LENGTHS, PAIRS = (0.0, 0.25, 0.5, 0.75, 1.0), (64, 128, 256), (2, 4, 8)
 
 
-def on_text(section: dict[str, Any], seed: int, text: str) -> float:
-    """Bits per byte after training."""
+def train_on_text(section: dict[str, Any], seed: int, text: str) -> float:
+    """Train on text and return bits per byte on held-out text."""
     recipe = {
         "model": section,
         "tokenizer": {"train": {"vocab_size": 1024}},
@@ -50,8 +51,8 @@ def on_text(section: dict[str, Any], seed: int, text: str) -> float:
         "objective": {"kind": "pretrain"},
         "optim": {"schedule": {"kind": "wsd", "warmup": 20, "decay": 0.4}},
         "train": {
-            "seq_len": CONTEXT,
-            "batch_size": ROWS,
+            "seq_len": SEQ_LEN,
+            "batch_size": BATCH_SIZE,
             "steps": STEPS,
             "seed": seed,
             "precision": "fp32",
@@ -62,11 +63,11 @@ def on_text(section: dict[str, Any], seed: int, text: str) -> float:
     }
     run = train(from_dict(recipe), f"{time.time_ns()}")
     metrics = read_metrics(run / "metrics.jsonl")
-    return [row["bpb"] for row in metrics if row["kind"] == "eval"][-1]
+    return [record["bpb"] for record in metrics if record["kind"] == "eval"][-1]
 
 
-def on_recall(section: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Accuracies by length and depth of a needle, and by number of pairs."""
+def train_on_recall(section: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Train on recall; return loss, accuracy by needle length and depth, and by number of pairs."""
     torch.manual_seed(seed)
     lm = LM(ModelConfig.from_dict(section))
     loss = recall.learn(lm, RECALL_STEPS, seed)
@@ -74,31 +75,36 @@ def on_recall(section: dict[str, Any], seed: int) -> dict[str, Any]:
         f"{length} {depth}": recall.accuracy(lm, length, 1, depth)
         for length, depth in product(LENGTHS, DEPTHS)
     }
-    pairs = {str(number): recall.accuracy(lm, LENGTH, number) for number in PAIRS}
+    pairs = {str(count): recall.accuracy(lm, LENGTH, count) for count in PAIRS}
     return {"loss": loss, "needle": needle, "pairs": pairs}
 
 
 def cache_bytes(section: dict[str, Any]) -> int:
-    """Of one row of 1,024 tokens, all layers."""
+    """Return the bytes of the KV cache of one sequence of 1,024 tokens in all layers."""
     lm = LM(ModelConfig.from_dict(section))
     return sum(cache.nbytes() for cache in lm.new_caches(1, 1024))
 
 
-def case(mixer: str, residual: str, seed: int, text: str) -> dict[str, Any]:
-    """All that is measured of one model and seed."""
-    long = cases.model((mixer, residual), TEXT, TEXT_REACH, TEXT_PARAMETERS)
-    short = cases.model((mixer, residual), RECALL, RECALL_REACH, RECALL_PARAMETERS)
-    found = {"mixer": mixer, "residual": residual, "seed": seed, "parameters": cases.count(long)}
-    found |= {"cache_bytes": cache_bytes(long), "bpb": on_text(long, seed, text)}
-    return found | {"recall": on_recall(short, seed)}
+def measure(mixer: str, residual: str, seed: int, text: str) -> dict[str, Any]:
+    """Train a case with a seed and return its record."""
+    text_model = cases.model((mixer, residual), TEXT, TEXT_REACH, TEXT_PARAMETERS)
+    recall_model = cases.model((mixer, residual), RECALL, RECALL_REACH, RECALL_PARAMETERS)
+    record = {
+        "mixer": mixer,
+        "residual": residual,
+        "seed": seed,
+        "parameters": cases.count(text_model),
+    }
+    record |= {"cache_bytes": cache_bytes(text_model), "bpb": train_on_text(text_model, seed, text)}
+    return record | {"recall": train_on_recall(recall_model, seed)}
 
 
-def stepping(section: dict[str, Any]) -> Callable[[], None]:
-    """One training step of the text model on random tokens."""
+def make_step(section: dict[str, Any]) -> Callable[[], None]:
+    """Return a function that trains the text model for one step on random tokens."""
     torch.manual_seed(0)
     lm = LM(ModelConfig.from_dict(section)).train()
     optimizers = Optimizers.build(lm, None, OptimConfig())
-    ids = torch.randint(section["vocab_size"], (ROWS, CONTEXT + 1))
+    ids = torch.randint(section["vocab_size"], (BATCH_SIZE, SEQ_LEN + 1))
 
     def step() -> None:
         out = lm(ids[:, :-1])
@@ -111,17 +117,17 @@ def stepping(section: dict[str, Any]) -> Callable[[], None]:
 
 
 def speed(rounds: int = 10) -> dict[str, float]:
-    """Median seconds of a step, all cases in turns: "mixer residual" -> seconds."""
+    """Return the median seconds of a step by "mixer residual", all cases in turns."""
     names = list(product(cases.MIXERS, cases.RESIDUALS))
-    steps = {n: stepping(cases.model(n, TEXT, TEXT_REACH, TEXT_PARAMETERS)) for n in names}
+    steps = {n: make_step(cases.model(n, TEXT, TEXT_REACH, TEXT_PARAMETERS)) for n in names}
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name, step in steps.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             step()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - begun)
-    return {" ".join(name): statistics.median(found) for name, found in seconds.items()}
+            if turn:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {" ".join(name): statistics.median(values) for name, values in seconds.items()}
 
 
 def default_text() -> str:
@@ -132,22 +138,22 @@ def default_text() -> str:
 
 
 def main() -> None:
-    words = parser(__doc__, cases.MIXERS)
-    words.add_argument("--text")
-    words.add_argument("--speed", action="store_true")
-    requested = words.parse_args()
+    options = parser(__doc__, cases.MIXERS)
+    options.add_argument("--text")
+    options.add_argument("--speed", action="store_true")
+    arguments = options.parse_args()
     results = Results(HERE, "seed", "mixer", "residual")
-    if requested.speed:
+    if arguments.speed:
         SPEED.write_text(json.dumps(speed(), indent=1) + "\n", encoding="utf-8")
     else:
-        text = requested.text or default_text()
-        with workplace():
+        text = arguments.text or default_text()
+        with temporary_runs():
             residuals = list(cases.RESIDUALS)
             for seed, mixer, residual in results.missing(
-                range(requested.seeds), requested.only, residuals
+                range(arguments.seeds), arguments.only, residuals
             ):
-                results.add(case(mixer, residual, seed, text))
-    page.write(results.rows, HERE)
+                results.add(measure(mixer, residual, seed, text))
+    page.write(results.records, HERE)
 
 
 if __name__ == "__main__":

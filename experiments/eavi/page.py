@@ -1,4 +1,4 @@
-"""results.json as one page: README.md with a table, and a picture."""
+"""Writes README.md with tables, and a picture, from results.json."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,62 +6,64 @@ from pathlib import Path
 from typing import Any
 
 from experiments.eavi import cases
-from experiments.pages import publish, save, spread
+from experiments.pages import mean_and_std, save_figure, write_page
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 WAYS = ("start", "teacher", "teacher, longer", "soft", "hard")
-INTRO = """# EAVI and teacher forcing, compared
+INTRO = """# A comparison of EAVI and teacher forcing
 
-Puzzles of generated rules on grids of {size} x {size}, {shown} demonstrations each. Stage one
-shows {start} tasks of the rules {rules}, some of them twice, by teacher forcing.
-Stage two goes on at a constant rate: `teacher` for {tasks} more tasks, `soft` and `hard` (EAVI,
-lambda 0.5, with soft and with hard excursions) for as many, and `teacher, longer` for as long as
-`soft` took. Mean and standard deviation over {seeds} seeds, one thread. Made by
-`python -m experiments.eavi.run`.
+The data are puzzles of generated rules on grids of {size} x {size}, with {shown} demonstrations
+each. Stage one trains by teacher forcing on {start} tasks, some of them repeated, of the rules
+{rules}. Stage two continues at a constant learning rate: `teacher` for {tasks} more tasks,
+`soft` and `hard` (EAVI, lambda 0.5, with soft and hard excursions) for as many tasks, and
+`teacher, longer` for the time that `soft` took. The table has mean and standard deviation over
+{seeds} seeds, on one thread. The script `python -m experiments.eavi.run` made it.
 
-- **seen**: exact match, two attempts by AugScore, of {seen_tasks} new tasks of those rules, in per
-  cent; **held back**: of {held_tasks} tasks of the rules
+- **seen**: per cent of exact matches, with two attempts by AugScore, on {seen_tasks} new tasks of
+  the rules above;
+- **held out**: the same on {held_tasks} tasks of the rules
   {held},
-  which no run is taught and no rule that was taught explains;
-- **teacher** and **align**: nats of a token of true answers to the tasks of seen rules, after the
-  truth's beginnings and after the model's own (soft), by the same measure for all; all answers
-  have the shape of their input, so there is no `align_equal` beside it;
+  on which no run trains and which no training rule explains;
+- **teacher** and **align**: losses in nats per token of the true outputs to tasks of seen rules,
+  after true prefixes and after prefixes that the model generated (soft). The measure is the same
+  for all runs. All outputs have the shape of their input, so `align_equal` would be equal to
+  `align`;
 - **tasks** of the stage, and its **seconds**, excursions included.
 
-`minutes` is native sparse attention with dynamic experts, `topk` the same attention with a plain
-top-k gate, `dense` full attention without experts; a token meets feed-forwards of one width.
+`minutes` is native sparse attention with dynamic experts, `topk` the same attention with a top-k
+router, and `dense` full attention without experts. The active feed-forwards of a token have the
+same width in all of them.
 """
 HEAD = (
-    "| model | way | seen | held back | teacher | align | tasks | seconds |",
+    "| model | stage two | seen | held out | teacher | align | tasks | seconds |",
     "|---|---|---|---|---|---|---|---|",
 )
 PAIRED = """
-The same by pairs, over all models and seeds: how much more of it `soft` and `hard` have than the
-run of the same model and seed that went on by teacher forcing. Models and seeds differ by far more
-than ways do.
+Differences between `soft` or `hard` and the teacher-forced run of the same model and seed, over all
+models and seeds. Models and seeds differ far more than the methods of stage two.
 """
 COMPARED = (("seen", 100, 1), ("held", 100, 1), ("teacher.seen", 1, 3), ("align.seen", 1, 3))
 """Key, unit, digits."""
 PAIRED_HEAD = (
-    "| way less way | seen | held back | teacher | align |",
+    "| difference | seen | held out | teacher | align |",
     "|---|---|---|---|---|",
 )
 MATCH = """
 ![Exact match](match.png)
 """
 TEXTS = """
-What `minutes` says after soft excursions (seed 0):
+Outputs of `minutes` after stage two with soft excursions (seed 0):
 
 ![Puzzles](arc_agi.png)
 """
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """README.md and its picture."""
-    if not rows:
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Write README.md and its picture."""
+    if not records:
         return
-    starts, others = _of(rows, way="start"), _of(rows, way="soft")
+    starts, others = _of(records, way="start"), _of(records, way="soft")
     intro = INTRO.format(
         size=cases.SIZES.largest,
         shown=cases.SIZES.demonstrations,
@@ -69,58 +71,60 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         tasks=f"{others[0]['tasks']:,}",
         rules=", ".join(cases.RULES),
         held=",\n  ".join(cases.HELD),
-        seeds=len({row["seed"] for row in rows}),
+        seeds=len({record["seed"] for record in records}),
         seen_tasks=cases.SEEN_TASKS,
         held_tasks=cases.HELD_TASKS,
     )
     table = [
-        _line(model, way, _of(rows, model=model, way=way))
+        _line(model, way, _of(records, model=model, way=way))
         for model in cases.MODELS
         for way in WAYS
-        if _of(rows, model=model, way=way)
+        if _of(records, model=model, way=way)
     ]
-    pairs = [_difference(rows, way, other) for other in WAYS[1:3] for way in WAYS[3:]]
-    output = [TEXTS] if (folder / "arc_agi.png").exists() else []
+    pairs = [_difference(records, way, other) for other in WAYS[1:3] for way in WAYS[3:]]
+    texts = [TEXTS] if (folder / "arc_agi.png").exists() else []
     paired = [PAIRED, "\n".join([*PAIRED_HEAD, *pairs])]
-    publish(folder, intro, "\n".join([*HEAD, *table]), *paired, MATCH, *output)
-    _draw(rows, folder / "match.png")
+    write_page(folder, intro, "\n".join([*HEAD, *table]), *paired, MATCH, *texts)
+    _draw(records, folder / "match.png")
 
 
-def _line(model: str, way: str, mine: Sequence[Row]) -> str:
+def _line(model: str, way: str, records: Sequence[Record]) -> str:
     cells = [
-        spread([100 * row["seen"] for row in mine], 1),
-        spread([100 * row["held"] for row in mine], 1),
-        spread([row["teacher.seen"] for row in mine], 3),
-        spread([row["align.seen"] for row in mine], 3),
-        f"{statistics.mean(row['tasks'] for row in mine):,.0f}",
-        spread([row["seconds"] for row in mine], 1),
+        mean_and_std([100 * record["seen"] for record in records], 1),
+        mean_and_std([100 * record["held"] for record in records], 1),
+        mean_and_std([record["teacher.seen"] for record in records], 3),
+        mean_and_std([record["align.seen"] for record in records], 3),
+        f"{statistics.mean(record['tasks'] for record in records):,.0f}",
+        mean_and_std([record["seconds"] for record in records], 1),
     ]
     return f"| {model} | {way} | {' | '.join(cells)} |"
 
 
-def _difference(rows: Sequence[Row], way: str, other: str) -> str:
-    """What `way` has more than `other`, each beside the one that began with the same model."""
-    begun = [(row["model"], row["seed"]) for row in _of(rows, way=way)]
-    both = [
+def _difference(records: Sequence[Record], way: str, other: str) -> str:
+    """Return a table row of the differences between runs of the same model and seed."""
+    starts = [(record["model"], record["seed"]) for record in _of(records, way=way)]
+    pairs = [
         [
-            next(row for row in _of(rows, model=model, way=name) if row["seed"] == seed)
+            next(record for record in _of(records, model=model, way=name) if record["seed"] == seed)
             for name in (way, other)
         ]
-        for model, seed in begun
+        for model, seed in starts
     ]
     cells = [
-        spread([unit * (mine[key] - theirs[key]) for mine, theirs in both], digits)
+        mean_and_std([unit * (first[key] - second[key]) for first, second in pairs], digits)
         for key, unit, digits in COMPARED
     ]
-    return f"| {way} less {other} | {' | '.join(cells)} |"
+    return f"| {way} - {other} | {' | '.join(cells)} |"
 
 
-def _of(rows: Sequence[Row], **wanted: str) -> list[Row]:
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+def _of(records: Sequence[Record], **values: str) -> list[Record]:
+    return [
+        record for record in records if all(record[key] == value for key, value in values.items())
+    ]
 
 
-def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Exact match of every model and way: means as bars, seeds as points."""
+def _draw(records: Sequence[Record], path: Path) -> None:
+    """Draw exact match of every model and method: means as bars, seeds as points."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
@@ -128,19 +132,19 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     for axes, (key, title) in zip(
         panels, (("seen", "new tasks of seen rules"), ("held", "rules held back")), strict=True
     ):
-        for place, way in enumerate(WAYS):
-            color = f"C{place}"
+        for index, way in enumerate(WAYS):
+            color = f"C{index}"
             axes.plot([], [], "s", color=color, alpha=0.5, label=way)
-            for number, model in enumerate(cases.MODELS):
-                found = [100 * row[key] for row in _of(rows, model=model, way=way)]
-                if not found:
+            for model_index, model in enumerate(cases.MODELS):
+                scores = [100 * record[key] for record in _of(records, model=model, way=way)]
+                if not scores:
                     continue
-                at = number + (place - (len(WAYS) - 1) / 2) * width
-                axes.bar(at, statistics.mean(found), 0.9 * width, color=color, alpha=0.5)
-                axes.plot([at] * len(found), found, "o", color=color, markersize=4)
+                position = model_index + (index - (len(WAYS) - 1) / 2) * width
+                axes.bar(position, statistics.mean(scores), 0.9 * width, color=color, alpha=0.5)
+                axes.plot([position] * len(scores), scores, "o", color=color, markersize=4)
         axes.set(title=title, ylim=(0, 100), xticks=range(len(cases.MODELS)))
         axes.set_xticklabels(list(cases.MODELS))
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("exact match, % of test outputs")
     panels[0].legend(fontsize=8, ncol=3, loc="upper left")
-    save(figure, path)
+    save_figure(figure, path)

@@ -1,6 +1,7 @@
-"""The students that are compared. All but those from nothing stand in their teacher's skeleton,
-frozen, with new feed-forwards: 16 experts, together of the teacher's width, of which 8 act; or
-dense ones.
+"""The students that are compared. Most have all of the teacher except its feed-forwards, frozen
+(the skeleton), and train new feed-forwards: dense ones, or 16 experts, together as wide as the
+teacher's, of which 8 are active. The students "from nothing" train all parameters from random
+weights.
 """
 
 from dataclasses import replace
@@ -19,10 +20,10 @@ Section = dict[str, Any]
 
 HIDDEN, EXPERTS, ACTIVE = 384, 16, 8
 RESETS = 50
-"""Optimizer steps between looks for dead experts: the published 1,000 are more than a run has."""
+"""`reset_interval` of the runs, which are shorter than the published 1,000 steps."""
 SDL = 0.1
-"""Weight of the loss that holds the number of experts at its aim: ten times the published one, for
-runs this short; the page says how many there were.
+"""Weight of the loss that keeps the number of active experts at its target. It is ten times the
+published one for these short runs; the page has the number that was reached.
 """
 LAYER: Section = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2, "qk_norm": True},
@@ -36,22 +37,22 @@ TOPK: Section = {"kind": "topk_moe", "experts": EXPERTS, "top_k": ACTIVE}
 
 
 class Case(NamedTuple):
-    """A student."""
+    """Config of a student: its feed-forward, initialisation and objective."""
 
     feed: Section
     init: ExpertInit = "random"
     skeleton: bool = True
-    """Whether it has its teacher's skeleton, frozen; else it begins from nothing, all trained."""
-    taught: bool = True
-    """Whether a teacher's soft labels are learned, or the text alone."""
-    older: bool = False
-    """Whether the steps that its teacher had are added: what a skeleton has cost before."""
+    """If True, use the teacher's frozen skeleton, otherwise train all parameters from scratch."""
+    distilled: bool = True
+    """If True, train on the teacher's distribution (KD), otherwise on the text only."""
+    longer: bool = False
+    """If True, add the teacher's number of steps, which a skeleton has been trained for."""
 
 
 def dyn(router: str = "task") -> Section:
-    """Experts by thresholds."""
-    usual = {"target_active": ACTIVE, "sdl_weight": SDL, "reset_interval": RESETS}
-    return {"kind": "dyn_moe", "experts": EXPERTS, "router_grad": router} | usual
+    """Return a `dyn_moe` section, which selects experts by thresholds."""
+    common = {"target_active": ACTIVE, "sdl_weight": SDL, "reset_interval": RESETS}
+    return {"kind": "dyn_moe", "experts": EXPERTS, "router_grad": router} | common
 
 
 CASES: dict[str, Case] = {
@@ -64,8 +65,8 @@ CASES: dict[str, Case] = {
     "dyn_moe both": Case(dyn("both")),
     "dyn_moe task, slices": Case(dyn(), init="slice"),
     "from nothing, taught": Case(dyn(), skeleton=False),
-    "from nothing, text": Case(dyn(), skeleton=False, taught=False),
-    "from nothing, longer": Case(dyn(), skeleton=False, taught=False, older=True),
+    "from nothing, text": Case(dyn(), skeleton=False, distilled=False),
+    "from nothing, longer": Case(dyn(), skeleton=False, distilled=False, longer=True),
 }
 GROUPS = {
     "Does a router trained on surprise match one trained on the task?": (
@@ -79,12 +80,12 @@ GROUPS = {
         *("dyn_moe task", "from nothing, taught", "from nothing, text", "from nothing, longer"),
     ),
 }
-"""Title -> cases; some stand in several."""
+"""Title -> cases; a case may be in several groups."""
 
 
-def begin(case: Case, teacher: Path, folder: Path, seed: int) -> Section:
-    """The sections of a student's recipe that say what it begins with; `folder` gets its
-    transplant.
+def initial_model(case: Case, teacher: Path, folder: Path, seed: int) -> Section:
+    """Return the sections of a student's recipe for its initial model. A transplant is written to
+    `folder`.
     """
     if not case.skeleton:
         shape = transplant_config(ModelConfig.from_dict(TEACHER), TransplantPlan(case.feed))
@@ -97,7 +98,7 @@ def begin(case: Case, teacher: Path, folder: Path, seed: int) -> Section:
 
 
 def objective(case: Case, teacher: Path) -> Section:
-    """What it learns from."""
-    if not case.taught:
+    """Return the `objective:` section of a student."""
+    if not case.distilled:
         return {"kind": "pretrain"}
     return {"kind": "kd", "teacher": str(teacher), "reads": "documents"}

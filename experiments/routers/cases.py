@@ -1,5 +1,5 @@
-"""The models that are compared: routers, what keeps experts alive, sizes of experts, and mixers,
-all with equal numbers of parameters that a token meets.
+"""The models that are compared: routers, methods against dead experts, sizes of experts, and mixers
+with experts, all with equal numbers of active parameters.
 """
 
 from collections.abc import Callable
@@ -13,26 +13,26 @@ Section = dict[str, Any]
 
 GQA: Section = {"kind": "gqa", "heads": 4, "kv_heads": 2}
 RESETS = 50
-"""Optimizer steps between looks for dead experts: the published 1,000 are more than a run has."""
+"""`reset_interval` of the runs, which are shorter than the published 1,000 steps."""
 SDL = 0.1
-"""Weight of the loss that pulls the number of experts to its aim: ten times the published one, for
-runs this short; the page says how far they came.
+"""Weight of the loss that moves the number of active experts to its target. It is ten times the
+published one for these short runs; the page has the number that was reached.
 """
 
 
 def dense(hidden: int) -> Section:
-    """What everything is compared with."""
+    """Return the dense baseline, a SwiGLU feed-forward."""
     return {"kind": "swiglu", "hidden_dim": hidden}
 
 
 def topk(experts: int = 8, top_k: int = 2, balance: str = "switch") -> Callable[[int], Section]:
-    """MiniMind's kind, without shared experts."""
+    """Return MiniMind's top-k experts without shared experts."""
     keys = {"experts": experts, "top_k": top_k, "balance": balance}
     return lambda hidden: {"kind": "topk_moe", "hidden_dim": hidden, "n_shared_experts": 0, **keys}
 
 
 def deepseek(hidden: int) -> Section:
-    """Three of sixteen, and a shared one."""
+    """Return three of sixteen experts and a shared one."""
     return {
         "kind": "deepseek_moe",
         "hidden_dim": hidden,
@@ -43,9 +43,9 @@ def deepseek(hidden: int) -> Section:
 
 
 def dyn(experts: int = 16, **keys: Any) -> Callable[[int], Section]:
-    """A quarter of the experts, as SDL asks for."""
-    usual = {"experts": experts, "reset_interval": RESETS, "sdl_weight": SDL}
-    return lambda hidden: {"kind": "dyn_moe", "hidden_dim": hidden} | usual | keys
+    """Return threshold experts; the sparsity and diversity loss (SDL) aims at a quarter of them."""
+    common = {"experts": experts, "reset_interval": RESETS, "sdl_weight": SDL}
+    return lambda hidden: {"kind": "dyn_moe", "hidden_dim": hidden} | common | keys
 
 
 FEEDS: dict[str, Callable[[int], Section]] = {
@@ -91,13 +91,11 @@ GROUPS = {
     ),
     "Routed attention": ("dense", "dyn_heads", "dyn_lora", "dyn_lora alpha 1"),
 }
-"""Title -> cases; some stand in several."""
+"""Title -> cases; a case may be in several groups."""
 
 
 def model(case: str, sizes: Section, budget: int) -> Section:
-    """The `model:` section of a case, its feed-forwards as wide as `budget` parameters that a token
-    meets allow.
-    """
+    """Return the `model:` section of a case, with feed-forwards that fill the active parameters."""
     feed = FEEDS.get(case, dense)
 
     def section(hidden: int) -> Section:
@@ -110,15 +108,15 @@ def model(case: str, sizes: Section, budget: int) -> Section:
 
 
 def active(section: Section) -> int:
-    """Parameters that a token meets."""
-    return _shape(section).active_parameter_count()
+    """Return the number of active parameters of a token."""
+    return _meta_model(section).active_parameter_count()
 
 
 def total(section: Section) -> int:
-    """All parameters."""
-    return _shape(section).parameter_count()
+    """Return the number of all parameters."""
+    return _meta_model(section).parameter_count()
 
 
-def _shape(section: Section) -> LM:
+def _meta_model(section: Section) -> LM:
     with torch.device("meta"):
         return LM(ModelConfig.from_dict(section))

@@ -1,119 +1,120 @@
-"""results.json as one page: README.md with a table for each question, and two pictures."""
+"""Writes README.md with a table for each question, and two pictures, from results.json."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.pages import publish, save, spread
+from experiments.pages import mean_and_std, save_figure, write_page
 from experiments.routers import cases
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
-INTRO = """# Routers of experts, compared
+INTRO = """# A comparison of routers and experts
 
-Models of about {met:,} parameters that a token meets, trained for {steps:,} steps on the embedded
-corpus, equal tokens; mean and standard deviation over {seeds} seeds. Made by
-`python -m experiments.routers.run`, which says what is measured and how; nothing here is chosen.
+All models have about {met:,} active parameters and train for {steps:,} steps on the same tokens of
+the embedded corpus. The tables have mean and standard deviation over {seeds} seeds. The script
+`python -m experiments.routers.run` made them, and its docstring describes the measurements. Nothing
+was tuned.
 
-- **bits per byte** on held-back modules, less is better;
-- **met / all**: parameters that a token meets, if it has as many experts as its router aims at,
-  and all of them, in millions;
-- **active**: experts per token and layer that it had at the end (shared ones not counted), mean
-  over layers; where it is not the aim, a token met more or fewer parameters than in other cases;
-- **dead**: share of experts without a token at the end; **entropy**: nats, of a token's gate;
-- **tells**: share of what there is to know about a token's class (letters, digits, ...) that one of
-  its experts tells;
-- **step**: seconds of a training step, against `dense`: medians of steps, and of seeds.
+- **bits per byte** on held-out modules, lower is better;
+- **params**: active parameters of a token with as many experts as the router aims at, and all
+  parameters, in millions;
+- **active**: experts per token and layer at the end, mean over layers, without shared experts.
+  Where it differs from the target, a token had more or fewer active parameters than in other cases;
+- **dead**: share of experts without a token at the end; **entropy**: of a token's router, in nats;
+- **MI**: mutual information of a token's class (letters, digits, ...) and an expert that processes
+  it, relative to the entropy of the classes;
+- **step**: time of a training step relative to `dense`, medians over steps and seeds.
 """
 NOTES = """
 ![Bits per byte](bpb.png)
 
-How even the use of experts was, at the end, mean over layers and seeds; 1 is an even share.
+Load of each expert relative to a uniform load, at the end, mean over layers and seeds.
 
 ![Use of experts](use.png)
 """
 HEAD = (
-    "| case | bits per byte | met / all | active | dead | entropy | tells | step |",
+    "| case | bits per byte | params | active | dead | entropy | MI | step |",
     "|---|---|---|---|---|---|---|---|",
 )
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """README.md and its pictures."""
-    if not rows:
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Write README.md and its pictures."""
+    if not records:
         return
-    base = _step(_of(rows, "dense")) if _of(rows, "dense") else 0.0
+    base = _step(_of(records, "dense")) if _of(records, "dense") else 0.0
     intro = INTRO.format(
-        met=round(int(statistics.mean(row["met"] for row in rows)), -4),
-        steps=rows[0]["steps"],
-        seeds=len({row["seed"] for row in rows}),
+        met=round(int(statistics.mean(record["met"] for record in records)), -4),
+        steps=records[0]["steps"],
+        seeds=len({record["seed"] for record in records}),
     )
     parts: list[str] = []
     for title, names in cases.GROUPS.items():
-        lines = [_line(name, _of(rows, name), base) for name in names if _of(rows, name)]
+        lines = [_line(name, _of(records, name), base) for name in names if _of(records, name)]
         if lines:
             parts.append("\n".join([f"## {title}\n", *HEAD, *lines]) + "\n")
-    publish(folder, intro, *parts, NOTES)
-    _draw_bits(rows, folder / "bpb.png")
-    _draw_use(rows, folder / "use.png")
+    write_page(folder, intro, *parts, NOTES)
+    _draw_bits(records, folder / "bpb.png")
+    _draw_use(records, folder / "use.png")
 
 
-def _line(name: str, mine: Sequence[Row], base: float) -> str:
-    routed = "use" in mine[0]
+def _line(name: str, records: Sequence[Record], base: float) -> str:
+    routed = "use" in records[0]
     cells = [
-        spread([row["bpb"] for row in mine], 3),
-        f"{mine[0]['met'] / 1e6:.2f} / {mine[0]['parameters'] / 1e6:.2f}",
-        spread([row["active"] for row in mine], 2) if routed else "",
-        f"{100 * _mean(mine, 'dead') / mine[0]['experts']:.0f} %" if routed else "",
-        f"{_mean(mine, 'entropy'):.2f}" if routed else "",
-        f"{100 * _mean(mine, 'share'):.0f} %" if routed else "",
-        f"{_step(mine) / base:.2f}" if base else "",
+        mean_and_std([record["bpb"] for record in records], 3),
+        f"{records[0]['met'] / 1e6:.2f} / {records[0]['parameters'] / 1e6:.2f}",
+        mean_and_std([record["active"] for record in records], 2) if routed else "",
+        f"{100 * _mean(records, 'dead') / records[0]['experts']:.0f} %" if routed else "",
+        f"{_mean(records, 'entropy'):.2f}" if routed else "",
+        f"{100 * _mean(records, 'share'):.0f} %" if routed else "",
+        f"{_step(records) / base:.2f}" if base else "",
     ]
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _of(rows: Sequence[Row], case: str) -> list[Row]:
-    return [row for row in rows if row["case"] == case]
+def _of(records: Sequence[Record], case: str) -> list[Record]:
+    return [record for record in records if record["case"] == case]
 
 
-def _step(rows: Sequence[Row]) -> float:
-    return statistics.median(row["step_s"] for row in rows)
+def _step(records: Sequence[Record]) -> float:
+    return statistics.median(record["step_s"] for record in records)
 
 
-def _mean(rows: Sequence[Row], key: str) -> float:
-    return statistics.mean(row[key] for row in rows)
+def _mean(records: Sequence[Record], key: str) -> float:
+    return statistics.mean(record[key] for record in records)
 
 
-def _draw_bits(rows: Sequence[Row], path: Path) -> None:
+def _draw_bits(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     widths = [len(names) for names in cases.GROUPS.values()]
     figure, axes = plt.subplots(1, len(widths), figsize=(13, 4.6), sharey=True, width_ratios=widths)
     for axis, (title, names) in zip(axes, cases.GROUPS.items(), strict=True):
-        for place, name in enumerate(names):
-            values = [row["bpb"] for row in _of(rows, name)]
-            axis.plot([place] * len(values), values, "o", color="C0", alpha=0.7)
+        for index, name in enumerate(names):
+            values = [record["bpb"] for record in _of(records, name)]
+            axis.plot([index] * len(values), values, "o", color="C0", alpha=0.7)
         axis.set_xticks(range(len(names)), names, rotation=55, ha="right", fontsize=8)
         axis.set_xlim(-0.5, len(names) - 0.5)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="bits per byte, every seed")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_use(rows: Sequence[Row], path: Path) -> None:
+def _draw_use(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(cases.GROUPS), figsize=(13, 3.6), sharey=True)
     for axis, (title, names) in zip(axes, cases.GROUPS.items(), strict=True):
         for name in names:
-            mine = [row["use"] for row in _of(rows, name) if "use" in row]
-            if not mine:
+            loads = [record["use"] for record in _of(records, name) if "use" in record]
+            if not loads:
                 continue
-            use = [statistics.mean(each) for each in zip(*mine, strict=True)]
-            places = [(rank + 0.5) / len(use) for rank in range(len(use))]
-            axis.plot(places, use, ".-", label=name)
+            use = [statistics.mean(each) for each in zip(*loads, strict=True)]
+            positions = [(rank + 0.5) / len(use) for rank in range(len(use))]
+            axis.plot(positions, use, ".-", label=name)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xlabel="experts, most used first", ylim=(0, None))
         axis.set_xticks([0, 1], ["first", "last"])
@@ -122,4 +123,4 @@ def _draw_use(rows: Sequence[Row], path: Path) -> None:
         if axis.lines[1:]:
             axis.legend(fontsize=7)
     axes[0].set(ylabel="load / even share")
-    save(figure, path)
+    save_figure(figure, path)

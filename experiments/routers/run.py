@@ -1,19 +1,29 @@
-"""What routed experts gain, and what they cost.
+"""Compares routers and experts at equal numbers of active parameters.
 
     python -m experiments.routers.run [--seeds 3] [--only "dyn_moe smk" dense] [--steps 400]
 
-Every case of cases.py on the embedded corpus, with equal numbers of parameters that a token meets
-and equal tokens, by default three seeds: bits per byte of held-back modules, what the experts did,
-seconds of a step. Results go to results.json as they come, and a case that is there is not run
-again, so an interrupted run goes on. At the end page.py draws README.md and its pictures. With
-another number of steps, results and page go to a folder of their own.
+Every case of cases.py trains on the embedded corpus with equal numbers of active parameters and of
+tokens, by default with three seeds. Measured are bits per byte of held-out modules, use of the
+experts, and seconds of a step.
+
+Results are written to results.json after each case, and cases in that file are not run again, so
+an interrupted experiment can be continued. At the end page.py writes README.md and its pictures.
+With another number of steps than the default, results and page go to the folder `steps-N`.
 """
 
 import statistics
 import time
 from typing import Any
 
-from experiments.common import Results, bits, on_stdlib, parser, place, step_seconds, workplace
+from experiments.common import (
+    Results,
+    last_bpb,
+    parser,
+    results_folder,
+    stdlib_recipe,
+    step_seconds,
+    temporary_runs,
+)
 from experiments.routers import cases, page
 from tinsmith.config import from_dict
 from tinsmith.core.log import read_metrics
@@ -24,48 +34,48 @@ ACTIVE = 900_000
 STEPS = 400
 
 
-def experts(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the experts did at the end of a run; empty without any."""
-    routing = [line for line in lines if line["kind"] == "routing"]
+def experts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return statistics of the experts at the end of a run; empty without experts."""
+    routing = [record for record in metrics if record["kind"] == "routing"]
     if not routing:
         return {}
     last = routing[-1]
-    (special,) = (line for line in lines if line["kind"] == "specialisation")
+    (specialisation,) = (record for record in metrics if record["kind"] == "specialisation")
     loads = [sorted(layer["load"], reverse=True) for layer in last["layers"].values()]
     use = [statistics.mean(each) for each in zip(*loads, strict=True)]
-    even = statistics.mean(use)
+    uniform = statistics.mean(use)
     return {
         "active": last["active"],
         "dead": last["dead"],
         "experts": last["experts"],
         "entropy": last["entropy"],
-        "use": [load / even if even else 0.0 for load in use],
-        "share": special["layers"]["all"]["share"],
+        "use": [load / uniform if uniform else 0.0 for load in use],
+        "share": specialisation["layers"]["all"]["normalized_mi"],
     }
 
 
-def case(name: str, seed: int, steps: int) -> dict[str, Any]:
-    """All that is measured of one model and seed."""
+def measure(name: str, seed: int, steps: int) -> dict[str, Any]:
+    """Train a case with a seed and return its record."""
     section = cases.model(name, SIZES, ACTIVE)
-    found = {"case": name, "seed": seed, "steps": steps}
-    found |= {"met": cases.active(section), "parameters": cases.total(section)}
+    record = {"case": name, "seed": seed, "steps": steps}
+    record |= {"met": cases.active(section), "parameters": cases.total(section)}
     sections = {"model": section, "objective": {"kind": "pretrain"}}
-    recipe = on_stdlib(sections, seed, steps, every=20)
+    recipe = stdlib_recipe(sections, seed, steps, every=20)
     run = train(from_dict(recipe), f"{time.time_ns()}")
-    lines = list(read_metrics(run / "metrics.jsonl"))
-    return found | {"bpb": bits(lines), "step_s": step_seconds(lines)} | experts(lines)
+    metrics = list(read_metrics(run / "metrics.jsonl"))
+    return record | {"bpb": last_bpb(metrics), "step_s": step_seconds(metrics)} | experts(metrics)
 
 
 def main() -> None:
-    words = parser(__doc__, list(cases.CASES))
-    words.add_argument("--steps", type=int, default=STEPS)
-    requested = words.parse_args()
-    out = place(__file__, requested.steps, STEPS)
+    options = parser(__doc__, list(cases.CASES))
+    options.add_argument("--steps", type=int, default=STEPS)
+    arguments = options.parse_args()
+    out = results_folder(__file__, arguments.steps, STEPS)
     results = Results(out, "seed", "case")
-    with workplace():
-        for seed, name in results.missing(range(requested.seeds), requested.only):
-            results.add(case(name, seed, requested.steps))
-    page.write(results.rows, out)
+    with temporary_runs():
+        for seed, name in results.missing(range(arguments.seeds), arguments.only):
+            results.add(measure(name, seed, arguments.steps))
+    page.write(results.records, out)
 
 
 if __name__ == "__main__":

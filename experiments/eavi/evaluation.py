@@ -1,8 +1,10 @@
-"""What a model knows of tasks that no run is trained on: of rules that it has seen, and others."""
+"""Evaluation on new tasks of training rules and on tasks of held-out rules."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from experiments.eavi import cases
 from tinsmith import LM, Tokenizer
@@ -19,12 +21,20 @@ from tinsmith.objectives.eavi import EAVI
 from tinsmith.train.evaluate import evaluate_objective
 
 SEED = derive_seed(0, "examination")
-MAX_NEW = 2 * cases.SIZES.largest * (cases.SIZES.largest + 1)
-"""Ids of an answer: twice those of the largest input."""
+MAX_NEW_TOKENS = 2 * cases.SIZES.largest * (cases.SIZES.largest + 1)
+"""Twice the tokens of the largest grid."""
 
 
-class Exam:
-    """Two groups of tasks, the same for all models."""
+LOSSES = {
+    "teacher": "teacher_forcing_loss",
+    "align": "alignment_loss",
+    "align_equal": "alignment_loss_equal_shape",
+}
+"""Key of results.json -> metric."""
+
+
+class Evaluation:
+    """Two groups of tasks, the same for all models: of training rules and of held-out rules."""
 
     def __init__(self, folder: Path):
         counts = {"seen": (cases.RULES, cases.SEEN_TASKS), "held": (cases.HELD, cases.HELD_TASKS)}
@@ -36,29 +46,32 @@ class Exam:
             name: _source(folder / name, puzzles) for name, puzzles in self.groups.items()
         }
 
-    def marks(self, run: Path) -> tuple[dict[str, Any], list[ArcOutcome]]:
-        """By group exact match, and nats of an answer's token after the truth's beginnings and
-        after the model's own; and what it said.
+    def evaluate(self, run: Path) -> tuple[dict[str, Any], list[ArcOutcome]]:
+        """Return scores and outcomes. The scores are, by group, exact match and the losses in nats
+        per token after true prefixes and after prefixes that the model generated.
         """
         lm, tokenizer = load(run)
         assert tokenizer is not None
-        marks: dict[str, Any] = {}
-        output: list[ArcOutcome] = []
+        scores: dict[str, Any] = {}
+        outcomes: list[ArcOutcome] = []
         for name, puzzles in self.groups.items():
-            found = evaluate_arc(lm, tokenizer, puzzles, batch_size=128, max_new_tokens=MAX_NEW)
-            output += found.outcomes
-            marks[name] = round(found.score, 6)
-            marks |= {f"{key}.{name}": nats for key, nats in self._nats(lm, tokenizer, name)}
-        return marks, output
+            result = evaluate_arc(
+                lm, tokenizer, puzzles, batch_size=128, max_new_tokens=MAX_NEW_TOKENS
+            )
+            outcomes += result.outcomes
+            scores[name] = round(result.score, 6)
+            scores |= {f"{key}.{name}": loss for key, loss in self._losses(lm, tokenizer, name)}
+        return scores, outcomes
 
-    def _nats(self, lm: LM, tokenizer: Tokenizer, name: str) -> list[tuple[str, float]]:
+    def _losses(self, lm: LM, tokenizer: Tokenizer, name: str) -> list[tuple[str, float]]:
         objective, source = EAVI().build(), self._sources[name]
         objective.prepare(lm, tokenizer)
-        found = evaluate_objective(
+        metrics = evaluate_objective(
             *(objective, lm, source),
-            **{"rows": source.size, "batch_rows": 40, "device": "cpu", "poll": lambda: None},
+            **{"max_samples": source.size, "batch_size": 40},
+            **{"device": torch.device("cpu"), "poll": lambda: None},
         )
-        return [(key, round(found[key], 6)) for key in ("teacher", "align", "align_equal")]
+        return [(key, round(metrics[metric], 6)) for key, metric in LOSSES.items()]
 
 
 def _source(folder: Path, puzzles: Sequence[Puzzle]) -> TokenizedDataset:
@@ -66,6 +79,6 @@ def _source(folder: Path, puzzles: Sequence[Puzzle]) -> TokenizedDataset:
         for puzzle in puzzles:
             writer.add(*encode_example(ArcExample(puzzle, train_on_all_outputs=False)))
     shards = Shards.open(folder)
-    rows = MaskedSamples(shards, cases.CONTEXT)
-    member = DatasetMember("exam", 0, 1.0, rows, shards.tokens_total, shards.tokens_total)
-    return TokenizedDataset([member], cases.CONTEXT, 0, "validation")
+    samples = MaskedSamples(shards, cases.SEQ_LEN)
+    member = DatasetMember("eval", 0, 1.0, samples, shards.tokens_total, shards.tokens_total)
+    return TokenizedDataset([member], cases.SEQ_LEN, 0, "validation")
