@@ -62,7 +62,7 @@ def test_evaluation_sums_are_disjoint_from_training_sums():
     prompts = [{chat["messages"][0]["content"] for chat in chats} for chats in sums]
     sft, rl, held_out = prompts
     assert sft == rl
-    assert len(held_out) == alignment.HELD_BACK
+    assert len(held_out) == alignment.HELD_OUT
     assert not held_out & rl
 
 
