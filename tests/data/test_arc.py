@@ -64,7 +64,7 @@ def write(tmp_path):
     return write
 
 
-def test_D1_parse_undoes_serialise_on_grids_of_1_to_30_rows_and_columns():
+def test_D1_grids_of_1_to_30_rows_and_columns_round_trip():
     numbers = random.Random(0)
     sizes = [(1, 1), (1, 30), (30, 1), (30, 30)]
     sizes += [(numbers.randint(1, 30), numbers.randint(1, 30)) for _ in range(200)]
@@ -75,7 +75,7 @@ def test_D1_parse_undoes_serialise_on_grids_of_1_to_30_rows_and_columns():
         assert len(ids) == height * (width + 1) <= MAX_ANSWER_TOKENS
 
 
-def test_D1_what_is_no_grid_parses_to_none():
+def test_D1_an_invalid_answer_parses_to_none():
     line = SYMBOLS.index("\n")
     for bad in (
         *([], [END], [1, 2], [1, line, END], [1, 2, line, 3, END], [line, 1, END]),
@@ -84,7 +84,7 @@ def test_D1_what_is_no_grid_parses_to_none():
         assert parse_answer(bad) is None, bad
 
 
-def test_D2_symmetries_are_a_group_of_eight_and_each_is_undone():
+def test_D2_symmetries_are_a_group_of_eight_with_inverses():
     seen = [apply_symmetry(ODD, symmetry) for symmetry in range(8)]
     assert len(set(seen)) == 8
     for one, other in itertools.product(range(8), repeat=2):
@@ -96,7 +96,7 @@ def test_D2_symmetries_are_a_group_of_eight_and_each_is_undone():
 
 
 @pytest.mark.parametrize("colours", ["all", "keep_0", "none"])
-def test_D2_a_view_is_undone_and_one_view_holds_for_all_grids_of_a_puzzle(colours):
+def test_D2_views_are_invertible_and_equal_for_all_grids_of_a_puzzle(colours):
     for seed in range(50):
         given = puzzle(random.Random(seed))
         seen = augment(
@@ -140,7 +140,7 @@ def _colours(before, after):
     return mapped if one_to_one else None
 
 
-def test_views_shuffle_demonstrations_and_depend_on_their_numbers_alone():
+def test_augmentation_shuffles_demonstrations_and_depends_only_on_the_generator():
     given = puzzle(random.Random(0), demonstrations=5)
     plain = {"symmetries": False, "colours": "none"}
     seen = [
@@ -153,7 +153,9 @@ def test_views_shuffle_demonstrations_and_depend_on_their_numbers_alone():
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every, symbols, prepared):
+def test_D3_only_outputs_are_trained_from_the_first_token_after_the_solution_mark(
+    every, symbols, prepared
+):
     example = ArcExample(puzzle(random.Random(1)), every)
     ids, mask = encode_example(example)
     outputs = [pair.output for pair in example.puzzle.demonstrations] if every else []
@@ -180,7 +182,7 @@ def test_D3_only_outputs_are_learned_and_the_first_from_the_solution_mark(every,
         assert batch.ids[row, places[0]] == SOLUTION
 
 
-def test_D4_a_prompt_is_made_without_the_answer_and_begins_the_example():
+def test_D4_a_prompt_does_not_depend_on_the_answer_and_is_a_prefix_of_the_example():
     for seed in range(30):
         one = puzzle(random.Random(seed))
         prompt = encode_puzzle_prompt(one.demonstrations, one.test_input)
@@ -194,7 +196,7 @@ def test_D4_a_prompt_is_made_without_the_answer_and_begins_the_example():
         )
 
 
-def test_same_shape_compares_an_answer_with_the_input_before_it():
+def test_answer_has_input_shape_compares_an_answer_with_the_test_input():
     for requested, answer, same in (
         (ODD, ODD, True),
         (ODD, apply_symmetry(ODD, 1), False),
@@ -206,7 +208,7 @@ def test_same_shape_compares_an_answer_with_the_input_before_it():
         assert answer_has_input_shape(ids, len(prompt), len(ids) - 1) is same
 
 
-def test_the_vocabulary_opens_in_transformers(symbols, tmp_path):
+def test_the_grid_tokenizer_loads_in_transformers(symbols, tmp_path):
     from transformers import AutoTokenizer
 
     symbols.save(tmp_path)
@@ -222,7 +224,7 @@ def test_the_vocabulary_opens_in_transformers(symbols, tmp_path):
         symbols.encode("a")
 
 
-def test_every_way_of_writing_tasks_is_read(write):
+def test_all_task_file_layouts_are_read(write):
     two = record(test=[record()["test"][0], {"input": [[3]]}])
     write("one/a.json", record())
     write("one/b.json", record())
@@ -268,7 +270,7 @@ def test_every_way_of_writing_tasks_is_read(write):
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_bad_task_is_one_line_and_nothing_is_left_behind(
+def test_a_bad_task_is_a_one_line_error_and_no_file_remains(
     content, printed, fails, write, prepared, symbols, tmp_path
 ):
     path = write("tasks/bad.json", content)
@@ -285,7 +287,7 @@ def test_a_bad_task_is_one_line_and_nothing_is_left_behind(
     assert not list((tmp_path / "data").iterdir()), "nothing half-written"
 
 
-def test_a_bad_task_among_good_ones_is_left_out_and_listed(write, prepared, symbols, rejects_of):
+def test_a_bad_task_among_good_ones_is_rejected(write, prepared, symbols, rejects_of):
     path = write("tasks.json", {"good": record(), "bad": record(train=[]), "fine": record()})
     found = prepared(ArcData(path=str(path), validation=0.0), "chats", symbols)
     assert rejects_of(found) == [("tasks.json", 2, "task bad: no demonstrations")]
@@ -301,7 +303,7 @@ def test_a_bad_task_among_good_ones_is_left_out_and_listed(write, prepared, symb
         (ArcData(), "prompts", "data.kind: 'arc' has no prompts"),
     ],
 )
-def test_what_cannot_be_tasks_is_one_line(
+def test_an_unusable_task_path_is_a_one_line_error(
     section, shape, printed, write, prepared, symbols, monkeypatch
 ):
     monkeypatch.chdir(write("a.json", record()).parent)
@@ -310,16 +312,14 @@ def test_what_cannot_be_tasks_is_one_line(
         prepared(section, shape, symbols, seq_len=64)
 
 
-def test_grids_want_their_own_ids_and_text_does_not_have_them(
-    prepared, tokenizer, symbols, story_file
-):
+def test_grids_and_text_need_different_tokenizers(prepared, tokenizer, symbols, story_file):
     with pytest.raises(UserError, match=r"set tokenizer: \{symbols: grids\}"):
         prepared(ArcData(count=4), "chats", tokenizer)
     with pytest.raises(UserError, match="cannot represent"):
         prepared(TextData(path=str(story_file)), "documents", symbols)
 
 
-def test_answers_that_have_no_room_are_left_out_and_never_cut(prepared, symbols, rejects_of):
+def test_puzzles_longer_than_seq_len_are_rejected_and_never_cut(prepared, symbols, rejects_of):
     found = prepared(ArcData(count=60), "answers", symbols, seq_len=200)
     rejected = rejects_of(found)
     assert 0 < len(rejected) < 60
@@ -330,14 +330,14 @@ def test_answers_that_have_no_room_are_left_out_and_never_cut(prepared, symbols,
         assert (int(row.ids[0, 0]), int(row.ids[0, -1])) == (16, 17)
 
 
-def test_all_views_of_a_task_are_on_one_side(prepared, symbols):
+def test_all_views_of_a_task_are_in_the_same_split(prepared, symbols):
     found = prepared(ArcData(count=30, views=4, validation=0.3), "answers", symbols, seq_len=1024)
     counts = [found.report["sources"][0][side]["documents"] for side in ("train", "validation")]
     assert sum(counts) == 120
     assert all(count % 4 == 0 and count for count in counts)
 
 
-def test_real_tasks_are_read_whole(real_data, prepared, symbols):
+def test_real_tasks_are_read_completely(real_data, prepared, symbols):
     section = ArcData(path=str(real_data / "arc_agi1" / "training_small10.jsonl"))
     found = prepared(section, "chats", symbols)
     (source,) = found.report["sources"]

@@ -28,7 +28,7 @@ def test_a_recipe_names_one_kind_or_a_list_of_them():
     assert read({"kind": "chats", "path": "x", "validation": "y.jsonl"}).validation == "y.jsonl"
 
 
-def test_what_is_written_out_reads_back():
+def test_configs_round_trip_through_plain_data():
     for config in (
         StdlibData(),
         TasksData(tasks=("sort",)),
@@ -60,7 +60,7 @@ def test_what_is_written_out_reads_back():
         ({"kind": "text", "path": "x", "on_bad_line": "skip"}, "'reject' or 'fail'"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_names_it(data, message):
+def test_an_invalid_value_is_a_one_line_error_that_names_the_key(data, message):
     with pytest.raises(UserError) as caught:
         read(data)
     assert message in str(caught.value)

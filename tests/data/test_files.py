@@ -39,7 +39,7 @@ GOOD = {"text": "fine"}
         (b'{"n": ' + b"9" * 5000 + b"}", "not usable JSON: a number of too many digits"),
     ],
 )
-def test_T9_a_bad_json_line_is_named_with_its_reason(write_lines, bad, reason):
+def test_T9_a_bad_json_line_is_rejected_with_its_reason(write_lines, bad, reason):
     assert records_of(write_lines("x.jsonl", [GOOD, bad, GOOD])) == [
         (1, GOOD),
         (2, reason),
@@ -89,17 +89,17 @@ def test_T9_crlf_line_ends_are_accepted(tmp_path):
         ({"text": "\ud800"}, "holds a lone surrogate, which is no character"),
     ],
 )
-def test_T9_a_row_without_usable_text_says_why(record, reason):
+def test_T9_a_record_without_usable_text_is_rejected_with_its_reason(record, reason):
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
         get_text(record, "text")
 
 
-def test_T9_bad_lines_of_a_text_file_are_left_out_and_named(write_lines):
+def test_T9_bad_lines_of_a_text_file_are_rejected(write_lines):
     found = texts_of(write_lines("x.txt", [b"one", b"\xff\xfe", b"t\x00wo", b"three"]))
     assert found == [(2, "not UTF-8"), (3, "holds a NUL character"), (1, "one\nthree\n")]
 
 
-def test_T9_a_bad_part_of_a_very_long_line_does_not_spoil_the_next_line(tmp_path, monkeypatch):
+def test_T9_a_bad_part_of_a_very_long_line_does_not_affect_the_next_line(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_CHARS", 4)
     (tmp_path / "x.txt").write_bytes(b"ab\xe4\xb8\xffcd\ngood\n")
     items = list(read_texts(tmp_path / "x.txt"))
@@ -110,7 +110,7 @@ def test_T9_a_bad_part_of_a_very_long_line_does_not_spoil_the_next_line(tmp_path
 
 
 @pytest.mark.parametrize("start", [b"", b"a", b"ab"])
-def test_T9_half_a_character_at_the_end_of_a_file_is_rejected(tmp_path, monkeypatch, start):
+def test_T9_an_incomplete_character_at_the_end_of_a_file_is_rejected(tmp_path, monkeypatch, start):
     monkeypatch.setattr(files, "CHUNK_CHARS", 4)
     (tmp_path / "x.txt").write_bytes(start + b"\xe4\xb8")
     assert [(item.line, item.reason) for item in read_texts(tmp_path / "x.txt")] == [
@@ -118,7 +118,7 @@ def test_T9_half_a_character_at_the_end_of_a_file_is_rejected(tmp_path, monkeypa
     ]
 
 
-def test_T9_a_damaged_gzip_file_gives_what_is_before_the_damage(tmp_path):
+def test_T9_the_records_before_the_damage_of_a_gzip_file_are_read(tmp_path):
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(50_000))
     raw = gzip.compress(lines)
     (tmp_path / "x.jsonl.gz").write_bytes(raw[: len(raw) // 2])
@@ -130,7 +130,7 @@ def test_T9_a_damaged_gzip_file_gives_what_is_before_the_damage(tmp_path):
     assert [r.line for r in read_records(tmp_path / "y.jsonl.gz")] == [1]
 
 
-def test_T9_lines_of_a_gzip_file_are_counted_like_those_of_a_plain_one(tmp_path):
+def test_T9_line_numbers_of_gzip_and_plain_files_are_equal(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n\n{\n'))
     assert records_of(tmp_path / "x.jsonl.gz")[-1][0] == 3
 
@@ -142,7 +142,7 @@ def test_T9_lines_of_a_gzip_file_are_counted_like_those_of_a_plain_one(tmp_path)
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_T9_any_bytes_whatever_are_read_or_rejected(tmp_path, raw):
+def test_T9_arbitrary_bytes_are_read_or_rejected(tmp_path, raw):
     for name in ("x.jsonl", "x.txt", "x.jsonl.gz"):
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(raw))
@@ -164,7 +164,7 @@ def test_T9_any_bytes_whatever_are_read_or_rejected(tmp_path, raw):
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_a_text_file_comes_back_whole_however_it_is_cut_in_pieces(tmp_path, text, piece):
+def test_the_pieces_of_a_text_file_join_to_its_text(tmp_path, text, piece):
     text = text.removeprefix("\ufeff")
     (tmp_path / "x.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +205,7 @@ def test_rows_of_a_parquet_file_are_counted_from_one(tmp_path):
     assert [row.data for row in found] == [{"text": str(i)} for i in range(600)]
 
 
-def test_T9_a_parquet_file_that_is_none_or_lacks_the_column_is_one_line(tmp_path):
+def test_T9_an_invalid_parquet_file_or_a_missing_column_is_a_one_line_error(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match=r"x\.parquet: not a readable parquet file"):
         list(read_records(tmp_path / "x.parquet"))
@@ -214,7 +214,7 @@ def test_T9_a_parquet_file_that_is_none_or_lacks_the_column_is_one_line(tmp_path
         list(read_records(path, ["text"]))
 
 
-def test_a_folder_gives_every_known_file_below_it_in_order(tmp_path):
+def test_all_known_files_of_a_folder_are_found_in_order(tmp_path):
     for name in (
         "b/2.txt",
         "b/1.jsonl",
@@ -231,7 +231,7 @@ def test_a_folder_gives_every_known_file_below_it_in_order(tmp_path):
     ]
 
 
-def test_a_path_that_cannot_be_used_is_one_line_that_says_what_to_do(tmp_path):
+def test_an_unusable_path_is_a_one_line_error_with_advice(tmp_path):
     (tmp_path / "stories.txt").touch()
     (tmp_path / "table.csv").touch()
     (tmp_path / "empty").mkdir()
@@ -244,7 +244,7 @@ def test_a_path_that_cannot_be_used_is_one_line_that_says_what_to_do(tmp_path):
             find_files(str(tmp_path / name))
 
 
-def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_a_one_line_error(tmp_path, monkeypatch):
     def refuse(self, *arguments, **more):
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -254,7 +254,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet"])
-def test_a_file_without_permission_is_one_line(tmp_path, monkeypatch, name):
+def test_a_file_without_permission_is_a_one_line_error(tmp_path, monkeypatch, name):
     def refuse(*arguments, **more):
         raise PermissionError(13, "Permission denied", name)
 

@@ -19,7 +19,7 @@ REQUIRED = {"text": {"path": "x"}, "chats": {"path": "x"}, "hub": {"name": "x"}}
 
 
 @pytest.mark.parametrize("name", get_args(FormatName))
-def test_every_format_has_the_name_by_which_it_is_found(name):
+def test_every_format_is_registered_under_its_name(name):
     assert FORMATS[name].name == name
     assert len(FORMATS) == len(get_args(FormatName))
 
@@ -30,7 +30,7 @@ def test_every_format_has_at_least_two_sources(data_format):
 
 
 @pytest.mark.parametrize("source", get_args(AnySource), ids=lambda source: source.kind)
-def test_a_source_refuses_a_format_that_it_cannot_give_and_names_others(source):
+def test_an_unsupported_format_is_an_error_that_names_the_sources_which_support_it(source):
     config = source(**REQUIRED.get(source.kind, {}))
     for data_format in FORMATS:
         if source.supports(data_format):

@@ -30,7 +30,7 @@ def local(tmp_path, stories):
     return folder
 
 
-def test_a_data_set_is_streamed_into_shards(prepared, texts_of, local, stories, rejects_of):
+def test_a_dataset_is_streamed_into_shards(prepared, texts_of, local, stories, rejects_of):
     found = prepared(HubData(name=str(local), validation=0))
     assert texts_of(found, "train") == stories[:4] + stories[5:]
     assert rejects_of(found) == [("tales:train", 5, "field 'text' is empty")]
@@ -52,7 +52,7 @@ def test_rows_are_chats_for_fine_tuning_or_without_a_field(prepared, texts_of, l
         assert "Tell story 7." in texts[7]
 
 
-def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, monkeypatch):
+def test_the_download_is_announced_and_done_once(local, tokenizer, tmp_path, monkeypatch):
     output, loads = [], []
     load = datasets.load_dataset
 
@@ -81,7 +81,7 @@ def test_it_says_what_it_fetches_and_fetches_once(local, tokenizer, tmp_path, mo
         ({"config": "no"}, "BuilderConfig 'no' not found"),
     ],
 )
-def test_what_cannot_be_fetched_is_one_line(prepared, local, change, message, tmp_path):
+def test_a_failed_download_is_a_one_line_error(prepared, local, change, message, tmp_path):
     with pytest.raises(UserError) as caught:
         prepared(HubData(**({"name": str(local)} | change)))
     assert message in str(caught.value)
@@ -89,7 +89,7 @@ def test_what_cannot_be_fetched_is_one_line(prepared, local, change, message, tm
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_without_the_package_it_says_how_to_install_it(prepared, local, monkeypatch):
+def test_a_missing_datasets_package_is_an_error_with_the_pip_command(prepared, local, monkeypatch):
     real = builtins.__import__
 
     def missing(name, *more):
@@ -102,7 +102,7 @@ def test_without_the_package_it_says_how_to_install_it(prepared, local, monkeypa
         prepared(HubData(name=str(local)))
 
 
-def test_T9_a_damaged_file_of_a_data_set_is_one_line(prepared, local):
+def test_T9_a_damaged_file_of_a_dataset_is_a_one_line_error(prepared, local):
     (local / "train.jsonl").write_text('{"text": "a"}\n{broken\n')
     with pytest.raises(UserError, match=r"cannot read the data set"):
         prepared(HubData(name=str(local)))

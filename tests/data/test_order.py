@@ -33,21 +33,21 @@ def slow_permute(index, size, seed, *keys):
 
 @given(st.integers(1, 3000), st.integers(0, 2**62), st.integers(0, 5))
 @settings(derandomize=True, max_examples=100, deadline=None)
-def test_a_permutation_reaches_every_place_exactly_once(size, seed, epoch):
+def test_a_permutation_is_a_bijection(size, seed, epoch):
     places = permute_many(np.arange(size), size, seed, epoch)
     assert np.array_equal(np.sort(places), np.arange(size))
 
 
 @given(st.integers(1, 10**12), st.integers(0, 2**62), st.data())
 @settings(derandomize=True, max_examples=100, deadline=None)
-def test_one_by_one_equals_many_at_once_equals_plain_integers(size, seed, data):
+def test_permute_equals_permute_many_and_a_plain_python_oracle(size, seed, data):
     indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
     many = permute_many(np.array(indices), size, seed, "k", 3)
     assert many.tolist() == [permute(index, size, seed, "k", 3) for index in indices]
     assert many.tolist() == [slow_permute(index, size, seed, "k", 3) for index in indices]
 
 
-def test_every_place_is_equally_likely():
+def test_every_index_is_equally_likely():
     size, draws = 60, 6000
     counts = np.zeros((size, size))
     for seed in range(draws):
@@ -58,7 +58,7 @@ def test_every_place_is_equally_likely():
     assert chi_square.max() < 115  # 59 degrees of freedom: 1e-5
 
 
-def test_neighbours_do_not_stay_neighbours():
+def test_adjacent_samples_do_not_stay_adjacent():
     places = permute_many(np.arange(10_000), 10_000, 7)
     steps = np.abs(np.diff(places))
     assert (steps == 1).mean() < 0.002
@@ -71,13 +71,13 @@ def test_seeds_and_epochs_give_unrelated_orders():
     assert max(agreeing) < 0.01
 
 
-def test_an_order_starts_anywhere_without_walking_there():
+def test_an_order_can_start_at_any_index_in_constant_time():
     size = 2**55
     assert 0 <= permute(size - 1, size, 1) < size
     assert order(5, 7 * size + 123, size)[0] == 7
 
 
-def test_order_runs_through_every_epoch_in_a_new_order():
+def test_every_epoch_contains_every_sample_once_in_a_new_order():
     size = 100
     passes = order_many(3, np.arange(3 * size), size, "source", 0).reshape(3, size)
     for epoch, places in enumerate(passes):
@@ -89,6 +89,6 @@ def test_order_runs_through_every_epoch_in_a_new_order():
 
 
 @pytest.mark.parametrize("index", [-1, 10])
-def test_an_index_outside_is_refused(index):
+def test_an_index_out_of_range_raises(index):
     with pytest.raises(IndexError):
         permute(index, 10, 0)

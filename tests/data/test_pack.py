@@ -42,7 +42,7 @@ def naive_layout(row):
 
 @given(lengths_strategy, contexts)
 @quick
-def test_no_token_is_lost_or_repeated_in_an_epoch_of_documents(tmp_path_factory, lengths, context):
+def test_an_epoch_of_documents_contains_every_token_once(tmp_path_factory, lengths, context):
     documents = distinct_documents(lengths)
     rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
     epoch = [rows.get_row(place) for place in range(rows.size)]
@@ -138,7 +138,7 @@ def test_segments_and_positions_of_chats(tmp_path_factory, lengths, context, see
             assert not learned or (segment >= 0 and int(target) in trained)
 
 
-def test_a_long_chat_goes_on_in_another_row_and_what_teaches_nothing_is_skipped(make_shards):
+def test_a_long_chat_is_split_and_pieces_without_trained_tokens_are_skipped(make_shards):
     ids = np.arange(25)
     mask = ids >= 21  # a long question, a short answer
     rows = ChatRows(make_shards([ids], [mask]), 10)
@@ -169,6 +169,6 @@ def test_packed_documents_use_99_percent_of_positions(make_shards, random_docume
     assert rows.num_tokens / (rows.size * context) >= 0.99
 
 
-def test_no_documents_make_no_rows(make_shards):
+def test_an_empty_source_has_no_rows(make_shards):
     assert DocumentRows(make_shards([]), 8).size == 0
     assert ChatRows(make_shards([], [], name="chats"), 8).size == 0

@@ -54,7 +54,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_says_the_same_pair(layout):
+def test_every_layout_gives_the_same_pair(layout):
     assert read_pair(LAYOUTS[layout]) == read_pair(LAYOUTS["prompt and texts"])
 
 
@@ -85,7 +85,7 @@ def test_a_transcript_keeps_its_earlier_turns_in_the_prompt():
         ({"chosen": [ASK, YES], "rejected": [ASK, output("assistant", "")]}, "empty content"),
     ],
 )
-def test_what_is_no_pair_is_refused_with_a_reason(record, reason):
+def test_an_invalid_pair_is_rejected_with_a_reason(record, reason):
     with pytest.raises(BadRecord, match=reason):
         read_pair(record)
 
@@ -95,7 +95,7 @@ def pair():
     return read_pair(LAYOUTS["whole conversations"])
 
 
-def test_the_mask_is_the_answer_with_its_end_of_turn(tokenizer, pair):
+def test_the_loss_mask_covers_the_completion_with_its_end_of_turn(tokenizer, pair):
     prompt = encode_prompt(tokenizer, pair.prompt)
     for side, text in zip(encode_pair(tokenizer, pair, CONTEXT), (GOOD, BAD), strict=True):
         assert side.ids[: len(prompt)] == prompt
@@ -106,7 +106,7 @@ def test_the_mask_is_the_answer_with_its_end_of_turn(tokenizer, pair):
         assert answer[-1] == tokenizer.end_of_turn
 
 
-def test_earlier_answers_are_not_learned(tokenizer):
+def test_earlier_assistant_turns_are_not_trained(tokenizer):
     turns = [ASK, YES, output("user", "And the hen?")]
     pair = read_pair({"prompt": turns, "chosen": "In the town.", "rejected": "No."})
     chosen, _ = encode_pair(tokenizer, pair, 200)
@@ -115,7 +115,7 @@ def test_earlier_answers_are_not_learned(tokenizer):
     assert sum(encode_chat(tokenizer, pair.chosen).mask) > len(learned)
 
 
-def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, pair):
+def test_completions_are_truncated_to_seq_len_and_prompts_must_leave_room(tokenizer, pair):
     prompt = len(encode_prompt(tokenizer, pair.prompt))
     chosen, rejected = encode_pair(tokenizer, pair, prompt + 1)
     assert len(chosen.ids) == len(rejected.ids) == prompt + 1
@@ -124,7 +124,7 @@ def test_answers_are_cut_to_the_context_and_prompts_must_leave_room(tokenizer, p
         encode_pair(tokenizer, pair, prompt)
 
 
-def test_sides_that_differ_beyond_the_context_only_are_refused(tokenizer):
+def test_pairs_that_are_equal_after_truncation_are_rejected(tokenizer):
     pair = read_pair({"prompt": "a", "chosen": "b c d e f g", "rejected": "b c d e f h"})
     prompt = len(encode_prompt(tokenizer, pair.prompt))
     with pytest.raises(BadRecord, match="equal within seq_len=20"):
@@ -136,7 +136,7 @@ def found(prepared):
     return prepared(TasksData(count=40, digits=2, length=4), "pairs", seq_len=CONTEXT)
 
 
-def test_a_batch_holds_both_sides_of_a_pair_one_after_the_other(found, tokenizer):
+def test_a_batch_contains_chosen_and_rejected_rows_alternately(found, tokenizer):
     source = open_dataset(found.folder, "pairs", "train", CONTEXT, 3)
     batch = source.get_batch(0, 5)
     assert len(batch.ids) == 10
@@ -161,7 +161,7 @@ def test_no_column_of_a_batch_is_all_padding(found):
     assert int((batch.segments >= 0).sum(1).max()) == batch.ids.shape[1] <= CONTEXT
 
 
-def test_T2_rows_are_a_function_of_seed_and_number(found):
+def test_T2_rows_are_a_function_of_seed_and_index(found):
     one, two = (open_dataset(found.folder, "pairs", "train", CONTEXT, 3) for _ in range(2))
     late, early = two.get_batch(60, 4), one.get_batch(60, 4)
     assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
@@ -177,7 +177,7 @@ def test_the_report_counts_pairs(found):
     )
 
 
-def test_bad_pairs_are_reported_with_their_row_and_survived(prepared, rejects_of, write_lines):
+def test_bad_pairs_are_rejected_with_their_line(prepared, rejects_of, write_lines):
     record = LAYOUTS["prompt and texts"]
     rows = [
         record,
@@ -200,7 +200,7 @@ def test_bad_pairs_are_reported_with_their_row_and_survived(prepared, rejects_of
     assert found.report["sources"][0]["train"]["documents"] == 2
 
 
-def test_on_bad_line_fail_names_the_row(prepared, write_lines):
+def test_on_bad_line_fail_names_the_line(prepared, write_lines):
     record = LAYOUTS["prompt and texts"]
     path = write_lines("pairs.jsonl", [record, record | {"rejected": GOOD}])
     with pytest.raises(UserError, match=r"pairs\.jsonl:2: .*equal"):
@@ -208,12 +208,12 @@ def test_on_bad_line_fail_names_the_row(prepared, write_lines):
 
 
 @pytest.mark.parametrize("section", [StdlibData(), TextData(path="x.txt")])
-def test_data_without_pairs_says_so(prepared, section):
+def test_a_source_without_pairs_is_an_error(prepared, section):
     with pytest.raises(UserError, match="no pairs; use tasks, chats or hub"):
         prepared(section, "pairs", seq_len=CONTEXT)
 
 
-def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
+def test_all_pairs_of_a_prompt_are_in_the_same_split(prepared, write_lines):
     rows = [
         {"prompt": f"Say {n % 7}", "chosen": f"{n} yes", "rejected": f"{n} no"} for n in range(60)
     ]
@@ -233,7 +233,7 @@ def test_a_prompt_never_lies_on_both_sides_of_the_split(prepared, write_lines):
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
-def test_a_generated_mistake_is_wrong(name):
+def test_the_rejected_answer_of_a_generated_task_is_wrong(name):
     for index in range(200):
         task = tasks.generate_task(name, 0, index, digits=2, length=4)
         assert tasks.check_answer(task, task.answer)
@@ -280,6 +280,6 @@ FIELDS = st.sampled_from(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(FIELDS, JSON))
 @pytest.mark.parametrize("read", [read_pair, read_prompt])
-def test_T9_any_row_is_read_or_refused_with_a_reason(read, record):
+def test_T9_any_record_is_read_or_rejected_with_a_reason(read, record):
     with suppress(BadRecord):
         read(record)

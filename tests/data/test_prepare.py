@@ -44,9 +44,7 @@ def spaced_tokenizer():
     return Tokenizer(made.to_str())
 
 
-def test_every_document_is_in_exactly_one_part_and_comes_back_exactly(
-    prepared, texts_of, story_file, stories
-):
+def test_every_document_is_in_exactly_one_split_unchanged(prepared, texts_of, story_file, stories):
     found = prepared(TextData(path=str(story_file), validation=0.2))
     train, validation = texts_of(found, "train"), texts_of(found, "validation")
     assert sorted(train + validation) == sorted(stories)
@@ -55,7 +53,7 @@ def test_every_document_is_in_exactly_one_part_and_comes_back_exactly(
     assert 5 <= len(validation) <= 25
 
 
-def test_equal_documents_never_straddle_the_split(prepared, texts_of, write_lines, stories):
+def test_equal_documents_are_in_the_same_split(prepared, texts_of, write_lines, stories):
     found = prepared(
         TextData(path=str(write_lines("s.jsonl", objects(stories * 3))), validation=0.3)
     )
@@ -66,7 +64,7 @@ def test_equal_documents_never_straddle_the_split(prepared, texts_of, write_line
 
 @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])
 @pytest.mark.parametrize("count", [2, 3, 10])
-def test_neither_part_is_empty_where_there_are_two_documents(
+def test_neither_split_is_empty_with_at_least_two_documents(
     prepared, texts_of, write_lines, stories, fraction, count
 ):
     path = write_lines("s.jsonl", objects(stories[:count]))
@@ -75,7 +73,7 @@ def test_neither_part_is_empty_where_there_are_two_documents(
     assert texts_of(found, "validation")
 
 
-def test_a_lone_text_file_is_cut_in_two_at_the_end_of_a_line(prepared, texts_of, tmp_path, stories):
+def test_a_single_text_file_is_split_at_the_end_of_a_line(prepared, texts_of, tmp_path, stories):
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
     found = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
@@ -85,7 +83,7 @@ def test_a_lone_text_file_is_cut_in_two_at_the_end_of_a_line(prepared, texts_of,
     assert 0.05 < len(validation) / len(text) < 0.15
 
 
-def test_a_long_text_in_pieces_is_still_one_document(
+def test_a_long_text_read_in_pieces_is_one_document(
     prepared, texts_of, tmp_path, stories, monkeypatch
 ):
     monkeypatch.setattr("tinsmith.data.files.CHUNK_CHARS", 300)
@@ -101,7 +99,7 @@ def test_a_long_text_in_pieces_is_still_one_document(
     assert sorted(both) == sorted([text, *stories[:4]])
 
 
-def test_no_space_comes_between_the_pieces_of_a_long_text(
+def test_no_space_is_inserted_between_the_pieces_of_a_long_text(
     prepared, texts_of, tmp_path, stories, monkeypatch
 ):
     monkeypatch.setattr("tinsmith.data.files.CHUNK_CHARS", 300)
@@ -113,14 +111,14 @@ def test_no_space_comes_between_the_pieces_of_a_long_text(
     assert texts_of(found, "train") == [text]
 
 
-def test_without_a_fraction_nothing_is_held_back(prepared, story_file, texts_of, stories):
+def test_validation_0_means_no_validation_split(prepared, story_file, texts_of, stories):
     found = prepared(TextData(path=str(story_file), validation=0))
     assert texts_of(found, "train") == stories
     with pytest.raises(UserError, match="validation"):
         open_dataset(found.folder, "documents", "validation", 8, 0)
 
 
-def test_validation_may_be_a_file_of_its_own(prepared, write_lines, texts_of, stories):
+def test_validation_may_be_a_separate_file(prepared, write_lines, texts_of, stories):
     held_back = write_lines("held.jsonl", objects(stories[:7]))
     path = write_lines("rest.jsonl", objects(stories[7:]))
     found = prepared(TextData(path=str(path), validation=str(held_back)))
@@ -141,7 +139,7 @@ def test_a_folder_with_train_and_valid_files_is_split_by_them(
     assert found.report["sources"][0]["name"] == "own"
 
 
-def test_every_kind_of_file_is_read_alike(prepared, texts_of, tmp_path, stories):
+def test_all_file_formats_give_the_same_documents(prepared, texts_of, tmp_path, stories):
     import gzip
 
     lines = "".join(json.dumps(o) + "\n" for o in objects(stories[:10]))
@@ -162,7 +160,7 @@ def test_the_limit_takes_the_first_documents(prepared, texts_of, story_file, sto
     assert len(texts_of(prepared(StdlibData(validation=0, limit=7), "chats"), "train")) == 7
 
 
-def test_data_is_found_again_and_made_anew_when_anything_changes(
+def test_prepared_data_is_reused_and_prepared_again_after_any_change(
     prepared, story_file, write_lines, stories, tokenizer
 ):
     config = TextData(path=str(story_file))
@@ -183,7 +181,7 @@ def test_data_is_found_again_and_made_anew_when_anything_changes(
     assert len({first.folder, *others}) == 5
 
 
-def test_found_data_is_announced_and_damaged_data_is_made_again(
+def test_reused_data_is_announced_and_damaged_data_is_prepared_again(
     tmp_path, story_file, tokenizer, texts_of, stories
 ):
     output = []
@@ -201,7 +199,7 @@ def test_found_data_is_announced_and_damaged_data_is_made_again(
     assert "damaged" in output[1]
 
 
-def test_two_preparations_of_the_same_data_give_equal_files(tmp_path, story_file):
+def test_preparation_is_deterministic(tmp_path, story_file):
     train = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=400))
     data = (TextData(path=str(story_file)), TasksData(count=300))
     folders = [
@@ -214,7 +212,7 @@ def test_two_preparations_of_the_same_data_give_equal_files(tmp_path, story_file
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_a_tokenizer_is_trained_on_the_train_part_only(prepared, write_lines, stories):
+def test_a_tokenizer_is_trained_on_the_train_split_only(prepared, write_lines, stories):
     held_back = write_lines("held.jsonl", objects(["zqxzqxzqx " * 500]))
     path = write_lines("rest.jsonl", objects(stories))
     train = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=500))
@@ -223,7 +221,7 @@ def test_a_tokenizer_is_trained_on_the_train_part_only(prepared, write_lines, st
     assert len(found.tokenizer.encode("Once there was a")) <= 5
 
 
-def test_a_tokenizer_sees_at_most_max_bytes_spread_over_everything(
+def test_a_tokenizer_is_trained_on_at_most_max_bytes_sampled_evenly(
     prepared, write_lines, stories, monkeypatch
 ):
     seen = []
@@ -247,7 +245,7 @@ def test_a_tokenizer_sees_at_most_max_bytes_spread_over_everything(
     assert min(quarters[q] for q in range(4)) > 0.5 * len(seen) / 4
 
 
-def test_chats_given_to_pretraining_become_documents(prepared, texts_of, write_lines):
+def test_chats_as_documents_are_rendered_with_the_chat_template(prepared, texts_of, write_lines):
     path = write_lines("c.jsonl", [chat("why", "because"), chat("who", "me")])
     found = prepared(ChatsData(path=str(path), validation=0), "documents")
     (first, _) = texts_of(found, "train")
@@ -262,7 +260,7 @@ def test_chats_given_to_pretraining_become_documents(prepared, texts_of, write_l
 
 
 @pytest.mark.parametrize("data", [TasksData(count=200), StdlibData(limit=100)])
-def test_generated_data_serves_both_shapes_with_parts_that_share_nothing(prepared, texts_of, data):
+def test_generated_data_has_disjoint_splits_in_both_formats(prepared, texts_of, data):
     for shape in ("documents", "chats"):
         found = prepared(data, shape)
         train, validation = set(texts_of(found, "train")), set(texts_of(found, "validation"))
@@ -271,7 +269,7 @@ def test_generated_data_serves_both_shapes_with_parts_that_share_nothing(prepare
         assert not train & validation
 
 
-def test_the_same_sum_in_other_words_stays_on_one_side(prepared, texts_of):
+def test_rephrased_questions_about_the_same_sum_are_in_the_same_split(prepared, texts_of):
     found = prepared(TasksData(tasks=("arithmetic",), count=3000, digits=1, validation=0.3))
     sides = [
         {text.split("\n", 1)[1] for text in texts_of(found, part)}
@@ -281,7 +279,7 @@ def test_the_same_sum_in_other_words_stays_on_one_side(prepared, texts_of):
     assert not sides[0] & sides[1]
 
 
-def test_a_function_that_two_modules_share_is_taken_once(prepared, texts_of, monkeypatch):
+def test_duplicate_functions_are_left_out(prepared, texts_of, monkeypatch):
     source = "".join(
         f'def f{n}(x):\n    """Return {n}, a number."""\n    return {n}\n' for n in range(5)
     )
@@ -291,7 +289,7 @@ def test_a_function_that_two_modules_share_is_taken_once(prepared, texts_of, mon
     assert found.report["sources"][0]["train"]["documents"] == 5
 
 
-def test_several_sources_keep_their_own_shards_and_names(prepared, story_file):
+def test_several_sources_have_separate_shards_and_unique_names(prepared, story_file):
     found = prepared(
         (
             TextData(path=str(story_file), weight=3),
@@ -307,7 +305,7 @@ def test_several_sources_keep_their_own_shards_and_names(prepared, story_file):
     assert counts.tolist() == [600, 200, 200]
 
 
-def test_real_chats_use_99_percent_of_positions(real_data, prepared):
+def test_packing_efficiency_of_real_chats_is_99_percent(real_data, prepared):
     folder = real_data / "llamafactory_sft"
     for config in (ChatsData(path=str(folder)), StdlibData(limit=600), TasksData(count=1000)):
         found = prepared(config, "chats")
@@ -316,7 +314,7 @@ def test_real_chats_use_99_percent_of_positions(real_data, prepared):
             assert source.packing_efficiency >= 0.99 - 0.5 / source.size, (config.kind, context)
 
 
-def test_real_stories_come_back_exactly(real_data, prepared, texts_of):
+def test_real_stories_are_prepared_without_loss(real_data, prepared, texts_of):
     path = real_data / "tinystories_sample" / "train.txt"
     found = prepared(TextData(path=str(path)))
     stories = [text for text in path.read_text().split("<|endoftext|>\n") if text.strip()]

@@ -18,7 +18,7 @@ def chat(question, answer):
     }
 
 
-def test_T9_bad_lines_are_rejected_counted_and_named(
+def test_T9_bad_lines_are_rejected_and_counted(
     prepared, write_lines, rejects_of, texts_of, stories
 ):
     lines = [
@@ -42,7 +42,7 @@ def test_T9_bad_lines_are_rejected_counted_and_named(
 @pytest.mark.parametrize(
     "bad", [b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": ""}]
 )
-def test_T9_with_on_bad_line_fail_the_first_bad_line_ends_everything(
+def test_T9_with_on_bad_line_fail_the_first_bad_line_is_an_error(
     prepared, write_lines, stories, bad, tmp_path
 ):
     path = write_lines("s.jsonl", [*objects(stories[:3]), bad])
@@ -75,7 +75,7 @@ def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rej
 
 
 @pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
-def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
+def test_T9_a_chat_that_the_template_rejects_is_a_bad_line(
     prepared, write_lines, rejects_of, on_bad_line, monkeypatch
 ):
     from tinsmith.data.formats import base
@@ -98,7 +98,9 @@ def test_T9_a_chat_that_the_template_refuses_is_a_bad_line(
 
 
 @pytest.mark.parametrize("lines", [[], [b""], [b"{broken"], [{"text": ""}]])
-def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, lines, tmp_path):
+def test_T9_data_without_a_usable_document_is_a_one_line_error(
+    prepared, write_lines, lines, tmp_path
+):
     path = write_lines("s.jsonl", lines)
     with pytest.raises(UserError, match=r"nothing in '.*s\.jsonl' can be used") as caught:
         prepared(TextData(path=str(path)))
@@ -108,7 +110,7 @@ def test_T9_data_without_one_usable_document_is_one_line(prepared, write_lines, 
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_missing_file_and_the_wrong_kind_of_file_are_one_line(prepared, tmp_path, write_lines):
+def test_a_missing_file_or_an_unsupported_file_is_a_one_line_error(prepared, tmp_path, write_lines):
     with pytest.raises(UserError, match=r"data\.path: .*nothing\.jsonl does not exist"):
         prepared(TextData(path=str(tmp_path / "nothing.jsonl")))
     there = str(write_lines("s.jsonl", []))

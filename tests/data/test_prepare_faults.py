@@ -11,7 +11,7 @@ from tinsmith.data.prepare.prepared import open_prepared
 from tinsmith.data.sources import TasksData, TextData
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(
+def test_insufficient_disk_space_is_an_error_before_writing(
     prepared, story_file, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("tinsmith.data.prepare.prepare.free_space", lambda path: 1000)
@@ -21,7 +21,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 5])
-def test_a_disk_that_fills_up_leaves_nothing_half_written(
+def test_a_disk_that_fills_up_leaves_no_partial_folder(
     prepared, story_file, monkeypatch, tmp_path, call
 ):
     from tinsmith.data.prepare import shards
@@ -44,7 +44,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
     prepared(TextData(path=str(story_file)))
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(story_file, tokenizer, tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_a_one_line_error(story_file, tokenizer, tmp_path, monkeypatch):
     def refuse(self, *arguments, **more):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(story_file, tokenizer, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_a_stop_request_ends_it_soon_and_leaves_nothing(prepared, story_file, tmp_path):
+def test_a_stop_request_ends_preparation_and_leaves_no_files(prepared, story_file, tmp_path):
     polls = iter([False] * 20 + [True] * 100)
     with pytest.raises(Stopped) as caught:
         prepared(TextData(path=str(story_file)), stop=lambda: next(polls))
@@ -74,9 +74,7 @@ prepare(TextData(path=sys.argv[1]), tokenizer, "documents", Path(sys.argv[2]))
 """
 
 
-def test_a_preparation_killed_at_any_moment_leaves_nothing_behind_after_the_next(
-    story_file, tmp_path
-):
+def test_the_next_preparation_removes_the_files_of_a_killed_one(story_file, tmp_path):
     def run(root, **environment):
         command = [sys.executable, "-c", SCRIPT, str(story_file), str(root)]
         return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)

@@ -34,14 +34,14 @@ ASK = output("user", "What is 2 + 3?")
         {"instruction": "What is 2 + 3?", "input": "", "output": "5"},
     ],
 )
-def test_every_layout_says_the_same_question(record):
+def test_every_layout_gives_the_same_prompt(record):
     question = read_prompt(record)
     assert question.prompt == parse_conversation({"messages": [ASK]}, answered=False)
     assert question.answer == "5"
     assert question.record == record
 
 
-def test_a_question_may_have_no_answer():
+def test_a_prompt_may_have_no_reference_answer():
     assert read_prompt({"prompt": "Write.", "test_list": ["assert f()"]}).answer is None
 
 
@@ -96,7 +96,7 @@ def test_rows_of_prompts_are_their_ids_with_nothing_to_learn(source):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_ranks_share_out_the_prompts_of_a_step(source, world):
+def test_ranks_divide_the_prompts_of_a_step(source, world):
     shares = [RankLoader(source, 4, rank, world) for rank in range(world)]
     drawn = [[feed.next_prompts() for feed in shares] for _ in range(3)]
     flat = [prompt for step in drawn for share in step for prompt in share]
@@ -104,7 +104,7 @@ def test_ranks_share_out_the_prompts_of_a_step(source, world):
     assert [feed.cursor for feed in shares] == [12] * world
 
 
-def test_numbers_of_several_sources_do_not_meet(prepared):
+def test_prompt_ids_of_several_sources_are_disjoint(prepared):
     found = prepared(
         (TasksData(count=30, seed=1), TasksData(count=20, seed=2, validation=0.2)),
         "prompts",
@@ -117,7 +117,7 @@ def test_numbers_of_several_sources_do_not_meet(prepared):
     assert sorted(numbers) == list(range(source.size))
 
 
-def test_bad_prompts_are_reported_with_their_row_and_survived(prepared, rejects_of, write_lines):
+def test_bad_prompts_are_rejected_with_their_line(prepared, rejects_of, write_lines):
     rows = [
         {"prompt": "Say a.", "answer": "a"},
         {"prompt": "Say a.", "answer": ""},
@@ -132,7 +132,7 @@ def test_bad_prompts_are_reported_with_their_row_and_survived(prepared, rejects_
     assert "leaves no room" in reasons[3]
 
 
-def test_real_questions_are_read(real_data):
+def test_real_prompts_are_read(real_data):
     for file, answered in (
         ("svamp/train.jsonl", True),
         ("gsm8k/val.jsonl", True),

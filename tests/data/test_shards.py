@@ -20,7 +20,7 @@ documents_strategy = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_any_stretch_of_the_stream_reads_back(tmp_path_factory, documents, shard_tokens, data):
+def test_any_range_of_the_stream_reads_back(tmp_path_factory, documents, shard_tokens, data):
     folder = tmp_path_factory.mktemp("shards")
     with ShardWriter(folder, 70_001, masked=True, shard_tokens=shard_tokens) as writer:
         for ids in documents:
@@ -64,7 +64,7 @@ def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path):
         writer.add([10])
 
 
-def test_no_documents_make_an_empty_stream(make_shards):
+def test_shards_without_documents_are_an_empty_stream(make_shards):
     shards = make_shards([])
     assert (shards.tokens_total, len(shards.document_starts), len(shards.document_lengths)) == (
         0,
@@ -91,7 +91,9 @@ def cut_short(path):
 
 @pytest.mark.parametrize("name", ["00001.tokens", "00000.index", "00001.mask"])
 @pytest.mark.parametrize("damage", [cut_short, lambda p: p.write_bytes(b""), lambda p: p.unlink()])
-def test_T9_a_shard_of_the_wrong_size_is_always_found(make_shards, random_documents, name, damage):
+def test_T9_a_shard_of_the_wrong_size_is_always_detected(
+    make_shards, random_documents, name, damage
+):
     documents = random_documents(0, 20, 20)
     shards = make_shards(documents, [np.ones(len(ids)) for ids in documents])
     damage(shards.folder / name)
@@ -100,7 +102,7 @@ def test_T9_a_shard_of_the_wrong_size_is_always_found(make_shards, random_docume
 
 
 @pytest.mark.parametrize("name", ["00001.tokens", "00000.index", "00001.mask"])
-def test_T9_shard_corruption_is_found_by_hash(make_shards, random_documents, name):
+def test_T9_shard_corruption_is_detected_by_hash(make_shards, random_documents, name):
     documents = random_documents(0, 20, 20)
     shards = make_shards(documents, [np.ones(len(ids)) for ids in documents])
     flip_bit(shards.folder / name)
@@ -110,14 +112,14 @@ def test_T9_shard_corruption_is_found_by_hash(make_shards, random_documents, nam
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', "\x00"])
-def test_T9_a_damaged_manifest_is_one_line(make_shards, content):
+def test_T9_a_damaged_manifest_is_a_one_line_error(make_shards, content):
     folder = make_shards([[1, 2]]).folder
     (folder / "shards.json").write_text(content)
     with pytest.raises(UserError, match=r"shards\.json: .*prepare"):
         Shards.open(folder)
 
 
-def test_a_manifest_cannot_name_files_outside(make_shards):
+def test_a_manifest_cannot_name_files_outside_its_folder(make_shards):
     folder = make_shards([[1, 2]]).folder
     manifest = json.loads((folder / "shards.json").read_text())
     manifest["shards"][0]["files"] = {"../../x": {"bytes": 1, "sha256": ""}}
@@ -126,6 +128,6 @@ def test_a_manifest_cannot_name_files_outside(make_shards):
         Shards.open(folder)
 
 
-def test_a_missing_folder_says_what_to_do(tmp_path):
+def test_a_missing_folder_is_an_error_with_advice(tmp_path):
     with pytest.raises(UserError, match="run `tinsmith prepare`"):
         Shards.open(tmp_path / "none")

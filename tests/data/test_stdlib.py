@@ -41,7 +41,7 @@ def test_generated_files_are_left_out(modules, name):
 
 
 @pytest.mark.parametrize("name", ["ast.py", "dataclasses.py", "bdb.py", "pickletools.py"])
-def test_files_that_only_speak_of_generating_are_kept(modules, name):
+def test_files_that_only_mention_generation_are_kept(modules, name):
     assert name in {module.name for module in modules}
 
 
@@ -112,7 +112,7 @@ def one_line(): "Say nothing much."; return 3
 )
 
 
-def test_instruction_and_answer_come_from_name_signature_and_docstring():
+def test_instruction_and_completion_come_from_name_signature_and_docstring():
     records = list(stdlib.function_chats(stdlib.StdlibModule("m.py", SOURCE)))
     requested = [record["messages"][0]["content"] for record in records]
     answers = [record["messages"][1]["content"] for record in records]
@@ -128,7 +128,7 @@ def test_instruction_and_answer_come_from_name_signature_and_docstring():
     assert answers[1] == "```python\n@property\ndef size(self):\n    return 1\n```"
 
 
-def test_phrases_vary_and_stay_the_same():
+def test_phrases_vary_and_are_deterministic():
     source = "".join(
         f'def f{n}(x):\n    """Return the number {n}."""\n    return {n}\n' for n in range(40)
     )

@@ -27,7 +27,7 @@ def solve(question):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_answer_of_every_task_is_right(name):
+def test_the_answer_of_every_task_is_correct(name):
     for index in range(2000):
         task = generate_task(name, 1, index, digits=1 + index % 6, length=1 + index % 12)
         assert task.answer == solve(task.question), task
@@ -53,14 +53,14 @@ def test_a_task_is_a_pure_function_of_its_arguments(name):
     assert len(set(first)) > 150
 
 
-def test_a_known_task_never_changes():
+def test_a_generated_task_is_pinned():
     assert generate_task("arithmetic", 0, 3).question == "43 + 7 = ?"
     assert generate_task("sort", 0, 2).answer == "9 42 52"
     assert generate_task("copy", 0, 0).answer == "y v w"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_worked_reply_is_accepted_and_a_wrong_one_is_not(name):
+def test_a_correct_reply_is_accepted_and_a_wrong_one_is_not(name):
     for index in range(200):
         task, other = generate_task(name, 0, index), generate_task(name, 9, index)
         assert check_answer(task, f"<think>\n{task.reasoning}\n</think>\n\n{task.answer}<|im_end|>")
@@ -184,7 +184,7 @@ def test_error_rate_makes_labels_one_too_high_and_the_question_does_not_reveal_i
     assert plain == [solve(requested) for requested, _ in off]
 
 
-def test_an_error_rate_out_of_range_is_refused():
+def test_an_error_rate_out_of_range_raises():
     with pytest.raises(ValueError, match="from 0 to 1"):
         TasksData(error_rate=1.5)
 
@@ -204,7 +204,7 @@ def test_a_wrong_calculator_task_does_not_call_the_calculator():
 
 
 @pytest.mark.parametrize("shape", ["chats", "prompts"])
-def test_a_tokenizer_learns_the_words_that_describe_tools(shape):
+def test_a_tokenizer_is_trained_on_tool_descriptions(shape):
     (document,) = documents(TasksData(count=1, tasks=("calculator",)), shape)
     learned = "".join(document.tokenizer_texts())
     assert '{"name": "calculator", "parameters"' in learned

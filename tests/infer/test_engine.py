@@ -29,14 +29,14 @@ def answers(engine, requests, finished):
 
 
 @pytest.mark.parametrize("lengths", [[7], [1, 1], [6, 6, 6], [1, 4, 9, 30, 2]])
-def test_greedy_answers_are_those_of_full_forwards(lm, draw, greedily, finished, lengths):
+def test_greedy_completions_equal_those_of_full_forwards(lm, draw, greedily, finished, lengths):
     prompts = [draw(length, seed) for seed, length in enumerate(lengths)]
     found = answers(Engine(lm), [(prompt, GREEDY, 12) for prompt in prompts], finished)
     assert found == [greedily(lm, prompt, 12) for prompt in prompts]
     assert len({tuple(answer) for answer in found}) > 1 or len(lengths) == 1
 
 
-def test_rows_come_and_go_while_others_run(lm, draw, greedily):
+def test_requests_are_added_and_finished_while_others_run(lm, draw, greedily):
     """More requests than rows, at random times; some are dropped, waiting or running."""
     turn = random.Random(3)
     engine = Engine(lm, max_batch_size=3)
@@ -68,7 +68,7 @@ def test_rows_come_and_go_while_others_run(lm, draw, greedily):
         assert [event.finish_reason for event in received[number][:-1]] == [None] * (len(found) - 1)
 
 
-def test_many_rows_are_refilled_a_few_at_a_time(small, draw):
+def test_freed_slots_are_refilled_in_small_batches(small, draw):
     """Of 32 rows two must be free, or as many as there are prompts left to wait for them."""
     engine = Engine(small(), max_batch_size=32)
     for seed in range(35):
@@ -86,7 +86,7 @@ def test_many_rows_are_refilled_a_few_at_a_time(small, draw):
     assert free[-1][1:] == (1, 1)
 
 
-def test_long_prompts_are_taken_in_bit_by_bit_while_others_go_on(
+def test_long_prompts_are_prefilled_in_chunks_while_others_decode(
     small, draw, greedily, monkeypatch
 ):
     monkeypatch.setattr(rows_module, "PREFILL_CHUNK_SIZE", 8)
@@ -108,9 +108,7 @@ def test_long_prompts_are_taken_in_bit_by_bit_while_others_go_on(
         assert received[number] == greedily(lm, prompts[number], count)
 
 
-def test_a_request_dropped_while_its_prompt_is_taken_in_never_speaks(
-    small, draw, greedily, monkeypatch
-):
+def test_a_request_cancelled_during_prefill_generates_nothing(small, draw, greedily, monkeypatch):
     monkeypatch.setattr(rows_module, "PREFILL_CHUNK_SIZE", 8)
     lm = small()
     engine = Engine(lm)
@@ -122,7 +120,7 @@ def test_a_request_dropped_while_its_prompt_is_taken_in_never_speaks(
     assert tokens_of(engine.run()) == greedily(lm, draw(20, 1), 4)
 
 
-def test_caches_grow_with_the_rows_and_shrink_when_they_are_gone(small, draw, greedily, finished):
+def test_caches_grow_with_the_rows_and_shrink_afterwards(small, draw, greedily, finished):
     lm = small([{"heads": 4, "window": 300}, {"heads": 4}], max_seq_len=2000, depth=2)
     engine = Engine(lm)
     nothing = engine.nbytes()
@@ -148,7 +146,7 @@ def test_a_row_outgrows_its_caches_while_it_decodes(small, draw, greedily, finis
     assert answers(Engine(lm), requests, finished) == expected
 
 
-def test_S4_the_same_seed_gives_the_same_tokens_whatever_else_is_requested(lm, draw, finished):
+def test_S4_the_same_seed_gives_the_same_tokens_in_any_batch(lm, draw, finished):
     chosen = SamplingParams(temperature=1.5, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
     requests = [(draw(9), chosen, 15)]
     alone = answers(Engine(lm), requests, finished)[0]
@@ -166,7 +164,7 @@ def test_S4_the_same_seed_gives_the_same_tokens_whatever_else_is_requested(lm, d
     assert different[0] != alone
 
 
-def test_S4_in_float32_too(small, draw, finished):
+def test_S4_the_same_seed_gives_the_same_tokens_in_float32(small, draw, finished):
     lm = small(dtype=torch.float32)
     chosen = SamplingParams(temperature=1.0, seed=2)
     alone = answers(Engine(lm), [(draw(9), chosen, 40)], finished)[0]
@@ -174,13 +172,13 @@ def test_S4_in_float32_too(small, draw, finished):
     assert answers(Engine(lm), [*others, (draw(9), chosen, 40)], finished)[3] == alone
 
 
-def test_without_a_seed_every_answer_is_another(small, draw, finished):
+def test_without_a_seed_completions_differ(small, draw, finished):
     requests = [(draw(5), SamplingParams(temperature=2.0), 30)] * 2
     first, second = answers(Engine(small()), requests, finished)
     assert first != second
 
 
-def test_logprobs_are_those_of_full_forwards(lm, draw):
+def test_logprobs_equal_those_of_full_forwards(lm, draw):
     engine = Engine(lm)
     prompt = draw(6)
     engine.add(prompt, SamplingParams(temperature=0.7, top_k=5, seed=1), 10)
@@ -193,7 +191,7 @@ def test_logprobs_are_those_of_full_forwards(lm, draw):
     assert [event.logprob for event in events] == pytest.approx(expected, abs=1e-9)
 
 
-def test_repetition_is_penalised_over_prompt_and_answer(small, draw, finished):
+def test_repetition_penalty_covers_prompt_and_completion(small, draw, finished):
     """A penalty that leaves a token no chance twice: all that is said is new."""
     prompt = draw(10)
     chosen = SamplingParams(temperature=0, repetition_penalty=1e6)
@@ -245,7 +243,7 @@ def test_prompts_of_very_different_length_are_not_padded_to_one(small, draw, fin
     assert [shape for shape in shapes if shape[1] > 1] == [(2, 5), (3, 60), (1, 2)]
 
 
-def test_an_answer_ends_with_a_stop_token_or_its_length(small, draw, greedily, finished):
+def test_a_completion_ends_at_a_stop_token_or_its_length(small, draw, greedily, finished):
     lm = small()
     whole = greedily(lm, draw(6), 12)
     third = next(t for t in whole[2:] if t not in whole[:2])
@@ -264,7 +262,7 @@ def test_an_answer_ends_with_a_stop_token_or_its_length(small, draw, greedily, f
 
 
 @pytest.mark.parametrize("capacity", [10, 128, None, 4000])
-def test_an_answer_ends_where_the_row_is_full(lm, draw, greedily, capacity):
+def test_a_completion_ends_when_the_row_is_full(lm, draw, greedily, capacity):
     """The model's context is the limit, whatever the capacity."""
     engine = Engine(lm, max_seq_len=capacity)
     most = min(capacity or 128, 128)
@@ -278,7 +276,9 @@ def test_an_answer_ends_where_the_row_is_full(lm, draw, greedily, capacity):
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "none"])
-def test_other_positions_up_to_the_last_one(small, draw, greedily, finished, positions):
+def test_other_position_encodings_up_to_the_last_position(
+    small, draw, greedily, finished, positions
+):
     lm = small(positions=positions, max_seq_len=20)
     requests = [(draw(4), GREEDY, 100), (draw(9), GREEDY, 100)]
     assert answers(Engine(lm), requests, finished) == [
@@ -350,7 +350,7 @@ def test_after_a_failed_request_the_engine_goes_on(small, draw, greedily):
         ([1], 0, "max_new_tokens=0"),
     ],
 )
-def test_impossible_requests_are_refused(small, prompt, max_new, message):
+def test_invalid_requests_raise(small, prompt, max_new, message):
     engine = Engine(small())
     with pytest.raises(UserError, match=message):
         engine.add(prompt, GREEDY, max_new)
@@ -358,19 +358,19 @@ def test_impossible_requests_are_refused(small, prompt, max_new, message):
 
 
 @pytest.mark.parametrize("key", ["max_batch_size", "max_seq_len"])
-def test_impossible_sizes_are_refused(small, key):
+def test_invalid_engine_sizes_raise(small, key):
     with pytest.raises(UserError, match=f"{key}=0"):
         Engine(small(), **{key: 0})
 
 
-def test_a_model_in_training_mode_is_refused(small, draw):
+def test_a_model_in_training_mode_raises(small, draw):
     engine = Engine(small().train())
     engine.add(draw(3), GREEDY, 3)
     with pytest.raises(ValueError, match=r"lm\.eval"):
         engine.step()
 
 
-def test_dropping_what_is_over_or_unknown_does_nothing(small, draw):
+def test_cancelling_a_finished_or_unknown_request_does_nothing(small, draw):
     engine = Engine(small())
     number = engine.add(draw(3), GREEDY, 2)
     assert len(list(engine.run())) == 2
@@ -392,7 +392,7 @@ def test_another_precision_decodes_with_a_copy_of_the_weights(small, draw, greed
     assert found == greedily(lm.double(), draw(5), 20)
 
 
-def test_the_model_stays_as_it_is(small, draw):
+def test_the_engine_does_not_change_the_model(small, draw):
     """Generating uses no global random state and leaves nothing behind on the model."""
     lm = small()
     before = torch.get_rng_state()

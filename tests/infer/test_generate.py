@@ -37,7 +37,7 @@ def build(tokenizer, ids, stop=(), finish_reason="length"):
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 319), min_size=1, max_size=20))
-def test_increments_never_split_a_character_and_make_up_the_text(tokenizer, ids):
+def test_increments_never_split_a_character_and_join_to_the_text(tokenizer, ids):
     pieces, builder = build(tokenizer, ids)
     assert "".join(pieces) == builder.completion().text == tokenizer.decode(ids)
     whole = tokenizer.encode("naïve 你好 😀")
@@ -45,13 +45,13 @@ def test_increments_never_split_a_character_and_make_up_the_text(tokenizer, ids)
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_comes_once_it_is_whole(tokenizer):
+def test_a_character_is_emitted_when_it_is_complete(tokenizer):
     ids = [tokenizer.encode(bytes([byte]))[0] for byte in "a😀b".encode()]
     assert build(tokenizer, ids)[0] == ["a", "", "", "", "😀", "b"]
     assert build(tokenizer, ids[:4])[0] == ["a", "", "", "\ufffd"]
 
 
-def test_a_stop_string_is_found_over_borders_of_tokens(tokenizer):
+def test_a_stop_string_is_found_across_tokens(tokenizer):
     ids = [tokenizer.encode(bytes([byte]))[0] for byte in b"one\nEND two"]
     pieces, builder = build(tokenizer, ids, stop=["\nEND"])
     assert pieces == ["o", "n", "e", "", "", "", ""]
@@ -66,7 +66,7 @@ def test_a_stop_token_is_among_the_ids_and_not_in_the_text(tokenizer):
     assert builder.completion()[:3] == (ids, "x + 1", "stop")
 
 
-def test_text_that_might_have_become_a_stop_string_comes_at_the_end(tokenizer):
+def test_a_buffered_prefix_of_a_stop_string_is_emitted_at_the_end(tokenizer):
     ids = [*tokenizer.encode("a#"), tokenizer.end_of_text]
     _, builder = build(tokenizer, ids, stop=["##"], finish_reason="stop")
     assert builder.completion().text == "a#"
@@ -83,7 +83,7 @@ def test_a_stream_gives_the_text_of_generate(lm, tokenizer):
     assert len({completion.text for completion in whole}) == 3
 
 
-def test_stop_strings_cut_answers_and_free_their_rows(lm, tokenizer):
+def test_stop_strings_end_completions_and_free_their_rows(lm, tokenizer):
     prompt = tokenizer.encode("def f")
     plain = generate(lm, tokenizer, [prompt], sampling_params=WARM, max_new_tokens=40)[0]
     assert plain.finish_reason == "length"
@@ -106,7 +106,7 @@ def test_stop_strings_cut_answers_and_free_their_rows(lm, tokenizer):
     assert "".join(pieces) == plain.text[:where]
 
 
-def test_answers_end_with_end_of_text_and_end_of_turn(small, tokenizer):
+def test_completions_end_at_end_of_text_and_end_of_turn(small, tokenizer):
     assert eos_ids(tokenizer) == (0, 2)
     for last in (0, 2):
         lm = small(vocab_size=tokenizer.vocab_size, depth=1)
@@ -120,7 +120,7 @@ def test_answers_end_with_end_of_text_and_end_of_turn(small, tokenizer):
         assert completion[:3] == ([last], "", "stop")
 
 
-def test_S4_answers_do_not_depend_on_what_else_is_requested(lm, tokenizer):
+def test_S4_completions_do_not_depend_on_other_requests(lm, tokenizer):
     prompts = [tokenizer.encode("def f(x):" + " x" * count) for count in range(5)]
     together = generate(
         lm, tokenizer, prompts, sampling_params=WARM, max_new_tokens=12, batch_size=3
@@ -130,7 +130,7 @@ def test_S4_answers_do_not_depend_on_what_else_is_requested(lm, tokenizer):
         assert alone[:3] == completion[:3]
 
 
-def test_several_answers_to_one_prompt_differ_and_the_first_is_that_of_one(lm, tokenizer):
+def test_several_completions_of_a_prompt_differ_and_the_first_equals_a_single_one(lm, tokenizer):
     prompt = tokenizer.encode("def")
     one = generate(lm, tokenizer, [prompt], sampling_params=WARM, max_new_tokens=20)
     three = generate(
@@ -142,7 +142,7 @@ def test_several_answers_to_one_prompt_differ_and_the_first_is_that_of_one(lm, t
     assert with_distinct_seeds(SamplingParams(), 2) == [SamplingParams()] * 2
 
 
-def test_every_prompt_may_have_its_own_sampling(lm, tokenizer):
+def test_every_prompt_may_have_its_own_sampling_params(lm, tokenizer):
     prompts = [tokenizer.encode("def"), tokenizer.encode("x")]
     each = generate(lm, tokenizer, prompts, sampling_params=[GREEDY, WARM], max_new_tokens=10)
     for completion, prompt, chosen in zip(each, prompts, (GREEDY, WARM), strict=True):
@@ -154,7 +154,7 @@ def test_every_prompt_may_have_its_own_sampling(lm, tokenizer):
         generate(lm, tokenizer, prompts, sampling_params=[GREEDY], max_new_tokens=10)
 
 
-def test_answers_end_as_they_are_when_requested_to(lm, tokenizer):
+def test_a_stop_callback_ends_all_completions_early(lm, tokenizer):
     polls = iter([False] * 4 + [True])
     done = generate(
         lm,
@@ -183,7 +183,7 @@ def test_closing_a_stream_cancels_its_request_and_no_other(lm, tokenizer):
     assert not engine.busy
 
 
-def test_several_readers_each_get_the_events_of_their_own_request(lm, tokenizer):
+def test_every_reader_gets_the_events_of_its_own_request(lm, tokenizer):
     prompts = [tokenizer.encode(text) for text in ("def", "naïve café", "x", "def f(x)")]
     params = with_distinct_seeds(WARM, 4)
     alone = generate(lm, tokenizer, prompts, sampling_params=params, max_new_tokens=20)
@@ -233,7 +233,7 @@ def test_a_stop_string_ends_one_request_of_several(lm, tokenizer):
     assert "".join(whole.text()) == plain.text
 
 
-def test_broken_weights_are_an_error_of_generate_and_of_a_stream(lm, tokenizer):
+def test_nan_weights_are_an_error_of_generate_and_of_stream(lm, tokenizer):
     with torch.no_grad():
         lm.embed.weight[5] = float("nan")
     arguments = {"sampling_params": WARM, "max_new_tokens": 5}
@@ -248,7 +248,7 @@ def test_broken_weights_are_an_error_of_generate_and_of_a_stream(lm, tokenizer):
     assert len(list(sound)) == 5
 
 
-def test_the_mode_of_the_model_comes_back(lm, tokenizer):
+def test_the_training_mode_of_the_model_is_restored(lm, tokenizer):
     lm.train()
     generate(lm, tokenizer, [[5]], sampling_params=GREEDY, max_new_tokens=3)
     assert lm.training

@@ -71,7 +71,7 @@ CASES = [
 
 @pytest.mark.parametrize("size", [10, 700])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_are_those_of_transformers(case, size):
+def test_scores_equal_those_of_transformers(case, size):
     chosen = SamplingParams(**case)
     logits, seen = logits_of(4, size), seen_of(4, size)
     mine = filter_logits(logits, stack_sampling_params([chosen] * 4), seen).log_softmax(-1)
@@ -81,7 +81,7 @@ def test_scores_are_those_of_transformers(case, size):
 
 
 @pytest.mark.parametrize("size", [10, 700])
-def test_a_row_is_filtered_as_if_it_were_alone(size):
+def test_filtering_a_row_does_not_depend_on_the_batch(size):
     samplings = [SamplingParams(**case) for case in CASES] + [SamplingParams(temperature=0)]
     logits, seen = logits_of(len(samplings), size), seen_of(len(samplings), size)
     together = filter_logits(logits, stack_sampling_params(samplings), seen)
@@ -91,7 +91,7 @@ def test_a_row_is_filtered_as_if_it_were_alone(size):
         torch.testing.assert_close(together[part], alone, rtol=0, atol=0)
 
 
-def test_of_equal_scores_the_lower_ids_stay():
+def test_of_equal_scores_the_lower_ids_are_kept():
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0, -INF, 1.0]])
     for count, expected in ((1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5])):
         scores = filter_logits(
@@ -104,7 +104,7 @@ def test_of_equal_scores_the_lower_ids_stay():
     ) == [[0, 1, 2]]
 
 
-def test_top_p_beyond_the_tokens_it_looks_at_first_is_exact():
+def test_top_p_beyond_the_first_candidates_is_exact():
     """A flat distribution needs more tokens than `FEW`."""
     flat = torch.zeros(2, 1000)
     chosen = [
@@ -117,7 +117,7 @@ def test_top_p_beyond_the_tokens_it_looks_at_first_is_exact():
     ]
 
 
-def test_the_best_token_always_stays():
+def test_the_highest_score_is_always_kept():
     logits = logits_of(3, 50)
     for case in ({"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}):
         scores = filter_logits(
@@ -127,7 +127,7 @@ def test_the_best_token_always_stays():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-9, 1e-6, 1e-3])
-def test_S4_temperature_0_is_greedy_and_next_to_0_nearly_so(temperature):
+def test_S4_temperature_0_and_small_temperatures_are_greedy(temperature):
     logits = logits_of(64, 100).float()
     settings_ = stack_sampling_params([SamplingParams(temperature=temperature)] * 64)
     ids, logprobs = sample(logits, settings_, torch.full((64,), 0.5, dtype=torch.float64))
@@ -148,19 +148,19 @@ def test_S4_greedy_rows_stay_greedy_beside_others():
     torch.testing.assert_close(logprobs[1::2], reported[1::2])
 
 
-def test_the_lowest_of_equally_good_tokens_is_greedy():
+def test_greedy_decoding_takes_the_lowest_of_equal_ids():
     logits = torch.tensor([[0.0, 3.0, 3.0, 3.0]])
     assert sample(logits, stack_sampling_params([SamplingParams(temperature=0)]))[0].tolist() == [1]
 
 
-def test_a_greedy_row_is_penalised_too():
+def test_repetition_penalty_applies_to_greedy_rows():
     logits = torch.tensor([[3.0, 2.0, -1.0], [-3.0, -2.0, -2.5]])
     seen = torch.tensor([[True, False, False], [False, True, False]])
     chosen = stack_sampling_params([SamplingParams(temperature=0, repetition_penalty=2.0)] * 2)
     assert sample(logits, chosen, None, seen)[0].tolist() == [1, 2]
 
 
-def test_tokens_come_as_often_as_their_probability():
+def test_token_frequencies_equal_their_probabilities():
     """Against the exact distribution, on an even grid of random numbers."""
     logits = logits_of(1, 6, scale=1.0)
     count = 5000
@@ -184,7 +184,7 @@ def test_a_token_without_probability_is_never_drawn(numbers, point):
         assert logits.softmax(-1)[0, int(ids)] > 0
 
 
-def test_logprobs_are_of_the_whole_distribution_at_the_rows_temperature():
+def test_logprobs_are_of_the_unfiltered_distribution_at_the_rows_temperature():
     logits = logits_of(3, 50)
     case = {"top_k": 3, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.5}
     samplings = [
@@ -203,7 +203,7 @@ def test_logprobs_are_of_the_whole_distribution_at_the_rows_temperature():
 
 @pytest.mark.parametrize("broken", [math.nan, INF])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_have_no_logprob(broken, temperature):
+def test_nan_logits_give_a_nan_logprob(broken, temperature):
     logits = logits_of(2, 300)
     logits[1, 17] = broken
     chosen = SamplingParams(temperature=temperature, top_p=0.9, top_k=280, min_p=0.1)
@@ -214,7 +214,7 @@ def test_logits_that_are_no_numbers_have_no_logprob(broken, temperature):
     assert 0 <= int(ids[1]) < 300
 
 
-def test_random_numbers_are_a_function_of_seed_and_step_and_look_uniform():
+def test_random_numbers_are_a_function_of_seed_and_step_and_uniform():
     numbers = torch.tensor([uniform(seed, step) for seed in range(40) for step in range(100)])
     assert uniform(7, 3) == uniform(7, 3)
     assert len(set(numbers.tolist())) == 4000
@@ -242,6 +242,6 @@ def test_random_numbers_are_a_function_of_seed_and_step_and_look_uniform():
         ("repetition_penalty", math.nan),
     ],
 )
-def test_impossible_settings_are_refused_with_their_key(key, value):
+def test_invalid_sampling_params_raise_with_their_key(key, value):
     with pytest.raises(ValueError, match=f"^{key}="):
         SamplingParams(**{key: value})

@@ -123,7 +123,7 @@ def test_trimming_keeps_the_system_message_and_room_for_the_reply(scripted, toke
     assert all(f"message {index}" in text for index, text in enumerate(texts))
 
 
-def test_a_message_that_cannot_fit_is_refused_and_not_recorded(engine):
+def test_a_message_longer_than_the_context_raises_and_is_not_recorded(engine):
     session = ChatSession(engine)
     list(session.reply("hello", WARM, 5))
     before = session.record()
@@ -132,7 +132,7 @@ def test_a_message_that_cannot_fit_is_refused_and_not_recorded(engine):
     assert session.record() == before
 
 
-def test_an_interrupted_reply_is_kept_as_far_as_it_came(engine):
+def test_the_text_of_an_interrupted_reply_is_kept(engine):
     session = ChatSession(engine)
     increments = session.reply("hello", WARM, 60)
     text = next(increments) + next(increments)

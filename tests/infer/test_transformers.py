@@ -65,7 +65,7 @@ def generated(model, prompts, count, **options):
 @pytest.mark.parametrize(
     ("lengths", "penalty"), [([5], 1.0), ([9, 9, 9], 1.0), ([1, 30, 7], 1.0), ([9, 9], 1.2)]
 )
-def test_greedy_ids_are_those_of_transformers(pair, draw, finished, lengths, penalty):
+def test_greedy_ids_equal_those_of_transformers(pair, draw, finished, lengths, penalty):
     lm, theirs = pair
     prompts = [draw(length, seed) for seed, length in enumerate(lengths)]
     engine = Engine(lm)

@@ -14,7 +14,7 @@ def covered(fitted):
 
 @given(st.integers(1, 200), st.data())
 @settings(derandomize=True, max_examples=200, deadline=None)
-def test_every_token_lies_in_exactly_one_row_and_rows_hold_no_more_than_they_can(room, data):
+def test_every_token_is_in_exactly_one_row_and_no_row_exceeds_its_capacity(room, data):
     lengths = np.array(data.draw(st.lists(st.integers(1, room), max_size=60)), dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
     fitted = best_fit(starts, lengths, room)
@@ -30,7 +30,7 @@ def usage(lengths, fitted, room):
 
 
 @pytest.mark.parametrize("room", [128, 256, 512, 2048, 8192])
-def test_99_percent_of_positions_are_used_whatever_the_lengths(room):
+def test_packing_efficiency_is_99_percent_for_all_length_distributions(room):
     numbers = np.random.default_rng(room)
     mixes = {
         "log-normal": np.minimum(numbers.lognormal(5, 1, 20_000).astype(int) + 5, room),
@@ -43,7 +43,7 @@ def test_99_percent_of_positions_are_used_whatever_the_lengths(room):
         assert usage(lengths, fitted, room) >= 0.99, name
 
 
-def test_chats_are_kept_whole_where_they_fit_together():
+def test_chats_that_pack_well_are_not_cut():
     lengths = np.minimum(np.random.default_rng(0).lognormal(5, 1, 20_000).astype(int) + 5, 1024)
     fitted = best_fit(np.cumsum(lengths) - lengths, lengths, 1024)
     assert len(fitted.starts) == len(lengths)
@@ -56,7 +56,7 @@ def test_a_cut_takes_the_end_of_the_longest_piece():
     assert (fitted.starts[:2].tolist(), fitted.lengths[:2].tolist()) == ([0, 80], [60, 40])
 
 
-def test_exact_fits_are_found():
+def test_pieces_that_fill_a_row_exactly_are_packed_together():
     fitted = best_fit(np.array([0, 100, 200, 300]), np.array([70, 20, 10, 25]), 100)
     rows = [
         fitted.lengths[a:b].tolist()
@@ -65,7 +65,7 @@ def test_exact_fits_are_found():
     assert rows == [[70, 20, 10], [25]]
 
 
-def test_equal_arguments_give_equal_rows():
+def test_packing_is_deterministic():
     lengths = np.random.default_rng(1).integers(1, 300, 5000)
     starts = np.cumsum(lengths) - lengths
     first, second = best_fit(starts, lengths, 300), best_fit(starts, lengths, 300)

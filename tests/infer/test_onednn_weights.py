@@ -55,7 +55,7 @@ def can_pack(dtype):
     ],
 )
 @torch.inference_mode()
-def test_a_packed_model_says_the_same(dtype, atol, tied):
+def test_prepacked_logits_equal_those_of_the_model(dtype, atol, tied):
     with torch.inference_mode(False):
         lm = model(dtype, tie_embeddings=tied)
     twin = prepack_weights(lm)
@@ -64,7 +64,7 @@ def test_a_packed_model_says_the_same(dtype, atol, tied):
 
 
 @can_pack(torch.float32)
-def test_parameters_are_shared_and_the_model_is_as_it_was():
+def test_parameters_are_shared_and_the_model_is_unchanged():
     lm = model()
     twin = prepack_weights(lm)
     assert list(map(id, twin.parameters())) == list(map(id, lm.parameters()))
@@ -73,7 +73,7 @@ def test_parameters_are_shared_and_the_model_is_as_it_was():
 
 
 @pytest.mark.parametrize("change", ["in place", "fused", "data", "assign"])
-def test_weights_that_change_between_answers_are_seen(change):
+def test_changed_weights_are_used_in_the_next_generation(change):
     lm = model()
     engine = Engine(lm)
     answer(engine)
@@ -95,7 +95,7 @@ def test_weights_that_change_between_answers_are_seen(change):
 
 
 @can_pack(torch.float32)
-def test_an_engine_follows_the_mode_of_its_model():
+def test_an_engine_requires_eval_mode():
     lm = model().train()
     engine = Engine(lm)
     with pytest.raises(ValueError, match="eval mode"):
@@ -105,7 +105,7 @@ def test_an_engine_follows_the_mode_of_its_model():
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_an_engine_answers_under_autocast(precision):
+def test_an_engine_generates_under_autocast(precision):
     engine = Engine(model())
     engine.add([1, 2, 3], SamplingParams(temperature=0), 4)
     with torch.autocast("cpu", precision):
@@ -113,7 +113,7 @@ def test_an_engine_answers_under_autocast(precision):
 
 
 @can_pack(torch.float32)
-def test_gradients_pass_through_a_packed_model():
+def test_gradients_flow_through_a_prepacked_model():
     lm = model()
     twin = prepack_weights(lm)
     with torch.no_grad():
@@ -122,19 +122,19 @@ def test_gradients_pass_through_a_packed_model():
     assert all(parameter.grad is not None for parameter in lm.parameters())
 
 
-def test_weights_of_inference_mode_are_left():
+def test_weights_created_in_inference_mode_are_not_prepacked():
     with torch.inference_mode():
         lm = model()
     assert prepack_weights(lm) is lm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_what_cannot_be_packed_is_left(dtype):
+def test_unsupported_dtypes_are_not_prepacked(dtype):
     lm = model(dtype)
     assert prepack_weights(lm) is lm
 
 
-def test_a_compiled_model_is_left():
+def test_a_compiled_model_is_not_prepacked():
     lm = model()
     lm.compile(backend="eager")
     assert prepack_weights(lm) is lm

@@ -43,21 +43,21 @@ def outputs(kind, grid):
         ),
     ],
 )
-def test_a_kind_does_what_it_says(kind, expected):
+def test_a_kind_gives_the_expected_grid(kind, expected):
     assert expected in outputs(kind, GRID)
 
 
-def test_crop_keeps_what_is_no_background():
+def test_crop_removes_the_background_around_the_coloured_cells():
     assert outputs("crop", ((0, 0, 0), (0, 1, 0), (0, 0, 2))) == {((1, 0), (0, 2))}
 
 
-def test_there_are_more_than_ten_kinds_and_each_is_seen_alone():
+def test_there_are_at_least_ten_kinds_and_each_is_a_training_rule():
     assert len(KINDS) >= 10
     assert set(KINDS) < set(TRAIN_RULES)
 
 
 @pytest.mark.parametrize("rule", [*TRAIN_RULES, *HELD_OUT_RULES])
-def test_a_puzzle_is_a_pure_function_in_which_the_rule_does_something(rule):
+def test_a_puzzle_is_a_pure_function_and_its_rule_changes_every_input(rule):
     sizes = Sizes(3, 5, 3)
     first = [generate_puzzle(rule, 1, index, sizes) for index in range(30)]
     assert [generate_puzzle(rule, 1, index, sizes) for index in reversed(range(30))][::-1] == first
@@ -88,7 +88,7 @@ def moves(steps, grids):
     return len(set(stages)) == len(stages)
 
 
-def test_rules_held_back_are_no_views_of_rules_that_are_seen():
+def test_held_out_rules_are_not_views_of_training_rules():
     """As functions, on grids drawn for the purpose: names alone could hide the same rule. Some of
     the parameters may (recolour 1 to 2, keep 3): such puzzles are drawn anew, see below.
     """
@@ -110,7 +110,7 @@ def test_rules_held_back_are_no_views_of_rules_that_are_seen():
 
 
 @pytest.mark.parametrize("rule", HELD_OUT_RULES)
-def test_no_rule_that_is_seen_explains_a_puzzle_held_back(rule):
+def test_no_training_rule_explains_a_held_out_puzzle(rule):
     """Small grids and few demonstrations: by chance a simpler rule would do, one time in fifty."""
     numbers = random.Random(rule)
     for index in range(30):
@@ -124,7 +124,7 @@ def test_no_rule_that_is_seen_explains_a_puzzle_held_back(rule):
                 assert made(steps, inputs) != wanted, (seen, one)
 
 
-def test_a_known_puzzle_never_changes():
+def test_a_generated_puzzle_is_pinned():
     one = generate_puzzle("mirror", 0, 0, Sizes(3, 3, 1))
     assert one.answer in [apply_symmetry(one.test_input, s) for s in (4, 5, 6, 7)]
     assert one.test_input == ((4, 0, 0), (7, 2, 3), (7, 0, 0))
@@ -143,7 +143,7 @@ def test_a_known_puzzle_never_changes():
         ({"colours": "some"}, "'all', 'keep_0' or 'none'"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_names_it(given, text):
+def test_an_invalid_value_is_a_one_line_error_that_names_the_key(given, text):
     with pytest.raises(UserError) as caught:
         parse(ArcData, given, "data")
     assert text in str(caught.value)

@@ -47,7 +47,7 @@ def joined(batches):
     return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
-def test_a_batch_has_the_shapes_and_types_it_says(source):
+def test_a_batch_has_the_documented_shapes_and_dtypes(source):
     batch = source.get_batch(0, 6)
     for part in batch[:5]:
         assert part.shape == (6, CONTEXT)
@@ -59,14 +59,14 @@ def test_a_batch_has_the_shapes_and_types_it_says(source):
 
 
 @pytest.mark.parametrize("index", [0, 1, 999, 1000, 123_456, 10**12])
-def test_a_run_resumed_at_any_index_gets_the_rows_it_would_have_got(folder, index):
+def test_a_resumed_dataset_continues_with_the_same_rows(folder, index):
     before = open_dataset(folder, "documents", "train", CONTEXT, 5).get_batch(index, 40)
     resumed = open_dataset(folder, "documents", "train", CONTEXT, 5)
     assert same(joined([resumed.get_batch(index + 23, 17)]), before.rows(23, 40))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_ranks_shares_out_the_same_global_order(source, world):
+def test_ranks_divide_the_same_global_order(source, world):
     step = 32
     whole = source.get_batch(0, 3 * step)
     shares = []
@@ -83,7 +83,7 @@ def test_the_order_depends_on_the_seed(folder):
     assert not torch.equal(first.ids, second.ids)
 
 
-def test_an_epoch_of_a_single_source_is_every_row_once_and_the_next_one_is_shuffled_anew(source):
+def test_an_epoch_contains_every_row_once_and_the_next_one_is_reshuffled(source):
     single = source.subset("first")
     assert single.size == -(-SIZES["first"] // CONTEXT)
     epochs = [single.get_batch(e * single.size, single.size) for e in range(2)]
@@ -94,7 +94,7 @@ def test_an_epoch_of_a_single_source_is_every_row_once_and_the_next_one_is_shuff
     assert single.epoch_of(single.size * 3 // 2) == pytest.approx(1.5, abs=0.02)
 
 
-def test_each_source_of_a_mixture_goes_through_its_own_epochs(source):
+def test_each_source_of_a_mixture_has_its_own_epochs(source):
     batch = source.get_batch(0, 3000)
     for number, name in enumerate(SIZES):
         own = batch.ids[batch.source == number]
@@ -106,7 +106,7 @@ def open_like(source, name):
     return source.subset(name)
 
 
-def test_cursors_count_what_each_source_has_given(source):
+def test_cursors_count_the_samples_of_each_source(source):
     batch = source.get_batch(0, 2500)
     for index in (0, 1, 17, 999, 1000, 1001, 2345):
         given_so_far = torch.bincount(batch.source[:index], minlength=3).tolist()
@@ -114,7 +114,7 @@ def test_cursors_count_what_each_source_has_given(source):
         assert list(source.cursors(index)) == source.names == list(SIZES)
 
 
-def test_weights_are_shares_of_rows_exactly_in_every_block(source):
+def test_every_block_has_the_exact_quota_of_each_source(source):
     counts = torch.bincount(source.get_batch(BLOCK_SIZE, BLOCK_SIZE).source, minlength=3).tolist()
     assert counts == quotas(list(WEIGHTS.values())).tolist() == [606, 303, 91]
 
@@ -140,7 +140,7 @@ def test_sources_of_equal_size_are_shuffled_differently(tmp_path):
     assert (a == b).all(dim=1).float().mean() < 0.1
 
 
-def test_a_mixture_is_mixed_finely(source):
+def test_sources_are_mixed_evenly_within_a_block(source):
     sources = source.get_batch(0, BLOCK_SIZE).source
     halves = [torch.bincount(half, minlength=3) for half in sources.split(BLOCK_SIZE // 2)]
     assert (halves[0] - halves[1]).abs().max() < 80
@@ -148,7 +148,7 @@ def test_a_mixture_is_mixed_finely(source):
 
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20))
 @settings(derandomize=True, max_examples=200)
-def test_quotas_sum_up_and_leave_no_source_out(weights):
+def test_quotas_sum_to_the_block_size_and_are_positive(weights):
     made = quotas(weights)
     assert made.sum() == BLOCK_SIZE
     assert (made >= 1).all()
@@ -160,7 +160,7 @@ def test_quotas_sum_up_and_leave_no_source_out(weights):
     st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 50_000), st.integers(0, 9)
 )
 @settings(derandomize=True, max_examples=50, deadline=None)
-def test_a_mixture_numbers_each_sources_samples_without_a_gap(weights, start, seed):
+def test_source_indices_are_consecutive(weights, start, seed):
     mixture = Mixture(weights, seed)
     sources, numbers = mixture.locate(np.arange(start, start + 1500))
     cursors = mixture.cursors(start)
@@ -169,7 +169,7 @@ def test_a_mixture_numbers_each_sources_samples_without_a_gap(weights, start, se
         assert np.array_equal(own, first + np.arange(len(own)))
 
 
-def test_validation_goes_through_every_row_once_in_order(folder):
+def test_validation_contains_every_row_once_in_order(folder):
     held_back = open_dataset(folder, "documents", "validation", CONTEXT, 5)
     batches = list(held_back.iter_batches(3))
     assert sum(len(batch.ids) for batch in batches) == held_back.size
@@ -186,7 +186,7 @@ def test_validation_is_the_same_for_every_seed(folder):
     assert same(first.get_batch(0, 99), second.get_batch(0, 99))
 
 
-def test_validation_of_one_source_can_be_had_alone(folder):
+def test_subset_gives_the_validation_rows_of_one_source(folder):
     held_back = open_dataset(folder, "documents", "validation", CONTEXT, 5)
     for number, name in enumerate(SIZES):
         alone = held_back.subset(name)
@@ -194,14 +194,14 @@ def test_validation_of_one_source_can_be_had_alone(folder):
         assert set(alone.get_batch(0, alone.size).source.tolist()) == {number}
 
 
-def test_a_limited_pass_is_spread_over_the_whole(folder):
+def test_a_limited_pass_is_spread_evenly(folder):
     first = open_dataset(folder, "documents", "validation", CONTEXT, 5).subset("first")
     assert first.evenly_spaced(2).tolist() == [0, first.size // 2]
     assert first.evenly_spaced(100).tolist() == list(range(first.size))
     assert sum(len(batch.ids) for batch in first.iter_batches(2, max_samples=3)) == 3
 
 
-def test_a_part_without_rows_is_refused_in_one_line(folder, tmp_path):
+def test_a_split_without_rows_is_a_one_line_error(folder, tmp_path):
     for part in ("train", "validation"):
         with ShardWriter(tmp_path / "0" / part, 10) as writer:
             if part == "train":
@@ -213,6 +213,6 @@ def test_a_part_without_rows_is_refused_in_one_line(folder, tmp_path):
         open_dataset(tmp_path, "documents", "validation", 2, 0)
 
 
-def test_T9_a_folder_without_a_report_is_one_line(tmp_path):
+def test_T9_a_folder_without_a_report_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"report\.json: .*tinsmith prepare"):
         open_dataset(tmp_path, "documents", "train", 8, 0)

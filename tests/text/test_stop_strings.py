@@ -30,14 +30,14 @@ def naive(stops, text):
 
 @settings(derandomize=True, max_examples=500)
 @given(stops=st.lists(WORDS, max_size=3), pieces=st.lists(st.text("ab.", max_size=5), max_size=8))
-def test_pieces_give_what_the_whole_text_gives(stops, pieces):
+def test_pushing_pieces_equals_searching_the_whole_text(stops, pieces):
     shown, stopped = pushed(stops, pieces)
     assert ("".join(shown), stopped) == naive(stops, "".join(pieces))
 
 
 @settings(derandomize=True, max_examples=300)
 @given(stops=st.lists(WORDS, min_size=1, max_size=3), text=st.text("ab.", max_size=12))
-def test_nothing_is_held_back_that_no_stop_string_can_begin_with(stops, text):
+def test_only_a_possible_prefix_of_a_stop_string_is_buffered(stops, text):
     """What is shown after each character is all but the longest tail that may still matter."""
     filter_ = StopStrings(stops)
     shown = ""
@@ -51,22 +51,22 @@ def test_nothing_is_held_back_that_no_stop_string_can_begin_with(stops, text):
         assert shown + held == text[:count]
 
 
-def test_without_stop_strings_all_text_passes_at_once():
+def test_without_stop_strings_text_is_not_buffered():
     assert pushed([], ["ab", "", "c"]) == (["ab", "", "c", ""], False)
 
 
-def test_a_stop_string_over_three_pieces_is_found_and_later_text_dropped():
+def test_a_stop_string_across_three_pieces_is_found_and_later_text_dropped():
     assert pushed(["###"], ["a#", "#", "#b", "c"]) == (["a", "", "", "", ""], True)
 
 
-def test_the_beginning_of_a_stop_string_comes_out_at_the_end():
+def test_a_buffered_prefix_of_a_stop_string_is_returned_by_finish():
     assert pushed(["###"], ["a##"]) == (["a", "##"], False)
 
 
-def test_the_longest_of_those_that_end_together_counts():
+def test_the_longest_of_the_stop_strings_that_end_together_is_removed():
     assert pushed(["b", "ab", "xab"], ["1ab2"]) == (["1", ""], True)
 
 
-def test_an_empty_stop_string_is_refused():
+def test_an_empty_stop_string_raises():
     with pytest.raises(UserError, match="empty"):
         StopStrings(["a", ""])

@@ -16,7 +16,7 @@ def clock(monkeypatch):
     return wait
 
 
-def test_a_line_every_five_seconds_tells_share_speed_and_time_left(clock):
+def test_progress_prints_percentage_speed_and_eta_every_five_seconds(clock):
     output = []
     progress = Progress("encoding x", 1000, output.append)
     for _ in range(12):
@@ -28,7 +28,7 @@ def test_a_line_every_five_seconds_tells_share_speed_and_time_left(clock):
     ]
 
 
-def test_without_a_known_total_it_tells_how_much_is_done(clock):
+def test_progress_without_a_total_prints_the_amount_done(clock):
     output = []
     progress = Progress("reading x", None, output.append)
     clock(10)
@@ -36,7 +36,7 @@ def test_without_a_known_total_it_tells_how_much_is_done(clock):
     assert output == [" prepare   reading x: 2 MB  200 kB/s"]
 
 
-def test_a_stop_request_is_noticed_at_once(clock):
+def test_a_stop_request_raises_at_the_next_advance(clock):
     progress = Progress("reading x", None, print, stop=lambda: True)
     with pytest.raises(Stopped) as caught:
         progress.advance(1)
