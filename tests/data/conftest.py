@@ -50,8 +50,10 @@ def story_file(write_lines, stories):
 def prepared(tmp_path, tokenizer):
     """`prepare` into a folder of the test's own, silently."""
 
-    def run(data, shape="documents", tokenizer=tokenizer, **more):
-        return prepare(data, tokenizer, shape, tmp_path / "data", say=lambda line: None, **more)
+    def run(data, data_format="documents", tokenizer=tokenizer, **options):
+        return prepare(
+            data, tokenizer, data_format, tmp_path / "data", say=lambda line: None, **options
+        )
 
     return run
 
@@ -60,11 +62,14 @@ def prepared(tmp_path, tokenizer):
 def texts_of():
     """The texts of all documents of a side of a prepared source, decoded from its shards."""
 
-    def read(found, side, number=0):
-        shards = Shards.open(found.folder / str(number) / side, verify=True)
-        edges = [*shards.document_starts.tolist(), shards.tokens_total]
-        ids = [shards.tokens(a, b).tolist() for a, b in itertools.pairwise(edges)]
-        return [found.tokenizer.decode(one).removesuffix("<|endoftext|>") for one in ids]
+    def read(prepared_data, split, source_index=0):
+        shards = Shards.open(prepared_data.folder / str(source_index) / split, verify=True)
+        offsets = [*shards.document_starts.tolist(), shards.tokens_total]
+        ids = [shards.tokens(a, b).tolist() for a, b in itertools.pairwise(offsets)]
+        return [
+            prepared_data.tokenizer.decode(document_ids).removesuffix("<|endoftext|>")
+            for document_ids in ids
+        ]
 
     return read
 
@@ -73,10 +78,10 @@ def texts_of():
 def rejects_of():
     """(file name, line, reason) of everything in rejects.jsonl."""
 
-    def read(found):
-        lines = (found.folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        return [(Path(row["file"]).name, row["line"], row["reason"]) for row in rows]
+    def read(prepared_data):
+        lines = (prepared_data.folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        return [(Path(record["file"]).name, record["line"], record["reason"]) for record in records]
 
     return read
 
@@ -89,8 +94,8 @@ def make_shards(tmp_path):
         with ShardWriter(
             tmp_path / name, vocab_size, masked=masks is not None, shard_tokens=shard_tokens
         ) as writer:
-            for place, ids in enumerate(documents):
-                writer.add(ids, None if masks is None else masks[place], text_bytes=len(ids))
+            for index, ids in enumerate(documents):
+                writer.add(ids, None if masks is None else masks[index], text_bytes=len(ids))
         return Shards.open(tmp_path / name, verify=True)
 
     return make
@@ -98,8 +103,8 @@ def make_shards(tmp_path):
 
 @pytest.fixture
 def random_documents():
-    def make(seed, count, longest):
-        numbers = np.random.default_rng(seed)
-        return [numbers.integers(3, 1000, numbers.integers(1, longest + 1)) for _ in range(count)]
+    def make(seed, count, max_length):
+        rng = np.random.default_rng(seed)
+        return [rng.integers(3, 1000, rng.integers(1, max_length + 1)) for _ in range(count)]
 
     return make

@@ -49,8 +49,8 @@ def test_T9_a_bad_json_line_is_rejected_with_its_reason(write_lines, bad, reason
 
 def test_T9_a_line_above_the_limit_is_rejected_and_the_next_one_read(write_lines):
     long = {"text": "x" * files.MAX_LINE_BYTES}
-    found = records_of(write_lines("x.jsonl", [GOOD, long, GOOD]))
-    assert found == [(1, GOOD), (2, "longer than 10 MB"), (3, GOOD)]
+    records = records_of(write_lines("x.jsonl", [GOOD, long, GOOD]))
+    assert records == [(1, GOOD), (2, "longer than 10 MB"), (3, GOOD)]
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 2])
@@ -95,8 +95,8 @@ def test_T9_a_record_without_usable_text_is_rejected_with_its_reason(record, rea
 
 
 def test_T9_bad_lines_of_a_text_file_are_rejected(write_lines):
-    found = texts_of(write_lines("x.txt", [b"one", b"\xff\xfe", b"t\x00wo", b"three"]))
-    assert found == [(2, "not UTF-8"), (3, "holds a NUL character"), (1, "one\nthree\n")]
+    texts = texts_of(write_lines("x.txt", [b"one", b"\xff\xfe", b"t\x00wo", b"three"]))
+    assert texts == [(2, "not UTF-8"), (3, "holds a NUL character"), (1, "one\nthree\n")]
 
 
 def test_T9_a_bad_part_of_a_very_long_line_does_not_affect_the_next_line(tmp_path, monkeypatch):
@@ -122,10 +122,10 @@ def test_T9_the_records_before_the_damage_of_a_gzip_file_are_read(tmp_path):
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(50_000))
     raw = gzip.compress(lines)
     (tmp_path / "x.jsonl.gz").write_bytes(raw[: len(raw) // 2])
-    found = list(read_records(tmp_path / "x.jsonl.gz"))
-    assert len(found) > 100
-    assert found[-1].reason == "the compressed file is damaged or cut off from here on"
-    assert found[-1].line == len(found)
+    records = list(read_records(tmp_path / "x.jsonl.gz"))
+    assert len(records) > 100
+    assert records[-1].reason == "the compressed file is damaged or cut off from here on"
+    assert records[-1].line == len(records)
     (tmp_path / "y.jsonl.gz").write_bytes(b"not gzip at all")
     assert [r.line for r in read_records(tmp_path / "y.jsonl.gz")] == [1]
 
@@ -164,18 +164,18 @@ def test_T9_arbitrary_bytes_are_read_or_rejected(tmp_path, raw):
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_the_pieces_of_a_text_file_join_to_its_text(tmp_path, text, piece):
+def test_the_pieces_of_a_text_file_join_to_its_text(tmp_path, text, chunk_chars):
     text = text.removeprefix("\ufeff")
     (tmp_path / "x.txt").write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK_CHARS", piece)
-        found = list(read_texts(tmp_path / "x.txt"))
+        patch.setattr(files, "CHUNK_CHARS", chunk_chars)
+        pieces = list(read_texts(tmp_path / "x.txt"))
     if text.strip():
-        assert "".join(item.text for item in found) == text
-        assert [item.first for item in found] == [True] + [False] * (len(found) - 1)
-        assert [item.last for item in found] == [False] * (len(found) - 1) + [True]
+        assert "".join(item.text for item in pieces) == text
+        assert [item.first for item in pieces] == [True] + [False] * (len(pieces) - 1)
+        assert [item.last for item in pieces] == [False] * (len(pieces) - 1) + [True]
     else:
-        assert "".join(item.text for item in found).strip() == ""
+        assert "".join(item.text for item in pieces).strip() == ""
 
 
 def test_a_text_file_is_split_at_end_of_text_lines(write_lines):
@@ -200,9 +200,9 @@ def write_parquet(path, records):
 def test_rows_of_a_parquet_file_are_counted_from_one(tmp_path):
     records = [{"text": str(i), "other": i} for i in range(600)]
     path = write_parquet(tmp_path / "x.parquet", records)
-    found = list(read_records(path, ["text"]))
-    assert [row.line for row in found] == list(range(1, 601))
-    assert [row.data for row in found] == [{"text": str(i)} for i in range(600)]
+    rows = list(read_records(path, ["text"]))
+    assert [row.line for row in rows] == list(range(1, 601))
+    assert [row.data for row in rows] == [{"text": str(i)} for i in range(600)]
 
 
 def test_T9_an_invalid_parquet_file_or_a_missing_column_is_a_one_line_error(tmp_path):

@@ -26,7 +26,7 @@ def test_every_format_is_registered_under_its_name(name):
 
 @pytest.mark.parametrize("data_format", get_args(FormatName))
 def test_every_format_has_at_least_two_sources(data_format):
-    assert sum(each.supports(data_format) for each in get_args(AnySource)) >= 2
+    assert sum(source_type.supports(data_format) for source_type in get_args(AnySource)) >= 2
 
 
 @pytest.mark.parametrize("source", get_args(AnySource), ids=lambda source: source.kind)
@@ -39,8 +39,12 @@ def test_an_unsupported_format_is_an_error_that_names_the_sources_which_support_
             open_source(config, data_format, SourceContext("data.2"))
         line = str(error.value)
         assert line.startswith(f"data.2.kind: '{source.kind}' has no {data_format}; use "), line
-        named = line.partition("; use ")[2].replace(" or ", ", ").split(", ")
-        assert named == [each.kind for each in get_args(AnySource) if each.supports(data_format)]
+        names = line.partition("; use ")[2].replace(" or ", ", ").split(", ")
+        assert names == [
+            source_type.kind
+            for source_type in get_args(AnySource)
+            if source_type.supports(data_format)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,8 @@ class CountingData(SourceConfig):
 
 
 def test_a_new_source_is_one_class(prepared):
-    found = prepared(CountingData(limit=12), "documents")
-    (source,) = found.report["sources"]
+    prepared_data = prepared(CountingData(limit=12), "documents")
+    (source,) = prepared_data.report["sources"]
     assert (source["name"], source["kind"]) == ("counting", "counting")
     assert source["train"]["documents"] + source["validation"]["documents"] == 12
 
@@ -82,12 +86,12 @@ def test_a_new_format_is_one_class_and_one_name(prepared, monkeypatch, write_lin
     records = [{"question": f"Hi {index}", "answer": "!"} for index in range(20)]
     source = ChatsData(path=str(write_lines("c.jsonl", records)))
     monkeypatch.setitem(FORMATS, "user_turns", UserTurns())
-    whole = {}
+    batches = {}
     for name in ("answers", "user_turns"):
         folder = prepared(source, name, seq_len=64).folder
         dataset = open_dataset(folder, name, "train", 64, 0)
-        whole[name] = dataset.get_batch(0, dataset.size)
-    usual, inverted = whole["answers"], whole["user_turns"]
-    assert (usual.ids == inverted.ids).all()
-    next_exists = (usual.segments[:, 1:] >= 0).int()
-    assert ((usual.mask[:, :-1].int() + inverted.mask[:, :-1].int()) == next_exists).all()
+        batches[name] = dataset.get_batch(0, dataset.size)
+    answers_batch, user_batch = batches["answers"], batches["user_turns"]
+    assert (answers_batch.ids == user_batch.ids).all()
+    next_exists = (answers_batch.segments[:, 1:] >= 0).int()
+    assert ((answers_batch.mask[:, :-1].int() + user_batch.mask[:, :-1].int()) == next_exists).all()

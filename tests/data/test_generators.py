@@ -62,29 +62,29 @@ def test_a_puzzle_is_a_pure_function_and_its_rule_changes_every_input(rule):
     first = [generate_puzzle(rule, 1, index, sizes) for index in range(30)]
     assert [generate_puzzle(rule, 1, index, sizes) for index in reversed(range(30))][::-1] == first
     assert generate_puzzle(rule, 2, 0, sizes) != first[0]
-    assert len({one.test_input for one in first}) > 20
-    for one in first:
-        assert len(one.demonstrations) == 3
-        assert one.test_input not in [pair.input for pair in one.demonstrations]
-        for before, after in [*one.demonstrations, (one.test_input, one.answer)]:
+    assert len({puzzle.test_input for puzzle in first}) > 20
+    for puzzle in first:
+        assert len(puzzle.demonstrations) == 3
+        assert puzzle.test_input not in [pair.input for pair in puzzle.demonstrations]
+        for before, after in [*puzzle.demonstrations, (puzzle.test_input, puzzle.answer)]:
             assert before != after
             assert all(3 <= len(side) <= 5 for side in (before, before[0]))
             assert 0 < len(after) <= 30
 
 
-def changes(rule, palette):
+def all_transforms(rule, palette):
     return list(product(*(KINDS[kind](palette) for kind in rule.split("+"))))
 
 
-def made(steps, grids):
-    for step in steps:
-        grids = [step(grid) for grid in grids]
+def apply_all(transforms, grids):
+    for transform in transforms:
+        grids = [transform(grid) for grid in grids]
     return tuple(grids)
 
 
-def moves(steps, grids):
+def every_step_changes(transforms, grids):
     """Whether every step matters: no other puzzle is generated."""
-    stages = [made(steps[:count], grids) for count in range(len(steps) + 1)]
+    stages = [apply_all(transforms[:count], grids) for count in range(len(transforms) + 1)]
     return len(set(stages)) == len(stages)
 
 
@@ -93,45 +93,53 @@ def test_held_out_rules_are_not_views_of_training_rules():
     the parameters may (recolour 1 to 2, keep 3): such puzzles are drawn anew, see below.
     """
     assert not set(TRAIN_RULES) & set(HELD_OUT_RULES)
-    numbers, palette = random.Random(0), [1, 2, 3, 4]
+    rng, palette = random.Random(0), [1, 2, 3, 4]
     probes = [
-        tuple(tuple(numbers.choice((0, 0, *palette)) for _ in range(w)) for _ in range(h))
+        tuple(tuple(rng.choice((0, 0, *palette)) for _ in range(w)) for _ in range(h))
         for h, w in ((3, 3), (3, 4), (4, 3), (5, 4), (4, 4), (5, 5), (3, 5))
     ]
-    known = set()
+    train_outputs = set()
     for rule in TRAIN_RULES:
-        for steps, symmetry in product(changes(rule, palette), range(8)):
-            view = View(symmetry, (0, *numbers.sample(palette, 4), 5, 6, 7, 8, 9))
-            seen = made(steps, [view.invert(probe) for probe in probes])
-            known.add(tuple(map(view.apply, seen)))
+        for transforms, symmetry in product(all_transforms(rule, palette), range(8)):
+            view = View(symmetry, (0, *rng.sample(palette, 4), 5, 6, 7, 8, 9))
+            outputs = apply_all(transforms, [view.invert(probe) for probe in probes])
+            train_outputs.add(tuple(map(view.apply, outputs)))
     for rule in HELD_OUT_RULES:
-        text = [made(steps, probes) for steps in changes(rule, palette) if moves(steps, probes)]
-        assert 2 * sum(one not in known for one in text) >= len(text) > 0, rule
+        outputs_of_rule = [
+            apply_all(transforms, probes)
+            for transforms in all_transforms(rule, palette)
+            if every_step_changes(transforms, probes)
+        ]
+        assert (
+            2 * sum(puzzle not in train_outputs for puzzle in outputs_of_rule)
+            >= len(outputs_of_rule)
+            > 0
+        ), rule
 
 
 @pytest.mark.parametrize("rule", HELD_OUT_RULES)
 def test_no_training_rule_explains_a_held_out_puzzle(rule):
     """Small grids and few demonstrations: by chance a simpler rule would do, one time in fifty."""
-    numbers = random.Random(rule)
+    rng = random.Random(rule)
     for index in range(30):
-        one = generate_puzzle(rule, 0, index, Sizes(3, 3, 2))
-        view = View(numbers.randrange(8), (0, *numbers.sample(range(1, 10), 9)))
-        inputs = [view.apply(pair.input) for pair in one.demonstrations]
-        wanted = tuple(view.apply(pair.output) for pair in one.demonstrations)
-        palette = sorted({c for grid in (*inputs, *wanted) for row in grid for c in row} - {0})
-        for seen in TRAIN_RULES:
-            for steps in changes(seen, palette):
-                assert made(steps, inputs) != wanted, (seen, one)
+        puzzle = generate_puzzle(rule, 0, index, Sizes(3, 3, 2))
+        view = View(rng.randrange(8), (0, *rng.sample(range(1, 10), 9)))
+        inputs = [view.apply(pair.input) for pair in puzzle.demonstrations]
+        expected = tuple(view.apply(pair.output) for pair in puzzle.demonstrations)
+        palette = sorted({c for grid in (*inputs, *expected) for row in grid for c in row} - {0})
+        for train_rule in TRAIN_RULES:
+            for transforms in all_transforms(train_rule, palette):
+                assert apply_all(transforms, inputs) != expected, (train_rule, puzzle)
 
 
 def test_a_generated_puzzle_is_pinned():
-    one = generate_puzzle("mirror", 0, 0, Sizes(3, 3, 1))
-    assert one.answer in [apply_symmetry(one.test_input, s) for s in (4, 5, 6, 7)]
-    assert one.test_input == ((4, 0, 0), (7, 2, 3), (7, 0, 0))
+    puzzle = generate_puzzle("mirror", 0, 0, Sizes(3, 3, 1))
+    assert puzzle.answer in [apply_symmetry(puzzle.test_input, s) for s in (4, 5, 6, 7)]
+    assert puzzle.test_input == ((4, 0, 0), (7, 2, 3), (7, 0, 0))
 
 
 @pytest.mark.parametrize(
-    ("given", "text"),
+    ("config", "message"),
     [
         ({"rules": ["miror"]}, "'miror' is not a training rule. Did you mean 'mirror'"),
         ({"rules": ["swap+mirror"]}, "'swap+mirror' is not a training rule"),
@@ -143,8 +151,8 @@ def test_a_generated_puzzle_is_pinned():
         ({"colours": "some"}, "'all', 'keep_0' or 'none'"),
     ],
 )
-def test_an_invalid_value_is_a_one_line_error_that_names_the_key(given, text):
+def test_an_invalid_value_is_a_one_line_error_that_names_the_key(config, message):
     with pytest.raises(UserError) as caught:
-        parse(ArcData, given, "data")
-    assert text in str(caught.value)
+        parse(ArcData, config, "data")
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -12,19 +12,19 @@ from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.loader.mixture import BLOCK_SIZE, Mixture, quotas
 from tinsmith.data.prepare.shards import ShardWriter
 
-CONTEXT = 16
+SEQ_LEN = 16
 SIZES = {"first": 700, "second": 300, "third": 45}
 WEIGHTS = {"first": 2.0, "second": 1.0, "third": 0.3}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three sources whose tokens tell which source and place they come from."""
+    """Three sources with tokens that encode source and position."""
     root = tmp_path_factory.mktemp("prepared")
     offset = 3
-    for number, tokens in enumerate(SIZES.values()):
-        for part, count in (("train", tokens), ("validation", tokens // 10)):
-            with ShardWriter(root / str(number) / part, 3000, shard_tokens=50) as writer:
+    for source_index, tokens in enumerate(SIZES.values()):
+        for split, count in (("train", tokens), ("validation", tokens // 10)):
+            with ShardWriter(root / str(source_index) / split, 3000, shard_tokens=50) as writer:
                 for start in range(0, count, 7):
                     writer.add(np.arange(start, min(start + 7, count)) + offset)
                 offset += count
@@ -35,57 +35,62 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def source(folder):
-    return open_dataset(folder, "documents", "train", CONTEXT, 5)
+def dataset(folder):
+    return open_dataset(folder, "documents", "train", SEQ_LEN, 5)
 
 
-def same(a: Batch, b: Batch) -> bool:
+def equal_batches(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def joined(batches):
+def concatenate_batches(batches):
     return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
-def test_a_batch_has_the_documented_shapes_and_dtypes(source):
-    batch = source.get_batch(0, 6)
+def test_a_batch_has_the_documented_shapes_and_dtypes(dataset):
+    batch = dataset.get_batch(0, 6)
     for part in batch[:5]:
-        assert part.shape == (6, CONTEXT)
+        assert part.shape == (6, SEQ_LEN)
     assert batch.source.shape == (6,)
     assert [part.dtype for part in batch] == [
         *(torch.int64, torch.int64, torch.bool, torch.int64, torch.int64, torch.int64)
     ]
-    assert same(joined(batch.split(4)), batch)
+    assert equal_batches(concatenate_batches(batch.split(4)), batch)
 
 
 @pytest.mark.parametrize("index", [0, 1, 999, 1000, 123_456, 10**12])
 def test_a_resumed_dataset_continues_with_the_same_rows(folder, index):
-    before = open_dataset(folder, "documents", "train", CONTEXT, 5).get_batch(index, 40)
-    resumed = open_dataset(folder, "documents", "train", CONTEXT, 5)
-    assert same(joined([resumed.get_batch(index + 23, 17)]), before.rows(23, 40))
+    before = open_dataset(folder, "documents", "train", SEQ_LEN, 5).get_batch(index, 40)
+    resumed = open_dataset(folder, "documents", "train", SEQ_LEN, 5)
+    assert equal_batches(
+        concatenate_batches([resumed.get_batch(index + 23, 17)]), before.rows(23, 40)
+    )
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_divide_the_same_global_order(source, world):
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_divide_the_same_global_order(dataset, world_size):
     step = 32
-    whole = source.get_batch(0, 3 * step)
-    shares = []
+    global_batch = dataset.get_batch(0, 3 * step)
+    rank_batches = []
     for start in range(0, 3 * step, step):
-        shares += [source.get_batch(start + r * step // world, step // world) for r in range(world)]
-    assert same(joined(shares), whole)
+        rank_batches += [
+            dataset.get_batch(start + r * step // world_size, step // world_size)
+            for r in range(world_size)
+        ]
+    assert equal_batches(concatenate_batches(rank_batches), global_batch)
 
 
 def test_the_order_depends_on_the_seed(folder):
     first, second = (
-        open_dataset(folder, "documents", "train", CONTEXT, seed).get_batch(0, 64)
+        open_dataset(folder, "documents", "train", SEQ_LEN, seed).get_batch(0, 64)
         for seed in (5, 6)
     )
     assert not torch.equal(first.ids, second.ids)
 
 
-def test_an_epoch_contains_every_row_once_and_the_next_one_is_reshuffled(source):
-    single = source.subset("first")
-    assert single.size == -(-SIZES["first"] // CONTEXT)
+def test_an_epoch_contains_every_row_once_and_the_next_one_is_reshuffled(dataset):
+    single = dataset.subset("first")
+    assert single.size == -(-SIZES["first"] // SEQ_LEN)
     epochs = [single.get_batch(e * single.size, single.size) for e in range(2)]
     for batch in epochs:
         ids = batch.ids[batch.segments >= 0]
@@ -94,28 +99,28 @@ def test_an_epoch_contains_every_row_once_and_the_next_one_is_reshuffled(source)
     assert single.epoch_of(single.size * 3 // 2) == pytest.approx(1.5, abs=0.02)
 
 
-def test_each_source_of_a_mixture_has_its_own_epochs(source):
-    batch = source.get_batch(0, 3000)
-    for number, name in enumerate(SIZES):
-        own = batch.ids[batch.source == number]
-        alone = open_like(source, name).get_batch(0, len(own))
-        assert torch.equal(own, alone.ids)
+def test_each_source_of_a_mixture_has_its_own_epochs(dataset):
+    batch = dataset.get_batch(0, 3000)
+    for source_index, name in enumerate(SIZES):
+        mixed_ids = batch.ids[batch.source == source_index]
+        alone = open_like(dataset, name).get_batch(0, len(mixed_ids))
+        assert torch.equal(mixed_ids, alone.ids)
 
 
-def open_like(source, name):
-    return source.subset(name)
+def open_like(dataset, name):
+    return dataset.subset(name)
 
 
-def test_cursors_count_the_samples_of_each_source(source):
-    batch = source.get_batch(0, 2500)
+def test_cursors_count_the_samples_of_each_source(dataset):
+    batch = dataset.get_batch(0, 2500)
     for index in (0, 1, 17, 999, 1000, 1001, 2345):
-        given_so_far = torch.bincount(batch.source[:index], minlength=3).tolist()
-        assert list(source.cursors(index).values()) == given_so_far
-        assert list(source.cursors(index)) == source.names == list(SIZES)
+        expected = torch.bincount(batch.source[:index], minlength=3).tolist()
+        assert list(dataset.cursors(index).values()) == expected
+        assert list(dataset.cursors(index)) == dataset.names == list(SIZES)
 
 
-def test_every_block_has_the_exact_quota_of_each_source(source):
-    counts = torch.bincount(source.get_batch(BLOCK_SIZE, BLOCK_SIZE).source, minlength=3).tolist()
+def test_every_block_has_the_exact_quota_of_each_source(dataset):
+    counts = torch.bincount(dataset.get_batch(BLOCK_SIZE, BLOCK_SIZE).source, minlength=3).tolist()
     assert counts == quotas(list(WEIGHTS.values())).tolist() == [606, 303, 91]
 
 
@@ -140,8 +145,8 @@ def test_sources_of_equal_size_are_shuffled_differently(tmp_path):
     assert (a == b).all(dim=1).float().mean() < 0.1
 
 
-def test_sources_are_mixed_evenly_within_a_block(source):
-    sources = source.get_batch(0, BLOCK_SIZE).source
+def test_sources_are_mixed_evenly_within_a_block(dataset):
+    sources = dataset.get_batch(0, BLOCK_SIZE).source
     halves = [torch.bincount(half, minlength=3) for half in sources.split(BLOCK_SIZE // 2)]
     assert (halves[0] - halves[1]).abs().max() < 80
 
@@ -149,11 +154,11 @@ def test_sources_are_mixed_evenly_within_a_block(source):
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20))
 @settings(derandomize=True, max_examples=200)
 def test_quotas_sum_to_the_block_size_and_are_positive(weights):
-    made = quotas(weights)
-    assert made.sum() == BLOCK_SIZE
-    assert (made >= 1).all()
+    block_quotas = quotas(weights)
+    assert block_quotas.sum() == BLOCK_SIZE
+    assert (block_quotas >= 1).all()
     exact = np.array(weights) / sum(weights) * BLOCK_SIZE
-    assert (np.abs(made - exact) < 1 + len(weights)).all()
+    assert (np.abs(block_quotas - exact) < 1 + len(weights)).all()
 
 
 @given(
@@ -162,49 +167,49 @@ def test_quotas_sum_to_the_block_size_and_are_positive(weights):
 @settings(derandomize=True, max_examples=50, deadline=None)
 def test_source_indices_are_consecutive(weights, start, seed):
     mixture = Mixture(weights, seed)
-    sources, numbers = mixture.locate(np.arange(start, start + 1500))
+    sources, indices = mixture.locate(np.arange(start, start + 1500))
     cursors = mixture.cursors(start)
-    for source, first in enumerate(cursors):
-        own = numbers[sources == source]
-        assert np.array_equal(own, first + np.arange(len(own)))
+    for dataset, first in enumerate(cursors):
+        of_source = indices[sources == dataset]
+        assert np.array_equal(of_source, first + np.arange(len(of_source)))
 
 
 def test_validation_contains_every_row_once_in_order(folder):
-    held_back = open_dataset(folder, "documents", "validation", CONTEXT, 5)
-    batches = list(held_back.iter_batches(3))
-    assert sum(len(batch.ids) for batch in batches) == held_back.size
+    validation = open_dataset(folder, "documents", "validation", SEQ_LEN, 5)
+    batches = list(validation.iter_batches(3))
+    assert sum(len(batch.ids) for batch in batches) == validation.size
     ids = torch.cat([batch.ids[batch.segments >= 0] for batch in batches])
     assert (ids.diff() > 0).all()
-    assert len(ids) == held_back.tokens == sum(tokens // 10 for tokens in SIZES.values())
-    assert same(held_back.get_batch(0, 10**6), joined(batches))
+    assert len(ids) == validation.tokens == sum(tokens // 10 for tokens in SIZES.values())
+    assert equal_batches(validation.get_batch(0, 10**6), concatenate_batches(batches))
 
 
 def test_validation_is_the_same_for_every_seed(folder):
     first, second = (
-        open_dataset(folder, "documents", "validation", CONTEXT, seed) for seed in (1, 2)
+        open_dataset(folder, "documents", "validation", SEQ_LEN, seed) for seed in (1, 2)
     )
-    assert same(first.get_batch(0, 99), second.get_batch(0, 99))
+    assert equal_batches(first.get_batch(0, 99), second.get_batch(0, 99))
 
 
 def test_subset_gives_the_validation_rows_of_one_source(folder):
-    held_back = open_dataset(folder, "documents", "validation", CONTEXT, 5)
+    validation = open_dataset(folder, "documents", "validation", SEQ_LEN, 5)
     for number, name in enumerate(SIZES):
-        alone = held_back.subset(name)
+        alone = validation.subset(name)
         assert alone.names == [name]
         assert set(alone.get_batch(0, alone.size).source.tolist()) == {number}
 
 
 def test_a_limited_pass_is_spread_evenly(folder):
-    first = open_dataset(folder, "documents", "validation", CONTEXT, 5).subset("first")
+    first = open_dataset(folder, "documents", "validation", SEQ_LEN, 5).subset("first")
     assert first.evenly_spaced(2).tolist() == [0, first.size // 2]
     assert first.evenly_spaced(100).tolist() == list(range(first.size))
     assert sum(len(batch.ids) for batch in first.iter_batches(2, max_samples=3)) == 3
 
 
 def test_a_split_without_rows_is_a_one_line_error(folder, tmp_path):
-    for part in ("train", "validation"):
-        with ShardWriter(tmp_path / "0" / part, 10) as writer:
-            if part == "train":
+    for split in ("train", "validation"):
+        with ShardWriter(tmp_path / "0" / split, 10) as writer:
+            if split == "train":
                 writer.add([1, 2, 3])
     report = {"data_format": "documents", "sources": [{"name": "x", "weight": 1.0}]}
     (tmp_path / "report.json").write_text(json.dumps(report))

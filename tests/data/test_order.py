@@ -34,8 +34,8 @@ def slow_permute(index, size, seed, *keys):
 @given(st.integers(1, 3000), st.integers(0, 2**62), st.integers(0, 5))
 @settings(derandomize=True, max_examples=100, deadline=None)
 def test_a_permutation_is_a_bijection(size, seed, epoch):
-    places = permute_many(np.arange(size), size, seed, epoch)
-    assert np.array_equal(np.sort(places), np.arange(size))
+    permuted = permute_many(np.arange(size), size, seed, epoch)
+    assert np.array_equal(np.sort(permuted), np.arange(size))
 
 
 @given(st.integers(1, 10**12), st.integers(0, 2**62), st.data())
@@ -59,8 +59,8 @@ def test_every_index_is_equally_likely():
 
 
 def test_adjacent_samples_do_not_stay_adjacent():
-    places = permute_many(np.arange(10_000), 10_000, 7)
-    steps = np.abs(np.diff(places))
+    permuted = permute_many(np.arange(10_000), 10_000, 7)
+    steps = np.abs(np.diff(permuted))
     assert (steps == 1).mean() < 0.002
     assert abs(steps.mean() - 10_000 / 3) < 100
 
@@ -80,10 +80,10 @@ def test_an_order_can_start_at_any_index_in_constant_time():
 def test_every_epoch_contains_every_sample_once_in_a_new_order():
     size = 100
     passes = order_many(3, np.arange(3 * size), size, "source", 0).reshape(3, size)
-    for epoch, places in enumerate(passes):
-        assert np.array_equal(np.sort(places), np.arange(size))
+    for epoch, permuted in enumerate(passes):
+        assert np.array_equal(np.sort(permuted), np.arange(size))
         assert [order(3, epoch * size + i, size, "source", 0) for i in range(4)] == [
-            (epoch, int(place)) for place in places[:4]
+            (epoch, int(sample_index)) for sample_index in permuted[:4]
         ]
     assert not np.array_equal(passes[0], passes[1])
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tinsmith.data.loader.pack import ChatRows, DocumentRows
 from tinsmith.data.prepare.shards import Shards, ShardWriter
 
-contexts = st.integers(1, 40)
+seq_lens = st.integers(1, 40)
 lengths_strategy = st.lists(st.integers(1, 60), min_size=1, max_size=20)
 quick = settings(
     derandomize=True,
@@ -26,8 +26,8 @@ def distinct_documents(lengths):
 
 def write(folder, documents, masks=None):
     with ShardWriter(folder, 2000, masked=masks is not None, shard_tokens=17) as writer:
-        for place, ids in enumerate(documents):
-            writer.add(ids, None if masks is None else masks[place])
+        for index, ids in enumerate(documents):
+            writer.add(ids, None if masks is None else masks[index])
     return Shards.open(folder)
 
 
@@ -40,55 +40,55 @@ def naive_layout(row):
     return positions
 
 
-@given(lengths_strategy, contexts)
+@given(lengths_strategy, seq_lens)
 @quick
-def test_an_epoch_of_documents_contains_every_token_once(tmp_path_factory, lengths, context):
+def test_an_epoch_of_documents_contains_every_token_once(tmp_path_factory, lengths, seq_len):
     documents = distinct_documents(lengths)
-    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
-    epoch = [rows.get_row(place) for place in range(rows.size)]
+    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), seq_len)
+    epoch = [rows.get_row(index) for index in range(rows.size)]
     ids = np.concatenate([row.ids[row.segments >= 0] for row in epoch])
     assert np.array_equal(ids, np.concatenate(documents))
     assert rows.num_tokens == len(ids)
 
 
-@given(lengths_strategy, contexts)
+@given(lengths_strategy, seq_lens)
 @quick
-def test_targets_are_the_next_token_of_the_same_document(tmp_path_factory, lengths, context):
+def test_targets_are_the_next_token_of_the_same_document(tmp_path_factory, lengths, seq_len):
     documents = distinct_documents(lengths)
-    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
+    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), seq_len)
     last_tokens = {int(ids[-1]) for ids in documents}
-    counted = 0
-    for place in range(rows.size):
-        row = rows.get_row(place)
+    num_trained = 0
+    for index in range(rows.size):
+        row = rows.get_row(index)
         for token, target, trained, segment in zip(
             row.ids, row.targets, row.mask, row.segments, strict=True
         ):
             assert trained == (segment >= 0 and int(token) not in last_tokens)
             assert target == (token + 1 if trained else 0)
-            counted += trained
-    assert counted == sum(lengths) - len(lengths)  # all but the first token of each document
+            num_trained += trained
+    assert num_trained == sum(lengths) - len(lengths)  # all but the first token of each document
 
 
-@given(lengths_strategy, contexts)
+@given(lengths_strategy, seq_lens)
 @quick
-def test_segments_and_positions_of_documents(tmp_path_factory, lengths, context):
+def test_segments_and_positions_of_documents(tmp_path_factory, lengths, seq_len):
     documents = distinct_documents(lengths)
-    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), context)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    for place in range(rows.size):
-        row = rows.get_row(place)
+    rows = DocumentRows(write(tmp_path_factory.mktemp("d"), documents), seq_len)
+    document_of = np.repeat(np.arange(len(lengths)), lengths)
+    for index in range(rows.size):
+        row = rows.get_row(index)
         used = row.segments >= 0
         assert row.positions.tolist() == naive_layout(row)
-        owners = owner[row.ids[used]]
-        assert np.array_equal(row.segments[used], owners - owners[0])
-        assert used.all() or place == rows.size - 1
+        row_documents = document_of[row.ids[used]]
+        assert np.array_equal(row.segments[used], row_documents - row_documents[0])
+        assert used.all() or index == rows.size - 1
         assert not row.mask[~used].any()
 
 
 def chats(lengths, seed):
     """Chats of which every second or so token is trained, at least one target each."""
-    numbers = np.random.default_rng(seed)
-    masks = [numbers.random(n) < 0.5 for n in lengths]
+    rng = np.random.default_rng(seed)
+    masks = [rng.random(n) < 0.5 for n in lengths]
     for mask in masks:
         mask[-1] = True
     return distinct_documents(lengths), masks
@@ -97,14 +97,14 @@ def chats(lengths, seed):
 chat_lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
 
 
-@given(chat_lengths, contexts, st.integers(0, 99))
+@given(chat_lengths, seq_lens, st.integers(0, 99))
 @quick
 def test_every_trained_token_of_every_chat_is_a_target_exactly_once(
-    tmp_path_factory, lengths, context, seed
+    tmp_path_factory, lengths, seq_len, seed
 ):
     documents, masks = chats(lengths, seed)
-    rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
-    epoch = [rows.get_row(place) for place in range(rows.size)]
+    rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), seq_len)
+    epoch = [rows.get_row(index) for index in range(rows.size)]
     targets = np.concatenate([row.targets[row.mask] for row in epoch])
     expected = np.concatenate(
         [ids[1:][mask[1:]] for ids, mask in zip(documents, masks, strict=True)]
@@ -116,26 +116,26 @@ def test_every_trained_token_of_every_chat_is_a_target_exactly_once(
         assert np.array_equal(np.sort(ids), np.concatenate(documents))
 
 
-@given(chat_lengths, contexts, st.integers(0, 99))
+@given(chat_lengths, seq_lens, st.integers(0, 99))
 @quick
-def test_segments_and_positions_of_chats(tmp_path_factory, lengths, context, seed):
+def test_segments_and_positions_of_chats(tmp_path_factory, lengths, seq_len, seed):
     documents, masks = chats(lengths, seed)
     trained = {
         int(i) for ids, mask in zip(documents, masks, strict=True) for i in ids[1:][mask[1:]]
     }
-    rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), context)
-    for place in range(rows.size):
-        row = rows.get_row(place)
-        assert len(row.ids) == context
+    rows = ChatRows(write(tmp_path_factory.mktemp("c"), documents, masks), seq_len)
+    for index in range(rows.size):
+        row = rows.get_row(index)
+        assert len(row.ids) == seq_len
         assert row.positions.tolist() == naive_layout(row)
         for segment in range(row.segments.max() + 1):
             ids = row.ids[row.segments == segment]
             assert (np.diff(ids) == 1).all()  # one chat, in order
-        for token, target, learned, segment in zip(
+        for token, target, is_trained, segment in zip(
             row.ids, row.targets, row.mask, row.segments, strict=True
         ):
-            assert target == (token + 1 if learned else 0)
-            assert not learned or (segment >= 0 and int(target) in trained)
+            assert target == (token + 1 if is_trained else 0)
+            assert not is_trained or (segment >= 0 and int(target) in trained)
 
 
 def test_a_long_chat_is_split_and_pieces_without_trained_tokens_are_skipped(make_shards):
@@ -163,10 +163,10 @@ def test_a_chat_that_fits_starts_its_row_at_position_zero(make_shards):
     assert row.mask.tolist() == [True] * 5 + [False] + [True] * 3 + [False]
 
 
-@pytest.mark.parametrize("context", [256, 1024])
-def test_packed_documents_use_99_percent_of_positions(make_shards, random_documents, context):
-    rows = DocumentRows(make_shards(random_documents(1, 500, 600), shard_tokens=10_000), context)
-    assert rows.num_tokens / (rows.size * context) >= 0.99
+@pytest.mark.parametrize("seq_len", [256, 1024])
+def test_packed_documents_use_99_percent_of_positions(make_shards, random_documents, seq_len):
+    rows = DocumentRows(make_shards(random_documents(1, 500, 600), shard_tokens=10_000), seq_len)
+    assert rows.num_tokens / (rows.size * seq_len) >= 0.99
 
 
 def test_an_empty_source_has_no_rows(make_shards):

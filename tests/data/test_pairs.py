@@ -15,15 +15,15 @@ from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.sources import ChatsData, StdlibData, TasksData, TextData, tasks
 from tinsmith.text.chat import BadRecord, encode_chat, encode_prompt
 
-CONTEXT = 200
+SEQ_LEN = 200
 
 
-def output(role, content):
+def message(role, content):
     return {"role": role, "content": content}
 
 
 QUESTION, GOOD, BAD = "Where does the fox live?", "In the green wood.", "Go away."
-ASK, YES, NO = output("user", QUESTION), output("assistant", GOOD), output("assistant", BAD)
+ASK, YES, NO = message("user", QUESTION), message("assistant", GOOD), message("assistant", BAD)
 LAYOUTS = {
     "prompt and texts": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
     "prompt and a whole conversation": {"prompt": QUESTION, "chosen": [ASK, YES], "rejected": BAD},
@@ -77,12 +77,12 @@ def test_a_transcript_keeps_its_earlier_turns_in_the_prompt():
         ({"prompt": "a", "chosen": "b", "rejected": "  "}, "`rejected` is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "`rejected` is neither text nor messages"),
         ({"chosen": "b", "rejected": "c"}, "role assistant, expected"),
-        ({"chosen": [ASK, YES], "rejected": [output("user", "x"), NO]}, "different prompts"),
+        ({"chosen": [ASK, YES], "rejected": [message("user", "x"), NO]}, "different prompts"),
         (
-            {"prompt": [ASK], "chosen": [YES], "rejected": [output("user", "x")]},
+            {"prompt": [ASK], "chosen": [YES], "rejected": [message("user", "x")]},
             "role user, expected",
         ),
-        ({"chosen": [ASK, YES], "rejected": [ASK, output("assistant", "")]}, "empty content"),
+        ({"chosen": [ASK, YES], "rejected": [ASK, message("assistant", "")]}, "empty content"),
     ],
 )
 def test_an_invalid_pair_is_rejected_with_a_reason(record, reason):
@@ -97,22 +97,22 @@ def pair():
 
 def test_the_loss_mask_covers_the_completion_with_its_end_of_turn(tokenizer, pair):
     prompt = encode_prompt(tokenizer, pair.prompt)
-    for side, text in zip(encode_pair(tokenizer, pair, CONTEXT), (GOOD, BAD), strict=True):
-        assert side.ids[: len(prompt)] == prompt
-        assert not any(side.mask[: len(prompt)])
-        answer = side.ids[len(prompt) :]
-        assert all(side.mask[len(prompt) :])
-        assert tokenizer.decode(answer[:-1]) == text
-        assert answer[-1] == tokenizer.end_of_turn
+    for sequence, text in zip(encode_pair(tokenizer, pair, SEQ_LEN), (GOOD, BAD), strict=True):
+        assert sequence.ids[: len(prompt)] == prompt
+        assert not any(sequence.mask[: len(prompt)])
+        completion = sequence.ids[len(prompt) :]
+        assert all(sequence.mask[len(prompt) :])
+        assert tokenizer.decode(completion[:-1]) == text
+        assert completion[-1] == tokenizer.end_of_turn
 
 
 def test_earlier_assistant_turns_are_not_trained(tokenizer):
-    turns = [ASK, YES, output("user", "And the hen?")]
+    turns = [ASK, YES, message("user", "And the hen?")]
     pair = read_pair({"prompt": turns, "chosen": "In the town.", "rejected": "No."})
     chosen, _ = encode_pair(tokenizer, pair, 200)
-    learned = [id for id, output in zip(chosen.ids, chosen.mask, strict=True) if output]
-    assert tokenizer.decode(learned[:-1]) == "In the town."
-    assert sum(encode_chat(tokenizer, pair.chosen).mask) > len(learned)
+    trained = [id for id, message in zip(chosen.ids, chosen.mask, strict=True) if message]
+    assert tokenizer.decode(trained[:-1]) == "In the town."
+    assert sum(encode_chat(tokenizer, pair.chosen).mask) > len(trained)
 
 
 def test_completions_are_truncated_to_seq_len_and_prompts_must_leave_room(tokenizer, pair):
@@ -132,12 +132,12 @@ def test_pairs_that_are_equal_after_truncation_are_rejected(tokenizer):
 
 
 @pytest.fixture
-def found(prepared):
-    return prepared(TasksData(count=40, digits=2, length=4), "pairs", seq_len=CONTEXT)
+def prepared_data(prepared):
+    return prepared(TasksData(count=40, digits=2, length=4), "pairs", seq_len=SEQ_LEN)
 
 
-def test_a_batch_contains_chosen_and_rejected_rows_alternately(found, tokenizer):
-    source = open_dataset(found.folder, "pairs", "train", CONTEXT, 3)
+def test_a_batch_contains_chosen_and_rejected_rows_alternately(prepared_data, tokenizer):
+    source = open_dataset(prepared_data.folder, "pairs", "train", SEQ_LEN, 3)
     batch = source.get_batch(0, 5)
     assert len(batch.ids) == 10
     for chosen, rejected in zip(range(0, 10, 2), range(1, 10, 2), strict=True):
@@ -151,35 +151,35 @@ def test_a_batch_contains_chosen_and_rejected_rows_alternately(found, tokenizer)
             assert batch.ids[row, used - 1] == tokenizer.end_of_turn
             assert batch.mask[row, used - 2]
             assert not batch.mask[row, used - 1 :].any()
-            learned = batch.mask[row, : used - 1]
-            follows = batch.ids[row, 1:used].where(learned, 0)
+            trained = batch.mask[row, : used - 1]
+            follows = batch.ids[row, 1:used].where(trained, 0)
             assert torch.equal(batch.targets[row, : used - 1], follows)
 
 
-def test_no_column_of_a_batch_is_all_padding(found):
-    batch = open_dataset(found.folder, "pairs", "train", CONTEXT, 3).get_batch(0, 3)
-    assert int((batch.segments >= 0).sum(1).max()) == batch.ids.shape[1] <= CONTEXT
+def test_no_column_of_a_batch_is_all_padding(prepared_data):
+    batch = open_dataset(prepared_data.folder, "pairs", "train", SEQ_LEN, 3).get_batch(0, 3)
+    assert int((batch.segments >= 0).sum(1).max()) == batch.ids.shape[1] <= SEQ_LEN
 
 
-def test_T2_rows_are_a_function_of_seed_and_index(found):
-    one, two = (open_dataset(found.folder, "pairs", "train", CONTEXT, 3) for _ in range(2))
+def test_T2_rows_are_a_function_of_seed_and_index(prepared_data):
+    one, two = (open_dataset(prepared_data.folder, "pairs", "train", SEQ_LEN, 3) for _ in range(2))
     late, early = two.get_batch(60, 4), one.get_batch(60, 4)
     assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
     assert not torch.equal(one.get_batch(0, 1).targets[0], two.get_batch(1, 1).targets[0])
 
 
-def test_the_report_counts_pairs(found):
-    counts = found.report["sources"][0]
+def test_the_report_counts_pairs(prepared_data):
+    counts = prepared_data.report["sources"][0]
     assert counts["train"]["documents"] + counts["validation"]["documents"] == 40
     assert (
         counts["train"]["documents"]
-        == open_dataset(found.folder, "pairs", "train", CONTEXT, 0).size
+        == open_dataset(prepared_data.folder, "pairs", "train", SEQ_LEN, 0).size
     )
 
 
 def test_bad_pairs_are_rejected_with_their_line(prepared, rejects_of, write_lines):
     record = LAYOUTS["prompt and texts"]
-    rows = [
+    records = [
         record,
         record | {"rejected": GOOD},
         record | {"chosen": ""},
@@ -187,49 +187,49 @@ def test_bad_pairs_are_rejected_with_their_line(prepared, rejects_of, write_line
         b"{",
         record | {"prompt": "Who?"},
     ]
-    path = write_lines("pairs.jsonl", rows)
-    found = prepared(ChatsData(path=str(path), validation=0), "pairs", seq_len=CONTEXT)
-    assert [(name, line) for name, line, _ in sorted(rejects_of(found))] == [
+    path = write_lines("pairs.jsonl", records)
+    prepared_data = prepared(ChatsData(path=str(path), validation=0), "pairs", seq_len=SEQ_LEN)
+    assert [(name, line) for name, line, _ in sorted(rejects_of(prepared_data))] == [
         ("pairs.jsonl", line) for line in (2, 3, 4, 5)
     ]
-    reasons = {line: reason for _, line, reason in rejects_of(found)}
+    reasons = {line: reason for _, line, reason in rejects_of(prepared_data)}
     assert "equal" in reasons[2]
     assert "empty" in reasons[3]
     assert "leaves no room" in reasons[4]
-    assert found.report["sources"][0]["rejected"] == 4
-    assert found.report["sources"][0]["train"]["documents"] == 2
+    assert prepared_data.report["sources"][0]["rejected"] == 4
+    assert prepared_data.report["sources"][0]["train"]["documents"] == 2
 
 
 def test_on_bad_line_fail_names_the_line(prepared, write_lines):
     record = LAYOUTS["prompt and texts"]
     path = write_lines("pairs.jsonl", [record, record | {"rejected": GOOD}])
     with pytest.raises(UserError, match=r"pairs\.jsonl:2: .*equal"):
-        prepared(ChatsData(path=str(path), on_bad_line="fail"), "pairs", seq_len=CONTEXT)
+        prepared(ChatsData(path=str(path), on_bad_line="fail"), "pairs", seq_len=SEQ_LEN)
 
 
-@pytest.mark.parametrize("section", [StdlibData(), TextData(path="x.txt")])
-def test_a_source_without_pairs_is_an_error(prepared, section):
+@pytest.mark.parametrize("source", [StdlibData(), TextData(path="x.txt")])
+def test_a_source_without_pairs_is_an_error(prepared, source):
     with pytest.raises(UserError, match="no pairs; use tasks, chats or hub"):
-        prepared(section, "pairs", seq_len=CONTEXT)
+        prepared(source, "pairs", seq_len=SEQ_LEN)
 
 
 def test_all_pairs_of_a_prompt_are_in_the_same_split(prepared, write_lines):
-    rows = [
+    records = [
         {"prompt": f"Say {n % 7}", "chosen": f"{n} yes", "rejected": f"{n} no"} for n in range(60)
     ]
-    path = write_lines("pairs.jsonl", rows)
-    found = prepared(ChatsData(path=str(path), validation=0.4), "pairs", seq_len=CONTEXT)
-    requested = []
+    path = write_lines("pairs.jsonl", records)
+    prepared_data = prepared(ChatsData(path=str(path), validation=0.4), "pairs", seq_len=SEQ_LEN)
+    prompts = []
     for part in ("train", "validation"):
-        source = open_dataset(found.folder, "pairs", part, CONTEXT, 0)
+        source = open_dataset(prepared_data.folder, "pairs", part, SEQ_LEN, 0)
         batch = source.take(source.evenly_spaced(source.size))
         ends = (batch.mask.int().argmax(1) + 1).tolist()
-        requested.append(
+        prompts.append(
             {tuple(ids[:end]) for ids, end in zip(batch.ids.tolist(), ends, strict=True)}
         )
-    assert requested[0]
-    assert requested[1]
-    assert not requested[0] & requested[1]
+    assert prompts[0]
+    assert prompts[1]
+    assert not prompts[0] & prompts[1]
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "sort", "copy"])
@@ -252,14 +252,14 @@ def test_the_rejected_answer_of_a_generated_task_is_wrong(name):
     ],
 )
 def test_real_pairs_are_read(real_data, file):
-    read = refused = 0
+    read = num_rejected = 0
     for line in (real_data / file).read_text(encoding="utf-8").splitlines()[:300]:
         try:
             read_pair(json.loads(line))
             read += 1
         except BadRecord:
-            refused += 1
-    assert read > 10 * refused
+            num_rejected += 1
+    assert read > 10 * num_rejected
 
 
 JSON = st.recursive(

@@ -28,7 +28,7 @@ def chat(question, answer):
     }
 
 
-def spaced_tokenizer():
+def metaspace_tokenizer():
     """One that writes a space as `▁`, and puts one before every text, as Llama's does."""
     pieces = [
         "<unk>",
@@ -38,15 +38,15 @@ def spaced_tokenizer():
     ]
     vocab = {piece: number for number, piece in enumerate(pieces)}
     model = tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>")
-    made = tokenizers.Tokenizer(model)
+    hf_tokenizer = tokenizers.Tokenizer(model)
     spaces = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-    made.normalizer = tokenizers.normalizers.Sequence(spaces)
-    return Tokenizer(made.to_str())
+    hf_tokenizer.normalizer = tokenizers.normalizers.Sequence(spaces)
+    return Tokenizer(hf_tokenizer.to_str())
 
 
 def test_every_document_is_in_exactly_one_split_unchanged(prepared, texts_of, story_file, stories):
-    found = prepared(TextData(path=str(story_file), validation=0.2))
-    train, validation = texts_of(found, "train"), texts_of(found, "validation")
+    prepared_data = prepared(TextData(path=str(story_file), validation=0.2))
+    train, validation = texts_of(prepared_data, "train"), texts_of(prepared_data, "validation")
     assert sorted(train + validation) == sorted(stories)
     assert train == [text for text in stories if text in train]
     assert not set(train) & set(validation)
@@ -54,10 +54,10 @@ def test_every_document_is_in_exactly_one_split_unchanged(prepared, texts_of, st
 
 
 def test_equal_documents_are_in_the_same_split(prepared, texts_of, write_lines, stories):
-    found = prepared(
+    prepared_data = prepared(
         TextData(path=str(write_lines("s.jsonl", objects(stories * 3))), validation=0.3)
     )
-    train, validation = texts_of(found, "train"), texts_of(found, "validation")
+    train, validation = texts_of(prepared_data, "train"), texts_of(prepared_data, "validation")
     assert len(train) + len(validation) == 3 * len(stories)
     assert not set(train) & set(validation)
 
@@ -68,16 +68,19 @@ def test_neither_split_is_empty_with_at_least_two_documents(
     prepared, texts_of, write_lines, stories, fraction, count
 ):
     path = write_lines("s.jsonl", objects(stories[:count]))
-    found = prepared(TextData(path=str(path), validation=fraction))
-    assert texts_of(found, "train")
-    assert texts_of(found, "validation")
+    prepared_data = prepared(TextData(path=str(path), validation=fraction))
+    assert texts_of(prepared_data, "train")
+    assert texts_of(prepared_data, "validation")
 
 
 def test_a_single_text_file_is_split_at_the_end_of_a_line(prepared, texts_of, tmp_path, stories):
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
-    found = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
-    (train,), (validation,) = texts_of(found, "train"), texts_of(found, "validation")
+    prepared_data = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
+    (train,), (validation,) = (
+        texts_of(prepared_data, "train"),
+        texts_of(prepared_data, "validation"),
+    )
     assert train + validation == text
     assert train.endswith("\n")
     assert 0.05 < len(validation) / len(text) < 0.15
@@ -90,13 +93,16 @@ def test_a_long_text_read_in_pieces_is_one_document(
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
     (tmp_path / "more.txt").write_text("<|endoftext|>\n".join(stories[:4]))
-    found = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
-    (train,), (validation,) = texts_of(found, "train"), texts_of(found, "validation")
+    prepared_data = prepared(TextData(path=str(tmp_path / "input.txt"), validation=0.1))
+    (train,), (validation,) = (
+        texts_of(prepared_data, "train"),
+        texts_of(prepared_data, "validation"),
+    )
     assert train + validation == text
     assert 0.05 < len(validation) / len(text) < 0.15
-    found = prepared(TextData(path=str(tmp_path), validation=0.2))
-    both = texts_of(found, "train") + texts_of(found, "validation")
-    assert sorted(both) == sorted([text, *stories[:4]])
+    prepared_data = prepared(TextData(path=str(tmp_path), validation=0.2))
+    all_texts = texts_of(prepared_data, "train") + texts_of(prepared_data, "validation")
+    assert sorted(all_texts) == sorted([text, *stories[:4]])
 
 
 def test_no_space_is_inserted_between_the_pieces_of_a_long_text(
@@ -105,25 +111,25 @@ def test_no_space_is_inserted_between_the_pieces_of_a_long_text(
     monkeypatch.setattr("tinsmith.data.files.CHUNK_CHARS", 300)
     text = "".join(stories)
     (tmp_path / "input.txt").write_text(text)
-    found = prepared(
-        TextData(path=str(tmp_path / "input.txt"), validation=0), tokenizer=spaced_tokenizer()
+    prepared_data = prepared(
+        TextData(path=str(tmp_path / "input.txt"), validation=0), tokenizer=metaspace_tokenizer()
     )
-    assert texts_of(found, "train") == [text]
+    assert texts_of(prepared_data, "train") == [text]
 
 
 def test_validation_0_means_no_validation_split(prepared, story_file, texts_of, stories):
-    found = prepared(TextData(path=str(story_file), validation=0))
-    assert texts_of(found, "train") == stories
+    prepared_data = prepared(TextData(path=str(story_file), validation=0))
+    assert texts_of(prepared_data, "train") == stories
     with pytest.raises(UserError, match="validation"):
-        open_dataset(found.folder, "documents", "validation", 8, 0)
+        open_dataset(prepared_data.folder, "documents", "validation", 8, 0)
 
 
 def test_validation_may_be_a_separate_file(prepared, write_lines, texts_of, stories):
-    held_back = write_lines("held.jsonl", objects(stories[:7]))
+    validation_file = write_lines("held.jsonl", objects(stories[:7]))
     path = write_lines("rest.jsonl", objects(stories[7:]))
-    found = prepared(TextData(path=str(path), validation=str(held_back)))
-    assert texts_of(found, "train") == stories[7:]
-    assert texts_of(found, "validation") == stories[:7]
+    prepared_data = prepared(TextData(path=str(path), validation=str(validation_file)))
+    assert texts_of(prepared_data, "train") == stories[7:]
+    assert texts_of(prepared_data, "validation") == stories[:7]
 
 
 def test_a_folder_with_train_and_valid_files_is_split_by_them(
@@ -133,10 +139,10 @@ def test_a_folder_with_train_and_valid_files_is_split_by_them(
     folder.mkdir()
     for name, texts in (("train", stories[9:]), ("valid", stories[3:9]), ("test", stories[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in objects(texts)))
-    found = prepared(TextData(path=str(folder)))
-    assert texts_of(found, "train") == stories[9:]
-    assert texts_of(found, "validation") == stories[3:9]
-    assert found.report["sources"][0]["name"] == "own"
+    prepared_data = prepared(TextData(path=str(folder)))
+    assert texts_of(prepared_data, "train") == stories[9:]
+    assert texts_of(prepared_data, "validation") == stories[3:9]
+    assert prepared_data.report["sources"][0]["name"] == "own"
 
 
 def test_all_file_formats_give_the_same_documents(prepared, texts_of, tmp_path, stories):
@@ -150,13 +156,13 @@ def test_all_file_formats_give_the_same_documents(prepared, texts_of, tmp_path, 
     table = pyarrow.Table.from_pylist(objects(stories[:10]))
     pyarrow.parquet.write_table(table, folder / "c.parquet")
     (folder / "d.txt").write_text("<|endoftext|>\n".join(stories[:10]))
-    found = prepared(TextData(path=str(folder), validation=0))
-    assert texts_of(found, "train") == stories[:10] * 4
+    prepared_data = prepared(TextData(path=str(folder), validation=0))
+    assert texts_of(prepared_data, "train") == stories[:10] * 4
 
 
 def test_the_limit_takes_the_first_documents(prepared, texts_of, story_file, stories):
-    found = prepared(TextData(path=str(story_file), validation=0, limit=5))
-    assert texts_of(found, "train") == stories[:5]
+    prepared_data = prepared(TextData(path=str(story_file), validation=0, limit=5))
+    assert texts_of(prepared_data, "train") == stories[:5]
     assert len(texts_of(prepared(StdlibData(validation=0, limit=7), "chats"), "train")) == 7
 
 
@@ -213,22 +219,24 @@ def test_preparation_is_deterministic(tmp_path, story_file):
 
 
 def test_a_tokenizer_is_trained_on_the_train_split_only(prepared, write_lines, stories):
-    held_back = write_lines("held.jsonl", objects(["zqxzqxzqx " * 500]))
+    validation_file = write_lines("held.jsonl", objects(["zqxzqxzqx " * 500]))
     path = write_lines("rest.jsonl", objects(stories))
     train = TokenizerConfig(train=TrainTokenizerConfig(vocab_size=500))
-    found = prepared(TextData(path=str(path), validation=str(held_back)), tokenizer=train)
-    assert len(found.tokenizer.encode("zqxzqxzqx")) == 9
-    assert len(found.tokenizer.encode("Once there was a")) <= 5
+    prepared_data = prepared(
+        TextData(path=str(path), validation=str(validation_file)), tokenizer=train
+    )
+    assert len(prepared_data.tokenizer.encode("zqxzqxzqx")) == 9
+    assert len(prepared_data.tokenizer.encode("Once there was a")) <= 5
 
 
 def test_a_tokenizer_is_trained_on_at_most_max_bytes_sampled_evenly(
     prepared, write_lines, stories, monkeypatch
 ):
-    seen = []
+    sampled = []
 
     def watch(texts, vocab_size):
-        seen.extend(texts)
-        return tokenizer_of(seen)
+        sampled.extend(texts)
+        return tokenizer_of(sampled)
 
     from tinsmith.text.bpe import train_bpe as tokenizer_factory
 
@@ -240,20 +248,20 @@ def test_a_tokenizer_is_trained_on_at_most_max_bytes_sampled_evenly(
     path = write_lines("s.jsonl", objects(texts))
     settings = TrainTokenizerConfig(vocab_size=300, max_bytes=20_000)
     prepared(TextData(path=str(path), validation=0), tokenizer=TokenizerConfig(train=settings))
-    assert 12_000 < sum(len(text.encode()) for text in seen) <= 20_000
-    quarters = Counter(int(text.split()[0]) * 4 // 30 for text in seen)
-    assert min(quarters[q] for q in range(4)) > 0.5 * len(seen) / 4
+    assert 12_000 < sum(len(text.encode()) for text in sampled) <= 20_000
+    quarters = Counter(int(text.split()[0]) * 4 // 30 for text in sampled)
+    assert min(quarters[q] for q in range(4)) > 0.5 * len(sampled) / 4
 
 
 def test_chats_as_documents_are_rendered_with_the_chat_template(prepared, texts_of, write_lines):
     path = write_lines("c.jsonl", [chat("why", "because"), chat("who", "me")])
-    found = prepared(ChatsData(path=str(path), validation=0), "documents")
-    (first, _) = texts_of(found, "train")
+    prepared_data = prepared(ChatsData(path=str(path), validation=0), "documents")
+    (first, _) = texts_of(prepared_data, "train")
     assert first.startswith("<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n")
     assert "because<|im_end|>" in first
-    (source,) = found.report["sources"]
+    (source,) = prepared_data.report["sources"]
     names = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    text = "".join(texts_of(found, "train"))
+    text = "".join(texts_of(prepared_data, "train"))
     for name in names:
         text = text.replace(name, "")
     assert source["train"]["bytes"] == len(text)
@@ -261,22 +269,25 @@ def test_chats_as_documents_are_rendered_with_the_chat_template(prepared, texts_
 
 @pytest.mark.parametrize("data", [TasksData(count=200), StdlibData(limit=100)])
 def test_generated_data_has_disjoint_splits_in_both_formats(prepared, texts_of, data):
-    for shape in ("documents", "chats"):
-        found = prepared(data, shape)
-        train, validation = set(texts_of(found, "train")), set(texts_of(found, "validation"))
+    for data_format in ("documents", "chats"):
+        prepared_data = prepared(data, data_format)
+        train, validation = (
+            set(texts_of(prepared_data, "train")),
+            set(texts_of(prepared_data, "validation")),
+        )
         assert train
         assert validation
         assert not train & validation
 
 
 def test_rephrased_questions_about_the_same_sum_are_in_the_same_split(prepared, texts_of):
-    found = prepared(TasksData(tasks=("arithmetic",), count=3000, digits=1, validation=0.3))
-    sides = [
-        {text.split("\n", 1)[1] for text in texts_of(found, part)}
-        for part in ("train", "validation")
+    prepared_data = prepared(TasksData(tasks=("arithmetic",), count=3000, digits=1, validation=0.3))
+    splits = [
+        {text.split("\n", 1)[1] for text in texts_of(prepared_data, split)}
+        for split in ("train", "validation")
     ]
-    assert len(sides[1]) > 20
-    assert not sides[0] & sides[1]
+    assert len(splits[1]) > 20
+    assert not splits[0] & splits[1]
 
 
 def test_duplicate_functions_are_left_out(prepared, texts_of, monkeypatch):
@@ -285,12 +296,12 @@ def test_duplicate_functions_are_left_out(prepared, texts_of, monkeypatch):
     )
     modules = [stdlib.StdlibModule(f"{name}.py", source) for name in "abcdef"]
     monkeypatch.setattr(stdlib, "read_modules", lambda paths: iter(modules))
-    found = prepared(StdlibData(validation=0.5), "chats")
-    assert found.report["sources"][0]["train"]["documents"] == 5
+    prepared_data = prepared(StdlibData(validation=0.5), "chats")
+    assert prepared_data.report["sources"][0]["train"]["documents"] == 5
 
 
 def test_several_sources_have_separate_shards_and_unique_names(prepared, story_file):
-    found = prepared(
+    prepared_data = prepared(
         (
             TextData(path=str(story_file), weight=3),
             TextData(path=str(story_file)),
@@ -298,25 +309,25 @@ def test_several_sources_have_separate_shards_and_unique_names(prepared, story_f
         )
     )
     names = ["stories", "stories-2", "tasks"]
-    assert [source["name"] for source in found.report["sources"]] == names
-    source = open_dataset(found.folder, "documents", "train", 32, 0)
-    assert source.names == names
-    counts = np.bincount(source.get_batch(0, 1000).source.numpy(), minlength=3)
+    assert [dataset["name"] for dataset in prepared_data.report["sources"]] == names
+    dataset = open_dataset(prepared_data.folder, "documents", "train", 32, 0)
+    assert dataset.names == names
+    counts = np.bincount(dataset.get_batch(0, 1000).source.numpy(), minlength=3)
     assert counts.tolist() == [600, 200, 200]
 
 
 def test_packing_efficiency_of_real_chats_is_99_percent(real_data, prepared):
     folder = real_data / "llamafactory_sft"
     for config in (ChatsData(path=str(folder)), StdlibData(limit=600), TasksData(count=1000)):
-        found = prepared(config, "chats")
-        for context in (256, 512, 2048):
-            source = open_dataset(found.folder, "chats", "train", context, 0)
-            assert source.packing_efficiency >= 0.99 - 0.5 / source.size, (config.kind, context)
+        prepared_data = prepared(config, "chats")
+        for seq_len in (256, 512, 2048):
+            source = open_dataset(prepared_data.folder, "chats", "train", seq_len, 0)
+            assert source.packing_efficiency >= 0.99 - 0.5 / source.size, (config.kind, seq_len)
 
 
 def test_real_stories_are_prepared_without_loss(real_data, prepared, texts_of):
     path = real_data / "tinystories_sample" / "train.txt"
-    found = prepared(TextData(path=str(path)))
+    prepared_data = prepared(TextData(path=str(path)))
     stories = [text for text in path.read_text().split("<|endoftext|>\n") if text.strip()]
-    both = texts_of(found, "train") + texts_of(found, "validation")
-    assert Counter(both) == Counter(stories)
+    all_texts = texts_of(prepared_data, "train") + texts_of(prepared_data, "validation")
+    assert Counter(all_texts) == Counter(stories)

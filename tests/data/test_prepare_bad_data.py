@@ -26,13 +26,13 @@ def test_T9_bad_lines_are_rejected_and_counted(
         *(b'{"text": "\xff"}', b"{broken", b"[1]", {"body": "x"}, {"text": 3}, {"text": " "}),
         *({"text": "a\0b"}, {"text": "x" * 10_000_001}, {"text": stories[3]}),
     ]
-    found = prepared(TextData(path=str(write_lines("s.jsonl", lines)), validation=0))
-    assert texts_of(found, "train") == stories[:4]
-    assert found.report["sources"][0]["rejected"] == 8
-    assert [(name, line) for name, line, _ in rejects_of(found)] == [
+    prepared_data = prepared(TextData(path=str(write_lines("s.jsonl", lines)), validation=0))
+    assert texts_of(prepared_data, "train") == stories[:4]
+    assert prepared_data.report["sources"][0]["rejected"] == 8
+    assert [(name, line) for name, line, _ in rejects_of(prepared_data)] == [
         ("s.jsonl", line) for line in range(4, 12)
     ]
-    assert [reason.split(" (")[0].split(":")[0] for _, _, reason in rejects_of(found)] == [
+    assert [reason.split(" (")[0].split(":")[0] for _, _, reason in rejects_of(prepared_data)] == [
         *("not UTF-8", "not JSON", "not an object but a list", "no field 'text'"),
         *("field 'text' is a number, not text", "field 'text' is empty", "holds a NUL character"),
         "longer than 10 MB",
@@ -67,9 +67,9 @@ CHAT_FAULTS = {
 @pytest.mark.parametrize("fault", CHAT_FAULTS)
 def test_T9_bad_chats_are_rejected_or_fail_by_setting(prepared, write_lines, rejects_of, fault):
     path = write_lines("c.jsonl", [chat("x", "y"), CHAT_FAULTS[fault], chat("u", "v")])
-    found = prepared(ChatsData(path=str(path), validation=0), "chats")
-    assert [(name, line) for name, line, _ in rejects_of(found)] == [("c.jsonl", 2)]
-    assert found.report["sources"][0]["train"]["documents"] == 2
+    prepared_data = prepared(ChatsData(path=str(path), validation=0), "chats")
+    assert [(name, line) for name, line, _ in rejects_of(prepared_data)] == [("c.jsonl", 2)]
+    assert prepared_data.report["sources"][0]["train"]["documents"] == 2
     with pytest.raises(UserError, match=r"c\.jsonl:2: "):
         prepared(ChatsData(path=str(path), on_bad_line="fail"), "chats")
 
@@ -92,9 +92,9 @@ def test_T9_a_chat_that_the_template_rejects_is_a_bad_line(
         with pytest.raises(UserError, match=r"c\.jsonl:2: no such thing"):
             prepared(config, "chats")
     else:
-        found = prepared(config, "chats")
-        assert rejects_of(found) == [("c.jsonl", 2, "no such thing")]
-        assert found.report["sources"][0]["rejected"] == 1
+        prepared_data = prepared(config, "chats")
+        assert rejects_of(prepared_data) == [("c.jsonl", 2, "no such thing")]
+        assert prepared_data.report["sources"][0]["rejected"] == 1
 
 
 @pytest.mark.parametrize("lines", [[], [b""], [b"{broken"], [{"text": ""}]])
@@ -113,9 +113,9 @@ def test_T9_data_without_a_usable_document_is_a_one_line_error(
 def test_a_missing_file_or_an_unsupported_file_is_a_one_line_error(prepared, tmp_path, write_lines):
     with pytest.raises(UserError, match=r"data\.path: .*nothing\.jsonl does not exist"):
         prepared(TextData(path=str(tmp_path / "nothing.jsonl")))
-    there = str(write_lines("s.jsonl", []))
+    existing = str(write_lines("s.jsonl", []))
     with pytest.raises(UserError, match=r"data\.1\.validation: .* does not exist"):
-        prepared((StdlibData(), TextData(path=there, validation="nothing.jsonl")))
+        prepared((StdlibData(), TextData(path=existing, validation="nothing.jsonl")))
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(UserError, match=r"x\.txt: chats are read from \.jsonl"):
         prepared(ChatsData(path=str(tmp_path / "x.txt")), "chats")

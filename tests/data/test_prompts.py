@@ -11,14 +11,14 @@ from tinsmith.data.sources import ChatsData, TasksData, tasks
 from tinsmith.objectives.base import RankLoader
 from tinsmith.text.chat import BadRecord, encode_prompt, parse_conversation
 
-CONTEXT = 64
+SEQ_LEN = 64
 
 
-def output(role, content):
+def message(role, content):
     return {"role": role, "content": content}
 
 
-ASK = output("user", "What is 2 + 3?")
+ASK = message("user", "What is 2 + 3?")
 
 
 @pytest.mark.parametrize(
@@ -28,17 +28,17 @@ ASK = output("user", "What is 2 + 3?")
         {"question": "What is 2 + 3?", "final": 5},
         {"question": "What is 2 + 3?", "final": "5", "answer": "2 and 3 make 5"},
         {"prompt": [ASK], "answer": "5"},
-        {"messages": [ASK, output("assistant", "5")]},
+        {"messages": [ASK, message("assistant", "5")]},
         {"messages": [ASK], "answer": "5"},
         {"conversations": [{"from": "human", "value": "What is 2 + 3?"}], "final": 5},
         {"instruction": "What is 2 + 3?", "input": "", "output": "5"},
     ],
 )
 def test_every_layout_gives_the_same_prompt(record):
-    question = read_prompt(record)
-    assert question.prompt == parse_conversation({"messages": [ASK]}, answered=False)
-    assert question.answer == "5"
-    assert question.record == record
+    prompt = read_prompt(record)
+    assert prompt.prompt == parse_conversation({"messages": [ASK]}, answered=False)
+    assert prompt.answer == "5"
+    assert prompt.record == record
 
 
 def test_a_prompt_may_have_no_reference_answer():
@@ -52,7 +52,7 @@ def test_a_prompt_may_have_no_reference_answer():
         ({"text": "x"}, "has none of `prompt`"),
         ({"prompt": "", "answer": "5"}, "empty content"),
         ({"prompt": "a", "answer": " "}, "empty answer"),
-        ({"messages": [output("assistant", "5")]}, "role assistant, expected"),
+        ({"messages": [message("assistant", "5")]}, "role assistant, expected"),
     ],
 )
 def test_what_is_no_question_is_refused_with_a_reason(record, reason):
@@ -62,16 +62,16 @@ def test_what_is_no_question_is_refused_with_a_reason(record, reason):
 
 @pytest.fixture
 def source(prepared):
-    found = prepared(TasksData(count=60, digits=2, length=4), "prompts", seq_len=CONTEXT)
-    return open_dataset(found.folder, "prompts", "train", CONTEXT, 3)
+    prepared_data = prepared(TasksData(count=60, digits=2, length=4), "prompts", seq_len=SEQ_LEN)
+    return open_dataset(prepared_data.folder, "prompts", "train", SEQ_LEN, 3)
 
 
 def test_a_prompt_has_ids_answer_number_and_its_record(source, tokenizer):
-    found = source.get_prompts(0, source.size)
-    assert sorted(prompt.prompt_id for prompt in found) == list(range(source.size))
-    for prompt in found:
+    prepared_data = source.get_prompts(0, source.size)
+    assert sorted(prompt.prompt_id for prompt in prepared_data) == list(range(source.size))
+    for prompt in prepared_data:
         requested = parse_conversation(
-            {"messages": [output("user", prompt.record["prompt"])]}, answered=False
+            {"messages": [message("user", prompt.record["prompt"])]}, answered=False
         )
         assert prompt.ids == encode_prompt(tokenizer, requested)
         made = tasks.GeneratedTask(
@@ -88,8 +88,8 @@ def test_T2_prompts_are_a_function_of_seed_and_number(source):
 
 
 def test_rows_of_prompts_are_their_ids_with_nothing_to_learn(source):
-    batch, found = source.get_batch(5, 7), source.get_prompts(5, 7)
-    for row, prompt in enumerate(found):
+    batch, prepared_data = source.get_batch(5, 7), source.get_prompts(5, 7)
+    for row, prompt in enumerate(prepared_data):
         assert batch.ids[row][batch.segments[row] >= 0].tolist() == prompt.ids
     assert not bool(batch.mask.any())
     assert torch.equal(batch.targets, torch.zeros_like(batch.targets))
@@ -105,12 +105,12 @@ def test_ranks_divide_the_prompts_of_a_step(source, world):
 
 
 def test_prompt_ids_of_several_sources_are_disjoint(prepared):
-    found = prepared(
+    prepared_data = prepared(
         (TasksData(count=30, seed=1), TasksData(count=20, seed=2, validation=0.2)),
         "prompts",
         seq_len=300,
     )
-    source = open_dataset(found.folder, "prompts", "train", 300, 0)
+    source = open_dataset(prepared_data.folder, "prompts", "train", 300, 0)
     numbers = {}
     for prompt in source.get_prompts(0, 2000):
         assert numbers.setdefault(prompt.prompt_id, prompt) == prompt
@@ -118,15 +118,15 @@ def test_prompt_ids_of_several_sources_are_disjoint(prepared):
 
 
 def test_bad_prompts_are_rejected_with_their_line(prepared, rejects_of, write_lines):
-    rows = [
+    records = [
         {"prompt": "Say a.", "answer": "a"},
         {"prompt": "Say a.", "answer": ""},
         {"prompt": "Say a. " * 80, "answer": "a"},
         {"prompt": "Say b.", "answer": "b"},
     ]
-    path = write_lines("asked.jsonl", rows)
-    found = prepared(ChatsData(path=str(path), validation=0), "prompts", seq_len=CONTEXT)
-    reasons = {line: reason for _, line, reason in rejects_of(found)}
+    path = write_lines("asked.jsonl", records)
+    prepared_data = prepared(ChatsData(path=str(path), validation=0), "prompts", seq_len=SEQ_LEN)
+    reasons = {line: reason for _, line, reason in rejects_of(prepared_data)}
     assert set(reasons) == {2, 3}
     assert "empty answer" in reasons[2]
     assert "leaves no room" in reasons[3]
@@ -141,7 +141,7 @@ def test_real_prompts_are_read(real_data):
     ):
         lines = (real_data / file).read_text(encoding="utf-8").splitlines()
         for line in lines:
-            question = read_prompt(json.loads(line))
-            assert (question.answer is not None) == answered
+            prompt = read_prompt(json.loads(line))
+            assert (prompt.answer is not None) == answered
             if answered:
-                assert question.answer == str(question.record["final"])
+                assert prompt.answer == str(prompt.record["final"])
