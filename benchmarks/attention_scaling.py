@@ -1,12 +1,12 @@
-"""Time and memory of every kind of attention against the length of the context.
+"""Measures time and memory of every mixer by sequence length.
 
     python benchmarks/attention_scaling.py [--lengths 1k 2k 4k] [--dtype bfloat16] [--paper]
 
-One layer of width 512 with 8 query heads of 64, one row: forward and backward in training mode
-(with the loss of an indexer, where there is one), and one decoding step with a cache of that
-length; the peak of the memory of each, in processes of their own (Linux). `dense` is Tinsmith's
-own, `torch` the same layer with torch's kernel. The bounds are on nsa in float32: 2.5 times as fast
-as the faster of the two at 32k tokens, 4 times at 64k, and at most 2.5 times the time for twice the
+One layer of width 512 with 8 query heads of 64, batch size 1: forward and backward in training mode
+(with the indexer's loss, if there is one), and one decoding step with a cache of that length. The
+peak memory of each is measured in a separate process (Linux). `dense` is Tinsmith's attention,
+`torch` the same layer with torch's kernel. The bounds apply to nsa in float32: 2.5 times as fast as
+the faster of the two at 32k tokens, 4 times at 64k, and at most 2.5 times the time for twice the
 length from 8k to 32k.
 """
 
@@ -42,25 +42,25 @@ MIXERS: dict[str, dict[str, Any]] = {
     "hybrid": {"kind": "hybrid", "mode": "nsa"},
 }
 LENGTHS = ["1k", "2k", "4k", "8k", "16k", "32k", "64k"]
-PATIENCE = 5.0
-"""Seconds of one forward and backward pass beyond which longer contexts are not trained on, but for
-those that the bounds are about.
+MAX_SECONDS = 5.0
+"""A mixer whose forward and backward pass takes longer is not trained on longer sequences, unless a
+bound needs it.
 """
 BOUND = ("torch", "nsa")
-DECODED = 32768
-"""Tokens of a cache up to which all decode; beyond, those that are trained."""
+MAX_DECODED = 32768
+"""Cache length up to which all mixers decode; beyond it only mixers that are trained."""
 STEPS = 17
 
 
 def layer(name: str, dtype: torch.dtype, paper: bool) -> Mixer:
-    """A layer in training mode, the same weights for the same arguments."""
+    """Return a layer in training mode with the same weights for the same arguments."""
     torch.manual_seed(0)
     config = MIXERS[name] | (PAPER | {"window": 512} if paper and name == "nsa" else {})
     return parse(MixerConfig, config).build(BuildContext(DIM, 0, 8)).to(dtype).train()
 
 
 def context(mixer: Mixer, begin: int, count: int, dtype: torch.dtype) -> Ctx:
-    """Positions of one row, and their tables."""
+    """Return the context of one row: positions and rotary tables."""
     positions = torch.arange(begin, begin + count)[None]
     dim = mixer.rotary_dim
     rotary = {dim: rotary_tables(Rope(), dim, positions, dtype)} if dim else {}
@@ -68,7 +68,7 @@ def context(mixer: Mixer, begin: int, count: int, dtype: torch.dtype) -> Ctx:
 
 
 class TorchKernel:
-    """Inside, attention is torch's."""
+    """Context manager in which attention uses torch's kernel."""
 
     def __enter__(self) -> None:
         self.before, core._use_blockwise = core._use_blockwise, lambda *_: False
@@ -78,130 +78,134 @@ class TorchKernel:
 
 
 def train_step(name: str, length: int, dtype: torch.dtype, paper: bool) -> Any:
-    """Forward and backward of one row."""
+    """Return a function that runs forward and backward of one row."""
     mixer = layer(name, dtype, paper)
     x = torch.randn(1, length, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
     x, ctx = x.requires_grad_(), context(mixer, 0, length, dtype)
 
-    def work() -> None:
+    def step() -> None:
         out = mixer(x, ctx)
         loss = out.y.float().square().mean() + sum(out.losses.values(), torch.zeros(()))
         loss.backward()
 
-    def torchs() -> None:
+    def step_with_torch_kernel() -> None:
         with TorchKernel():
-            work()
+            step()
 
-    return torchs if name == "torch" else work
+    return step_with_torch_kernel if name == "torch" else step
 
 
 @torch.no_grad()
 def decode_step(name: str, length: int, dtype: torch.dtype, paper: bool) -> Any:
-    """One token after `length` others; each call adds one more to the cache."""
+    """Return a function that decodes one token after `length` others, and the cache's bytes."""
     mixer = layer(name, dtype, paper).eval()
     cache = mixer.new_cache(1, length + 64, dtype, torch.device("cpu"))
-    source = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     for begin in range(0, length, 4096):
         count = min(4096, length - begin)
-        chunk = torch.randn(1, count, DIM, generator=source).to(dtype)
+        chunk = torch.randn(1, count, DIM, generator=generator).to(dtype)
         mixer(chunk, context(mixer, begin, count, dtype), cache)
-    x, ctx = torch.randn(1, 1, DIM, generator=source).to(dtype), context(mixer, length, 1, dtype)
+    x, ctx = torch.randn(1, 1, DIM, generator=generator).to(dtype), context(mixer, length, 1, dtype)
 
     @torch.no_grad()
-    def work() -> float:
-        began = time.perf_counter()
+    def step() -> float:
+        start = time.perf_counter()
         mixer(x, ctx, cache)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    return work, cache.nbytes()
+    return step, cache.nbytes()
 
 
-def megabytes() -> float:
-    """The most memory that this process has had. Not `ru_maxrss`: a child starts with that of its
-    parent.
+def peak_megabytes() -> float:
+    """Return the peak resident memory of this process. `ru_maxrss` of a child process would start
+    with its parent's value.
     """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def forget_peak() -> None:
-    """The most memory of this process is what it has now."""
+def reset_peak() -> None:
+    """Reset the peak memory of this process to its present memory."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def alone(what: str, name: str, length: int, dtype: str, paper: bool) -> dict[str, float]:
-    """One case in a process of its own."""
-    command = [sys.executable, __file__, "--alone", what, name, "--lengths", str(length)]
+def run_in_process(part: str, name: str, length: int, dtype: str, paper: bool) -> dict[str, float]:
+    """Measure one case in a new process."""
+    command = [sys.executable, __file__, "--alone", part, name, "--lengths", str(length)]
     command += ["--dtype", dtype, *(["--paper"] if paper else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory_of_training(name: str, length: int, dtype: torch.dtype, paper: bool) -> dict[str, float]:
-    """Of a first step, in megabytes."""
-    before = megabytes()
+def training_memory(name: str, length: int, dtype: torch.dtype, paper: bool) -> dict[str, float]:
+    """Return the peak memory of a first training step in megabytes."""
+    before = peak_megabytes()
     train_step(name, length, dtype, paper)()
-    return {"peak_mb": megabytes() - before}
+    return {"peak_mb": peak_megabytes() - before}
 
 
-def decoding(name: str, length: int, dtype: torch.dtype, paper: bool) -> dict[str, float]:
-    """Time of a step, what it takes beside the cache, and the cache."""
-    work, held = decode_step(name, length, dtype, paper)
-    forget_peak()
-    before = megabytes()
-    times = sorted(work() for _ in range(STEPS))
-    found = {"decode_ms": 1000 * times[STEPS // 2], "decode_mb": megabytes() - before}
-    return found | {"cache_mb": held / 2**20}
+def decoding_cost(name: str, length: int, dtype: torch.dtype, paper: bool) -> dict[str, float]:
+    """Return the time of a decoding step, its memory without the cache, and the cache's memory."""
+    step, cache_bytes = decode_step(name, length, dtype, paper)
+    reset_peak()
+    before = peak_megabytes()
+    times = sorted(step() for _ in range(STEPS))
+    result = {"decode_ms": 1000 * times[STEPS // 2], "decode_mb": peak_megabytes() - before}
+    return result | {"cache_mb": cache_bytes / 2**20}
 
 
-ALONE = {"train": memory_of_training, "decode": decoding}
+PARTS = {"train": training_memory, "decode": decoding_cost}
 
 
 def measure(lengths: list[int], dtype: str, paper: bool) -> list[dict[str, Any]]:
-    """A row a length and mixer."""
-    kind, rows, slow = getattr(torch, dtype), [], set()
+    """Measure all mixers and return a record for each length and mixer."""
+    torch_dtype, records, slow = getattr(torch, dtype), [], set()
     for length in lengths:
         contestants = {
-            name: train_step(name, length, kind, paper) for name in MIXERS if name not in slow
+            name: train_step(name, length, torch_dtype, paper)
+            for name in MIXERS
+            if name not in slow
         }
-        many = length <= DECODED
-        seconds = medians(interleave(contestants, 3 if many else 1, warmup=int(length <= 8192)))
-        here = []
-        for name in MIXERS if many else seconds:
-            row: dict[str, Any] = {"tokens": length, "mixer": name}
-            row |= {"train_s": None, "peak_mb": None}
+        all_mixers = length <= MAX_DECODED
+        seconds = medians(
+            interleave(contestants, 3 if all_mixers else 1, warmup=int(length <= 8192))
+        )
+        of_length = []
+        for name in MIXERS if all_mixers else seconds:
+            record: dict[str, Any] = {"tokens": length, "mixer": name}
+            record |= {"train_s": None, "peak_mb": None}
             if name in seconds:
-                row["train_s"] = seconds[name]
-                row |= alone("train", name, length, dtype, paper)
-            here.append(row | alone("decode", name, length, dtype, paper))
-        slow |= {name for name, each in seconds.items() if each > PATIENCE} - set(BOUND)
-        table(here)
-        rows += here
-    return rows
+                record["train_s"] = seconds[name]
+                record |= run_in_process("train", name, length, dtype, paper)
+            of_length.append(record | run_in_process("decode", name, length, dtype, paper))
+        slow |= {name for name, each in seconds.items() if each > MAX_SECONDS} - set(BOUND)
+        table(of_length)
+        records += of_length
+    return records
 
 
-def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the bounds are about, as far as it was measured."""
-    trained = [row for row in rows if row["train_s"] is not None]
-    time_of = {(row["mixer"], row["tokens"]): row["train_s"] for row in trained}
-    peak_of = {(row["mixer"], row["tokens"]): row["peak_mb"] for row in trained}
+def ratios_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the ratios that the bounds apply to, as far as they were measured."""
+    trained = [record for record in records if record["train_s"] is not None]
+    time_of = {(record["mixer"], record["tokens"]): record["train_s"] for record in trained}
+    peak_of = {(record["mixer"], record["tokens"]): record["peak_mb"] for record in trained}
 
     def dense(length: int) -> float:
         return min(time_of.get((name, length), math.inf) for name in ("dense", "torch"))
 
-    output: dict[str, Any] = {}
+    ratios: dict[str, Any] = {}
     for (name, length), seconds in time_of.items():
         if name == "nsa" and math.isfinite(dense(length)):
-            output[f"nsa against dense at {length}"] = dense(length) / seconds
+            ratios[f"nsa against dense at {length}"] = dense(length) / seconds
         if name == "nsa" and (name, length // 2) in time_of:
-            output[f"nsa, time of {length} to {length // 2}"] = seconds / time_of[name, length // 2]
+            ratios[f"nsa, time of {length} to {length // 2}"] = seconds / time_of[name, length // 2]
             memory = peak_of[name, length] / peak_of[name, length // 2]
-            output[f"nsa, memory of {length} to {length // 2}"] = memory
-    return output
+            ratios[f"nsa, memory of {length} to {length // 2}"] = memory
+    return ratios
 
 
-def draw(rows: list[dict[str, Any]], name: str) -> None:
-    """Time, memory and decoding against length, beside the JSON."""
+def draw(records: list[dict[str, Any]], name: str) -> None:
+    """Draw time, memory and decoding by length, in the folder of the JSON file."""
     import matplotlib.pyplot as plt
 
     panels = {
@@ -212,11 +216,13 @@ def draw(rows: list[dict[str, Any]], name: str) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for mixer in MIXERS:
-            mine = [row for row in rows if row["mixer"] == mixer]
-            mine = [row for row in mine if row[key] is not None]
-            axis.plot([r["tokens"] for r in mine], [r[key] for r in mine], "o-", label=mixer)
+            of_mixer = [record for record in records if record["mixer"] == mixer]
+            of_mixer = [record for record in of_mixer if record[key] is not None]
+            axis.plot(
+                [r["tokens"] for r in of_mixer], [r[key] for r in of_mixer], "o-", label=mixer
+            )
         axis.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
-        ticks = sorted({row["tokens"] for row in rows})
+        ticks = sorted({record["tokens"] for record in records})
         axis.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -231,23 +237,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--paper", action="store_true", help="nsa with the paper's sizes")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
-    requested = parser.parse_args()
+    arguments = parser.parse_args()
     lengths = [
-        int(each.removesuffix("k")) * (1024 if "k" in each else 1) for each in requested.lengths
+        int(each.removesuffix("k")) * (1024 if "k" in each else 1) for each in arguments.lengths
     ]
-    if requested.alone:
-        what, name = requested.alone
-        case = (name, lengths[0], getattr(torch, requested.dtype), requested.paper)
-        print(json.dumps(ALONE[what](*case)))
+    if arguments.alone:
+        part, name = arguments.alone
+        case = (name, lengths[0], getattr(torch, arguments.dtype), arguments.paper)
+        print(json.dumps(PARTS[part](*case)))
         return
-    rows = measure(lengths, requested.dtype, requested.paper)
-    name = "attention_scaling" + ("_paper" if requested.paper else "")
-    name += "" if requested.dtype == "float32" else f"_{requested.dtype}"
-    output = verdicts(rows)
-    for what, ratio in output.items():
+    records = measure(lengths, arguments.dtype, arguments.paper)
+    name = "attention_scaling" + ("_paper" if arguments.paper else "")
+    name += "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
+    ratios = ratios_of(records)
+    for what, ratio in ratios.items():
         print(f"{what}: {ratio:.2f}")
-    draw(rows, name)
-    print(write(name, {"dtype": requested.dtype, "rows": rows, "ratios": output}))
+    draw(records, name)
+    print(write(name, {"dtype": arguments.dtype, "rows": records, "ratios": ratios}))
 
 
 if __name__ == "__main__":

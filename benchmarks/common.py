@@ -1,7 +1,7 @@
-"""What every benchmark shares: the machine's name, interleaved timing, a table, a JSON file.
+"""Helpers of all benchmarks: description of the machine, interleaved timing, table, JSON file.
 
-Run one as `python benchmarks/NAME.py`. Contestants take turns within every round, so that a busy
-moment of the machine hits all of them, and medians over rounds are compared.
+Run a benchmark with `python benchmarks/NAME.py`. The contestants take turns in every round, so that
+other load on the machine affects all of them. Medians over rounds are compared.
 """
 
 import json
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return a description of the machine and of the library versions."""
     facts: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count(),
@@ -36,32 +36,32 @@ def machine() -> dict[str, Any]:
 def interleave(
     contestants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every round by name; each round runs every contestant once, in turn.
+    """Return the seconds of every round by name. Each round runs every contestant once, in turn.
 
-    The first of a round moves on by one from round to round, so that nobody always follows the same
-    neighbour's caches. `warmup` rounds come first and are not counted.
+    The order rotates by one from round to round, so that no contestant always runs with the caches
+    of the same predecessor. The first `warmup` rounds are not counted.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warmup, rounds):
-        first = number % len(names)
+    for index in range(-warmup, rounds):
+        first = index % len(names)
         for name in names[first:] + names[:first]:
-            _settle()
+            _synchronize()
             start = time.perf_counter()
             contestants[name]()
-            _settle()
-            if number >= 0:
+            _synchronize()
+            if index >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The middle round of every contestant, in seconds."""
+    """Return the median seconds of a round of every contestant."""
     return {name: statistics.median(rounds) for name, rounds in seconds.items()}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows of equal keys, aligned: text to the left, numbers to the right in 4 digits."""
+    """Print a table: text left-aligned, numbers right-aligned with four digits."""
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = [isinstance(value, int | float) for value in rows[0].values()]
@@ -71,7 +71,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write(name: str, data: Mapping[str, Any]) -> Path:
-    """Write benchmarks/results/NAME.json: the machine, the date, and `data`."""
+    """Write benchmarks/results/NAME.json with the machine, the date and `data`; return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **data}
@@ -79,7 +79,7 @@ def write(name: str, data: Mapping[str, Any]) -> Path:
     return path
 
 
-def _settle() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,10 +1,9 @@
-"""Greedy decoding of the 25.8M preset beside transformers' `generate`, on the same weights.
+"""Compares greedy decoding of the 25.8M preset with transformers' `generate`, on the same weights.
 
-Prompts of 64 tokens and 128 new ones, on 2 threads, contestants in turns. Weights are random, and
-enlarged where attention chooses and where sub-layers write: at its first values, with a tied head,
-a model repeats its last token for ever, and equal ids would mean nothing (`distinct` is how many
-different ids a row has on average). `ragged`, whose prompts
-have 8 to 64 tokens, is for information.
+Prompts of 64 tokens, 128 new tokens, 2 threads, contestants in turns. Weights are random, and
+query, key, output and down projections are enlarged: with the default initialisation and a tied
+head a model repeats its last token, and equal ids would prove nothing (`distinct` is the mean
+number of different ids in a completion). `ragged`, with prompts of 8 to 64 tokens, has no bound.
 
     python benchmarks/decode.py [--rounds 9] [--compile]
 """
@@ -27,13 +26,13 @@ PROMPT, NEW = 64, 128
 LARGER = {"q_proj": 4, "k_proj": 4, "o_proj": 8, "down_proj": 8}
 GREEDY = SamplingParams(temperature=0)
 CASES = ((1, torch.float32, 1.5), (8, torch.float32, 1.25), (8, torch.bfloat16, 1.5))
-"""(rows, precision, how many times transformers' speed is asked for)."""
+"""(batch size, precision, speed relative to transformers that is the goal)."""
 
 Prompts = Sequence[list[int]]
 
 
-def ours(dtype: torch.dtype) -> LM:
-    """The preset with random weights."""
+def tinsmith_model(dtype: torch.dtype) -> LM:
+    """Return the preset with random weights."""
     torch.manual_seed(0)
     lm = LM(ModelConfig.preset(PRESET))
     with torch.no_grad():
@@ -42,8 +41,8 @@ def ours(dtype: torch.dtype) -> LM:
     return lm.to(dtype).eval()
 
 
-def theirs(lm: LM) -> LlamaForCausalLM:
-    """The same weights in transformers' class."""
+def transformers_model(lm: LM) -> LlamaForCausalLM:
+    """Return transformers' Llama with the same weights."""
     mixer, feed = lm.blocks[0].mixer, lm.config.layers[0].feed_forward
     assert isinstance(mixer, GQAMixer)
     config = LlamaConfig(
@@ -63,30 +62,30 @@ def theirs(lm: LM) -> LlamaForCausalLM:
     )
     weights = {"model.embed_tokens.weight": lm.embed.weight, "model.norm.weight": lm.norm.weight}
     weights["lm_head.weight"] = lm.head.weight
-    for number, block in enumerate(lm.blocks):
+    for index, block in enumerate(lm.blocks):
         names = {"mix_norm": "input_layernorm", "feed_norm": "post_attention_layernorm"}
         for name, weight in block.named_parameters():
-            new = name.replace("mixer.", "self_attn.").replace("feed.", "mlp.")
+            hf_name = name.replace("mixer.", "self_attn.").replace("feed.", "mlp.")
             for own, other in names.items():
-                new = new.replace(own, other)
-            weights[f"model.layers.{number}.{new}"] = weight
+                hf_name = hf_name.replace(own, other)
+            weights[f"model.layers.{index}.{hf_name}"] = weight
     model: Any = LlamaForCausalLM(config)
     model.to(lm.embed.weight.dtype).load_state_dict(weights, strict=True)
     return model.eval()
 
 
-def answer(engine: Engine, prompts: Prompts) -> list[list[int]]:
-    """Greedy answers by the engine, which is made once, as a server's or a chat's would be."""
-    output: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
+def generate_with_engine(engine: Engine, prompts: Prompts) -> list[list[int]]:
+    """Return greedy completions by the engine, which is built once, as in a server or a chat."""
+    completions: dict[int, list[int]] = {engine.add(ids, GREEDY, NEW): [] for ids in prompts}
     for event in engine.run():
         assert event.token is not None
-        output[event.request_id].append(event.token)
-    return list(output.values())
+        completions[event.request_id].append(event.token)
+    return list(completions.values())
 
 
 @torch.inference_mode()
 def generate(model: Any, prompts: Prompts) -> list[list[int]]:
-    """Greedy answers by transformers, prompts padded on the left."""
+    """Return greedy completions by transformers, with prompts padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -94,28 +93,34 @@ def generate(model: Any, prompts: Prompts) -> list[list[int]]:
     return out[:, width:].tolist()
 
 
-def drawn(rows: int, ragged: bool) -> list[list[int]]:
-    """Random prompts."""
-    made = torch.Generator().manual_seed(1)
+def random_prompts(rows: int, ragged: bool) -> list[list[int]]:
+    """Return random prompts, of different lengths if `ragged`."""
+    generator = torch.Generator().manual_seed(1)
     lengths = [PROMPT - 8 * row if ragged else PROMPT for row in range(rows)]
-    return [torch.randint(0, 6400, (n,), generator=made).tolist() for n in lengths]
+    return [torch.randint(0, 6400, (n,), generator=generator).tolist() for n in lengths]
 
 
 def case(
     rows: int, dtype: torch.dtype, goal: float | None, ragged: bool, rounds: int, compiled: bool
 ) -> list[dict[str, Any]]:
-    """Lines of the table for one size and precision."""
-    prompts, lm = drawn(rows, ragged), ours(dtype)
-    model = theirs(lm)
-    mine = {"tinsmith": Engine(lm, max_batch_size=rows)}
+    """Return the table rows of one batch size and precision."""
+    prompts, lm = random_prompts(rows, ragged), tinsmith_model(dtype)
+    model = transformers_model(lm)
+    engines = {"tinsmith": Engine(lm, max_batch_size=rows)}
     if compiled:
-        other = ours(dtype)
+        other = tinsmith_model(dtype)
         other.compile(fullgraph=True)
-        mine["tinsmith, compiled"] = Engine(other, max_batch_size=rows)
+        engines["tinsmith, compiled"] = Engine(other, max_batch_size=rows)
     expected = generate(model, prompts)
-    equal = {name: share(answer(each, prompts), expected) for name, each in mine.items()}
+    equal = {
+        name: share_of_equal(generate_with_engine(each, prompts), expected)
+        for name, each in engines.items()
+    }
     runs: dict[str, Any] = {"transformers": lambda: generate(model, prompts)}
-    runs |= {name: lambda each=each: answer(each, prompts) for name, each in mine.items()}
+    runs |= {
+        name: lambda each=each: generate_with_engine(each, prompts)
+        for name, each in engines.items()
+    }
     seconds = medians(interleave(runs, rounds))
     size = f"{rows} x {str(dtype).removeprefix('torch.')}{', ragged' if ragged else ''}"
     return [
@@ -133,8 +138,8 @@ def case(
     ]
 
 
-def share(found: list[list[int]], expected: list[list[int]]) -> float:
-    """How many of the ids are the same."""
+def share_of_equal(found: list[list[int]], expected: list[list[int]]) -> float:
+    """Return the share of equal ids."""
     pairs = [p for f, e in zip(found, expected, strict=True) for p in zip(f, e, strict=True)]
     return sum(a == b for a, b in pairs) / len(pairs)
 
@@ -144,12 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(2)
     lines = []
     for rows, dtype, goal in CASES:
-        lines += case(rows, dtype, goal, False, chosen.rounds, chosen.compile)
-    lines += case(8, torch.float32, None, True, chosen.rounds, False)
+        lines += case(rows, dtype, goal, False, arguments.rounds, arguments.compile)
+    lines += case(8, torch.float32, None, True, arguments.rounds, False)
     table(lines)
     write("decode", {"preset": PRESET, "prompt": PROMPT, "new": NEW, "results": lines})
 

@@ -1,13 +1,14 @@
-"""A training step of routed models beside dense ones, and beside transformers' Qwen3-MoE.
+"""Compares a training step of models with experts with dense ones and transformers' Qwen3-MoE.
 
     python benchmarks/experts.py [--rounds 7] [--rows 8] [--only NAME]
 
-Of a dense step with the same active parameters: 2 of 4 experts and a shared one (the 145M preset)
-at least 0.75; 6 of 64 and 2 shared ones of width 256 at least 0.55; 32 of 96 by dyn_moe, 8 active,
-at least 0.4. All three faster than a dense step of the same total parameters. At least 1.3 times
-transformers' Qwen3-MoE of the same sizes with bf16 weights on both sides. Peak memory (in processes
-of their own) does not grow with experts that are not chosen beyond what is kept for their weights.
-All sides take turns in one run, with the same AdamW.
+The bounds are on speed relative to a dense step with the same active parameters: 2 of 4 experts and
+a shared one (the 145M preset) at least 0.75; 6 of 64 and 2 shared ones of width 256 at least 0.55;
+32 of width 96 by dyn_moe, 8 active, at least 0.4. All three must be faster than a dense step of the
+same total parameters, and the first at least 1.3 times as fast as transformers' Qwen3-MoE of the
+same sizes with bf16 weights on both sides. Peak memory (in separate processes) must not grow with
+inactive experts beyond weights, gradients and moments. All contestants take turns in one run, with
+the same AdamW.
 """
 
 import argparse
@@ -32,8 +33,8 @@ DYNAMIC = {"kind": "dyn_moe", "experts": 32, "hidden_dim": 96, "target_active": 
 
 
 class Case(NamedTuple):
-    """A routed feed-forward in a model of `dim` and `depth`, and the share of the dense step that
-    it must reach.
+    """A feed-forward with experts in a model of `dim` and `depth`, and the speed relative to the
+    dense step that it must reach.
     """
 
     dim: int
@@ -41,7 +42,7 @@ class Case(NamedTuple):
     feed: dict[str, Any]
     active: int
     total: int
-    """Widths of the dense feed-forwards with as many parameters as a token meets, and in all."""
+    """`active` and `total` are the widths of dense feed-forwards with that many parameters."""
     bound: float
 
 
@@ -53,7 +54,7 @@ CASES = {
 
 
 def model(case: Case, feed: dict[str, Any]) -> LM:
-    """A model of the case with another feed-forward."""
+    """Return a model of the case with another feed-forward."""
     layer = {"mixer": {"kind": "gqa", "heads": 8, "kv_heads": 2}, "feed_forward": feed}
     section = {"vocab_size": 6400, "dim": case.dim, "depth": case.depth, "pattern": [layer]}
     torch.manual_seed(0)
@@ -61,9 +62,9 @@ def model(case: Case, feed: dict[str, Any]) -> LM:
 
 
 @torch.no_grad()
-def aim(lm: LM, wanted: float, rows: int) -> None:
-    """Thresholds at which a token has as many experts as are wanted, where training leads; half of
-    all experts work at first.
+def set_thresholds(lm: LM, target: float, rows: int) -> None:
+    """Set thresholds at which a token has `target` experts, as after training. At initialisation
+    half of the experts are active.
     """
     thresholds = [value for name, value in lm.named_parameters() if name.endswith("thresholds")]
     low, high = -1.0, 1.0
@@ -71,11 +72,11 @@ def aim(lm: LM, wanted: float, rows: int) -> None:
         middle = (low + high) / 2
         for threshold in thresholds:
             threshold.fill_(middle)
-        low, high = (middle, high) if _active(lm, rows) > wanted else (low, middle)
+        low, high = (middle, high) if _active(lm, rows) > target else (low, middle)
 
 
 def _active(lm: LM, rows: int) -> float:
-    """Experts of a token, the mean of all layers."""
+    """Return the mean number of experts of a token over all layers."""
     stats = lm(_ids(rows)[:, :-1]).stats
     load, tokens = (
         sum(float(value.sum()) for name, value in stats.items() if name.endswith(end))
@@ -85,21 +86,21 @@ def _active(lm: LM, rows: int) -> float:
 
 
 def swiglu(hidden: int) -> dict[str, Any]:
-    """A dense feed-forward."""
+    """Return a dense feed-forward section."""
     return {"kind": "swiglu", "hidden_dim": hidden}
 
 
 def step_of(lm: LM, rows: int) -> Callable[[], None]:
-    """A training step in bf16 autocast; of a model in bf16, in its own precision."""
+    """Return a training step in bf16 autocast, or without autocast for a model in bf16."""
     optimizer, ids = _adamw(lm), _ids(rows)
-    everything = torch.ones(rows, CONTEXT, dtype=torch.bool)
-    mixed = lm.embed.weight.dtype == torch.float32
+    loss_mask = torch.ones(rows, CONTEXT, dtype=torch.bool)
+    autocast = lm.embed.weight.dtype == torch.float32
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = lm(ids[:, :-1], logits=False)
-            total = summed_nll(out.hidden, ids[:, 1:], everything, lm.head)
-        (total / everything.numel() + sum(out.losses.values())).backward()
+            total = summed_nll(out.hidden, ids[:, 1:], loss_mask, lm.head)
+        (total / loss_mask.numel() + sum(out.losses.values())).backward()
         optimizer.step()
         lm.zero_grad()
         lm.post_step(out.stats)
@@ -107,8 +108,8 @@ def step_of(lm: LM, rows: int) -> Callable[[], None]:
     return step
 
 
-def theirs(rows: int) -> Callable[[], None]:
-    """A step of transformers' Qwen3-MoE with the sizes of `qwen`, weights in bf16."""
+def transformers_step(rows: int) -> Callable[[], None]:
+    """Return a step of transformers' Qwen3-MoE with the sizes of `qwen`, weights in bf16."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     case = CASES["topk"]
@@ -137,7 +138,7 @@ def theirs(rows: int) -> Callable[[], None]:
 
 
 def qwen() -> LM:
-    """Qwen3-MoE's form of the first case, weights in bf16."""
+    """Return the first case as a Qwen3-MoE, weights in bf16."""
     case = CASES["topk"]
     gqa = {"kind": "gqa", "heads": 8, "kv_heads": 2, "qk_norm": True}
     layer = {"mixer": gqa, "feed_forward": TOP_K | {"n_shared_experts": 0}}
@@ -146,9 +147,9 @@ def qwen() -> LM:
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Of all but gates of thresholds, so that the number of experts stays."""
-    moving = [value for name, value in model.named_parameters() if ".feed.gate." not in name]
-    return torch.optim.AdamW(moving, lr=1e-4, fused=True)
+    """Return AdamW on all parameters except thresholds, so that the number of experts is fixed."""
+    trained = [value for name, value in model.named_parameters() if ".feed.gate." not in name]
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
 def _ids(rows: int) -> torch.Tensor:
@@ -157,15 +158,15 @@ def _ids(rows: int) -> torch.Tensor:
 
 
 def peak(experts: int, rows: int) -> float:
-    """Bytes at most of a process that takes three steps of the second case with so many experts,
-    less 16 for each parameter: weight, gradient, two moments.
+    """Return the peak bytes of a process that trains the second case with so many experts for three
+    steps, minus 16 for each parameter: weight, gradient, two moments.
     """
     command = [sys.executable, __file__, "--peak", str(experts), "--rows", str(rows)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def print_peak(experts: int, rows: int) -> None:
-    """What `peak` reads."""
+    """Measure and print the value that `peak` reads."""
     lm = model(CASES["many"], MANY | {"experts": experts})
     step = step_of(lm, rows)
     for _ in range(3):
@@ -175,72 +176,74 @@ def print_peak(experts: int, rows: int) -> None:
 
 
 def compare(name: str, rounds: int, rows: int) -> dict[str, Any]:
-    """One case beside its two dense ones."""
+    """Measure one case and its two dense models."""
     case = CASES[name]
     sides = {"routed": case.feed, "active": swiglu(case.active), "total": swiglu(case.total)}
     models = {side: model(case, feed) for side, feed in sides.items()}
     if case.feed["kind"] == "dyn_moe":
-        aim(models["routed"], case.feed["target_active"], rows)
+        set_thresholds(models["routed"], case.feed["target_active"], rows)
     steps = {side: step_of(lm, rows) for side, lm in models.items()}
     seconds = interleave(steps, rounds, warmup=2)
     shares = {side: _ratio(seconds[side], seconds["routed"]) for side in ("active", "total")}
     return {"seconds": seconds, "of_dense": shares, "bounds": {"active": case.bound, "total": 1.0}}
 
 
-def beside_transformers(rounds: int, rows: int) -> dict[str, Any]:
-    """Qwen3-MoE's form of the first case on both sides."""
+def compare_with_transformers(rounds: int, rows: int) -> dict[str, Any]:
+    """Measure the first case as a Qwen3-MoE in both libraries."""
     torch.manual_seed(0)
-    steps = {"tinsmith": step_of(qwen(), rows), "transformers": theirs(rows)}
+    steps = {"tinsmith": step_of(qwen(), rows), "transformers": transformers_step(rows)}
     seconds = interleave(steps, rounds, warmup=2)
     ratio = _ratio(seconds["transformers"], seconds["tinsmith"])
     return {"seconds": seconds, "times_as_fast": ratio, "bound": 1.3}
 
 
 def _ratio(slow: list[float], fast: list[float]) -> float:
-    """The median over rounds."""
+    """Return the median ratio over rounds."""
     each = sorted(a / b for a, b in zip(slow, fast, strict=True))
     return each[len(each) // 2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Routed models beside dense ones.")
+    parser = argparse.ArgumentParser(description="Speed and memory of models with experts.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--only", choices=[*CASES, "transformers", "memory"])
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rounds, rows = arguments.rounds, arguments.rows
-    keep_freed_memory()  # as the trainer does; all sides gain
+    keep_freed_memory()  # as the trainer does; this makes all contestants faster
     if arguments.peak:
         print_peak(arguments.peak, rows)
         return
-    wanted = [arguments.only] if arguments.only else ["memory", *CASES, "transformers"]
-    found: dict[str, Any] = {}
-    if "memory" in wanted:  # first, while this process is small: a child begins with its peak
-        found["memory"] = {str(experts): peak(experts, rows) for experts in (8, 64)}
-    found |= {name: compare(name, rounds, rows) for name in wanted if name in CASES}
-    if "transformers" in wanted:
-        found["transformers"] = beside_transformers(rounds, rows)
-    report(found)
-    print(write("experts", {"rows": rows, "context": CONTEXT, "results": found}))
+    selected = [arguments.only] if arguments.only else ["memory", *CASES, "transformers"]
+    results: dict[str, Any] = {}
+    if (
+        "memory" in selected
+    ):  # first, while this process is small: a child process starts with its peak
+        results["memory"] = {str(experts): peak(experts, rows) for experts in (8, 64)}
+    results |= {name: compare(name, rounds, rows) for name in selected if name in CASES}
+    if "transformers" in selected:
+        results["transformers"] = compare_with_transformers(rounds, rows)
+    report(results)
+    print(write("experts", {"rows": rows, "context": CONTEXT, "results": results}))
 
 
-def report(found: dict[str, Any]) -> None:
-    """A table of ratios and bounds."""
+def report(results: dict[str, Any]) -> None:
+    """Print a table of ratios and bounds."""
     lines = []
     for name in CASES:
-        for side, share in found.get(name, {}).get("of_dense", {}).items():
-            bound = found[name]["bounds"][side]
+        for side, share in results.get(name, {}).get("of_dense", {}).items():
+            bound = results[name]["bounds"][side]
             lines.append({"case": f"{name}, of dense {side}", "ratio": share, "at least": bound})
-    if "transformers" in found:
-        ratio = found["transformers"]["times_as_fast"]
+    if "transformers" in results:
+        ratio = results["transformers"]["times_as_fast"]
         lines.append({"case": "transformers' Qwen3-MoE", "ratio": ratio, "at least": 1.3})
     if lines:
         table(lines)
-    for experts, most in found.get("memory", {}).items():
-        print(f"{experts} experts: {most / 1e6:.0f} MB beside weights, gradients and moments")
-    if "memory" in found:
-        few, many = found["memory"].values()
+    for experts, peak_bytes in results.get("memory", {}).items():
+        print(f"{experts} experts: {peak_bytes / 1e6:.0f} MB beside weights, gradients and moments")
+    if "memory" in results:
+        few, many = results["memory"].values()
         print(f"56 more experts: {(many / few - 1) * 100:+.1f} % of that (0: nothing but weights)")
 
 

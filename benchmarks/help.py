@@ -1,4 +1,4 @@
-"""How long `tinsmith --help` takes, best of five, warm; the bound is 0.3 s.
+"""Measures the time of `tinsmith --help`: best of five with warm caches; the bound is 0.3 s.
 
 python benchmarks/help.py
 """
@@ -11,14 +11,14 @@ from common import interleave, table, write
 BOUND = 0.3
 
 
-def ask(*words: str) -> None:
+def run_tinsmith(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "tinsmith", *words], capture_output=True, check=True)
 
 
 def main() -> None:
     contestants = {
-        "tinsmith --help": lambda: ask("--help"),
-        "tinsmith train --help": lambda: ask("train", "--help"),
+        "tinsmith --help": lambda: run_tinsmith("--help"),
+        "tinsmith train --help": lambda: run_tinsmith("train", "--help"),
     }
     seconds = interleave(contestants, 5)
     best = {name: min(each) for name, each in seconds.items()}

@@ -1,11 +1,11 @@
-"""How much memory distillation over a large vocabulary takes beyond what is there anyway.
+"""Measures the temporary memory of a distillation loss over a large vocabulary.
 
     python benchmarks/kd_memory.py
 
-A vocabulary of 151,936, 8,192 positions, width 1,024: forward and backward of the loss in chunks,
-each loss in a process of its own. What is there anyway: the heads of student and teacher, the
-hidden states of both, and the gradients of the student's. The goal is at most 1 GiB on top. Whole
-logits of both, their two distributions and one gradient would take 23 GiB.
+A vocabulary of 151,936, 8,192 positions, width 1,024: forward and backward of the chunked loss,
+each loss in a separate process. Not counted are the heads of student and teacher, the hidden states
+of both, and the student's gradients. The goal is at most 1 GiB in addition. Full logits of both
+models, their distributions and one gradient would take 23 GiB.
 """
 
 import json
@@ -31,7 +31,7 @@ CASES = {
 
 
 def measure(case: str) -> dict[str, Any]:
-    """Peak of this process beyond what is there anyway, in bytes, and seconds."""
+    """Return the temporary memory of a loss in bytes, and its seconds."""
     hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH).mul_(0.02).requires_grad_()
     teacher = HeadInputs(torch.randn(POSITIONS, WIDTH), torch.randn(VOCABULARY, WIDTH).mul_(0.02))
@@ -47,20 +47,20 @@ def measure(case: str) -> dict[str, Any]:
 
 
 class _Peak:
-    """The largest resident memory from now on, looked at every few milliseconds."""
+    """Measures the peak resident memory from now on, by polling every few milliseconds."""
 
     def __init__(self) -> None:
-        self._largest, self._over = _resident(), threading.Event()
+        self._largest, self._stopped = _resident(), threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.005):
+        while not self._stopped.wait(0.005):
             self._largest = max(self._largest, _resident())
 
     def stop(self) -> int:
-        """Bytes."""
-        self._over.set()
+        """Stop polling and return the peak in bytes."""
+        self._stopped.set()
         self._watcher.join()
         return self._largest
 
@@ -71,19 +71,21 @@ def _resident() -> int:
 
 
 def main() -> None:
-    """Every case in a fresh process."""
-    rows, found = [], {}
+    """Measure every case in a new process, print a table and write the JSON file."""
+    rows, results = [], {}
     for case in CASES:
         command = [sys.executable, __file__, case]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[case] = json.loads(done.stdout)
-        extra = found[case]["extra"]
+        results[case] = json.loads(done.stdout)
+        extra = results[case]["extra"]
         verdict = "ok" if extra <= GOAL else "too much"
         gib = extra / 2**30
-        rows.append({"loss": case, "GiB extra": gib, "s": found[case]["seconds"], "1 GiB": verdict})
+        rows.append(
+            {"loss": case, "GiB extra": gib, "s": results[case]["seconds"], "1 GiB": verdict}
+        )
     table(rows)
     sizes = {"vocabulary": VOCABULARY, "positions": POSITIONS, "width": WIDTH}
-    print(write("kd_memory", {"sizes": sizes, "cases": found}))
+    print(write("kd_memory", {"sizes": sizes, "cases": results}))
 
 
 if __name__ == "__main__":

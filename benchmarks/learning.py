@@ -1,11 +1,11 @@
-"""Does the default recipe learn more from a token than the seed's?
+"""Compares the default optimizer settings with those of MiniMind on equal data.
 
     python benchmarks/learning.py [--steps 400] [--seeds 3] [--text FILE_OR_FOLDER]
 
-Same text, same model. The seed's recipe (MiniMind: AdamW at 5e-4 on everything, no warm-up, cosine
-to a tenth) gets all the tokens; Tinsmith's defaults (Muon 0.02, AdamW 3e-3, WSD) are planned for
-60 % of them and should end at the same validation bits per byte or below. Text: what --text names,
-else $TINSMITH_DATA/tinystories_sample, else generated tasks.
+Text and model are the same. MiniMind's recipe (AdamW at 5e-4 on everything, no warmup, cosine to a
+tenth) trains on all tokens. Tinsmith's defaults (Muon 0.02, AdamW 3e-3, WSD) train on 60 % of them
+and should reach the same validation bits per byte or lower. The text is --text, else
+$TINSMITH_DATA/tinystories_sample, else generated tasks.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from tinsmith.train.trainer import train
 
 SHARE = 0.6
 ADAMW = {"kind": "adamw", "lr": 5.0e-4, "betas": [0.9, 0.999], "weight_decay": 0.01}
-SEED_RECIPE = {
+MINIMIND_OPTIM = {
     "matrices": ADAMW,
     "others": ADAMW,
     "schedule": {"kind": "cosine", "warmup": 0, "min_lr_ratio": 0.1},
 }
-BATCH = {"context": 256, "rows": 16}
+BATCH = {"seq_len": 256, "batch_size": 16}
 
 
 def recipe(optim: dict[str, Any], steps: int, seed: int, text: str | None) -> dict[str, Any]:
-    """The 0.9M model of recipes/tiny, with everything but the optimizer equal."""
+    """Return a recipe of the 0.9M model of recipes/tiny with these optimizer settings."""
     return {
         "model": {
             "vocab_size": 1024,
@@ -58,10 +58,11 @@ def recipe(optim: dict[str, Any], steps: int, seed: int, text: str | None) -> di
     }
 
 
-def bits(optim: dict[str, Any], steps: int, seed: int, text: str | None, name: str) -> float:
-    """Train, and the last validation bits per byte."""
+def final_bpb(optim: dict[str, Any], steps: int, seed: int, text: str | None, name: str) -> float:
+    """Train and return the last validation bits per byte."""
     run = train(from_dict(recipe(optim, steps, seed, text)), name)
-    return [row["bpb"] for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "eval"][-1]
+    metrics = read_metrics(run / "metrics.jsonl")
+    return [record["bpb"] for record in metrics if record["kind"] == "eval"][-1]
 
 
 def default_text() -> str | None:
@@ -75,15 +76,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--text", default=default_text())
     arguments = parser.parse_args()
-    fewer = round(SHARE * arguments.steps)
-    found: dict[str, list[float]] = {"seed's recipe, 100 %": [], "tinsmith's default, 60 %": []}
+    fewer_steps = round(SHARE * arguments.steps)
+    results: dict[str, list[float]] = {"seed's recipe, 100 %": [], "tinsmith's default, 60 %": []}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TINSMITH_RUNS"] = folder
         for seed in range(arguments.seeds):
-            theirs = bits(SEED_RECIPE, arguments.steps, seed, arguments.text, f"theirs-{seed}")
-            ours = bits({}, fewer, seed, arguments.text, f"ours-{seed}")
-            for name, value in zip(found, (theirs, ours), strict=True):
-                found[name].append(value)
+            minimind = final_bpb(
+                MINIMIND_OPTIM, arguments.steps, seed, arguments.text, f"minimind-{seed}"
+            )
+            tinsmith = final_bpb({}, fewer_steps, seed, arguments.text, f"tinsmith-{seed}")
+            for name, value in zip(results, (minimind, tinsmith), strict=True):
+                results[name].append(value)
     table(
         [
             {
@@ -91,15 +94,15 @@ def main() -> None:
                 "mean bpb": statistics.mean(values),
                 "each": " ".join(f"{value:.3f}" for value in values),
             }
-            for name, values in found.items()
+            for name, values in results.items()
         ]
     )
-    theirs, ours = found.values()
-    kept = all(b <= a for a, b in zip(theirs, ours, strict=True))
-    print("reached in every seed" if kept else "NOT reached in every seed")
+    minimind, tinsmith = results.values()
+    reached = all(b <= a for a, b in zip(minimind, tinsmith, strict=True))
+    print("reached in every seed" if reached else "NOT reached in every seed")
     text = Path(arguments.text).parent.name if arguments.text else "tasks"
-    tokens = arguments.steps * BATCH["rows"] * BATCH["context"]
-    print(write("learning", {"text": text, "tokens": tokens, "share": SHARE, "bpb": found}))
+    tokens = arguments.steps * BATCH["batch_size"] * BATCH["seq_len"]
+    print(write("learning", {"text": text, "tokens": tokens, "share": SHARE, "bpb": results}))
 
 
 if __name__ == "__main__":

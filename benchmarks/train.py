@@ -1,10 +1,11 @@
-"""A training step's speed and memory beside transformers' Llama, the same AdamW on both sides.
+"""Compares speed and memory of a training step with transformers' Llama, with the same AdamW.
 
     python benchmarks/train.py [--rounds 7] [--rows 8] [--no-compile]
 
-The 25.8M preset, rows x 512 random tokens, bf16 autocast, the same weights. Bounds: eager at least
-1.1 times theirs; compiled at least 1.1 times their compiled and 1.35 times their eager form; peak
-memory not above theirs (measured in processes of their own, eager).
+The 25.8M preset, `--rows` x 512 random tokens, bf16 autocast. Bounds: eager at least 1.1 times as
+fast as transformers; compiled at least 1.1 times as fast as compiled transformers and 1.35 times as
+fast as eager transformers; peak memory (of eager steps in separate processes) not above
+transformers'.
 """
 
 import argparse
@@ -20,32 +21,32 @@ from torch import nn
 from tinsmith import LM, ModelConfig
 from tinsmith.losses.logprobs import summed_nll
 
-CONTEXT = 512
-OURS, THEIRS = "tinsmith", "transformers"
+SEQ_LEN = 512
+TINSMITH, TRANSFORMERS = "tinsmith", "transformers"
 
 
-def ours(rows: int, compiled: bool = False) -> Callable[[], None]:
-    """A step of the preset, by Tinsmith."""
+def tinsmith_step(rows: int, compiled: bool = False) -> Callable[[], None]:
+    """Return a training step of the preset by Tinsmith."""
     lm = LM(ModelConfig.preset("minimind2-26m")).train()
     if compiled:
         lm.compile()
     optimizer = _adamw(lm)
     ids = _ids(rows)
-    everything = torch.ones(rows, CONTEXT, dtype=torch.bool)
+    loss_mask = torch.ones(rows, SEQ_LEN, dtype=torch.bool)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             out = lm(ids[:, :-1], logits=False)
-            total = summed_nll(out.hidden, ids[:, 1:], everything, lm.head)
-        (total / everything.numel()).backward()
+            total = summed_nll(out.hidden, ids[:, 1:], loss_mask, lm.head)
+        (total / loss_mask.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def theirs(rows: int, compiled: bool = False) -> Callable[[], None]:
-    """A step of the same sizes, by transformers."""
+def transformers_step(rows: int, compiled: bool = False) -> Callable[[], None]:
+    """Return a training step of the same sizes by transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -82,11 +83,11 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def _ids(rows: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 6400, (rows, CONTEXT + 1), generator=generator)
+    return torch.randint(0, 6400, (rows, SEQ_LEN + 1), generator=generator)
 
 
 def product_rate() -> Callable[[], None]:
-    """bf16 products of the shape of a feed-forward, as a yardstick."""
+    """Return bf16 matrix products of the shape of a feed-forward, as a reference for FLOP/s."""
     x, w = torch.randn(4096, 512).bfloat16(), torch.randn(512, 1408).bfloat16()
 
     def work() -> None:
@@ -100,70 +101,76 @@ PRODUCT_FLOP = 20 * 2 * 4096 * 512 * 1408
 
 
 def peak(side: str, rows: int) -> float:
-    """Bytes at most of a process that takes three eager steps."""
+    """Return the peak bytes of a process that takes three eager steps."""
     command = [sys.executable, __file__, "--peak", side, "--rows", str(rows)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A training step beside transformers' Llama.")
+    parser = argparse.ArgumentParser(
+        description="A training step by Tinsmith and by transformers' Llama."
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--peak", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=[TINSMITH, TRANSFORMERS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = arguments.rows
     if arguments.peak:
-        step = (ours if arguments.peak == OURS else theirs)(rows)
+        step = (tinsmith_step if arguments.peak == TINSMITH else transformers_step)(rows)
         for _ in range(3):
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    # first, while this process is small: a child begins with its parent's peak
-    peaks = {side: peak(side, rows) for side in (OURS, THEIRS)}
-    contestants = {OURS: ours(rows), THEIRS: theirs(rows), "bf16 products": product_rate()}
+    # first, while this process is small: a child process starts with its parent's peak
+    peaks = {side: peak(side, rows) for side in (TINSMITH, TRANSFORMERS)}
+    contestants = {
+        TINSMITH: tinsmith_step(rows),
+        TRANSFORMERS: transformers_step(rows),
+        "bf16 products": product_rate(),
+    }
     if not arguments.no_compile:
         contestants |= {
-            f"{OURS}, compiled": ours(rows, True),
-            f"{THEIRS}, compiled": theirs(rows, True),
+            f"{TINSMITH}, compiled": tinsmith_step(rows, True),
+            f"{TRANSFORMERS}, compiled": transformers_step(rows, True),
         }
     seconds = interleave(contestants, arguments.rounds, warmup=2)
     report(seconds, rows, peaks)
 
 
 def report(seconds: dict[str, list[float]], rows: int, peaks: dict[str, float]) -> None:
-    """Table, ratios as medians over rounds, JSON."""
-    middle = medians(seconds)
-    rate = PRODUCT_FLOP / middle["bf16 products"]
+    """Print a table and the median ratios over rounds, and write the JSON file."""
+    median_seconds = medians(seconds)
+    rate = PRODUCT_FLOP / median_seconds["bf16 products"]
     with torch.device("meta"):
-        flop = 3 * LM(ModelConfig.preset("minimind2-26m")).flops(CONTEXT) * rows * CONTEXT
-    names = [name for name in middle if name != "bf16 products"]
+        flop = 3 * LM(ModelConfig.preset("minimind2-26m")).flops(SEQ_LEN) * rows * SEQ_LEN
+    names = [name for name in median_seconds if name != "bf16 products"]
     table(
         [
             {
                 "25.8M, 8 x 512, bf16": name,
-                "s": middle[name],
-                "tok/s": rows * CONTEXT / middle[name],
-                "share of product rate": f"{flop / middle[name] / rate:.1%}",
+                "s": median_seconds[name],
+                "tok/s": rows * SEQ_LEN / median_seconds[name],
+                "share of product rate": f"{flop / median_seconds[name] / rate:.1%}",
                 "peak MB": f"{peaks[name] / 1e6:.0f}" if name in peaks else "",
             }
             for name in names
         ]
     )
     ratios = {}
-    for mine, peer in (
-        (OURS, THEIRS),
-        *((f"{OURS}, compiled", p) for p in names[-1:] + names[1:2]),
+    for own, peer in (
+        (TINSMITH, TRANSFORMERS),
+        *((f"{TINSMITH}, compiled", p) for p in names[-1:] + names[1:2]),
     ):
-        if mine in seconds and peer != mine:
-            pairs = zip(seconds[mine], seconds[peer], strict=True)
+        if own in seconds and peer != own:
+            pairs = zip(seconds[own], seconds[peer], strict=True)
             each = sorted(b / a for a, b in pairs)
-            ratios[f"{mine} / {peer}"] = each[len(each) // 2]
+            ratios[f"{own} / {peer}"] = each[len(each) // 2]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f} times as fast (median of pairs)")
     print(f"bf16 products {rate / 1e9:.0f} GFLOP/s")
-    data = {"rows": rows, "context": CONTEXT, "seconds": seconds, "ratios": ratios}
+    data = {"rows": rows, "context": SEQ_LEN, "seconds": seconds, "ratios": ratios}
     print(write("train", data | {"peak_bytes": peaks, "bf16_flop_per_second": rate}))
 
 
