@@ -23,7 +23,7 @@ FIRST_CASE_ONLY = (
 """Tests here take seconds a case. By default only the first case of each runs."""
 
 
-CHECKED = ("tests/test_", "tests/core/", "tests/objectives/")
+CHECKED = ("tests/test_", "tests/core/", "tests/losses/", "tests/rewards/", "tests/objectives/")
 """Tests here take milliseconds a case and run in `make check`."""
 
 

@@ -74,7 +74,7 @@ def test_calculator_agrees_with_fractions():
         ("12", "error: a call has"),
         ("nonsense", "error: a call is"),
         ("[" * 5000, "error: a call is"),
-        ('{"name": "shell", "arguments": {}}', "error: there is no such tool"),
+        ('{"name": "shell", "arguments": {}}', "error: unknown tool"),
         ('{"name": "calculator", "arguments": "1"}', "error: a call has"),
         ('{"name": "calculator", "arguments": {"expression": 3}}', "error: expression must"),
         ('{"name": "calculator", "arguments": {"expression": "1/0"}}', "error: division by zero"),

@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 
-from tinsmith.config import from_dict
+from tinsmith.config import RunConfig, from_dict, load
 from tinsmith.core.errors import UserError
 from tinsmith.hub.hf import export_folder
+from tinsmith.nn.config import Dropout
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.objectives.frozen import deterministic_config
 from tinsmith.text.bpe import train_bpe
@@ -73,11 +74,13 @@ def assert_same_run(one: RunPlan, two: RunPlan) -> None:
         assert one.tokenizer == two.tokenizer
 
 
-def shown_recipe(capsys, path) -> dict:
-    """Return the recipe that `config show --resolved` prints."""
+def resolved_recipe(capsys, path) -> RunConfig:
+    """Return the recipe that `config show --resolved` prints, read back from a file."""
     capsys.readouterr()
     show(path, [], [], resolved=True)
-    return yaml.safe_load(capsys.readouterr().out)
+    printed = path.with_name("resolved.yaml")
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    return load(printed)
 
 
 def test_a_plan_is_frozen(noisy):
@@ -202,7 +205,8 @@ def test_the_resolved_recipe_that_config_show_prints_gives_the_same_run(
     recipe = SECTION | {"init_from": str(base), "objective": {"kind": "grpo"}, "lora": LORA}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    data = shown_recipe(capsys, path)
-    assert data["model"]["dropout"] == dict.fromkeys(("embedding", "attention", "residual"), 0.0)
-    assert data["optim"]["matrices"]["kind"] == "muon"
-    assert_same_run(resolve(from_dict(data)), resolve(from_dict(recipe)))
+    config = resolved_recipe(capsys, path)
+    assert config.model is not None
+    assert config.model.dropout == Dropout()
+    assert config.optim.matrices.kind == "muon"
+    assert_same_run(resolve(config), resolve(from_dict(recipe)))

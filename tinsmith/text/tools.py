@@ -54,7 +54,7 @@ def run_tool_call(tools: Mapping[str, Tool], call: str) -> str:
         return "error: a call has a name and arguments"
     tool = tools.get(str(parsed.get("name")))
     if tool is None:
-        return f"error: there is no such tool; there is {', '.join(tools)}"
+        return f"error: unknown tool; use {', '.join(tools)}"
     try:
         return tool(parsed["arguments"])
     except ValueError as error:

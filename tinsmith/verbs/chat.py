@@ -189,7 +189,7 @@ def _tool_name(name: str) -> ToolName:
     for tool in TOOLS:
         if tool == name:
             return tool
-    raise UserError(f"--tool {name}: there is {', '.join(TOOLS)}")
+    raise UserError(f"--tool {name}: unknown tool; use {', '.join(TOOLS)}")
 
 
 def _write(text: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import run
 
-WORKER = Path(__file__).with_name("online_worker.py")
+WORKER = Path(__file__).with_name("rl_worker.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
-"""Two steps of every objective that answers its own prompts, on one rank or two; run by
-test_online_ranks.py.
+"""Two steps of every RL objective on one rank or two. `test_rl_ranks.py` runs it.
 
-    python online_worker.py RANK WORLD FOLDER
+    python rl_worker.py RANK WORLD FOLDER
 
-Rank 0 leaves the gradients of every part in FOLDER/WORLD.safetensors, with what SPO remembers.
+Rank 0 leaves the gradients of every part in FOLDER/WORLD.safetensors, with the state of SPO's tracker.
 """
 
 import os
