@@ -55,6 +55,34 @@ def test_without_a_tokenizer_one_of_the_models_vocabulary_is_trained():
     assert other.tokenizer is None
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("optim.matrices.lr=0.005", "optim.matrices", {"kind": "muon", "lr": 0.005}),
+        ("optim.schedule.warmup=7", "optim.schedule", {"kind": "wsd", "warmup": 7}),
+        ("objective.loss.clip_low=0.1", "objective.loss", {"kind": "grpo", "clip_low": 0.1}),
+        ("model.residual.kind=plain", "model.residual", {"kind": "plain"}),
+    ],
+)
+def test_N5_a_key_of_a_default_can_be_overridden_without_its_kind(
+    tmp_path, override, key, expected
+):
+    path = tmp_path / "recipe.yaml"
+    objective = {"kind": "grpo"} if "objective" in override else BASE["objective"]
+    path.write_text(yaml.safe_dump(BASE | {"objective": objective}), encoding="utf-8")
+    section = to_plain(load(path, [override]))
+    for name in key.split("."):
+        section = section[name]
+    assert section.items() >= expected.items()
+
+
+def test_N5_keys_of_another_kind_need_the_kind():
+    with pytest.raises(UserError, match=r"optim\.schedule: needs a `kind` \(known: wsd, cosine"):
+        from_dict(BASE | {"optim": {"schedule": {"warmup": 5, "cycles": 2}}})
+    with pytest.raises(UserError, match=r"model\.residual: needs a `kind`"):
+        from_dict(BASE | {"model": BASE["model"] | {"residual": {"streams": 4}}})
+
+
 def test_override_reaches_into_lists():
     data = {"model": {"pattern": [{"mixer": {"kind": "gqa"}}]}}
     set_key(data, "model.pattern.0.mixer.heads=4")
@@ -99,7 +127,7 @@ def test_counts_that_are_none_are_refused(value):
             "optim.max_grad_norm: Input should be a valid number (got True)",
         ),
         (
-            {"optim": {"matrices": {"lr": 1}}},
+            {"optim": {"matrices": {"betas": [0.9, 0.95]}}},
             "optim.matrices: needs a `kind` (known: muon, adamw, adamw8bit, adafactor)",
         ),
         ({"model": {"preset": "minimind2-26m", "vocab_size": 2**70}}, "equal to 16777216"),

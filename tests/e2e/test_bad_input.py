@@ -140,3 +140,11 @@ def test_a_runs_folder_that_is_a_file_gives_one_line(shell):
         line = one_line(shell("train", RECIPE, "--name", "x", code=2))
     assert "cannot be made" in line
     assert "TINSMITH_RUNS" in line
+
+
+def test_N3_a_long_warm_up_is_a_warning_of_train_and_dry_run(shell):
+    small = ("data={kind: tasks, count: 50}", "tokenizer.train.vocab_size=320")
+    small += ("model.vocab_size=320", "train.steps=2", "train.seq_len=32", "eval.max_samples=1")
+    for words in (("--dry-run",), ("--name", "warm")):
+        output = " ".join(shell("train", RECIPE, *small, *words).split())
+        assert "optim.schedule.warmup: 20 steps in a run of 2" in output

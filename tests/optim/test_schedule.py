@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.optim.config import WSD, Constant, Cosine
-from tinsmith.optim.schedule import lr_multiplier
+from tinsmith.optim.schedule import lr_multiplier, warmup_warning
 
 shares = st.floats(0, 1)
 warmups = st.integers(0, 60)
@@ -62,3 +62,23 @@ def test_wsd_is_constant_then_linear_over_the_last_fraction():
 
 def test_constant_is_one_after_warm_up():
     assert {lr_multiplier(Constant(warmup=3), step, 50) for step in range(3, 50)} == {1.0}
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(schedule=schedules, steps=st.integers(1, 100))
+def test_N3_a_rate_that_never_reaches_its_full_value_is_a_warning(schedule, steps):
+    peak = max(lr_multiplier(schedule, step, steps) for step in range(steps))
+    warning = warmup_warning(schedule, steps)
+    if schedule.warmup > 1 and peak <= 0.99:
+        assert warning is not None
+        assert f"{schedule.warmup} steps in a run of {steps}" in warning
+        assert f"reaches {peak:.0%}" in warning
+    else:
+        assert warning is None
+
+
+def test_N3_the_default_schedule_warns_in_a_short_run():
+    assert warmup_warning(WSD(), 1000) is None
+    warning = warmup_warning(WSD(), 30)
+    assert warning is not None
+    assert warning.startswith("optim.schedule.warmup: 100 steps in a run of 30: ")

@@ -143,18 +143,46 @@ Size = Annotated[int, _SizeBounds()]
 def parse(kind: Any, data: Any, where: str = "") -> Any:
     """Validate plain data as `kind` (any type that pydantic understands).
 
+    A section of a union may leave its `kind` out if it has a default and all its keys are keys of
+    the default: `optim: {matrices: {lr: 0.01}}`.
+
     Raise UserError with one line: where, the key, what is wrong, and the closest known name for an
     unknown one.
     """
     from pydantic import ValidationError
 
     try:
+        data = _with_default_kinds(kind, data)
         return _adapter(kind, imported_variants()).validate_python(data)
     except ValidationError as error:
         problem = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")[
             0
         ]
         raise UserError(_explain(kind, problem, where)) from None
+
+
+def _with_default_kinds(kind: Any, data: Any) -> Any:
+    """Add the `kind` of the default to sections that leave it out."""
+    kind = _bare(kind)
+    if isinstance(data, list | tuple) and get_origin(kind) is tuple:
+        return [_with_default_kinds(get_args(kind)[0], item) for item in cast("list[Any]", data)]
+    members = [m for m in _with_outside(_members(kind)) if is_dataclass(m)]
+    if isinstance(data, dict) and len(members) > 1:
+        members = [m for m in members if _tag(m) == data.get("kind")]
+    if not isinstance(data, dict) or len(members) != 1:
+        return data
+    hints = get_type_hints(members[0], include_extras=True)
+    sections = cast("dict[str, Any]", data)
+    return {key: _section(members[0], key, hints, value) for key, value in sections.items()}
+
+
+def _section(owner: Any, key: str, hints: dict[str, Any], value: Any) -> Any:
+    default = next((field.default for field in fields(owner) if field.name == key), None)
+    if isinstance(value, dict) and "kind" not in value and is_dataclass(default):
+        names = {field.name for field in fields(default)}
+        if "kind" in names and names.issuperset(cast("dict[str, Any]", value)):
+            value = {"kind": getattr(default, "kind", None)} | value
+    return _with_default_kinds(hints.get(key, Any), value)
 
 
 @lru_cache(maxsize=64)

@@ -24,6 +24,19 @@ def lr_multiplier(schedule: WSD | Cosine | Constant, step: int, steps: int) -> f
     return min(warmup, decay)
 
 
+def warmup_warning(schedule: WSD | Cosine | Constant, steps: int) -> str | None:
+    """Return a warning if the learning rate never reaches its full value in a run of `steps`."""
+    if schedule.warmup <= 1:
+        return None
+    peak = max(lr_multiplier(schedule, step, steps) for step in range(steps))
+    if peak > 0.99:
+        return None
+    return (
+        f"optim.schedule.warmup: {schedule.warmup} steps in a run of {steps}: the learning rate "
+        f"reaches {peak:.0%} of its full value; set a shorter warmup"
+    )
+
+
 def _stable_then_linear(schedule: WSD, step: int, steps: int) -> float:
     remaining, decay_steps = steps - step, schedule.decay * steps
     return (

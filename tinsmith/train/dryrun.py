@@ -33,7 +33,7 @@ from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
 from tinsmith.nn.parameters import count_parameters
 from tinsmith.optim.groups import partition
-from tinsmith.optim.schedule import lr_multiplier
+from tinsmith.optim.schedule import lr_multiplier, warmup_warning
 from tinsmith.rewards.model import RewardModel
 from tinsmith.text.bpe import MIN_VOCAB_SIZE, train_bpe
 from tinsmith.text.tokenizer import Tokenizer
@@ -60,6 +60,8 @@ def dry_run(config: RunConfig, name: str) -> None:
     for line in parameter_lines(plan, shape):
         print_line(f" {line}")
     _cost(plan, shape)
+    if (warning := warmup_warning(config.optim.schedule, config.train.steps)) is not None:
+        print_warning(warning)
     for line in check_data(config.data, config.objective.data_format):
         print_line(f" data      {line}")
     _disk(shape, config, name)

@@ -29,6 +29,7 @@ from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
 from tinsmith.nn.parameters import count_parameters
+from tinsmith.optim.schedule import warmup_warning
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel, run_dir
 from tinsmith.train.frozen import load_frozen_models, load_reward_models
@@ -235,6 +236,8 @@ def log_header(run: Run) -> None:
     rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}"
     rates = f"{rates}, {config.optim.schedule.kind}"
     log.line(f"  objective  {config.objective.kind} | {tokens} ({epochs:.2g} epochs) | {rates}")
+    if (warning := warmup_warning(config.optim.schedule, train.steps)) is not None:
+        log.line(f" warning {warning}")
     log.line(
         f"  machine    {_machine(run.ranks.device)}, {train.precision}, {run.ranks.world_size} "
         "process(es)"
