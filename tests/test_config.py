@@ -83,6 +83,48 @@ def test_N5_keys_of_another_kind_need_the_kind():
         from_dict(BASE | {"model": BASE["model"] | {"residual": {"streams": 4}}})
 
 
+@pytest.mark.parametrize(
+    ("objective", "lora", "lr"),
+    [
+        ("pretrain", None, 2e-5),
+        ("sft", None, 2e-5),
+        ("sft", {"rank": 8}, 2e-4),
+        ("reward", None, 2e-5),
+        ("dpo", None, 1e-6),
+        ("dpo", {"rank": 8}, 1e-5),
+        ("grpo", None, 1e-6),
+        ("ppo", {"rank": 8}, 1e-5),
+    ],
+)
+def test_N2_a_trained_model_has_the_optimizer_defaults_of_fine_tuning(objective, lora, lr):
+    section = {"init_from": "runs/x", "model": None, "tokenizer": None, "lora": lora}
+    optim = from_dict(BASE | section | {"objective": {"kind": objective}}).optim
+    assert (optim.matrices.kind, optim.others.kind, optim.schedule.kind) == (
+        *("adamw", "adamw", "cosine"),
+    )
+    assert optim.matrices.lr == optim.others.lr == pytest.approx(lr)
+    assert optim.others.weight_decay == 0
+
+
+def test_N2_given_keys_of_optim_are_kept_and_the_rest_is_filled():
+    tuned = BASE | {"init_from": "runs/x", "model": None, "tokenizer": None}
+    optim = from_dict(tuned | {"optim": {"matrices": {"lr": 1e-4}, "max_grad_norm": 0.5}}).optim
+    assert (optim.matrices.kind, optim.matrices.lr, optim.max_grad_norm) == ("adamw", 1e-4, 0.5)
+    assert optim.others.lr == 2e-5
+    muon = {"matrices": {"kind": "muon"}, "schedule": {"kind": "wsd", "warmup": 3}}
+    optim = from_dict(tuned | {"optim": muon}).optim
+    assert (optim.matrices.kind, optim.matrices.lr) == ("muon", 0.02)
+    assert (optim.schedule.kind, optim.schedule.warmup) == ("wsd", 3)
+
+
+def test_N2_a_written_recipe_reads_back_equal_and_training_from_scratch_is_unchanged(tmp_path):
+    config = from_dict(BASE | {"init_from": "runs/x", "model": None, "tokenizer": None})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(path) == config
+    assert from_dict(BASE).optim.matrices.kind == "muon"
+
+
 def test_override_reaches_into_lists():
     data = {"model": {"pattern": [{"mixer": {"kind": "gqa"}}]}}
     set_key(data, "model.pattern.0.mixer.heads=4")

@@ -17,6 +17,7 @@ from tinsmith.core.parse import (
     parse,
     read_yaml,
     to_plain,
+    variant_of,
     write_yaml,
 )
 from tinsmith.core.plugins import import_variants
@@ -29,6 +30,8 @@ from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.train.config import EvalConfig, LogConfig, ParallelConfig, TrainConfig
 
 SCHEMA = 1
+LORA_LR_FACTOR = 10
+"""Learning rate of LoRA adapters over that of all weights (Schulman, LoRA Without Regret, 2025)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,9 @@ class RunConfig(Config):
     lora: LoRA | None = None
     """Train low-rank adapters and freeze the model."""
     optim: OptimConfig = OptimConfig()
+    """Defaults for training from scratch; with `init_from` or `lora`, `OptimConfig.for_finetuning`
+    at the objective's `finetune_lr`.
+    """
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -116,6 +122,8 @@ def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
     data = check_schema(dict(data), where)
     if isinstance(data.get("model"), dict):
         data["model"] = with_preset(data["model"], f"{where}: model" if where else "model")
+    if data.get("init_from") is not None or data.get("lora") is not None:
+        data = _with_finetuning_defaults(data)
     single = isinstance(data.get("data"), dict)
     if single:
         data["data"] = [data["data"]]
@@ -124,6 +132,22 @@ def from_dict(data: dict[str, Any], where: str = "") -> RunConfig:
     except UserError as error:
         message = str(error).replace("data.0", "data", 1) if single else str(error)
         raise UserError(message) from None
+
+
+def _with_finetuning_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """Fill the defaults of `optim` for a model that is trained already."""
+    objective, given = data.get("objective"), data.get("optim", {})
+    kind = objective.get("kind") if isinstance(objective, dict) else None
+    variant = variant_of(ObjectiveConfig, kind)
+    if variant is None or not isinstance(given, dict):
+        return data
+    lr = variant.finetune_lr * (1 if data.get("lora") is None else LORA_LR_FACTOR)
+    optim = dict(given)
+    for key, default in to_plain(OptimConfig.for_finetuning(lr)).items():
+        optim[key] = value = given.get(key, default)
+        if isinstance(value, dict) and value.get("kind", default["kind"]) == default["kind"]:
+            optim[key] = default | value
+    return data | {"optim": optim}
 
 
 def dump(config: RunConfig) -> str:

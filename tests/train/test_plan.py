@@ -208,5 +208,5 @@ def test_the_resolved_recipe_that_config_show_prints_gives_the_same_run(
     config = resolved_recipe(capsys, path)
     assert config.model is not None
     assert config.model.dropout == Dropout()
-    assert config.optim.matrices.kind == "muon"
+    assert config.optim.matrices.kind == "adamw"  # the default with `init_from`
     assert_same_run(resolve(config), resolve(from_dict(recipe)))

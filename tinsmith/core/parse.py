@@ -161,6 +161,12 @@ def parse(kind: Any, data: Any, where: str = "") -> Any:
         raise UserError(_explain(kind, problem, where)) from None
 
 
+def variant_of(union: Any, kind: Any) -> Any:
+    """Return the config class of a union with this `kind`, or None. Imported variants count."""
+    members = _with_outside(_members(_bare(union)))
+    return next((m for m in members if is_dataclass(m) and _tag(m) == kind), None)
+
+
 def _with_default_kinds(kind: Any, data: Any) -> Any:
     """Add the `kind` of the default to sections that leave it out."""
     kind = _bare(kind)

@@ -96,6 +96,11 @@ class ObjectiveConfigBase(Config):
     equal at the first step (`objectives.frozen`).
     """
 
+    finetune_lr: ClassVar[float] = 2e-5
+    """Default learning rate of AdamW for a model of `init_from`, as in TRL's trainers. The default
+    of LoRA adapters is ten times as much.
+    """
+
     @property
     def data_format(self) -> FormatName:
         """Name of the data format that the objective reads (`data.formats`)."""

@@ -50,6 +50,7 @@ class DPO(ObjectiveConfigBase):
 
     kind: Literal["dpo"] = "dpo"
     data_format: ClassVar[FormatName] = "pairs"
+    finetune_lr: ClassVar[float] = 1e-6
     deterministic: ClassVar[bool] = True
     loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     """`sigmoid` is DPO; `simpo` and `orpo` have no reference and use means over tokens; `kto` has a

@@ -199,6 +199,14 @@ class OptimConfig(Config):
     schedule: ScheduleConfig = WSD()
     max_grad_norm: float | None = 1.0
 
+    @staticmethod
+    def for_finetuning(lr: float) -> "OptimConfig":
+        """Return the defaults for a trained model: AdamW at a low rate for all parameters, without
+        weight decay, and a cosine schedule.
+        """
+        adamw = AdamWConfig(lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+        return OptimConfig(matrices=adamw, others=adamw, schedule=Cosine())
+
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(

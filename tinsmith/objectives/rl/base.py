@@ -64,6 +64,7 @@ class RLConfig(ObjectiveConfigBase):
     """Keys that all reinforcement-learning objectives share."""
 
     data_format: ClassVar[FormatName] = "prompts"
+    finetune_lr: ClassVar[float] = 1e-6
     generates: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
     rewards: tuple[RewardConfig, ...] = (ExactMatchReward(),)
