@@ -107,6 +107,14 @@ def test_generate_json_counts_and_reads_standard_input(shell, quickstart):
     )
 
 
+def test_T5_completions_of_one_seed_differ_and_repeat(shell, quickstart):
+    words = ("generate", "runs/quickstart", "-p", "def f(", "-p", "def f(", "-n", 2, "--seed", 1)
+    words += ("--max-new-tokens", 12, "--temperature", 1.5, "--json")
+    texts = [json.loads(line)["text"] for line in shell(*words).splitlines()]
+    assert len(set(texts)) == 4
+    assert [json.loads(line)["text"] for line in shell(*words).splitlines()] == texts
+
+
 def test_chat_replies_and_runs_its_commands(shell, quickstart):
     inputs = [
         "/set max_new_tokens=5",

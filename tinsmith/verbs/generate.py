@@ -10,7 +10,7 @@ from tinsmith.core.log import print_line
 from tinsmith.hub.load import load
 from tinsmith.infer.completions import Completion
 from tinsmith.infer.generate import generate as complete
-from tinsmith.infer.generate import stream
+from tinsmith.infer.generate import stream, with_distinct_seeds
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
 from tinsmith.text.chat import encode_prompt
@@ -67,7 +67,7 @@ def generate(
         lm,
         tokenizer,
         repeated,
-        sampling_params=options.sampling_params,
+        sampling_params=with_distinct_seeds(options.sampling_params, len(repeated)),
         max_new_tokens=options.max_new_tokens,
         stop=options.stop,
     )
