@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import (
-    Config,
-    did_you_mean,
-    json_schema,
-    parse,
-    read_yaml,
-    to_plain,
-    variant_of,
-    write_yaml,
-)
+from tinsmith.core.parse import Config, did_you_mean, json_schema, parse, to_plain, variant_of
 from tinsmith.core.plugins import import_variants
+from tinsmith.core.yamlfile import parse_yaml, read_yaml, write_yaml
 from tinsmith.data.sources import ArcData, DataConfig
 from tinsmith.nn.config import ModelConfig, with_preset
 from tinsmith.nn.lora import LoRA
@@ -181,40 +173,36 @@ def merge(base: Any, over: Any) -> Any:
 
 def set_key(data: dict[str, Any], override: str) -> None:
     """Apply `a.b.0.c=value` in place. The value is parsed as YAML."""
-    import yaml
-
     path, equals, text = override.partition("=")
+    where = f"'{override.splitlines()[0]}'" if override else "''"
     if not equals or not path:
-        raise UserError(f"'{override}': overrides look like train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"'{override}': the value is not valid YAML") from None
+        raise UserError(f"{where}: overrides look like train.steps=100")
+    value = parse_yaml(text, where)
     *parents, last = path.split(".")
     here: Any = data
     for key in parents:
-        here = _step(here, key, override)
+        here = _step(here, key, where)
     if isinstance(here, list):
-        here[_index(here, last, override)] = value
+        here[_index(here, last, where)] = value
     elif isinstance(here, dict):
         here[last] = value
     else:
-        raise UserError(f"'{override}': '{parents[-1]}' holds a value, not keys")
+        raise UserError(f"{where}: '{parents[-1]}' holds a value, not keys")
 
 
-def _step(here: Any, key: str, override: str) -> Any:
+def _step(here: Any, key: str, where: str) -> Any:
     if isinstance(here, list):
-        return here[_index(here, key, override)]
+        return here[_index(here, key, where)]
     if not isinstance(here, dict):
-        raise UserError(f"'{override}': there is no '{key}' inside a plain value")
+        raise UserError(f"{where}: there is no '{key}' inside a plain value")
     if here.get(key) is None:
         here[key] = {}
     return here[key]
 
 
-def _index(here: list[Any], key: str, override: str) -> int:
+def _index(here: list[Any], key: str, where: str) -> int:
     if not key.isdigit() or int(key) >= len(here):
-        raise UserError(f"'{override}': '{key}' is not an index of a list of {len(here)}")
+        raise UserError(f"{where}: '{key}' is not an index of a list of {len(here)}")
     return int(key)
 
 

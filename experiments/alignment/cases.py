@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinsmith.core.parse import read_yaml
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.data.sources import tasks
 
 Section = dict[str, Any]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tinsmith import load
 from tinsmith.core.errors import UserError
 from tinsmith.core.manifest import step_name, write_manifest
-from tinsmith.core.parse import write_yaml
+from tinsmith.core.yamlfile import write_yaml
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.load import load_config, locate
 from tinsmith.hub.tensors import save_tensors

@@ -9,7 +9,6 @@ import re
 import types
 from dataclasses import fields, is_dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import (
     Annotated,
     Any,
@@ -217,44 +216,10 @@ def to_plain(config: Any) -> Any:
     return config
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file. Raise UserError with file and line if it cannot be read."""
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
-
-
-def write_yaml(data: Any) -> str:
-    """Write plain data as YAML text and keep the order of keys."""
-    import yaml
-
-    return yaml.safe_dump(
-        data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
-    )
-
-
 def did_you_mean(name: str, names: list[str]) -> str:
     """Return `. Did you mean 'x'?` for the closest of `names`, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
     return f". Did you mean '{close[0]}'?" if close else ""
-
-
-def _nearest_file(path: Path) -> str:
-    parent = path.parent
-    return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
 
 
 def _explain(kind: Any, problem: Any, where: str) -> str:

@@ -3,8 +3,8 @@
 import re
 from typing import NotRequired, Required, TypedDict
 
-from tinsmith.core.parse import write_yaml
 from tinsmith.core.units import format_count
+from tinsmith.core.yamlfile import write_yaml
 
 
 class CardDataset(TypedDict):

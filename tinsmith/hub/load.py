@@ -12,7 +12,8 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.jsonfile import read_object
 from tinsmith.core.log import print_line, print_warning
 from tinsmith.core.manifest import MANIFEST, newest_valid, verify
-from tinsmith.core.parse import parse, read_yaml
+from tinsmith.core.parse import parse
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.hub.families.names import IDENTITY_MAP
 from tinsmith.hub.families.rope import with_rope_scaling
 from tinsmith.hub.from_hf import config_from_hf

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Size, did_you_mean, parse, read_yaml, to_plain
+from tinsmith.core.parse import Config, Size, did_you_mean, parse, to_plain
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.nn.attention.rope import Rope
 from tinsmith.nn.feedforwards import FeedForwardConfig
 from tinsmith.nn.mixers import MixerConfig

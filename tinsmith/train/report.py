@@ -11,7 +11,7 @@ from typing import Any
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
-from tinsmith.core.parse import read_yaml
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.train.plots.experts import draw_experts
 from tinsmith.train.plots.history import History
 from tinsmith.train.plots.loss import draw_run, draw_runs

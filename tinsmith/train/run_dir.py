@@ -15,7 +15,8 @@ import tinsmith
 from tinsmith.config import RunConfig, dump, from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write, inside
-from tinsmith.core.parse import read_yaml, to_plain
+from tinsmith.core.parse import to_plain
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.train.parallel import Ranks
 
 MUTABLE_SECTIONS = {"log", "eval", "parallel", "init_from", "schema"}

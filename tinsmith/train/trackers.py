@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import Metrics, RunLog, print_warning
-from tinsmith.core.parse import write_yaml
+from tinsmith.core.yamlfile import write_yaml
 from tinsmith.train.plots.history import is_number
 
 PROJECT = "tinsmith"

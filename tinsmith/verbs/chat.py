@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
 from tinsmith.core.parse import Config, did_you_mean, parse
+from tinsmith.core.yamlfile import parse_yaml
 from tinsmith.hub.load import load
 from tinsmith.infer.completions import CompletionEngine
 from tinsmith.infer.sample import SamplingParams
@@ -139,7 +138,7 @@ class TerminalChat:
         if not equals or key not in names:
             raise UserError(f"/set KEY=VALUE, with KEY one of {', '.join(names)}")
         current = {name: getattr(self.settings, name) for name in names}
-        self.settings = parse(Settings, current | {key: yaml.safe_load(text)}, "/set")
+        self.settings = parse(Settings, current | {key: parse_yaml(text, f"/set {key}")}, "/set")
         print_line(f" {key} is {getattr(self.settings, key)}")
 
     def _system(self, rest: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from tinsmith.config import load
 from tinsmith.config import schema as recipe_schema
 from tinsmith.core.log import print_line
-from tinsmith.core.parse import read_yaml, to_plain, write_yaml
+from tinsmith.core.parse import to_plain
 from tinsmith.core.plugins import imported_files
+from tinsmith.core.yamlfile import read_yaml, write_yaml
 from tinsmith.nn.config import with_preset
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.dryrun import parameter_lines

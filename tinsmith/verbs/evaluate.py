@@ -9,7 +9,7 @@ import torch
 from tinsmith.config import RunConfig, from_dict
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import nonfinite_to_none, print_line
-from tinsmith.core.parse import read_yaml
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.data.formats import FORMATS
 from tinsmith.data.loader.loader import TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import yaml
-
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
 from tinsmith.core.units import format_count
+from tinsmith.core.yamlfile import parse_yaml
 from tinsmith.hub.hf import export_folder
 from tinsmith.hub.load import load, load_adapters
 from tinsmith.hub.peft.adapters import merge_adapters, read_adapters, write_adapters
@@ -62,10 +61,7 @@ def parse_rope_scaling(text: str | None) -> dict[str, object] | None:
     """Parse the YAML value of --rope-scaling."""
     if text is None:
         return None
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
+    value = parse_yaml(text, "--rope-scaling")
     if not isinstance(value, dict):
         raise UserError(
             f"--rope-scaling '{text}': write it like "

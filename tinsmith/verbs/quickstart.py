@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from tinsmith.config import RunConfig, from_dict, merge
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
-from tinsmith.core.parse import read_yaml
 from tinsmith.core.units import format_duration
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load
