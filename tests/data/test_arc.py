@@ -64,7 +64,7 @@ def write(tmp_path):
     return write
 
 
-def test_D1_grids_of_1_to_30_rows_and_columns_round_trip():
+def test_ARC1_grids_of_1_to_30_rows_and_columns_round_trip():
     numbers = random.Random(0)
     sizes = [(1, 1), (1, 30), (30, 1), (30, 30)]
     sizes += [(numbers.randint(1, 30), numbers.randint(1, 30)) for _ in range(200)]
@@ -75,7 +75,7 @@ def test_D1_grids_of_1_to_30_rows_and_columns_round_trip():
         assert len(ids) == height * (width + 1) <= MAX_ANSWER_TOKENS
 
 
-def test_D1_an_invalid_answer_parses_to_none():
+def test_ARC1_an_invalid_answer_parses_to_none():
     line = SYMBOLS.index("\n")
     for bad in (
         *([], [END], [1, 2], [1, line, END], [1, 2, line, 3, END], [line, 1, END]),
@@ -84,7 +84,7 @@ def test_D1_an_invalid_answer_parses_to_none():
         assert parse_answer(bad) is None, bad
 
 
-def test_D2_symmetries_are_a_group_of_eight_with_inverses():
+def test_ARC2_symmetries_are_a_group_of_eight_with_inverses():
     seen = [apply_symmetry(ODD, symmetry) for symmetry in range(8)]
     assert len(set(seen)) == 8
     for one, other in itertools.product(range(8), repeat=2):
@@ -96,7 +96,7 @@ def test_D2_symmetries_are_a_group_of_eight_with_inverses():
 
 
 @pytest.mark.parametrize("colours", ["all", "keep_0", "none"])
-def test_D2_views_are_invertible_and_equal_for_all_grids_of_a_puzzle(colours):
+def test_ARC2_views_are_invertible_and_equal_for_all_grids_of_a_puzzle(colours):
     for seed in range(50):
         given = puzzle(random.Random(seed))
         seen = augment(
@@ -153,7 +153,7 @@ def test_augmentation_shuffles_demonstrations_and_depends_only_on_the_generator(
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_D3_only_outputs_are_trained_from_the_first_token_after_the_solution_mark(
+def test_ARC3_only_outputs_are_trained_from_the_first_token_after_the_solution_mark(
     every, symbols, prepared
 ):
     example = ArcExample(puzzle(random.Random(1)), every)
@@ -182,7 +182,7 @@ def test_D3_only_outputs_are_trained_from_the_first_token_after_the_solution_mar
         assert batch.ids[row, places[0]] == SOLUTION
 
 
-def test_D4_a_prompt_does_not_depend_on_the_answer_and_is_a_prefix_of_the_example():
+def test_ARC4_a_prompt_does_not_depend_on_the_answer_and_is_a_prefix_of_the_example():
     for seed in range(30):
         one = puzzle(random.Random(seed))
         prompt = encode_puzzle_prompt(one.demonstrations, one.test_input)

@@ -58,11 +58,11 @@ def copier() -> LM:
         ((), False),
     ],
 )
-def test_D5_a_puzzle_is_correct_if_one_of_two_attempts_equals_the_answer(attempts, right):
+def test_ARC5_a_puzzle_is_correct_if_one_of_two_attempts_equals_the_answer(attempts, right):
     assert ArcOutcome(puzzle(), attempts).correct is right
 
 
-def test_D5_the_score_counts_outputs_and_task_scores_their_own_outputs():
+def test_ARC5_the_score_counts_outputs_and_task_scores_their_own_outputs():
     """One of three outputs of task a and the output of task b: 2 of 4, not the mean of
     1/3 and 1.
     """
@@ -74,7 +74,7 @@ def test_D5_the_score_counts_outputs_and_task_scores_their_own_outputs():
     assert found.to_dict()["outputs"] == 4
 
 
-def test_D6_a_model_that_repeats_its_last_token_scores_0(copier):
+def test_ARC6_a_model_that_repeats_its_last_token_scores_0(copier):
     logits = copier(torch.arange(18)[None]).logits
     assert logits is not None
     assert torch.equal(logits[0].argmax(-1), torch.arange(18))
@@ -82,7 +82,7 @@ def test_D6_a_model_that_repeats_its_last_token_scores_0(copier):
     assert evaluate_arc(copier, GRIDS, puzzles).score == 0
 
 
-def test_D6_a_model_that_generates_the_answer_scores_1(copier):
+def test_ARC6_a_model_that_generates_the_answer_scores_1(copier):
     """The same model: after the opening symbol a cell of colour 1, then the end."""
     lm = make(dim=20, tie_embeddings=False)
     lm.load_state_dict(copier.state_dict() | {"head.weight": torch.zeros(18, 20)})
@@ -106,7 +106,7 @@ def naive_score(lm: LM, one: Puzzle, candidate) -> float:
     return total
 
 
-def test_D7_augscore_is_the_sum_over_eight_views():
+def test_ARC7_augscore_is_the_sum_over_eight_views():
     lm = make().double().eval()
     one = generate_puzzle("half", 0, 0, Sizes(3, 3, 1))
     candidates = [one.answer, one.test_input, ((1,),), ((1, 2, 3, 4), (5, 6, 7, 8))]
@@ -119,7 +119,7 @@ def test_D7_augscore_is_the_sum_over_eight_views():
     assert rank_candidates(lm, one, [TWO, TWO])[0] == (TWO, aug_scores(lm, one, [TWO])[0])
 
 
-def test_D7_scores_do_not_depend_on_batching(monkeypatch):
+def test_ARC7_scores_do_not_depend_on_batching(monkeypatch):
     lm = make().double().eval()
     one = generate_puzzle("crop", 0, 0, Sizes(3, 4, 1))
     candidates = [one.answer, one.test_input, ((1,),)]
@@ -128,7 +128,7 @@ def test_D7_scores_do_not_depend_on_batching(monkeypatch):
     assert aug_scores(lm, one, candidates) == pytest.approx(whole, abs=1e-10)
 
 
-def test_D4_the_answer_is_not_part_of_the_prompt(monkeypatch):
+def test_ARC4_the_answer_is_not_part_of_the_prompt(monkeypatch):
     """Other answers and hidden answers give the same prompts and attempts."""
     requested = []
     real = arc.generate

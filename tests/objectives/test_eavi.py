@@ -105,7 +105,7 @@ def test_the_answer_is_the_last_run_of_targets():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_E1_an_excursion_equals_one_parallel_forward_after_it(lm, hard):
+def test_EAVI1_an_excursion_equals_one_parallel_forward_after_it(lm, hard):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     output = excursion(lm, batch.ids, span, temperature=0.7, hard=hard)
@@ -129,7 +129,7 @@ def test_E1_an_excursion_equals_one_parallel_forward_after_it(lm, hard):
             assert not output[row, count:].any()
 
 
-def test_E2_an_excursion_equal_to_the_truth_is_teacher_forcing_to_the_bit(lm):
+def test_EAVI2_an_excursion_equal_to_the_truth_is_teacher_forcing_to_the_bit(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     found = ready().loss_given_excursion(lm, batch, span, one_hot(batch, span))
@@ -167,7 +167,7 @@ def test_the_loss_equals_the_formula_row_by_row(small, share):
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mixer.q_proj.weight", "embed.weight"])
-def test_E3_the_gradient_treats_the_excursion_as_constant(small, name):
+def test_EAVI3_the_gradient_treats_the_excursion_as_constant(small, name):
     """The bias that the docstring tells of, seen by finite differences; of the tied embedding, by
     which what was said is read, too.
     """
@@ -198,7 +198,7 @@ def test_E3_the_gradient_treats_the_excursion_as_constant(small, name):
     assert abs(difference(output) - exact) > 1e-3 * abs(exact)
 
 
-def test_E4_an_excursion_has_no_graph_and_restores_modes_and_random_state(lm):
+def test_EAVI4_an_excursion_has_no_graph_and_restores_modes_and_random_state(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     lm.train()
@@ -224,7 +224,7 @@ def most_bytes(call: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in events))
 
 
-def test_E4_memory_does_not_grow_with_the_excursion_except_caches_and_answers(lm):
+def test_EAVI4_memory_does_not_grow_with_the_excursion_except_caches_and_answers(lm):
     ids = torch.randint(VOCAB, (4, 20 + 64), generator=torch.Generator().manual_seed(0))
 
     def beside(length: int) -> int:
@@ -238,7 +238,7 @@ def test_E4_memory_does_not_grow_with_the_excursion_except_caches_and_answers(lm
     assert abs(beside(64) - beside(4)) < 1000
 
 
-def test_E4_an_excursion_has_no_dropout_and_draws_no_random_numbers(small):
+def test_EAVI4_an_excursion_has_no_dropout_and_draws_no_random_numbers(small):
     dropout = {"dropout": {"residual": 0.3, "embedding": 0.3, "attention": 0.3}}
     lm = small(vocab_size=VOCAB, pattern=[MODELS["dense"]], **dropout).train()
     batch = batch_of()
@@ -257,7 +257,7 @@ def test_E4_an_excursion_has_no_dropout_and_draws_no_random_numbers(small):
     assert torch.equal(*drawn)
 
 
-def test_E5_an_excursion_uses_only_the_length_of_the_answer(lm):
+def test_EAVI5_an_excursion_uses_only_the_length_of_the_answer(lm):
     batch = batch_of()
     span = last_answer_span(batch.mask)
     ids = batch.ids.clone()
@@ -293,7 +293,7 @@ class Copier:
 
 
 @pytest.mark.parametrize("objective", ["sft", "eavi"])
-def test_E6_a_model_that_copies_its_last_token_is_worse_than_chance(objective):
+def test_EAVI6_a_model_that_copies_its_last_token_is_worse_than_chance(objective):
     """With labels that are not shifted it would be perfect."""
     ids = torch.randint(0, VOCAB, (8, 40), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(39).expand(8, 39)
@@ -311,7 +311,7 @@ def test_E6_a_model_that_copies_its_last_token_is_worse_than_chance(objective):
     assert float(total) == pytest.approx(0, abs=1e-4)
 
 
-def test_E7_the_teacher_forced_rows_are_an_ordinary_step(lm):
+def test_EAVI7_the_teacher_forced_rows_are_an_ordinary_step(lm):
     batch = batch_of()
     teacher = SFT(reads="answers").build()
     alone = teacher.loss(lm.eval(), batch)
