@@ -76,3 +76,12 @@ def test_fractions_are_of_all_completions(tokenizer, monkeypatch):
     prompts = [Prompt([1], n, answer, {}) for n, answer in enumerate(("4 2", "5", "4 2", None))]
     found = evaluate_format(None, tokenizer, prompts).to_dict()  # type: ignore[arg-type]
     assert found == {"format": 0.75, "accuracy": 0.25, "completions": 4}
+
+
+def test_E2_accuracy_compares_final_answers(tokenizer, monkeypatch):
+    parts = (*RIGHT[:5], "It is $72.", *RIGHT[6:])
+    answers = [Completion(ids(tokenizer, *parts), "", "stop", [])] * 2
+    monkeypatch.setattr(form, "generate", lambda *rest, **settings: answers)
+    prompts = [Prompt([1], 0, "6 * 12 = 72\n#### 72", {}), Prompt([1], 1, "#### 71", {})]
+    found = evaluate_format(None, tokenizer, prompts)  # type: ignore[arg-type]
+    assert found.num_correct == 1

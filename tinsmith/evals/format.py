@@ -13,6 +13,7 @@ from tinsmith.data.formats.prompts import Prompt
 from tinsmith.infer.generate import generate
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.nn.model import LM
+from tinsmith.text.answers import is_same_answer
 from tinsmith.text.tokenizer import Tokenizer
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -25,7 +26,7 @@ class FormatRate(NamedTuple):
     num_well_formed: int
     """Completions in the right format."""
     num_correct: int
-    """Well-formed completions whose answer equals the prompt's, ignoring whitespace."""
+    """Well-formed completions whose answer is the prompt's, by `text.answers.is_same_answer`."""
     num_completions: int
 
     def to_dict(self) -> dict[str, float]:
@@ -59,7 +60,7 @@ def evaluate_format(
     )
     answers = [extract_answer(tokenizer, completion.token_ids) for completion in completions]
     is_correct = [
-        answer is not None and answer.split() == (prompt.answer or "").split()
+        answer is not None and prompt.answer is not None and is_same_answer(prompt.answer, answer)
         for answer, prompt in zip(answers, prompts, strict=True)
     ]
     return FormatRate(sum(answer is not None for answer in answers), sum(is_correct), len(answers))

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from tinsmith.core.sandbox import SandboxLimits, run_python
 from tinsmith.data.formats.prompts import Prompt
-from tinsmith.data.sources.tasks import GeneratedTask, check_answer, extract_final_answer
+from tinsmith.data.sources.tasks import GeneratedTask, check_answer
+from tinsmith.text.answers import is_same_answer
 
 RewardFunc = Callable[[Prompt, str], float]
 """Function of a prompt and the text of one completion (without its end of turn)."""
@@ -33,7 +34,6 @@ class Response(NamedTuple):
 BatchReward = Callable[[Sequence[Response]], Sequence[float | BaseException]]
 """Function that scores N completions at once: numbers, or exceptions where it failed."""
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _CODE = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)```", re.DOTALL)
 UNIT_TEST_LIMITS = SandboxLimits()
 """Sandbox limits of tested programs."""
@@ -128,21 +128,15 @@ def _reason(value: float | BaseException) -> str:
 def exact_match(prompt: Prompt, text: str) -> float:
     """Return 1 if the completion's answer is right, else 0.
 
-    A generated task is checked by its own rule. Otherwise the answer is the text after `</think>`,
-    or its last `<answer>` span: if the reference is a number, the last number in it is compared
-    numerically; otherwise the whole text, ignoring whitespace and case. ValueError if the prompt
-    has no answer.
+    A generated task is checked by its own rule, any other answer by `text.answers.is_same_answer`.
+    ValueError if the prompt has no answer.
     """
     if prompt.answer is None:
         raise ValueError("the row has no answer to compare with")
     kind = prompt.record.get("task")
     if kind in ("arithmetic", "sort", "copy"):
         return float(check_answer(GeneratedTask(kind, "", "", prompt.answer), text))
-    answer, expected = extract_final_answer(text), _number(prompt.answer)
-    if expected is not None:
-        numbers = _NUMBER.findall(answer)
-        return float(bool(numbers) and _number(numbers[-1]) == expected)
-    return float(_normalise(answer) == _normalise(prompt.answer))
+    return float(is_same_answer(prompt.answer, text))
 
 
 def think_format(prompt: Prompt, text: str) -> float:
@@ -204,14 +198,3 @@ def make_length_reward(low: int, high: int) -> RewardFunc:
     if not 1 <= low <= high:
         raise ValueError(f"low={low} and high={high} must be 1 <= low <= high")
     return partial(length_reward, low=low, high=high)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.split()).casefold().rstrip(".")

@@ -15,6 +15,7 @@ from tinsmith.core.parse import Count, to_plain
 from tinsmith.data.documents import Document, limit_documents
 from tinsmith.data.formats.base import DataFormat
 from tinsmith.data.sources.base import DataSource, SourceConfig, SourceContext
+from tinsmith.text.answers import strip_reasoning
 from tinsmith.text.tools import CALCULATOR_TOOL
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -188,26 +189,16 @@ def generate_task(
 
 
 def check_answer(task: GeneratedTask, text: str) -> bool:
-    """Whether a reply answers the task.
+    """Return True if a reply answers the task.
 
-    What counts is `final(text)`. Blanks do not matter; of a sum the last number counts, so that
-    "The answer is 42." is right.
+    Reasoning is left out (`strip_reasoning`) and whitespace does not matter. In arithmetic the last
+    number counts, so that "The answer is 42." is right.
     """
-    output = extract_final_answer(text)
+    output = strip_reasoning(text)
     if task.name in ("arithmetic", "calculator"):
         found = re.findall(r"-?\d+", output)
         return bool(found) and found[-1] == task.answer
     return output.split() == task.answer.split()
-
-
-def extract_final_answer(text: str) -> str:
-    """What a reply says in the end: what follows `</think>`, and there the last `<answer>` span
-    where there is one; without marks of ends.
-    """
-    output = text.rpartition("</think>")[2]
-    spans = re.findall(r"<answer>(.*?)</answer>", output, flags=re.DOTALL)
-    output = spans[-1] if spans else output
-    return output.replace("<|im_end|>", " ").replace("<|endoftext|>", " ")
 
 
 def _arithmetic(numbers: random.Random, digits: int, length: int) -> GeneratedTask:
