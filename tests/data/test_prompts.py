@@ -41,6 +41,43 @@ def test_every_layout_gives_the_same_prompt(record):
     assert prompt.record == record
 
 
+@pytest.mark.parametrize(
+    "ending",
+    [
+        output("assistant", ""),
+        output("assistant", None),
+        {"from": "gpt", "value": " \n"},
+        output("assistant", "") | {"tool_calls": "", "reasoning_content": ""},
+    ],
+)
+@pytest.mark.parametrize("field", ["messages", "conversations", "prompt"])
+def test_E3_an_empty_last_answer_is_to_be_generated(ending, field):
+    prompt = read_prompt({field: [ASK, ending], "gt": ["5"]})
+    assert prompt.prompt == parse_conversation({"messages": [ASK]}, answered=False)
+    assert prompt.answer == "5"
+    assert read_prompt({field: [ASK, ending]}).answer is None
+    with pytest.raises(BadRecord):
+        parse_conversation({"messages": [ASK, ending]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"gt": ["5"]}, "5"),
+        ({"gt": 5}, "5"),
+        ({"gt": [5, "7.5"]}, "5, 7.5"),
+        ({"gt": []}, None),
+        ({"gt": None}, None),
+        ({"ground_truth": "5"}, "5"),
+        ({"solution": "x\n#### 5"}, "x\n#### 5"),
+        ({"answer": None, "gt": ["5"]}, "5"),
+        ({"answer": "6", "gt": ["5"]}, "6"),
+    ],
+)
+def test_E3_ground_truth_is_an_answer_field(answer, expected):
+    assert read_prompt({"prompt": "What is 2 + 3?"} | answer).answer == expected
+
+
 def test_a_prompt_may_have_no_reference_answer():
     assert read_prompt({"prompt": "Write.", "test_list": ["assert f()"]}).answer is None
 

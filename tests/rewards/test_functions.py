@@ -62,6 +62,19 @@ def test_generated_tasks_are_checked_by_their_own_rule(name):
         assert exact_match(prompt, task.wrong_answer()) == 0
 
 
+def test_E3_several_ground_truths_are_rewarded_by_their_share():
+    prompt = requested("5, 7.50, New York", gt=["5", 7.5, "New York"])
+    for text, worth in (
+        ("It is 7.5, in new york, and 5", 1),
+        ("<think>7.5 in New York</think>\n\n5", 1 / 3),
+        ("55 and 7", 0),
+        ("5, 7.50, New York", 1),
+    ):
+        assert exact_match(prompt, text) == worth
+    assert exact_match(requested("5", gt=["5"]), "4 and then 5") == 1
+    assert exact_match(requested("5", gt=["5"]), "5 and then 4") == 0
+
+
 def test_format_requires_one_span_of_each_in_order():
     good = "<think>\nwell\n</think>\n<answer>\n5\n</answer>"
     assert think_format(requested(), good) == 1

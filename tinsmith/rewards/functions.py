@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tinsmith.core.sandbox import SandboxLimits, run_python
 from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.sources.tasks import GeneratedTask, check_answer
-from tinsmith.text.answers import is_same_answer
+from tinsmith.text.answers import contains_answer, is_same_answer
 
 RewardFunc = Callable[[Prompt, str], float]
 """Function of a prompt and the text of one completion (without its end of turn)."""
@@ -126,13 +126,17 @@ def _reason(value: float | BaseException) -> str:
 
 
 def exact_match(prompt: Prompt, text: str) -> float:
-    """Return 1 if the completion's answer is right, else 0.
+    """Return 1 if the completion's final answer is right, else 0.
 
     A generated task is checked by its own rule, any other answer by `text.answers.is_same_answer`.
-    ValueError if the prompt has no answer.
+    Of several ground truths in the field `gt`, the fraction that the completion contains counts
+    (MiniMind). ValueError if the prompt has no answer.
     """
     if prompt.answer is None:
         raise ValueError("the row has no answer to compare with")
+    truths = prompt.record.get("gt")
+    if isinstance(truths, list) and len(truths) > 1:
+        return sum(contains_answer(str(truth), text) for truth in truths) / len(truths)
     kind = prompt.record.get("task")
     if kind in ("arithmetic", "sort", "copy"):
         return float(check_answer(GeneratedTask(kind, "", "", prompt.answer), text))

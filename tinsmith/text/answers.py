@@ -96,6 +96,18 @@ def is_same_answer(reference: str, text: str) -> bool:
     return False
 
 
+def contains_answer(reference: str, text: str) -> bool:
+    """Return True if the text after `</think>` contains the reference answer, anywhere: as one of
+    its numbers, or as words.
+    """
+    output = _plain(strip_reasoning(text))
+    expected = extract_final_answer(reference).text
+    if (value := _quantity(expected)) is not None:
+        return any(_fraction(match) == value for match in _NUMBER.finditer(output))
+    words = re.escape(_normalise(expected))
+    return bool(re.search(rf"(?<!\w){words}(?!\w)", _normalise(output)))
+
+
 def _boxed(text: str) -> list[tuple[int, str]]:
     r"""Return position and content of every `\boxed{...}` with balanced braces."""
     found = []

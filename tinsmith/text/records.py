@@ -171,14 +171,18 @@ def _from_question(record: dict[str, Any], field: str, answered: bool) -> list[d
 
 
 def answer_of(record: dict[str, Any], fields: Sequence[str]) -> str | None:
-    """Return the first of these fields that holds a text or a number, as text."""
+    """Return the first of these fields that holds a text, a number or a list of these, as text."""
     for field in fields:
         value = record.get(field)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
+        texts = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
+        if texts and None not in texts:
+            return ", ".join(text for text in texts if text is not None)
     return None
+
+
+def _as_text(value: Any) -> str | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if isinstance(value, str) else str(value) if is_number else None
 
 
 def _message(item: dict[str, Any], where: str) -> Message:

@@ -35,7 +35,7 @@ from tinsmith.text.tokenizer import Tokenizer
 
 METADATA_DIR = "metadata"
 """Folder of the metadata shards, inside the folder of a split."""
-_ANSWERS = ("final", "answer", "output")
+_ANSWERS = ("final", "answer", "output", "gt", "ground_truth", "solution")
 """Fields that may hold the expected answer: the bare result before the worked solution."""
 
 
@@ -150,12 +150,13 @@ def read_prompt(record: Any) -> PromptExample:
     """Read a record of a prompt and its expected answer.
 
     The prompt comes from `prompt` or `question` (text or messages), or is a chat without its last
-    assistant message. The answer is the field `final`, `answer` or `output` (text or a number), or
-    else the last assistant message. Raise BadRecord with the reason.
+    assistant message. An empty last assistant message stands for the completion (MiniMind). The
+    answer is one of the fields `_ANSWERS` (text, a number, or a list of these), or else the last
+    assistant message. Raise BadRecord with the reason.
     """
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object")
-    messages = prompt_messages(record)
+    messages = _drop_empty_answer(prompt_messages(record))
     if not messages:
         raise BadRecord("has none of `prompt`, `question`, `messages`, `instruction`")
     given = {key: record[key] for key in ("system", "tools") if key in record}
@@ -169,3 +170,14 @@ def read_prompt(record: Any) -> PromptExample:
     if answer is not None and not answer.strip():
         raise BadRecord("empty answer")
     return PromptExample(prompt=prompt, answer=answer, record=record)
+
+
+def _drop_empty_answer(messages: list[Any]) -> list[Any]:
+    """Return role/content objects without a last assistant message that has no content."""
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    content = last.get("content", last.get("value"))
+    is_empty = content is None or (isinstance(content, str) and not content.strip())
+    is_answer = last.get("role", last.get("from")) in ("assistant", "gpt")
+    if is_answer and is_empty and not last.get("tool_calls") and not last.get("reasoning_content"):
+        return messages[:-1]
+    return messages

@@ -45,7 +45,7 @@ from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.specials import our_template
 from tinsmith.text.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Version of prepared folders, part of the hash: raise it when the same data are written in another
 way.
 """
