@@ -108,6 +108,9 @@ class _Preparation:
 
     def run(self, sources: list[DataSource], known: Tokenizer | TrainTokenizerConfig) -> None:
         """Scan the sources, train the tokenizer if none is known, encode, and write the report."""
+        for source in sources:
+            if source.files is not None:
+                self._say(f" prepare   {source.name}: {source.files}")
         with RejectLog(self._folder / "rejects.jsonl") as rejects:
             scans = [
                 scan_source(source, rejects, self._progress(f"reading {source.name}"))

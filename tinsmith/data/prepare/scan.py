@@ -111,7 +111,7 @@ def _usable(stream: DocumentStream) -> Iterator[Document]:
 
 
 def check_data(configs: Sequence[DataConfig], data_format: FormatName) -> list[str]:
-    """Read the first record of every source and return one line per source. Nothing is downloaded.
+    """Read the first record of every source and return lines about it. Nothing is downloaded.
 
     UserError if data are missing, or cannot give `data_format`.
     """
@@ -122,6 +122,8 @@ def check_data(configs: Sequence[DataConfig], data_format: FormatName) -> list[s
         if (name := config.describe_download()) is not None:
             lines.append(f"{name}: will be downloaded by `tinsmith prepare`")
             continue
+        if source.files is not None:
+            lines.append(f"{source.name}: {source.files}")
         first = next(iter(source.train()), None)
         if first is None:
             raise UserError(f"{key}: '{source.name}' is empty")

@@ -2,11 +2,15 @@
 
 import itertools
 import math
+import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from tinsmith.core.errors import UserError
 from tinsmith.core.parse import Config, Count, to_plain
 from tinsmith.data import files
 from tinsmith.data.documents import Document, DocumentStream, limit_documents
@@ -15,8 +19,23 @@ from tinsmith.data.formats.base import DataFormat
 from tinsmith.text.chat import BadRecord
 
 OnBadLine = Literal["reject", "fail"]
-VALIDATION_NAMES = ("valid", "val", "validation")
-"""Names of files in a folder that hold validation data, without suffix."""
+SplitName = Literal["train", "validation", "test"]
+_SPLIT_WORDS: dict[SplitName, re.Pattern[str]] = {
+    "test": re.compile(r"-(test|(news|flores|dev)test)(s|ing|a|b)?(set|data)?-"),
+    "validation": re.compile(
+        r"-((val|valid|dev|eval|newsdev)(set|data|s)?|validation|development|evaluation|"
+        r"(held|hold)-?out)-"
+    ),
+    "train": re.compile(r"-train(ing)?(set|data|val)?-"),
+}
+"""Patterns of the words that name a split, in a name whose words are joined by `-`. A name with
+words of several splits belongs to the first of them.
+"""
+_DOCUMENTATION = re.compile(
+    r"(readme|licen[sc]e|notice|copying|changelog|contributing|requirements)([\W_].*)?\.txt",
+    re.IGNORECASE,
+)
+"""Names of files about a data set."""
 
 
 class DataSource(NamedTuple):
@@ -31,6 +50,8 @@ class DataSource(NamedTuple):
     validation: DocumentStream | None = None
     path: str | None = None
     """The path in the recipe, for messages."""
+    files: str | None = None
+    """Which files of a folder are read for what, for messages."""
     fails_on_bad_line: bool = False
     """True if a bad line is an error, False if it is left out."""
     can_cut: bool = False
@@ -126,24 +147,86 @@ class FileSet(NamedTuple):
 
     train: list[Path]
     validation: list[Path]
+    left_out: list[Path]
+    """Test files, documentation, and files without a split in their name beside training files."""
 
     def fingerprint(self) -> list[Any]:
         """Return size and modification time of every file."""
         return [*map(file_stamp, self.train), "validation", *map(file_stamp, self.validation)]
 
+    def describe(self, folder: Path) -> str:
+        """Return which files of a folder are read for what, in one line."""
+        uses = {
+            "train from": self.train,
+            "validation from": self.validation,
+            "not read:": self.left_out,
+        }
+        return "; ".join(
+            f"{use} {_list_files(paths, folder)}" for use, paths in uses.items() if paths
+        )
+
 
 def find_split_files(path: str, validation: float | str, key: str) -> FileSet:
-    """Find the files of `path`, and those for validation: named by `validation`, or by the files
-    of a folder (train.* and valid.*, val.* or validation.*).
+    """Find the files of `path` by split. A path to a file is for training.
+
+    In a folder, `split_in_name` decides: files of the test split and documentation are left out, as
+    are files that name no split if others are named for training. If `validation` is a path, its
+    files are for validation instead. UserError if no file is left for training.
     """
     found = files.find_files(path, f"{key}.path")
-    if isinstance(validation, str):
-        return FileSet(found, files.find_files(validation, f"{key}.validation"))
-    if not files.expand_path(path).is_dir():
-        return FileSet(found, [])
-    train = [file for file in found if file.name.split(".")[0] == "train"]
-    held_back = [file for file in found if file.name.split(".")[0] in VALIDATION_NAMES]
-    return FileSet(train, held_back) if train and held_back else FileSet(found, [])
+    named = files.find_files(validation, f"{key}.validation") if isinstance(validation, str) else []
+    folder = files.expand_path(path)
+    if not folder.is_dir():
+        return FileSet(found, named, [])
+    named_paths = {file.resolve() for file in named}
+    splits: dict[str | None, list[Path]] = defaultdict(list)
+    for file in found:
+        if file.resolve() not in named_paths:
+            is_documentation = _DOCUMENTATION.fullmatch(file.name)
+            split = None if is_documentation else split_in_name(file.relative_to(folder))
+            splits["documentation" if is_documentation else split].append(file)
+    train = splits["train"] or splits[None]
+    held_back = named or splits["validation"]
+    read = {*train, *held_back}
+    left_out = [file for file in found if file not in read and file.resolve() not in named_paths]
+    if not train:
+        raise UserError(
+            f"{key}.path: {folder} has no file to train on, only "
+            f"{_list_files(left_out + held_back, folder)}; name a file to train on it"
+        )
+    return FileSet(train, held_back, left_out)
+
+
+def split_in_name(path: Path) -> SplitName | None:
+    """Return the split that the name of a file or of a folder above it contains, or None.
+
+    Words lie between characters that are no letters, or begin with a capital: `train-00000-of-1`,
+    `qa.test.jsonl`, `dev/0.jsonl`, `dataTest`. The part of the path nearest to the suffix counts,
+    but below a folder whose whole name is `test` or `validation` everything is held out.
+    """
+    *folders, _ = parts = path.parts
+    for folder in folders:
+        split = _split_in_words(folder)
+        if split in ("test", "validation") and folder.isalpha():
+            return split
+    pieces = [piece for part in parts for piece in part.split(".")]
+    splits = (_split_in_words(piece) for piece in reversed(pieces))
+    return next((split for split in splits if split is not None), None)
+
+
+def _split_in_words(name: str) -> SplitName | None:
+    """Return the split that the words of a name belong to, or None."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", "-", name).lower()
+    return next(
+        (split for split, pattern in _SPLIT_WORDS.items() if pattern.search(f"-{words}-")), None
+    )
+
+
+def _list_files(paths: list[Path], folder: Path) -> str:
+    """List up to four files by their path below the folder, and count the others."""
+    names = [os.path.relpath(path, folder) for path in paths]
+    more = [f"{len(names) - 3} more"] if len(names) > 4 else []
+    return ", ".join((names[:3] if more else names) + more)
 
 
 def open_file_set(
@@ -162,13 +245,15 @@ def open_file_set(
             lambda: itertools.chain.from_iterable(map(read, paths)), config.limit
         )
 
+    folder = files.expand_path(path)
     return DataSource(
-        name=source_name(files.expand_path(path)),
+        name=source_name(folder),
         config=config,
         fingerprint=[to_plain(config), *file_set.fingerprint()],
         train=stream(file_set.train),
         validation=stream(file_set.validation) if file_set.validation else None,
         path=path,
+        files=file_set.describe(folder) if folder.is_dir() else None,
         fails_on_bad_line=fails_on_bad_line,
         can_cut=can_cut,
     )
