@@ -217,9 +217,10 @@ def split_in_name(path: Path) -> SplitName | None:
 def _split_in_words(name: str) -> SplitName | None:
     """Return the split that the words of a name belong to, or None."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]+", "-", name).lower()
-    return next(
-        (split for split, pattern in _SPLIT_WORDS.items() if pattern.search(f"-{words}-")), None
-    )
+    for split, pattern in _SPLIT_WORDS.items():
+        if pattern.search(f"-{words}-"):
+            return split
+    return None
 
 
 def _list_files(paths: list[Path], folder: Path) -> str:
