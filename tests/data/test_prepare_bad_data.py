@@ -1,8 +1,10 @@
 import pytest
+import tokenizers
 
 from tinsmith.core.errors import UserError
 from tinsmith.data.sources import ChatsData, StdlibData, TextData
 from tinsmith.text.chat import BadRecord, encode_chat
+from tinsmith.text.tokenizer import Tokenizer
 
 
 def objects(texts):
@@ -123,3 +125,80 @@ def test_a_missing_file_or_an_unsupported_file_is_a_one_line_error(prepared, tmp
         prepared(TextData(path=str(tmp_path / "x.txt")), "chats")
     with pytest.raises(UserError, match="data: the list is empty"):
         prepared(())
+
+
+def ascii_tokenizer():
+    """A vocabulary of printable ASCII characters, without bytes."""
+    pieces = [*map(chr, range(32, 127)), "\n", "<unk>"]
+    model = tokenizers.models.WordLevel({c: i for i, c in enumerate(pieces)}, "<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(made.to_str())
+
+
+@pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
+def test_D9_a_text_that_the_vocabulary_cannot_write_is_a_bad_line(
+    prepared, write_lines, rejects_of, texts_of, on_bad_line
+):
+    texts = [f"line {number}" for number in range(60)]
+    path = write_lines("s.jsonl", objects([*texts[:30], "caf\u00e9", *texts[30:]]))
+    config = TextData(path=str(path), validation=0, on_bad_line=on_bad_line)
+    if on_bad_line == "fail":
+        with pytest.raises(UserError, match=r"s\.jsonl:31: .*cannot represent"):
+            prepared(config, tokenizer=ascii_tokenizer())
+        return
+    found = prepared(config, tokenizer=ascii_tokenizer())
+    assert texts_of(found, "train") == texts
+    ((name, line, reason),) = rejects_of(found)
+    assert (name, line) == ("s.jsonl", 31)
+    assert "cannot represent" in reason
+    assert found.report["sources"][0]["rejected"] == 1
+    assert found.report["sources"][0]["train"]["bytes"] == sum(map(len, texts))
+
+
+def test_D9_a_bad_piece_of_a_long_text_does_not_join_two_documents(
+    prepared, texts_of, rejects_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tinsmith.data.files.CHUNK_CHARS", 16)
+    lines = ["a" * 15, "b" * 15, "c" * 14 + "\u00e9", "<|endoftext|>", "second document"]
+    (tmp_path / "x.txt").write_text("\n".join(lines), encoding="utf-8")
+    config = TextData(path=str(tmp_path / "x.txt"), validation=0)
+    found = prepared(config, tokenizer=ascii_tokenizer())
+    assert texts_of(found, "train") == ["a" * 15 + "\n" + "b" * 15 + "\n", "second document"]
+    assert len(rejects_of(found)) == 1
+
+
+ANSWERED_OTHERWISE = (
+    "{% for m in messages %}{% if m.role == 'user' and loop.last %}LAST {% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("on_bad_line", ["reject", "fail"])
+def test_D9_a_chat_without_a_loss_mask_is_a_bad_line(
+    prepared, write_lines, rejects_of, on_bad_line, tokenizer
+):
+    template = ANSWERED_OTHERWISE.replace("loop.last", "'LAST' in m.content and loop.last")
+    own = Tokenizer(tokenizer.to_json(), chat_template=template)
+    path = write_lines("c.jsonl", [chat("x", "y"), chat("LAST", "z"), chat("u", "v")])
+    config = ChatsData(path=str(path), validation=0, on_bad_line=on_bad_line)
+    if on_bad_line == "fail":
+        with pytest.raises(UserError, match=r"c\.jsonl:2: the chat template"):
+            prepared(config, "chats", tokenizer=own)
+        return
+    found = prepared(config, "chats", tokenizer=own)
+    ((name, line, reason),) = rejects_of(found)
+    assert (name, line) == ("c.jsonl", 2)
+    assert "so there is no mask" in reason
+    assert found.report["sources"][0]["train"]["documents"] == 2
+
+
+def test_D9_a_source_without_one_encodable_record_names_the_first_reason(
+    prepared, write_lines, tokenizer
+):
+    own = Tokenizer(tokenizer.to_json(), chat_template=ANSWERED_OTHERWISE)
+    path = write_lines("c.jsonl", [chat("x", "y"), chat("u", "v")])
+    with pytest.raises(UserError, match=r"left to train on; the first bad line is .*c\.jsonl:1: "):
+        prepared(ChatsData(path=str(path), validation=0), "chats", tokenizer=own)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from tinsmith.core.errors import UserError
 from tinsmith.core.progress import Progress
 from tinsmith.data.documents import Document
 from tinsmith.data.files import Reject
 from tinsmith.data.formats.base import DataFormat, EncodedSequence
 from tinsmith.data.formats.prompts import METADATA_DIR
 from tinsmith.data.prepare.shards import ShardWriter
-from tinsmith.text.chat import BadRecord
 from tinsmith.text.tokenizer import Tokenizer
 
 BATCH_BYTES = 4_000_000
@@ -47,10 +47,12 @@ class DocumentEncoder:
             for batch in _batches(documents):
                 encoded = self._encode_batch([document for _, document in batch])
                 for (held_back, document), sequences in zip(batch, encoded, strict=True):
+                    writer = validation if held_back else train
                     if isinstance(sequences, Reject):
                         self.rejects.append(sequences)
+                        if document.last and not document.first:
+                            writer.add(*self._ended([], document), 0, last=True)
                         continue
-                    writer = validation if held_back else train
                     for sequence in sequences:
                         text_bytes = document.bytes if document.is_text else self._bytes(sequence)
                         writer.add(sequence, text_bytes, last=document.last)
@@ -60,28 +62,44 @@ class DocumentEncoder:
     def _encode_batch(
         self, documents: list[Document]
     ) -> Sequence[Sequence[EncodedSequence] | Reject]:
-        """Encode texts of a batch together, anything else one by one."""
+        """Encode texts of a batch together, anything else one by one. A document that cannot be
+        encoded becomes a Reject.
+        """
         if not all(document.is_text for document in documents):
             return [self._encode_one(document) for document in documents]
-        first_pieces = iter(
-            self._tokenizer.encode_many(document.text for document in documents if document.first)
-        )
-        end = [self._tokenizer.end_of_text]
-        encoded = []
-        for document in documents:
-            ids = (
-                next(first_pieces)
-                if document.first
-                else self._tokenizer.encode_inside(document.text)
+        try:
+            first_pieces = iter(
+                self._tokenizer.encode_many(
+                    document.text for document in documents if document.first
+                )
             )
-            encoded.append([EncodedSequence(ids + end * document.last, None)])
-        return encoded
+        except UserError:  # one by one, to find the documents that the vocabulary cannot represent
+            return [self._encode_text(document) for document in documents]
+        return [
+            self._ended(next(first_pieces), document)
+            if document.first
+            else self._encode_text(document)
+            for document in documents
+        ]
 
     def _encode_one(self, document: Document) -> Sequence[EncodedSequence] | Reject:
+        if document.is_text:
+            return self._encode_text(document)
         try:
             return self._data_format.encode(document.content, self._tokenizer, self._seq_len)
-        except BadRecord as error:
+        except UserError as error:
             return Reject(document.file, document.line, str(error))
+
+    def _encode_text(self, document: Document) -> Sequence[EncodedSequence] | Reject:
+        encode = self._tokenizer.encode if document.first else self._tokenizer.encode_inside
+        try:
+            return self._ended(encode(document.text), document)
+        except UserError as error:
+            return Reject(document.file, document.line, str(error))
+
+    def _ended(self, ids: list[int], document: Document) -> list[EncodedSequence]:
+        """Return the ids of a text, with the end-of-text token after its last piece."""
+        return [EncodedSequence(ids + [self._tokenizer.end_of_text] * document.last, None)]
 
     def _bytes(self, sequence: EncodedSequence) -> int:
         return int(self._byte_lengths[np.asarray(sequence.ids)].sum())

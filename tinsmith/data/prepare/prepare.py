@@ -33,7 +33,7 @@ from tinsmith.data.prepare.prepared import (
     open_prepared,
     summarise,
 )
-from tinsmith.data.prepare.scan import RejectLog, ScanResult, scan_source
+from tinsmith.data.prepare.scan import RejectLog, ScanResult, format_reject, scan_source
 from tinsmith.data.prepare.tokenizer import (
     load_tokenizer_or_config,
     tokenizer_fingerprint,
@@ -158,7 +158,9 @@ class _Preparation:
         for reject in encoder.rejects:
             rejects.add(source, reject)
         if not counts["train"]["documents"]:
-            raise UserError(f"data: nothing in '{source.display_name}' is left to train on")
+            first = encoder.rejects[:1]
+            why = "".join(f"; the first bad line is {format_reject(reject)}" for reject in first)
+            raise UserError(f"data: nothing in '{source.display_name}' is left to train on{why}")
         rejected = scan.rejected + len(encoder.rejects)
         config = source.config
         return {"kind": config.kind, "weight": config.weight, "rejected": rejected} | counts

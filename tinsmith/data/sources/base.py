@@ -206,9 +206,9 @@ def split_in_name(path: Path) -> SplitName | None:
     """
     *folders, _ = parts = path.parts
     for folder in folders:
-        split = _split_in_words(folder)
-        if split in ("test", "validation") and folder.isalpha():
-            return split
+        held_out = _split_in_words(folder)
+        if held_out and held_out != "train" and folder.isalpha():
+            return held_out
     pieces = [piece for part in parts for piece in part.split(".")]
     splits = (_split_in_words(piece) for piece in reversed(pieces))
     return next((split for split in splits if split is not None), None)
