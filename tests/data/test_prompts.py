@@ -44,10 +44,10 @@ def test_every_layout_gives_the_same_prompt(record):
 @pytest.mark.parametrize(
     "ending",
     [
-        output("assistant", ""),
-        output("assistant", None),
+        message("assistant", ""),
+        message("assistant", None),
         {"from": "gpt", "value": " \n"},
-        output("assistant", "") | {"tool_calls": "", "reasoning_content": ""},
+        message("assistant", "") | {"tool_calls": "", "reasoning_content": ""},
     ],
 )
 @pytest.mark.parametrize("field", ["messages", "conversations", "prompt"])

@@ -2,7 +2,7 @@
 
     python rl_worker.py RANK WORLD FOLDER
 
-Rank 0 leaves the gradients of every part in FOLDER/WORLD.safetensors, with the state of SPO's tracker.
+Rank 0 writes all gradients and the state of SPO's tracker to FOLDER/WORLD.safetensors.
 """
 
 import os

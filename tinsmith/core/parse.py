@@ -170,23 +170,27 @@ def _with_default_kinds(kind: Any, data: Any) -> Any:
     """Add the `kind` of the default to sections that leave it out."""
     kind = _bare(kind)
     if isinstance(data, list | tuple) and get_origin(kind) is tuple:
-        return [_with_default_kinds(get_args(kind)[0], item) for item in cast("list[Any]", data)]
+        items = cast("list[Any]", data)
+        return [_with_default_kinds(get_args(kind)[0], item) for item in items]
     members = [m for m in _with_outside(_members(kind)) if is_dataclass(m)]
-    if isinstance(data, dict) and len(members) > 1:
-        members = [m for m in members if _tag(m) == data.get("kind")]
-    if not isinstance(data, dict) or len(members) != 1:
-        return data
-    hints = get_type_hints(members[0], include_extras=True)
+    if not isinstance(data, dict):
+        return cast("Any", data)
     sections = cast("dict[str, Any]", data)
+    if len(members) > 1:
+        members = [m for m in members if _tag(m) == sections.get("kind")]
+    if len(members) != 1:
+        return sections
+    hints = get_type_hints(members[0], include_extras=True)
     return {key: _section(members[0], key, hints, value) for key, value in sections.items()}
 
 
 def _section(owner: Any, key: str, hints: dict[str, Any], value: Any) -> Any:
     default = next((field.default for field in fields(owner) if field.name == key), None)
     if isinstance(value, dict) and "kind" not in value and is_dataclass(default):
+        section = cast("dict[str, Any]", value)
         names = {field.name for field in fields(default)}
-        if "kind" in names and names.issuperset(cast("dict[str, Any]", value)):
-            value = {"kind": getattr(default, "kind", None)} | value
+        if "kind" in names and names.issuperset(section):
+            value = {"kind": getattr(default, "kind", None)} | section
     return _with_default_kinds(hints.get(key, Any), value)
 
 

@@ -60,22 +60,25 @@ def _loader() -> Any:
     import yaml
     from yaml.constructor import ConstructorError
 
-    class Loader(yaml.SafeLoader):
+    SafeLoader: Any = yaml.SafeLoader
+
+    class Loader(SafeLoader):
         def flatten_mapping(self, node: Any) -> None:
             """Check the keys as written, before merge keys (`<<`) add those of other mappings."""
             seen: set[str] = set()
-            for key_node, _ in [] if hasattr(node, "is_checked") else node.value:
+            pairs: list[tuple[Any, Any]] = [] if hasattr(node, "is_checked") else node.value
+            for key_node, _ in pairs:
                 key = str(getattr(key_node, "value", ""))
                 if key in seen and key != "<<":
                     problem = f"the key '{key}' occurs twice"
                     raise ConstructorError(None, None, problem, key_node.start_mark)
                 seen.add(key)
             node.is_checked = True
-            super().flatten_mapping(node)
+            SafeLoader.flatten_mapping(self, node)
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:
             try:
-                return super().construct_object(node, deep)
+                return SafeLoader.construct_object(self, node, deep)
             except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
                 raise ConstructorError(None, None, str(error), node.start_mark) from None
 

@@ -51,7 +51,8 @@ class DocumentEncoder:
                     if isinstance(sequences, Reject):
                         self.rejects.append(sequences)
                         if document.last and not document.first:
-                            writer.add(*self._ended([], document), 0, last=True)
+                            (ending,) = self._ended([], document)
+                            writer.add(ending, 0, last=True)
                         continue
                     for sequence in sequences:
                         text_bytes = document.bytes if document.is_text else self._bytes(sequence)

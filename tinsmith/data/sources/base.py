@@ -209,9 +209,10 @@ def split_in_name(path: Path) -> SplitName | None:
         held_out = _split_in_words(folder)
         if held_out and held_out != "train" and folder.isalpha():
             return held_out
-    pieces = [piece for part in parts for piece in part.split(".")]
-    splits = (_split_in_words(piece) for piece in reversed(pieces))
-    return next((split for split in splits if split is not None), None)
+    for piece in reversed([piece for part in parts for piece in part.split(".")]):
+        if split := _split_in_words(piece):
+            return split
+    return None
 
 
 def _split_in_words(name: str) -> SplitName | None:
