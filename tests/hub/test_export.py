@@ -152,17 +152,16 @@ def test_write_folder_writes_a_given_state_dict(tmp_path, model, ids):
         assert torch.equal(tensor, state[name]), name
 
 
-def test_a_foreign_tokenizer_is_exported_without_ids_beyond_the_embedding(tmp_path, model):
-    """Chat tokens that loading added behind the last id are not exported; loading adds them."""
-    plain = transformers_tokenizer(tmp_path / "theirs")
-    foreign = Tokenizer.load(tmp_path / "theirs")
-    assert foreign.vocab_size > plain
-    export_folder(model(vocab_size=plain), foreign, tmp_path / "out")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert len(theirs) == plain
-    assert theirs.chat_template is None
-    ends = read(tmp_path / "out" / "generation_config.json")["eos_token_id"]
-    assert all(number < plain for number in ends)
+def test_an_end_of_text_token_without_an_embedding_is_not_exported(tmp_path, model):
+    """A vocabulary without an end-of-text token gets one when it is loaded."""
+    size = transformers_tokenizer(tmp_path / "source", eos_token=None)
+    foreign = Tokenizer.load(tmp_path / "source")
+    assert foreign.vocab_size == size + 1
+    export_folder(model(vocab_size=size), foreign, tmp_path / "out")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(exported) == size
+    assert exported.chat_template is None
+    assert not read(tmp_path / "out" / "generation_config.json")["eos_token_id"]
     _, back = load(tmp_path / "out")
     assert back is not None
     assert back.encode("a b") == foreign.encode("a b")
@@ -171,8 +170,8 @@ def test_a_foreign_tokenizer_is_exported_without_ids_beyond_the_embedding(tmp_pa
     assert not (tmp_path / "small").exists()
 
 
-def transformers_tokenizer(folder):
-    """A foreign byte-level tokenizer of 257 ids whose documents end with `</s>`."""
+def transformers_tokenizer(folder, **roles):
+    """Write a foreign byte-level tokenizer of 257 ids with `</s>`; return their number."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Raw
 
@@ -181,7 +180,7 @@ def transformers_tokenizer(folder):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_tokens([AddedToken("</s>", special=True)])
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
     theirs.save_pretrained(folder)
     return 257
 

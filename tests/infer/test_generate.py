@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.core.errors import Failure, UserError
-from tinsmith.infer.completions import CompletionBuilder, CompletionEngine, eos_ids
+from tinsmith.infer.completions import CompletionBuilder, CompletionEngine
 from tinsmith.infer.engine import Event
 from tinsmith.infer.generate import eval_mode, generate, stream, with_distinct_seeds
 from tinsmith.infer.sample import SamplingParams
@@ -107,7 +107,7 @@ def test_stop_strings_end_completions_and_free_their_rows(lm, tokenizer):
 
 
 def test_completions_end_at_end_of_text_and_end_of_turn(small, tokenizer):
-    assert eos_ids(tokenizer) == (0, 2)
+    assert tokenizer.eos_ids == (0, 2)
     for last in (0, 2):
         lm = small(vocab_size=tokenizer.vocab_size, depth=1)
         with torch.no_grad():

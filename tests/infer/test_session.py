@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinsmith.core.errors import UserError
-from tinsmith.infer.completions import CompletionEngine, eos_ids
+from tinsmith.infer.completions import CompletionEngine
 from tinsmith.infer.engine import Event
 from tinsmith.infer.sample import SamplingParams
 from tinsmith.infer.session import EMPTY_REPLY, ChatSession
@@ -41,7 +41,7 @@ class ScriptedEngine:
             ),
         )
         ids = whole[len(question) :]
-        ids = ids[: ids.index(eos_ids(self._tokenizer)[1]) + 1]
+        ids = ids[: ids.index(self._tokenizer.end_of_turn) + 1]
         request_id = len(self.prompts)
         reasons = [None] * (len(ids) - 1) + ["stop"]
         self._pending += [

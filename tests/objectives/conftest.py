@@ -82,7 +82,7 @@ def liked(prompts: list[Prompt], episodes: list[Rollout]) -> list[float]:
     ]
 
 
-TOKENIZER: Any = SimpleNamespace(end_of_text=END, end_of_turn=END)
+TOKENIZER: Any = SimpleNamespace(end_of_text=END, end_of_turn=END, eos_ids=(END,))
 
 
 def make_ready(config: RLConfig, lm: LM) -> Any:

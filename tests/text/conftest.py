@@ -188,10 +188,12 @@ def qwen_json(corpus) -> str:
 @pytest.fixture(scope="session")
 def families(tokenizer, gpt2_folder, llama_json, metaspace_json, qwen_json) -> dict[str, Tokenizer]:
     """Tokenizers of every family that can write all bytes."""
+    always = metaspace_json.replace('"prepend_scheme": "first"', '"prepend_scheme": "always"')
     return {
         "own": tokenizer,
         "gpt2": Tokenizer.load(gpt2_folder),
         "llama": Tokenizer(llama_json, bos="<s>", eos="</s>"),
         "metaspace": Tokenizer(metaspace_json, bos="<s>", eos="</s>"),
+        "metaspace_always": Tokenizer(always, bos="<s>", eos="</s>"),
         "qwen": Tokenizer(qwen_json),
     }

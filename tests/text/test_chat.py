@@ -203,9 +203,9 @@ def test_tags_of_the_template_are_single_ids(tokenizer):
     assert counts["<think>"] == counts["</think>"] == 1
 
 
-@pytest.mark.parametrize("family", ["own", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["own", "gpt2", "metaspace"])
 def test_any_chat_keeps_its_text_its_mask_and_its_prompt(families, any_text, family):
-    tokenizer = families[family]
+    tokenizer = families[family].for_chats()
     filled = any_text.map(lambda text: text or "x")
     turns = st.lists(st.tuples(filled, filled, any_text), min_size=1, max_size=3)
 
@@ -305,11 +305,40 @@ def test_a_foreign_template_with_its_own_end_of_turn(families):
     )
     encoded = encode_chat(tokenizer, conversation)
     raw = b"".join(map(tokenizer.token_bytes, encoded.ids))
-    assert raw == b"<s>[INST] a</s> [/INST] b</s></s>[INST] c [/INST] d</s>"
+    assert raw == b"<s> [INST] a</s> [/INST] b</s></s> [INST] c [/INST] d</s>"
     assert learned(tokenizer, encoded) == ["b</s></s>", "d</s>"]
     assert encoded.ids.count(tokenizer.special("</s>")) == 2
     prompt = encode_prompt(tokenizer, conversation.prompt())
     assert encoded.ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("family", ["own", "gpt2", "llama", "metaspace", "metaspace_always"])
+@pytest.mark.parametrize("template", [None, MISTRAL])
+def test_D6_ids_of_a_chat_are_those_that_transformers_gives_the_saved_folder(
+    families, tmp_path, family, template
+):
+    tokenizer = families[family].for_chats()
+    if template is not None:
+        tokenizer = with_template(tokenizer, template, bos=tokenizer.bos, eos=tokenizer.eos)
+    tokenizer.save(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [("user", "the cat"), ("assistant", "ran"), ("user", "why"), ("assistant", " so\n")]
+    for count in (1, 3):
+        prompt = chat(*turns[:count])
+        messages = [{"role": role, "content": text} for role, text in turns[:count]]
+        expected = auto.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(tokenizer, prompt) == expected
+    messages = [{"role": role, "content": text} for role, text in turns]
+    expected = auto.apply_chat_template(messages, return_dict=False)
+    assert encode_chat(tokenizer, chat(*turns)).ids == expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "metaspace"])
+def test_a_vocabulary_without_chat_tokens_encodes_no_chats(families, family):
+    tokenizer = families[family]
+    assert tokenizer.chat_template is None
+    with pytest.raises(UserError, match="the tokenizer has no chat template; fine-tune"):
+        encode_chat(tokenizer, chat(("user", "a"), ("assistant", "b")))
 
 
 def test_a_foreign_template_that_refuses_a_role_rejects_the_record(families):

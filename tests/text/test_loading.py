@@ -22,7 +22,7 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tokenizer, folder):
     for place in (folder, folder / "tokenizer.json", str(folder)):
         loaded = Tokenizer.load(place)
         assert loaded.fingerprint() == tokenizer.fingerprint()
-        assert loaded.chat_template is None
+        assert loaded.chat_template == our_template()
 
 
 def test_a_run_folder_stands_for_its_final_folder(tokenizer, tmp_path):
@@ -38,14 +38,14 @@ def test_saving_twice_writes_the_same_bytes(tokenizer, folder, tmp_path):
 
 @pytest.mark.parametrize("family", ["own", "gpt2", "llama", "metaspace"])
 def test_auto_tokenizer_opens_the_folder_and_agrees_on_ids(families, corpus, tmp_path, family):
-    tokenizer = families[family]
+    tokenizer = families[family].for_chats()
     tokenizer.save(tmp_path)
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*corpus, "the fox <x> 12", "a"]:
         assert auto(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
     assert len(auto) == tokenizer.vocab_size
     assert auto.eos_token_id == tokenizer.end_of_text
-    assert auto.pad_token == "<|endoftext|>"
+    assert auto.pad_token == (None if family == "gpt2" else "<|endoftext|>")  # as its folder
     assert auto.chat_template == our_template()
 
 

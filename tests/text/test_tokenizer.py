@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from tinsmith.core.errors import UserError
 from tinsmith.text.byte_encoding import split_text
@@ -168,29 +168,90 @@ def test_a_vocabulary_that_lacks_bytes_says_so_instead_of_losing_them(corpus):
             small.encode(text)
 
 
-def test_missing_chat_tokens_are_added_behind_and_existing_ones_kept(families, gpt2_folder):
+def test_nothing_is_added_to_a_vocabulary_when_it_is_loaded(families, gpt2_folder):
     vocabulary = json.loads((gpt2_folder / "vocab.json").read_text())
     gpt2 = families["gpt2"]
+    assert gpt2.vocab_size == len(vocabulary)
     assert gpt2.special("<|endoftext|>") == vocabulary["<|endoftext|>"] == gpt2.end_of_text
-    new = [number for name, number in gpt2.added_tokens.items() if name != "<|endoftext|>"]
+    assert gpt2.end_of_turn == gpt2.end_of_text
+    for name, foreign in families.items():
+        settings = json.loads(foreign.to_json())
+        assert len(settings["added_tokens"]) == len(foreign.added_tokens), name
+
+
+def test_for_chats_adds_missing_chat_tokens_after_the_last_id(families, gpt2_folder):
+    vocabulary = json.loads((gpt2_folder / "vocab.json").read_text())
+    gpt2 = families["gpt2"].for_chats()
+    new = [token_id for name, token_id in gpt2.added_tokens.items() if name != "<|endoftext|>"]
     assert sorted(new) == list(range(len(vocabulary), len(vocabulary) + 10))
     assert gpt2.vocab_size == len(vocabulary) + 10
     flags = {t["content"]: t["special"] for t in json.loads(gpt2.to_json())["added_tokens"]}
     assert flags == {name: name.startswith("<|") for name in CHAT_TOKENS}
-    qwen = families["qwen"]
-    assert [qwen.special(name) for name in SPECIALS[:3]] == [0, 1, 2]
+    assert gpt2.end_of_turn == gpt2.special("<|im_end|>")
+    assert gpt2.encode("a b <|im_end|>") == families["gpt2"].encode("a b <|im_end|>")
 
 
-def test_a_foreign_end_of_text_keeps_its_part(families):
-    assert families["llama"].end_of_text == families["llama"].special("</s>")
-    assert families["llama"].end_of_turn == families["llama"].special("<|im_end|>")
+@pytest.mark.parametrize("family", ["own", "qwen"])
+def test_for_chats_adds_nothing_to_a_vocabulary_with_turn_tokens(families, family):
+    tokenizer = families[family]
+    assert tokenizer.for_chats().to_json() == tokenizer.to_json()
+    assert [tokenizer.special(name) for name in SPECIALS[:3]] == [0, 1, 2]
+
+
+def test_for_chats_adds_nothing_to_a_tokenizer_with_a_template(families):
+    own = Tokenizer(families["llama"].to_json(), eos="</s>", chat_template="{{ messages }}")
+    assert own.for_chats().to_json() == own.to_json()
+    assert own.end_of_turn == own.special("</s>")
+
+
+def test_a_foreign_end_of_text_keeps_its_role(families):
+    llama = families["llama"].for_chats()
+    assert llama.end_of_text == llama.special("</s>")
+    assert llama.end_of_turn == llama.special("<|im_end|>")
+    assert llama.eos_ids == (llama.special("</s>"), llama.special("<|im_end|>"))
+
+
+def test_D16_roles_template_and_post_processor_do_not_change_the_vocabulary(tokenizer):
+    settings = json.loads(tokenizer.to_json())
+    template = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    copy = json.dumps(settings | {"post_processor": template | {"use_regex": True}})
+    other = Tokenizer(copy, eos="<|im_end|>", chat_template="{{ messages }}")
+    assert other.fingerprint() != tokenizer.fingerprint()
+    assert other.vocabulary_fingerprint() == tokenizer.vocabulary_fingerprint()
+    settings["model"]["merges"].pop()
+    changed = Tokenizer(json.dumps(settings))
+    assert changed.vocabulary_fingerprint() != tokenizer.vocabulary_fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "prefix"),
+    [
+        (None, []),
+        (processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)]), [1]),
+        (processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)]), []),
+        (processors.RobertaProcessing(("</s>", 2), ("<s>", 1)), [1]),
+        (processors.Sequence([processors.BertProcessing(("</s>", 2), ("<s>", 1))]), [1]),
+    ],
+)
+def test_D6_the_prefix_is_what_the_post_processor_puts_before_a_text(
+    llama_json, post_processor, prefix
+):
+    raw = tokenizers.Tokenizer.from_str(llama_json)
+    if post_processor is not None:
+        raw.post_processor = post_processor
+    tokenizer = Tokenizer(raw.to_str(), bos="<s>", eos="</s>")
+    assert tokenizer.prefix == prefix
+    ids = prefix + tokenizer.encode("the cat")
+    assert raw.encode("the cat").ids[: len(ids)] == ids
 
 
 def test_a_fingerprint_changes_with_the_vocabulary_and_the_template_only(tokenizer):
-    settings = json.loads(tokenizer.to_json())
-    assert Tokenizer(json.dumps(settings)).fingerprint() == tokenizer.fingerprint()
+    settings, template = json.loads(tokenizer.to_json()), tokenizer.chat_template
+    copy = Tokenizer(json.dumps(settings), chat_template=template)
+    assert copy.fingerprint() == tokenizer.fingerprint()
     settings["model"]["merges"].pop()
-    assert Tokenizer(json.dumps(settings)).fingerprint() != tokenizer.fingerprint()
+    changed = Tokenizer(json.dumps(settings), chat_template=template)
+    assert changed.fingerprint() != tokenizer.fingerprint()
     other = Tokenizer(tokenizer.to_json(), chat_template="{{ messages }}")
     assert other.fingerprint() != tokenizer.fingerprint()
 

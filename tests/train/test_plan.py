@@ -1,6 +1,5 @@
 """`resolve` decides a run's plan before it loads anything; three commands share that function."""
 
-import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -113,7 +112,7 @@ def test_init_from_gives_model_and_tokenizer_without_reading_weights(
 ):
     recipe = SECTION | {"init_from": str(base), "objective": {"kind": "sft"}}
     resolved = resolve(from_dict(recipe))
-    assert resolved.model_config.vocab_size == 64 * math.ceil(300 / 64)
+    assert resolved.model_config.vocab_size == tokenizer.vocab_size > 280
     assert isinstance(resolved.tokenizer, Tokenizer)
     assert resolved.tokenizer.fingerprint() == tokenizer.fingerprint()
     assert resolved.recipe().model == resolved.model_config
@@ -139,7 +138,7 @@ def test_a_recipe_that_contradicts_init_from_is_refused(base, noisy):
     for wrong in ({"vocab_size": 290}, {"dim": 64}):
         with pytest.raises(UserError, match="model: differs from that of init_from"):
             resolve(from_dict(recipe | {"model": noisy | {"vocab_size": 280} | wrong}))
-    with pytest.raises(UserError, match="tokenizer: differs from that of init_from"):
+    with pytest.raises(UserError, match="tokenizer: has other ids than that of init_from"):
         resolve(from_dict(recipe | {"tokenizer": {"train": {"vocab_size": 300}}}))
 
 

@@ -21,7 +21,6 @@ from tinsmith.data import files
 from tinsmith.data.files import Record, Reject
 from tinsmith.evals.bpb import check_limit, report_rejects
 from tinsmith.evals.questions import ChoiceQuestion, parse_question
-from tinsmith.evals.sliding_window import bos_ids
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.logprobs import token_nll
 from tinsmith.nn.model import LM
@@ -143,10 +142,10 @@ def encode_question(
     contexts, endings = [], []
     for context, ending in zip(question.contexts, question.endings, strict=True):
         if context:
-            contexts.append(bos_ids(tokenizer) + tokenizer.encode(context))
+            contexts.append(tokenizer.prefix + tokenizer.encode(context))
             endings.append(tokenizer.encode_inside(ending))
         else:
-            contexts.append(bos_ids(tokenizer) or [tokenizer.end_of_text])
+            contexts.append(tokenizer.prefix or [tokenizer.end_of_text])
             endings.append(tokenizer.encode(ending))
     longest = max(map(len, endings))
     max_context = max_seq_len + 1 - longest

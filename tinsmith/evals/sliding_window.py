@@ -64,26 +64,21 @@ class TextReader:
                 yield Reject(record.file, record.line, str(error))
 
 
-def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the tokenizer's beginning-of-text id in a list, empty if it has none of its own."""
-    bos_id = None if tokenizer.bos is None else tokenizer.special(tokenizer.bos)
-    return [] if bos_id is None or bos_id == tokenizer.end_of_text else [bos_id]
-
-
 def sliding_windows(
     texts: Iterable[TextChunk], tokenizer: Tokenizer, seq_len: int, stride: int
 ) -> Iterator[Window]:
     """Split documents into windows of up to `seq_len` inputs, `stride` <= `seq_len` apart.
 
     A token in several windows is predicted in the first of them. Documents end with
-    `<|endoftext|>`, as in training. A long document comes in chunks and is never completely in
+    `<|endoftext|>`, as in training, and begin
+    with the tokenizer's prefix (BOS). A long document comes in chunks and is never completely in
     memory.
     """
     ids: list[int] = []
     first_target = 1
     for text in texts:
         if text.first:
-            ids, first_target = bos_ids(tokenizer) + tokenizer.encode(text.text), 1
+            ids, first_target = tokenizer.prefix + tokenizer.encode(text.text), 1
         else:
             ids = ids + tokenizer.encode_inside(text.text)
         if text.last:

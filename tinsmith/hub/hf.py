@@ -108,13 +108,13 @@ def write_folder(
     }
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     ids = special_token_ids(tokenizer, config.vocab_size)
-    data = translation.data | {"dtype": dtype, "torch_dtype": dtype} | ids.for_config()
+    data = translation.data | {"dtype": dtype, "torch_dtype": dtype} | ids.config
     with atomic_dir(folder) as tmp:
         written = save_sharded(tmp, hf_state, max_shard_bytes)
         _write_json(tmp / "config.json", data)
-        _write_json(tmp / "generation_config.json", ids.for_generation())
         if tokenizer is not None:
-            save_tokenizer(tokenizer, tmp, config.vocab_size)
+            save_tokenizer(tokenizer, tmp, config)
+        _write_json(tmp / "generation_config.json", ids.generation)
         for path in extra_files:
             shutil.copyfile(path, tmp / path.name)
         if write_extra is not None:

@@ -1,8 +1,4 @@
-"""Export a tokenizer beside a model: special token ids, and no ids beyond the embedding.
-
-Loading a foreign tokenizer adds Tinsmith's chat tokens after its last id. A model that was not
-trained on them may have no embedding rows for them; such tokens are not exported.
-"""
+"""Export a tokenizer beside a model: special token ids, and no ids beyond the embedding."""
 
 import json
 from pathlib import Path
@@ -10,65 +6,67 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.files import atomic_write
+from tinsmith.nn.config import ModelConfig
 from tinsmith.text.specials import END_OF_TEXT
 from tinsmith.text.tokenizer import Tokenizer
 
 
 class SpecialTokenIds(NamedTuple):
-    """Token ids that generation needs; without a tokenizer None and empty."""
+    """Special token ids of a model's folder."""
 
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
-
-    def for_config(self) -> dict[str, Any]:
-        """Return keys of config.json. The pad id is omitted: transformers would never train that
-        row.
-        """
-        return {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids) or None}
-
-    def for_generation(self) -> dict[str, Any]:
-        """Return the content of generation_config.json."""
-        return self.for_config() | {"pad_token_id": self.pad_id}
+    config: dict[str, Any]
+    """`bos_token_id` and `eos_token_id` of config.json, and `pad_token_id` if the source has it. It
+    is not added, because transformers would never train that row.
+    """
+    generation: dict[str, Any]
+    """The content of generation_config.json."""
 
 
 def special_token_ids(tokenizer: Tokenizer | None, vocab_size: int) -> SpecialTokenIds:
-    """Return the special token ids of a tokenizer that are below the model's `vocab_size`."""
+    """Return the special token ids for the folder of a model. Settings of the folder from which
+    the tokenizer came are kept; others follow from the roles of its tokens below `vocab_size`.
+    """
     if tokenizer is None:
-        return SpecialTokenIds()
-    eos_ids = sorted({tokenizer.end_of_text, tokenizer.end_of_turn})
-    pad = tokenizer.special(END_OF_TEXT)
-    return SpecialTokenIds(
-        bos_id=tokenizer.end_of_text if tokenizer.end_of_text < vocab_size else None,
-        eos_ids=tuple(token_id for token_id in eos_ids if token_id < vocab_size),
-        pad_id=pad if pad < vocab_size else None,
-    )
+        ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return SpecialTokenIds({"bos_token_id": None, "eos_token_id": None}, ids)
+    _, special_ids, generation = tokenizer.folder_settings
+    pad = tokenizer.pad or END_OF_TEXT
+    ids = {
+        "bos_token_id": _below(vocab_size, tokenizer.added_tokens.get(tokenizer.bos or "")),
+        "eos_token_id": [token_id for token_id in tokenizer.eos_ids if token_id < vocab_size],
+        "pad_token_id": _below(vocab_size, tokenizer.added_tokens.get(pad)),
+    }
+    own = {key: (ids | generation)[key] for key in ("bos_token_id", "eos_token_id")}
+    return SpecialTokenIds(special_ids or own, generation or ids | special_ids)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer's files without the added tokens whose ids are `vocab_size` or more.
+def _below(vocab_size: int, token_id: int | None) -> int | None:
+    return token_id if token_id is not None and token_id < vocab_size else None
 
-    UserError if the base vocabulary is larger than `vocab_size` too.
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, config: ModelConfig) -> None:
+    """Write a tokenizer's files without added tokens that have no embedding in the model.
+
+    UserError if the base vocabulary is larger than the model's too.
     """
     tokenizer.save(folder)
-    if tokenizer.vocab_size <= vocab_size:
-        return
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model_max_length"] = config.max_seq_len
     data = json.loads(tokenizer.to_json())
-    exported = [token for token in data["added_tokens"] if token["id"] < vocab_size]
-    dropped = [token["content"] for token in data["added_tokens"] if token not in exported]
-    data["added_tokens"] = exported
-    text = json.dumps(data, ensure_ascii=False, indent=2)
-    largest = _largest_id(text)
-    if largest >= vocab_size:
-        raise UserError(
-            f"vocab_size={vocab_size} is too small for the tokenizer, whose ids reach {largest}"
-        )
-    atomic_write(folder / "tokenizer.json", text)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings = {key: value for key, value in settings.items() if value not in dropped}
-    atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-    if tokenizer.chat_template is None:
-        (folder / "chat_template.jinja").unlink()
+    dropped = [t["content"] for t in data["added_tokens"] if t["id"] >= config.vocab_size]
+    if tokenizer.vocab_size > config.vocab_size:
+        data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in dropped]
+        text = json.dumps(data, ensure_ascii=False, indent=2)
+        largest = _largest_id(text)
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"vocab_size={config.vocab_size} is too small for the tokenizer, whose ids reach "
+                f"{largest}"
+            )
+        atomic_write(folder / "tokenizer.json", text)
+        settings = {key: value for key, value in settings.items() if value not in dropped}
+    atomic_write(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _largest_id(settings: str) -> int:

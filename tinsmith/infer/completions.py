@@ -163,7 +163,7 @@ class CompletionEngine:
             lm,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
-            eos_ids=eos_ids(tokenizer),
+            eos_ids=tokenizer.eos_ids,
             dtype=dtype,
         )
         self._streams: dict[int, CompletionStream] = {}
@@ -203,11 +203,6 @@ class CompletionEngine:
         if stream is not None:
             stream.builder.finish_reason = stream.finish_reason or "cancelled"
             self.engine.cancel(request_id)
-
-
-def eos_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the ids that end a completion: end of text and end of turn."""
-    return tokenizer.end_of_text, tokenizer.end_of_turn
 
 
 def raise_on_error(completion: Completion) -> None:

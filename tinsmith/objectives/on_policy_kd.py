@@ -20,7 +20,6 @@ from tinsmith.core.rng import derive_seed
 from tinsmith.data.formats import FormatName
 from tinsmith.data.formats.prompts import Prompt, read_prompt
 from tinsmith.data.loader.batch import Batch
-from tinsmith.infer.completions import eos_ids
 from tinsmith.infer.generate import eval_mode
 from tinsmith.losses.divergence import DistillWeights, HeadInputs, summed_divergence
 from tinsmith.nn.model import LM
@@ -160,7 +159,7 @@ class OnPolicyDistillation(Objective):
             max_seq_len=policy.config.max_seq_len,
             batch_size=self.config.generation_batch_size,
             temperature=self.config.sampling_temperature,
-            eos_ids=eos_ids(tokenizer),
+            eos_ids=tokenizer.eos_ids,
         )
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:

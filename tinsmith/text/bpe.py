@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.specials import SPECIALS, TAGS, as_added
+from tinsmith.text.specials import SPECIALS, TAGS, as_added, our_template
 from tinsmith.text.tokenizer import Tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIALS)
@@ -59,4 +59,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     settings = json.loads(tokenizer.to_str())
     for token in settings["added_tokens"]:
         token["special"] = token["content"] not in TAGS  # the trainer marks all of them as special
-    return Tokenizer(json.dumps(settings))
+    return Tokenizer(json.dumps(settings), chat_template=our_template())

@@ -16,10 +16,13 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class ByteEncoding:
-    """How a vocabulary encodes bytes, and whether the tokenizer adds a space before a text."""
+    """How a vocabulary encodes bytes, and where the tokenizer adds a space."""
 
     kind: Literal["bytes", "fallback", "words"]
     leading_space: bool = False
+    """Whether a space is added before a text."""
+    space_after_special: Literal["never", "always", "unless_space"] = "never"
+    """Whether a space is also added before text that follows a special token."""
 
     def piece(self, text: str) -> bytes:
         """Return the bytes of a piece of the vocabulary."""
@@ -46,11 +49,12 @@ def read_byte_encoding(settings: dict[str, Any]) -> ByteEncoding:
     splitters = _parts(settings.get("pre_tokenizer"))
     if any(part["type"] == "ByteLevel" for part in normalizers + splitters):
         return ByteEncoding("bytes")
-    leading = any(part["type"] == "Prepend" for part in normalizers) or any(
-        part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never"
-        for part in splitters
-    )
-    return ByteEncoding("fallback" if settings["model"].get("byte_fallback") else "words", leading)
+    kind = "fallback" if settings["model"].get("byte_fallback") else "words"
+    if any(part["type"] == "Prepend" for part in normalizers):
+        return ByteEncoding(kind, True, "always")
+    schemes = [p.get("prepend_scheme", "always") for p in splitters if p["type"] == "Metaspace"]
+    after_special = "unless_space" if "always" in schemes else "never"
+    return ByteEncoding(kind, any(scheme != "never" for scheme in schemes), after_special)
 
 
 def without_text_changes(settings: dict[str, Any], spelling: ByteEncoding) -> dict[str, Any]:
@@ -71,6 +75,20 @@ def without_text_changes(settings: dict[str, Any], spelling: ByteEncoding) -> di
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters} if splitters else None,
     }
+
+
+def prefix_tokens(settings: dict[str, Any]) -> list[str]:
+    """Return the names of the special tokens that the post-processor puts before a text."""
+    names: list[str] = []
+    for part in _parts(settings.get("post_processor")):
+        if part["type"] == "TemplateProcessing":
+            for item in part["single"]:
+                if "SpecialToken" not in item:
+                    break
+                names.append(item["SpecialToken"]["id"])
+        elif part["type"] in ("RobertaProcessing", "BertProcessing"):
+            names.append(part["cls"][0])
+    return names
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
@@ -104,7 +122,7 @@ def _parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if step["type"] != "Sequence":
         return [step]
-    steps = step.get("normalizers", step.get("pretokenizers", []))
+    steps = step.get("normalizers") or step.get("pretokenizers") or step.get("processors", [])
     return [part for inner_step in steps for part in _parts(inner_step)]
 
 

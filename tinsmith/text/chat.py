@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
@@ -92,6 +93,11 @@ def _encode(
     tokenizer: Tokenizer, conversation: Conversation, *, generate: bool, thinking: bool | None
 ) -> EncodedChat:
     """Encode piece by piece, split where assistant turns begin and end."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the tokenizer has no chat template; fine-tune the model on chats first, or give the "
+            "tokenizer a chat_template.jinja"
+        )
     guards = _Guards(tokenizer, conversation)
     script = _template_input(tokenizer, conversation, guards.protect)
     text = script.text(generate, thinking)
@@ -152,6 +158,8 @@ class _Guards:
         if len(free) < 2:
             raise BadRecord("the conversation uses nearly all of Unicode's noncharacters")
         self._guard, self.mark = free[:2]
+        self._preceding: str | None = ""
+        """Special token directly before the next piece, empty at the start of the text."""
 
     def protect(self, role: str, text: str) -> str:
         """Insert a guard after characters that could begin a name, except in assistant tags."""
@@ -160,15 +168,29 @@ class _Guards:
         return self.mark + guarded if role in ("user", "tool") else guarded
 
     def encode(self, text: str) -> list[int]:
-        """Encode names without a guard as special ids, and everything else as text."""
+        """Encode the next piece of a rendered text. Names without a guard become special ids."""
+        tokenizer = self._tokenizer
         ids: list[int] = []
-        for index, piece in enumerate(self._patterns.names.split(text)):
+        pieces = [*self._patterns.names.split(text), None]
+        for index, (piece, following) in enumerate(pairwise(pieces)):
             if index % 2:
-                ids.append(self._tokenizer.special(piece))
-            elif piece:
-                bare = piece.replace(self._guard, "").replace(self.mark, "")
-                ids += self._tokenizer.encode_inside(bare)
+                ids.append(tokenizer.special(piece))
+                self._preceding = piece
+                continue
+            bare = piece.replace(self._guard, "").replace(self.mark, "")
+            bare = bare.lstrip() if self._preceding in tokenizer.strips_right else bare
+            bare = bare.rstrip() if following in tokenizer.strips_left else bare
+            if bare:
+                ids += self._encode_text(bare)
+                self._preceding = None
         return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._preceding is None:
+            return self._tokenizer.encode_inside(text)
+        if self._preceding:
+            return self._tokenizer.encode_after_special(text)
+        return self._tokenizer.encode(text)
 
     def _guarded(self, match: re.Match[str]) -> str:
         return match[0] + self._guard if len(match[0]) == 1 else match[0]
@@ -229,9 +251,8 @@ def _template_input(
     """Prepare a conversation for its template, with `change` applied to every text. Tool
     descriptions have the role `tools`.
     """
-    own = tokenizer.chat_template if tokenizer else None
     return _TemplateInput(
-        template=compile_template(our_template() if own is None else own),
+        template=compile_template((tokenizer and tokenizer.chat_template) or our_template()),
         messages=[_message_dict(message, change) for message in conversation.messages],
         tools=[_map_texts(tool, "tools", change) for tool in conversation.tools],
         bos=(tokenizer.bos or "") if tokenizer else END_OF_TEXT,

@@ -7,7 +7,7 @@
 The text of a grid is digits with a new line between rows. Everything else is a special id.
 """
 
-from tinsmith.text.specials import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN
+from tinsmith.text.specials import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, our_template
 from tinsmith.text.tokenizer import Tokenizer
 
 NUM_COLOURS = 10
@@ -31,4 +31,4 @@ def grid_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([name for name in SYMBOLS if len(name) > 1])
-    return Tokenizer(tokenizer.to_str(), bos=START_OF_TEXT)
+    return Tokenizer(tokenizer.to_str(), bos=START_OF_TEXT, chat_template=our_template())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
-from tinsmith.text.specials import END_OF_TEXT, as_added, our_template
+from tinsmith.text.specials import END_OF_TEXT, as_added
 
 _FILES = (
     "tokenizer.json",
@@ -16,19 +16,37 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
 )
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MODEL_FILES = ("config", "generation_config")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GPT2_CLASSES = ("", "GPT2Tokenizer", "GPT2TokenizerFast")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+class FolderSettings(NamedTuple):
+    """Settings of a model's folder that an export writes back unchanged."""
+
+    tokenizer_config: dict[str, Any] = {}
+    """`tokenizer_config.json` without roles and chat template."""
+    special_ids: dict[str, Any] = {}
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of `config.json`."""
+    generation: dict[str, Any] = {}
+    """Content of `generation_config.json`, such as sampling defaults."""
+
+
 class TokenizerFiles(NamedTuple):
-    """Path, text of `tokenizer.json`, names of the BOS and EOS tokens, and chat template."""
+    """A tokenizer as it is stored: path, text of `tokenizer.json`, roles, and chat template."""
 
     path: Path
     settings: str
-    bos: str | None
-    eos: str
+    roles: dict[str, str]
+    """Names of tokens by `bos_token`, `eos_token`, `pad_token` and `unk_token`."""
     chat_template: str | None
+    folder_settings: FolderSettings
 
 
 def find_tokenizer(path_or_name: str | Path) -> TokenizerFiles:
@@ -49,27 +67,60 @@ def _from_folder(folder: Path) -> TokenizerFiles:
         if (inner / "tokenizer.json").is_file():
             return _from_file(inner / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return TokenizerFiles(folder, _from_vocabulary(folder), *_roles(folder))
+        return _open(folder, _from_vocabulary(folder), folder)
     raise UserError(f"{folder}: has no tokenizer.json (nor vocab.json with merges.txt)")
 
 
 def _from_file(path: Path) -> TokenizerFiles:
-    return TokenizerFiles(path, _read(path), *_roles(path.parent))
+    return _open(path, _read(path), path.parent)
 
 
-def _roles(folder: Path) -> tuple[str | None, str, str | None]:
-    """Read BOS token, EOS token and the chat template (None: Tinsmith's) of a folder."""
-    config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+def _open(path: Path, settings: str, folder: Path) -> TokenizerFiles:
+    """Read the roles of special tokens, the chat template and the settings of a folder."""
+    config_path = folder / "tokenizer_config.json"
     config = _read_object(config_path)
-    templates = config.get("chat_template")
+    model, generation = (_read_object(folder / f"{name}.json") for name in _MODEL_FILES)
+    templates = config.pop("chat_template", None)
+    template_path = folder / "chat_template.jinja"
+    tokens = config | {
+        role: token
+        for role, token in _read_object(folder / "special_tokens_map.json").items()
+        if config.get(role) is None
+    }
     try:
-        bos, eos = (_token_name(config.get(role)) for role in ("bos_token", "eos_token"))
+        names = {role: _token_name(tokens.get(role)) for role in _ROLES}
         if isinstance(templates, list):
             templates = {item["name"]: item["template"] for item in templates}.get("default")
         template = _read(template_path) if template_path.is_file() else _token_name(templates)
     except (TypeError, KeyError):
         raise UserError(f"{config_path}: a token or a template in it is not text") from None
-    return bos, eos or END_OF_TEXT, None if template == our_template() else template
+    roles = {role: name for role, name in names.items() if name is not None}
+    for role in ("bos_token", "eos_token"):
+        if role not in tokens:
+            roles |= _role_from_id(role, generation | model, settings)
+    return TokenizerFiles(
+        path,
+        settings,
+        roles,
+        template,
+        FolderSettings(
+            {key: value for key, value in config.items() if key not in _ROLES},
+            {key: model[key] for key in _SPECIAL_IDS if key in model},
+            generation,
+        ),
+    )
+
+
+def _role_from_id(role: str, ids: dict[str, Any], settings: str) -> dict[str, str]:
+    """Return the token with the id that a model's config gives to a role, if there is one."""
+    value = ids.get(f"{role}_id")
+    token_id = value[0] if isinstance(value, list) and value else value
+    try:
+        added = json.loads(settings)["added_tokens"]
+        names = [token["content"] for token in added if token["id"] == token_id]
+    except (ValueError, KeyError, TypeError):  # not a tokenizer.json; `Tokenizer` says so
+        names = []
+    return {role: names[0]} if names else {}
 
 
 def _token_name(value: Any) -> str | None:

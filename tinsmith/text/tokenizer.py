@@ -20,10 +20,12 @@ from tinsmith.core.parse import did_you_mean
 from tinsmith.text.byte_encoding import (
     SPACE,
     is_blank,
+    prefix_tokens,
     read_byte_encoding,
     split_text,
     without_text_changes,
 )
+from tinsmith.text.loading import FolderSettings, find_tokenizer
 from tinsmith.text.specials import (
     CHAT_TOKENS,
     END_OF_TEXT,
@@ -49,15 +51,21 @@ _LOSSY_PROBE = (
 )
 """Text that a lossy step changes: both forms of accents, a ligature, spaces, control characters."""
 
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 10**30,
+}
+"""Keys of `tokenizer_config.json`, besides the roles of tokens."""
+
 
 class Tokenizer:
     """A tokenizer. `bytes_of` inverts `encode` on all bytes, and `decode` inverts it on all text.
 
-    `settings` is the text of a `tokenizer.json`; `bos` and `eos` name the tokens to which a
-    `tokenizer_config.json` gives these roles; `chat_template` is a Jinja template of the
-    tokenizer's own (None: Tinsmith's ChatML). The id `end_of_text` ends documents, and
-    `end_of_turn` ends a message. In a foreign tokenizer without a chat token, its own `eos` is
-    `end_of_turn`.
+    `settings` is the text of a `tokenizer.json`; `bos`, `eos`, `pad` and `unk` name the tokens to
+    which a `tokenizer_config.json` gives these roles; `chat_template` is a Jinja template, without
+    which no conversation can be encoded. The id `end_of_text` ends documents, and `end_of_turn`
+    ends a message. `folder_settings` are written back by `save`.
     """
 
     def __init__(
@@ -66,12 +74,16 @@ class Tokenizer:
         *,
         bos: str | None = END_OF_TEXT,
         eos: str = END_OF_TEXT,
+        pad: str | None = None,
+        unk: str | None = None,
         chat_template: str | None = None,
+        folder_settings: FolderSettings | None = None,
     ):
         parsed, self._full = _open(settings)
-        self.bos, self.eos, self.chat_template = bos, eos, chat_template
-        if not _is_complete(parsed):
-            _add_missing(self._full, [name for name in (*CHAT_TOKENS, bos, eos) if name])
+        self.bos, self.eos, self.pad, self.unk = bos, eos, pad, unk
+        self.chat_template = chat_template
+        self.folder_settings = folder_settings or FolderSettings()
+        _add_missing(self._full, [name for name in (bos, eos) if name])
         self._encoding = read_byte_encoding(parsed)
         self._text_tokenizer = tokenizers.Tokenizer.from_str(
             json.dumps(without_text_changes(parsed, self._encoding))
@@ -83,6 +95,8 @@ class Tokenizer:
             for token_id, token in added.items()
             if not (token.content in pieces and is_blank(token.content))
         }
+        self.strips_left = frozenset(token.content for token in added.values() if token.lstrip)
+        self.strips_right = frozenset(token.content for token in added.values() if token.rstrip)
         ordinary = {
             piece: token_id for piece, token_id in pieces.items() if piece not in self._added
         }
@@ -96,29 +110,70 @@ class Tokenizer:
         self._every_byte = self._encoding.kind != "words" and min(self._byte_ids) >= 0
         self._exact = self._every_byte and self._is_lossless(_LOSSY_PROBE)
         self.vocab_size = max(self._bytes) + 1
-        self.end_of_text = self.special(END_OF_TEXT if eos == END_OF_TURN else eos)
-        has_own_turns = chat_template is not None and END_OF_TURN not in chat_template
-        self.end_of_turn = self.special(eos if has_own_turns else END_OF_TURN)
+        self.prefix = [self.special(name) for name in prefix_tokens(parsed)]
+        """Ids before every text, such as BOS, by the post-processor of `tokenizer.json`."""
+        ends_with_turn = eos == END_OF_TURN and END_OF_TEXT in self._added
+        self.end_of_text = self.special(END_OF_TEXT if ends_with_turn else eos)
+        is_chatml = chat_template is None or END_OF_TURN in chat_template
+        has_turns = is_chatml and END_OF_TURN in self._added
+        self.end_of_turn = self.special(END_OF_TURN if has_turns else eos)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.to_json(), self.bos, self.eos, self.chat_template)
+        return _rebuild, (self.to_json(), self._options())
 
     @staticmethod
     def load(path_or_name: str | Path) -> "Tokenizer":
         """Open a `tokenizer.json`, a folder with one (or with GPT-2's two files), or a Hub name.
 
-        Missing chat tokens are added after its last id, except for a fixed vocabulary of symbols
-        that has end tokens of its own. Raise UserError if there is no tokenizer.
+        Nothing is added to the vocabulary, except an end-of-text token if it has none. Raise
+        UserError if there is no tokenizer.
         """
-        from tinsmith.text.loading import find_tokenizer
-
         files = find_tokenizer(path_or_name)
         try:
             return Tokenizer(
-                files.settings, bos=files.bos, eos=files.eos, chat_template=files.chat_template
+                files.settings,
+                bos=files.roles.get("bos_token"),
+                eos=files.roles.get("eos_token", END_OF_TEXT),
+                pad=files.roles.get("pad_token"),
+                unk=files.roles.get("unk_token"),
+                chat_template=files.chat_template,
+                folder_settings=files.folder_settings,
             )
         except UserError as error:
             raise UserError(f"{files.path}: {error}") from None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: end of text, end of turn, and those of the model's config."""
+        ids: list[Any] = [self.end_of_text, self.end_of_turn]
+        for stored in (self.folder_settings.special_ids, self.folder_settings.generation):
+            value = stored.get("eos_token_id")
+            ids += value if isinstance(value, list) else [value]
+        return tuple(sorted({token_id for token_id in ids if token_id in self._bytes}))
+
+    def for_chats(self) -> "Tokenizer":
+        """Return a tokenizer that can encode conversations, whose models end turns.
+
+        Without a chat template it gets Tinsmith's, and if turns cannot be delimited, the tokens of
+        that template are added after its last id. Completions of a model that is exported with the
+        result stop at the end-of-turn token.
+        """
+        options = self._options()
+        chat = self
+        if self.chat_template is None:
+            full = tokenizers.Tokenizer.from_str(self.to_json())
+            if not {START_OF_TURN, END_OF_TURN} <= self._added.keys():
+                _add_missing(full, list(CHAT_TOKENS))
+            options["chat_template"] = our_template()
+            chat = Tokenizer(full.to_str(pretty=True), **options)
+        generation = self.folder_settings.generation
+        if "eos_token_id" not in generation | self.folder_settings.special_ids:
+            return chat
+        options["folder_settings"] = self.folder_settings._replace(
+            special_ids=self.folder_settings.special_ids | {"eos_token_id": list(chat.eos_ids)},
+            generation=generation | {"eos_token_id": list(chat.eos_ids)},
+        )
+        return Tokenizer(chat.to_json(), **options)
 
     def encode(self, text: str | bytes) -> list[int]:
         """Encode a text to ids, never to added tokens. Bytes that are not UTF-8 become byte tokens.
@@ -131,6 +186,13 @@ class Tokenizer:
     def encode_inside(self, text: str | bytes) -> list[int]:
         """Encode a text that follows other ids: no space is added before it."""
         return self._encode(text, first=False)
+
+    def encode_after_special(self, text: str) -> list[int]:
+        """Encode a text that follows a special token, as the saved `tokenizer.json` does."""
+        scheme = self._encoding.space_after_special
+        if scheme == "always" or (scheme == "unless_space" and not text.startswith(" ")):
+            text = " " + text
+        return self.encode_inside(text)
 
     def encode_many(self, texts: Iterable[str | bytes]) -> list[list[int]]:
         """Encode many texts in parallel on all cores."""
@@ -193,28 +255,42 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that determines the ids of a text or chat."""
-        parts = [json.loads(self.to_json()), self.bos, self.eos, self.chat_template]
-        canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _hash([json.loads(self.to_json()), self.bos, self.eos, self.chat_template])
+
+    def vocabulary_fingerprint(self) -> str:
+        """Return the SHA-256 of what determines the ids of a text, and the ids of added tokens.
+
+        Two tokenizers with equal vocabularies may differ in roles and chat template, as those of
+        base and instruct models do.
+        """
+        settings = without_text_changes(json.loads(self.to_json()), self._encoding)
+        parts = {key: settings.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+        return _hash([parts, self._added])
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+        """Write `tokenizer.json`, `tokenizer_config.json` and, if it has one, the chat template.
 
         `AutoTokenizer` of transformers and `Tokenizer.load` open the folder.
         """
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos,
-            "eos_token": self.eos,
-            "pad_token": PAD if PAD in self._added else END_OF_TEXT,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 10**30,
-        }
-        template = our_template() if self.chat_template is None else self.chat_template
+        roles = {"bos_token": self.bos, "eos_token": self.eos}
+        if not self.folder_settings.tokenizer_config:  # a tokenizer of Tinsmith
+            names = (name for name in (PAD, END_OF_TEXT, self.eos) if name in self._added)
+            roles["pad_token"] = next(names)
+        roles |= {"pad_token": self.pad} if self.pad else {}
+        roles |= {"unk_token": self.unk} if self.unk else {}
+        settings = _TOKENIZER_CONFIG | self.folder_settings.tokenizer_config | roles
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "tokenizer.json", self.to_json())
         atomic_write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-        atomic_write(folder / "chat_template.jinja", template)
+        if self.chat_template is not None:
+            atomic_write(folder / "chat_template.jinja", self.chat_template)
+        if generation := self.folder_settings.special_ids | self.folder_settings.generation:
+            atomic_write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+
+    def _options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the constructor."""
+        names = ("bos", "eos", "pad", "unk", "chat_template", "folder_settings")
+        return {name: getattr(self, name) for name in names}
 
     def _encode(self, text: str | bytes, *, first: bool) -> list[int]:
         prepared = self._as_one_text(text, first=first)
@@ -283,8 +359,13 @@ class Tokenizer:
         return [self._bytes.get(token_id, b"") for token_id in ids]
 
 
-def _rebuild(settings: str, bos: str | None, eos: str, chat_template: str | None) -> Tokenizer:
-    return Tokenizer(settings, bos=bos, eos=eos, chat_template=chat_template)
+def _rebuild(settings: str, options: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(settings, **options)
+
+
+def _hash(parts: Any) -> str:
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _open(settings: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
@@ -294,15 +375,6 @@ def _open(settings: str) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
         return parsed, tokenizers.Tokenizer.from_str(json.dumps(parsed))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"not a tokenizer.json: {str(error).splitlines()[0]}") from None
-
-
-def _is_complete(settings: dict[str, Any]) -> bool:
-    """True for a fixed vocabulary of symbols with end-of-text and end-of-turn tokens. Other special
-    tokens, such as tags, have no meaning in it.
-    """
-    added = {token["content"] for token in settings.get("added_tokens", [])}
-    is_word_level = settings["model"].get("type") == "WordLevel"
-    return is_word_level and added.issuperset((END_OF_TEXT, START_OF_TURN, END_OF_TURN))
 
 
 def _add_missing(tokenizer: tokenizers.Tokenizer, names: list[str]) -> None:

@@ -87,10 +87,10 @@ def load_reward_model(folder: str, tokenizer: Tokenizer, device: torch.device) -
 
 def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:
     lm, own = _opened(name, folder, device)
-    if own is not None and own.fingerprint() != tokenizer.fingerprint():
+    if own is not None and own.vocabulary_fingerprint() != tokenizer.vocabulary_fingerprint():
         raise UserError(
-            f"objective.{name}: {folder} has another vocabulary than this run's tokenizer; both "
-            "must read the same ids"
+            f"objective.{name}: the tokenizer of {folder} gives other ids than this run's; both "
+            "models must read the same ids"
         )
     return lm
 

@@ -5,7 +5,6 @@ configs and tokenizers, never weights or data, so it takes seconds at most. `tra
 run from the plan.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from tinsmith.config import RunConfig
 from tinsmith.core.errors import UserError
+from tinsmith.data.formats import FORMATS
 from tinsmith.data.prepare.tokenizer import load_tokenizer_or_config
 from tinsmith.hub.load import load_config, load_tokenizer
 from tinsmith.nn import lora
@@ -97,30 +97,39 @@ def resolve_devices(config: RunConfig) -> tuple[Mesh, torch.device]:
 
 
 def resolve_tokenizer(config: RunConfig) -> Tokenizer | TrainTokenizerConfig:
-    """Return the tokenizer of `init_from` or of the recipe, or how to train one.
+    """Return the tokenizer of the recipe or of `init_from`, or how to train one.
 
-    Raise UserError if there is none, or if the two differ.
+    The tokens of Tinsmith's chat template are added if the data are conversations and the tokenizer
+    has no template. Raise UserError if there is no tokenizer, or if the two give different ids.
     """
+    tokenizer = _stored_tokenizer(config)
+    data_format = FORMATS[config.objective.data_format]
+    chats = any(source.has_conversations(data_format) for source in config.data)
+    return tokenizer.for_chats() if chats and isinstance(tokenizer, Tokenizer) else tokenizer
+
+
+def _stored_tokenizer(config: RunConfig) -> Tokenizer | TrainTokenizerConfig:
     own = load_tokenizer(config.init_from) if config.init_from is not None else None
     if own is None:
         if config.tokenizer is None:
             raise UserError(f"tokenizer: {config.init_from} has none; name one")
         return load_tokenizer_or_config(config.tokenizer)
-    if config.tokenizer is not None:
-        named = load_tokenizer_or_config(config.tokenizer)
-        if not isinstance(named, Tokenizer) or named.fingerprint() != own.fingerprint():
-            raise UserError(
-                f"tokenizer: differs from that of init_from: {config.init_from}; leave it out"
-            )
-    return own
+    if config.tokenizer is None:
+        return own
+    named = load_tokenizer_or_config(config.tokenizer)
+    if (
+        not isinstance(named, Tokenizer)
+        or named.vocabulary_fingerprint() != own.vocabulary_fingerprint()
+    ):
+        raise UserError(
+            f"tokenizer: has other ids than that of init_from: {config.init_from}; leave it out"
+        )
+    return named
 
 
 def resized_vocab_size(vocab_size: int, tokenizer: Tokenizer | TrainTokenizerConfig) -> int:
-    """Return the number of embeddings for all ids of the tokenizer: `vocab_size` if it is large
-    enough, else the next multiple of 64.
-    """
-    ids = tokenizer.vocab_size
-    return vocab_size if ids <= vocab_size else math.ceil(ids / 64) * 64
+    """Return the number of embeddings for all ids of the tokenizer."""
+    return max(vocab_size, tokenizer.vocab_size)
 
 
 def check_vocab_size(vocab_size: int, tokenizer: Tokenizer) -> None:

@@ -77,11 +77,13 @@ def generate(
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    """Encode a prompt. An empty text becomes the end-of-text token, which precedes a document."""
+    """Encode a prompt, with the tokenizer's prefix (BOS). An empty text becomes the end-of-text
+    token, which precedes a document.
+    """
     if chat:
         record = {"messages": [{"role": "user", "content": text}]}
         return encode_prompt(tokenizer, parse_conversation(record, answered=False))
-    return tokenizer.encode(text) or [tokenizer.end_of_text]
+    return tokenizer.prefix + tokenizer.encode(text) or [tokenizer.end_of_text]
 
 
 def _read_stdin() -> str:

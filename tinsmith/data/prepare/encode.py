@@ -51,7 +51,7 @@ class DocumentEncoder:
                     if isinstance(sequences, Reject):
                         self.rejects.append(sequences)
                         if document.last and not document.first:
-                            (ending,) = self._ended([], document)
+                            (ending,) = self._delimited([], document)
                             writer.add(ending, 0, last=True)
                         continue
                     for sequence in sequences:
@@ -77,7 +77,7 @@ class DocumentEncoder:
         except UserError:  # one by one, to find the documents that the vocabulary cannot represent
             return [self._encode_text(document) for document in documents]
         return [
-            self._ended(next(first_pieces), document)
+            self._delimited(next(first_pieces), document)
             if document.first
             else self._encode_text(document)
             for document in documents
@@ -94,13 +94,16 @@ class DocumentEncoder:
     def _encode_text(self, document: Document) -> Sequence[EncodedSequence] | Reject:
         encode = self._tokenizer.encode if document.first else self._tokenizer.encode_inside
         try:
-            return self._ended(encode(document.text), document)
+            return self._delimited(encode(document.text), document)
         except UserError as error:
             return Reject(document.file, document.line, str(error))
 
-    def _ended(self, ids: list[int], document: Document) -> list[EncodedSequence]:
-        """Return the ids of a text, with the end-of-text token after its last piece."""
-        return [EncodedSequence(ids + [self._tokenizer.end_of_text] * document.last, None)]
+    def _delimited(self, ids: list[int], document: Document) -> list[EncodedSequence]:
+        """Return the ids of a text, with the tokenizer's prefix (BOS) before its first piece and
+        the end-of-text token after its last one.
+        """
+        prefix = self._tokenizer.prefix * document.first
+        return [EncodedSequence(prefix + ids + [self._tokenizer.end_of_text] * document.last, None)]
 
     def _bytes(self, sequence: EncodedSequence) -> int:
         return int(self._byte_lengths[np.asarray(sequence.ids)].sum())

@@ -102,6 +102,10 @@ class SourceConfig(Config):
         """Return True if the source can give this data format."""
         return cls.formats is None or data_format in cls.formats
 
+    def has_conversations(self, data_format: DataFormat) -> bool:
+        """Return True if the source's samples are conversations in this data format."""
+        return data_format.is_chat
+
     def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
         """Find the data without reading them. UserError if they are not there."""
         raise NotImplementedError

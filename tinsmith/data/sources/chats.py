@@ -27,6 +27,10 @@ class ChatsData(SourceConfig):
     path: str
     on_bad_line: OnBadLine = "reject"
 
+    def has_conversations(self, data_format: DataFormat) -> bool:
+        """Return True if the source's samples are conversations in this data format."""
+        return True
+
     def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
         """Find the files."""
         file_set = find_split_files(self.path, self.validation, context.key)

@@ -49,6 +49,10 @@ class HubData(SourceConfig):
     revision: str | None = None
     on_bad_line: OnBadLine = "reject"
 
+    def has_conversations(self, data_format: DataFormat) -> bool:
+        """Return True if the source's samples are conversations in this data format."""
+        return data_format.is_chat or self.field is None
+
     def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
         """Open the data set, which is downloaded when it is read first."""
 

@@ -60,6 +60,10 @@ class TasksData(SourceConfig):
             if not 1 <= value <= highest:
                 raise ValueError(f"{name}={value} must be from 1 to {highest}")
 
+    def has_conversations(self, data_format: DataFormat) -> bool:
+        """Return True if the source's samples are conversations in this data format."""
+        return True
+
     def open(self, data_format: DataFormat, context: SourceContext) -> DataSource:
         """Generate the tasks while they are read."""
         stream = limit_documents(lambda: self._documents(data_format), self.limit)

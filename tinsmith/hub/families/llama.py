@@ -164,15 +164,13 @@ def write_keys(kind: str, config: ModelConfig) -> dict[str, Any]:
     if moe_layer is not None and kind == "qwen3_moe":
         data |= {"use_sliding_window": width is not None} | moe.write_qwen3(moe_layer, config)
     if FAMILIES[kind].layer_types:
-        first_sliding = next(
-            (i for i, window in enumerate(windows) if window is not None), config.depth
-        )
         data |= {
             "use_sliding_window": width is not None,
             "sliding_window": width,
-            "max_window_layers": first_sliding,
             "layer_types": [FULL if window is None else SLIDING for window in windows],
         }
+        if width is not None:
+            data["max_window_layers"] = windows.index(width)
     return data
 
 

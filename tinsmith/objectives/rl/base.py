@@ -33,7 +33,6 @@ from tinsmith.core.rng import derive_seed
 from tinsmith.data.formats import FormatName
 from tinsmith.data.formats.prompts import Prompt
 from tinsmith.data.loader.batch import Batch
-from tinsmith.infer.completions import eos_ids
 from tinsmith.losses.logprobs import target_logprobs
 from tinsmith.nn.model import LM, ModelOut
 from tinsmith.objectives.base import (
@@ -162,7 +161,7 @@ class RLObjective(Objective):
             max_seq_len=policy.config.max_seq_len,
             batch_size=self.config.generation_batch_size,
             temperature=self.config.temperature,
-            eos_ids=eos_ids(tokenizer),
+            eos_ids=tokenizer.eos_ids,
         )
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
