@@ -106,7 +106,7 @@ def test_adapter_beside_final_makes_final_of_the_base(runs):
     merge_adapters(base, made)
     assert same(base, tinsmith.load(runs[1])[0])
     described = json.loads((runs[1] / "final" / "adapter" / "adapter_config.json").read_text())
-    assert described["base_model_name_or_path"] == str(runs[0])
+    assert described["base_model_name_or_path"] == str(runs[0] / "final")
     assert (described["r"], described["lora_alpha"], described["lora_dropout"]) == (4, 8.0, 0.1)
 
 

@@ -100,6 +100,17 @@ def locate(path: str | Path, allow_patterns: Sequence[str] = MODEL_PATTERNS) -> 
     return _download(name, allow_patterns)
 
 
+def base_model_path(path: str) -> str:
+    """Return the name under which transformers opens the model at `path`: the absolute path of the
+    Hugging Face folder, also inside a run, or a name on the Hub.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    final = folder / "final"
+    return str((final if (final / "config.json").is_file() else folder).resolve())
+
+
 def _find_in_run(folder: Path) -> Path:
     if (folder / "config.json").is_file() or _is_checkpoint(folder):
         return folder
@@ -173,8 +184,9 @@ def load_adapters(path: str | Path) -> tuple[ModelConfig, Adapters, str | None]:
     config, lora_config, base = _read_recipe(folder)
     if lora_config is None:
         raise UserError(f"{folder}: has no adapters; its recipe has no lora section")
+    base = base and base_model_path(base)
     state = read_tensors(find_tensors(folder), None, None)
-    return config, Adapters(lora_config, lora.split_state_dict(state)[1]), base
+    return config, Adapters.from_weights(lora_config, lora.split_state_dict(state)[1]), base
 
 
 def _download(name: str, allow_patterns: Sequence[str]) -> Path:

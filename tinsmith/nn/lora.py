@@ -7,6 +7,9 @@ does so in its own precision. Code that reads a weight directly gets W + s B A: 
 latent attention, oneDNN's layout (`infer.onednn_weights`), and stacks of experts, where each expert
 has its own A and B (PEFT's `target_parameters`).
 
+Embeddings of new token ids cannot be learned through A and B. With `trainable_tokens_from` the rows
+of the embedding and of the head from that id on are trained (PEFT's `trainable_token_indices`).
+
 An adapted module gets a class of its own and an adapter in `module.lora[parameter]`, so W keeps its
 name: the state dict has `q_proj.weight` as before, and `q_proj.lora.weight.A` and `.B`.
 
@@ -16,7 +19,7 @@ stored, R rank.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.core.errors import UserError
-from tinsmith.core.parse import Config, Size
+from tinsmith.core.parse import Config, Count, Size
+from tinsmith.nn.layers.linear import LMHead
 from tinsmith.nn.moe.router import RouterLinear, router_logits
 from tinsmith.nn.parameters import count_parameters, freeze_except, match_targets
 from tinsmith.nn.precision import at_least_fp32, no_autocast
@@ -48,6 +52,10 @@ class LoRA(Config):
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    trainable_tokens_from: Count | None = None
+    """Train the rows of embedding and head of token ids from this one on. `tinsmith train` sets it
+    to the first id that it adds to the vocabulary of `init_from`.
+    """
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -81,7 +89,60 @@ class LoRAWeights(NamedTuple):
             return (weight_EOI.to(dtype) + delta_EOI).to(weight_EOI.dtype)
 
 
-class Adapter(nn.Module):
+class RowWeights(NamedTuple):
+    """Trained rows of an embedding or a head."""
+
+    first: int
+    """Token id of the first row."""
+    rows: Tensor
+    """(V - first, D)"""
+
+    def merged_weight(self, weight_VD: Tensor, scaling: float) -> Tensor:
+        """Return the weight with its last rows replaced. It may grow."""
+        return torch.cat((weight_VD[: self.first], self.rows.to(weight_VD.dtype)))
+
+
+AdapterWeights = LoRAWeights | RowWeights
+
+
+class WeightAdapter(nn.Module):
+    """The trained part of an adapted weight. It can be disabled, or merged into the weight."""
+
+    dropout = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self.original: Tensor | None = None
+        """The weight without the adapter, while the adapter is merged into the weight."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the adapter is enabled and not merged."""
+        return self.enabled and self.original is None
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """Return the weight with the adapter, in the dtype of `weight`."""
+        raise NotImplementedError
+
+
+class TokenRows(WeightAdapter):
+    """Trained rows (V - first, D) of an embedding or a head, in at least float32."""
+
+    ROLE: ClassVar[Literal["embedding"]] = "embedding"
+
+    def __init__(self, weight_VD: Tensor, first: int):
+        super().__init__()
+        self.first = first
+        rows = weight_VD.detach()[first:]
+        self.rows = nn.Parameter(rows.to(at_least_fp32(rows.dtype), copy=True))
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """Return the weight with the trained rows."""
+        return RowWeights(self.first, self.rows).merged_weight(weight, 1.0)
+
+
+class Adapter(WeightAdapter):
     """A and B of one weight, in at least float32: A is Kaiming-uniform, B is 0."""
 
     ROLE: ClassVar[Literal["matrix"]] = "matrix"
@@ -94,18 +155,10 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(torch.zeros(*stack, rows, config.rank, **factory))
         nn.init.uniform_(self.A, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
         self.scaling, self.dropout = config.scaling, config.dropout
-        self.enabled = True
-        self.original: Tensor | None = None
-        """W, while the adapter is merged into the weight."""
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the adapter is enabled and not merged."""
-        return self.enabled and self.original is None
-
-    def merged_weight(self, weight_EOI: Tensor) -> Tensor:
+    def merged_weight(self, weight: Tensor) -> Tensor:
         """Return W + s B A in the dtype of W."""
-        return LoRAWeights(self.A, self.B).merged_weight(weight_EOI, self.scaling)
+        return LoRAWeights(self.A, self.B).merged_weight(weight, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return s B A dropout(x), (..., I) to (..., O), for linear layers."""
@@ -147,8 +200,8 @@ def _base_weight(module: nn.Module, name: str) -> nn.Parameter:
     return cast(nn.Parameter, module._parameters[name])
 
 
-def _adapter(module: Adapted, name: str) -> Adapter:
-    return cast(Adapter, module.lora[name])
+def _adapter(module: Adapted, name: str) -> WeightAdapter:
+    return cast(WeightAdapter, module.lora[name])
 
 
 def _merged_property(name: str) -> property:
@@ -162,7 +215,8 @@ def _merged_property(name: str) -> property:
 def _adapted_base(module_class: type[nn.Module]) -> type[Adapted]:
     if issubclass(module_class, RouterLinear):
         return AdaptedRouter
-    return AdaptedLinear if issubclass(module_class, nn.Linear) else Adapted
+    is_linear = issubclass(module_class, nn.Linear) and not issubclass(module_class, LMHead)
+    return AdaptedLinear if is_linear else Adapted
 
 
 @cache
@@ -196,9 +250,26 @@ def add_adapters(model: nn.Module, config: LoRA) -> None:
         new_adapters = {name: Adapter(_base_weight(module, name), config) for name in names}
         module.__class__ = _adapted_class(type(module), tuple(names))
         module.lora = nn.ModuleDict(new_adapters).train(module.training)
+    if config.trainable_tokens_from is not None:
+        _train_token_rows(model, config.trainable_tokens_from)
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
+def _train_token_rows(model: nn.Module, first: int) -> None:
+    """Add trained rows to the embedding and the head, which share them if they are tied."""
+    modules = [model.get_submodule(name) for name in ("embed", "head")]
+    embed_weight, head_weight = (_base_weight(module, "weight") for module in modules)
+    rows = TokenRows(embed_weight, first)
+    for module in modules:
+        module.__class__ = _adapted_class(type(module), ("weight",))
+    embed, head = modules
+    embed.lora = nn.ModuleDict({"weight": rows})
+    if head_weight is embed_weight:
+        head.__dict__["lora"] = {"weight": rows}  # not registered twice
+    else:
+        head.lora = nn.ModuleDict({"weight": TokenRows(head_weight, first)})
+
+
+def adapters(model: nn.Module) -> dict[str, WeightAdapter]:
     """Return the adapters by the names of the weights that they adapt."""
     return {name: _adapter(module, key) for name, module, key in _adapted_weights(model)}
 
@@ -213,9 +284,15 @@ def _adapted_weights(model: nn.Module) -> Iterator[tuple[str, Adapted, str]]:
 
 def describe(model: nn.Module, config: LoRA) -> str:
     """Describe the counts of parameters, rank, alpha and adapted layers in one line."""
-    layers = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in adapters(model))
-    rank = f"rank {config.rank}, alpha {config.alpha:g}"
-    return f"{count_parameters(model)} | {rank} on {', '.join(layers)}"
+    layers = dict.fromkeys(
+        name.removesuffix(".weight").split(".")[-1]
+        for name, adapter in adapters(model).items()
+        if isinstance(adapter, Adapter)
+    )
+    rank = f"rank {config.rank}, alpha {config.alpha:g} on {', '.join(layers)}"
+    first = config.trainable_tokens_from
+    rows = "" if first is None else f", embeddings of token ids from {first} on"
+    return f"{count_parameters(model)} | {rank}{rows}"
 
 
 @torch.no_grad()
@@ -254,28 +331,33 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             adapter.enabled = enabled
 
 
-_ADAPTER_NAME = re.compile(r"(?:(.*)\.)?lora\.(\w+)\.([AB])")
+_ADAPTER_NAME = re.compile(r"(?:(.*)\.)?lora\.(\w+)\.(A|B|rows)")
 
 
-def split_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, LoRAWeights]]:
+def split_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, AdapterWeights]]:
     """Split a state dict into that of the model without adapters and the adapters by weight name.
 
     Values may be tensors or anything that stands for them.
     """
     base: dict[str, Any] = {}
-    matrices: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
         match = _ADAPTER_NAME.fullmatch(name)
         if match is None:
             base[name] = tensor
         else:
             prefix = f"{match[1]}." if match[1] else ""
-            matrices.setdefault(prefix + match[2], {})[match[3]] = tensor
-    return base, {name: LoRAWeights(pair["A"], pair["B"]) for name, pair in matrices.items()}
+            parts.setdefault(prefix + match[2], {})[match[3]] = tensor
+    return base, {
+        name: RowWeights(base[name].shape[0] - part["rows"].shape[0], part["rows"])
+        if "rows" in part
+        else LoRAWeights(part["A"], part["B"])
+        for name, part in parts.items()
+    }
 
 
 def merged_state_dict(
-    base: dict[str, Tensor], pairs: dict[str, LoRAWeights], scaling: float
+    base: dict[str, Tensor], weights: Mapping[str, AdapterWeights], scaling: float
 ) -> dict[str, Tensor]:
     """Return the state dict of the base model with adapters merged into its weights."""
-    return base | {name: pair.merged_weight(base[name], scaling) for name, pair in pairs.items()}
+    return base | {name: part.merged_weight(base[name], scaling) for name, part in weights.items()}

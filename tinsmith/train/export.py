@@ -15,7 +15,9 @@ from tinsmith.core.log import read_metrics
 from tinsmith.data.formats import FORMATS
 from tinsmith.hub.card import CardDataset, CardFacts, CardSample, CardScore, model_card
 from tinsmith.hub.hf import ExportResult, write_folder
+from tinsmith.hub.load import base_model_path
 from tinsmith.hub.peft.adapters import Adapters, write_adapters
+from tinsmith.hub.vocabulary import save_tokenizer
 from tinsmith.nn import lora
 from tinsmith.train import parallel
 from tinsmith.train.checkpoint import OBJECTIVE_FILE
@@ -36,11 +38,11 @@ def export_run(run: Run) -> None:
     pictures = [path for path in (plot, plot.with_name("experts.png")) if path.exists()]
     write_samples(run.folder)
     final = run.folder / "final"
-    state, pairs = lora.split_state_dict(state)
+    state, weights = lora.split_state_dict(state)
     config = run.config.lora
     done = write_folder(
         run.policy.config,
-        state if config is None else lora.merged_state_dict(state, pairs, config.scaling),
+        state if config is None else lora.merged_state_dict(state, weights, config.scaling),
         run.tokenizer,
         final,
         card=lambda exported: model_card(card_facts(run, exported)),
@@ -48,7 +50,7 @@ def export_run(run: Run) -> None:
         overwrite=True,
         write_extra=None
         if config is None
-        else lambda folder: write_adapter(run, Adapters(config, pairs), folder),
+        else lambda folder: write_adapter(run, Adapters.from_weights(config, weights), folder),
     )
     if heads:  # a reward model is no model without its head
         atomic_write(final / OBJECTIVE_FILE, bytes_of(heads))
@@ -60,9 +62,11 @@ def export_run(run: Run) -> None:
 
 
 def write_adapter(run: Run, adapters: Adapters, folder: Path) -> None:
-    """Save the LoRA adapter in PEFT format next to the merged model."""
+    """Save the LoRA adapter and the tokenizer in PEFT format next to the merged model."""
+    base = None if run.config.init_from is None else base_model_path(run.config.init_from)
     try:
-        write_adapters(folder / "adapter", run.policy.config, adapters, run.config.init_from)
+        write_adapters(folder / "adapter", run.policy.config, adapters, base)
+        save_tokenizer(run.tokenizer, folder / "adapter", run.policy.config)
     except UserError as error:
         run.log.line(f" warning no adapter/ in final/: {error}")
 

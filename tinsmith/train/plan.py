@@ -75,14 +75,12 @@ def resolve(config: RunConfig) -> RunPlan:
     mesh, device = resolve_devices(config)
     _check_batch_size(config, mesh)
     _check_eval_tasks(config)
-    tokenizer = resolve_tokenizer(config)
-    adapters = config.lora
-    if adapters is not None and config.objective.deterministic:
-        adapters = deterministic_adapters(adapters)
+    stored = _stored_tokenizer(config)
+    tokenizer = _for_data(stored, config)
     plan = RunPlan(
         config=config,
         model_config=_resolve_model(config, tokenizer),
-        lora=adapters,
+        lora=_resolve_adapters(config, stored, tokenizer),
         tokenizer=tokenizer,
         device=device,
         mesh=mesh,
@@ -102,7 +100,12 @@ def resolve_tokenizer(config: RunConfig) -> Tokenizer | TrainTokenizerConfig:
     The tokens of Tinsmith's chat template are added if the data are conversations and the tokenizer
     has no template. Raise UserError if there is no tokenizer, or if the two give different ids.
     """
-    tokenizer = _stored_tokenizer(config)
+    return _for_data(_stored_tokenizer(config), config)
+
+
+def _for_data(
+    tokenizer: Tokenizer | TrainTokenizerConfig, config: RunConfig
+) -> Tokenizer | TrainTokenizerConfig:
     data_format = FORMATS[config.objective.data_format]
     chats = any(source.has_conversations(data_format) for source in config.data)
     return tokenizer.for_chats() if chats and isinstance(tokenizer, Tokenizer) else tokenizer
@@ -139,6 +142,27 @@ def check_vocab_size(vocab_size: int, tokenizer: Tokenizer) -> None:
             f"model.vocab_size: {vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size} ids; raise it"
         )
+
+
+def _resolve_adapters(
+    config: RunConfig,
+    stored: Tokenizer | TrainTokenizerConfig,
+    tokenizer: Tokenizer | TrainTokenizerConfig,
+) -> LoRA | None:
+    """Return the adapters to train. Embeddings of tokens that are added to the vocabulary of
+    `init_from` are trained too, because frozen rows could never be told apart.
+    """
+    adapters = config.lora
+    if adapters is None:
+        return None
+    if config.init_from is not None and tokenizer.vocab_size > stored.vocab_size:
+        adapters = replace(adapters, trainable_tokens_from=stored.vocab_size)
+    if adapters.trainable_tokens_from is not None and config.parallel.kind == "fsdp":
+        raise UserError(
+            "parallel.kind=fsdp: does not support new token ids, whose embeddings lora trains; use "
+            "ddp"
+        )
+    return deterministic_adapters(adapters) if config.objective.deterministic else adapters
 
 
 def _resolve_model(config: RunConfig, tokenizer: Tokenizer | TrainTokenizerConfig) -> ModelConfig:

@@ -139,7 +139,7 @@ def build(plan: RunPlan, folder: Path, ranks: Ranks, log: RunLog, flag: StopFlag
         reward_models=load_reward_models(config.objective, tokenizer, ranks.device),
         data_report=prepared.report,
     )
-    run = Run(config, parts, folder, ranks, log, flag)
+    run = Run(replace(config, lora=plan.lora), parts, folder, ranks, log, flag)
     log_header(run)
     return run
 

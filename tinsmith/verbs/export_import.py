@@ -6,9 +6,10 @@ from tinsmith.core.errors import UserError
 from tinsmith.core.log import print_line
 from tinsmith.core.units import format_count
 from tinsmith.core.yamlfile import parse_yaml
-from tinsmith.hub.hf import export_folder
-from tinsmith.hub.load import load, load_adapters
+from tinsmith.hub.hf import export_folder, open_tokenizer
+from tinsmith.hub.load import load, load_adapters, load_tokenizer
 from tinsmith.hub.peft.adapters import merge_adapters, read_adapters, write_adapters
+from tinsmith.hub.vocabulary import save_tokenizer
 
 
 def export(model: str, out: Path, to: str, adapter: Path | None) -> None:
@@ -34,7 +35,8 @@ def _write(
     check_output_free(out)
     lm, tokenizer = load(model, rope_scaling=rope_scaling)
     if adapter is not None:
-        merge_adapters(lm, read_adapters(adapter, lm.config))
+        lm = merge_adapters(lm, read_adapters(adapter, lm.config))
+        tokenizer = open_tokenizer(adapter) or tokenizer
     export_folder(lm, tokenizer, out)
     note = "" if tokenizer else ", without a tokenizer"
     print_line(f" written  {out} ({format_count(lm.parameter_count())} parameters{note})")
@@ -44,7 +46,10 @@ def _write_adapters(model: str, out: Path) -> None:
     check_output_free(out)
     config, adapter_weights, base = load_adapters(model)
     write_adapters(out, config, adapter_weights, base)
+    if tokenizer := load_tokenizer(model):
+        save_tokenizer(tokenizer, out, config)
     num_parameters = sum(t.numel() for pair in adapter_weights.pairs.values() for t in pair)
+    num_parameters += sum(part.rows.numel() for part in adapter_weights.rows.values())
     print_line(
         f" written  {out} ({format_count(num_parameters)} parameters of adapters, "
         f"for {base or 'its base'})"

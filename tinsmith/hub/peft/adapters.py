@@ -7,11 +7,15 @@ PEFT's target parameters: A is (E R, I) and B is (O, R E). PEFT nests the stacks
 every stack is one `base_layer` deeper than the next stack. `peft.fused_experts` lists the stacks of
 stock families. For `model_type: tinsmith`, PEFT must merge the adapters before they have an effect,
 because Tinsmith's models read expert weights without calling the module that PEFT wraps.
+Trained rows of new token ids are PEFT's `trainable_token_indices`. PEFT needs a base model with
+those rows: `AutoPeftModelForCausalLM` adds them if the tokenizer is in the adapter's folder.
 
 Legend: E experts, R rank, I and O the last two dimensions of a weight as it is stored.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +32,7 @@ from tinsmith.hub.peft import fused_experts
 from tinsmith.hub.tensors import read_header, read_tensors, save_tensors
 from tinsmith.hub.to_hf import config_to_hf
 from tinsmith.nn import lora
-from tinsmith.nn.lora import LoRA, LoRAWeights
+from tinsmith.nn.lora import AdapterWeights, LoRA, LoRAWeights, RowWeights
 from tinsmith.nn.model import LM, ModelConfig
 from tinsmith.nn.parameters import target_weights
 
@@ -40,7 +44,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     **dict.fromkeys(("fan_in_fan_out", "use_dora", "lora_bias", "use_qalora"), (False,)),
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication"), ([],)),
+    **dict.fromkeys(("modules_to_save", "layer_replication"), ([],)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({},)),
     **dict.fromkeys(("velora_config", "kasa_config", "arrow_config", "monteclora_config"), ()),
     **dict.fromkeys(("alora_invocation_tokens", "use_bdlora"), ()),
@@ -54,6 +58,15 @@ class Adapters(NamedTuple):
     config: LoRA
     pairs: dict[str, LoRAWeights]
     """Adapters by Tinsmith's names of the weights."""
+    rows: dict[str, RowWeights] = {}
+    """Trained rows of the embedding and of a head that is not tied to it."""
+
+    @classmethod
+    def from_weights(cls, config: LoRA, weights: Mapping[str, AdapterWeights]) -> "Adapters":
+        """Separate the adapters of a state dict by kind."""
+        pairs = {name: part for name, part in weights.items() if isinstance(part, LoRAWeights)}
+        rows = {name: part for name, part in weights.items() if isinstance(part, RowWeights)}
+        return cls(config, pairs, rows)
 
 
 def write_adapters(
@@ -65,13 +78,13 @@ def write_adapters(
     cannot have its adapter then.
     """
     family, shapes = config_to_hf(model_config).family, _target_shapes(model_config)
-    config, pairs = adapters.config, adapters.pairs
+    config, pairs, _ = adapters
     assert pairs.keys() <= shapes.keys(), "adapters of another model"
     if family in fused_experts.FAMILIES:
         config, pairs = fused_experts.fuse_adapters(config, pairs, shapes)
         shapes = fused_experts.fused_shapes(shapes)
     names = [name for name in shapes if name in pairs]
-    tensors: dict[str, Tensor] = {}
+    tensors = {_rows_name(family, name): part.rows for name, part in adapters.rows.items()}
     targets: dict[int, list[str]] = {2: [], 3: []}
     for name, module in _peft_modules(family, names).items():
         A, B = pairs[name]
@@ -86,6 +99,13 @@ def write_adapters(
     data = _peft_config(config, base_model) | {
         "target_modules": targets[2],
         "target_parameters": targets[3] or None,
+        "trainable_token_indices": {
+            _hf_parameter(family, name).split(".")[-2]: list(
+                range(part.first, part.first + len(part.rows))
+            )
+            for name, part in adapters.rows.items()
+        }
+        or None,
     }
     atomic_write(folder / ADAPTER_CONFIG_FILE, json.dumps(data, indent=2) + "\n")
 
@@ -132,6 +152,7 @@ def read_adapters(folder: Path, model_config: ModelConfig) -> Adapters:
         if len(shapes[name]) == 2:
             pair = pair._replace(B=NAME_MAPS[family].from_hf_tensor(name, pair.B, model_config))
         pairs[name] = pair
+    rows = _read_rows(keys, family, tensors, model_config)
     for name in tensors:
         raise UserError(
             f"{folder / ADAPTER_WEIGHTS_FILE}: {name} belongs to no adapted weight of this model"
@@ -146,8 +167,35 @@ def read_adapters(folder: Path, model_config: ModelConfig) -> Adapters:
         alpha=keys.number("lora_alpha", 8),
         dropout=keys.number("lora_dropout", 0.0, above=-1),
         rslora=keys.flag("use_rslora", False),
+        trainable_tokens_from=rows["embed.weight"].first if rows else None,
     )
-    return Adapters(config, pairs)
+    return Adapters(config, pairs, rows)
+
+
+def _read_rows(
+    keys: ConfigReader, family: str, tensors: dict[str, Tensor], model: ModelConfig
+) -> dict[str, RowWeights]:
+    """Take the trained rows of embedding and head from the tensors of an adapter."""
+    stored = keys.data.get("trainable_token_indices") or {}
+    indices = list(stored.values()) if isinstance(stored, dict) else [stored]
+    rows: dict[str, RowWeights] = {}
+    for name in ("embed.weight", "head.weight"):
+        tensor = tensors.pop(_rows_name(family, name), None)
+        if tensor is None:
+            continue
+        first = indices[0][0]
+        last = max(model.vocab_size, first + len(tensor))
+        if any(ids != list(range(first, last)) for ids in indices):
+            keys.fail("trainable_token_indices", "must be the last ids of the vocabulary")
+        if tensor.shape != (last - first, model.dim):
+            keys.fail("trainable_token_indices", f"has rows {list(tensor.shape)}")
+        rows[name] = RowWeights(first, tensor)
+    return rows
+
+
+def _rows_name(family: str, name: str) -> str:
+    module = _hf_parameter(family, name).removesuffix(".weight")
+    return f"{_PEFT_PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
 
 def _weights_path(folder: Path) -> Path:
@@ -279,12 +327,20 @@ def attach_adapters(lm: LM, adapters: Adapters) -> None:
     """Add adapters with these values to `lm` and freeze its other parameters."""
     lora.add_adapters(lm, adapters.config)
     for name, adapter in lora.adapters(lm).items():
-        adapter.A.copy_(adapters.pairs[name].A)
-        adapter.B.copy_(adapters.pairs[name].B)
+        stored = adapters.pairs.get(name) or adapters.rows.get(name)
+        for leaf, parameter in adapter.named_parameters() if stored else ():
+            parameter.copy_(getattr(stored, leaf))
 
 
-def merge_adapters(lm: LM, adapters: Adapters) -> None:
-    """Merge adapters into the weights of a model."""
-    lm.load_state_dict(
-        lora.merged_state_dict(lm.state_dict(), adapters.pairs, adapters.config.scaling)
-    )
+def merge_adapters(lm: LM, adapters: Adapters) -> LM:
+    """Return the model with adapters merged into its weights. New token ids enlarge it."""
+    weights = adapters.pairs | adapters.rows
+    state = lora.merged_state_dict(lm.state_dict(), weights, adapters.config.scaling)
+    if lm.config.tie_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    vocab_size = len(state["embed.weight"])
+    if vocab_size != lm.config.vocab_size:
+        like = lm.embed.weight
+        lm = LM(replace(lm.config, vocab_size=vocab_size)).to(like.device, like.dtype).eval()
+    lm.load_state_dict(state)
+    return lm
