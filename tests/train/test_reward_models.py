@@ -135,7 +135,7 @@ def test_a_folder_that_is_no_reward_model_of_this_vocabulary_is_refused_in_one_l
     other_vocabulary = run(workspace, "foreign", {"kind": "reward"}, 1, **other)
     for folder, message in (
         (str(plain), "no reward model; train one with objective: {kind: reward}"),
-        (str(other_vocabulary), "objective.rewards: .*another vocabulary"),
+        (str(other_vocabulary), "objective.rewards: .*gives other ids"),
         (str(workspace / "nowhere"), "nowhere: no such folder"),
     ):
         objective = rl_objective("grpo", {"kind": "reward_model", "path": folder})
