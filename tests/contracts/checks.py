@@ -1,11 +1,13 @@
 """Steps that several tests of the contract suite share."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tests.contracts.samples import VOCAB
+from tests.contracts.samples import TOKEN_CHOICE_FLOPS, VOCAB
 from tests.oracles.close import close_to
 from tinsmith.nn.model import LM
 
@@ -82,3 +84,46 @@ def assert_checkpointing_changes_no_gradient(lm: LM, ids: Tensor, segments: Tens
         stats.append(out.stats)
     assert all(torch.equal(left, right) for left, right in zip(*gradients, strict=True))
     assert all(torch.equal(value, stats[1][name]) for name, value in stats[0].items())
+
+
+def assert_flops_are_those_of_torchs_counter(lm: LM, slot: str, kind: str) -> None:
+    """Assert that the modules in `slot` (`mixer` or `feed`) count all their matrix products.
+
+    Rows have one token, so that no attention kernel skips masked keys. Claims may exceed the count,
+    because torch counts no element-wise operation.
+    """
+    counts: dict[nn.Module, float] = {}
+    for block in lm.blocks:
+        module = getattr(block, slot)
+        module.forward = _counting(module, counts)
+    lm(torch.arange(VOCAB)[:, None])
+    for module, counted in counts.items():
+        claimed = module.flops(1) if slot == "mixer" else module.flops()
+        assert kind in TOKEN_CHOICE_FLOPS or 0.97 <= claimed / (counted / VOCAB) <= 1.2
+
+
+def _counting(module: nn.Module, counts: dict[nn.Module, float]) -> Any:
+    forward = module.forward
+
+    def counting_forward(*arguments: Any, **options: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            out = forward(*arguments, **options)
+        counts[module] = counter.get_total_flops()
+        return out
+
+    return counting_forward
+
+
+def _cpu_attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _grouped_flops(x_PI: Any, weight_EOI: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_PI[0] * weight_EOI[1] * weight_EOI[2]
+
+
+_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+    torch.ops.tinsmith.grouped: _grouped_flops,
+}
+"""Operators that torch's counter does not know."""

@@ -43,7 +43,7 @@ OUTSIDE: set[str] = set()
 """Kinds of the file that `--contracts` names. If there are any, only they are tested."""
 OUTSIDE_TABLES = [
     *("SAMPLES", "CACHE_SIZES", "SELECTIVE", "NOT_BITWISE_CAUSAL", "NOT_TRUNCATABLE"),
-    "ZERO_GRAD_AT_INIT",
+    *("ZERO_GRAD_AT_INIT", "TOKEN_CHOICE_FLOPS"),
 ]
 """Tables of `samples.py` that a file of variants may define too."""
 

@@ -184,6 +184,11 @@ NOT_TRUNCATABLE: set[str] = set()
 recurrent state.
 """
 
+TOKEN_CHOICE_FLOPS = {"dyn_heads", "dyn_lora", "dyn_moe"}
+"""Kinds whose tokens decide how many experts they use. `flops` counts the target number, so random
+weights use another number of operations. Unit tests compare their `flops` with formulas.
+"""
+
 DEFAULTS = {
     "mixer": {"kind": "gqa", "heads": 4, "kv_heads": 2},
     "feed_forward": {"kind": "swiglu", "hidden_dim": 48},

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.contracts.checks import (
     assert_causal,
     assert_checkpointing_changes_no_gradient,
+    assert_flops_are_those_of_torchs_counter,
     assert_packed_documents_are_isolated,
     close,
     decode,
@@ -134,6 +135,10 @@ def test_it_builds_on_the_meta_device_and_counts_flops(make, feed_forward):
     assert all(parameter.is_meta for parameter in lm.parameters())
     assert lm(torch.zeros(2, 6, dtype=torch.long, device="meta")).logits.shape == (2, 6, 48)
     assert all(block.feed.flops() > 0 for block in lm.blocks)
+
+
+def test_N8_flops_count_every_matrix_product(lm, feed_forward):
+    assert_flops_are_those_of_torchs_counter(lm, "feed", feed_forward["kind"])
 
 
 def test_a_state_dict_restores_the_weights(lm, make, feed_forward, draw):

@@ -7,6 +7,7 @@ import torch
 
 from tests.contracts.checks import (
     assert_checkpointing_changes_no_gradient,
+    assert_flops_are_those_of_torchs_counter,
     assert_packed_documents_are_isolated,
     change_after,
     close,
@@ -263,6 +264,10 @@ def test_flops_grow_with_the_context_length(lm):
         counts = [block.mixer.flops(context) for context in (1, 4, 64, 1024)]
         assert 0 < counts[0] <= counts[1] <= counts[2] <= counts[3]
         assert all(isinstance(count, int) for count in counts)
+
+
+def test_N8_flops_count_every_matrix_product(lm, mixer):
+    assert_flops_are_those_of_torchs_counter(lm, "mixer", mixer["kind"])
 
 
 def test_a_state_dict_restores_the_weights(lm, make, mixer, residual, draw):

@@ -40,7 +40,10 @@ class TrainConfig(Config):
     """Sequences per micro-batch, over all ranks. Reinforcement learning: prompts per rollout."""
     grad_accum_steps: Count = 1
     """Micro-batches per optimizer step."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of matrix products. `auto` is bf16 if a layer of the model trains faster in it than
+    in fp32, which is measured when a run begins and stored in its checkpoints.
+    """
     device: str = "auto"
     seed: int = 0
     save_every: Count = 200

@@ -121,7 +121,7 @@ def _cost(plan: RunPlan, shape: LM) -> None:
     print_line(
         f" cost      {forward / 1e6:.1f} MFLOP per token forward, {total:.2e} FLOP for the run"
     )
-    memory = estimate_memory(shape, plan.model_config, plan.config)
+    memory = estimate_memory(shape, plan.model_config, plan.run_config)
     print_line(
         f" memory    about {format_size(memory)} (weights, gradients, moments, activations, logits)"
     )

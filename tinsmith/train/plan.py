@@ -1,4 +1,4 @@
-"""Resolve a recipe to the plan of a run: model, adapters, tokenizer, device and processes.
+"""Resolve a recipe to the plan of a run: model, adapters, tokenizer, precision, device, processes.
 
 `tinsmith train`, `--dry-run` and `tinsmith config show --resolved` start from `resolve`. It reads
 configs and tokenizers, never weights or data, so it takes seconds at most. `train.setup` builds the
@@ -23,6 +23,7 @@ from tinsmith.objectives.frozen import deterministic_adapters, deterministic_con
 from tinsmith.text.config import TrainTokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import Mesh, pick_device
+from tinsmith.train.precision import Precision, fastest_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,21 @@ class RunPlan:
     """The tokenizer, or how to train one on the data."""
     device: torch.device
     mesh: Mesh
+    precision: Precision
+    """Precision of autocast: that of the recipe, or the fastest one for `auto`."""
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The recipe with adapters and precision filled in, as the trainer reads it."""
+        train = replace(self.config.train, precision=self.precision)
+        return replace(self.config, lora=self.lora, train=train)
 
     def recipe(self) -> RunConfig:
         """Return the recipe with all decisions filled in. Resolving it gives the same plan."""
-        train = replace(self.config.train, device=str(self.device))
-        filled = {"model": self.model_config, "lora": self.lora, "train": train}
+        config = self.run_config
+        train = replace(config.train, device=str(self.device))
         try:
-            return replace(self.config, **filled)
+            return replace(config, model=self.model_config, train=train)
         except ValueError as error:  # a rule that the model of `init_from` breaks
             raise UserError(str(error)) from None
 
@@ -77,13 +86,18 @@ def resolve(config: RunConfig) -> RunPlan:
     _check_eval_tasks(config)
     stored = _stored_tokenizer(config)
     tokenizer = _for_data(stored, config)
+    model_config = _resolve_model(config, tokenizer)
+    precision = config.train.precision
+    if precision == "auto":
+        precision = fastest_precision(model_config, device, config.train.seq_len)
     plan = RunPlan(
         config=config,
-        model_config=_resolve_model(config, tokenizer),
+        model_config=model_config,
         lora=_resolve_adapters(config, stored, tokenizer),
         tokenizer=tokenizer,
         device=device,
         mesh=mesh,
+        precision=precision,
     )
     plan.recipe()  # the rules of a whole recipe hold for the model of `init_from` too
     return plan

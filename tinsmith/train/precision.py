@@ -6,15 +6,24 @@ and doubles after many steps without one (Micikevicius et al., 1710.03740). A st
 is skipped, and not counted as a step that is not finite.
 """
 
+import math
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
 
-from tinsmith.optim.muon import fast_matmul_dtype
-from tinsmith.train.parallel import pick_device
+from tinsmith.nn.config import ModelConfig
+from tinsmith.nn.model import LM
+from tinsmith.nn.parameters import ALL_PARAMETERS
 
+Precision = Literal["fp32", "bf16", "fp16"]
+TIMED_TOKENS, TIMED_VOCABULARY, TIMED_ROUNDS = 1024, 256, 4
+MIN_SPEEDUP = 1.1
+"""bf16 must be this much faster than float32 to be selected, so that noise does not decide."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,10 +34,30 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def fastest_precision() -> str:
-    """Return `bf16` if this machine multiplies it faster than float32, else `fp32`."""
-    probe = torch.empty(0, device=pick_device("auto"))
-    return "bf16" if fast_matmul_dtype(probe) == torch.bfloat16 else "fp32"
+def fastest_precision(config: ModelConfig, device: torch.device, seq_len: int) -> Precision:
+    """Return `bf16` if a layer of the model trains clearly faster in it than in float32.
+
+    On a GPU the hardware decides. On a CPU forward and backward of the first layer are timed,
+    because bf16 instructions alone do not make a small model faster: casts and other operations
+    cost more than products save.
+    """
+    if device.type != "cpu":
+        is_supported = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        return "bf16" if is_supported else "fp32"
+    with torch.random.fork_rng(devices=[]):
+        length = min(seq_len, config.max_seq_len, TIMED_TOKENS)
+        layer = replace(config, vocab_size=TIMED_VOCABULARY, first=(), last=(), depth=1)
+        lm = LM(replace(layer, pattern=config.layers[:1], trainable=ALL_PARAMETERS))
+        ids = torch.randint(TIMED_VOCABULARY, (max(1, TIMED_TOKENS // length), length))
+    seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
+    for _ in range(TIMED_ROUNDS):
+        for precision in seconds:
+            start = time.perf_counter()
+            with autocast(precision, device):
+                hidden = lm(ids, logits=False).hidden
+            hidden.float().square().sum().backward()
+            seconds[precision] = min(seconds[precision], time.perf_counter() - start)
+    return "bf16" if MIN_SPEEDUP * seconds["bf16"] < seconds["fp32"] else "fp32"
 
 
 class LossScaler:

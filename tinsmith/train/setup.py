@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinsmith.config import RunConfig
+from tinsmith.config import RunConfig, from_dict
 from tinsmith.core import rng
 from tinsmith.core.errors import UserError
 from tinsmith.core.log import RunLog
 from tinsmith.core.parse import to_plain
 from tinsmith.core.signals import StopFlag
 from tinsmith.core.units import format_count
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.data.loader.loader import SplitName, TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.prepare.prepared import PreparedData
@@ -88,7 +89,7 @@ def _start(
     if found and _finished(folder, found, config):
         log.line(f" finished  {folder} is already at step {config.train.steps}; nothing to do")
         return None
-    plan = resolve(config)
+    plan = _with_run_precision(resolve(config), found, ranks)
     if ranks.is_main:
         run_dir.write_config_and_env(folder, config, ranks)
     run = build(plan, folder, ranks, log, flag)
@@ -101,6 +102,19 @@ def _start(
     trackers = config.log.trackers if ranks.is_main else ()
     log.closers.append(attach_trackers(trackers, folder, to_plain(config), folder.name, log))
     return run
+
+
+def _with_run_precision(plan: RunPlan, found: Path | None, ranks: Ranks) -> RunPlan:
+    """Return the plan with the precision that a resumed run began with, or that of rank 0."""
+    if plan.config.train.precision != "auto":
+        return plan
+    precision = plan.precision
+    if found is not None and ranks.is_main:
+        stored = from_dict(read_yaml(found / "config.yaml"), str(found / "config.yaml"))
+        if stored.train.precision != "auto":
+            precision = stored.train.precision
+    (first, *_) = ranks.all_gather_bytes(precision.encode())
+    return replace(plan, precision=first.decode())
 
 
 def _newest(folder: Path, log: RunLog) -> Path | None:
@@ -139,8 +153,8 @@ def build(plan: RunPlan, folder: Path, ranks: Ranks, log: RunLog, flag: StopFlag
         reward_models=load_reward_models(config.objective, tokenizer, ranks.device),
         data_report=prepared.report,
     )
-    run = Run(replace(config, lora=plan.lora), parts, folder, ranks, log, flag)
-    log_header(run)
+    run = Run(plan.run_config, parts, folder, ranks, log, flag)
+    log_header(run, plan)
     return run
 
 
@@ -210,7 +224,7 @@ def _validation(prepared: PreparedData, config: RunConfig) -> TokenizedDataset |
     return _open_split(prepared, "validation", config)
 
 
-def log_header(run: Run) -> None:
+def log_header(run: Run, plan: RunPlan) -> None:
     """Log the first lines of a run: model, data, objective, device and folder."""
     config, train = run.config, run.config.train
     kinds = " + ".join(dict.fromkeys(layer.mixer.kind for layer in run.policy.config.layers))
@@ -238,9 +252,10 @@ def log_header(run: Run) -> None:
     log.line(f"  objective  {config.objective.kind} | {tokens} ({epochs:.2g} epochs) | {rates}")
     if (warning := warmup_warning(config.optim.schedule, train.steps)) is not None:
         log.line(f" warning {warning}")
+    measured = " (auto)" if plan.config.train.precision == "auto" else ""
     log.line(
-        f"  machine    {_machine(run.ranks.device)}, {train.precision}, {run.ranks.world_size} "
-        "process(es)"
+        f"  machine    {_machine(run.ranks.device)}, {train.precision}{measured}, "
+        f"{run.ranks.world_size} process(es)"
     )
     log.line(f"  run        {run.folder}   continue it with: --name {run.folder.name} --resume")
 

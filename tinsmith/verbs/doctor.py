@@ -64,9 +64,6 @@ def give_advice(facts: dict[str, Any]) -> list[str]:
     hints = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         hints.append(f"Python {facts['python']} is untested; 3.11 to 3.13 are")
-    bf16, fp32 = facts.get("bf16 GFLOP/s", 0), facts["fp32 GFLOP/s"]
-    if bf16 < fp32:
-        hints.append("bf16 is slower than fp32 on this device: train with train.precision=fp32")
     if not facts["writable"]:
         hints.append(f"{facts['runs']} is not writable: set TINSMITH_RUNS")
     for name in facts["optional missing"]:

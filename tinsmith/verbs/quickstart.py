@@ -18,7 +18,6 @@ from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.hub.load import load
 from tinsmith.infer.generate import stream
-from tinsmith.train.precision import fastest_precision
 from tinsmith.train.run_dir import run_folder, runs_root
 from tinsmith.train.trainer import train
 from tinsmith.verbs.generate import prompt_ids, sampling_params
@@ -94,16 +93,12 @@ def _unused_name(name: str) -> str:
 
 
 def _load_recipe(name: str, tiny: bool, extra: dict[str, Any]) -> RunConfig:
-    """Load a recipe of the package, with its overrides under `tiny` if requested. bf16 becomes
-    fp32 on machines where bf16 is slower.
-    """
+    """Load a recipe of the package, with its overrides under `tiny` if requested."""
     path = resources.files("tinsmith.verbs") / "quickstart_recipes" / f"{name}.yaml"
     data = read_yaml(Path(str(path)))
     tiny_overrides = data.pop("tiny")
     if tiny:
         data = merge(data, tiny_overrides)
-    if data["train"]["precision"] == "bf16":
-        data["train"]["precision"] = fastest_precision()
     return from_dict(data | extra, f"quickstart {name}")
 
 
