@@ -20,7 +20,8 @@ def wait_for(process, word: str, deadline: float = 120) -> str:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_T7_a_stop_signal_saves_once_and_exits_with_75(signal_number, workspace, recipe):
-    long = recipe | {"train": recipe["train"] | {"steps": 100_000, "save_every": 90_000}}
+    rare = dict.fromkeys(("save_every", "eval_every"), 90_000)  # a best evaluation saves too
+    long = recipe | {"train": recipe["train"] | {"steps": 100_000} | rare}
     process = workspace.start("train", workspace.write("stop", long), "--name", "stop")
     wait_for(process, " step ")
     process.send_signal(signal_number)
