@@ -2,6 +2,7 @@
 
 import json
 
+import jinja2
 import pytest
 import transformers
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tinsmith.core.errors import UserError
 from tinsmith.text.chat import (
+    BadRecord,
     Call,
     Conversation,
     Message,
@@ -370,7 +372,7 @@ def test_a_foreign_template_that_forgets_old_reasoning(tokenizer):
         (COUNTING, "renders an answered prompt differently"),
         (ENDLESS, r"ends a turn without <\|im_end\|>"),
         (LATE, r"ends a turn without <\|im_end\|>"),
-        ("{{ messages }}", "renders an answered prompt differently"),
+        ("{{ messages }}", "leaves out message 1"),
         ("{{ ''.__class__() }}", "the chat template failed"),
     ],
 )
@@ -396,3 +398,112 @@ def test_real_chats_are_encoded_whole(real_data, tokenizer):
             assert any(encoded.mask)
             count += 1
     assert count > 50
+
+
+PARTS = [{"type": "text", "text": "a"}, "b", {"type": "text", "text": "c"}]
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    """Tinsmith's tokenizer, opened by transformers."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_D17_the_template_renders_every_role_and_part_or_refuses_it(saved):
+    def rendered(*messages):
+        return saved.apply_chat_template([dict(m) for m in messages], tokenize=False)
+
+    user = {"role": "user", "content": "q"}
+    assert rendered({"role": "developer", "content": "d"}, user).startswith(
+        "<|im_start|>system\nd<|im_end|>\n<|im_start|>user"
+    )
+    later = rendered(user, {"role": "system", "content": "s"}, user)
+    assert "<|im_end|>\n<|im_start|>system\ns<|im_end|>\n<|im_start|>user" in later
+    assert "<|im_start|>user\nabc<|im_end|>" in rendered({"role": "user", "content": PARTS})
+    for wrong in (
+        {"role": "narrator", "content": "n"},
+        {"role": "user", "content": [{"type": "image", "url": "x"}]},
+        {"role": "user", "content": {"text": "x"}},
+    ):
+        with pytest.raises(
+            jinja2.TemplateError, match=r"narrator is none of|part of a message|must be a text"
+        ):
+            rendered(user, wrong)
+
+
+@pytest.mark.parametrize("conversation", [TURNS, TOOLS])
+def test_D17_generation_marks_give_the_loss_mask_to_transformers(tokenizer, saved, conversation):
+    encoded = encode_chat(tokenizer, conversation)
+    messages = []
+    for message in conversation.messages:
+        plain = {"role": message.role, "content": message.content}
+        plain |= {"reasoning_content": message.reasoning} if message.reasoning else {}
+        if message.calls:
+            plain["tool_calls"] = [
+                {"function": {"name": c.name, "arguments": c.arguments}} for c in message.calls
+            ]
+        messages.append(plain)
+    found = saved.apply_chat_template(
+        messages,
+        tools=list(conversation.tools) or None,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert found["input_ids"] == encoded.ids
+    assert found["assistant_masks"] == [int(learned) for learned in encoded.mask]
+
+
+def test_D8_thinking_that_other_engines_enable_by_default_does_not_change_a_prompt(saved):
+    """llama.cpp and vLLM set `enable_thinking`; only `open_thinking` opens a reasoning block."""
+    messages = [{"role": "user", "content": "q"}]
+    prompts = [
+        saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        for options in ({}, {"enable_thinking": True}, {"open_thinking": True})
+    ]
+    assert prompts[0] == prompts[1]
+    assert prompts[2] == prompts[0] + "<think>\n"
+
+
+ZEPHYR = (
+    "{% for m in messages %}{% if m['role'] in ['user', 'system', 'assistant'] %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = Message(role="assistant", content="", calls=(Call(name="sun", arguments={"x": 1}),))
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "reason"),
+    [
+        ((), ({"function": {"name": "get_sun"}},), "the description of the tool get_sun"),
+        ((CALL, Message(role="user", content="w")), (), "the call in message 2"),
+        ((Message(role="tool", content="SUNNY"),), (), r"message 2 \(tool\)"),
+        (
+            (Message(role="assistant", content="yes", reasoning="why"),),
+            (),
+            "the reasoning of message 2",
+        ),
+    ],
+)
+def test_D4_a_template_that_leaves_out_a_part_of_a_conversation_refuses_it(
+    tokenizer, messages, tools, reason
+):
+    foreign = with_template(tokenizer, ZEPHYR)
+    question = Message(role="user", content="sun?")
+    conversation = Conversation(messages=(question, *messages), tools=tools)
+    if conversation.messages[-1].role != "assistant":
+        answer = Message(role="assistant", content="It is sunny.")
+        conversation = Conversation(messages=(*conversation.messages, answer), tools=tools)
+    with pytest.raises(BadRecord, match=f"the chat template leaves out {reason}"):
+        encode_chat(foreign, conversation)
+    assert encode_chat(tokenizer, conversation)
+
+
+def test_D4_a_template_may_show_a_text_as_json_and_drop_earlier_reasoning(tokenizer):
+    as_json = ZEPHYR.replace("+ m['content'] +", "+ (m['content'] | tojson) +")
+    encode_chat(with_template(tokenizer, as_json), chat(("user", 'a\n"b"'), ("assistant", "c\n")))
+    dropping = ZEPHYR.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
+    turns = chat(("user", "a"), ("assistant", "<think>\nw\n</think>b"), ("user", "c"))
+    encode_prompt(with_template(tokenizer, dropping), turns)

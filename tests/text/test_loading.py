@@ -217,7 +217,7 @@ def test_transformers_renders_a_chat_as_we_do(folder, name, generate):
         for call in message.get("tool_calls", []):
             call.setdefault("arguments", {})
     for thinking in (None, True, False):
-        options = {} if thinking is None else {"enable_thinking": thinking}
+        options = {} if thinking is None else {"open_thinking": thinking}
         expected = auto.apply_chat_template(
             messages,
             tools=chat.get("tools"),

@@ -119,6 +119,18 @@ BOMBS = {
 }
 
 
+BOMBS |= {
+    "batches": "{{ [1] | batch(1000000000, 'x') | list }}",
+    "a sum of lists": "{{ [[1] * 9999] * 9999 | sum(start=[]) }}",
+    "a wide percent": "{{ '%*d' % (1000000000, 1) }}",
+    "a computed width": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "doubling by safe": "{% set x = ('a' * 99) | safe %}" + "{% set x = x.replace('a', x) %}" * 9,
+    "doubling by str.join": "{% set x = 'a' * 99 %}" + "{% set x = x.join([x, x, x]) %}" * 30,
+    "a wide indent of text": "{{ 'a' | indent(1000000000) }}",
+    "sorting itself": "{% set x = [1] %}" + "{% set x = x + x %}" * 40 + "{{ x | sort | first }}",
+}
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_S10_a_bomb_goes_off_early_and_small(name):
     start = time.monotonic()
@@ -142,6 +154,9 @@ def test_S10_a_bomb_goes_off_early_and_small(name):
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
         "{{ self._TemplateReference__context.environment }}",
         "{{ messages.append(1) }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ '{0[0]}'.format(messages) }}",
+        "{{ '%(a)s' % {'a': messages} | attr('__class__') }}",
         "{{ messages[0].update({'a': 1}) }}",
         "{% include 'secret' %}",
         "{% import 'os' as os %}{{ os }}",
@@ -210,10 +225,41 @@ def test_threads_share_a_template_without_sharing_its_account():
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=work, args=(len(expected),)) for _ in range(4)]
+    emitted = len(expected) + sum(len(message["content"]) for message in MESSAGES)
+    threads = [threading.Thread(target=work, args=(emitted,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     sys.setswitchinterval(before)
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.content.replace('a', 'b', 1) }}{% endfor %}",
+        "{{ messages | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}",
+        "{{ messages | tojson(ensure_ascii=True) }}{{ messages | tojson(indent=2) }}",
+        "{{ strftime_now('%Y-%m-%d') }}",
+        "{{ 'x<' | safe }}{{ 'a<b' | e }}{{ \"'\" | escape }}",
+        "{{ [2, 1] | sort | first }}{{ (messages | sort(attribute='role') | first).role }}",
+        "{{ [1, 2] | sum }}{{ [{'n': 1}, {'n': 2.5}] | sum(attribute='n') }}",
+        "{{ [3, 1] | min }}{{ 'ab' | max }}",
+        "{{ ['a', 'A', 'b'] | unique | list }}{{ [1, 2, 3] | batch(2, 0) | list }}",
+        "{% for g in messages | groupby('role') %}{{ g.grouper }}{{ g.list | length }}{% endfor %}",
+        "{{ 3.7 | round }}{{ 3.14159 | round(2) }}{{ '3' | float }}{{ -2 | abs }}",
+        "{{ 'a\nb' | indent(2) }}{{ 'a\nb' | indent(1, true) }}",
+        "{{ ','.join(['x', 'y']) }}{{ 'abc'.index('c') }}{{ 'a-b'.partition('-') }}",
+        "{{ '{} {x:>3} {y!r}'.format(1, x=2, y='z') }}",
+        "{{ '%s-%03d' % ('x', 7) }}{{ '%.2f' % 3.14159 }}",
+        "{{ '%(a)s' % {'a': 1} }}{{ 'a'.isalpha() }}{{ 'a b' | wordcount }}",
+        "{% macro f(x) %}{% for c in x %}{{ c.replace(' ', '_') }}{% endfor %}{% endmacro %}"
+        "{{ f(['a b ', 'c']) }}",
+    ],
+)
+def test_D22_templates_see_the_jinja_that_transformers_gives_them(source):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    expected = _compile_jinja_template(source).render(messages=MESSAGES)
+    assert run(source) == expected

@@ -10,6 +10,7 @@ without a guard become ids, and the guards are removed from the rest. This works
 including those of downloaded tokenizers.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def _encode(
     guards = _Guards(tokenizer, conversation)
     script = _template_input(tokenizer, conversation, guards.protect)
     text = script.text(generate, thinking)
+    _check_complete(conversation, guards, text)
     ids: list[int] = []
     mask: list[bool] = []
     position = 0
@@ -114,6 +116,40 @@ def _encode(
             mask += [is_target] * len(new)
             position = stop
     return EncodedChat(ids, mask)
+
+
+def _check_complete(conversation: Conversation, guards: "_Guards", text: str) -> None:
+    """Raise BadRecord if the rendered text leaves out a message, a tool, a call, or the reasoning
+    of the last assistant message. Templates leave out earlier reasoning by design, and may show a
+    text as JSON.
+    """
+
+    def shown(role: str, part: str) -> str | None:
+        """Return the form in which the text contains a part of the conversation."""
+        protected = guards.protect(role, part).strip()
+        forms = (protected, json.dumps(protected, ensure_ascii=False)[1:-1])
+        return next((form for form in forms if form in text), None)
+
+    names = text  # without contents that begin with the mark, which may contain names of tools
+    for index, message in enumerate(conversation.messages, 1):
+        after_reasoning = message.content.rpartition("</think>")[2]
+        form = shown(message.role, message.content) or shown(message.role, after_reasoning)
+        if form is None:
+            raise BadRecord(f"the chat template leaves out message {index} ({message.role})")
+        names = names.replace(form, "", 1) if form.startswith(guards.mark) else names
+    for tool in conversation.tools:
+        name = tool.get("function", tool).get("name")
+        if isinstance(name, str) and guards.protect("tools", name) not in names:
+            raise BadRecord(f"the chat template leaves out the description of the tool {name}")
+    for index, message in enumerate(conversation.messages, 1):
+        for call in message.calls:
+            if guards.protect(message.role, call.name) not in names:
+                raise BadRecord(f"the chat template leaves out the call in message {index}")
+    last = conversation.messages[-1]
+    if last.reasoning and shown(last.role, last.reasoning) is None:
+        raise BadRecord(
+            f"the chat template leaves out the reasoning of message {len(conversation.messages)}"
+        )
 
 
 def _turns(
@@ -238,7 +274,7 @@ class _TemplateInput:
             "eos_token": self.eos,
         }
         if thinking is not None:
-            variables["enable_thinking"] = thinking
+            variables |= {"enable_thinking": thinking, "open_thinking": thinking}
         try:
             return self.template.render(variables, self.room)
         except TemplateRefused as error:

@@ -7,19 +7,24 @@ text is measured before it runs.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, wraps
+from string import Formatter
 from threading import Lock
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from markupsafe import escape
 
 from tinsmith.core.errors import UserError
 
@@ -30,22 +35,32 @@ MAX_SECONDS = 10.0
 """Time limit of one rendering. A real template needs a thousandth of it."""
 
 _FILTERS = (
-    *("capitalize", "count", "default", "dictsort", "first", "int", "items", "last", "length"),
-    *("list", "lower", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "title"),
-    *("trim", "upper"),
+    *("abs", "capitalize", "count", "default", "dictsort", "first", "float", "int"),
+    *("items", "last", "length", "list", "lower", "map", "reject", "rejectattr", "reverse"),
+    *("round", "select", "selectattr", "title", "trim", "upper", "wordcount"),
 )
+
+_SEQUENCE_FILTERS = ("batch", "groupby", "max", "min", "sort", "unique")
+"""Filters that read all items of a sequence. Every item costs a step."""
 
 _METHODS = {
     dict: ("get", "items", "keys", "values"),
     list: ("count", "index"),
+    tuple: ("count", "grouper", "index", "list"),
     str: (
-        *("capitalize", "count", "endswith", "find", "isdigit", "isspace", "lower", "lstrip"),
-        *("removeprefix", "removesuffix", "replace", "rfind", "rsplit", "rstrip", "split"),
-        *("splitlines", "startswith", "strip", "title", "upper"),
+        *("capitalize", "count", "endswith", "find", "format", "index", "isalnum", "isalpha"),
+        *("isdigit", "islower", "isnumeric", "isspace", "isupper", "join", "lower", "lstrip"),
+        *("partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition"),
+        *("rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper"),
     ),
 }
 
 _FORBIDDEN = (nodes.Block, nodes.Extends, nodes.FromImport, nodes.Import, nodes.Include)
+
+_WIDE_FORMAT = re.compile(r"\d{4,}|[*{}\[]")
+"""A format specification with a large or computed width, or access to attributes or items."""
+
+_PERCENT_FIELD = re.compile(r"%[^a-zA-Z%]*[a-zA-Z%]")
 
 _PLAIN = str | int | float | list | tuple | dict | Undefined | None
 
@@ -62,12 +77,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         extensions = [loopcontrols, _Generation]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        self.filters = {name: self.filters[name] for name in _FILTERS}
+        standard = self.filters
+        self.filters = {name: standard[name] for name in _FILTERS}
         self.filters |= {"join": self._join, "replace": self._replace, "string": self._text}
         self.filters |= {"counted": self._counted, "emitted": self._emitted}
         self.filters["made"] = self._count_parts
-        self.filters["tojson"] = self._tojson
+        self.filters |= {"tojson": self._tojson, "indent": self._indent, "sum": self._sum}
+        self.filters |= {"e": self._escape, "escape": self._escape, "safe": self._text}
+        self.filters |= {name: self._sequence_filter(standard[name]) for name in _SEQUENCE_FILTERS}
         self.globals = {"range": self._range, "namespace": Namespace, "raise_exception": _refuse}
+        self.globals["strftime_now"] = self._strftime_now
+        self._methods = {"replace": self._replace, "join": self._join_method}
+        self._methods["format"] = self._format
         self.start(0)
 
     def start(self, room: int) -> None:
@@ -86,18 +107,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return is_template_object and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Refuse `str.format`, which can pad to any width, as an unsafe attribute."""
+        """Leave `str.format` to `call`."""
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Call a function for the template and count one step."""
         self._step()
-        if type(obj) is type("".replace) and obj.__name__ == "replace":
-            return self._replace(obj.__self__, *args, **kwargs)
+        if type(obj) is type("".replace) and isinstance(obj.__self__, str):
+            method = self._methods.get(obj.__name__)
+            if method is not None:
+                kwargs = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+                return method(obj.__self__, *args, **kwargs)
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Evaluate an intercepted operator if the result cannot be large."""
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if operator == "%" and isinstance(left, str):
+            return self._percent(left, right)
         if operator == "**" or (operator == "%" and not numbers):
             raise SecurityError(f"the operator {operator} is not allowed here")
         if not numbers:
@@ -141,10 +167,87 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._check_length(self._output_length)
         return text
 
-    def _tojson(self, value: Any, indent: int | None = None) -> str:
+    def _tojson(
+        self,
+        value: Any,
+        indent: int | None = None,
+        ensure_ascii: bool = False,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         if indent is not None and not 0 <= indent <= 8:
             raise SecurityError("tojson takes an indent of at most 8")
-        return json.dumps(self._count_parts(value), ensure_ascii=False, indent=indent)
+        if separators is not None and sum(map(len, map(str, separators))) > 8:
+            raise SecurityError("tojson takes separators of at most 8 characters")
+        return json.dumps(
+            self._count_parts(value),
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    def _sequence_filter(self, standard: Any) -> Any:
+        @wraps(standard)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            at = 1 if hasattr(standard, "jinja_pass_arg") else 0
+            sizes = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
+            self._step(sum(map(abs, sizes)))
+            return standard(*args[:at], list(self._counted(args[at])), *args[at + 1 :], **kwargs)
+
+        return counted
+
+    def _sum(self, values: Iterable[Any], attribute: str | None = None, start: float = 0) -> Any:
+        total: Any = start
+        for value in self._counted(values):
+            item = value if attribute is None else self.getitem(value, attribute)
+            if not isinstance(item, int | float) or not isinstance(total, int | float):
+                raise SecurityError("sum takes numbers")
+            total += item
+        return total
+
+    def _escape(self, value: Any) -> str:
+        """Escape HTML. Return plain text, because methods of `Markup` are not limited."""
+        text = self._text(value)
+        self._check_length(len(text) * 5)
+        return "" + str(escape(text))
+
+    def _indent(self, text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
+        if not isinstance(width, int) or not 0 <= width <= 64:
+            raise SecurityError("indent takes a width of at most 64")
+        self._check_length(len(text) + (width + 1) * (text.count("\n") + 1))
+        return do_indent(text, width, first, blank)
+
+    def _join_method(self, separator: str, values: Iterable[Any]) -> str:
+        return self._join(values, separator)
+
+    def _format(self, text: str, *args: Any, **kwargs: Any) -> str:
+        """Format like `str.format`, without large widths and without access to attributes."""
+        for _, name, specification, _ in Formatter().parse(text):
+            if _WIDE_FORMAT.search(f"{specification or ''}") or set(name or "") & set(".["):
+                raise SecurityError("a format with a computed or large width is not allowed")
+        values = [self._plain(value) for value in args]
+        return text.format(*values, **{key: self._plain(value) for key, value in kwargs.items()})
+
+    def _percent(self, text: str, values: Any) -> str:
+        """Format like `text % values`, without large widths."""
+        if any(_WIDE_FORMAT.search(part) for part in _PERCENT_FIELD.findall(text)):
+            raise SecurityError("a format with a computed or large width is not allowed")
+        if isinstance(values, dict):
+            return text % {key: self._plain(value) for key, value in values.items()}
+        return text % (
+            tuple(map(self._plain, values)) if isinstance(values, tuple) else self._plain(values)
+        )
+
+    def _plain(self, value: Any) -> Any:
+        """Return a number as it is and anything else as a text."""
+        return value if isinstance(value, int | float) else self._text(value)
+
+    def _strftime_now(self, text: str) -> str:
+        """Return the local date and time in this format, as chat templates of transformers do."""
+        if len(text) > 100:
+            raise SecurityError("strftime_now takes a format of at most 100 characters")
+        return datetime.now().strftime(text)
 
     def _join(
         self, values: Iterable[Any], separator: str = "", attribute: str | None = None
