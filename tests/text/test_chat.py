@@ -471,7 +471,7 @@ ZEPHYR = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CALL = Message(role="assistant", content="", calls=(Call(name="sun", arguments={"x": 1}),))
+CALL = Message(role="assistant", content="", calls=(Call(name="get_sun", arguments={"x": 1}),))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from markupsafe import escape
 
 from tinsmith.core.errors import UserError
 
@@ -60,6 +59,7 @@ _FORBIDDEN = (nodes.Block, nodes.Extends, nodes.FromImport, nodes.Import, nodes.
 _WIDE_FORMAT = re.compile(r"\d{4,}|[*{}\[]")
 """A format specification with a large or computed width, or access to attributes or items."""
 
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"})
 _PERCENT_FIELD = re.compile(r"%[^a-zA-Z%]*[a-zA-Z%]")
 
 _PLAIN = str | int | float | list | tuple | dict | Undefined | None
@@ -207,10 +207,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return total
 
     def _escape(self, value: Any) -> str:
-        """Escape HTML. Return plain text, because methods of `Markup` are not limited."""
+        """Escape HTML. The result is no `Markup`, whose methods would not be limited."""
         text = self._text(value)
         self._check_length(len(text) * 5)
-        return "" + str(escape(text))
+        return str(text).translate(_HTML)
 
     def _indent(self, text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
         if not isinstance(width, int) or not 0 <= width <= 64:
