@@ -1,6 +1,7 @@
 """Logits to tokens, beside transformers' processors and plain loops."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -78,6 +79,22 @@ def test_scores_equal_those_of_transformers(case, size):
     for row in range(4):
         expected = theirs(logits[row], chosen, seen[row])
         torch.testing.assert_close(mine[row], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_E5_top_p_takes_its_mass_from_the_tokens_that_top_k_keeps():
+    """Random sizes above and below the candidates that are sorted first (256)."""
+    numbers = random.Random(0)
+    for _ in range(60):
+        size = numbers.choice([300, 1000, 6400])
+        chosen = SamplingParams(
+            temperature=numbers.choice([0.7, 1.0, 2.0, 8.0]),
+            top_k=numbers.choice([5, 256, 257, 300, 999, size - 1, size]),
+            top_p=numbers.choice([0.05, 0.2, 0.5, 0.9, 0.99]),
+        )
+        logits = logits_of(1, size)
+        mine = filter_logits(logits, stack_sampling_params([chosen]), seen_of(1, size))
+        expected = theirs(logits[0].double(), chosen, seen_of(1, size)[0])
+        assert kept(mine) == [expected.isfinite().nonzero()[:, 0].tolist()], chosen
 
 
 @pytest.mark.parametrize("size", [10, 700])

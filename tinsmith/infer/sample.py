@@ -192,7 +192,7 @@ def _num_candidates(scores_BV: Tensor, top_k: Tensor | None, top_p: Tensor | Non
         limit = top_k.clamp(max=size).long()
     if top_p is None:
         return limit
-    total = scores_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    total = _mass_of_best(scores_BV, limit)
     for width in (min(TOP_P_CANDIDATES, size), size):
         weights = scores_BV.topk(width).values.exp().double()
         weights = weights.masked_fill(torch.arange(width, device=weights.device) >= limit, 0)
@@ -203,6 +203,19 @@ def _num_candidates(scores_BV: Tensor, top_k: Tensor | None, top_p: Tensor | Non
         if bool(is_exact.all()):
             return torch.minimum(count, limit).where(top_p.isfinite(), limit).clamp(min=1)
     return limit
+
+
+def _mass_of_best(scores_BV: Tensor, limit_B1: Tensor) -> Tensor:
+    """Return the sum (B, 1) float64 of exp over the `limit` highest scores of each row."""
+    size = scores_BV.shape[1]
+    total = scores_BV.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    partial = limit_B1[limit_B1 < size]
+    if not len(partial):
+        return total
+    weights = scores_BV.topk(int(partial.max())).values.exp()
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    best = cumulative.gather(1, limit_B1.clamp(max=cumulative.shape[1]) - 1)
+    return best.where(limit_B1 < size, total)
 
 
 def _keep_top(scores_BV: Tensor, count_B1: Tensor) -> Tensor:

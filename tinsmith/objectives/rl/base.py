@@ -1,9 +1,10 @@
 """Base of the reinforcement-learning objectives: rollouts, rewards and minibatches.
 
-A rollout has four stages, then a loss per minibatch; each is a method of `RLObjective`:
+A rollout has five stages, then a loss per minibatch; each is a method of `RLObjective`:
 
     generate            prompts -> completions sampled from the policy
     score               completions -> rewards
+    old_logprobs        log-probabilities by a training forward pass of the policy
     reference_logprobs  log-probabilities by the reference model
     compute_advantages  rewards -> advantages
     loss                one call per minibatch, `num_epochs` passes over `num_minibatches`
@@ -14,8 +15,12 @@ each. Its minibatches are the micro-batches of the trainer: if `train.grad_accum
 with all its completions, so minibatches are the same for any number of processes. The current
 rollout and the position in it are saved with the run.
 
-The policy has no dropout and no router noise (`objectives.frozen`), so at the first step after a
-rollout the policy is the one that sampled it: every ratio is 1.
+The policy has no dropout and no router noise (`objectives.frozen`), and old log-probabilities come
+from the forward pass of training, with the same rows, kernels and precision, as in TRL and verl. So
+every ratio is exactly 1 before the first step on a rollout. The engine that samples rounds
+otherwise: in bf16 a router then selects other experts, which moved 2.5 % of the ratios out of the
+clip range before any step, and is a known cause of collapse (2510.11370). The metrics
+`sampling_logprob_difference` and `sampling_clip_fraction` report that mismatch.
 """
 
 import math
@@ -196,6 +201,7 @@ class RLObjective(Objective):
         ]
         rollouts = self.generate(policy, repeated, seeds)
         rows = self.collate(policy, rollouts, self.score(repeated, rollouts))
+        rows = rows._replace(old_logprobs=self.old_logprobs(policy, rows, len(prompts)))
         rows = rows._replace(ref_logprobs=self.reference_logprobs(policy, rows))
         return self.compute_advantages(policy, prompts, rows)
 
@@ -219,6 +225,22 @@ class RLObjective(Objective):
         return torch.where(
             torch.isfinite(rewards), rewards - self.config.truncation_penalty * truncated, math.nan
         )
+
+    def old_logprobs(self, policy: LM, rows: RolloutBatch, num_prompts: int) -> Tensor:
+        """Return log-probabilities (B, T) by the policy before its first step on the rollout.
+
+        Each minibatch is a forward pass as `loss` computes it: in training mode and with gradients
+        enabled, because other kernels round differently.
+        """
+        old = torch.zeros_like(rows.old_logprobs)
+        for index in range(self.config.num_minibatches):
+            selected = self._minibatch_rows(index, num_prompts)
+            part = rows.select_rows(selected)
+            with torch.enable_grad():
+                logprobs = self.logprobs(policy, part)[0].detach()
+            width = logprobs.shape[1]
+            old[selected, :width] = torch.where(part.mask, logprobs, 0).to(old.dtype)
+        return old
 
     def reference_logprobs(self, policy: LM, rows: RolloutBatch) -> Tensor:
         """Return log-probabilities (B, T) by the reference model, or the old ones of the policy if

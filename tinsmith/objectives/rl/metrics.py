@@ -9,18 +9,24 @@ from tinsmith.objectives.base import Metric
 from tinsmith.objectives.rl.base import RLConfig
 from tinsmith.objectives.rl.rollout import RolloutBatch
 
+SAMPLING_CLIP = 0.2
+"""Ratios of training to sampling probabilities that differ from 1 by more are counted."""
+
 
 def rollout_metrics(
     config: RLConfig, rows: RolloutBatch, logprobs: Tensor, clipped: Tensor
 ) -> dict[str, Metric]:
     """Return the metrics of a rollout minibatch. `clipped` (B, T) marks tokens without gradient.
 
-    `kl` estimates the divergence from the reference (k3), and `approx_kl` that from the policy that
-    generated the completions (k2).
+    `kl` estimates the divergence from the reference (k3), and `approx_kl` that from the policy
+    before the first step on the rollout (k2). `sampling_logprob_difference` and
+    `sampling_clip_fraction` compare that policy with the engine that sampled.
     """
     mask, new = rows.mask, logprobs.detach()
     answers, tokens = _count(rows.rewards), mask.sum()
     moved = kl(log_ratio(new, rows.old_logprobs, mask), torch.zeros_like(new), "k2")
+    mismatch = log_ratio(rows.old_logprobs, rows.sampling_logprobs, mask)
+    outside = (mismatch.exp() - 1).abs() > SAMPLING_CLIP
     rewarded = torch.isfinite(rows.rewards)
     groups = rows.rewards.view(
         -1, config.num_generations if config.num_generations > 1 else len(rows.rewards)
@@ -33,7 +39,9 @@ def rollout_metrics(
         "reward_failed_fraction": Metric((~rewarded).sum(), answers),
         "clip_fraction": Metric(clipped.sum(), tokens),
         "approx_kl": Metric(moved.sum(), tokens),
-        "sampling_entropy": Metric(-(rows.old_logprobs * mask).sum(), tokens),
+        "sampling_entropy": Metric(-(rows.sampling_logprobs * mask).sum(), tokens),
+        "sampling_logprob_difference": Metric(mismatch.abs().sum(), tokens),
+        "sampling_clip_fraction": Metric(outside.sum(), tokens),
     }
     if config.tools:
         metrics["turns"] = Metric(count_turns(mask).sum(), mask.any(1).sum())

@@ -108,9 +108,9 @@ def generate_rollouts(
     """Sample one rollout per prompt and return them in the same order.
 
     For several completions of one prompt, repeat it in a row with different seeds. A prompt that
-    leaves no room for a token gets no completion. `lm` is put into eval mode meanwhile. Call this
-    in the precision context of the forward passes whose log-probabilities are compared with these.
-    Raise Failure if the policy's logits are NaN or infinite.
+    leaves no room for a token gets no completion. `lm` is put into eval mode meanwhile. The
+    log-probabilities are those of the engine: in bf16, and with routers in particular, they differ
+    from those of a training forward pass. Raise Failure if the policy's logits are NaN or infinite.
     """
     rollouts = [Rollout(list(ids), seed) for ids, seed in zip(prompts, seeds, strict=True)]
     with eval_mode(lm):
@@ -218,8 +218,12 @@ class RolloutBatch(NamedTuple):
     """0, or -1 for padding."""
     mask: Tensor
     """Response mask of the targets, bool: True for tokens that the policy sampled."""
+    sampling_logprobs: Tensor
+    """Log-probabilities of the targets by the engine that sampled them; 0 elsewhere."""
     old_logprobs: Tensor
-    """Log-probabilities of the targets when they were sampled; 0 elsewhere."""
+    """Log-probabilities of the targets by a training forward pass of the policy before its first
+    step on the rollout (`RLObjective.old_logprobs`); 0 elsewhere.
+    """
     rewards: Tensor
     truncated: Tensor
     """True for completions without a stop token, bool."""
@@ -249,18 +253,19 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> RolloutBatch:
         return torch.tensor(padded, dtype=dtype, device=device)
 
     ids = rows([each.ids[:-1] for each in rollouts], 0, torch.long)
-    old = rows([each.logprobs[1:] for each in rollouts], 0.0, torch.float32)
-    zeros, flat = torch.zeros_like(old), torch.zeros(len(ids), device=device)
+    sampled = rows([each.logprobs[1:] for each in rollouts], 0.0, torch.float32)
+    zeros, flat = torch.zeros_like(sampled), torch.zeros(len(ids), device=device)
     return RolloutBatch(
         ids=ids,
         targets=rows([each.ids[1:] for each in rollouts], 0, torch.long),
         segments=rows([[0] * (len(each.ids) - 1) for each in rollouts], -1, torch.long),
         mask=rows([each.response_mask[1:] for each in rollouts], False, torch.bool),
-        old_logprobs=old,
+        sampling_logprobs=sampled,
+        old_logprobs=sampled,
         rewards=flat,
         truncated=torch.tensor([each.finish_reason != "stop" for each in rollouts], device=device),
         advantages=zeros,
-        ref_logprobs=old,
+        ref_logprobs=sampled,
         values=zeros,
         returns=zeros,
     )
