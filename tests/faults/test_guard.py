@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tinsmith.config import from_dict
 from tinsmith.core.errors import Failure
 from tinsmith.objectives.pretrain import CrossEntropy
-from tinsmith.train import checkpoint
+from tinsmith.train import checkpoint, hooks
 from tinsmith.train.guard import TooManyNonfiniteSteps
 from tinsmith.train.trainer import train
 
@@ -26,10 +27,6 @@ def run_here(tmp_path, monkeypatch, recipe):
         return train(from_dict(data), name)
 
     return run
-
-
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load(folder / "checkpoints" / f"step-{step:08d}").model
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -47,9 +44,16 @@ def test_T8_a_nonfinite_step_is_skipped_counted_and_logged(where, run_here, monk
             return loss._replace(total=loss.total * math.inf, metrics=bad)
         return loss._replace(total=loss.total * torch.tensor(math.nan).abs())
 
+    states = {}
+
+    def record_weights(run):
+        states[run.state.step] = {k: v.clone() for k, v in run.policy.state_dict().items()}
+        hooks.log(run)
+
+    monkeypatch.setitem(hooks.HOOKS, "log", record_weights)
     monkeypatch.setattr(CrossEntropy, "loss", nonfinite_loss)
     folder = run_here(save_every=1, keep={"last": 20}, steps=4)
-    before, after, later = (weights(folder, step) for step in (2, 3, 4))
+    before, after, later = (states[step] for step in (2, 3, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(after[name], later[name]) for name in after)
     assert all(bool(torch.isfinite(value).all()) for value in later.values())
@@ -72,10 +76,13 @@ def test_T8_too_many_nonfinite_steps_stop_the_run_and_name_the_last_good_checkpo
 
     monkeypatch.setattr(CrossEntropy, "loss", nonfinite_loss)
     with pytest.raises(
-        TooManyNonfiniteSteps, match=r"the last good checkpoint is .*step-0000000[346]"
+        TooManyNonfiniteSteps, match=r"last good checkpoint with --resume-from .*step-00000004"
     ) as caught:
-        run_here(max_nonfinite_steps=2, steps=50)
+        run_here(max_nonfinite_steps=2, steps=50, save_every=1, keep={"last": 2})
     assert "\n" not in str(caught.value)
+    root = Path(os.environ["TINSMITH_RUNS"]) / "run" / "checkpoints"
+    assert sorted(path.name for path in root.glob("step-*"))[-1] == "step-00000004"
+    assert checkpoint.latest_until(root, 3).name == "step-00000003"
 
 
 @pytest.mark.parametrize("at", ["model", "state", "manifest"])

@@ -309,14 +309,16 @@ def test_the_table_lists_finished_killed_and_broken_runs(make_run, tmp_path):
     os.utime(broken, (now - 5000, now - 5000))
     runs = {run["name"]: run for run in runs_table(tmp_path)}
     assert list(runs) == ["done", "killed", "broken"]
-    best = min(line["bpb"] for line in records() if line["kind"] == "eval")
+    values = [line["bpb"] for line in records() if line["kind"] == "eval"]
     assert runs["done"] == {
         "name": "done",
         "folder": str(done),
         "objective": "sft",
         "step": 300,
         "steps": 300,
-        "best_bpb": best,
+        "metric": "bpb",
+        "last": values[-1],
+        "best": min(values),
         "age_seconds": pytest.approx(50, abs=30),
         "bytes": sum(path.stat().st_size for path in done.rglob("*") if path.is_file()),
         "finished": True,
@@ -324,6 +326,6 @@ def test_the_table_lists_finished_killed_and_broken_runs(make_run, tmp_path):
     assert (runs["killed"]["step"], runs["killed"]["steps"]) == (310, 900)
     assert not runs["killed"]["finished"]
     expected = ("unknown", 0, None, None)
-    assert tuple(runs["broken"][k] for k in ("objective", "step", "steps", "best_bpb")) == expected
+    assert tuple(runs["broken"][k] for k in ("objective", "step", "steps", "best")) == expected
     assert runs_table(tmp_path / "none") == []
     json.dumps(list(runs.values()))

@@ -9,7 +9,9 @@ import typer
 
 from tinsmith.cli.config import config_app
 from tinsmith.cli.options import (
+    AcceptChanges,
     Device,
+    DryRun,
     Imports,
     Json,
     MaxNew,
@@ -19,6 +21,8 @@ from tinsmith.cli.options import (
     Overrides,
     Recipe,
     RepetitionPenalty,
+    Resume,
+    ResumeFrom,
     Scaling,
     Seed,
     Temperature,
@@ -83,14 +87,10 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Name of the run: a folder under runs/.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the newest valid checkpoint of --name.")
-    ] = False,
-    resume_from: Annotated[Path | None, typer.Option(help="Resume from this checkpoint.")] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Check the recipe, take one tiny step and write nothing."),
-    ] = False,
+    resume: Resume = False,
+    resume_from: ResumeFrom = None,
+    accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
     more: More = None,
     imports: Imports = None,
 ) -> None:
@@ -102,7 +102,7 @@ def train(
     """
     from tinsmith.verbs.train import train as run
 
-    run(recipe, overrides or [], more or [], name, resume, resume_from, dry_run)
+    run(recipe, overrides or [], more or [], name, resume, resume_from, accept_changes, dry_run)
 
 
 @app.command("eval")

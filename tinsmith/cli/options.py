@@ -63,3 +63,14 @@ Tools = Annotated[
     list[str] | None,
     typer.Option("--tool", help="Tool that the model may call: calculator. Repeatable."),
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Resume from the newest valid checkpoint of --name.")
+]
+ResumeFrom = Annotated[Path | None, typer.Option(help="Resume from this checkpoint.")]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option("--accept-changes", help="Resume although data or reference models have changed."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the recipe, take one tiny step and write nothing.")
+]

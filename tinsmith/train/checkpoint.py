@@ -132,6 +132,15 @@ def latest(root: Path) -> tuple[Path | None, list[str]]:
     return newest_valid(root, required=REQUIRED_FILES)
 
 
+def latest_until(root: Path, step: int) -> Path | None:
+    """Return the newest valid checkpoint of a step up to `step`, or None."""
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        is_earlier = folder.name <= f"step-{step:08d}"
+        if is_earlier and verify(folder, hashes=True, required=REQUIRED_FILES) is None:
+            return folder
+    return None
+
+
 def remove_incomplete(root: Path) -> None:
     """Remove the incomplete folders of killed saves."""
     remove_stale(root)

@@ -211,8 +211,9 @@ def _tiny_run(plan: RunPlan, name: str) -> Run:
     of random ids. Copies of the policy take the place of frozen models and reward models.
     """
     objective = plan.config.objective
-    train = replace(plan.config.train, batch_size=1, seq_len=STEP_TOKENS, compile=False)
-    config = replace(plan.config, train=train)
+    run_config = plan.run_config
+    train = replace(run_config.train, batch_size=1, seq_len=STEP_TOKENS, compile=False)
+    config = replace(run_config, train=train)
     seed_all(train.seed)
     policy = plan.with_adapters(LM(plan.model_config))
     frozen_model = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -228,6 +229,7 @@ def _tiny_run(plan: RunPlan, name: str) -> Run:
         frozen_models=dict.fromkeys(objective.frozen_models(), frozen_model),
         reward_models=dict.fromkeys(objective.reward_models(), scorer),
         data_report={"sources": []},
+        fingerprints={},
     )
     ranks = Ranks(0, 1, torch.device("cpu"), "none")
     return Run(config, parts, run_folder(name), ranks, RunLog(None), StopFlag())

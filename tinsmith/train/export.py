@@ -21,7 +21,7 @@ from tinsmith.hub.vocabulary import save_tokenizer
 from tinsmith.nn import lora
 from tinsmith.train import parallel
 from tinsmith.train.checkpoint import OBJECTIVE_FILE
-from tinsmith.train.report import plot_run, write_samples
+from tinsmith.train.report import HEADLINE_METRICS, plot_run, write_samples
 from tinsmith.train.run import Run
 from tinsmith.train.run_dir import environment
 
@@ -54,8 +54,7 @@ def export_run(run: Run) -> None:
     )
     if heads:  # a reward model is no model without its head
         atomic_write(final / OBJECTIVE_FILE, bytes_of(heads))
-    best = run.state.best
-    output = f"{_first(best)} (best, step {int(best['step'])})  " if best else ""
+    output = _outcome(run.state.evaluation, run.state.best)
     opens = f"opens as {done.family}" if done.family != "tinsmith" else "opens with tinsmith.load"
     drawn = ", ".join(path.name for path in pictures)
     run.log.line(f" finished {output}{run.folder / 'final'} ({opens}), {drawn}, samples.md")
@@ -112,8 +111,14 @@ def _data(source: dict) -> CardDataset:
     )
 
 
-HEADLINE_METRICS = ("bpb", "accuracy", "reward", "divergence", "loss")
-"""The first of these metrics that an evaluation has is printed when the run is finished."""
+def _outcome(last: dict[str, float] | None, best: dict[str, float] | None) -> str:
+    """Describe the last evaluation, which is that of `final/`, and the best one if it differs."""
+    if last is None:
+        return ""
+    text = f"{_first(last)} (step {int(last['step'])}"
+    if best and best["step"] != last["step"]:
+        text += f"; best {_first(best)} at step {int(best['step'])}"
+    return f"{text})  "
 
 
 def _first(evaluation: dict[str, float]) -> str:

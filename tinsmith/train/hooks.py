@@ -93,8 +93,8 @@ def evaluate(run: Run) -> None:
     run.log.metrics({"step": run.state.step, "kind": "eval"} | values | evaluate_choice_tasks(run))
     whole = {name: value for name, value in values.items() if "." not in name}
     run.state.evaluation, loss = {"step": run.state.step, **whole}, whole["loss"]
-    better = run.state.best is None or loss < run.state.best["loss"]
-    if better and math.isfinite(loss):
+    better = math.isfinite(loss) and (run.state.best is None or loss < run.state.best["loss"])
+    if better:
         run.state.best = dict(run.state.evaluation)
         run.save_now = run.config.train.keep.best
     mark = " (best)" if better else ""
@@ -121,10 +121,14 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Save a checkpoint: at its interval, at a new best, at the end, or after SIGUSR1."""
+    """Save a checkpoint: at its interval, at a new best, at the end, or after SIGUSR1.
+
+    While steps are not finite only SIGUSR1 saves, because the weights may be broken already.
+    """
     requested = run.ranks.any(run.stop_flag.save)
     run.stop_flag.save = False
-    if not (_due(run, run.config.train.save_every) or run.save_now or requested):
+    due = _due(run, run.config.train.save_every) or run.save_now
+    if not requested and (not due or run.guard.consecutive):
         return
     began = time.monotonic()
     run.save_now = False

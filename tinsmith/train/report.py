@@ -63,12 +63,17 @@ def write_samples(folder: Path) -> Path:
     return folder / "samples.md"
 
 
+HEADLINE_METRICS = {"bpb": min, "accuracy": max, "reward": max, "divergence": min, "loss": min}
+"""The first of these metrics that an evaluation has is reported, and which of its values is best.
+"""
+
+
 def runs_table(root: Path) -> list[dict[str, Any]]:
     """Return a dict for every run under `root`, the most recently written first.
 
     Keys: name, folder, objective (`unknown` if the recipe cannot be read), step, steps (then None),
-    best_bpb (None before the first evaluation), age_seconds (since the last line of metrics), bytes
-    (of the whole folder), finished.
+    metric (of `HEADLINE_METRICS`), last and best (None before the first evaluation), age_seconds
+    (since the last line of metrics), bytes (of the whole folder), finished.
     """
     if not root.is_dir():
         return []
@@ -84,14 +89,18 @@ def _is_run(path: Path) -> bool:
 
 def _row(folder: Path) -> dict[str, Any]:
     history, config = History.read(folder), _config(folder)
-    bpb = history.series("eval", "bpb").values
+    evaluations = {name: history.series("eval", name).values for name in HEADLINE_METRICS}
+    metric = next((name for name, values in evaluations.items() if len(values)), None)
+    values = evaluations[metric].tolist() if metric else []
     return {
         "name": folder.name,
         "folder": str(folder),
         "objective": _inside(config, "objective", "kind") or "unknown",
         "step": max(history.step, _saved_step(folder)),
         "steps": _inside(config, "train", "steps"),
-        "best_bpb": float(bpb.min()) if len(bpb) else None,
+        "metric": metric,
+        "last": values[-1] if values else None,
+        "best": HEADLINE_METRICS[metric](values) if metric else None,
         "age_seconds": max(0.0, time.time() - _last_change(folder)),
         "bytes": _bytes(folder),
         "finished": (folder / "final" / "config.json").is_file(),

@@ -29,6 +29,7 @@ from tinsmith.rewards.model import RewardModel
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel
 from tinsmith.train.expert_stats import ExpertStats
+from tinsmith.train.fingerprints import check_fingerprints
 from tinsmith.train.guard import Guard, LossSpikeDetector
 from tinsmith.train.meters import MetricAccumulator, ThroughputMeter
 from tinsmith.train.parallel import Ranks
@@ -82,6 +83,8 @@ class RunParts(NamedTuple):
     """Trained reward models by their folders."""
     data_report: dict[str, Any]
     """`report.json` of the prepared data."""
+    fingerprints: dict[str, str]
+    """Fingerprints of tokenizer, data and frozen models (`train.fingerprints`)."""
 
 
 class Run:
@@ -101,7 +104,7 @@ class Run:
         policy = parts.policy
         self.policy, self.tokenizer = policy, parts.tokenizer
         self.source, self.validation = parts.source, parts.validation
-        self.data_report = parts.data_report
+        self.data_report, self.fingerprints = parts.data_report, parts.fingerprints
         self.objective = config.objective.build().to(ranks.device)
         self.objective.frozen_models = parts.frozen_models
         self.objective.reward_models = parts.reward_models
@@ -171,6 +174,7 @@ class Run:
             "spikes": self.spike_detector.state(),
             "loss_scale": self.loss_scaler.state(),
             "objective": self.objective.state(),
+            "fingerprints": self.fingerprints,
         }
         return checkpoint.Checkpoint(
             parallel.full_tensors(self.policy),
@@ -190,9 +194,12 @@ class Run:
                     self.checkpoint_dir, snapshot, self._recipe(), self.tokenizer
                 )
                 best = self.state.best
-                checkpoint.prune(
-                    self.checkpoint_dir, self.config.train.keep, int(best["step"]) if best else None
-                )
+                if not self.guard.consecutive:  # this one may be broken: keep the others
+                    checkpoint.prune(
+                        self.checkpoint_dir,
+                        self.config.train.keep,
+                        int(best["step"]) if best else None,
+                    )
                 self.log.line(
                     f" saved  {folder.relative_to(self.folder)} ({format_size(snapshot.nbytes)})"
                 )
@@ -210,13 +217,25 @@ class Run:
         """Return the recipe with the policy's config, so that the checkpoint opens on its own."""
         return dump(replace(self.config, model=self.policy.config))
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Restore a checkpoint. Training continues to the same bits on as many ranks."""
+    def load_checkpoint(self, folder: Path, *, accept_changes: bool = False) -> None:
+        """Restore a checkpoint. Training continues to the same bits on as many ranks.
+
+        UserError if tokenizer, data or frozen models are not those of the checkpoint. With
+        `accept_changes`, changed data and models are used, and the best evaluation is forgotten.
+        """
         saved = checkpoint.load(folder)
+        changed = check_fingerprints(
+            folder,
+            saved.state.get("fingerprints", {}),
+            self.fingerprints,
+            accept_changes=accept_changes,
+        )
         parallel.load_full_tensors(self.policy, saved.model, str(folder))
         parallel.load_full_tensors(self.objective, saved.objective, str(folder))
         self.optimizers.load_state_tensors(saved.optim)
         self.state = TrainerState.from_dict(saved.state)
+        if changed:
+            self.state.best = None
         self.throughput = ThroughputMeter(self.state.tokens)
         self.loader.cursor = saved.state["cursor"]
         self.metrics.load_state(saved.state["meters"], self.metrics_device)

@@ -1,6 +1,7 @@
 """The folder of a run: its path, `config.yaml` and `env.json`, and when a run may resume in it."""
 
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -74,6 +75,39 @@ def create_run_folder(folder: Path, resume: bool) -> bool:
             "write"
         ) from None
     return taken
+
+
+class RunLock:
+    """An exclusive lock on the folder of a run, held while a process trains it.
+
+    Raise UserError with process id and host if another process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self._file = (folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"{folder}: {holder} trains this run at the moment; stop it first, or choose "
+                "another --name"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        self._write(f"process {os.getpid()} on {platform.node()}")
+
+    def release(self) -> None:
+        """Release the lock."""
+        self._write("")
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        self._file.truncate(0)
+        self._file.write(text)
+        self._file.flush()
 
 
 def write_config_and_env(folder: Path, config: RunConfig, ranks: Ranks) -> None:

@@ -25,7 +25,7 @@ from tinsmith.core.yamlfile import read_yaml
 from tinsmith.data.loader.loader import SplitName, TokenizedDataset, open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.prepare.prepared import PreparedData
-from tinsmith.hub.load import load
+from tinsmith.hub.load import load, locate
 from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.model import LM
@@ -33,6 +33,7 @@ from tinsmith.nn.parameters import count_parameters
 from tinsmith.optim.schedule import warmup_warning
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train import checkpoint, parallel, run_dir
+from tinsmith.train.fingerprints import data_fingerprint, model_fingerprint
 from tinsmith.train.frozen import load_frozen_models, load_reward_models
 from tinsmith.train.parallel import Ranks
 from tinsmith.train.plan import (
@@ -47,7 +48,13 @@ from tinsmith.train.trackers import attach_trackers
 
 
 def setup_run(
-    config: RunConfig, name: str, flag: StopFlag, *, resume: bool, resume_from: Path | None
+    config: RunConfig,
+    name: str,
+    flag: StopFlag,
+    *,
+    resume: bool,
+    resume_from: Path | None,
+    accept_changes: bool = False,
 ) -> Run | None:
     """Claim the folder `name`, resolve the recipe and build the run. Return None if the run is
     finished already; then nothing is resolved, so that `init_from` may be gone.
@@ -62,15 +69,23 @@ def setup_run(
         else True
     )
     ranks.barrier()
+    lock = run_dir.RunLock(folder) if ranks.is_main else None
     log = RunLog(folder, quiet=not ranks.is_main)
+    run = None
     try:
         if taken:
             run_dir.check_resume_config(folder, config)
-        return _start(config, folder, ranks, log, flag, resume, resume_from)
+        run = _start(config, folder, ranks, log, flag, resume, resume_from, accept_changes)
     except UserError:
         if not taken:  # the name is free for the corrected recipe
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        if lock and run:
+            log.closers.append(lock.release)
+        elif lock:
+            lock.release()
+    return run
 
 
 def _start(
@@ -81,6 +96,7 @@ def _start(
     flag: StopFlag,
     resume: bool,
     resume_from: Path | None,
+    accept_changes: bool,
 ) -> Run | None:
     checkpoint.remove_incomplete(folder / "checkpoints") if ranks.is_main else None
     found = resume_from or _newest(folder, log)
@@ -89,12 +105,16 @@ def _start(
     if found and _finished(folder, found, config):
         log.line(f" finished  {folder} is already at step {config.train.steps}; nothing to do")
         return None
-    plan = _with_run_precision(resolve(config), found, ranks)
+    plan = resolve(config if found is None else _resumed_recipe(config, found))
+    plan = _with_run_precision(plan, found, ranks)
+    if found and accept_changes:
+        plan = replace(plan, tokenizer=Tokenizer.load(found))
     if ranks.is_main:
         run_dir.write_config_and_env(folder, config, ranks)
     run = build(plan, folder, ranks, log, flag)
+    run.config = replace(run.config, init_from=config.init_from)
     if found:
-        run.load_checkpoint(found)
+        run.load_checkpoint(found, accept_changes=accept_changes)
         run.log.truncate(run.state.step)
         run.log.line(f" resume    from {found} at step {run.state.step}")
     elif ranks.is_main:
@@ -117,6 +137,18 @@ def _with_run_precision(plan: RunPlan, found: Path | None, ranks: Ranks) -> RunP
     return replace(plan, precision=first.decode())
 
 
+def _resumed_recipe(config: RunConfig, found: Path) -> RunConfig:
+    """Return the recipe with the checkpoint in place of `init_from`, which may be gone.
+
+    `init_from` is needed only by objectives that keep a copy of the initial policy as reference.
+    """
+    copies_policy = config.lora is None and None in config.objective.frozen_models().values()
+    if config.init_from is None or copies_policy:
+        return config
+    path = found / "config.yaml"
+    return replace(config, init_from=str(found), lora=from_dict(read_yaml(path), str(path)).lora)
+
+
 def _newest(folder: Path, log: RunLog) -> Path | None:
     found, skipped = checkpoint.latest(folder / "checkpoints")
     for reason in skipped:
@@ -134,7 +166,7 @@ def _finished(folder: Path, found: Path, config: RunConfig) -> bool:
 def build(plan: RunPlan, folder: Path, ranks: Ranks, log: RunLog, flag: StopFlag) -> Run:
     """Load or initialise the weights, prepare the data and build the run of `plan`."""
     config = plan.config
-    lm = None if config.init_from is None else _load_init(plan, config.init_from, ranks.device)
+    lm = None if config.init_from is None else _load_init(plan, config.init_from, ranks, log)
     prepared = _prepare_data(plan, folder.parent / ".data", ranks, log, flag)
     tokenizer = prepared.tokenizer
     rng.seed_all(config.train.seed)
@@ -144,23 +176,33 @@ def build(plan: RunPlan, folder: Path, ranks: Ranks, log: RunLog, flag: StopFlag
     else:
         lm = resize_embeddings(lm, tokenizer, log)
     policy = plan.with_adapters(lm).train()
+    frozen = load_frozen_models(config.objective, policy, tokenizer, ranks.device)
+    reward_models = load_reward_models(config.objective, tokenizer, ranks.device)
     parts = RunParts(
         policy=policy,
         tokenizer=tokenizer,
         source=_open_split(prepared, "train", config),
         validation=_validation(prepared, config),
-        frozen_models=load_frozen_models(config.objective, policy, tokenizer, ranks.device),
-        reward_models=load_reward_models(config.objective, tokenizer, ranks.device),
+        frozen_models=frozen,
+        reward_models=reward_models,
         data_report=prepared.report,
+        fingerprints={
+            "tokenizer": tokenizer.fingerprint(),
+            "data": data_fingerprint(prepared),
+            **{name: model_fingerprint(lm) for name, lm in frozen.items()},
+            **{f"reward model {name}": model_fingerprint(m) for name, m in reward_models.items()},
+        },
     )
     run = Run(plan.run_config, parts, folder, ranks, log, flag)
     log_header(run, plan)
     return run
 
 
-def _load_init(plan: RunPlan, init_from: str, device: torch.device) -> LM:
+def _load_init(plan: RunPlan, init_from: str, ranks: Ranks, log: RunLog) -> LM:
     """Load the model of `init_from` in float32, with the plan's dropout, noise and `trainable`."""
-    lm, _ = load(init_from, device=str(device), dtype=torch.float32)
+    folder = locate(init_from)
+    lm, _ = load(folder, device=str(ranks.device), dtype=torch.float32)
+    log.line(f"  init       from {folder}")
     config = replace(plan.model_config, vocab_size=lm.config.vocab_size)
     return lm if config == lm.config else _rebuild(config, lm, lm.state_dict())
 

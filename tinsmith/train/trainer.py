@@ -40,13 +40,14 @@ def train(
     *,
     resume: bool = False,
     resume_from: Path | None = None,
+    accept_changes: bool = False,
     recipe: str = "run",
 ) -> Path:
     """Train a recipe from the start or from a checkpoint to its last step. Return the run's folder.
 
     `name`: the folder's name under `$TINSMITH_RUNS` or `runs` (default: `recipe` and the date).
     `resume`: continue from the newest valid checkpoint, or start if there is none; `resume_from`
-    names one.
+    names one. `accept_changes`: continue even if data or reference models have changed.
 
     Raise UserError for wrong input, Stopped after a requested stop and its checkpoint,
     TooManyNonfiniteSteps after too many steps in a row that were not finite, and DiskFull if two
@@ -54,7 +55,14 @@ def train(
     """
     name = name or default_run_name(recipe)
     with StopFlag() as flag:
-        run = setup_run(config, name, flag, resume=resume, resume_from=resume_from)
+        run = setup_run(
+            config,
+            name,
+            flag,
+            resume=resume,
+            resume_from=resume_from,
+            accept_changes=accept_changes,
+        )
         if run is None:
             return run_folder(name)
         try:
@@ -123,8 +131,14 @@ def train_step(run: Run) -> None:
     if not healthy:
         log_nonfinite_step(run, begin)
         if run.guard.exceeded:
-            good, _ = checkpoint.latest(run.checkpoint_dir)
-            where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
+            good = checkpoint.latest_until(
+                run.checkpoint_dir, run.state.step - run.guard.consecutive
+            )
+            where = (
+                f"go on from the last good checkpoint with --resume-from {good}"
+                if good
+                else "no checkpoint was saved before them"
+            )
             raise TooManyNonfiniteSteps(
                 f"{run.guard.consecutive} steps in a row were not finite; {where}"
             )

@@ -20,16 +20,19 @@ def table(as_json: bool) -> None:
         print_line(f"no runs under {runs_root()}")
         return
     print_line(
-        f"{'name':<32} {'objective':<10} {'step':>13} {'best bpb':>9} {'age':>8} {'size':>8}"
+        f"{'name':<32} {'objective':<10} {'step':>13} {'last':>16} {'best':>7} "
+        f"{'age':>8} {'size':>8}"
     )
     for row in rows:
         step = f"{row['step']}/{row['steps'] or '?'}"
-        best = "-" if row["best_bpb"] is None else f"{row['best_bpb']:.3f}"
+        last, best = "-", "-"
+        if row["metric"] is not None:
+            last, best = f"{row['metric']} {row['last']:.3f}", f"{row['best']:.3f}"
         age, size = format_duration(row["age_seconds"]), format_size(row["bytes"])
         note = "" if row["finished"] else "  unfinished"
         print_line(
-            f"{row['name']:<32} {row['objective']:<10} {step:>13} {best:>9} {age:>8} "
-            f"{size:>8}{note}"
+            f"{row['name']:<32} {row['objective']:<10} {step:>13} {last:>16} {best:>7} "
+            f"{age:>8} {size:>8}{note}"
         )
 
 

@@ -15,6 +15,7 @@ def train(
     name: str | None,
     resume: bool,
     resume_from: Path | None,
+    accept_changes: bool,
     dry: bool,
 ) -> None:
     """Validate the recipe and train. With `dry`, only do a dry run."""
@@ -29,4 +30,11 @@ def train(
             f"--resume-from {resume_from}: no checkpoint there (a folder step-... with a "
             "manifest.json)"
         )
-    run_recipe(config, name, resume=resume, resume_from=resume_from, recipe=recipe.stem)
+    run_recipe(
+        config,
+        name,
+        resume=resume,
+        resume_from=resume_from,
+        accept_changes=accept_changes,
+        recipe=recipe.stem,
+    )
