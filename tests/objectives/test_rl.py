@@ -130,6 +130,23 @@ def test_the_first_step_is_reinforce_for_any_rollout_precision(name, small, read
         assert abs(metrics["kl"].total) < 1e-6
 
 
+def test_E4_dr_grpo_divides_by_no_deviation_unless_it_is_set(small, ready):
+    """The paper's advantages (2503.20783): 0.875 for one right completion of eight."""
+    lm = small()
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0])
+    expected = {None: 0.875, False: 0.875, True: 0.875 / (rewards.std(correction=0) + 1e-4)}
+    for scale_rewards, value in expected.items():
+        config = GRPO(num_generations=8, loss=DrGRPOLoss(), scale_rewards=scale_rewards, **SMALL)
+        objective = ready(config, lm)
+        objective.raw_rewards = lambda prompts, rollouts: rewards.tolist()
+        batch = next(objective.batches(Prompts(1), lm))
+        assert batch.advantages[0].max() == pytest.approx(float(value))
+    assert GRPO().loss.SCALES_REWARDS
+    scaled = ready(GRPO(num_generations=8, **SMALL), lm)
+    scaled.raw_rewards = lambda prompts, rollouts: rewards.tolist()
+    assert next(scaled.batches(Prompts(1), lm)).advantages[0].max() > 2.6
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_T2_an_unfinished_rollout_is_saved(name, small, ready):
     lm = small()

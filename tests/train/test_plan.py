@@ -107,6 +107,36 @@ def test_dropout_and_router_noise_are_off_for_objectives_that_compare_log_probab
     assert_same_run(resolved, resolve(resolved.recipe()))
 
 
+@pytest.mark.parametrize("kind", ["dpo", "grpo", "ppo", "spo"])
+@pytest.mark.parametrize(
+    "feed_forward",
+    [
+        {"kind": "topk_moe", "experts": 4, "top_k": 2, "hidden_dim": 24, "z_weight": 0.1},
+        {"kind": "deepseek_moe", "experts": 4, "top_k": 2, "hidden_dim": 24},
+        {"kind": "dyn_moe", "experts": 4, "hidden_dim": 24, "router_grad": "smk"},
+    ],
+    ids=lambda config: config["kind"],
+)
+def test_E11_alignment_trains_no_router_losses_unless_they_are_set(kind, feed_forward, noisy):
+    model = noisy | {"pattern": [noisy["pattern"][0] | {"feed_forward": feed_forward}]}
+    weights = ("balance_weight", "z_weight", "sdl_weight")
+
+    def router_losses(objective):
+        recipe = SECTION | {"model": model, "objective": objective}
+        config = resolve(from_dict(recipe)).model_config
+        torch.manual_seed(0)
+        lm = LM(replace(config, dropout=Dropout())).train()
+        out = lm(torch.randint(300, (2, 8)))
+        values = {n: v for n, v in out.losses.items() if n.rsplit(".", 1)[-1] != "indexer"}
+        found = {n: getattr(config.layers[0].feed_forward, n, 0.0) for n in weights}
+        return sum(found.values()), sum(abs(float(value)) for value in values.values())
+
+    assert router_losses({"kind": kind}) == (0, 0)
+    kept = router_losses({"kind": kind, "router_losses": True})
+    assert kept == router_losses({"kind": "pretrain"})
+    assert min(kept) > 0
+
+
 def test_init_from_gives_model_and_tokenizer_without_reading_weights(
     base, tokenizer, no_weight_reads
 ):

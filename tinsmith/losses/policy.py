@@ -16,7 +16,7 @@ e^20, so that it is finite in float32, and has no gradient beyond.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 class PolicyLossBase(Config):
     """Base of every policy loss: token-level ratios, clipped as in PPO, mean over all tokens."""
 
+    SCALES_REWARDS: ClassVar[bool] = True
+    """Whether the paper of the loss divides advantages by the group's standard deviation."""
     kind: str
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -113,6 +115,7 @@ class GRPOLoss(PolicyLossBase):
 class DrGRPOLoss(PolicyLossBase):
     """Sum divided by rows * max_length, which favours no length (2503.20783)."""
 
+    SCALES_REWARDS: ClassVar[bool] = False
     kind: Literal["dr_grpo"] = "dr_grpo"
 
     def units(self, mask: Tensor, max_length: int) -> Tensor:

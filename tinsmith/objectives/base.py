@@ -101,6 +101,10 @@ class ObjectiveConfigBase(Config):
     of LoRA adapters is ten times as much.
     """
 
+    def trains_router_losses(self) -> bool:
+        """Return True if load-balancing losses of the model are part of the loss."""
+        return True
+
     @property
     def data_format(self) -> FormatName:
         """Name of the data format that the objective reads (`data.formats`)."""

@@ -65,6 +65,8 @@ class DPO(ObjectiveConfigBase):
     """`length` divides log-probabilities by the completion's number of tokens."""
     reference: str | None = None
     """Folder of the reference model; null: the policy before the first step."""
+    router_losses: bool = False
+    """If True, the load-balancing losses of routers are trained on, as in pretraining."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -79,6 +81,10 @@ class DPO(ObjectiveConfigBase):
             raise ValueError(f"loss={self.loss} has no reference; leave it out")
         if self.loss in _WITHOUT_REFERENCE and self.normalise == "length":
             raise ValueError(f"loss={self.loss} is a mean over tokens anyway; leave normalise out")
+
+    def trains_router_losses(self) -> bool:
+        """Return the key `router_losses`."""
+        return self.router_losses
 
     def frozen_models(self) -> dict[str, str | None]:
         """Return the reference model, for losses that have one."""

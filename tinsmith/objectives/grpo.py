@@ -3,6 +3,9 @@
     A_i  = (R_i - mean R) / (std R + 1e-4), over the completions of one prompt
     loss = policy loss(A) + kl_coef * KL(pi to the reference)
 
+Dr. GRPO (2503.20783) does not divide by the deviation, because that favours prompts that are nearly
+always or nearly never solved.
+
 `losses.policy` has the policy losses: grpo, dapo, dr_grpo, cispo, gspo. The estimator k3 of the KL
 divergence, as a loss, is the forward KL.
 """
@@ -53,6 +56,10 @@ class GRPO(CriticFreeConfig):
     kind: Literal["grpo"] = "grpo"
     loss: PolicyLoss = GRPOLoss()
     num_generations: Count = 8
+    scale_rewards: bool | None = None
+    """If True, advantages are divided by the standard deviation of their group. None: as the paper
+    of the loss does, which is False for `dr_grpo` and True otherwise.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,12 +109,18 @@ class CriticFreeObjective(RLObjective):
 class GRPOObjective(CriticFreeObjective):
     """Advantages are relative to the group: the completions of one prompt."""
 
+    def __init__(self, config: GRPO):
+        super().__init__(config)
+        self.config = config
+
     def compute_advantages(
         self, policy: LM, prompts: list[Prompt], rows: RolloutBatch
     ) -> RolloutBatch:
         """Normalise rewards within groups. A missing reward counts as the mean of its group."""
         groups = fill_missing_rewards(rows.rewards.view(-1, self.config.num_generations))
-        advantages = group_advantages(groups).flatten()
+        scale = self.config.scale_rewards
+        scale = self.config.loss.SCALES_REWARDS if scale is None else scale
+        advantages = group_advantages(groups, scale=scale).flatten()
         return rows._replace(advantages=expand_advantages(advantages, rows.mask))
 
     def rollout_metrics(self, rows: RolloutBatch, logprobs: Tensor) -> dict[str, Metric]:

@@ -19,7 +19,11 @@ from tinsmith.nn import lora
 from tinsmith.nn.config import ModelConfig
 from tinsmith.nn.lora import LoRA
 from tinsmith.nn.model import LM
-from tinsmith.objectives.frozen import deterministic_adapters, deterministic_config
+from tinsmith.objectives.frozen import (
+    deterministic_adapters,
+    deterministic_config,
+    without_router_losses,
+)
 from tinsmith.text.config import TrainTokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.train.parallel import Mesh, pick_device
@@ -193,6 +197,8 @@ def _resolve_model(config: RunConfig, tokenizer: Tokenizer | TrainTokenizerConfi
     assert model is not None, "a recipe has a model or an init_from"
     if config.init_from is None and isinstance(tokenizer, Tokenizer):
         check_vocab_size(model.vocab_size, tokenizer)
+    if not config.objective.trains_router_losses():
+        model = without_router_losses(model)
     return deterministic_config(model) if config.objective.deterministic else model
 
 
@@ -200,15 +206,19 @@ def _check_agreement(
     init_from: str, initial: ModelConfig, model: ModelConfig, vocab_sizes: set[int]
 ) -> None:
     """Raise UserError if the recipe's `model` is not that of `init_from`. They may differ in what
-    acts in training only: `trainable`, dropout and router noise.
+    acts in training only: `trainable`, dropout, router noise and weights of router losses.
     """
     alike = replace(model, trainable=initial.trainable)
     if model.vocab_size in vocab_sizes:
         alike = replace(alike, vocab_size=initial.vocab_size)
-    if deterministic_config(alike) != deterministic_config(initial):
+    if _training_settings_removed(alike) != _training_settings_removed(initial):
         raise UserError(
             f"model: differs from that of init_from: {init_from}; leave it out, or make them agree"
         )
+
+
+def _training_settings_removed(config: ModelConfig) -> ModelConfig:
+    return without_router_losses(deterministic_config(config))
 
 
 def _check_batch_size(config: RunConfig, mesh: Mesh) -> None:

@@ -19,15 +19,15 @@ def whiten(values: Tensor, mask: Tensor, peers: Peers) -> Tensor:
     return torch.where(mask, centred, 0).to(values.dtype)
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def group_advantages(rewards: Tensor, *, scale: bool = True) -> Tensor:
     """Return group-relative advantages (P, G) of the rewards (P, G) of G completions of each of P
-    prompts: minus the group's mean, divided by its population standard deviation + 1e-4. Equal
-    rewards give exactly 0. Integer rewards are converted to torch's default float.
+    prompts: minus the group's mean and, with `scale`, divided by its population standard deviation
+    + 1e-4. Equal rewards give exactly 0. Integer rewards are converted to torch's default float.
     """
     if not rewards.is_floating_point():
         rewards = rewards.to(torch.get_default_dtype())
     centred = rewards - rewards.mean(1, keepdim=True)
-    spread = rewards.std(1, keepdim=True, correction=0) + 1e-4
+    spread = rewards.std(1, keepdim=True, correction=0) + 1e-4 if scale else 1.0
     return torch.where(zero_variance_groups(rewards)[:, None], 0, centred / spread)
 
 

@@ -99,6 +99,8 @@ class RLConfig(ObjectiveConfigBase):
     """Largest number of turns of the policy in a rollout with tools."""
     seed: int = 0
     """Random seed of sampling."""
+    router_losses: bool = False
+    """If True, the load-balancing losses of routers are trained on, as in pretraining."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -117,6 +119,10 @@ class RLConfig(ObjectiveConfigBase):
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef={self.kl_coef} must be at least 0")
+
+    def trains_router_losses(self) -> bool:
+        """Return the key `router_losses`."""
+        return self.router_losses
 
     @property
     def max_response_tokens(self) -> int:
