@@ -34,6 +34,8 @@ class Document(NamedTuple):
     line: int
     first: bool = True
     last: bool = True
+    unread: tuple[str, ...] = ()
+    """Names of the fields of its record that were not used."""
 
     @property
     def is_text(self) -> bool:

@@ -54,6 +54,8 @@ class Record(NamedTuple):
     data: dict[str, Any]
     file: str
     line: int
+    unread: tuple[str, ...] = ()
+    """Columns of a parquet file that were not selected."""
 
 
 def expand_path(path: str) -> Path:
@@ -188,6 +190,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Re
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             missing = [name for name in columns or [] if name not in names]
+            unread = tuple(name for name in names if name not in (columns or names))
             if missing:
                 raise UserError(
                     f"{path}: no column '{missing[0]}' (it has {', '.join(names)}); set data.field"
@@ -195,7 +198,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Re
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
                     row_number += 1
-                    yield Record(record, str(path), row_number)
+                    yield Record(record, str(path), row_number, unread)
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (pyarrow.ArrowException, OSError) as error:

@@ -19,7 +19,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tinsmith.core.errors import UserError
-from tinsmith.text.records import BadRecord, Call, Conversation, Message, parse_conversation
+from tinsmith.text.fields import BadRecord
+from tinsmith.text.records import Call, Conversation, Message, parse_conversation
 from tinsmith.text.specials import END_OF_TEXT, SPECIALS, TAGS, our_template
 from tinsmith.text.template import ChatTemplate, TemplateRefused, compile_template
 from tinsmith.text.tokenizer import Tokenizer
@@ -155,14 +156,13 @@ def _check_complete(conversation: Conversation, guards: "_Guards", text: str) ->
 def _turns(
     tokenizer: Tokenizer, script: "_TemplateInput", text: str, mark: str
 ) -> Iterator[tuple[int, int, int]]:
-    """Find the assistant's turns in a rendered text: start, end of the opening text, end.
+    """Find the assistant's turns with a loss in a rendered text: start, end of the opening text,
+    end.
 
     A turn starts where its prompt ends, and ends with the first end-of-turn token after that.
     """
     closing = tokenizer.decode([tokenizer.end_of_turn])
-    for index, message in enumerate(script.messages):
-        if message["role"] != "assistant":
-            continue
+    for index in script.trained:
         header = script.text(True, None, until=index)
         if not text.startswith(header):
             raise UserError(
@@ -259,6 +259,8 @@ class _TemplateInput:
 
     template: ChatTemplate
     messages: list[dict[str, Any]]
+    trained: list[int]
+    """Indices of the assistant's messages that have a loss."""
     tools: list[dict[str, Any]]
     bos: str
     eos: str
@@ -290,6 +292,11 @@ def _template_input(
     return _TemplateInput(
         template=compile_template((tokenizer and tokenizer.chat_template) or our_template()),
         messages=[_message_dict(message, change) for message in conversation.messages],
+        trained=[
+            index
+            for index, message in enumerate(conversation.messages)
+            if message.role == "assistant" and message.trained
+        ],
         tools=[_map_texts(tool, "tools", change) for tool in conversation.tools],
         bos=(tokenizer.bos or "") if tokenizer else END_OF_TEXT,
         eos=tokenizer.eos if tokenizer else END_OF_TEXT,

@@ -12,6 +12,7 @@ from tinsmith.data.documents import Content
 from tinsmith.data.loader.pack import IndexedSamples, Row
 from tinsmith.data.prepare.shards import Shards
 from tinsmith.text.chat import Conversation, encode_chat
+from tinsmith.text.fields import Fields
 from tinsmith.text.tokenizer import Tokenizer
 
 
@@ -70,6 +71,10 @@ class DataFormat(ABC):
     @abstractmethod
     def read(self, record: Any) -> Content:
         """Read a record of a file. Raise BadRecord with the reason if it cannot be used."""
+
+    def unread(self, record: Fields) -> tuple[str, ...]:
+        """Return the names of the fields of a record that `read` did not use."""
+        return tuple(dict.fromkeys(record.unread()))
 
     @abstractmethod
     def record(self, sample: BuiltinSample) -> str | dict[str, Any]:

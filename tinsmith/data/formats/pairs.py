@@ -25,6 +25,8 @@ from tinsmith.text.chat import (
     encode_prompt,
     parse_conversation,
 )
+from tinsmith.text.fields import Fields, as_fields
+from tinsmith.text.records import history_turns, question_text, read_messages, with_messages
 from tinsmith.text.tokenizer import Tokenizer
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -97,8 +99,7 @@ def read_pair(record: Any) -> PreferencePair:
     the common beginning of both sides if they are whole conversations or transcripts. Raise
     BadRecord with the reason: a side missing or empty, different prompts, equal sides.
     """
-    if not isinstance(record, dict):
-        raise BadRecord("not a JSON object")
+    record = as_fields(record)
     chosen, rejected = (_side(record, name) for name in ("chosen", "rejected"))
     if chosen.messages[:-1] != rejected.messages[:-1]:
         raise BadRecord("`chosen` and `rejected` answer different prompts")
@@ -107,20 +108,20 @@ def read_pair(record: Any) -> PreferencePair:
     return PreferencePair(chosen=chosen, rejected=rejected)
 
 
-def prompt_messages(record: dict[str, Any]) -> list[Any]:
+def prompt_messages(record: Fields) -> list[Any]:
     """Return the prompt of a record as role/content objects, not validated; empty without one."""
-    for key in ("prompt", "question"):
-        prompt = record.get(key)
-        if isinstance(prompt, list):
-            return prompt
-        if isinstance(prompt, str):
-            return _transcript(prompt) or [{"role": "user", "content": prompt}]
+    for key in ("prompt", "question", "query"):
+        if isinstance(record.peek(key), list):
+            return record.get(key)
+        if key in record:
+            text = question_text(record, key)
+            return _transcript(text) or [{"role": "user", "content": text}]
     for key in ("messages", "conversations"):
-        if isinstance(record.get(key), list):
-            return record[key]
+        if key in record:
+            return read_messages(record, key) or []
     if "instruction" in record:
-        bare = {key: record[key] for key in ("instruction", "input", "history") if key in record}
-        return _plain(parse_conversation(bare, answered=False))
+        question = {"role": "user", "content": question_text(record, "instruction")}
+        return [*history_turns(record), question]
     return []
 
 
@@ -145,7 +146,7 @@ def encode_pair(
     return chosen, rejected
 
 
-def _side(record: dict[str, Any], name: str) -> Conversation:
+def _side(record: Fields, name: str) -> Conversation:
     """Read the whole conversation of one side."""
     side = record.get(name)
     if side is None:
@@ -162,8 +163,7 @@ def _side(record: dict[str, Any], name: str) -> Conversation:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise BadRecord(f"`{name}` is neither text nor messages")
         messages = turns if len(turns) > 1 else [*prompt, *turns]
-    given = {key: record[key] for key in ("system", "tools") if key in record}
-    whole = parse_conversation({"messages": messages} | given)
+    whole = parse_conversation(with_messages(record, messages))
     if whole.messages[-1].role != "assistant" or len(whole.messages) < 2:
         raise BadRecord(f"`{name}` does not answer anything")
     return whole
@@ -182,10 +182,6 @@ def _transcript(text: str) -> list[dict[str, str]]:
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
-
-
-def _plain(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in conversation.messages]
 
 
 def _answer_only(encoded: EncodedChat, prompt_len: int, seq_len: int) -> EncodedChat:

@@ -30,12 +30,16 @@ from tinsmith.text.chat import (
     parse_conversation,
     template_texts,
 )
-from tinsmith.text.records import answer_of
+from tinsmith.text.fields import Fields, as_fields
+from tinsmith.text.records import answer_of, with_messages
 from tinsmith.text.tokenizer import Tokenizer
 
 METADATA_DIR = "metadata"
 """Folder of the metadata shards, inside the folder of a split."""
-_ANSWERS = ("final", "answer", "output", "gt", "ground_truth", "solution")
+_ANSWERS = (
+    *("final", "answer", "output", "gt", "ground_truth", "solution"),
+    *("response", "completion", "label"),
+)
 """Fields that may hold the expected answer: the bare result before the worked solution."""
 
 
@@ -87,6 +91,10 @@ class Prompts(DataFormat):
     def read(self, record: Any) -> Content:
         """Read a record of a prompt."""
         return read_prompt(record)
+
+    def unread(self, record: Fields) -> tuple[str, ...]:
+        """Return no field of the record itself: rewards get the whole record."""
+        return tuple(name for name in super().unread(record) if "." in name)
 
     def record(self, sample: BuiltinSample) -> str | dict[str, Any]:
         """Return the sample's prompt record."""
@@ -154,13 +162,11 @@ def read_prompt(record: Any) -> PromptExample:
     answer is one of the fields `_ANSWERS` (text, a number, or a list of these), or else the last
     assistant message. Raise BadRecord with the reason.
     """
-    if not isinstance(record, dict):
-        raise BadRecord("not a JSON object")
+    record = as_fields(record)
     messages = _drop_empty_answer(prompt_messages(record))
     if not messages:
         raise BadRecord("has none of `prompt`, `question`, `messages`, `instruction`")
-    given = {key: record[key] for key in ("system", "tools") if key in record}
-    whole = parse_conversation({"messages": messages} | given, answered=False)
+    whole = parse_conversation(with_messages(record, messages), answered=False)
     prompt = whole.prompt()
     if not prompt.messages:
         raise BadRecord("no message before the assistant's")

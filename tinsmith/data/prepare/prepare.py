@@ -45,7 +45,7 @@ from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.specials import our_template
 from tinsmith.text.tokenizer import Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 """Version of prepared folders, part of the hash: raise it when the same data are written in another
 way.
 """
@@ -163,7 +163,8 @@ class _Preparation:
             raise UserError(f"data: nothing in '{source.display_name}' is left to train on{why}")
         rejected = scan.rejected + len(encoder.rejects)
         config = source.config
-        return {"kind": config.kind, "weight": config.weight, "rejected": rejected} | counts
+        entry = {"kind": config.kind, "weight": config.weight, "rejected": rejected}
+        return entry | {"never_read": dict(scan.unread.most_common())} | counts
 
     def _check_space(self, text_bytes: int, tokenizer: Tokenizer) -> None:
         """Raise UserError if the disk is too small, assuming two bytes of text per token."""

@@ -76,3 +76,6 @@ def summarise(prepared: PreparedData, say: Say) -> None:
         if not validation["documents"]:
             parts.append("nothing held back for validation")
         say(f" prepare   {name}: {', '.join(parts)}")
+        if source["never_read"]:
+            fields = [f"{field} ({count:,} rows)" for field, count in source["never_read"].items()]
+            say(f" prepare   {name}: fields never read: {', '.join(fields)}")

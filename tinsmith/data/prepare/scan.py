@@ -1,6 +1,7 @@
 """Scan a source before it is prepared: count documents, collect bad lines, plan the split."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,8 @@ class ScanResult(NamedTuple):
     bytes: int
     """Bytes of text of both splits."""
     rejected: int
+    unread: Counter[str]
+    """Number of records by the name of a field in them that is never read."""
 
     def split_documents(self) -> Iterator[tuple[bool, Document]]:
         """Yield (is for validation, document) for all usable documents."""
@@ -61,15 +64,18 @@ class ScanResult(NamedTuple):
 
 def scan_source(source: DataSource, rejects: RejectLog, progress: Progress) -> ScanResult:
     """Read a source once. UserError if nothing in it can be used."""
-    before = rejects.count
-    train = _scan(source, source.train, rejects, progress)
-    held_back = _scan(source, source.validation, rejects, progress) if source.validation else None
+    before, unread = rejects.count, Counter[str]()
+    train, held_back = (
+        _scan(source, stream, rejects, unread, progress) if stream else None
+        for stream in (source.train, source.validation)
+    )
+    assert train is not None
     total = train.bytes + (held_back.bytes if held_back else 0)
     fraction = source.config.validation
     if held_back or isinstance(fraction, str):
-        return ScanResult(source, NO_SPLIT, total, rejects.count - before)
+        return ScanResult(source, NO_SPLIT, total, rejects.count - before, unread)
     split = plan_split(train, fraction, allow_cut=source.can_cut)
-    return ScanResult(source, split, total, rejects.count - before)
+    return ScanResult(source, split, total, rejects.count - before, unread)
 
 
 def format_reject(reject: Reject) -> str:
@@ -78,9 +84,13 @@ def format_reject(reject: Reject) -> str:
 
 
 def _scan(
-    source: DataSource, stream: DocumentStream, rejects: RejectLog, progress: Progress
+    source: DataSource,
+    stream: DocumentStream,
+    rejects: RejectLog,
+    unread: Counter[str],
+    progress: Progress,
 ) -> SourceStats:
-    """Count documents, find the range of their digests, and record bad lines."""
+    """Count documents and fields never read, find the range of digests, and record bad lines."""
     documents = characters = total = 0
     lowest, highest = 2**64, -1
     first_reject = None
@@ -92,6 +102,7 @@ def _scan(
         if item.first:
             number = digest(item)
             lowest, highest = min(lowest, number), max(highest, number)
+        unread.update(item.unread)
         documents += item.last
         characters += len(item.content) if isinstance(item.content, str) else 0
         total += item.bytes

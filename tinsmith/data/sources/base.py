@@ -17,6 +17,7 @@ from tinsmith.data.documents import Document, DocumentStream, limit_documents
 from tinsmith.data.files import Reject
 from tinsmith.data.formats.base import DataFormat
 from tinsmith.text.chat import BadRecord
+from tinsmith.text.fields import Fields
 
 OnBadLine = Literal["reject", "fail"]
 SplitName = Literal["train", "validation", "test"]
@@ -125,8 +126,10 @@ def record_documents(
             continue
         try:
             files.check_text(record.data)
-            content = data_format.read(record.data)
-            yield Document(content, data_format.split_key(content), record.file, record.line)
+            fields = Fields(record.data)
+            content = data_format.read(fields)
+            key, unread = data_format.split_key(content), data_format.unread(fields)
+            yield Document(content, key, record.file, record.line, unread=unread)
         except (BadRecord, ValueError) as error:
             yield Reject(record.file, record.line, str(error))
 
@@ -141,7 +144,8 @@ def text_documents(
             continue
         try:
             text = files.get_text(record.data, field)
-            yield Document(text, text.encode(), record.file, record.line)
+            unread = (*record.unread, *(name for name in record.data if name != field))
+            yield Document(text, text.encode(), record.file, record.line, unread=unread)
         except ValueError as error:
             yield Reject(record.file, record.line, str(error))
 
