@@ -2,10 +2,13 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinsmith.data.files import read_records
 from tinsmith.data.formats import FORMATS
 from tinsmith.data.sources import ChatsData, TextData
 from tinsmith.text.chat import BadRecord, Call, encode_chat, parse_conversation
@@ -185,3 +188,24 @@ def test_D3_prepare_names_the_fields_never_read(prepared, write_lines, capsys):
     texts = write_lines("t.jsonl", [{"text": f"a text {i}", "url": "u"} for i in range(3)])
     result = prepared(TextData(path=str(texts), validation=0))
     assert result.report["sources"][0]["never_read"] == {"url": 3}
+
+
+def test_D10_structs_of_parquet_have_no_padding(tmp_path):
+    tools = [
+        {"name": "f", "parameters": {"properties": {"x": {"type": "number"}}}},
+        {"name": "g", "parameters": {"properties": {"city": {"type": "string", "enum": ["a"]}}}},
+    ]
+    calls = [{"name": "f", "arguments": {"x": 0}}, {"name": "g", "arguments": {"city": "a"}}]
+    result = {"role": "tool", "content": "r"}
+    rows = [
+        {
+            "messages": [user(), assistant(None, tool_calls=[call]), result, assistant()],
+            "tools": [tool],
+        }
+        for call, tool in zip(calls, tools, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    read = [record.data for record in read_records(tmp_path / "x.parquet")]
+    assert [parse_conversation(each) for each in read] == [
+        parse_conversation(each) for each in rows
+    ]

@@ -196,7 +196,8 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Re
                     f"{path}: no column '{missing[0]}' (it has {', '.join(names)}); set data.field"
                 )
             for batch in file.iter_batches(batch_size=256, columns=columns):
-                for record in batch.to_pylist():
+                for row in batch.to_pylist():
+                    record = {name: _drop_nulls(value) for name, value in row.items()}
                     row_number += 1
                     yield Record(record, str(path), row_number, unread)
     except PermissionError as error:
@@ -205,6 +206,15 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Record | Re
         raise UserError(
             f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Return a value without the fields of structs that are null: Arrow gives every struct of a
+    column the fields of all of them.
+    """
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes | Reject]]:
