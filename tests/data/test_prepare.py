@@ -11,6 +11,7 @@ from tinsmith.core.errors import UserError
 from tinsmith.data.loader.loader import open_dataset
 from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.sources import ChatsData, StdlibData, TasksData, TextData, stdlib
+from tinsmith.text.bpe import train_bpe
 from tinsmith.text.config import TokenizerConfig, TrainTokenizerConfig
 from tinsmith.text.tokenizer import Tokenizer
 
@@ -251,6 +252,26 @@ def test_a_tokenizer_is_trained_on_at_most_max_bytes_sampled_evenly(
     assert 12_000 < sum(len(text.encode()) for text in sampled) <= 20_000
     quarters = Counter(int(text.split()[0]) * 4 // 30 for text in sampled)
     assert min(quarters[q] for q in range(4)) > 0.5 * len(sampled) / 4
+
+
+@pytest.mark.parametrize("num_documents", [1, 2, 8, 100])
+@pytest.mark.parametrize("seed", range(4))
+def test_D13_long_documents_are_sampled_in_pieces(
+    prepared, write_lines, stories, monkeypatch, num_documents, seed
+):
+    sampled = []
+
+    def watch(texts, vocab_size):
+        sampled.extend(texts)
+        return train_bpe(sampled, vocab_size)
+
+    monkeypatch.setattr("tinsmith.data.prepare.tokenizer.train_bpe", watch)
+    size = 200_000 // num_documents
+    books = [(f"{seed} {n} " + "".join(stories) * 50)[:size] for n in range(num_documents)]
+    path = write_lines("books.jsonl", objects(books))
+    settings = TrainTokenizerConfig(vocab_size=300, max_bytes=20_000)
+    prepared(TextData(path=str(path), validation=0), tokenizer=TokenizerConfig(train=settings))
+    assert 10_000 < sum(len(text.encode()) for text in sampled) <= 20_000
 
 
 def test_chats_as_documents_are_rendered_with_the_chat_template(prepared, texts_of, write_lines):

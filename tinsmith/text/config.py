@@ -8,7 +8,7 @@ from tinsmith.core.parse import Config, Count
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(Config):
-    """Train a byte-level BPE of `vocab_size` ids on the first `max_bytes` of the data's text."""
+    """Train a byte-level BPE of `vocab_size` ids on a sample of at most `max_bytes` of text."""
 
     vocab_size: Count = 6400
     max_bytes: Count = 50_000_000

@@ -136,11 +136,12 @@ class _Preparation:
 
     def _train(self, scans: list[ScanResult], config: TrainTokenizerConfig) -> Tokenizer:
         total = sum(scan.bytes for scan in scans)
-        size = format_size(min(total, config.max_bytes))
+        size = f"at most {format_size(min(total, config.max_bytes))}"
         self._say(f" prepare   training a tokenizer of {config.vocab_size} ids on {size}")
         documents = (item for scan in scans for item in scan.split_documents())
         progress = self._progress("reading for the tokenizer", total)
-        tokenizer = train_tokenizer(config, documents, total, progress)
+        tokenizer, num_bytes = train_tokenizer(config, documents, total, progress)
+        self._say(f" prepare   trained the tokenizer on {format_size(num_bytes)} of text")
         if tokenizer.vocab_size < config.vocab_size:
             self._say(f" prepare   too little text for more than {tokenizer.vocab_size} ids")
         return tokenizer

@@ -69,11 +69,11 @@ def digest(document: Document) -> int:
     return int.from_bytes(_digest(document.split_key), "big")
 
 
-def in_sample(document: Document, fraction: float) -> bool:
-    """Return True if a document belongs to a random `fraction` of all documents. The sample is
-    independent of the split.
+def in_sample(key: bytes, fraction: float) -> bool:
+    """Return True if a document with this split key belongs to a random `fraction` of all
+    documents. The sample is independent of the split.
     """
-    hashed = int.from_bytes(_digest(b"sample" + document.split_key), "big")
+    hashed = int.from_bytes(_digest(b"sample" + key), "big")
     return hashed < fraction * _NUM_DIGESTS
 
 
