@@ -1,9 +1,12 @@
 """Training a vocabulary: against a slow oracle, deterministic, complete."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -124,3 +127,28 @@ def test_a_tokenizer_section_reads_large_numbers():
     assert (config.train.vocab_size, config.train.max_bytes) == (6400, 1_000_000)
     assert parse(TokenizerConfig, {"train": {}}).train.vocab_size == 6400
     assert parse(TokenizerConfig, {"path": "gpt2"}).path == "gpt2"
+
+
+def test_D14_ordinary_text_gives_the_same_tokenizer_as_without_a_cut(monkeypatch):
+    folder = os.environ.get("TINSMITH_DATA")
+    files = sorted(Path(folder).rglob("*.jsonl"))[:4] if folder else [Path(__file__)]
+    lines = [
+        line[:3000]
+        for file in files
+        for line in file.read_text(encoding="utf-8")[:300_000].splitlines()
+    ]
+    cut = train_bpe(lines, 1500)
+    monkeypatch.setattr("tinsmith.text.bpe._CUT_PATTERN", r"[\s\S]+")
+    assert train_bpe(lines, 1500).to_json() == cut.to_json()
+
+
+def test_D14_training_time_is_linear_in_the_longest_word():
+    chance = random.Random(0)
+
+    def seconds(length):
+        text = "".join(chance.choices("ACGT", k=length))
+        start = time.process_time()
+        train_bpe([text], 1024)
+        return time.process_time() - start
+
+    assert seconds(400_000) < 24 * seconds(50_000) + 0.5  # 8 if linear, 64 if quadratic

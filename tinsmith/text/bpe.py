@@ -23,6 +23,10 @@ _SPLIT_PATTERN = (
     r"|\s+(?!\S)"  # whitespace without its last space, which belongs to the next word
     r"|\s+"
 )
+_CUT_PATTERN = r"[\s\S]{1,256}"
+"""Pieces of a word in which pairs are counted: the time to train on a word without a cut is the
+square of its length (DNA, scripts without spaces). Shorter words are one piece.
+"""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -42,12 +46,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"bytes and special tokens alone take {MIN_VOCAB_SIZE}"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    words, cut = (
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        for pattern in (_SPLIT_PATTERN, _CUT_PATTERN)
     )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -56,6 +60,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     settings = json.loads(tokenizer.to_str())
     for token in settings["added_tokens"]:
         token["special"] = token["content"] not in TAGS  # the trainer marks all of them as special
