@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tinsmith.data.files import read_records
 from tinsmith.data.formats import FORMATS
+from tinsmith.data.prepare.prepare import prepare
 from tinsmith.data.sources import ChatsData, TextData
 from tinsmith.text.chat import BadRecord, Call, encode_chat, parse_conversation
 from tinsmith.text.fields import Fields
@@ -209,3 +210,16 @@ def test_D10_structs_of_parquet_have_no_padding(tmp_path):
     assert [parse_conversation(each) for each in read] == [
         parse_conversation(each) for each in rows
     ]
+
+
+def test_D12_the_line_of_prepare_says_how_many_records_are_rejected_and_why(
+    tmp_path, tokenizer, write_lines
+):
+    rows = [{"messages": [user(), assistant(str(i))]} for i in range(2)]
+    path = write_lines("c.jsonl", [*rows, {}, *([{"messages": [user()]}] * 2)])
+    lines = []
+    config = ChatsData(path=str(path), validation=0)
+    result = prepare(config, tokenizer, "chats", tmp_path / "data", lines.append)
+    assert "3 lines rejected (60%; most often: no assistant turn; see " in lines[0]
+    assert lines[1] == " warning c: more than half of the records are rejected"
+    assert list(result.report["sources"][0]["reject_reasons"].values()) == [2, 1]

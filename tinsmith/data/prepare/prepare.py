@@ -165,6 +165,7 @@ class _Preparation:
         rejected = scan.rejected + len(encoder.rejects)
         config = source.config
         entry = {"kind": config.kind, "weight": config.weight, "rejected": rejected}
+        entry["reject_reasons"] = dict(rejects.reasons[id(source)].most_common(5))
         return entry | {"never_read": dict(scan.unread.most_common())} | counts
 
     def _check_space(self, text_bytes: int, tokenizer: Tokenizer) -> None:

@@ -72,10 +72,16 @@ def summarise(prepared: PreparedData, say: Say) -> None:
             f"{total['bytes'] / total['tokens']:.2f} B/token",
         ]
         if rejected:
-            parts.append(f"{rejected} lines rejected ({rejects})")
+            share = rejected / (rejected + total["documents"])
+            reason = next(iter(source["reject_reasons"]))
+            parts.append(
+                f"{rejected} lines rejected ({share:.0%}; most often: {reason}; see {rejects})"
+            )
         if not validation["documents"]:
             parts.append("nothing held back for validation")
         say(f" prepare   {name}: {', '.join(parts)}")
+        if rejected > total["documents"]:
+            say(f" warning {name}: more than half of the records are rejected")
         if source["never_read"]:
             fields = [f"{field} ({count:,} rows)" for field, count in source["never_read"].items()]
             say(f" prepare   {name}: fields never read: {', '.join(fields)}")

@@ -1,7 +1,7 @@
 """Scan a source before it is prepared: count documents, collect bad lines, plan the split."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,8 @@ class RejectLog:
 
     def __init__(self, path: Path):
         self.count = 0
+        self.reasons: dict[int, Counter[str]] = defaultdict(Counter)
+        """Number of bad lines by their reason, for every source by its `id`."""
         self._file = path.open("w", encoding="utf-8")
 
     def add(self, source: DataSource, reject: Reject) -> None:
@@ -31,6 +33,7 @@ class RejectLog:
             )
         self._file.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
         self.count += 1
+        self.reasons[id(source)][reject.reason] += 1
 
     def __enter__(self) -> "RejectLog":
         return self
