@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import re
@@ -233,12 +234,12 @@ def test_all_known_files_of_a_folder_are_found_in_order(tmp_path):
 
 def test_an_unusable_path_is_a_one_line_error_with_advice(tmp_path):
     (tmp_path / "stories.txt").touch()
-    (tmp_path / "table.csv").touch()
+    (tmp_path / "table.xlsx").touch()
     (tmp_path / "empty").mkdir()
     for name, message in [
         ("storys.txt", r"data\.path: .*storys\.txt does not exist\. Did you mean 'stories\.txt'\?"),
-        ("table.csv", r"not of a known kind; use \.txt, \.jsonl, \.jsonl\.gz, \.parquet"),
-        ("empty", r"no \.txt, \.jsonl, \.jsonl\.gz, \.parquet file in the folder"),
+        ("table.xlsx", r"not of a known kind; use \.txt, \.jsonl, \.jsonl\.gz, .*\.parquet"),
+        ("empty", r"no \.txt, \.jsonl, \.jsonl\.gz, .*\.parquet file in the folder"),
     ]:
         with pytest.raises(UserError, match=message):
             find_files(str(tmp_path / name))
@@ -265,3 +266,27 @@ def test_a_file_without_permission_is_a_one_line_error(tmp_path, monkeypatch, na
     monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
     with pytest.raises(UserError, match=rf"{name}: Permission denied"):
         list(texts_of(path) if name.endswith("txt") else read_records(path))
+
+
+def test_D12_arrays_tables_and_capital_suffixes_are_read(tmp_path):
+    rows = [{"instruction": "a, b", "output": "c\nd"}, {"instruction": "e", "output": "f"}]
+    (tmp_path / "a.JSON").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name, delimiter in (("c.csv", ","), ("d.TSV", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, ["instruction", "output"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    (tmp_path / "e.TXT").write_text("text", encoding="utf-8")
+    *tables, text = find_files(str(tmp_path))
+    assert [[record.data for record in read_records(path)] for path in tables] == [rows] * 4
+    assert [chunk.text for chunk in read_texts(text)] == ["text"]
+
+
+def test_D12_bad_rows_of_arrays_and_tables_have_a_line_and_a_reason(tmp_path):
+    (tmp_path / "a.json").write_text('[{"x": 1}, 2]', encoding="utf-8")
+    assert records_of(tmp_path / "a.json") == [(1, {"x": 1}), (2, "not an object but a number")]
+    (tmp_path / "b.csv").write_bytes(b"x,y\n1,\n1,2,3\n")
+    assert records_of(tmp_path / "b.csv") == [(2, {"x": "1"}), (3, "3 cells, but the header has 2")]
+    (tmp_path / "c.csv").write_bytes(b"x\n\xff\n")
+    assert "not readable" in records_of(tmp_path / "c.csv")[0][1]

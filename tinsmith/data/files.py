@@ -1,4 +1,5 @@
-"""Streaming readers of input files: .txt, .jsonl, .jsonl.gz, .parquet, and folders of them.
+"""Readers of input files: .txt, .jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet, and folders of
+them. All but .json are streams.
 
 Readers do not stop at a bad line: they yield a Reject with the file, the line number and the reason
 instead. A file that cannot be read at all (missing, no permission, not a parquet file) raises
@@ -6,7 +7,9 @@ UserError.
 """
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import zlib
@@ -26,7 +29,7 @@ CHUNK_CHARS = 1_000_000
 """Characters after which a long .txt document is cut into pieces, at the end of a line."""
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 """Line of a .txt file that ends a document."""
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 _BOM = codecs.BOM_UTF8
 
 
@@ -111,12 +114,57 @@ def read_texts(path: Path) -> Iterator[TextChunk | Reject]:
 
 
 def read_records(path: Path, columns: list[str] | None = None) -> Iterator[Record | Reject]:
-    """Return an iterator over the records of a .jsonl, .jsonl.gz or .parquet file. With `columns`,
-    only these columns of a parquet file are read.
+    """Return an iterator over the records of a file that is not .txt. With `columns`, only these
+    columns of a parquet file are read.
     """
-    if path.name.endswith(".parquet"):
+    if _has_suffix(path, ".parquet"):
         return _read_parquet(path, columns)
+    if _has_suffix(path, ".json"):
+        return _read_json(path)
+    if _has_suffix(path, ".csv") or _has_suffix(path, ".tsv"):
+        return _read_csv(path)
     return _read_jsonl(path)
+
+
+def _read_json(path: Path) -> Iterator[Record | Reject]:
+    """Yield the objects of an array (Alpaca, ShareGPT), or a single object. `line` counts them. A
+    file of several JSON values is read as JSON lines.
+    """
+    with _open(path) as file:
+        try:
+            items = json.loads(file.read().removeprefix(_BOM))
+        except (ValueError, RecursionError):
+            items = None
+    if not isinstance(items, list | dict):
+        yield from _read_jsonl(path)
+        return
+    for number, item in enumerate([items] if isinstance(items, dict) else items, 1):
+        if isinstance(item, dict):
+            yield Record(item, str(path), number)
+        else:
+            yield Reject(str(path), number, f"not an object but {_type_name(item)}")
+
+
+def _read_csv(path: Path) -> Iterator[Record | Reject]:
+    """Yield the rows below the header as objects of texts. Empty cells are absent."""
+    delimiter = "\t" if _has_suffix(path, ".tsv") else ","
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with _open(path) as file:
+        rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
+        number = 1
+        try:
+            header = next(rows, [])
+            for row in rows:
+                number = rows.line_num
+                if len(row) > len(header):
+                    reason = f"{len(row)} cells, but the header has {len(header)}"
+                    yield Reject(str(path), number, reason)
+                elif row:
+                    cells = zip(header, row, strict=False)
+                    yield Record({name: cell for name, cell in cells if cell}, str(path), number)
+        except (csv.Error, UnicodeDecodeError) as error:
+            reason = f"not readable as {delimiter!r}-separated UTF-8 from here on ({error})"
+            yield Reject(str(path), number + 1, reason)
 
 
 def _read_jsonl(path: Path) -> Iterator[Record | Reject]:
@@ -265,7 +313,7 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
 @contextmanager
 def _open(path: Path) -> Iterator[BufferedReader]:
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+        with gzip.open(path, "rb") if _has_suffix(path, ".gz") else path.open("rb") as file:
             yield cast(BufferedReader, file)
     except gzip.BadGzipFile:
         raise
@@ -291,7 +339,11 @@ def _suggest(path: Path) -> str:
 
 
 def _has_known_suffix(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES)
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _has_suffix(path: Path, suffix: str) -> bool:
+    return path.name.lower().endswith(suffix)
 
 
 def _is_hidden(path: Path) -> bool:

@@ -19,8 +19,8 @@ from tinsmith.data.sources.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class ChatsData(SourceConfig):
-    """Your own chats: .jsonl, .jsonl.gz or .parquet, or a folder of them. An objective that reads
-    pairs or prompts finds them in the same records.
+    """Your own chats: .jsonl, .json, .csv, .tsv or .parquet, or a folder of them. An objective that
+    reads pairs or prompts finds them in the same records.
     """
 
     kind: Literal["chats"] = "chats"
@@ -35,10 +35,9 @@ class ChatsData(SourceConfig):
         """Find the files."""
         file_set = find_split_files(self.path, self.validation, context.key)
         for path in file_set.train + file_set.validation:
-            if path.name.endswith(".txt"):
-                raise UserError(
-                    f"{path}: chats are read from .jsonl, .jsonl.gz or .parquet, not from .txt"
-                )
+            formats = ", ".join(suffix for suffix in files.SUFFIXES if suffix != ".txt")
+            if path.name.lower().endswith(".txt"):
+                raise UserError(f"{path}: chats are read from {formats}, not from .txt")
         return open_file_set(
             self,
             self.path,

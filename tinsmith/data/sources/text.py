@@ -44,7 +44,7 @@ class TextData(SourceConfig):
         )
 
     def _read(self, path: Path) -> Iterator[Document | Reject]:
-        if path.name.endswith(".txt"):
+        if path.name.lower().endswith(".txt"):
             return map(_text_document, files.read_texts(path))
         return text_documents(files.read_records(path, [self.field]), self.field)
 
