@@ -323,13 +323,21 @@ def _open(path: Path) -> Iterator[BufferedReader]:
 
 def _files_in(folder: Path) -> list[Path]:
     """Return the files with a known suffix in a folder and its subfolders, sorted, without hidden
-    ones.
+    ones, and without .json files that hold no list: those describe data.
     """
     return sorted(
         path
         for path in folder.rglob("*")
-        if _has_known_suffix(path) and not _is_hidden(path.relative_to(folder)) and path.is_file()
+        if _has_known_suffix(path)
+        and not _is_hidden(path.relative_to(folder))
+        and path.is_file()
+        and (not _has_suffix(path, ".json") or _begins_with_bracket(path))
     )
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1000).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
 def _suggest(path: Path) -> str:
