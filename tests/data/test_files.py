@@ -292,8 +292,10 @@ def test_D12_bad_rows_of_arrays_and_tables_have_a_line_and_a_reason(tmp_path):
     assert "not readable" in records_of(tmp_path / "c.csv")[0][1]
 
 
-def test_D12_a_json_file_beside_data_that_holds_no_list_is_not_read(tmp_path):
+def test_D12_a_json_file_of_a_single_object_beside_data_is_not_read(tmp_path):
     (tmp_path / "data.json").write_text('\ufeff\n [{"text": "a"}]')
-    (tmp_path / "dataset_info.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "dataset_info.json").write_text('{"splits": ["train"]}\n')
+    (tmp_path / "config.json").write_text('{\n "splits": ["train"]\n}\n')
     (tmp_path / "empty.json").write_text("")
-    assert [path.name for path in files.find_files(str(tmp_path))] == ["data.json"]
+    assert [path.name for path in files.find_files(str(tmp_path))] == ["data.json", "lines.json"]

@@ -323,7 +323,7 @@ def _open(path: Path) -> Iterator[BufferedReader]:
 
 def _files_in(folder: Path) -> list[Path]:
     """Return the files with a known suffix in a folder and its subfolders, sorted, without hidden
-    ones, and without .json files that hold no list: those describe data.
+    ones, and without .json files of a single object, which describe data.
     """
     return sorted(
         path
@@ -331,13 +331,20 @@ def _files_in(folder: Path) -> list[Path]:
         if _has_known_suffix(path)
         and not _is_hidden(path.relative_to(folder))
         and path.is_file()
-        and (not _has_suffix(path, ".json") or _begins_with_bracket(path))
+        and (not _has_suffix(path, ".json") or _holds_records(path))
     )
 
 
-def _begins_with_bracket(path: Path) -> bool:
+def _holds_records(path: Path) -> bool:
+    """Return True if a .json file holds a list, or a JSON object per line."""
     with path.open("rb") as file:
-        return file.read(1000).removeprefix(_BOM).lstrip()[:1] == b"["
+        first, second = (file.readline(MAX_LINE_BYTES).removeprefix(_BOM).strip() for _ in "ab")
+    if (first or second).startswith(b"["):
+        return True
+    try:
+        return bool(second) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _suggest(path: Path) -> str:
