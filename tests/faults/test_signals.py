@@ -18,7 +18,7 @@ def wait_for(process, word: str, deadline: float = 120) -> str:
     raise AssertionError(output)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_T7_a_stop_signal_saves_once_and_exits_with_75(signal_number, workspace, recipe):
     rare = dict.fromkeys(("save_every", "eval_every"), 90_000)  # a best evaluation saves too
     long = recipe | {"train": recipe["train"] | {"steps": 100_000} | rare}

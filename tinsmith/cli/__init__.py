@@ -14,6 +14,7 @@ from tinsmith.cli.options import (
     DryRun,
     Imports,
     Json,
+    Limit,
     MaxNew,
     MinP,
     ModelPath,
@@ -30,7 +31,9 @@ from tinsmith.cli.options import (
     Tools,
     TopK,
     TopP,
+    WindowLength,
 )
+from tinsmith.core.log import escape_unencodable
 
 app = typer.Typer(
     name="tinsmith",
@@ -121,13 +124,8 @@ def evaluate(
     solutions: Annotated[
         Path | None, typer.Option(help="File with the test outputs of --data, for arc_agi.")
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(help="Window length in tokens on --data (default: train.seq_len of the run)."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Largest number of rows, questions or puzzles per task.")
-    ] = None,
+    seq_len: WindowLength = None,
+    limit: Limit = None,
     device: Device = "auto",
     rope_scaling: Scaling = None,
     as_json: Json = False,
@@ -369,6 +367,7 @@ def version(
 
 def main() -> None:
     """Run a command. Exit codes: 0 success, 1 failure, 2 bad input, 75 stopped, resume later."""
+    escape_unencodable()
     code = _run()
     sys.stdout.flush()
     sys.stderr.flush()

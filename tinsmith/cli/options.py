@@ -74,3 +74,10 @@ AcceptChanges = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check the recipe, take one tiny step and write nothing.")
 ]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(help="Window length in tokens on --data (default: train.seq_len of the run)."),
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Largest number of rows, questions or puzzles per task.")
+]

@@ -1,7 +1,9 @@
 """Run log: lines on the terminal and in `log.txt`, metrics in `metrics.jsonl`."""
 
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,13 @@ Metrics = dict[str, Any]
 def print_line(line: str, *, err: bool = False) -> None:
     """Print one line and flush."""
     print(line, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def escape_unencodable() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, such as those of a sample."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_warning(line: str) -> None:
@@ -28,15 +37,17 @@ class RunLog:
         self.quiet = quiet
         self.listeners: list[Callable[[Metrics], None]] = []
         self.closers: list[Callable[[], None]] = []
+        self._unwritable: set[str] = set()
 
     def line(self, text: str) -> None:
         """Print a line and append it to `log.txt`."""
         if self.quiet:
             return
-        print_line(text)
-        if self.folder:
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        try:
+            print_line(text)
+        except OSError:  # the reader of a pipe has gone: go on with log.txt
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self._append("log.txt", text)
 
     def metrics(self, values: Metrics) -> None:
         """Append one object to `metrics.jsonl` and pass it to the trackers. NaN and infinity become
@@ -44,10 +55,23 @@ class RunLog:
         """
         if self.quiet or not self.folder:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(nonfinite_to_none(values)) + "\n")
+        self._append("metrics.jsonl", json.dumps(nonfinite_to_none(values)))
         for listener in self.listeners:
             listener(values)
+
+    def _append(self, name: str, line: str) -> None:
+        """Append a line to a file of the run. If that fails, warn once and go on without it."""
+        if not self.folder:
+            return
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if name not in self._unwritable:
+                self._unwritable.add(name)
+                print_warning(
+                    f"{self.folder / name} cannot be written: {error.strerror}; training goes on"
+                )
 
     def close(self) -> None:
         """Close the trackers."""

@@ -1,4 +1,8 @@
-"""Signal handling: SIGTERM and SIGINT request a checkpoint and a stop, SIGUSR1 a checkpoint."""
+"""Signal handling: SIGTERM, SIGINT and SIGHUP request a checkpoint and a stop, SIGUSR1 only a
+checkpoint.
+
+SIGHUP arrives when a terminal is closed. `nohup` ignores it, and then it stays ignored.
+"""
 
 import os
 import signal
@@ -11,8 +15,8 @@ from typing import Any
 class StopFlag:
     """Flags set by signals inside `with StopFlag() as flag:`. Long-running code polls them.
 
-    The first SIGINT or SIGTERM sets `stop`; a second SIGINT ends the process at once. SIGUSR1 sets
-    `save`.
+    The first SIGINT, SIGTERM or SIGHUP sets `stop`; a second SIGINT ends the process at once.
+    SIGUSR1 sets `save`.
     """
 
     def __init__(self) -> None:
@@ -24,6 +28,8 @@ class StopFlag:
             signal.SIGTERM: self._on_stop,
             signal.SIGUSR1: self._on_save,
         }
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._handlers[signal.SIGHUP] = self._on_stop
 
     def __enter__(self) -> "StopFlag":
         """Install the signal handlers. Outside the main thread Python does not allow that, and only
