@@ -1,4 +1,4 @@
-"""T1, T2, T8, T9, T17, T26: what a resumed run may find changed, and who may train it."""
+"""T1 to T3, T8, T9, T17, T26: what a resumed run may find changed, and who may train it."""
 
 import json
 import re
@@ -182,3 +182,13 @@ def test_T9_the_last_line_tells_last_and_best_apart(tmp_path, capsys, monkeypatc
     output = capsys.readouterr().out
     assert re.search(r"finished bpb nan \(step 6; best bpb 1\.000 at step 2\)", output)
     assert output.count("(best)") == 1
+
+
+def test_T3_the_header_warns_of_chats_that_are_longer_than_a_row(tmp_path, capsys):
+    base = write_source(tmp_path / "base", "llama", byte_level())
+    path = tmp_path / "data.jsonl"
+    train(from_dict(chats(path, base, {"kind": "sft"}, seq_len=16)), "short")
+    output = capsys.readouterr().out
+    assert re.search(r"warning \d+ chats are longer than train\.seq_len=16", output)
+    train(from_dict(chats(path, base, {"kind": "sft"})), "long")
+    assert "are longer than" not in capsys.readouterr().out

@@ -283,6 +283,11 @@ def log_header(run: Run, plan: RunPlan) -> None:
     log.line(
         f"  data       {names}: {format_count(run.source.tokens)} tokens, {per_token:.2f} B/token"
     )
+    if split := run.source.num_split_chats:
+        log.line(
+            f" warning {split} chats are longer than train.seq_len={train.seq_len}: their rest is "
+            "trained in another row, often an answer without its question; raise train.seq_len"
+        )
     total = train.steps * train.tokens_per_step
     matrices, others = config.optim.matrices, config.optim.others
     tokens = (

@@ -1,19 +1,15 @@
-"""Bin packing: chats, or pieces of them, are packed into rows of equal length with almost no
-padding.
+"""Bin packing: chats, or pieces of them, are packed into rows of equal length with little padding.
 
 Rows are filled one after the other. Each starts with the longest piece that is left. The rest of
 the row is filled exactly by one or two pieces if possible, or else by the longest piece that fits.
-If no piece fits and more than 0.5 % of all positions so far would be padding, the end of the
-longest piece is cut off to fill the row. The packing is deterministic.
+No piece is cut, because the end of a chat without its question teaches a wrong answer. The packing
+is deterministic.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-ALLOWED_WASTE = 0.005
-"""Fraction of positions that may be padding before a piece is cut."""
 
 
 class BinPacking(NamedTuple):
@@ -31,25 +27,13 @@ class BinPacking(NamedTuple):
 def best_fit(starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> BinPacking:
     """Pack pieces (n,), each of 1 to `capacity` tokens, into rows of `capacity` positions."""
     pool = _Pool(starts, lengths, capacity)
-    smallest_cut = max(2, capacity // 64)
     pieces: list[tuple[int, int]] = []
     row_offsets = [0]
-    padding = 0
     while pool.lengths:
         free = capacity
-        while free and pool.lengths:
-            selected = pool.select_lengths(free)
-            if selected:
-                pieces += [(pool.pop(length), length) for length in selected]
-                free -= sum(selected)
-            elif free >= smallest_cut and padding + free > ALLOWED_WASTE * capacity * len(
-                row_offsets
-            ):
-                pieces.append((pool.cut(free), free))
-                free = 0
-            else:
-                break
-        padding += free
+        while selected := pool.select_lengths(free):
+            pieces += [(pool.pop(length), length) for length in selected]
+            free -= sum(selected)
         row_offsets.append(len(pieces))
     table = np.array(pieces, dtype=np.int64).reshape(-1, 2)
     return BinPacking(table[:, 0], table[:, 1], np.array(row_offsets, dtype=np.int64))
@@ -95,12 +79,3 @@ class _Pool:
                 return (longer, free - longer)
         fitting = self.lengths & ((1 << (free + 1)) - 1)
         return (fitting.bit_length() - 1,) if fitting else ()
-
-    def cut(self, length: int) -> int:
-        """Cut `length` tokens off the end of the longest piece and return their start. The rest
-        of the piece remains in the pool.
-        """
-        longest = self.lengths.bit_length() - 1
-        start = self.pop(longest)
-        self.push(start, longest - length)
-        return start + longest - length

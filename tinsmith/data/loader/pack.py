@@ -5,9 +5,8 @@ has the ids x[iT:(i+1)T] and the targets x[iT+1:(i+1)T+1], so the rows of an epo
 stream, with every token once. Attention never crosses documents, so the last token of a document
 has no target.
 
-Chats are packed whole, several to a row. A chat that is longer than a row continues in another row,
-and bin packing may cut one to fill a row (see `binpack`). Every token occurs once, and every
-trained token is a target once.
+Chats are packed whole, several to a row. Only a chat that is longer than a row continues in another
+row. Every token occurs once, and every trained token is a target once.
 """
 
 from typing import NamedTuple, Protocol
