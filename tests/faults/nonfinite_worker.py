@@ -8,6 +8,7 @@ import sys
 
 from tinsmith.cli import main
 from tinsmith.objectives.pretrain import CrossEntropy
+from tinsmith.train import hooks
 
 where = sys.argv.pop(1)
 original = CrossEntropy.loss
@@ -27,5 +28,14 @@ def nonfinite_loss(self, policy, batch):
     return loss._replace(total=loss.total * math.nan)
 
 
+def log_and_request_checkpoint(run):
+    """Save after every step. At its interval no checkpoint is saved after a step that is not
+    finite.
+    """
+    hooks.log(run)
+    run.stop_flag.save = True
+
+
 CrossEntropy.loss = nonfinite_loss
+hooks.HOOKS["log"] = log_and_request_checkpoint
 main()
