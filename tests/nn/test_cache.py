@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tinsmith.nn.attention.cache import KVCache, RotatingKVCache
-from tinsmith.nn.contract import CacheFull, CannotTruncate
+from tinsmith.nn.contract import CacheFull, CannotTruncate, truncate_caches
+from tinsmith.nn.model import LM, ModelConfig
 
 CPU = torch.device("cpu")
 
@@ -192,3 +193,27 @@ def test_bytes_are_counted():
     assert KVCache(3, 10, shapes, torch.bfloat16, CPU).nbytes() == 3 * 10 * 32 * 2
     assert RotatingKVCache(3, 10, 4, shapes, torch.float32, CPU).nbytes() == 3 * 4 * 32 * 4
     assert RotatingKVCache(3, 10, 64, shapes, torch.float32, CPU).nbytes() == 3 * 10 * 32 * 4
+
+
+def test_E6_the_caches_of_a_model_are_truncated_together_or_not_at_all():
+    """A window forgets what a full layer keeps."""
+    gqa = {"kind": "gqa", "heads": 4, "kv_heads": 2}
+    swiglu = {"kind": "swiglu", "hidden_dim": 24}
+    pattern = [{"mixer": gqa, "feed_forward": swiglu}]
+    pattern.append({"mixer": gqa | {"window": 5}, "feed_forward": swiglu})
+    section = {"vocab_size": 48, "dim": 32, "depth": 2, "max_seq_len": 64, "pattern": pattern}
+    torch.manual_seed(0)
+    lm = LM(ModelConfig.from_dict(section)).double().eval()
+    ids = torch.randint(48, (1, 20))
+    caches = lm.new_caches(1, 40)
+    lm(ids[:, :18], caches=caches)
+    with pytest.raises(CannotTruncate):
+        truncate_caches(caches, torch.tensor([9]))
+    assert [cache.lengths.tolist() for cache in caches] == [[18], [18]]
+    found = lm(ids[:, 18:], caches=caches).logits
+    torch.testing.assert_close(found, lm(ids).logits[:, 18:], rtol=0, atol=1e-10)
+    short = lm.new_caches(1, 40)
+    lm(ids[:, :4], caches=short)
+    truncate_caches(short, torch.tensor([2]))
+    found = lm(ids[:, 2:5], caches=short).logits
+    torch.testing.assert_close(found, lm(ids[:, :5]).logits[:, 2:], rtol=0, atol=1e-10)

@@ -9,6 +9,7 @@ checkpointing, which runs `forward` twice, and torch.compile change no result.
 Shape suffixes: B rows, T tokens of this call, S keys, D width, V vocabulary, E experts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -128,7 +129,21 @@ class CannotTruncate(Exception):
     """A cache cannot be truncated, because it no longer holds the earlier state."""
 
 
-class LayerCache(Protocol):
+class Truncatable(Protocol):
+    """A state of tokens whose newest ones can be removed."""
+
+    def check_truncate(self, lengths: Tensor) -> None:
+        """Raise CannotTruncate if the state after those tokens is no longer known."""
+        ...
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Remove the newest tokens, so that row b keeps its first `lengths[b]`, or raise as
+        `check_truncate` does and change nothing. The caches of a model have `truncate_caches`.
+        """
+        ...
+
+
+class LayerCache(Truncatable, Protocol):
     """The cache of one mixer for a batch of rows: keys and values, or a recurrent state.
 
     Model and engine use these methods only. `attention.cache` holds keys and values,
@@ -144,13 +159,6 @@ class LayerCache(Protocol):
         """Keep, reorder or repeat rows, for batching, best-of-n and beams. `rows` (N,) int64."""
         ...
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Remove the newest tokens, so that row b keeps its first `lengths[b]`.
-
-        Raise CannotTruncate, and change nothing, if the state after that token is no longer known.
-        """
-        ...
-
     def join(self, other: Any) -> None:
         """Append the rows of another cache of the same mixer. Capacities may differ."""
         ...
@@ -158,6 +166,17 @@ class LayerCache(Protocol):
     def nbytes(self) -> int:
         """Return the size of the cached tensors in bytes."""
         ...
+
+
+def truncate_caches(caches: Iterable[Truncatable], lengths: Tensor) -> None:
+    """Remove the newest tokens from several caches, such as those of all layers: from all or, if
+    one raises CannotTruncate, from none.
+    """
+    caches = list(caches)
+    for cache in caches:
+        cache.check_truncate(lengths)
+    for cache in caches:
+        cache.truncate(lengths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,9 @@ class DPO(ObjectiveConfigBase):
     deterministic: ClassVar[bool] = True
     loss: Literal["sigmoid", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     """`sigmoid` is DPO; `simpo` and `orpo` have no reference and use means over tokens; `kto` has a
-    separate term for each side."""
+    separate term for each side. Its reference point is the mean log-ratio of the completions of the
+    step before; that of the paper and of TRL comes from mismatched prompts of the same batch.
+    """
     beta: float = 0.1
     """Scale of log-probability differences; for `orpo`, the weight of the odds-ratio term."""
     gamma: float | None = None

@@ -21,7 +21,7 @@ from tinsmith.nn.attention.compress import block_positions
 from tinsmith.nn.attention.core import BranchGate
 from tinsmith.nn.attention.latent import linear_flops
 from tinsmith.nn.attention.span import Span
-from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out, truncate_caches
 from tinsmith.nn.layers.linear import ResidualProj
 from tinsmith.nn.mixers.hybrid_branches import (
     BRANCHES,
@@ -156,13 +156,14 @@ class HybridCache:
         for cache in (*self.branch_caches.values(), self.token_counter):
             cache.select(rows)
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Remove the newest tokens; possible while no window and no block has dropped tokens."""
-        caches = (*self.branch_caches.values(), self.token_counter)
-        for cache in caches:
+    def check_truncate(self, lengths: Tensor) -> None:
+        """Raise CannotTruncate if a window or a block has dropped tokens."""
+        for cache in (*self.branch_caches.values(), self.token_counter):
             cache.check_truncate(lengths)
-        for cache in caches:
-            cache.truncate(lengths)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Remove the newest tokens."""
+        truncate_caches((*self.branch_caches.values(), self.token_counter), lengths)
 
     def join(self, other: "HybridCache") -> None:
         """Append the rows of another cache."""

@@ -42,7 +42,7 @@ from tinsmith.nn.attention.compress import (
 from tinsmith.nn.attention.core import BranchGate, GroupedHeads, attend
 from tinsmith.nn.attention.rope import apply_rotary_emb
 from tinsmith.nn.attention.span import Span
-from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out
+from tinsmith.nn.contract import BuildContext, Ctx, LayerCache, Mixer, Out, truncate_caches
 from tinsmith.nn.layers.linear import ResidualProj
 from tinsmith.nn.layers.norm import RMSNorm
 from tinsmith.nn.precision import at_least_fp32
@@ -376,13 +376,14 @@ class NSACache:
         for cache in (self.select_cache, self.window_cache, self.compress_cache):
             cache.select(rows)
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Remove the newest tokens; possible while window and newest block have dropped none."""
-        caches = (self.window_cache, self.compress_cache, self.select_cache)
-        for cache in caches:
+    def check_truncate(self, lengths: Tensor) -> None:
+        """Raise CannotTruncate if window or newest block have dropped tokens."""
+        for cache in (self.window_cache, self.compress_cache, self.select_cache):
             cache.check_truncate(lengths)
-        for cache in caches:
-            cache.truncate(lengths)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Remove the newest tokens."""
+        truncate_caches((self.window_cache, self.compress_cache, self.select_cache), lengths)
 
     def join(self, other: "NSACache") -> None:
         """Append the rows of another cache."""
