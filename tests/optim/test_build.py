@@ -1,15 +1,20 @@
 """All optimizers of a run: groups, schedule, saved state, reset of rows."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from tinsmith.core.errors import UserError
+from tinsmith.core.parse import parse
+from tinsmith.core.yamlfile import read_yaml
 from tinsmith.optim.build import Optimizers
 from tinsmith.optim.config import AdamWConfig, MuonConfig, OptimConfig
 
 MUON = OptimConfig(matrices=MuonConfig(weight_decay=0.1))
 ADAMW = OptimConfig(matrices=AdamWConfig(lr=1e-3))
+RECIPES = Path(__file__).parents[2] / "recipes"
 BOTH = pytest.mark.parametrize("config", [MUON, ADAMW], ids=["muon", "adamw"])
 
 
@@ -308,3 +313,20 @@ def test_two_runs_are_bit_equal(make_model, give_gradients, snapshot):
             optimizers.step()
         results.append(snapshot(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_E10_a_weight_decay_of_others_without_effect_is_a_warning():
+    assert OptimConfig().others.warning() is None
+    assert OptimConfig.for_finetuning(1e-5).others.warning() is None
+    section = {"others": {"kind": "adamw", "weight_decay": 0.1}}
+    warning = parse(OptimConfig, section).others.warning()
+    assert warning is not None
+    assert warning.startswith("optim.others.weight_decay=0.1 has no effect")
+    section["others"]["decay"] = "all"
+    assert parse(OptimConfig, section).others.warning() is None
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_E10_no_recipe_has_a_weight_decay_without_effect(path):
+    optim = read_yaml(path).get("optim")
+    assert optim is None or parse(OptimConfig, optim).others.warning() is None

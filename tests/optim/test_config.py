@@ -15,7 +15,7 @@ from tinsmith.optim.config import (
 
 RECIPE = {
     "matrices": {"kind": "muon", "lr": 0.02, "momentum": 0.95},
-    "others": {"kind": "adamw", "lr": "3.0e-3", "betas": [0.9, 0.95], "weight_decay": 0.1},
+    "others": {"kind": "adamw", "lr": "3.0e-3", "betas": [0.9, 0.95]},
     "schedule": {"kind": "wsd", "warmup": 100, "decay": 0.3},
     "max_grad_norm": 1.0,
 }

@@ -2,7 +2,7 @@
 
     optim:
       matrices: {kind: muon, lr: 0.02, momentum: 0.95}        # or adamw, adamw8bit, adafactor
-      others: {kind: adamw, lr: 3.0e-3, betas: [0.9, 0.95], weight_decay: 0.1}
+      others: {kind: adamw, lr: 3.0e-3, betas: [0.9, 0.95]}
       schedule: {kind: wsd, warmup: 100, decay: 0.3}          # or cosine, constant
       max_grad_norm: 1.0
 
@@ -93,6 +93,22 @@ class AdamWConfig(Config):
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.betas, self.eps, self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OthersConfig(AdamWConfig):
+    """AdamW for all parameters outside the block matrices, by default without weight decay."""
+
+    weight_decay: float = 0.0
+
+    def warning(self) -> str | None:
+        """Return a warning if a weight decay is set that has no effect."""
+        if not self.weight_decay or self.decay == "all":
+            return None
+        return (
+            f"optim.others.weight_decay={self.weight_decay:g} has no effect: decay=matrices means "
+            "the weights that optim.matrices trains; set decay: all, or leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +211,7 @@ class OptimConfig(Config):
     """
 
     matrices: OptimizerConfig = MuonConfig()
-    others: AdamWConfig = AdamWConfig()
+    others: OthersConfig = OthersConfig()
     schedule: ScheduleConfig = WSD()
     max_grad_norm: float | None = 1.0
 
@@ -204,8 +220,10 @@ class OptimConfig(Config):
         """Return the defaults for a trained model: AdamW at a low rate for all parameters, without
         weight decay, and a cosine schedule.
         """
-        adamw = AdamWConfig(lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
-        return OptimConfig(matrices=adamw, others=adamw, schedule=Cosine())
+        betas = (0.9, 0.999)
+        matrices = AdamWConfig(lr=lr, betas=betas, weight_decay=0.0)
+        others = OthersConfig(lr=lr, betas=betas)
+        return OptimConfig(matrices=matrices, others=others, schedule=Cosine())
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

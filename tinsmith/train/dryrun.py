@@ -60,7 +60,8 @@ def dry_run(config: RunConfig, name: str) -> None:
     for line in parameter_lines(plan, shape):
         print_line(f" {line}")
     _cost(plan, shape)
-    if (warning := warmup_warning(config.optim.schedule, config.train.steps)) is not None:
+    warmup = warmup_warning(config.optim.schedule, config.train.steps)
+    for warning in filter(None, (warmup, config.optim.others.warning())):
         print_warning(warning)
     for line in check_data(config.data, config.objective.data_format):
         print_line(f" data      {line}")

@@ -297,7 +297,8 @@ def log_header(run: Run, plan: RunPlan) -> None:
     rates = f"{matrices.kind} {matrices.lr:g}, {others.kind} {others.lr:g}"
     rates = f"{rates}, {config.optim.schedule.kind}"
     log.line(f"  objective  {config.objective.kind} | {tokens} ({epochs:.2g} epochs) | {rates}")
-    if (warning := warmup_warning(config.optim.schedule, train.steps)) is not None:
+    warnings = (warmup_warning(config.optim.schedule, train.steps), config.optim.others.warning())
+    for warning in filter(None, warnings):
         log.line(f" warning {warning}")
     measured = " (auto)" if plan.config.train.precision == "auto" else ""
     log.line(
