@@ -1,5 +1,7 @@
 """GRPO, PPO and SPO as dry runs and whole runs, and recipes of them that are refused."""
 
+import json
+
 import pytest
 import torch
 
@@ -160,3 +162,16 @@ def test_unknown_rewards_and_tools_are_refused_by_name():
         recipe("grpo", rewards=[{"kind": "exactly"}])
     with pytest.raises(UserError, match="tools"):
         recipe("grpo", tools=["shell"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_T18_an_exact_reward_on_prompts_without_answers_is_refused(kind, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"Say {number}.", "topic": "x"} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"kind": "chats", "path": str(path)}
+    config = from_dict(RECIPE | {"data": data, "objective": {"kind": kind}})
+    with pytest.raises(UserError, match="exact_match needs answers, and none of the first 3") as e:
+        train(config, "run")
+    assert "(fields: prompt, topic)" in str(e.value)
+    assert not (tmp_path / "runs" / "run").exists()

@@ -154,6 +154,9 @@ class Objective(nn.Module):
         Called once, before the optimizers are built.
         """
 
+    def check_data(self, source: SampleSource) -> None:
+        """Raise UserError if the training data cannot be used. Called before the first step."""
+
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
         """Yield batches without end; by default those of the loader. A batch has `to(device)`, and
         is passed to `units` and `loss`.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tinsmith.core.parse import Config, Count, Kind
+from tinsmith.data.formats.prompts import Prompt
 from tinsmith.rewards.classifier import Classifier
 from tinsmith.rewards.functions import (
     BatchReward,
@@ -32,6 +33,10 @@ class RewardBase(Config):
         if not math.isfinite(self.weight):
             raise ValueError(f"weight={self.weight} must be finite")
 
+    def can_score(self, prompt: Prompt) -> bool:
+        """Return False if no completion of the prompt could get this reward."""
+        return True
+
     def build_weighted(self, models: Mapping[str, RewardModel]) -> WeightedReward:
         """Build the reward with its weight; `models` are the trained reward models by folder."""
         return WeightedReward(self.kind, self.build_batch(models), self.weight)
@@ -52,6 +57,10 @@ class ExactMatchReward(RewardBase):
     """1 if the completion's answer equals the prompt's answer, else 0."""
 
     kind: Literal["exact_match"] = "exact_match"
+
+    def can_score(self, prompt: Prompt) -> bool:
+        """Return True if the prompt has an answer."""
+        return prompt.answer is not None
 
     def build(self) -> RewardFunc:
         """Return the reward function, which needs prompts with an answer."""

@@ -194,6 +194,7 @@ def build(plan: RunPlan, folder: Path, ranks: Ranks, log: RunLog, flag: StopFlag
         },
     )
     run = Run(plan.run_config, parts, folder, ranks, log, flag)
+    run.objective.check_data(run.source)
     log_header(run, plan)
     return run
 

@@ -62,6 +62,9 @@ from tinsmith.rewards.functions import Response, score_responses
 from tinsmith.text.tokenizer import Tokenizer
 from tinsmith.text.tools import ToolName
 
+CHECKED_PROMPTS = 100
+"""Number of prompts that are checked before the first step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(ObjectiveConfigBase):
@@ -174,6 +177,17 @@ class RLObjective(Objective):
             temperature=self.config.temperature,
             eos_ids=tokenizer.eos_ids,
         )
+
+    def check_data(self, source: SampleSource) -> None:
+        """Raise UserError if some reward can score none of the first prompts."""
+        prompts = source.get_prompts(0, min(CHECKED_PROMPTS, source.size))
+        for reward in self.config.rewards:
+            if not any(map(reward.can_score, prompts)):
+                fields = ", ".join(prompts[0].record) or "none"
+                raise UserError(
+                    f"objective.rewards: {reward.kind} needs answers, and none of the first "
+                    f"{len(prompts)} prompts has one (fields: {fields})"
+                )
 
     def batches(self, loader: RankLoader, policy: LM) -> Iterator[Any]:
         """Yield the minibatches of one rollout after the other, without end.
