@@ -1,4 +1,4 @@
-"""T1 to T3, T8, T9, T17, T26: what a resumed run may find changed, and who may train it."""
+"""T1 to T3, T8, T9, T16, T17, T26: what a resumed run may find changed, and who may train it."""
 
 import json
 import re
@@ -9,9 +9,10 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.hf_folders import byte_level, write_source
+from tests.hf_folders import byte_level, sentencepiece, write_source
 from tinsmith.config import from_dict
 from tinsmith.core.errors import UserError
+from tinsmith.train.dryrun import dry_run
 from tinsmith.train.run_dir import RunLock
 from tinsmith.train.trainer import train
 
@@ -192,3 +193,23 @@ def test_T3_the_header_warns_of_chats_that_are_longer_than_a_row(tmp_path, capsy
     assert re.search(r"warning \d+ chats are longer than train\.seq_len=16", output)
     train(from_dict(chats(path, base, {"kind": "sft"})), "long")
     assert "are longer than" not in capsys.readouterr().out
+
+
+def test_T16_a_dry_run_refuses_data_and_teachers_that_the_run_refuses(tmp_path, capsys):
+    base = write_source(tmp_path / "base", "llama", byte_level())
+    other = write_source(tmp_path / "other", "llama", sentencepiece())
+    path = tmp_path / "data.jsonl"
+    recipe = chats(path, base, {"kind": "sft"})
+    dry_run(from_dict(recipe), "good")
+    assert "40 of the first 40 chats can be used" in capsys.readouterr().out
+    good = path.read_text()
+    path.write_text("not json\n" + good)
+    dry_run(from_dict(recipe), "partly")
+    assert "40 of the first 41 chats can be used; " in capsys.readouterr().out
+    path.write_text('{"label": true}\n' * 3)
+    with pytest.raises(UserError, match="none of the first 3 records of '.*' can be used"):
+        dry_run(from_dict(recipe), "bad")
+    path.write_text(good)
+    teacher = {"kind": "kd", "teacher": str(other)}
+    with pytest.raises(UserError, match=r"objective\.teacher: .* gives other ids"):
+        dry_run(from_dict(recipe | {"objective": teacher}), "teacher")

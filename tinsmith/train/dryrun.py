@@ -73,7 +73,8 @@ def dry_run(config: RunConfig, name: str) -> None:
             f"no step was tried: {format_count(shape.parameter_count())} parameters are too many "
             "for a dry run"
         )
-    for frozen_model, held in check_frozen_models(config.objective, shape).items():
+    tokenizer = plan.tokenizer if isinstance(plan.tokenizer, Tokenizer) else None
+    for frozen_model, held in check_frozen_models(config.objective, shape, tokenizer).items():
         print_line(f" memory    {format_size(held)} more for the {frozen_model}")
     print_line(" dry run   ok; nothing was written")
 

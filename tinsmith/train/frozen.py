@@ -39,14 +39,16 @@ def load_frozen_models(
     return models
 
 
-def check_frozen_models(config: ObjectiveConfig, policy: LM) -> dict[str, int]:
+def check_frozen_models(
+    config: ObjectiveConfig, policy: LM, tokenizer: Tokenizer | None
+) -> dict[str, int]:
     """Return the bytes that each frozen model needs. Raise UserError if a folder holds no model, or
-    one of another vocabulary size.
+    one that reads other ids than `tokenizer` gives (None: not known yet).
     """
     sizes = {}
     for name, folder in config.frozen_models().items():
         if folder is not None:
-            lm, _ = _opened(name, folder, torch.device("cpu"))
+            lm = _loaded(name, folder, tokenizer, torch.device("cpu"))
             _check_head(name, lm, policy)
             sizes[name] = nbytes(quantize(lm, config.frozen_weight_dtype()))
         elif not lora.adapters(policy):
@@ -85,9 +87,9 @@ def load_reward_model(folder: str, tokenizer: Tokenizer, device: torch.device) -
     return RewardModel(lm, tensors["head.weight"])
 
 
-def _loaded(name: str, folder: str, tokenizer: Tokenizer, device: torch.device) -> LM:
+def _loaded(name: str, folder: str, tokenizer: Tokenizer | None, device: torch.device) -> LM:
     lm, own = _opened(name, folder, device)
-    if own is not None and own.vocabulary_fingerprint() != tokenizer.vocabulary_fingerprint():
+    if own and tokenizer and own.vocabulary_fingerprint() != tokenizer.vocabulary_fingerprint():
         raise UserError(
             f"objective.{name}: the tokenizer of {folder} gives other ids than this run's; both "
             "models must read the same ids"

@@ -3,6 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -124,10 +125,15 @@ def _usable(stream: DocumentStream) -> Iterator[Document]:
     return (item for item in stream() if isinstance(item, Document))
 
 
-def check_data(configs: Sequence[DataConfig], data_format: FormatName) -> list[str]:
-    """Read the first record of every source and return lines about it. Nothing is downloaded.
+CHECKED_RECORDS = 100
+"""Number of records of a source that a dry run reads."""
 
-    UserError if data are missing, or cannot give `data_format`.
+
+def check_data(configs: Sequence[DataConfig], data_format: FormatName) -> list[str]:
+    """Read the first records of every source and return lines about them. Nothing is downloaded.
+
+    UserError if data are missing or cannot give `data_format`, or if none of the first records can
+    be used.
     """
     lines = []
     for index, config in enumerate(configs):
@@ -138,11 +144,16 @@ def check_data(configs: Sequence[DataConfig], data_format: FormatName) -> list[s
             continue
         if source.files is not None:
             lines.append(f"{source.name}: {source.files}")
-        first = next(iter(source.train()), None)
-        if first is None:
+        records = list(islice(source.train(), CHECKED_RECORDS))
+        rejects = [record for record in records if isinstance(record, Reject)]
+        if not records:
             raise UserError(f"{key}: '{source.name}' is empty")
-        if isinstance(first, Reject):
-            lines.append(f"{source.name}: {format_reject(first)}")
-        else:
-            lines.append(f"{source.name}: first {data_format} record: ok")
+        if len(rejects) == len(records):
+            raise UserError(
+                f"{key}: none of the first {len(records)} records of '{source.name}' can be used; "
+                f"the first is {format_reject(rejects[0])}"
+            )
+        used = len(records) - len(rejects)
+        line = f"{source.name}: {used} of the first {len(records)} {data_format} can be used"
+        lines.append(line + (f"; {format_reject(rejects[0])}" if rejects else ""))
     return lines
