@@ -207,7 +207,7 @@ def test_T16_a_dry_run_refuses_data_and_teachers_that_the_run_refuses(tmp_path, 
     dry_run(from_dict(recipe), "partly")
     assert "40 of the first 41 chats can be used; " in capsys.readouterr().out
     path.write_text('{"label": true}\n' * 3)
-    with pytest.raises(UserError, match="none of the first 3 records of '.*' can be used"):
+    with pytest.raises(UserError, match=r"none of the first 3 records of '.*' can be used"):
         dry_run(from_dict(recipe), "bad")
     path.write_text(good)
     teacher = {"kind": "kd", "teacher": str(other)}
